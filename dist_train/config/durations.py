@@ -1,0 +1,68 @@
+"""Lengths of training that carry their unit: `20ep`, `500step`, `10min`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_PATTERN = re.compile(r"\s*([+-]?[0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)\s*")
+_SECONDS = {"s": 1, "min": 60, "h": 3600}
+_SPELLINGS = {
+    **{name: "ep" for name in ("ep", "epoch", "epochs")},
+    **{name: "step" for name in ("step", "steps")},
+    **{name: "s" for name in ("s", "sec", "second", "seconds")},
+    **{name: "min" for name in ("min", "minute", "minutes")},
+    **{name: "h" for name in ("h", "hour", "hours")},
+}
+UNITS = "ep (epochs), step (optimizer steps), s, min or h"
+
+
+@dataclass(frozen=True)
+class Duration:
+    """`value` epochs (`ep`, an int), optimizer steps (`step`, an int) or seconds (`s`, a float); always above 0."""
+
+    value: float
+    unit: str
+
+    @classmethod
+    def parse(cls, text: object) -> Duration:
+        """Read `20ep`, `20 ep`, `500step`, `1.5h`. Raises ValueError that names the units."""
+        if isinstance(text, Duration):
+            return text
+        if isinstance(text, bool) or not isinstance(text, int | float | str):
+            raise ValueError(f"expected a duration with its unit, like 20ep, 500step or 10min, found {text!r}")
+        match = _PATTERN.fullmatch(str(text))
+        if match is None:
+            raise ValueError(f"expected a number and a unit, like 20ep, 500step or 10min, found {text!r}")
+        number, spelled = match.groups()
+        if not spelled:
+            raise ValueError(f"{text} of what? Write a unit after the number: {UNITS}; for example {number}ep")
+        unit = _SPELLINGS.get(spelled.lower())
+        if unit is None:
+            raise ValueError(f"unknown unit {spelled!r} in {text!r}; the units are {UNITS}")
+        try:
+            value = float(number)
+        except ValueError:
+            raise ValueError(f"expected a number and a unit, like 20ep, 500step or 10min, found {text!r}") from None
+        if not 0 < value < float("inf"):
+            raise ValueError(f"a duration must be above 0, found {text!r}")
+        if unit in _SECONDS:
+            return cls(value * _SECONDS[unit], "s")
+        if value != int(value):
+            raise ValueError(f"{unit} counts whole {'epochs' if unit == 'ep' else 'steps'}, found {text!r}")
+        return cls(int(value), unit)
+
+    @property
+    def is_time(self) -> bool:
+        """Whether it is measured by the clock, in seconds."""
+        return self.unit == "s"
+
+    def __str__(self) -> str:
+        """The shortest exact spelling: parses back to an equal Duration."""
+        if self.is_time:
+            for unit in ("h", "min"):
+                amount, rest = divmod(self.value, _SECONDS[unit])
+                if amount and not rest:
+                    return f"{int(amount)}{unit}"
+        value = int(self.value) if self.value == int(self.value) else self.value
+        return f"{value!r}{self.unit}"
