@@ -1,0 +1,255 @@
+"""Where this process stands: its rank among the others, its device, and the store and process group that connect them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from dist_train.config.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from dist_train.config.schema import DistributedConfig
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A process's place among the processes of its job, as the launcher's environment tells it."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    node: int = 0
+    launcher: str = "none"  # none | torchrun | accelerate | srun
+
+    @property
+    def under_torchrun(self) -> bool:
+        """Whether a torchrun agent watches this process (`accelerate launch` with several processes is one)."""
+        return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def read_placement(env: Mapping[str, str]) -> Placement:
+    """The placement that `torchrun`, `accelerate launch` or `srun` left in the environment; one process if none did.
+
+    `accelerate launch` with one process sets no RANK; a shell inside a Slurm job has SLURM_PROCID but no step.
+    """
+    if "RANK" in env and "WORLD_SIZE" in env:
+        launcher = "accelerate" if "ACCELERATE_MIXED_PRECISION" in env else "torchrun"
+        size = int(env["WORLD_SIZE"])
+        local_size = int(env.get("LOCAL_WORLD_SIZE", size))
+        rank = int(env["RANK"])
+        local_rank = int(env.get("LOCAL_RANK", rank % local_size))
+        return Placement(rank, size, local_rank, local_size, int(env.get("GROUP_RANK", rank // local_size)), launcher)
+    if "SLURM_STEP_ID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        size = int(env["SLURM_STEP_NUM_TASKS"])
+        node = int(env.get("SLURM_NODEID", "0"))
+        return Placement(
+            rank=int(env["SLURM_PROCID"]),
+            size=size,
+            local_rank=int(env["SLURM_LOCALID"]),
+            local_size=_tasks_of_node(env.get("SLURM_STEP_TASKS_PER_NODE", str(size)), node),
+            node=node,
+            launcher="srun",
+        )
+    return Placement(launcher="accelerate" if "ACCELERATE_MIXED_PRECISION" in env else "none")
+
+
+def _tasks_of_node(spec: str, node: int) -> int:
+    """Slurm writes the tasks of each node as `2(x3),1`: three nodes of two, then one of one."""
+    counts: list[int] = []
+    for part in spec.split(","):
+        count, _, times = part.partition("(x")
+        counts += [int(count)] * int(times.rstrip(")") or 1)
+    return counts[min(node, len(counts) - 1)]
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may run on (its affinity mask, where the system has one)."""
+    if hasattr(os, "sched_getaffinity"):
+        return max(1, len(os.sched_getaffinity(0)))
+    return os.cpu_count() or 1
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when its launcher dies, so that a killed torchrun leaves no orphans (Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        import ctypes
+        import signal
+
+        ctypes.CDLL(None, use_errno=True).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
+        if os.getppid() == 1:  # the parent was gone before the call
+            os._exit(1)
+
+
+def pick_device(choice: str, placement: Placement) -> torch.device:
+    """The device of this rank: `cuda:<local rank>` where GPUs are usable, else the CPU.
+
+    Raises:
+        ConfigError: a GPU was asked for, or is there, but torch can't use it; or there are more ranks here than GPUs.
+    """
+    import torch
+
+    if choice == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "unset") in ("", "-1")
+        if choice == "cuda" or (not hidden and os.path.exists("/dev/nvidia0")):
+            raise ConfigError.single("distributed.device", _why_no_cuda(hidden))
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if placement.local_size > count:
+        raise ConfigError.single(
+            "distributed.device",
+            f"{placement.local_size} processes were started on {socket.gethostname()}, which has {count} usable GPU(s); "
+            f"start {count} (torchrun --nproc_per_node={count}), or train on the CPU with distributed.device=cpu",
+        )
+    device = torch.device("cuda", placement.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _why_no_cuda(hidden: bool) -> str:
+    import torch
+
+    cure = "; or train on the CPU with distributed.device=cpu"
+    if hidden:
+        return "a GPU is asked for, but CUDA_VISIBLE_DEVICES hides all of them: unset it" + cure
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"torch {torch.__version__} is built without CUDA: install a CUDA build of torch" + cure
+    try:
+        torch.cuda.init()
+        reason = "no usable GPU was found"
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+    return (
+        f"torch {torch.__version__} (CUDA {torch.version.cuda}) can't use the GPU: {reason}. Update the NVIDIA driver, or "
+        f"install a torch build for an older CUDA" + cure
+    )
+
+
+class World:
+    """The processes of one run, and this one's place and device among them.
+
+    Objects are shared through the rendezvous store, never by collectives, so that nothing of this disturbs the GPU streams.
+    """
+
+    def __init__(self, placement: Placement, device: torch.device, store: Any | None = None, backend: str | None = None):
+        self.placement = placement
+        self.rank, self.size = placement.rank, placement.size
+        self.device = device
+        self.backend = backend
+        self.store = store
+        self._sequence = 0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which speaks and writes for all."""
+        return self.rank == 0
+
+    def share(self, value: Any = None) -> Any:
+        """Give rank 0's `value` (anything JSON can hold) to all ranks; every rank must call it."""
+        if self.store is None:
+            return value
+        key = self._next_key("share")
+        if self.is_main:
+            self.store.set(key, json.dumps(value))
+            return value
+        return json.loads(self.store.get(key))
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value` (anything JSON can hold), in order of rank, on all ranks; every rank must call it."""
+        if self.store is None:
+            return [value]
+        key = self._next_key("gather")
+        self.store.set(f"{key}/{self.rank}", json.dumps(value))
+        return [json.loads(self.store.get(f"{key}/{rank}")) for rank in range(self.size)]
+
+    def barrier(self) -> None:
+        """Wait until every rank has come here."""
+        self.gather(None)
+
+    def clone_store(self) -> Any | None:
+        """A store client of its own for another thread (a client serves one caller at a time)."""
+        return None if self.store is None else self.store.clone()
+
+    def _next_key(self, kind: str) -> str:
+        self._sequence += 1
+        return f"{kind}/{self._sequence}"
+
+
+@contextlib.contextmanager
+def open_world(config: DistributedConfig, placement: Placement) -> Iterator[World]:
+    """Join the other processes of the job: device, process group (NCCL on CUDA, gloo on CPU) and store.
+
+    The process group's timeout is the hang timeout plus a minute, so that whoever watches for hangs speaks first.
+
+    Raises:
+        ConfigError: the device can't be had (see `pick_device`).
+    """
+    import torch
+
+    device = pick_device(config.device, placement)
+    torch.set_num_threads(_threads(config.threads, placement))
+    if placement.size == 1:
+        yield World(placement, device)
+        return
+    import torch.distributed as dist
+
+    if placement.launcher == "srun":
+        _name_master()
+    die_with_parent()
+    timeout = timedelta(seconds=config.hang_timeout.value + 60)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    store, rank, size = next(dist.rendezvous("env://", placement.rank, placement.size, timeout=timeout))
+    store.set_timeout(timeout)
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=timeout,
+        device_id=device if device.type == "cuda" else None,
+    )
+    try:
+        # An agent's store outlives a restart of its workers: a fresh prefix keeps old keys out.
+        prefix = [uuid.uuid4().hex]
+        dist.broadcast_object_list(prefix, src=0, device=torch.device("cpu"))
+        yield World(placement, device, dist.PrefixStore(f"dist_train/{prefix[0]}", store), backend)
+    finally:
+        dist.destroy_process_group()
+
+
+def _threads(choice: int | str, placement: Placement) -> int:
+    """Intra-op threads: the config's, else OMP_NUM_THREADS, else a fair share of the CPUs among the local ranks."""
+    if choice != "auto":
+        return int(choice)
+    if os.environ.get("OMP_NUM_THREADS", "").isdigit():
+        return max(1, int(os.environ["OMP_NUM_THREADS"]))
+    return max(1, usable_cpus() // placement.local_size)
+
+
+def _name_master() -> None:
+    """Under a bare `srun` nobody says where rank 0 lives: the step's first host, and a port that follows from the job."""
+    if "MASTER_ADDR" not in os.environ:
+        nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_JOB_NODELIST", ""))
+        try:
+            listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise ConfigError.single(
+                "MASTER_ADDR", f"can't tell the first host of {nodes!r} (scontrol failed: {error}); export MASTER_ADDR in the batch script"
+            ) from None
+        os.environ["MASTER_ADDR"] = listed.stdout.split()[0]
+    if "MASTER_PORT" not in os.environ:
+        job = int(os.environ.get("SLURM_JOB_ID", "0"))
+        step = int(os.environ.get("SLURM_STEP_ID", "0"))
+        os.environ["MASTER_PORT"] = str(20000 + (job * 7 + step) % 20000)
