@@ -1,0 +1,251 @@
+"""What a person sees: a live bar and tables on a terminal, plain lines in a log. It can't end a training."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
+
+from dist_train.tracking.logs import Capture, setup_logging
+
+if TYPE_CHECKING:
+    from dist_train.tracking.live import Live
+
+__all__ = ["Console", "setup_logging", "format_number", "format_seconds", "two_columns"]
+
+WIDTH = 100
+
+
+def format_number(name: str, value: float) -> str:
+    """A metric as people read it: 0.4321, 0.08 (lr), 12,345 (rates and counts), 1.2e-05."""
+    if isinstance(value, int):
+        return f"{value:,}"
+    if name.endswith("_per_s"):
+        return f"{value:,.0f}" if value >= 10 else f"{value:.2f}"
+    if name == "lr" or name.startswith("lr"):
+        return f"{value:.4g}"
+    return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e5 or value != value else f"{value:.3e}"
+
+
+def format_seconds(seconds: float) -> str:
+    """0:12, 4:05, 2:30:00, 3d 04:00."""
+    minutes, second = divmod(max(0, round(seconds)), 60)
+    hours, minute = divmod(minutes, 60)
+    if hours >= 48:
+        return f"{hours // 24}d {hours % 24:02d}:{minute:02d}"
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+def two_columns(lines: Sequence[tuple[str, str]], width: int = WIDTH) -> list[str]:
+    """Aligned "label  value" lines of at most `width` columns; long values go on under themselves."""
+    left = max((len(label) for label, _ in lines), default=0)
+    out = []
+    for label, value in lines:
+        for part in str(value).splitlines() or [""]:
+            wrapped = textwrap.wrap(part, max(20, width - left - 4), break_long_words=False, break_on_hyphens=False)
+            for piece in wrapped or [""]:
+                out.append(f"  {label:<{left}}  {piece}".rstrip())
+                label = ""
+    return out
+
+
+class _Stream:
+    """A text stream whose reader may go away (`| head`, a closed terminal): from then on it is quiet."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream  # pythonw and some services have no stdout at all
+
+    def write(self, text: str) -> int:
+        try:
+            if self._stream is not None:
+                try:
+                    self._stream.write(text)
+                except UnicodeEncodeError:  # a C locale
+                    code = self._stream.encoding or "ascii"
+                    self._stream.write(text.encode(code, "replace").decode(code))
+        except (OSError, ValueError):  # gone, or closed
+            self._lost()
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            if self._stream is not None:
+                self._stream.flush()
+        except (OSError, ValueError):
+            self._lost()
+
+    def isatty(self) -> bool:
+        try:
+            return self._stream is not None and self._stream.isatty()
+        except (OSError, ValueError):
+            return False
+
+    def fileno(self) -> int:
+        if self._stream is None:
+            raise OSError("no such stream")
+        return self._stream.fileno()
+
+    @property
+    def encoding(self) -> str:
+        return getattr(self._stream, "encoding", None) or "utf-8"
+
+    def _lost(self) -> None:
+        """Without the second half Python would fail at exit, when it flushes what is left (docs: SIGPIPE)."""
+        stream, self._stream = self._stream, None
+        try:
+            if stream in (sys.__stdout__, sys.__stderr__) and stream is not None:
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, stream.fileno())
+                os.close(null)
+        except (OSError, ValueError):
+            pass
+
+
+def wants_live(stream: Any) -> bool:
+    """Whether a live bar fits: a terminal that moves its cursor, no NO_COLOR, no CI."""
+    quiet = os.environ.get("NO_COLOR") or os.environ.get("CI") or os.environ.get("TERM") == "dumb"
+    return bool(stream.isatty()) and not quiet
+
+
+class Console:
+    """Rank 0's terminal and every rank's log. Other ranks (`rank0=False`) write to their log file only.
+
+    Any thread may call any method. Nothing raises because of the terminal. `step` may be set at every step (it costs
+    an attribute): a live bar moves with it between two log intervals.
+    """
+
+    def __init__(self, rank0: bool, *, out: TextIO | None = None, err: TextIO | None = None) -> None:
+        self.rank0 = rank0
+        self.step = 0
+        self._out, self._err = _Stream(out or sys.stdout), _Stream(err or sys.stderr)
+        self._lock = threading.RLock()
+        self._log = logging.getLogger("dist_train")
+        self._capture = Capture(self._show_warning if rank0 else None)
+        self._live: Live | None = None
+        self._began: tuple[int, float] | None = None
+        self._epochs: int | None = None
+
+    def start_block(self, lines: Sequence[tuple[str, str]]) -> None:
+        """The block at the start: (label, value) pairs in two columns."""
+        self._block(lines)
+
+    def begin(self, step: int, total_steps: int | None, epoch: int = 0, epochs: int | None = None) -> None:
+        """Starts the clock that the time left is told by, and the live bar. `step`: done so far (resumed runs)."""
+        self.step, self._began, self._epochs = step, (step, time.monotonic()), epochs
+        if not self.rank0 or self._live is not None or not wants_live(self._out):
+            return
+        try:
+            from dist_train.tracking.live import Live
+
+            self._live = Live(self, self._out, step, total_steps, epoch, epochs)
+        except Exception as error:  # a broken rich or terminal: plain lines do as well
+            self._log.warning("no live bar: %r", error, extra={"shown": True})
+
+    def progress(
+        self,
+        step: int,
+        total_steps: int | None,
+        epoch: int,
+        metrics: Mapping[str, float],
+        left: float | None = None,
+    ) -> None:
+        """At the log interval. metrics: the train row's, the most important first (what doesn't fit isn't shown).
+
+        left: seconds to go where the caller knows (a duration in time); otherwise told from the steps.
+        """
+        self.step = step
+        if not self.rank0:
+            return
+        left = self._seconds_left(step, total_steps) if left is None else left
+        line = self._line(step, total_steps, epoch, metrics, left)
+        self._log.info("%s", line)
+        if self._live is not None:
+            self._live.update(total_steps, epoch, metrics, left)
+        else:
+            self._print(line)
+
+    def evaluation(self, split: str, step: int, metrics: Mapping[str, float]) -> None:
+        """After an evaluation: a table on a terminal, a line in a log."""
+        if not self.rank0:
+            return
+        values = "  ".join(f"{name} {format_number(name, value)}" for name, value in metrics.items())
+        line = f"{split:<5} step {step}  {values}"
+        self._log.info("%s", line)
+        if self._live is not None:
+            self._live.evaluation(split, step, metrics)
+        else:
+            self._print(line)
+
+    def note(self, text: str) -> None:
+        """A line for the person; in the log file as well."""
+        self._log.info("%s", text)
+        if self.rank0:
+            self._print(text)
+
+    def warn(self, text: str) -> None:
+        """A warning: on stderr (above the live bar where there is one) and in the log file."""
+        self._log.warning("%s", text, extra={"shown": True})
+        if self.rank0:
+            self._show_warning(text)
+
+    def end_block(self, lines: Sequence[tuple[str, str]]) -> None:
+        """The block at the end; the live bar goes."""
+        self._stop_live()
+        self._block(lines)
+
+    def close(self) -> None:
+        """Leaves the terminal and Python's logging as they were found; a second call does nothing."""
+        self._stop_live()
+        self._capture.close()
+
+    def _block(self, lines: Sequence[tuple[str, str]]) -> None:
+        text = "\n".join(two_columns(lines))
+        for line in text.splitlines():
+            self._log.info("%s", line)
+        if self.rank0:
+            self._print(text)
+
+    def _stop_live(self) -> None:
+        live, self._live = self._live, None
+        if live is not None:
+            live.stop()
+
+    def _seconds_left(self, step: int, total: int | None) -> float | None:
+        if self._began is None:
+            self._began = (step, time.monotonic())
+        first, since = self._began
+        if total is None or step <= first:
+            return None
+        return (time.monotonic() - since) / (step - first) * (total - step)
+
+    def _line(self, step: int, total: int | None, epoch: int, metrics: Mapping[str, float], left: float | None) -> str:
+        of = "" if total is None else f"/{total}"
+        line = f"epoch {epoch}  step {step:>{len(of) - 1 if of else 0}}{of}"
+        rate = metrics.get("samples_per_s")
+        tail = "" if rate is None else f"  {format_number('samples_per_s', rate)} samples/s"
+        tail += "" if left is None else f"  eta {format_seconds(left)}"
+        for name, value in metrics.items():
+            piece = f"  {name} {format_number(name, value)}"
+            if name != "samples_per_s" and len(line) + len(piece) + len(tail) <= WIDTH:
+                line += piece
+        return line + tail
+
+    def _show_warning(self, text: str) -> None:
+        if self._live is not None:
+            self._live.print(f"warning: {text}", style="yellow")
+        else:
+            self._print(f"warning: {text}", self._err)
+
+    def _print(self, text: str, stream: _Stream | None = None) -> None:
+        if self._live is not None:
+            self._live.print(text)
+            return
+        with self._lock:
+            stream = stream or self._out
+            stream.write(text + "\n")
+            stream.flush()

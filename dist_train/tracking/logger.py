@@ -1,0 +1,98 @@
+"""The logger: every row goes into metrics.jsonl at once, then to the views (TensorBoard, ...) in the background."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from dist_train.tracking.console import Console
+from dist_train.tracking.records import RecordFile, cut_back, make_row
+from dist_train.tracking.sinks import SinkThread, TensorBoard
+
+
+class RunDirectory(Protocol):
+    """What the logger needs of a run's directory."""
+
+    def path(self, name: str) -> str | os.PathLike[str]:
+        """A local path for `name`."""
+        ...
+
+
+class NullLogger:
+    """The logger of ranks other than 0: takes everything, keeps nothing."""
+
+    def row(self, split: str, step: int, epoch: int | float, samples: int, metrics: Mapping[str, Any]) -> None:
+        """Takes a row."""
+
+    def text(self, name: str, text: str) -> None:
+        """Takes a text."""
+
+    def flush(self, timeout: float = 5.0) -> None:
+        """Nothing to bring to disk."""
+
+    def close(self, outcome: str, timeout: float = 15.0) -> None:
+        """Nothing to close."""
+
+
+class Logger(NullLogger):
+    """Rank 0's logger. Creating it cuts metrics.jsonl back to `start_step`, the step that the run goes on from.
+
+    run: gives local paths (`run.path("metrics.jsonl")`). config: the run's config; `config.tracking` chooses the views.
+    start_step: 0 for a new run. attempt: the number of this start. pending: splits that will be evaluated again at
+    start_step (see records.cut_back).
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        config: Any,
+        *,
+        console: Console,
+        start_step: int = 0,
+        attempt: int = 0,
+        pending: Collection[str] = (),
+    ) -> None:
+        path = Path(run.path("metrics.jsonl"))
+        cut_back(path, start_step, pending)
+        self._record = RecordFile(path)
+        self._views: list[SinkThread] = []
+        if config.tracking.tensorboard:
+            folder = Path(run.path("tensorboard"))
+            self._views.append(SinkThread("tensorboard", lambda: TensorBoard(folder, start_step), console.warn))
+
+    def row(self, split: str, step: int, epoch: int | float, samples: int, metrics: Mapping[str, Any]) -> None:
+        """One row: {"time", "step", "epoch", "samples", "split", **metrics}, flushed before this returns.
+
+        split: train, val or test. step: from 1. samples: consumed since the run's beginning. metrics: numbers.
+        Raises ValueError for a metric named like a field, OSError when metrics.jsonl can't be written.
+        """
+        row = make_row(split, step, epoch, samples, metrics)
+        self._record.append(row)
+        for view in self._views:
+            view.put("row", row)
+
+    def text(self, name: str, text: str) -> None:
+        """A text (markdown) for the views that show one, such as the config."""
+        for view in self._views:
+            view.put("text", name, text)
+
+    def flush(self, timeout: float = 5.0) -> None:
+        """Brings everything so far to disk (before a checkpoint is published or files are uploaded).
+
+        May be called from another thread. Waits for the views, at most `timeout` seconds in all.
+        """
+        self._record.sync()
+        self._each("flush", timeout=timeout)
+
+    def close(self, outcome: str, timeout: float = 15.0) -> None:
+        """The end of this start: outcome is completed, preempted or failed. Takes at most `timeout` seconds."""
+        self._record.close()
+        self._each("close", outcome, timeout=timeout)
+
+    def _each(self, method: str, *args: Any, timeout: float) -> None:
+        end = time.monotonic() + timeout
+        for view in self._views:
+            view.wait(method, *args, timeout=end - time.monotonic())

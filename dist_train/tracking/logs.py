@@ -1,0 +1,96 @@
+"""Python logging: one logger "dist_train", a file a rank, and the warnings of every library in it."""
+
+from __future__ import annotations
+
+import logging
+import logging.handlers
+import os
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+NAMES = ("dist_train", "py.warnings")  # the second is where logging.captureWarnings sends Python's warnings
+EARLY = 1000  # records kept from before the log file's place is known
+
+
+class _File(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  (logging's name)
+        """A full disk must not print a traceback for every line: the checkpoint's failure will say it."""
+
+
+class _Shown(logging.Handler):
+    """Warnings logged anywhere reach rank 0's terminal, unless the console printed them itself."""
+
+    def __init__(self, show: Callable[[str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._show = show
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not getattr(record, "shown", False):
+            self._show(record.getMessage().strip())
+
+
+def _one_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    return f"{filename}:{lineno}: {category.__name__}: {message}"
+
+
+class Capture:
+    """Collects log records and Python warnings of this process, from its creation until `close`.
+
+    show: called with the text of each warning (rank 0's terminal), or None: it reaches the log file only.
+    """
+
+    def __init__(self, show: Callable[[str], None] | None) -> None:
+        self._format = warnings.formatwarning
+        warnings.formatwarning = _one_line
+        logging.captureWarnings(True)
+        self._handlers: list[logging.Handler] = [logging.handlers.MemoryHandler(EARLY, logging.CRITICAL + 1)]
+        if show is not None:
+            self._handlers.append(_Shown(show))
+        for name in NAMES:
+            log = logging.getLogger(name)
+            log.setLevel(logging.INFO)
+            log.propagate = False
+            for handler in self._handlers:
+                log.addHandler(handler)
+
+    def close(self) -> None:
+        """Gives Python's warnings and both loggers back as they were; a second call does nothing."""
+        if not self._handlers:
+            return
+        self._handlers = []
+        logging.captureWarnings(False)
+        warnings.formatwarning = self._format
+        for name in NAMES:
+            log = logging.getLogger(name)
+            log.propagate = True
+            for handler in list(log.handlers):
+                log.removeHandler(handler)
+                handler.close()
+
+
+def setup_logging(path: str | os.PathLike[str], rank: int) -> logging.Logger:
+    """Sends the logger "dist_train" and Python's warnings to `path` (logs/rank-N.log), appending; returns the logger.
+
+    What was logged since the console was made, before this place was known, is written first. Called again (a notebook
+    that trains twice), it moves to the new file. Raises OSError when the file can't be opened.
+    """
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    file = _File(path, mode="a", encoding="utf-8", errors="backslashreplace")
+    form = logging.Formatter(f"%(asctime)s.%(msecs)03dZ rank {rank} %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
+    form.converter = time.gmtime
+    file.setFormatter(form)
+    for name in NAMES:
+        log = logging.getLogger(name)
+        log.setLevel(logging.INFO)
+        for handler in list(log.handlers):
+            if isinstance(handler, logging.handlers.MemoryHandler):
+                handler.setTarget(file)
+                handler.flush()
+            if isinstance(handler, logging.handlers.MemoryHandler | _File):
+                log.removeHandler(handler)
+        log.addHandler(file)
+    return logging.getLogger("dist_train")

@@ -1,0 +1,131 @@
+"""metrics.jsonl: the record of a run, one JSON object a line.
+
+A row is {"time", "step", "epoch", "samples", "split", **metrics}. `time` is ISO 8601 in UTC, `step` counts from 1 (0 is
+"before training"). Every line is strictly valid JSON: a metric that isn't finite is written as null (JSON has no NaN;
+pandas, jq and DuckDB read null as a missing number) and `read_rows` gives it back as NaN.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Collection, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+FIELDS = ("time", "step", "epoch", "samples", "split")
+_BLOCK = 1 << 16
+
+
+def now() -> str:
+    """The time in UTC as ISO 8601 with milliseconds, such as 2026-03-01T12:00:00.123Z."""
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")  # noqa: UP017
+
+
+def make_row(split: str, step: int, epoch: int | float, samples: int, metrics: Mapping[str, Any]) -> Row:
+    """One row as it is written; metrics become plain int or float. Raises ValueError for a metric named like a field."""
+    row: Row = {"time": now(), "step": int(step), "epoch": epoch, "samples": int(samples), "split": split}
+    for name, value in metrics.items():
+        if name in FIELDS:
+            raise ValueError(f"a metric may not be called {name!r}: {', '.join(FIELDS)} are fields of every row")
+        row[name] = value if type(value) in (int, float) else float(value)
+    return row
+
+
+def encode(row: Row) -> bytes:
+    """The row's line, newline included; what isn't finite is null."""
+    clean = {k: None if type(v) is float and not math.isfinite(v) else v for k, v in row.items()}
+    return json.dumps(clean, allow_nan=False).encode() + b"\n"
+
+
+class RecordFile:
+    """metrics.jsonl, open for appending. A row is on its way to the kernel when `append` returns: SIGKILL loses none."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115  (lives as long as the run)
+
+    def append(self, row: Row) -> None:
+        """Writes one line. Raises OSError naming the file when it can't be written whole (a full disk)."""
+        line = encode(row)
+        if self._file.write(line) != len(line):
+            raise OSError(f"{self.path}: a row could not be written whole; is the disk full?")
+
+    def sync(self) -> None:
+        """Returns when the rows so far would survive a power failure."""
+        if not self._file.closed:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Syncs and closes; a second call does nothing."""
+        self.sync()
+        self._file.close()
+
+
+def _parse(line: bytes) -> Row | None:
+    """The row in `line`, or None for one that a crash has torn."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
+
+
+def cut_back(path: str | os.PathLike[str], step: int, pending: Collection[str] = ()) -> int:
+    """Drops the rows after `step` (and a torn last line), so that a run resumed there goes on without doubles.
+
+    `pending` names splits that will be evaluated again at `step` itself: their rows at that step go too, with whatever
+    follows. Rows stand in the order of their steps, so what goes is the file's end: one truncation, which is atomic, and
+    costs the same whatever the length of the file. Synced. Returns the number of bytes dropped; 0 where there is no file.
+    """
+    path = Path(path)
+    if not path.exists():
+        return 0
+    with open(path, "r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        start, end = size, size
+        while start > 0:
+            start = max(0, size - max(_BLOCK, 2 * (size - start)))
+            file.seek(start)
+            lines = file.read(size - start).splitlines(keepends=True)
+            at = start
+            if start > 0:  # the first piece is the end of a line
+                at += len(lines.pop(0))
+            end, found = _first_to_drop(lines, at, step, pending)
+            if found:
+                break
+        if end < size:
+            file.truncate(end)
+            os.fsync(file.fileno())
+    return size - end
+
+
+def _first_to_drop(lines: list[bytes], at: int, step: int, pending: Collection[str]) -> tuple[int, bool]:
+    """Offset of the first line to drop (else the end), and whether an earlier row shows that nothing before it goes."""
+    end, found = None, False
+    for line in lines:
+        row = _parse(line)
+        if row is not None and row["step"] < step:
+            end, found = None, True
+        elif end is None and (row is None or row["step"] > step or row.get("split") in pending):
+            end = at
+        at += len(line)
+    return (at if end is None else end), found
+
+
+def read_rows(path: str | os.PathLike[str]) -> list[Row]:
+    """All whole rows in the order of the file, null metrics as NaN; [] where there is no file."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    with open(path, "rb") as file:
+        rows = [row for row in map(_parse, file) if row is not None]
+    for row in rows:
+        row.update({key: math.nan for key, value in row.items() if value is None})
+    return rows
