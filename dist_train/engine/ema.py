@@ -1,0 +1,53 @@
+"""An exponential moving average of the weights, used for evaluation and for the model that is kept."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA:
+    """`average = decay * average + (1 - decay) * weights` after every optimizer step; buffers are the model's own.
+
+    The average starts as the initial weights.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self._weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._average = {name: p.detach().clone() for name, p in self._weights.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the weights as they are now."""
+        torch._foreach_lerp_(list(self._average.values()), list(self._weights.values()), 1.0 - self.decay)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model has the average as its weights inside, and its own again after."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for name, parameter in self._weights.items():
+            parameter.data, self._average[name] = self._average[name], parameter.data
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The average, by parameter name."""
+        return dict(self._average)
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from a saved average.
+
+        Raises:
+            KeyError: a parameter has no average in `state`.
+        """
+        for name, average in self._average.items():
+            average.copy_(state[name])

@@ -1,0 +1,48 @@
+"""Which precision the forward runs in, and the loss scale that fp16 needs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A resolved precision: `fp32`, `bf16` or `fp16`; weights and gradients stay as the model has them (float32 as a rule)."""
+
+    name: str
+    device_type: str
+    note: str | None = None
+
+    def autocast(self) -> Any:
+        """The context that the forward runs in."""
+        if self.name == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device_type, dtype=torch.bfloat16 if self.name == "bf16" else torch.float16)
+
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """A GradScaler for fp16, else None."""
+        return torch.amp.GradScaler(self.device_type) if self.name == "fp16" else None
+
+
+def resolve_precision(choice: str, device: torch.device) -> Precision:
+    """`auto` is what accelerate's launcher asks for, else bf16 from compute capability 8.0, fp16 on 7.x, fp32 elsewhere.
+
+    A choice in the config wins over accelerate's, and a contradiction is a note.
+    """
+    wanted = {"bf16": "bf16", "fp16": "fp16", "no": "fp32"}.get(os.environ.get("ACCELERATE_MIXED_PRECISION", ""))
+    if choice != "auto":
+        note = None
+        if wanted is not None and wanted != choice:
+            note = f"accelerate asks for mixed precision {wanted}, trainer.precision says {choice}: {choice} is used"
+        return Precision(choice, device.type, note)
+    if wanted is not None:
+        return Precision(wanted, device.type)
+    if device.type != "cuda":
+        return Precision("fp32", device.type)
+    major, _ = torch.cuda.get_device_capability(device)
+    return Precision("bf16" if major >= 8 else "fp16" if major == 7 else "fp32", device.type)

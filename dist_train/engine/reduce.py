@@ -1,0 +1,160 @@
+"""From micro-batches on many ranks to the one gradient of the global batch.
+
+One small interface, two forms: `SingleProcess`, and `DataParallel` around torch's DistributedDataParallel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dist_train.engine.precision import Precision
+from dist_train.engine.task import Task, as_step_output
+
+
+class Reducer(Protocol):
+    """Runs forward and backward; after `finish` every parameter's `.grad` is the sum over all samples, times `scale`."""
+
+    def warm_up(self, batch: Any, rewind: Callable[[], None]) -> None:
+        """Settle whatever depends on the first backward; leaves weights, buffers and gradients as they were."""
+
+    def forward_backward(self, batch: Any, *, scale: float, weightless: bool, last: bool) -> None:
+        """Add one micro-batch's gradient of `scale * loss sum`; `last` marks this rank's last one of the step."""
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """(loss sum, weight) of the step over all ranks and micro-batches: 0-dim float64 tensors on the device."""
+
+
+class _Objective(nn.Module):
+    """Model and task as one module, so that DDP sees the whole step as one forward.
+
+    `report` is what the ranks tell each other. It is a parameter of two elements whose gradient *is* the pair (weight, loss
+    sum) of a micro-batch: DDP adds it up over the ranks inside a bucket that it reduces anyway, so the global denominator and
+    the global loss cost no collective of their own. No optimizer and no state_dict ever sees it.
+    """
+
+    def __init__(self, model: nn.Module, task: Task, scaler: torch.amp.GradScaler | None, world_size: int):
+        super().__init__()
+        self.model = model
+        self.task = (task,)  # in a tuple: a loss with parameters of its own isn't part of the model
+        self.scaler = scaler
+        self.world_size = world_size
+        reference = next(parameter for parameter in model.parameters() if parameter.requires_grad)
+        dtype = torch.float64 if reference.dtype == torch.float64 else torch.float32
+        self.report = nn.Parameter(torch.zeros(2, dtype=dtype, device=reference.device))
+
+    def forward(self, batch: Any, scale: float, weightless: bool) -> Tensor:
+        output = as_step_output(self.task[0].step(self.model, batch))
+        objective = output.loss * (0.0 if weightless else scale * self.world_size)
+        if self.scaler is not None:
+            objective = self.scaler.scale(objective)
+        if weightless:
+            return objective + (self.report * 0.0).sum()
+        # DDP divides by the world size: multiplied first, whole numbers come back whole.
+        weight = torch.as_tensor(output.weight, dtype=self.report.dtype, device=self.report.device)
+        told = torch.stack([weight, output.loss.detach().to(self.report.dtype)]) * self.world_size
+        return objective + (self.report * told).sum()
+
+
+class DataParallel:
+    """Gradients summed over all ranks by DDP's overlapped all-reduce, the only collective of a step."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        precision: Precision,
+        scaler: torch.amp.GradScaler | None,
+        *,
+        world_size: int,
+        bucket_mb: float,
+        find_unused_parameters: bool,
+    ):
+        self.precision = precision
+        self.find_unused = find_unused_parameters
+        self.objective = _Objective(model, task, scaler, world_size)
+        self.ddp = nn.parallel.DistributedDataParallel(
+            self.objective,
+            bucket_cap_mb=bucket_mb,
+            find_unused_parameters=find_unused_parameters,
+            gradient_as_bucket_view=True,
+            # Buffers differ over the ranks during an epoch, as in DDP everywhere; rank 0's are taken before an evaluation or a save.
+            broadcast_buffers=False,
+        )
+
+    def warm_up(self, batch: Any, rewind: Callable[[], None]) -> None:
+        """Two discarded steps: DDP lays its buckets out anew after its first backward, and until then sums in another order.
+
+        Without this the first step after each start would differ in its last bits from the same step in the middle of a run.
+
+        Raises:
+            ValueError: parameters took no part in the loss; their names are in the message.
+        """
+        for _ in range(2):
+            rewind()
+            self.forward_backward(batch, scale=1.0, weightless=False, last=True)
+            self._name_unused()
+        for parameter in self.objective.parameters():
+            parameter.grad = None
+
+    def _name_unused(self) -> None:
+        if self.find_unused:
+            return
+        named = self.objective.model.named_parameters()
+        unused = [name for name, parameter in named if parameter.requires_grad and parameter.grad is None]
+        if unused:
+            shown = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")
+            raise ValueError(
+                f"{len(unused)} parameter(s) took no part in the loss: {shown}. On several processes DDP waits for every "
+                "gradient: freeze or remove them, or set distributed.find_unused_parameters=true (slower)"
+            )
+
+    def forward_backward(self, batch: Any, *, scale: float, weightless: bool, last: bool) -> None:
+        """See `Reducer`; gradients travel with the last micro-batch only."""
+        with contextlib.nullcontext() if last else self.ddp.no_sync():
+            with self.precision.autocast():
+                objective = self.ddp(batch, scale, weightless)
+            objective.backward()
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """See `Reducer`."""
+        told = self.objective.report.grad
+        assert told is not None
+        weight, loss = told.to(torch.float64, copy=True).unbind()  # the gradient itself is a view into a bucket
+        self.objective.report.grad = None
+        return loss, weight
+
+
+class SingleProcess:
+    """One process: gradients are summed where they arise."""
+
+    def __init__(self, model: nn.Module, task: Task, precision: Precision, scaler: torch.amp.GradScaler | None):
+        self.model, self.task, self.precision, self.scaler = model, task, precision, scaler
+        self._loss: Tensor | None = None
+        self._weight: Tensor | float = 0.0
+
+    def warm_up(self, batch: Any, rewind: Callable[[], None]) -> None:
+        """Nothing to settle."""
+
+    def forward_backward(self, batch: Any, *, scale: float, weightless: bool, last: bool) -> None:
+        """See `Reducer`."""
+        with self.precision.autocast():
+            output = as_step_output(self.task.step(self.model, batch))
+        objective = output.loss * scale
+        if self.scaler is not None:
+            objective = self.scaler.scale(objective)
+        objective.backward()
+        loss = output.loss.detach()
+        self._loss = loss if self._loss is None else self._loss.double() + loss
+        self._weight = output.weight if isinstance(self._weight, float) and not self._weight else self._weight + output.weight
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """See `Reducer`."""
+        assert self._loss is not None
+        weight = torch.as_tensor(self._weight, dtype=torch.float64, device=self._loss.device)
+        loss, self._loss, self._weight = self._loss.double(), None, 0.0
+        return loss, weight

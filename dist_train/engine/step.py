@@ -1,0 +1,223 @@
+"""One optimizer step: forward and backward of each micro-batch, reduction, clipping, non-finite check, update, EMA.
+
+Nothing here waits for the device or talks to other ranks, except where a comment says so.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dist_train.engine.reduce import Reducer
+from dist_train.runtime.seeding import seed_forward
+
+if TYPE_CHECKING:
+    from dist_train.data.loader import StepWork
+
+MAX_OVERFLOWS_IN_A_ROW = 20
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient is inf or nan; the message names step, samples and parameter, and what to try."""
+
+
+class Stepper:
+    """Runs optimizer steps and keeps the sums of the open log interval on the device.
+
+    Attributes:
+        totals: float64 (2,) on the device: loss sum and weight since the last log row, without skipped steps.
+        grad_norm: the norm of the last step's gradient before clipping (0-dim tensor), if it was asked for or clipped.
+        skipped: optimizer steps skipped so far for a non-finite loss or gradient.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        reducer: Reducer,
+        *,
+        scaler: torch.amp.GradScaler | None,
+        device: torch.device,
+        seed: int,
+        summed: bool,
+        prepare: Callable[[Any, int, Any], Any],
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
+        on_nonfinite: str = "stop",
+    ):
+        self.model, self.optimizer, self.reducer, self.scaler = model, optimizer, reducer, scaler
+        self.device, self.seed, self.summed, self.prepare = device, seed, summed, prepare
+        self.clip_norm, self.clip_value = clip_norm, clip_value
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.totals = torch.zeros(2, dtype=torch.float64, device=device)
+        self.grad_norm: Tensor | None = None
+        self.guard = FiniteGuard(optimizer, device, scaler is not None, on_nonfinite)
+        self._one = torch.ones((), device=device)
+
+    def __call__(self, work: StepWork, want_norm: bool) -> None:
+        """Run the optimizer step that `work` describes.
+
+        Raises:
+            NonFiniteError: before the update where the check can act there (see `FiniteGuard`).
+        """
+        scale = 1.0 if self.summed else 1.0 / work.samples
+        for micro in work.micro_batches:
+            batch = self.prepare(micro.batch, work.epoch, micro.indices)
+            seed_forward(self.seed, work.step, micro.position, self.device)
+            self.reducer.forward_backward(batch, scale=scale, weightless=micro.weightless, last=micro.last)
+        loss, weight = self.reducer.finish()
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        self._divide(gradients, loss, weight, work.samples)
+        if self.clip_value is not None:
+            nn.utils.clip_grad_value_(self.parameters, self.clip_value)
+        if self.clip_norm is not None:
+            self.grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+        elif want_norm:
+            self.grad_norm = nn.utils.get_total_norm(gradients)
+        self._update(loss, weight, work)
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def _divide(self, gradients: Sequence[Tensor], loss: Tensor, weight: Tensor, samples: int) -> None:
+        """Gradients of the mean over the samples become gradients of the loss's own mean; any inf or nan is found in the same pass."""
+        ratio = self._one if self.summed else samples / weight
+        lists: dict[torch.dtype, list[Tensor]] = {torch.float32: [loss.float()]}
+        for gradient in gradients:
+            lists.setdefault(gradient.dtype, []).append(gradient)
+        if not self.summed and torch.float64 in lists:
+            torch._foreach_mul_(lists[torch.float64], ratio)  # the fused kernel takes a float32 factor only
+        self.guard.found.zero_()
+        for dtype, tensors in lists.items():
+            factor = self._one if dtype == torch.float64 else ratio.float()
+            torch._amp_foreach_non_finite_check_and_unscale_(tensors, self.guard.found, factor)
+
+    def _update(self, loss: Tensor, weight: Tensor, work: StepWork) -> None:
+        told = torch.stack([loss, weight])
+        if self.guard.on_host:
+            bad = self.guard.read_now()
+            if bad:
+                self.guard.answer(work.step + 1, work.indices, self.model, loss)
+            else:
+                self.totals += told
+                self._optimizer_step()
+        else:
+            self.totals += torch.where(self.guard.found > 0, 0.0, told)
+            self._optimizer_step()
+            self.guard.record(work.step + 1)
+        if self.scaler is not None:
+            self.scaler.update()
+
+    def _optimizer_step(self) -> None:
+        if self.scaler is not None:
+            self.scaler.step(self.optimizer)  # reads a flag on the host unless the optimizer is fused
+        else:
+            self.optimizer.step()
+
+
+class FiniteGuard:
+    """What happens when a loss or gradient is inf or nan.
+
+    On the CPU the finding is read at once and acts before the update. On CUDA a fused optimizer gets the finding and leaves
+    everything as it was; with others the update happens and a sticky record on the device, read at log intervals and before
+    any evaluation or save, ends the run before anything of it is kept. `skip` with an optimizer that isn't fused reads the
+    finding in every step. Under fp16 an overflow is the scaler's normal work: skipped, and only 20 in a row end the run.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device, scaled: bool, on_nonfinite: str):
+        self.scaled, self.skips = scaled, scaled or on_nonfinite == "skip"
+        fused = is_fused(optimizer)
+        self.on_host = device.type == "cpu" or (on_nonfinite == "skip" and not fused and not scaled)
+        self.found = torch.zeros((), device=device)
+        self.skipped = 0
+        self.in_a_row = 0
+        self._view = self.found.numpy() if device.type == "cpu" else None
+        # skipped, in a row, most in a row, first bad step
+        self._record = torch.zeros(4, dtype=torch.int64, device=device)
+        if not self.on_host and fused and not scaled:
+            optimizer.found_inf = self.found  # type: ignore[attr-defined]
+
+    def read_now(self) -> bool:
+        """Whether this step's loss or gradient is non-finite; on CUDA this waits for the device."""
+        bad = bool(self._view) if self._view is not None else bool(self.found)
+        if not bad:
+            self.in_a_row = 0
+        return bad
+
+    def answer(self, step: int, indices: Sequence[int], model: nn.Module, loss: Tensor) -> None:
+        """Count a bad step, or end the run.
+
+        Raises:
+            NonFiniteError: `trainer.on_nonfinite` is `stop`, or fp16 has overflowed 20 times in a row.
+        """
+        self.skipped += 1
+        self.in_a_row += 1
+        if self.skips and not (self.scaled and self.in_a_row >= MAX_OVERFLOWS_IN_A_ROW):
+            return
+        raise NonFiniteError(_message(step, indices, _culprit(model, loss), self.in_a_row if self.scaled else 0))
+
+    def record(self, step: int) -> None:
+        """Note this step's finding on the device, without waiting for it."""
+        found = (self.found > 0).long()
+        skipped, row, most, first = self._record.unbind()
+        row = (row + 1) * found
+        first = torch.where((first == 0) & (found > 0), step, first)
+        self._record = torch.stack([skipped + found, row, torch.maximum(most, row), first])
+
+    def check_record(self, indices_of: Callable[[int], Sequence[int]], model: nn.Module) -> None:
+        """Read the record; waits for the device, so it is called at log intervals and before evaluations and saves only.
+
+        Raises:
+            NonFiniteError: as `answer`.
+        """
+        if self.on_host:
+            return
+        self.skipped, self.in_a_row, most, first = self._record.tolist()
+        if first and (not self.skips or (self.scaled and most >= MAX_OVERFLOWS_IN_A_ROW)):
+            raise NonFiniteError(_message(first, indices_of(first - 1), _culprit(model, None), most if self.scaled else 0))
+
+    def state_dict(self) -> dict[str, int]:
+        """Counters to go on with after a resume; call `check_record` first."""
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on counting."""
+        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
+        self._record[0], self._record[1] = self.skipped, self.in_a_row
+
+
+def is_fused(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether every parameter group is updated by a fused kernel, which can skip an update without the host knowing."""
+    supports = getattr(optimizer, "_step_supports_amp_scaling", False)
+    return bool(supports) and all(group.get("fused") for group in optimizer.param_groups)
+
+
+def accepts_fused(optimizer_class: Callable[..., Any]) -> bool:
+    """Whether an optimizer class takes `fused=`."""
+    return "fused" in inspect.signature(optimizer_class).parameters
+
+
+def _culprit(model: nn.Module, loss: Tensor | None) -> str:
+    """The first parameter whose gradient (or, after the fact, value) is inf or nan."""
+    for what, of in (("gradient", lambda parameter: parameter.grad), ("value", lambda parameter: parameter.detach())):
+        for name, parameter in model.named_parameters():
+            tensor = of(parameter)
+            if tensor is not None and not bool(torch.isfinite(tensor).all()):
+                return f"first affected parameter: {name} ({what})"
+    if loss is not None and not bool(torch.isfinite(loss)):
+        return f"the loss is {float(loss)}, every gradient is finite"
+    return "the parameters are finite (the update was skipped)"
+
+
+def _message(step: int, indices: Sequence[int], culprit: str, overflows: int) -> str:
+    shown = ", ".join(str(int(index)) for index in indices[:16]) + (", ..." if len(indices) > 16 else "")
+    what = f"fp16 overflowed {overflows} times in a row" if overflows else "the loss or a gradient is inf or nan"
+    return (
+        f"step {step}: {what}; {culprit}; samples of the step: {shown}. Nothing of it was saved. Try a lower optimizer.lr, "
+        "trainer.clip_grad_norm, trainer.precision=fp32, or trainer.on_nonfinite=skip, and look at those samples"
+    )
