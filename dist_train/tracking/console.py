@@ -5,53 +5,18 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import textwrap
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from dist_train.tracking.logs import Capture, setup_logging
+from dist_train.tracking.text import WIDTH, format_number, format_seconds, two_columns
 
 if TYPE_CHECKING:
     from dist_train.tracking.live import Live
 
-__all__ = ["Console", "setup_logging", "format_number", "format_seconds", "two_columns"]
-
-WIDTH = 100
-
-
-def format_number(name: str, value: float) -> str:
-    """A metric as people read it: 0.4321, 0.08 (lr), 12,345 (rates and counts), 1.2e-05."""
-    if isinstance(value, int):
-        return f"{value:,}"
-    if name.endswith("_per_s"):
-        return f"{value:,.0f}" if value >= 10 else f"{value:.2f}"
-    if name == "lr" or name.startswith("lr"):
-        return f"{value:.4g}"
-    return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e5 or value != value else f"{value:.3e}"
-
-
-def format_seconds(seconds: float) -> str:
-    """0:12, 4:05, 2:30:00, 3d 04:00."""
-    minutes, second = divmod(max(0, round(seconds)), 60)
-    hours, minute = divmod(minutes, 60)
-    if hours >= 48:
-        return f"{hours // 24}d {hours % 24:02d}:{minute:02d}"
-    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
-
-
-def two_columns(lines: Sequence[tuple[str, str]], width: int = WIDTH) -> list[str]:
-    """Aligned "label  value" lines of at most `width` columns; long values go on under themselves."""
-    left = max((len(label) for label, _ in lines), default=0)
-    out = []
-    for label, value in lines:
-        for part in str(value).splitlines() or [""]:
-            wrapped = textwrap.wrap(part, max(20, width - left - 4), break_long_words=False, break_on_hyphens=False)
-            for piece in wrapped or [""]:
-                out.append(f"  {label:<{left}}  {piece}".rstrip())
-                label = ""
-    return out
+__all__ = ["Console", "setup_logging"]
 
 
 class _Stream:

@@ -18,12 +18,14 @@ if TYPE_CHECKING:
 COLORS = {"train": "#4c78a8", "val": "#e4572e", "test": "#2a9d5c", "lr": "#6b7280"}
 PANELS = 4  # metrics drawn beside the loss at most
 POINTS = 1500  # of a line; more can't be seen
+# for names in other scripts, where one is installed
+FONTS = ["DejaVu Sans", "Noto Sans CJK SC", "WenQuanYi Zen Hei", "PingFang SC", "Microsoft YaHei"]
 # recorded for diagnosis; the report shows them
 ASIDE = ("lr", "grad_norm", "samples_per_s", "data_wait")
 
 
 def series(rows: Sequence[Row], split: str, name: str) -> tuple[list[int], list[float]]:
-    """(steps, values) of one metric of one split; where a step occurs twice, the later row counts; thinned for drawing."""
+    """(steps, values) of a split's metric; where a step occurs twice, the later row counts; thinned for drawing."""
     points = {row["step"]: float(row[name]) for row in rows if row.get("split") == split and name in row}
     steps = sorted(points)
     stride = math.ceil(len(steps) / POINTS) if len(steps) > POINTS else 1
@@ -52,7 +54,7 @@ def draw_curves(rows: Sequence[Row], path: str | os.PathLike[str], title: str = 
     figure = Figure(figsize=(5.2 * columns, 3.6 * lines + 0.5), dpi=110, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     if title:
-        figure.suptitle(title.replace("$", r"\$"), fontsize=14, fontweight="bold", x=0.01, ha="left")
+        figure.suptitle(_plain(title), fontsize=14, fontweight="bold", x=0.01, ha="left", fontfamily=FONTS)
     axes = figure.subplots(lines, columns, squeeze=False).flatten()
     for axis, name in zip(axes, panels, strict=False):
         _panel(axis, rows, name)
@@ -69,39 +71,52 @@ def draw_curves(rows: Sequence[Row], path: str | os.PathLike[str], title: str = 
 
 def _panel(axis: Axes, rows: Sequence[Row], name: str) -> None:
     """One metric's panel: a line a split, a point where there is only one value (test)."""
-    positive: list[float] = []
-    for split in ("train", "val", "test"):
-        if name == "lr" and split != "train":
-            continue
+    drawn: list[float] = []
+    for split in ("train", "val", "test") if name != "lr" else ("train",):
         steps, values = series(rows, split, name)
         good = [value for value in values if math.isfinite(value)]
+        if len(good) < len(values):
+            _mark_not_finite(axis, next(s for s, v in zip(steps, values, strict=True) if not math.isfinite(v)))
         if not good:
             continue
-        positive += good
-        color = COLORS["lr" if name == "lr" else split]
-        style: dict[str, Any] = {"color": color, "label": split, "linewidth": 1.3 if split == "train" else 1.8}
-        if split == "test" or len(values) == 1:
+        drawn += good
+        label = split if split == "train" else f"{split}  {good[-1]:.4g}"
+        style: dict[str, Any] = {"color": COLORS["lr" if name == "lr" else split], "label": label}
+        if split == "test" or len(good) == 1:
             style.update(marker="D" if split == "test" else "o", linestyle="none", zorder=5)
-        elif len(values) <= 40 and split == "val":
-            style.update(marker="o", markersize=3.5)
-        axis.plot(steps, values, **style)
-        if split != "train":
-            axis.annotate(
-                f"{good[-1]:.4g}", (steps[-1], values[-1]), color=color, fontsize=8.5, textcoords="offset points",
-                xytext=(-4, 6), ha="right",
-            )  # fmt: skip
-    title = {"lr": "learning rate"}.get(name, name)
-    axis.set_title(title.replace("$", r"\$"), loc="left", fontsize=11)
+        elif split == "val":
+            style.update(linewidth=1.8, marker="o" if len(values) <= 40 else "", markersize=3.5)
+        axis.plot(steps, values, **{"linewidth": 1.4, **style})
+    _dress(axis, {"lr": "learning rate"}.get(name, name))
+    if not drawn:
+        axis.text(0.5, 0.5, "no values", ha="center", va="center", color="#9ca3af", transform=axis.transAxes)
+    elif name == "lr":
+        axis.set_ylim(bottom=0)
+    else:
+        axis.legend(frameon=False, fontsize=9)
+    if name == "loss" and drawn and min(drawn) > 0 and max(drawn) > 50 * min(drawn):
+        axis.set_yscale("log")
+
+
+def _mark_not_finite(axis: Axes, step: int) -> None:
+    axis.axvline(step, color="#b91c1c", linewidth=1, linestyle=":")
+    place = (step, 0.03)
+    axis.annotate(f" not finite at {step}", place, xycoords=axis.get_xaxis_transform(), color="#b91c1c", fontsize=8.5)
+
+
+def _dress(axis: Axes, title: str) -> None:
+    """What all panels share."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_title(_plain(title), loc="left", fontsize=11)
     axis.set_xlabel("step", fontsize=9)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     axis.tick_params(labelsize=8.5)
     axis.grid(True, color="#e5e7eb", linewidth=0.8)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
-    if not positive:
-        axis.text(0.5, 0.5, "no values", ha="center", va="center", color="#9ca3af", transform=axis.transAxes)
-    elif name == "loss" and min(positive) > 0 and max(positive) > 50 * min(positive):
-        axis.set_yscale("log")
-    elif name == "lr":
-        axis.set_ylim(bottom=0)
-    if name != "lr" and positive:
-        axis.legend(frameon=False, fontsize=9)
+
+
+def _plain(text: str) -> str:
+    """Text that matplotlib doesn't take for mathematics."""
+    return text.replace("$", r"\$")

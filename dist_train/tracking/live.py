@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import rich.box
 import rich.console
 import rich.live
+import rich.padding
 import rich.progress_bar
 import rich.table
 import rich.text
+
+from dist_train.tracking.text import format_number, format_seconds
 
 if TYPE_CHECKING:
     from dist_train.tracking.console import Console
 
 REFRESH = 4  # times a second
+BAR = 12  # columns of the bar at least
 
 
 class Live:
@@ -48,39 +53,50 @@ class Live:
 
     def evaluation(self, split: str, step: int, metrics: Mapping[str, float]) -> None:
         """A table: each metric now, and at the evaluation before."""
-        from dist_train.tracking.console import format_number
-
         before = self._before.get(split, {})
-        table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
-        table.add_column(f"{split} at step {step}", style="bold")
-        table.add_column("now", justify="right")
-        table.add_column("before", justify="right", style="dim")
+        table = rich.table.Table(box=rich.box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+        table.add_column(f"{split} at step {step:,}", min_width=20, no_wrap=True)
+        table.add_column("now", justify="right", style="bold", min_width=8)
+        table.add_column("before", justify="right", style="dim", min_width=8)
         for name, value in metrics.items():
-            table.add_row(name, format_number(name, value), format_number(name, before[name]) if name in before else "")
-            if split == "val" and name != "loss" and not self._metric.startswith("val/" + name):
-                self._metric = self._metric or f"val/{name}"
-        self._before[split] = dict(metrics)
-        self._rich.print(table)
+            table.add_row(name, format_number(name, value), format_number(name, before[name]) if before else "")
+        if split == "val":
+            self._metric = next(iter([name for name in metrics if name != "loss"]), "")
+        self._before[split] = dict.fromkeys(metrics, math.nan) | dict(metrics)
+        self._rich.print(rich.padding.Padding(table, (0, 0, 1, 2)))
+
+    def _parts(self) -> tuple[list[str], list[str]]:
+        """The texts left and right of the bar, the most important first."""
+        step, total, metrics = self._console.step, self._total, self._metrics
+        left = [f"epoch {self._epoch}" + ("" if self._epochs is None else f"/{self._epochs}")]
+        right = [f"{step:,}" if total is None else f"{step:,}/{total:,}"]
+        if "loss" in metrics:
+            right.append(f"loss {format_number('loss', metrics['loss'])}")
+        if self._left is not None:
+            right.append(f"{format_seconds(self._left)} left")
+        if self._metric:
+            right.append(f"val/{self._metric} {format_number(self._metric, self._before['val'][self._metric])}")
+        if "samples_per_s" in metrics:
+            right.append(f"{format_number('samples_per_s', metrics['samples_per_s'])} samples/s")
+        return left, right
 
     def _bar(self) -> rich.console.RenderableType:
-        from dist_train.tracking.console import format_number, format_seconds
-
-        step, total = self._console.step, self._total
-        of = "" if self._epochs is None else f"/{self._epochs}"
-        row: list[Any] = [f"epoch {self._epoch}{of}"]
-        row.append(rich.progress_bar.ProgressBar(total=total, completed=step, width=None, pulse=total is None))
-        row.append(f"{step}" if total is None else f"{step}/{total}")
-        if "loss" in self._metrics:
-            row.append(f"loss {format_number('loss', self._metrics['loss'])}")
-        if self._metric:
-            name = self._metric.removeprefix("val/")
-            row.append(f"{self._metric} {format_number(name, self._before['val'][name])}")
-        if "samples_per_s" in self._metrics:
-            row.append(f"{format_number('samples_per_s', self._metrics['samples_per_s'])} samples/s")
-        if self._left is not None:
-            row.append(f"{format_seconds(self._left)} left")
-        grid = rich.table.Table.grid(padding=(0, 1), expand=True)
-        for i, _ in enumerate(row):
-            grid.add_column(ratio=1 if i == 1 else None, no_wrap=True)
-        grid.add_row(*row)
+        """One line for any width: what doesn't fit is left out, the least important first."""
+        left, right = self._parts()
+        width = max(20, self._rich.width) - 1
+        while len(right) > 1 and sum(len(part) + 2 for part in left + right) + BAR > width:
+            right.pop()
+        room = width - sum(len(part) + 2 for part in left + right)
+        grid = rich.table.Table.grid(padding=(0, 2, 0, 0))
+        cells: list[rich.console.RenderableType] = [left[0]]
+        if room >= BAR:
+            total = self._total
+            bar = rich.progress_bar.ProgressBar(
+                total=total, completed=self._console.step, width=min(60, room), pulse=total is None
+            )
+            cells.append(bar)
+        cells += right
+        for _ in cells:
+            grid.add_column(no_wrap=True)
+        grid.add_row(*cells)
         return grid

@@ -26,7 +26,7 @@ def now() -> str:
 
 
 def make_row(split: str, step: int, epoch: int | float, samples: int, metrics: Mapping[str, Any]) -> Row:
-    """One row as it is written; metrics become plain int or float. Raises ValueError for a metric named like a field."""
+    """One row as it is written; metrics become plain int or float. ValueError for a metric named like a field."""
     row: Row = {"time": now(), "step": int(step), "epoch": epoch, "samples": int(samples), "split": split}
     for name, value in metrics.items():
         if name in FIELDS:
@@ -42,7 +42,7 @@ def encode(row: Row) -> bytes:
 
 
 class RecordFile:
-    """metrics.jsonl, open for appending. A row is on its way to the kernel when `append` returns: SIGKILL loses none."""
+    """metrics.jsonl, open for appending. The kernel has a row when `append` returns: SIGKILL loses none."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -81,8 +81,8 @@ def cut_back(path: str | os.PathLike[str], step: int, pending: Collection[str] =
     """Drops the rows after `step` (and a torn last line), so that a run resumed there goes on without doubles.
 
     `pending` names splits that will be evaluated again at `step` itself: their rows at that step go too, with whatever
-    follows. Rows stand in the order of their steps, so what goes is the file's end: one truncation, which is atomic, and
-    costs the same whatever the length of the file. Synced. Returns the number of bytes dropped; 0 where there is no file.
+    follows. Rows stand in the order of their steps, so what goes is the file's end: one truncation, which is atomic and
+    costs the same however long the file is. Synced. Returns the number of bytes dropped; 0 where there is no file.
     """
     path = Path(path)
     if not path.exists():

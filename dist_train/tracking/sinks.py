@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -14,6 +14,7 @@ from dist_train.tracking.records import FIELDS, Row
 
 BACKLOG = 10_000  # calls that may wait for a slow sink before it is given up
 STUCK = 60.0  # seconds that one call may take once the backlog is full
+PAUSE = 0.5  # seconds between two looks into the queue: waking for each row would take the GIL from the training loop
 
 
 class Sink(Protocol):
@@ -40,7 +41,8 @@ class SinkThread:
 
     def __init__(self, name: str, make: Callable[[], Any], warn: Callable[[str], None]) -> None:
         self.name, self._make, self._warn = name, make, warn
-        self._queue: queue.SimpleQueue[tuple[str, tuple[Any, ...], threading.Event | None]] = queue.SimpleQueue()
+        self._queue: deque[tuple[str, tuple[Any, ...], threading.Event | None]] = deque()
+        self._hurry = threading.Event()  # don't wait for the next look into the queue
         self._thread: threading.Thread | None = None
         self._off = threading.Lock()  # held for ever by whoever switches the sink off
         self._since = time.monotonic()  # when the sink's present call began
@@ -59,8 +61,10 @@ class SinkThread:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name=f"tracking-{self.name}", daemon=True)
             self._thread.start()
-        self._queue.put((method, args, done))
-        if self._queue.qsize() > BACKLOG and time.monotonic() - self._since > STUCK:
+        self._queue.append((method, args, done))
+        if done is not None:
+            self._hurry.set()
+        elif len(self._queue) > BACKLOG and time.monotonic() - self._since > STUCK:
             self.switch_off(f"it has taken nothing for {time.monotonic() - self._since:.0f} s")
 
     def switch_off(self, why: str) -> None:
@@ -79,20 +83,25 @@ class SinkThread:
 
     def _run(self) -> None:
         sink: Any = None
-        while True:
-            method, args, done = self._queue.get()
+        method = ""
+        while method != "close" and self.on:
             self._since = time.monotonic()
+            if not self._queue:
+                self._hurry.wait(PAUSE)
+                self._hurry.clear()
+                continue
+            method, args, done = self._queue.popleft()
             try:
-                if self.on:
-                    sink = self._make() if sink is None else sink
-                    getattr(sink, method)(*args)
+                sink = self._make() if sink is None else sink
+                getattr(sink, method)(*args)
             except Exception as error:
                 self.switch_off(f"{type(error).__name__}: {error}")
             finally:
                 if done is not None:
                     done.set()
-            if method == "close":
-                return
+        for _, _, done in self._queue:  # nobody waits for a sink that is off
+            if done is not None:
+                done.set()
 
 
 class TensorBoard:
