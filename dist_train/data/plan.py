@@ -1,0 +1,179 @@
+"""The order of samples, as pure functions: (seed, epoch, dataset length) -> which samples make each optimizer step.
+
+World size, workers and micro-batches only cut what the plan says; they never change it. All arithmetic is on integers
+and numpy arrays, so that its tests are exact and take milliseconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dist_train.data.errors import DataError
+from dist_train.runtime.seeding import ORDER
+
+Indices = NDArray[np.int64]
+
+_FINGERPRINT_ENTRIES = 4096
+
+
+@lru_cache(maxsize=2)  # two: prefetching may already be in the next epoch
+def _order(seed: int, epoch: int, length: int, shuffle: bool) -> Indices:
+    """The samples of one epoch, read-only. numpy's RandomState is frozen for ever (NEP 19), unlike torch.randperm."""
+    order = np.arange(length, dtype=np.int64)
+    if shuffle:
+        low = 0xFFFFFFFF
+        key = [ORDER, seed & low, (seed >> 32) & low, epoch & low, (epoch >> 32) & low]
+        np.random.RandomState(key).shuffle(order)
+    order.flags.writeable = False
+    return order
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which samples each optimizer step takes; steps and epochs count from 0.
+
+    Args:
+        seed: the run's seed.
+        length: samples in the dataset.
+        global_batch_size: samples of one optimizer step over all ranks.
+        shuffle: a new permutation each epoch, else dataset order.
+        drop_last: leave out the samples of an epoch that don't fill a global batch; else its last step is smaller.
+
+    Raises:
+        DataError: no sample at all, or fewer than one global batch while `drop_last` is set.
+    """
+
+    seed: int
+    length: int
+    global_batch_size: int
+    shuffle: bool = True
+    drop_last: bool = True
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise DataError("data.train has no samples: expected at least 1, found 0")
+        if self.global_batch_size < 1:
+            raise DataError(f"data.global_batch_size must be at least 1, found {self.global_batch_size}")
+        if self.drop_last and self.length < self.global_batch_size:
+            raise DataError(
+                f"data.train has {self.length} samples, fewer than one global batch of {self.global_batch_size}, and "
+                f"data.drop_last leaves out incomplete batches, so there is nothing to train on; set "
+                f"data.global_batch_size={self.length} (or less), or data.drop_last=false"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one epoch."""
+        if self.drop_last:
+            return self.length // self.global_batch_size
+        return -(-self.length // self.global_batch_size)
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples that one epoch trains on."""
+        return self.steps_per_epoch * self.global_batch_size if self.drop_last else self.length
+
+    def epoch_of(self, step: int) -> int:
+        """The epoch that global step `step` belongs to."""
+        return step // self.steps_per_epoch
+
+    def order(self, epoch: int) -> Indices:
+        """All samples in the order of `epoch`: (length,) int64, read-only. The last two epochs are kept."""
+        return _order(self.seed, epoch, self.length, self.shuffle)
+
+    def batch(self, step: int) -> Indices:
+        """The samples of global step `step`: (n,) int64, n = global_batch_size except in a smaller last step."""
+        epoch, k = divmod(step, self.steps_per_epoch)
+        start = k * self.global_batch_size
+        return _order(self.seed, epoch, self.length, self.shuffle)[start : start + self.global_batch_size]
+
+    def batch_samples(self, step: int) -> int:
+        """How many samples global step `step` takes, without making the order."""
+        start = (step % self.steps_per_epoch) * self.global_batch_size
+        return min(self.global_batch_size, self.length - start)
+
+    def samples_before(self, step: int) -> int:
+        """Samples consumed before global step `step` begins: the position of a run."""
+        epoch, k = divmod(step, self.steps_per_epoch)
+        return epoch * self.samples_per_epoch + k * self.global_batch_size
+
+    def step_at(self, samples: int) -> int:
+        """The global step that begins when `samples` have been consumed; the inverse of `samples_before`.
+
+        Raises:
+            DataError: no step begins there.
+        """
+        epoch, rest = divmod(samples, self.samples_per_epoch)
+        k, odd = divmod(rest, self.global_batch_size)
+        if samples < 0 or odd:
+            raise DataError(
+                f"no optimizer step begins after {samples} samples: an epoch has {self.samples_per_epoch} samples in "
+                f"{self.steps_per_epoch} steps of {self.global_batch_size}"
+            )
+        return epoch * self.steps_per_epoch + k
+
+    def fingerprint(self) -> str:
+        """16 hex digits that tell whether another machine makes the same order (of epoch 0's beginning)."""
+        head = self.order(0)[:_FINGERPRINT_ENTRIES].astype("<i8").tobytes()
+        return hashlib.sha256(head).hexdigest()[:16]
+
+
+def share(n: int, rank: int, world_size: int) -> slice:
+    """The part of n items that `rank` takes: contiguous, in rank order, sizes differing by at most one."""
+    size, extra = divmod(n, world_size)
+    start = rank * size + min(rank, extra)
+    return slice(start, start + size + (rank < extra))
+
+
+def split(n: int, micro: int) -> list[slice]:
+    """n items in ceil(n / micro) near-equal contiguous parts, none larger than `micro`."""
+    count = -(-n // micro)
+    return [share(n, k, count) for k in range(count)]
+
+
+@lru_cache(maxsize=64)
+def parts(n: int, rank: int, world_size: int, micro: int) -> tuple[slice, ...]:
+    """The micro-batches of `rank` in a global batch of n samples, as slices of that batch; empty without samples."""
+    mine = share(n, rank, world_size)
+    return tuple(
+        slice(mine.start + part.start, mine.start + part.stop) for part in split(mine.stop - mine.start, micro)
+    )
+
+
+def smallest_part(plan: Plan, world_size: int, micro: int) -> int:
+    """The fewest samples that any forward of training gets (BatchNorm can't train on one), weightless ones apart."""
+    last = plan.batch_samples(plan.steps_per_epoch - 1)
+    return min(
+        part.stop - part.start
+        for n in {plan.batch_samples(0), last}
+        for rank in range(world_size)
+        for part in parts(n, rank, world_size, micro)
+    )
+
+
+@dataclass(frozen=True)
+class EvalPlan:
+    """Evaluation in fixed cuts of the dataset, so that the bits of its result don't depend on the world size."""
+
+    length: int
+    batch_size: int
+
+    def __len__(self) -> int:
+        return -(-self.length // self.batch_size)
+
+    def cut(self, k: int) -> range:
+        """The samples of cut `k`."""
+        return range(k * self.batch_size, min(self.length, (k + 1) * self.batch_size))
+
+    def cuts(self, rank: int, world_size: int) -> list[range]:
+        """The cuts that `rank` evaluates: every world_size-th, whole."""
+        return [self.cut(k) for k in range(rank, len(self), world_size)]
+
+    def __iter__(self) -> Iterator[range]:
+        return iter(self.cuts(0, 1))

@@ -1,0 +1,86 @@
+"""From the plan to what one rank reads: a batch sampler whose items carry everything that a worker must know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, cast
+
+from torch.utils.data import DistributedSampler
+
+from dist_train.data.plan import Indices, Plan, parts
+
+
+class Request(NamedTuple):
+    """One micro-batch of one rank, as it is handed to the dataset (and sent to workers, which keep no state)."""
+
+    epoch: int
+    step: int
+    """Global optimizer step, from 0."""
+    indices: Indices
+    """Samples to read: (n,) int64, its own copy, so that nobody can harm the plan's order."""
+    position: int
+    """Place of the first sample in the global batch."""
+    weightless: bool
+    """This rank has no sample in the step and only runs the forward; its result counts nothing."""
+    last: bool
+    """The last micro-batch of this rank in the step."""
+
+
+def requests(plan: Plan, step: int, rank: int, world_size: int, micro: int) -> list[Request]:
+    """What `rank` reads in global step `step`, at least one request.
+
+    A rank without samples gets the batch's first two (BatchNorm needs two; one if the batch is a single sample),
+    weightless, since every rank must take part in the collectives of the step.
+    """
+    batch = plan.batch(step)
+    epoch = plan.epoch_of(step)
+    mine = parts(len(batch), rank, world_size, micro)
+    if not mine:
+        return [Request(epoch, step, batch[:2].copy(), 0, True, True)]
+    end = len(mine) - 1
+    return [Request(epoch, step, batch[part].copy(), part.start, False, k == end) for k, part in enumerate(mine)]
+
+
+class StepSampler(DistributedSampler[Any]):
+    """A `DistributedSampler` for use as the `batch_sampler` of a DataLoader: yields a `Request` per micro-batch.
+
+    Unlike its parent it neither pads nor repeats samples, and it can begin at any optimizer step. `set_epoch` selects
+    one epoch, as its users expect; `set_steps` any range of global steps, without an end if `stop` is None.
+    """
+
+    def __init__(self, plan: Plan, *, rank: int, world_size: int, micro_batch_size: int) -> None:
+        super().__init__(
+            cast("Any", range(plan.length)),  # the parent only asks for its length
+            num_replicas=world_size,
+            rank=rank,
+            shuffle=plan.shuffle,
+            seed=plan.seed,
+            drop_last=plan.drop_last,
+        )
+        self.plan = plan
+        self.micro_batch_size = micro_batch_size
+        self.start_step = 0
+        self.stop_step: int | None = plan.steps_per_epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Iterate over the steps of `epoch` (also called by code that knows only DistributedSampler)."""
+        super().set_epoch(epoch)
+        self.set_steps(epoch * self.plan.steps_per_epoch, (epoch + 1) * self.plan.steps_per_epoch)
+
+    def set_steps(self, start: int, stop: int | None) -> None:
+        """Iterate over the global steps start, start + 1, ... before `stop`, over the ends of epochs."""
+        self.start_step, self.stop_step = start, stop
+
+    def __iter__(self) -> Iterator[Any]:
+        step = self.start_step
+        while self.stop_step is None or step < self.stop_step:
+            yield from requests(self.plan, step, self.rank, self.num_replicas, self.micro_batch_size)
+            step += 1
+
+    def __len__(self) -> int:
+        """Micro-batches of this rank in the selected steps (in one epoch, if they have no end)."""
+        start, stop = self.start_step, self.stop_step
+        if stop is None:
+            start, stop = 0, self.plan.steps_per_epoch
+        sizes = (self.plan.batch_samples(step) for step in range(start, stop))
+        return sum(max(1, len(parts(n, self.rank, self.num_replicas, self.micro_batch_size))) for n in sizes)

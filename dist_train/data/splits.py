@@ -1,0 +1,65 @@
+"""Cutting one dataset into train, val and test."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from dist_train.data.errors import DataError
+from dist_train.data.plan import Indices
+from dist_train.runtime.seeding import SPLIT
+
+
+def cut_indices(counts: Sequence[int], *, seed: int, labels: np.ndarray | None = None) -> list[Indices]:
+    """Disjoint random parts of range(sum(counts)), each sorted, the same for ever for the same arguments.
+
+    Args:
+        counts: samples of each part.
+        seed: 32 bits.
+        labels: (sum(counts),) classes; each part then has each class in its share, to within one sample.
+    """
+    random = np.random.RandomState([SPLIT, seed & 0xFFFFFFFF])
+    total = sum(counts)
+    order = np.arange(total, dtype=np.int64)
+    random.shuffle(order)
+    if labels is not None:
+        order = _stratified(order, labels)
+    ends = np.cumsum(counts)
+    return [np.sort(order[end - count : end]) for count, end in zip(counts, ends)]
+
+
+def _stratified(order: Indices, labels: np.ndarray) -> Indices:
+    """Reorder a permutation so that every contiguous run of it has each class in its share.
+
+    The k-th of a class's m members goes to place (k + 1/2) / m of the whole: classes are spread evenly.
+    """
+    place = np.empty(len(order), dtype=np.float64)
+    of_order = labels[order]
+    for label in np.unique(labels):
+        members = np.flatnonzero(of_order == label)
+        place[members] = (np.arange(len(members)) + 0.5) / len(members)
+    return order[np.argsort(place, kind="stable")]
+
+
+def part_sizes(total: int, parts: Sequence[float]) -> list[int]:
+    """How many of `total` samples each part gets: counts (whole numbers > 1 or 0) or fractions (<= 1) of the whole.
+
+    Fractions that sum to one use every sample (largest remainder). Raises DataError if they don't fit.
+    """
+    if any(part < 0 for part in parts):
+        raise DataError(f"parts of a split must not be negative, found {list(parts)}")
+    if all(part <= 1 for part in parts):
+        if sum(parts) > 1 + 1e-9:
+            raise DataError(f"fractions of a split must sum to at most 1, found {list(parts)} = {sum(parts):g}")
+        exact = [part * total for part in parts]
+        sizes = [int(value + 1e-9) for value in exact]
+        missing = round(sum(exact)) - sum(sizes)
+        for k in sorted(range(len(parts)), key=lambda k: sizes[k] - exact[k])[:missing]:
+            sizes[k] += 1
+        return sizes
+    if any(part != int(part) for part in parts):
+        raise DataError(f"parts of a split are either all fractions or all whole numbers, found {list(parts)}")
+    if sum(parts) > total:
+        raise DataError(f"a split asks for {sum(parts):g} samples of {list(parts)}, but the dataset has {total}")
+    return [int(part) for part in parts]

@@ -1,0 +1,117 @@
+"""Loader workers: how many, and how to start and stop them so that no signal meant for the run kills one."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from multiprocessing import resource_tracker
+from multiprocessing.util import Finalize
+from pathlib import Path
+from typing import Any
+
+from dist_train.data.reading import Collate, reads_batches
+
+# Sent to whole process groups by terminals, torchrun and Slurm, to ask for a clean stop. A worker that died of one
+# would take the batch with it that the last save waits for.
+_RUN_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+_STOP_GRACE = 3.0  # seconds for a worker to finish the sample that it is reading
+_MOST_WORKERS = 8  # per rank, when chosen here: beyond that the parent process is the limit, not the reading
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may use: its affinity, cut to the quota of its cgroup (containers)."""
+    try:
+        count = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS
+        count = os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        count = min(count, max(1, int(quota) // int(period)))  # "max" is no number: no quota
+    return count
+
+
+def resolve_workers(setting: int | str, dataset: Any, *, collate: Collate | None = None, local_ranks: int = 1) -> int:
+    """Worker processes for one rank: the number that was asked for, or for "auto" a fair share of this node's CPUs.
+
+    "auto" is 0 for datasets that read whole batches (a worker would only add copying) and where a rank has less than
+    three CPUs (workers would take turns with the training process).
+    """
+    if setting != "auto":
+        return int(setting)
+    mine = usable_cpus() // max(1, local_ranks)
+    if mine < 3 or reads_batches(dataset, collate):
+        return 0
+    return min(mine - 1, _MOST_WORKERS)
+
+
+@contextlib.contextmanager
+def run_signals_blocked() -> Iterator[None]:
+    """Processes started inside are born with the run's signals blocked, by fork, spawn and forkserver alike.
+
+    Blocking them in `worker_init_fn` would be too late under spawn, whose child imports torch for seconds before. The
+    resource tracker must run already: starting it unblocks SIGINT and SIGTERM in the caller (CPython).
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _RUN_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class InitWorker:
+    """The `worker_init_fn`: keeps the run's signals away and lets the worker die with its parent."""
+
+    def __init__(self) -> None:
+        # The kernel's parent is the *thread* that forked: only one that lives as long as the process will do.
+        self.die_with_parent = sys.platform == "linux" and threading.current_thread() is threading.main_thread()
+
+    def __call__(self, worker: int) -> None:
+        if sys.platform != "win32":  # also blocked before the start; this is for a fork server that runs already
+            signal.pthread_sigmask(signal.SIG_BLOCK, _RUN_SIGNALS)
+        if self.die_with_parent:
+            pr_set_pdeathsig = 1
+            ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def stop_at_exit(iterator: Any) -> Finalize:
+    """Stop the workers of a DataLoader iterator when the process exits without having closed it.
+
+    multiprocessing would send them SIGTERM, which they block, and wait for ever.
+    """
+    return Finalize(None, stop_workers, args=(iterator,), exitpriority=10)
+
+
+def stop_workers(iterator: Any) -> None:
+    """End the workers of a DataLoader iterator now: asked first, killed after three seconds."""
+    workers: list[multiprocessing.process.BaseProcess] = list(getattr(iterator, "_workers", []))
+    if not workers:
+        return
+
+    def kill() -> None:
+        for worker in workers:
+            if worker.is_alive():
+                worker.kill()
+
+    timer = threading.Timer(_STOP_GRACE, kill)
+    timer.daemon = True
+    timer.start()
+    try:
+        # torch's SIGCHLD handler turns a killed worker into a RuntimeError in the main thread
+        with contextlib.suppress(RuntimeError):
+            iterator._shutdown_workers()
+    finally:
+        timer.cancel()
+        kill()
+        for worker in workers:
+            worker.join()

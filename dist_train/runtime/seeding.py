@@ -1,0 +1,53 @@
+"""Randomness as a function: seeds derived from what is being computed, never from what ran before.
+
+The generator objects are seeded directly: `torch.manual_seed` also visits every CUDA device and costs about 100 us a
+call, `torch.default_generator.manual_seed` 1.2 us, and `seed_sample` is called once for every sample.
+"""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+
+_MASK = 0xFFFFFFFFFFFFFFFF
+
+# One purpose, one stream: the numbers are part of what makes two runs equal, so they never change.
+ORDER, SAMPLE, FORWARD, AUGMENT, SPLIT = 1, 2, 3, 4, 5
+
+
+def mix(*values: int) -> int:
+    """Hash integers into 64 well-mixed bits, the same on every platform and for ever.
+
+    Folds the values with the splitmix64 finaliser (Steele, Lea, Flood: "Fast Splittable Pseudorandom Number
+    Generators", OOPSLA 2014). The order of the values matters; each is taken modulo 2**64.
+    """
+    state = 0
+    for value in values:
+        z = ((state ^ (value & _MASK)) + 0x9E3779B97F4A7C15) & _MASK
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+        state = z ^ (z >> 31)
+    return state
+
+
+def seed_sample(seed: int, epoch: int, index: int) -> None:
+    """Seed torch (CPU), numpy's global state and `random` for reading sample `index` in `epoch`; about 9 us."""
+    value = mix(SAMPLE, seed, epoch, index)
+    torch.default_generator.manual_seed(value)
+    np.random.seed(value >> 32)
+    random.seed(value)
+
+
+def seed_forward(seed: int, step: int, position: int, device: torch.device) -> None:
+    """Seed torch for the forward of one micro-batch (dropout and the like), on the CPU and on `device`.
+
+    `step` is the global optimizer step and `position` the place of the micro-batch's first sample in the global
+    batch, so that the draws don't depend on the rank that happens to compute it.
+    """
+    value = mix(FORWARD, seed, step, position)
+    torch.default_generator.manual_seed(value)
+    if device.type == "cuda":
+        ordinal = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.default_generators[ordinal].manual_seed(value)
