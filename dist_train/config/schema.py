@@ -1,0 +1,374 @@
+"""Every key of a config, its type, its default and what it means: the reference that docs/config.md is made from.
+
+Each leaf is declared by `harmless`, `consent` or `refused`: what happens when its value differs from the one that a run
+was begun with (see `changes.py`). Cross-field rules are in `checks.py`. Importing this module imports no torch.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PrivateAttr, WithJsonSchema
+
+from .durations import Duration
+from .errors import describe
+
+
+def _declare(change: str, default: Any, description: str, **limits: Any) -> Any:
+    extra = {"change": change}
+    if isinstance(default, list):
+        return Field(default_factory=lambda: list(default), description=description, json_schema_extra=extra, **limits)
+    return Field(default, description=description, json_schema_extra=extra, **limits)
+
+
+def harmless(default: Any, description: str, **limits: Any) -> Any:
+    """A key that a run may be continued with under another value; the difference is logged."""
+    return _declare("harmless", default, description, **limits)
+
+
+def consent(default: Any, description: str, **limits: Any) -> Any:
+    """A key whose change needs `checkpoint.accept_changes=true` (or another `run.name`)."""
+    return _declare("consent", default, description, **limits)
+
+
+def refused(default: Any, description: str, **limits: Any) -> Any:
+    """A key that can't change within one run."""
+    return _declare("refused", default, description, **limits)
+
+
+class Says:
+    """What a type is called in messages and in the reference: `expected <text>, found ...`."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+
+def _component(value: Any) -> Any:
+    form = "write a component as {_target_: package.module.Name, argument: value, ...}"
+    if isinstance(value, dict):
+        if "_live_" in value:
+            raise ValueError(
+                f"this was an object made in Python ({value['_live_']}), which a file can't hold: continue from Python "
+                "with the same object, or name it by _target_"
+            )
+        target = value.get("_target_")
+        if target is None:
+            raise ValueError(f"_target_ is missing; {form}")
+        if not isinstance(target, str) and not callable(target):
+            raise ValueError(f"_target_ must be a dotted path, found {describe(target)}; {form}")
+        if not isinstance(value.get("_args_", []), list):
+            raise ValueError(f"_args_ must be a list of positional arguments, found {describe(value['_args_'])}")
+        return value
+    if value is None or isinstance(value, str | bool | int | float | list):
+        raise ValueError(f"expected a component, found {describe(value)}; {form}")
+    return value
+
+
+def _metric(value: Any) -> Any:
+    return value if isinstance(value, str) and value else _component(value)
+
+
+def _one_or_more(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
+
+
+_COMPONENT_SCHEMA = {
+    "type": "object",
+    "required": ["_target_"],
+    "properties": {
+        "_target_": {"type": "string", "description": "Import path of a class or function, e.g. torch.optim.SGD"},
+        "_args_": {"type": "array", "description": "Positional arguments"},
+    },
+    "additionalProperties": True,
+}
+_DURATION_SCHEMA = {"type": "string", "pattern": r"^\s*[0-9.]+\s*(ep|step|s|min|h)\s*$", "examples": ["20ep", "500step"]}
+_NAMED_OR_COMPONENT = {"anyOf": [{"type": "string"}, _COMPONENT_SCHEMA]}
+
+Component = Annotated[Any, BeforeValidator(_component), WithJsonSchema(_COMPONENT_SCHEMA), Says("a component")]
+Metric = Annotated[
+    Any, BeforeValidator(_metric), WithJsonSchema(_NAMED_OR_COMPONENT), Says("the name of a metric or a component")
+]
+Length = Annotated[
+    Duration,
+    BeforeValidator(Duration.parse),
+    PlainSerializer(str, return_type=str),
+    WithJsonSchema(_DURATION_SCHEMA),
+    Says("a duration like 20ep, 500step or 10min"),
+]
+Lengths = Annotated[
+    list[Length],
+    BeforeValidator(_one_or_more),
+    WithJsonSchema({"anyOf": [_DURATION_SCHEMA, {"type": "array", "items": _DURATION_SCHEMA}]}),
+    Says("a duration or a list of durations"),
+]
+Whole = Annotated[int, Says("a whole number")]
+Count = Annotated[int, Field(ge=1), Says("a whole number of at least 1")]
+NonNegative = Annotated[int, Field(ge=0), Says("a whole number of at least 0")]
+Seed = Annotated[int, Field(ge=0, lt=2**63), Says("a whole number from 0 to 2**63 - 1")]
+Number = Annotated[float, Field(allow_inf_nan=False), Says("a number like 0.1")]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), Says("a number above 0, like 0.1")]
+AtLeastZero = Annotated[float, Field(ge=0, allow_inf_nan=False), Says("a number of at least 0, like 0.1")]
+Decay = Annotated[float, Field(gt=0, lt=1), Says("a number between 0 and 1, like 0.999")]
+Text = Annotated[str, Field(min_length=1), Says("a string")]
+Auto = Literal["auto"]
+
+
+class Section(BaseModel):
+    """A mapping of known keys; any other key is an error. Sections don't change once they are read."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, arbitrary_types_allowed=True)
+
+
+class Run(Section):
+    """Where the run lives. The same name and directory is the same run: starting it again goes on with it."""
+
+    name: Text | None = harmless(
+        None,
+        "The run's directory inside `run.dir`. `{time}`, `{job}` and any key, like `{optimizer.lr}`, are filled in. "
+        "null: the name of the config file without its ending; from a Python dict: `run`.",
+    )
+    dir: Text = harmless("runs", "Where runs are kept: a directory, or any fsspec URL such as `s3://bucket/runs`.")
+    code_paths: list[Text] = harmless(
+        [],
+        "Directories that are searched for your own code before what is installed; relative ones count from the "
+        "file. Empty: the directory of the config file, then the working directory. Recorded as absolute paths.",
+    )
+
+
+class Data(Section):
+    """What is trained on and evaluated on, and how it is read."""
+
+    train: Component = consent(..., "The training dataset: anything with `__getitem__` and `__len__`.")
+    val: Component | None = consent(None, "The validation dataset, evaluated every `trainer.evaluate_every`.")
+    test: Component | None = harmless(None, "The test dataset, evaluated once at the end.")
+    global_batch_size: Count | Literal["all"] = refused(
+        64, "Samples of one optimizer step, over all ranks. `all`: the whole dataset in every step (full batch)."
+    )
+    shuffle: bool = refused(True, "Train in a new order each epoch, a function of seed and epoch. Evaluation never is.")
+    eval_batch_size: Count = harmless(256, "Samples of one forward in evaluation, on one rank.")
+    num_workers: NonNegative | Auto = harmless(
+        "auto",
+        "Loader processes of each rank. `auto`: none for a dataset that reads whole batches itself (`read_batch`) or "
+        "where CPUs are few; else the CPUs that this process may use, shared by the ranks of the machine.",
+    )
+    pin_memory: bool | Auto = harmless("auto", "Page-locked batches, for faster copies. `auto`: on CUDA only.")
+    drop_last: bool = refused(
+        True, "Leave out an epoch's last, smaller batch. false: train on it, with the exact mean over its samples."
+    )
+    augment: list[Component] = consent(
+        [], "Augmentations of whole batches, run on the device, with random numbers of each sample's own."
+    )
+    collate: Component | None = consent(
+        None, "Makes a batch from a list of samples. null: torch's default_collate."
+    )
+    persistent_workers: bool | Auto = harmless(
+        "auto", "Keep loader processes from epoch to epoch. `auto`: yes, where there are any."
+    )
+    prefetch_factor: Count | None = harmless(
+        None, "Batches that each loader process reads ahead. null: torch's own default, 2."
+    )
+    timeout: AtLeastZero = harmless(0.0, "Seconds to wait for a loader process before failing; 0: no limit.")
+    worker_start_method: Literal["auto", "fork", "spawn", "forkserver"] = harmless(
+        "auto",
+        "How loader processes are started (`multiprocessing_context` is another spelling). `auto`: Python's default.",
+    )
+
+
+class StopWhen(Section):
+    """Ends training early: at a threshold, and/or when a metric stops improving."""
+
+    metric: Text = harmless(..., "What is watched, e.g. `val/accuracy` or `val/loss`.")
+    above: Number | None = harmless(None, "Stop once the metric is at least this.")
+    below: Number | None = harmless(None, "Stop once the metric is at most this.")
+    patience: Length | None = harmless(None, "Stop when the metric hasn't improved for so long.")
+    min_delta: AtLeastZero = harmless(0.0, "With patience: a smaller change is no improvement.")
+    mode: Literal["auto", "min", "max"] = harmless(
+        "auto",
+        "With patience: which way is better. `auto`: min for names that say loss, error, mae, mse, perplexity and the "
+        "like, else max.",
+    )
+
+
+class Trainer(Section):
+    """The loop: how long, in what precision, and what happens at which interval."""
+
+    duration: Length = harmless(Duration(20, "ep"), "How long to train in all, over every start of this run.")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = consent(
+        "auto",
+        "Arithmetic of forward and backward; weights stay fp32. `auto`: bf16 on CUDA from compute capability 8.0, fp16 "
+        "(with loss scaling) on 7.x, fp32 otherwise and on CPU; ACCELERATE_MIXED_PRECISION decides where it is set.",
+    )
+    stop_at: Length | None = harmless(
+        None, "End this start early, saved and to be continued, without touching the schedule's horizon."
+    )
+    micro_batch_size: Count | Auto = harmless(
+        "auto",
+        "Samples of one forward on one rank; the rest of its share is gradient accumulation. `auto`: the whole share.",
+    )
+    clip_grad_norm: Positive | None = consent(None, "Scale the gradient down to this 2-norm if it is longer.")
+    clip_grad_value: Positive | None = consent(None, "Clamp each gradient entry to [-value, value].")
+    ema_decay: Decay | None = consent(
+        None, "Keep an exponential moving average of the weights with this decay, and evaluate it instead."
+    )
+    compile: bool = harmless(False, "Compile the model with torch.compile (dynamic=False).")
+    channels_last: bool | Auto = harmless(
+        "auto", "Memory format of 4-d inputs and weights. `auto`: on CUDA, for models with 2-d convolutions."
+    )
+    evaluate_every: Length | None = harmless(
+        Duration(1, "ep"), "How often `data.val` is evaluated. null: only at the end."
+    )
+    log_every: Length = harmless(Duration(50, "step"), "How often a train row is logged: the mean since the last one.")
+    stop_when: StopWhen | None = harmless(None, "Ends training early: at a threshold, and/or without improvement.")
+    on_nonfinite: Literal["stop", "skip"] = harmless(
+        "stop", "An infinite or NaN loss or gradient ends the run before the update (stop), or the update is left out."
+    )
+
+
+class Distributed(Section):
+    """Devices, processes and how they talk."""
+
+    device: Literal["auto", "cpu", "cuda"] = harmless("auto", "`auto`: CUDA where there is a GPU, else CPU.")
+    strategy: Literal["auto", "ddp", "none"] = harmless(
+        "auto", "`auto`: ddp on several processes, none on one. `none` on several processes is an error."
+    )
+    sync_batchnorm: bool = consent(False, "BatchNorm statistics over all ranks (torch.nn.SyncBatchNorm; CUDA).")
+    find_unused_parameters: bool = harmless(False, "For models that don't use all parameters in each forward; slower.")
+    bucket_mb: Positive = harmless(25.0, "MiB of gradients in one all-reduce.")
+    threads: Count | Auto = harmless(
+        "auto", "Intra-op threads of each process. `auto`: OMP_NUM_THREADS, else a fair share of the CPUs."
+    )
+    deterministic: bool | Auto = harmless(
+        "auto", "Deterministic kernels only (torch.use_deterministic_algorithms). `auto`: no."
+    )
+    hang_timeout: Length = harmless(
+        Duration(600.0, "s"), "A step or collective that makes no progress for so long ends the run, by name."
+    )
+
+
+class Checkpoint(Section):
+    """When the state is saved, how much of it is kept, and how a run goes on."""
+
+    every: Lengths = harmless(
+        [Duration(1, "ep"), Duration(900.0, "s")], "When to save: one duration or several, each counted by itself."
+    )
+    keep_last: Count = harmless(3, "How many of the newest checkpoints stay.")
+    keep_best: Text | None = harmless(
+        "auto",
+        "Also keep the best by this metric, e.g. `val/accuracy` (`min val/loss`, `max val/f1` to say which way is "
+        "better, else as in stop_when.mode). `auto`: the first of `metrics` on val, or val/loss without metrics; "
+        "nothing without data.val. null: none.",
+    )
+    asynchronous: bool = harmless(True, "Write in the background; training waits only for a copy to host memory.")
+    resume: Text = harmless(
+        "auto",
+        "`auto`: go on from the newest good checkpoint of this run, if any. `never`: refuse to touch a run that has "
+        "checkpoints. Otherwise the path of a checkpoint or run to begin from.",
+    )
+    accept_changes: bool = harmless(
+        False, "Apply changed values that need consent (docs/config.md lists them) to a run that is being continued."
+    )
+
+
+class Tracking(Section):
+    """Views of metrics.jsonl, which is always written."""
+
+    tensorboard: bool = harmless(True, "Write TensorBoard files.")
+
+
+class Debug(Section):
+    """For finding out what happened."""
+
+    trace_samples: bool = harmless(False, "Write the sample indices of every step to trace/, before its backward.")
+
+
+class Config(Section):
+    """A whole training run. `_target_` names any class or function by its import path, its arguments beside it."""
+
+    seed: Seed = refused(0, "Everything random is a function of it: weights, order, augmentation, dropout.")
+    run: Run = Field(default_factory=Run, description=Run.__doc__)
+    data: Data = Field(description=Data.__doc__)
+    model: Component = consent(..., "The nn.Module, with its constructor's arguments.")
+    task: Component | None = consent(
+        None,
+        "How a batch becomes a loss, where it isn't `loss(model(inputs), target)`: a class with `step(model, batch)` "
+        "and `predict(model, batch)`.",
+    )
+    loss: Component | None = consent(
+        None, "Class, function or factory; called with (output, target). Needed unless `task` is given."
+    )
+    metrics: list[Metric] = harmless([], "Names of built-in metrics, or components (torchmetrics classes, say).")
+    optimizer: Component = consent(
+        ...,
+        "Called with the parameters. Reserved key `groups`: a list of {params: name pattern or list of them, then "
+        "options of the group}, e.g. {params: 'head.*', lr: 0.1}; the first group that matches takes a parameter.",
+    )
+    scheduler: Component | None = consent(
+        None,
+        "Called with the optimizer. Reserved keys: `every` (1step or 1ep; how often it is stepped, by default 1ep), "
+        "`metric` (for ReduceLROnPlateau, e.g. val/loss), `horizon` (the duration that `total_steps` counts, by "
+        "default trainer.duration). The values `total_steps` and `steps_per_epoch` are replaced by the numbers.",
+    )
+    callbacks: list[Component] = consent([], "Objects with hooks (dist_train.callbacks.Callback), called in order.")
+    trainer: Trainer = Field(default_factory=Trainer, description=Trainer.__doc__)
+    distributed: Distributed = Field(default_factory=Distributed, description=Distributed.__doc__)
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint, description=Checkpoint.__doc__)
+    tracking: Tracking = Field(default_factory=Tracking, description=Tracking.__doc__)
+    debug: Debug = Field(default_factory=Debug, description=Debug.__doc__)
+
+    _source: str | None = PrivateAttr(default=None)
+    _places: dict[tuple[str | int, ...], Any] = PrivateAttr(default_factory=dict)
+
+    @property
+    def source(self) -> str | None:
+        """The path of the file that it was read from, or None (a dict, or the built-in default)."""
+        return self._source
+
+    @property
+    def has_live_objects(self) -> bool:
+        """Whether some component is an object (or class) handed over from Python, which no file can name."""
+        return _any_live(plain(self))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists and scalars that YAML and JSON can hold; a live object is {"_live_": its class}."""
+        result: dict[str, Any] = plain(self)
+        return result
+
+    def to_yaml(self) -> str:
+        """The resolved config as YAML; `load_config` reads it back to an equal config."""
+        from .source import dump
+
+        return dump(self.to_dict())
+
+    def get(self, key: str) -> Any:
+        """The plain value at a dotted key (`optimizer.lr`, `data.augment.0.pixels`). Raises KeyError(key)."""
+        value: Any = self.to_dict()
+        for part in key.split("."):
+            if isinstance(value, list) and part.isdigit() and int(part) < len(value):
+                value = value[int(part)]
+            elif isinstance(value, dict) and part in value:
+                value = value[part]
+            else:
+                raise KeyError(key)
+        return value
+
+
+def plain(value: Any) -> Any:
+    """The YAML-safe copy of any value of a config."""
+    if isinstance(value, Section):
+        return {name: plain(getattr(value, name)) for name in type(value).model_fields}
+    if isinstance(value, Duration):
+        return str(value)
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    named = value if isinstance(value, type) or hasattr(value, "__qualname__") else type(value)
+    return {"_live_": f"{named.__module__}.{named.__qualname__}"}
+
+
+def _any_live(value: Any) -> bool:
+    if isinstance(value, dict):
+        return "_live_" in value or any(_any_live(item) for item in value.values())
+    return isinstance(value, list) and any(_any_live(item) for item in value)
