@@ -26,6 +26,11 @@ class ConfigError(Exception):
         self.problems = list(problems)
         super().__init__(self.problems)
 
+    @classmethod
+    def single(cls, key: str, message: str, where: str = "") -> ConfigError:
+        """The error of one mistake."""
+        return cls([Problem(where, key, message)])
+
     def __str__(self) -> str:
         return "\n".join(str(problem) for problem in self.problems)
 

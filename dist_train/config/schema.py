@@ -81,7 +81,11 @@ _COMPONENT_SCHEMA = {
     },
     "additionalProperties": True,
 }
-_DURATION_SCHEMA = {"type": "string", "pattern": r"^\s*[0-9.]+\s*(ep|step|s|min|h)\s*$", "examples": ["20ep", "500step"]}
+_DURATION_SCHEMA = {
+    "type": "string",
+    "pattern": r"^\s*[0-9.]+\s*(ep|step|s|min|h)\s*$",
+    "examples": ["20ep", "500step"],
+}
 _NAMED_OR_COMPONENT = {"anyOf": [{"type": "string"}, _COMPONENT_SCHEMA]}
 
 Component = Annotated[Any, BeforeValidator(_component), WithJsonSchema(_COMPONENT_SCHEMA), Says("a component")]
@@ -119,7 +123,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, arbitrary_types_allowed=True)
 
 
-class Run(Section):
+class RunConfig(Section):
     """Where the run lives. The same name and directory is the same run: starting it again goes on with it."""
 
     name: Text | None = harmless(
@@ -135,7 +139,7 @@ class Run(Section):
     )
 
 
-class Data(Section):
+class DataConfig(Section):
     """What is trained on and evaluated on, and how it is read."""
 
     train: Component = consent(..., "The training dataset: anything with `__getitem__` and `__len__`.")
@@ -158,9 +162,7 @@ class Data(Section):
     augment: list[Component] = consent(
         [], "Augmentations of whole batches, run on the device, with random numbers of each sample's own."
     )
-    collate: Component | None = consent(
-        None, "Makes a batch from a list of samples. null: torch's default_collate."
-    )
+    collate: Component | None = consent(None, "Makes a batch from a list of samples. null: torch's default_collate.")
     persistent_workers: bool | Auto = harmless(
         "auto", "Keep loader processes from epoch to epoch. `auto`: yes, where there are any."
     )
@@ -174,12 +176,12 @@ class Data(Section):
     )
 
 
-class StopWhen(Section):
+class StopWhenConfig(Section):
     """Ends training early: at a threshold, and/or when a metric stops improving."""
 
     metric: Text = harmless(..., "What is watched, e.g. `val/accuracy` or `val/loss`.")
-    above: Number | None = harmless(None, "Stop once the metric is at least this.")
-    below: Number | None = harmless(None, "Stop once the metric is at most this.")
+    above: Number | None = harmless(None, "Stop once the metric is above this.")
+    below: Number | None = harmless(None, "Stop once the metric is below this.")
     patience: Length | None = harmless(None, "Stop when the metric hasn't improved for so long.")
     min_delta: AtLeastZero = harmless(0.0, "With patience: a smaller change is no improvement.")
     mode: Literal["auto", "min", "max"] = harmless(
@@ -189,7 +191,7 @@ class StopWhen(Section):
     )
 
 
-class Trainer(Section):
+class TrainerConfig(Section):
     """The loop: how long, in what precision, and what happens at which interval."""
 
     duration: Length = harmless(Duration(20, "ep"), "How long to train in all, over every start of this run.")
@@ -217,14 +219,17 @@ class Trainer(Section):
     evaluate_every: Length | None = harmless(
         Duration(1, "ep"), "How often `data.val` is evaluated. null: only at the end."
     )
+    evaluate_at_start: bool = harmless(False, "Evaluate `data.val` before the first step too.")
     log_every: Length = harmless(Duration(50, "step"), "How often a train row is logged: the mean since the last one.")
-    stop_when: StopWhen | None = harmless(None, "Ends training early: at a threshold, and/or without improvement.")
+    stop_when: StopWhenConfig | None = harmless(
+        None, "Ends training early: at a threshold, and/or without improvement."
+    )
     on_nonfinite: Literal["stop", "skip"] = harmless(
         "stop", "An infinite or NaN loss or gradient ends the run before the update (stop), or the update is left out."
     )
 
 
-class Distributed(Section):
+class DistributedConfig(Section):
     """Devices, processes and how they talk."""
 
     device: Literal["auto", "cpu", "cuda"] = harmless("auto", "`auto`: CUDA where there is a GPU, else CPU.")
@@ -245,7 +250,7 @@ class Distributed(Section):
     )
 
 
-class Checkpoint(Section):
+class CheckpointConfig(Section):
     """When the state is saved, how much of it is kept, and how a run goes on."""
 
     every: Lengths = harmless(
@@ -269,13 +274,13 @@ class Checkpoint(Section):
     )
 
 
-class Tracking(Section):
+class TrackingConfig(Section):
     """Views of metrics.jsonl, which is always written."""
 
     tensorboard: bool = harmless(True, "Write TensorBoard files.")
 
 
-class Debug(Section):
+class DebugConfig(Section):
     """For finding out what happened."""
 
     trace_samples: bool = harmless(False, "Write the sample indices of every step to trace/, before its backward.")
@@ -285,8 +290,8 @@ class Config(Section):
     """A whole training run. `_target_` names any class or function by its import path, its arguments beside it."""
 
     seed: Seed = refused(0, "Everything random is a function of it: weights, order, augmentation, dropout.")
-    run: Run = Field(default_factory=Run, description=Run.__doc__)
-    data: Data = Field(description=Data.__doc__)
+    run: RunConfig = Field(default_factory=RunConfig, description=RunConfig.__doc__)
+    data: DataConfig = Field(description=DataConfig.__doc__)
     model: Component = consent(..., "The nn.Module, with its constructor's arguments.")
     task: Component | None = consent(
         None,
@@ -299,21 +304,24 @@ class Config(Section):
     metrics: list[Metric] = harmless([], "Names of built-in metrics, or components (torchmetrics classes, say).")
     optimizer: Component = consent(
         ...,
-        "Called with the parameters. Reserved key `groups`: a list of {params: name pattern or list of them, then "
-        "options of the group}, e.g. {params: 'head.*', lr: 0.1}; the first group that matches takes a parameter.",
+        "Called with the parameters. Reserved key `groups`: a list of {match: name pattern or list of patterns, then the "
+        "group's own options}, e.g. {match: 'head.*', lr: 0.1}; the first group that matches takes a parameter. A fused "
+        "kernel is used where there is one, unless `fused` or `foreach` is given.",
     )
     scheduler: Component | None = consent(
         None,
-        "Called with the optimizer. Reserved keys: `every` (1step or 1ep; how often it is stepped, by default 1ep), "
-        "`metric` (for ReduceLROnPlateau, e.g. val/loss), `horizon` (the duration that `total_steps` counts, by "
-        "default trainer.duration). The values `total_steps` and `steps_per_epoch` are replaced by the numbers.",
+        "Called with the optimizer. Reserved keys: `every` (how often it is stepped, e.g. 1step or 1ep; by default 1step for "
+        "OneCycleLR, CyclicLR and WarmupCosine, else 1ep; ReduceLROnPlateau goes by evaluations), `metric` (what "
+        "ReduceLROnPlateau watches, by default the metric of checkpoint.keep_best), `horizon` (the duration that "
+        "`total_steps` counts, by default trainer.duration at the first start). The values `total_steps` and "
+        "`steps_per_epoch` are replaced by the numbers.",
     )
     callbacks: list[Component] = consent([], "Objects with hooks (dist_train.callbacks.Callback), called in order.")
-    trainer: Trainer = Field(default_factory=Trainer, description=Trainer.__doc__)
-    distributed: Distributed = Field(default_factory=Distributed, description=Distributed.__doc__)
-    checkpoint: Checkpoint = Field(default_factory=Checkpoint, description=Checkpoint.__doc__)
-    tracking: Tracking = Field(default_factory=Tracking, description=Tracking.__doc__)
-    debug: Debug = Field(default_factory=Debug, description=Debug.__doc__)
+    trainer: TrainerConfig = Field(default_factory=TrainerConfig, description=TrainerConfig.__doc__)
+    distributed: DistributedConfig = Field(default_factory=DistributedConfig, description=DistributedConfig.__doc__)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description=CheckpointConfig.__doc__)
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig, description=TrackingConfig.__doc__)
+    debug: DebugConfig = Field(default_factory=DebugConfig, description=DebugConfig.__doc__)
 
     _source: str | None = PrivateAttr(default=None)
     _places: dict[tuple[str | int, ...], Any] = PrivateAttr(default_factory=dict)
