@@ -19,7 +19,7 @@ from dist_train.engine.task import Task, as_step_output
 class Reducer(Protocol):
     """Runs forward and backward; after `finish` every parameter's `.grad` is the sum over all samples, times `scale`."""
 
-    def warm_up(self, batch: Any, rewind: Callable[[], None]) -> None:
+    def warm_up(self, batch: Any, rewind: Callable[[], object]) -> None:
         """Settle whatever depends on the first backward; leaves weights, buffers and gradients as they were."""
 
     def forward_backward(self, batch: Any, *, scale: float, weightless: bool, last: bool) -> None:
@@ -86,7 +86,7 @@ class DataParallel:
             broadcast_buffers=False,
         )
 
-    def warm_up(self, batch: Any, rewind: Callable[[], None]) -> None:
+    def warm_up(self, batch: Any, rewind: Callable[[], object]) -> None:
         """Two discarded steps: DDP lays its buckets out anew after its first backward, and until then sums in another order.
 
         Without this the first step after each start would differ in its last bits from the same step in the middle of a run.
@@ -137,7 +137,7 @@ class SingleProcess:
         self._loss: Tensor | None = None
         self._weight: Tensor | float = 0.0
 
-    def warm_up(self, batch: Any, rewind: Callable[[], None]) -> None:
+    def warm_up(self, batch: Any, rewind: Callable[[], object]) -> None:
         """Nothing to settle."""
 
     def forward_backward(self, batch: Any, *, scale: float, weightless: bool, last: bool) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dist_train.engine.buffers import BufferSnapshot
 from dist_train.engine.reduce import Reducer
 from dist_train.runtime.seeding import seed_forward
 
@@ -57,6 +58,7 @@ class Stepper:
         self.grad_norm: Tensor | None = None
         self.guard = FiniteGuard(optimizer, device, scaler is not None, on_nonfinite)
         self._one = torch.ones((), device=device)
+        self._warm = False
 
     def __call__(self, work: StepWork, want_norm: bool) -> None:
         """Run the optimizer step that `work` describes.
@@ -67,8 +69,13 @@ class Stepper:
         scale = 1.0 if self.summed else 1.0 / work.samples
         for micro in work.micro_batches:
             batch = self.prepare(micro.batch, work.epoch, micro.indices)
+            if not self._warm:
+                self._warm_up(batch)
             seed_forward(self.seed, work.step, micro.position, self.device)
+            kept = BufferSnapshot(self.model) if micro.weightless else None
             self.reducer.forward_backward(batch, scale=scale, weightless=micro.weightless, last=micro.last)
+            if kept is not None:
+                kept.restore()
         loss, weight = self.reducer.finish()
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         if self.scaler is not None:
@@ -83,6 +90,13 @@ class Stepper:
         self._update(loss, weight, work)
         for parameter in self.parameters:
             parameter.grad = None
+
+    def _warm_up(self, batch: Any) -> None:
+        """Before the first step of every start (see `DataParallel.warm_up`)."""
+        kept = BufferSnapshot(self.model)
+        self.reducer.warm_up(batch, lambda: (kept.restore(), seed_forward(self.seed, 0, 0, self.device)))
+        kept.restore()
+        self._warm = True
 
     def _divide(self, gradients: Sequence[Tensor], loss: Tensor, weight: Tensor, samples: int) -> None:
         """Gradients of the mean over the samples become gradients of the loss's own mean; any inf or nan is found in the same pass."""

@@ -23,7 +23,7 @@ from typing import Any
 
 from dist_train.runtime import signals
 
-STOP, SAVE, EVALUATE = "stop", "save", "evaluate"
+STOP, FINISH, SAVE, EVALUATE, LOG = "stop", "finish", "save", "evaluate", "log"
 POLL_SECONDS = 0.2
 
 Source = Callable[[], "tuple[str, str] | None"]
@@ -80,6 +80,15 @@ class Control:
             # This tick may be the one that an open agreement ends with.
             self._lock.wait_for(lambda: self._hold is None or self._tick < self._hold)
             return self._actions.pop(self._tick, set())
+
+    def stop_due(self) -> bool:
+        """Whether a stop is due at the end of the tick just run; whatever else is due is put off to the next one."""
+        actions = self.due()
+        rest = actions - {STOP}
+        if rest:
+            with self._lock:
+                self._actions.setdefault(self._tick + 1, set()).update(rest)
+        return STOP in actions
 
     # The control thread's side.
 

@@ -1,0 +1,97 @@
+"""Evaluation that counts every sample once, on any number of processes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from dist_train.engine.buffers import take_from_rank_zero
+from dist_train.engine.losses import batch_length
+from dist_train.engine.metrics import Metric
+from dist_train.engine.precision import Precision
+from dist_train.engine.task import Task, as_step_output
+from dist_train.runtime.seeding import seed_forward
+
+if TYPE_CHECKING:
+    from dist_train.data.loader import EvalLoader
+    from dist_train.engine.ema import EMA
+    from dist_train.runtime.control import Control
+    from dist_train.runtime.world import World
+
+
+class EvaluationInterrupted(Exception):
+    """A stop was agreed inside an evaluation: it is dropped, and run again after the resume."""
+
+
+class Evaluator:
+    """Runs the module itself, without the DDP wrapper, over fixed cuts of a dataset; sums in float64, one all-reduce at the end."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        metrics: Sequence[Metric],
+        *,
+        world: World,
+        precision: Precision,
+        prepare: Callable[[Any], Any],
+        seed: int,
+        ema: EMA | None = None,
+        control: Control | None = None,
+    ):
+        self.model, self.task, self.metrics = model, task, list(metrics)
+        self.world, self.precision, self.prepare = world, precision, prepare
+        self.seed, self.ema, self.control = seed, ema, control
+
+    @torch.no_grad()
+    def run(self, loader: EvalLoader) -> dict[str, float]:
+        """loss, the metrics, and `eval_samples`, the number of samples counted. EMA weights are used where there are any.
+
+        Raises:
+            EvaluationInterrupted: all ranks agreed to stop between two rounds of it.
+        """
+        take_from_rank_zero(self.model.buffers(), self.world.size)
+        sums = torch.zeros(3 + sum(metric.size for metric in self.metrics), dtype=torch.float64, device=self.world.device)
+        training = self.model.training
+        self.model.eval()
+        try:
+            with self.ema.applied() if self.ema is not None else contextlib.nullcontext():
+                batches = iter(loader)
+                for _ in range(-(-len(loader.plan) // self.world.size)):  # the same number of rounds on all ranks
+                    if self.control is not None:
+                        self.control.begin()
+                    with contextlib.suppress(StopIteration):
+                        cut, batch = next(batches)
+                        sums += self._batch(cut.start, batch)
+                    if self.control is not None and self.control.stop_due():
+                        raise EvaluationInterrupted
+        finally:
+            self.model.train(training)
+        if self.world.size > 1:
+            torch.distributed.all_reduce(sums)
+        return self._figures(sums.cpu())
+
+    def _batch(self, start: int, batch: Any) -> torch.Tensor:
+        batch = self.prepare(batch)
+        seed_forward(self.seed, 0, start, self.world.device)
+        with self.precision.autocast():
+            output = as_step_output(self.task.step(self.model, batch))
+        if self.metrics and output.outputs is None:
+            raise TypeError("metrics need the outputs: the task's step must return (loss, weight, outputs, targets)")
+        head = torch.zeros(3, dtype=torch.float64, device=self.world.device)
+        head[0], head[1], head[2] = output.loss, output.weight, batch_length(batch)
+        outputs = output.outputs.float() if isinstance(output.outputs, torch.Tensor) else output.outputs
+        return torch.cat([head, *(metric.sums(outputs, output.targets) for metric in self.metrics)])
+
+    def _figures(self, sums: torch.Tensor) -> dict[str, float]:
+        loss, weight, samples = sums[:3].tolist()
+        figures = {"loss": loss / weight if weight else float("nan")}
+        start = 3
+        for metric in self.metrics:
+            figures[metric.name] = metric.result(sums[start : start + metric.size])
+            start += metric.size
+        return {**figures, "eval_samples": int(samples)}

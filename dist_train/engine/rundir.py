@@ -1,0 +1,130 @@
+"""A run's directory: where it is, what state it is in, who started it when."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dist_train.config.errors import ConfigError
+from dist_train.config.names import expand_name
+from dist_train.runtime.storage import LocalStorage, Storage
+
+if TYPE_CHECKING:
+    from dist_train.config.schema import Config
+    from dist_train.runtime.world import World
+
+
+def job_id() -> str | None:
+    """The scheduler's or launcher's name for this job, the same after a requeue or restart; None for a plain process."""
+    env = os.environ
+    if "SLURM_ARRAY_JOB_ID" in env:
+        return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
+    run_id = env.get("TORCHELASTIC_RUN_ID", "none")
+    return env.get("SLURM_JOB_ID") or (run_id if run_id != "none" else None)
+
+
+def run_location(config: Config) -> str:
+    """Path or URL of the config's run. `{time}` and `{job}` in its name are those of the job's first start.
+
+    They are remembered below `run.dir`, in `.jobs/`, so that restarts and requeues of one job find their run again.
+    """
+    template = config.run.name or "run"
+    job = job_id()
+    if "{time}" not in template and "{job}" not in template:
+        name = expand_name(template, config, time="", job="")
+    else:
+        stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+        memory = Storage(config.run.dir).sub(".jobs")
+        if job is not None and "{time}" in template:
+            memory.create_exclusive(job, stamp.encode())
+            stamp = memory.read_bytes(job).decode()
+        name = expand_name(template, config, time=stamp, job=job or str(os.getpid()))
+    return f"{config.run.dir.rstrip('/')}/{name}"
+
+
+class RunDir:
+    """One run's directory. Rank 0 writes status, results and the ledger; each rank its own log and trace."""
+
+    def __init__(self, location: str):
+        self.storage = Storage(location)
+        if not isinstance(self.storage, LocalStorage):
+            raise ConfigError.single("run.dir", f"expected a directory of a mounted file system, found the URL {location}")
+        self.location = self.storage.location
+        self.root = Path(self.location)
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.root.name
+
+    def path(self, name: str) -> Path:
+        """The local path of `name`."""
+        return self.root / name
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """A JSON file's content; None if it isn't there."""
+        try:
+            return json.loads(self.storage.read_bytes(name))
+        except FileNotFoundError:
+            return None
+
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
+        """Write a JSON file whole."""
+        self.storage.write_atomic(name, (json.dumps(content, indent=2) + "\n").encode())
+
+    def write_status(self, state: str, *, step: int, epoch: int, world_size: int, error: str | None = None) -> None:
+        """status.json: what this run is doing, for people and scripts."""
+        status = {"state": state, "step": step, "epoch": epoch, "world_size": world_size, "updated_at": utc_now(), "error": error}
+        self.write_json("status.json", status)
+
+    def record_attempt(self, event: str, **facts: Any) -> None:
+        """A line in attempts.jsonl."""
+        self.storage.append_line("attempts.jsonl", json.dumps({"time": utc_now(), "event": event, **facts}))
+
+    def claim_attempt(self) -> int:
+        """The number of this start, from 0: the first that nobody has claimed, by exclusive creation."""
+        self.storage.makedirs("trace/.attempts")
+        number = len(self.storage.list("trace/.attempts"))
+        while not self.storage.create_exclusive(f"trace/.attempts/{number}", f"{socket.gethostname()} {os.getpid()}\n".encode()):
+            number += 1
+        return number
+
+
+def check_shared(run: RunDir, world: World) -> None:
+    """Rank 0 leaves a nonce in the run's directory and each node reads it back.
+
+    Raises:
+        ConfigError: a node doesn't see it: its directory of that name is another one, and would start afresh silently.
+    """
+    if world.size == 1:
+        return
+    nonce = f".nonce-{secrets.token_hex(8)}" if world.is_main else ""
+    if world.is_main:
+        run.storage.write_atomic(nonce, b"nonce")
+    nonce = world.share(nonce)
+    seen = True
+    if world.placement.local_rank == 0:
+        deadline = time.monotonic() + 10  # a network file system may show it late
+        while not (seen := run.storage.exists(nonce)) and time.monotonic() < deadline:
+            time.sleep(0.2)
+    answers = world.gather([seen, socket.gethostname()])
+    if world.is_main:
+        run.storage.delete(nonce)
+    blind = sorted({host for saw, host in answers if not saw})
+    if blind:
+        raise ConfigError.single(
+            "run.dir",
+            f"{run.location} is not the same directory on all nodes: {', '.join(blind)} can't see a file that "
+            f"{answers[0][1]} (rank 0) wrote there; give run.dir a path on a shared file system",
+        )
+
+
+def utc_now() -> str:
+    """The time as ISO 8601 in UTC."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
