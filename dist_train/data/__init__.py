@@ -1,5 +1,16 @@
 """Data: the plan of samples, the sampler, loaders, datasets and batched augmentation."""
 
+from dist_train.data.augment import (
+    Augment,
+    Augmentation,
+    CutMix,
+    Draws,
+    Mixup,
+    OneOf,
+    RandomErasing,
+    RandomHorizontalFlip,
+    RandomShift,
+)
 from dist_train.data.datasets import Digits
 from dist_train.data.errors import DataError, SampleError
 from dist_train.data.loader import EvalLoader, MicroBatch, StepWork, TrainLoader, build_train_loader
@@ -8,12 +19,21 @@ from dist_train.data.sampler import Request, StepSampler
 from dist_train.data.workers import resolve_workers, usable_cpus
 
 __all__ = [
+    "Augment",
+    "Augmentation",
+    "CutMix",
     "DataError",
     "Digits",
+    "Draws",
     "EvalLoader",
     "EvalPlan",
     "MicroBatch",
+    "Mixup",
+    "OneOf",
     "Plan",
+    "RandomErasing",
+    "RandomHorizontalFlip",
+    "RandomShift",
     "Request",
     "SampleError",
     "StepSampler",

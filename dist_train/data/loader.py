@@ -31,7 +31,7 @@ class MicroBatch(NamedTuple):
     batch: Any
     """The collated batch, on the CPU (pinned if so configured)."""
     indices: Indices
-    """Its samples in the dataset: (n,) int64."""
+    """Its rows' samples in the dataset: (n + neighbours,) int64, as `Augmentation` wants them."""
     position: int
     """Place of its first sample in the global batch."""
     samples: int
@@ -124,6 +124,7 @@ class TrainLoader:
         num_workers: int,
         device: torch.device,
         collate: Collate | None = None,
+        neighbours: int = 0,
     ) -> None:
         if dataset_length(dataset) != plan.length:
             raise DataError(f"the plan is for {plan.length} samples, but data.train has {len(dataset)}")
@@ -131,7 +132,9 @@ class TrainLoader:
         self.rank, self.world_size = rank, world_size
         self.num_workers = num_workers
         self.waited = 0.0
-        self.sampler = StepSampler(plan, rank=rank, world_size=world_size, micro_batch_size=micro_batch_size)
+        self.sampler = StepSampler(
+            plan, rank=rank, world_size=world_size, micro_batch_size=micro_batch_size, neighbours=neighbours
+        )
         self._timeout = config.timeout
         # Workers outlive epochs because the sampler crosses their ends; else each epoch gets new ones.
         self._endless = num_workers == 0 or config.persistent_workers in ("auto", True)
@@ -192,7 +195,7 @@ class TrainLoader:
             began = time.perf_counter()
             request, batch = _next(iterator, self._timeout)
             self.waited += time.perf_counter() - began
-            samples = 0 if request.weightless else len(request.indices)
+            samples = 0 if request.weightless else len(request.indices) - self.sampler.neighbours
             yield MicroBatch(batch, request.indices, request.position, samples, request.weightless, request.last)
             if request.last:
                 return
@@ -217,6 +220,7 @@ def build_train_loader(
     num_workers: int,
     device: torch.device,
     collate: Collate | None = None,
+    neighbours: int = 0,
 ) -> TrainLoader:
     """The loader of the training data of one rank.
 
@@ -230,6 +234,7 @@ def build_train_loader(
         num_workers: see `resolve_workers`.
         device: where the model is; decides on pinning.
         collate: list of samples -> batch, torch's by default.
+        neighbours: `Augmentation.neighbours`: rows beyond each micro-batch for augmentations that mix samples.
     """
     if isinstance(dataset, IterableDataset):
         raise DataError(f"data.train: {type(dataset).__name__} is an IterableDataset; a map-style dataset is needed")
@@ -244,6 +249,7 @@ def build_train_loader(
         num_workers=num_workers,
         device=device,
         collate=collate,
+        neighbours=neighbours,
     )
 
 
@@ -252,6 +258,12 @@ class EvalLoader:
 
     Each pass reads the same with the same draws. Workers are kept between passes unless
     `data.persistent_workers: false`; `close()` ends them.
+
+    Attributes:
+        plan: the `EvalPlan`.
+        cuts: the cuts that this rank evaluates.
+        rounds: the most cuts that any rank evaluates; equal on all ranks.
+        num_workers: worker processes, 0 for none.
     """
 
     def __init__(
@@ -269,6 +281,7 @@ class EvalLoader:
     ) -> None:
         self.plan = EvalPlan(dataset_length(dataset, "val/test"), batch_size)
         self.cuts = self.plan.cuts(rank, world_size)
+        self.rounds = -(-len(self.plan) // world_size)
         self.num_workers = min(num_workers, len(self.cuts))
         self._timeout = config.timeout
         requests = [

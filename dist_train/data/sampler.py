@@ -17,7 +17,7 @@ class Request(NamedTuple):
     step: int
     """Global optimizer step, from 0."""
     indices: Indices
-    """Samples to read: (n,) int64, its own copy, so that nobody can harm the plan's order."""
+    """Samples to read: (n + neighbours,) int64, a copy, so that nobody can harm the plan's order."""
     position: int
     """Place of the first sample in the global batch."""
     weightless: bool
@@ -26,19 +26,25 @@ class Request(NamedTuple):
     """The last micro-batch of this rank in the step."""
 
 
-def requests(plan: Plan, step: int, rank: int, world_size: int, micro: int) -> list[Request]:
+def requests(plan: Plan, step: int, rank: int, world_size: int, micro: int, neighbours: int = 0) -> list[Request]:
     """What `rank` reads in global step `step`, at least one request.
 
-    A rank without samples gets the batch's first two (BatchNorm needs two; one if the batch is a single sample),
-    weightless, since every rank must take part in the collectives of the step.
+    `neighbours` more samples are read behind each micro-batch: those that follow it in the global batch, whose end is
+    followed by its beginning. A rank without samples gets the batch's first two (BatchNorm needs two; one if the
+    batch is a single sample), weightless, since every rank must take part in the collectives of the step.
     """
     batch = plan.batch(step)
+    n = len(batch)
     epoch = plan.epoch_of(step)
-    mine = parts(len(batch), rank, world_size, micro)
+    mine = parts(n, rank, world_size, micro)
+
+    def read(start: int, stop: int) -> Indices:
+        return batch.take(range(start, stop + neighbours), mode="wrap") if neighbours else batch[start:stop].copy()
+
     if not mine:
-        return [Request(epoch, step, batch[:2].copy(), 0, True, True)]
+        return [Request(epoch, step, read(0, min(2, n)), 0, True, True)]
     end = len(mine) - 1
-    return [Request(epoch, step, batch[part].copy(), part.start, False, k == end) for k, part in enumerate(mine)]
+    return [Request(epoch, step, read(p.start, p.stop), p.start, False, k == end) for k, p in enumerate(mine)]
 
 
 class StepSampler(DistributedSampler[Any]):
@@ -46,9 +52,15 @@ class StepSampler(DistributedSampler[Any]):
 
     Unlike its parent it neither pads nor repeats samples, and it can begin at any optimizer step. `set_epoch` selects
     one epoch, as its users expect; `set_steps` any range of global steps, without an end if `stop` is None.
+
+    Args:
+        plan: the order of samples.
+        rank, world_size: this rank and how many share each global batch.
+        micro_batch_size: most samples of one forward.
+        neighbours: samples to read beyond each micro-batch, see `dist_train.data.augment`.
     """
 
-    def __init__(self, plan: Plan, *, rank: int, world_size: int, micro_batch_size: int) -> None:
+    def __init__(self, plan: Plan, *, rank: int, world_size: int, micro_batch_size: int, neighbours: int = 0) -> None:
         super().__init__(
             cast("Any", range(plan.length)),  # the parent only asks for its length
             num_replicas=world_size,
@@ -59,6 +71,7 @@ class StepSampler(DistributedSampler[Any]):
         )
         self.plan = plan
         self.micro_batch_size = micro_batch_size
+        self.neighbours = neighbours
         self.start_step = 0
         self.stop_step: int | None = plan.steps_per_epoch
 
@@ -74,7 +87,7 @@ class StepSampler(DistributedSampler[Any]):
     def __iter__(self) -> Iterator[Any]:
         step = self.start_step
         while self.stop_step is None or step < self.stop_step:
-            yield from requests(self.plan, step, self.rank, self.num_replicas, self.micro_batch_size)
+            yield from requests(self.plan, step, self.rank, self.num_replicas, self.micro_batch_size, self.neighbours)
             step += 1
 
     def __len__(self) -> int:

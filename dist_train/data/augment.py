@@ -1,0 +1,395 @@
+"""Batched augmentation on the device, in which every sample draws its own numbers.
+
+What a sample draws is a function of (seed, epoch, sample index, place in the list of augmentations), never of the
+batch, rank or device that it is in: a counter-based generator (splitmix64) in integer arithmetic, equal to the bit on
+CPU and CUDA. The few numbers that steer a sample (shifts, boxes, coins) are drawn on the host, which knows the indices
+anyway, and go to the device in one small copy: that takes less time than launching the kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812 (the name that everybody uses)
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dist_train.data.errors import DataError
+from dist_train.data.plan import Indices
+from dist_train.runtime.seeding import AUGMENT, mix
+
+Keys = NDArray[np.uint64]
+
+# splitmix64 (see runtime/seeding.py). numpy for what is drawn on the host, where it is five times as fast on small
+# arrays as torch; torch for what is drawn on the device.
+_GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_U30, _U27, _U31, _U40 = (np.uint64(bits) for bits in (30, 27, 31, 40))
+_UFIRST, _USECOND = np.uint64(_FIRST), np.uint64(_SECOND)
+
+
+def _host_finalise(z: Keys) -> Keys:
+    """The finaliser on uint64, in place."""
+    z ^= z >> _U30
+    z *= _UFIRST
+    z ^= z >> _U27
+    z *= _USECOND
+    z ^= z >> _U31
+    return z
+
+
+def _signed(value: int) -> int:
+    """64 unsigned bits as the int64 that torch computes with."""
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _device_finalise(z: Tensor) -> Tensor:
+    """The finaliser on int64, in place: products wrap on every device, shifts are made logical by a mask."""
+    z ^= (z >> 30) & 0x3FFFFFFFF
+    z *= _signed(_FIRST)
+    z ^= (z >> 27) & 0x1FFFFFFFFF
+    z *= _signed(_SECOND)
+    z ^= (z >> 31) & 0x1FFFFFFFF
+    return z
+
+
+def sample_keys(seed: int, epoch: int, indices: Indices) -> Keys:
+    """One 64-bit key per sample: (B,) uint64."""
+    return _host_finalise(indices.astype(np.uint64) ^ np.uint64(mix(AUGMENT, seed, epoch)))
+
+
+class Draws:
+    """The random numbers of one augmentation for the samples of a batch.
+
+    Args:
+        keys: (B,) uint64 from `sample_keys`.
+        op: place of the augmentation in the list.
+        device: where the images are.
+
+    Each call draws anew: the numbers depend on how many were drawn before, as with any generator.
+    """
+
+    def __init__(self, keys: Keys, op: int, device: torch.device) -> None:
+        self.device = device
+        self._keys = keys
+        self._op = op
+        self._drawn = 0
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def head(self, rows: int) -> Draws:
+        """Draws for the first `rows` samples, going on where these stand."""
+        draws = Draws(self._keys[:rows], self._op, self.device)
+        draws._drawn = self._drawn
+        return draws
+
+    def host(self, n: int) -> Tensor:
+        """Uniform numbers in [0, 1): (B, n) float32 on the CPU."""
+        counters = np.arange(n, dtype=np.uint64)
+        counters += np.uint64(self._advance(n))
+        counters *= np.uint64(_GOLDEN)
+        bits = _host_finalise(self._keys[:, None] + counters) >> _U40
+        return torch.from_numpy(bits.astype(np.float32)).mul_(2.0**-24)  # 24 bits: exact in float32, never 1
+
+    def uniform(self, n: int) -> Tensor:
+        """The same numbers made on the device, for large n: (B, n) float32."""
+        begin = self._advance(n)
+        counters = torch.arange(begin, begin + n, dtype=torch.int64, device=self.device)
+        counters *= _signed(_GOLDEN)
+        bits = _device_finalise(self.send(torch.from_numpy(self._keys.view(np.int64)))[:, None] + counters)
+        return ((bits >> 40) & 0xFFFFFF).to(torch.float32).mul_(2.0**-24)
+
+    def send(self, values: Tensor) -> Tensor:
+        """A small host tensor on the device, without waiting for it."""
+        if self.device.type == "cuda":
+            return values.pin_memory().to(self.device, non_blocking=True)
+        return values.to(self.device)
+
+    def _advance(self, n: int) -> int:
+        """The counter that the next n numbers begin at; each augmentation of a list counts in a range of its own."""
+        begin = (self._op << 40) + self._drawn + 1
+        self._drawn += n
+        return begin
+
+
+class Augment:
+    """One step of augmentation. Subclass it for your own: `__call__(inputs, targets, draws) -> (inputs, targets)`.
+
+    inputs are (B, ...) on the device, targets (B,) or (B, classes). Draw from `draws` only.
+
+    Attributes:
+        neighbours: rows that it takes from the end of the batch and doesn't return. An augmentation that mixes
+            samples sets 1: it then gets one row more than it returns, and row i may use row i + 1. The loader reads
+            the neighbours, which are the next samples of the *global* batch, so that the pairs don't depend on how
+            the batch was cut.
+    """
+
+    neighbours = 0
+
+    def __call__(self, inputs: Tensor, targets: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Augment a batch."""
+        raise TypeError(f"{type(self).__name__} must define __call__(inputs, targets, draws)")
+
+
+def neighbours(augments: Sequence[Augment]) -> int:
+    """Rows that the loader must read beyond each micro-batch for a list of augmentations."""
+    return sum(getattr(augment, "neighbours", 0) for augment in augments)
+
+
+class Augmentation:
+    """A list of augmentations, applied in order to (inputs, targets) batches.
+
+    Args:
+        augments: instances of `Augment`, or callables of the same form.
+    """
+
+    def __init__(self, augments: Sequence[Augment]) -> None:
+        self.augments = list(augments)
+        self.neighbours = neighbours(self.augments)
+
+    def __call__(self, batch: Any, *, seed: int, epoch: int, indices: Indices) -> tuple[Tensor, Tensor]:
+        """Augment one micro-batch.
+
+        Args:
+            batch: (inputs, targets) on the device, len(indices) rows each.
+            seed, epoch: of the run and of the step.
+            indices: the samples (`MicroBatch.indices`), on the host; includes the neighbours.
+
+        Returns:
+            (inputs, targets) without the neighbours' rows.
+
+        Raises:
+            DataError: the batch isn't a pair of tensors, or its images have a form that an augmentation can't take.
+        """
+        if not (isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(x, Tensor) for x in batch)):
+            raise DataError(
+                f"data.augment works on batches (inputs, targets) of two tensors, found {type(batch).__name__}; "
+                f"augment in the dataset's transform instead"
+            )
+        inputs, targets = batch
+        keys = sample_keys(seed, epoch, indices)
+        for op, augment in enumerate(self.augments):
+            inputs, targets = augment(inputs, targets, Draws(keys, op, inputs.device))
+            keys = keys[: len(inputs)]
+        return inputs, targets
+
+
+def _images(name: str, inputs: Tensor) -> tuple[int, int, int, int]:
+    if inputs.dim() != 4:
+        raise DataError(f"{name} needs images (N, C, H, W), found a batch of shape {tuple(inputs.shape)}")
+    batch, channels, height, width = inputs.shape
+    return batch, channels, height, width
+
+
+def _probability(name: str, p: float) -> float:
+    if not 0.0 <= p <= 1.0:
+        raise DataError(f"{name}: expected p between 0 and 1, found {p}")
+    return p
+
+
+def _within(size: int, begin: Tensor, end: Tensor) -> Tensor:
+    """(B, size) bool: begin <= place < end."""
+    place = torch.arange(size, device=begin.device)
+    return (place >= begin[:, None]) & (place < end[:, None])
+
+
+class RandomShift(Augment):
+    """Shift each image by up to `pixels` in both directions, filling with zeros (a random crop of the padded image).
+
+    Args:
+        pixels: largest shift; every shift in -pixels..pixels is equally likely.
+    """
+
+    def __init__(self, pixels: int) -> None:
+        if pixels < 0:
+            raise DataError(f"RandomShift: expected pixels >= 0, found {pixels}")
+        self.pixels = int(pixels)
+
+    def __call__(self, inputs: Tensor, targets: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        batch, _, height, width = _images("RandomShift", inputs)
+        offsets = draws.send((draws.host(2) * (2 * self.pixels + 1)).to(torch.int64))
+        padded = F.pad(inputs, [self.pixels] * 4)
+        windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view: (B, C, 2p+1, 2p+1, H, W)
+        rows = torch.arange(batch, device=inputs.device)
+        return windows[rows, :, offsets[:, 0], offsets[:, 1]], targets
+
+
+class RandomHorizontalFlip(Augment):
+    """Mirror each image left to right with probability `p`."""
+
+    def __init__(self, p: float = 0.5) -> None:
+        self.p = _probability("RandomHorizontalFlip", p)
+
+    def __call__(self, inputs: Tensor, targets: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        _images("RandomHorizontalFlip", inputs)
+        flipped = draws.send(draws.host(1) < self.p)
+        return torch.where(flipped[:, :, None, None], inputs.flip(3), inputs), targets
+
+
+class RandomErasing(Augment):
+    """Overwrite a random box of each image with probability `p` (Zhong et al., arXiv:1708.04896).
+
+    Args:
+        p: probability for each image.
+        scale: range of the box's share of the area.
+        ratio: range of its height over its width, drawn evenly in the logarithm.
+        value: what to write, or "random" for normal noise per pixel.
+    """
+
+    def __init__(
+        self,
+        p: float = 0.5,
+        scale: tuple[float, float] = (0.02, 0.33),
+        ratio: tuple[float, float] = (0.3, 3.3),
+        value: float | str = 0.0,
+    ) -> None:
+        if not 0 <= scale[0] <= scale[1] <= 1 or not 0 < ratio[0] <= ratio[1]:
+            raise DataError(f"RandomErasing: expected rising ranges, scale within 0..1, found {scale} and {ratio}")
+        if isinstance(value, str) and value != "random":
+            raise DataError(f'RandomErasing: expected value to be a number or "random", found {value!r}')
+        self.p = _probability("RandomErasing", p)
+        self.scale, self.ratio, self.value = tuple(scale), tuple(ratio), value
+
+    def __call__(self, inputs: Tensor, targets: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        _, channels, height, width = _images("RandomErasing", inputs)
+        u = draws.host(5).double()
+        area = (self.scale[0] + u[:, 1] * (self.scale[1] - self.scale[0])) * height * width
+        low, high = np.log(self.ratio[0]), np.log(self.ratio[1])
+        ratio = torch.exp(low + u[:, 2] * (high - low))
+        box_h = torch.sqrt(area * ratio).round().clamp_(max=height)
+        box_w = torch.sqrt(area / ratio).round().clamp_(max=width)
+        top = (u[:, 3] * (height - box_h + 1)).floor()
+        left = (u[:, 4] * (width - box_w + 1)).floor()
+        bottom = torch.where(u[:, 0] < self.p, top + box_h, top)  # an empty box erases nothing
+        box = draws.send(torch.stack((top, bottom, left, left + box_w)))
+        erased = (_within(height, box[0], box[1])[:, :, None] & _within(width, box[2], box[3])[:, None, :])[:, None]
+        if self.value == "random":
+            noise = _normal(draws.uniform(2 * channels * height * width)).view_as(inputs).to(inputs.dtype)
+            return torch.where(erased, noise, inputs), targets
+        return inputs.masked_fill(erased, float(self.value)), targets
+
+
+def _normal(uniform: Tensor) -> Tensor:
+    """Standard normal numbers from twice as many uniform ones (Box and Muller 1958)."""
+    first, second = uniform.chunk(2, dim=1)
+    return torch.sqrt(-2.0 * torch.log(1.0 - first)) * torch.cos(2.0 * torch.pi * second)
+
+
+@lru_cache(maxsize=8)
+def _beta_table(alpha: float) -> Tensor:
+    """4,096 equally likely values of the Beta(alpha, alpha) distribution: a lookup has no rounding to differ in."""
+    # With t = x**alpha the density is smooth at 0 also for alpha < 1; the other half follows by symmetry.
+    t = np.linspace(0.0, 0.5**alpha, 20001)
+    density = (1.0 - t ** (1.0 / alpha)) ** (alpha - 1.0)
+    mass = np.concatenate(([0.0], np.cumsum((density[1:] + density[:-1]) / 2)))
+    levels = (np.arange(2048) + 0.5) / 2048
+    lower = np.interp(levels * mass[-1], mass, t) ** (1.0 / alpha)
+    return torch.from_numpy(np.concatenate((lower, 1.0 - lower[::-1]))).to(torch.float32)
+
+
+def _soft(targets: Tensor, classes: int) -> Tensor:
+    """Class indices (B,) as probabilities (B, classes) float32; probabilities stay as they are."""
+    if targets.is_floating_point():
+        return targets
+    return F.one_hot(targets.long(), classes).float()
+
+
+class _Mix(Augment):
+    """Common to Mixup and CutMix: each sample is mixed with the next one of the global batch."""
+
+    neighbours = 1
+
+    def __init__(self, classes: int, alpha: float, p: float) -> None:
+        name = type(self).__name__
+        if alpha <= 0 or classes < 2:
+            raise DataError(f"{name}: expected alpha > 0 and classes >= 2, found {alpha} and {classes}")
+        self.classes, self.alpha, self.p = int(classes), float(alpha), _probability(name, p)
+
+    def _kept(self, u: Tensor) -> Tensor:
+        """How much of each sample stays: Beta(alpha, alpha), or all of it with probability 1 - p; (B,)."""
+        kept = _beta_table(self.alpha)[(u[:, 0] * 4096).long()]
+        return torch.where(u[:, 1] < self.p, kept, 1.0)
+
+    def _targets(self, targets: Tensor, kept: Tensor) -> Tensor:
+        soft = _soft(targets, self.classes)
+        return soft[:-1] * kept[:, None] + soft[1:] * (1.0 - kept)[:, None]
+
+
+class Mixup(_Mix):
+    """Blend each sample and its target with the next sample's (Zhang et al., arXiv:1710.09412).
+
+    Args:
+        classes: targets become (B, classes) float32 probabilities.
+        alpha: of the Beta distribution that the blending weight of each sample is drawn from.
+        p: probability for each sample.
+    """
+
+    def __init__(self, classes: int, alpha: float = 0.2, p: float = 1.0) -> None:
+        super().__init__(classes, alpha, p)
+
+    def __call__(self, inputs: Tensor, targets: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        if not inputs.is_floating_point():
+            raise DataError(f"Mixup needs floating point inputs, found {inputs.dtype}")
+        kept = draws.send(self._kept(draws.host(2)[:-1]))
+        weight = kept.view(-1, *[1] * (inputs.dim() - 1)).to(inputs.dtype)
+        return inputs[:-1] * weight + inputs[1:] * (1.0 - weight), self._targets(targets, kept)
+
+
+class CutMix(_Mix):
+    """Replace a box of each image by the next image's, and its target by area (Yun et al., arXiv:1905.04899).
+
+    Args:
+        classes: targets become (B, classes) float32 probabilities.
+        alpha: of the Beta distribution that the kept share of each image's area is drawn from.
+        p: probability for each image.
+    """
+
+    def __init__(self, classes: int, alpha: float = 1.0, p: float = 1.0) -> None:
+        super().__init__(classes, alpha, p)
+
+    def __call__(self, inputs: Tensor, targets: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        _, _, height, width = _images("CutMix", inputs)
+        u = draws.host(4)[:-1]
+        half = torch.sqrt(1.0 - self._kept(u).double()) / 2.0
+        middle_y, middle_x = u[:, 2] * height, u[:, 3] * width
+        top, bottom = ((middle_y + sign * half * height).round().clamp_(0, height) for sign in (-1, 1))
+        left, right = ((middle_x + sign * half * width).round().clamp_(0, width) for sign in (-1, 1))
+        kept = 1.0 - (bottom - top) * (right - left) / (height * width)
+        box = draws.send(torch.stack((top, bottom, left, right, kept)))
+        cut = _within(height, box[0], box[1])[:, :, None] & _within(width, box[2], box[3])[:, None, :]
+        mixed = torch.where(cut[:, None], inputs[1:], inputs[:-1])
+        return mixed, self._targets(targets, box[4].float())
+
+
+class OneOf(Augment):
+    """Apply one of several augmentations to each sample, each equally likely.
+
+    Args:
+        augments: the choices; targets become probabilities if one of them makes them so.
+    """
+
+    def __init__(self, augments: Sequence[Augment]) -> None:
+        if not augments:
+            raise DataError("OneOf: expected at least one augmentation, found none")
+        self.augments = list(augments)
+        self.neighbours = max(getattr(augment, "neighbours", 0) for augment in self.augments)
+
+    def __call__(self, inputs: Tensor, targets: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        rows = len(inputs) - self.neighbours
+        chosen = draws.send((draws.host(1)[:rows, 0] * len(self.augments)).to(torch.int64))
+        out, soft = inputs[:rows], targets[:rows]
+        for k, augment in enumerate(self.augments):
+            given = rows + getattr(augment, "neighbours", 0)
+            more, labels = augment(inputs[:given], targets[:given], draws.head(given))
+            mine = chosen == k
+            out = torch.where(mine.view(-1, *[1] * (out.dim() - 1)), more, out)
+            if labels.dim() > soft.dim():
+                soft = _soft(soft, labels.shape[1])
+            elif soft.dim() > labels.dim():
+                labels = _soft(labels, soft.shape[1])
+            soft = torch.where(mine.view(-1, *[1] * (soft.dim() - 1)), labels, soft)
+        return out, soft
