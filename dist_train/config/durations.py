@@ -8,11 +8,11 @@ from dataclasses import dataclass
 _PATTERN = re.compile(r"\s*([+-]?[0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)\s*")
 _SECONDS = {"s": 1, "min": 60, "h": 3600}
 _SPELLINGS = {
-    **{name: "ep" for name in ("ep", "epoch", "epochs")},
-    **{name: "step" for name in ("step", "steps")},
-    **{name: "s" for name in ("s", "sec", "second", "seconds")},
-    **{name: "min" for name in ("min", "minute", "minutes")},
-    **{name: "h" for name in ("h", "hour", "hours")},
+    **dict.fromkeys(("ep", "epoch", "epochs"), "ep"),
+    **dict.fromkeys(("step", "steps"), "step"),
+    **dict.fromkeys(("s", "sec", "second", "seconds"), "s"),
+    **dict.fromkeys(("min", "minute", "minutes"), "min"),
+    **dict.fromkeys(("h", "hour", "hours"), "h"),
 }
 UNITS = "ep (epochs), step (optimizer steps), s, min or h"
 

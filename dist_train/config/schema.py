@@ -36,6 +36,10 @@ def refused(default: Any, description: str, **limits: Any) -> Any:
     return _declare("refused", default, description, **limits)
 
 
+# The metrics that have a name; tests hold this equal to dist_train.engine.metrics.NAMED.
+METRICS = ("accuracy", "top5", "binary_accuracy", "mae", "mse", "rmse", "r2")
+
+
 class Says:
     """What a type is called in messages and in the reference: `expected <text>, found ...`."""
 
@@ -86,7 +90,7 @@ _DURATION_SCHEMA = {
     "pattern": r"^\s*[0-9.]+\s*(ep|step|s|min|h)\s*$",
     "examples": ["20ep", "500step"],
 }
-_NAMED_OR_COMPONENT = {"anyOf": [{"type": "string"}, _COMPONENT_SCHEMA]}
+_NAMED_OR_COMPONENT = {"anyOf": [{"type": "string", "enum": list(METRICS)}, _COMPONENT_SCHEMA]}
 
 Component = Annotated[Any, BeforeValidator(_component), WithJsonSchema(_COMPONENT_SCHEMA), Says("a component")]
 Metric = Annotated[

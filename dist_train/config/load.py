@@ -1,0 +1,352 @@
+"""`load_config`: from a file, a dict or nothing to a checked `Config`, or to one error that names every mistake."""
+
+from __future__ import annotations
+
+import os
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from . import checks
+from .errors import ConfigError, describe, did_you_mean
+from .schema import Config, Says, Section
+from .source import COMMAND_LINE, DICT, Key, Tree, apply_overrides, as_problems, dotted, read_file, read_mapping
+
+DEFAULT = Path(__file__).with_name("default.yaml")
+
+# What people write elsewhere, and the key to use here. {value} is what they wrote, where it is a plain number or word.
+FOREIGN = {
+    **dict.fromkeys(
+        ("epochs", "max_epochs", "num_epochs", "num_train_epochs", "n_epochs"),
+        "the number of epochs is trainer.duration={value}ep",
+    ),
+    **dict.fromkeys(("max_steps", "num_steps", "total_steps"), "the number of steps is trainer.duration={value}step"),
+    **dict.fromkeys(
+        ("max_time", "max_duration"), "the length of training is trainer.duration, like 20ep, 500step or 2h"
+    ),
+    **dict.fromkeys(
+        ("batch_size", "train_batch_size"),
+        "data.global_batch_size is the samples of one optimizer step over all ranks; trainer.micro_batch_size what one "
+        "forward takes",
+    ),
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "train_micro_batch_size_per_gpu", "per_gpu_batch_size", "batch_size_per_gpu"),
+        "trainer.micro_batch_size={value} is what one forward takes; data.global_batch_size stays the same on any number "
+        "of ranks",
+    ),
+    **dict.fromkeys(
+        ("per_device_eval_batch_size", "val_batch_size", "test_batch_size"), "it is data.eval_batch_size={value}"
+    ),
+    **dict.fromkeys(
+        ("accumulate_grad_batches", "gradient_accumulation_steps", "grad_accum_steps", "accumulation_steps"),
+        "accumulation follows from data.global_batch_size, the number of ranks and trainer.micro_batch_size",
+    ),
+    **dict.fromkeys(
+        ("gradient_clip_val", "max_grad_norm", "clip_grad", "grad_clip", "gradient_clip_norm", "max_norm"),
+        "it is trainer.clip_grad_norm={value} (or trainer.clip_grad_value)",
+    ),
+    **dict.fromkeys(
+        ("devices", "gpus", "num_gpus", "n_gpus", "num_nodes", "nproc_per_node", "num_processes", "world_size"),
+        "the number of processes is torchrun's: torchrun --nproc_per_node=4 -m dist_train.main ...",
+    ),
+    **dict.fromkeys(("accelerator", "use_cuda", "no_cuda"), "it is distributed.device: auto, cpu or cuda"),
+    **dict.fromkeys(
+        ("amp", "use_amp", "fp16", "bf16", "mixed_precision", "autocast", "dtype"),
+        "it is trainer.precision: auto, fp32, bf16 or fp16",
+    ),
+    **dict.fromkeys(("lr", "learning_rate"), "it is optimizer.lr={value}"),
+    **dict.fromkeys(
+        ("momentum", "weight_decay", "betas"), "it is an argument of the optimizer: optimizer.{key}={value}"
+    ),
+    **dict.fromkeys(("lr_scheduler", "scheduler_type"), "it is the component `scheduler`"),
+    **dict.fromkeys(("criterion", "loss_fn", "loss_function"), "it is the component `loss`"),
+    **dict.fromkeys(("net", "network", "arch"), "it is the component `model`"),
+    **dict.fromkeys(("dataset", "train_dataset", "trainset"), "it is the component data.train"),
+    **dict.fromkeys(("eval_dataset", "val_dataset", "valset"), "it is the component data.val"),
+    **dict.fromkeys(("transform", "transforms"), "it is an argument of the dataset, as data.train.transform"),
+    **dict.fromkeys(
+        ("ckpt_path", "resume_from", "resume_from_checkpoint", "checkpoint_path", "resume"),
+        "a run goes on by itself when the same command is run again; checkpoint.resume=PATH begins from another one",
+    ),
+    **dict.fromkeys(
+        ("early_stopping", "early_stop", "patience"), "it is trainer.stop_when: {metric: val/loss, patience: 5ep}"
+    ),
+    **dict.fromkeys(("ema", "use_ema"), "it is trainer.ema_decay, for example 0.999"),
+    **dict.fromkeys(("save_top_k", "save_total_limit"), "it is checkpoint.keep_last, and checkpoint.keep_best"),
+    **dict.fromkeys(
+        ("save_every", "save_steps", "save_interval", "every_n_epochs"), "it is checkpoint.every, like 1ep or 15min"
+    ),
+    **dict.fromkeys(
+        ("val_check_interval", "check_val_every_n_epoch", "eval_steps", "eval_every", "eval_interval"),
+        "it is trainer.evaluate_every, like 1ep or 500step",
+    ),
+    **dict.fromkeys(
+        ("log_every_n_steps", "logging_steps", "log_interval", "print_freq"), "it is trainer.log_every={value}step"
+    ),
+    **dict.fromkeys(("output_dir", "save_dir", "log_dir", "logdir", "default_root_dir"), "it is run.dir={value}"),
+    **dict.fromkeys(("name", "run_name", "experiment", "exp_name", "experiment_name"), "it is run.name={value}"),
+    **dict.fromkeys(
+        ("backend", "dist_backend"), "the backend follows from distributed.device: nccl on CUDA, gloo on CPU"
+    ),
+    **dict.fromkeys(("workers", "dataloader_num_workers", "n_workers"), "it is data.num_workers={value}"),
+    "random_seed": "it is seed={value}",
+    "sync_bn": "it is distributed.sync_batchnorm={value}",
+    "<<": "merge keys aren't part of YAML 1.2; use `extends: base.yaml`, or write the keys out",
+}
+_EXAMPLES = {"ep": "20", "step": "500"}
+
+
+def load_config(
+    source: str | os.PathLike[str] | Mapping[str, Any] | None = None, overrides: Sequence[str] = ()
+) -> Config:
+    """Read, merge and check a config. torch isn't imported, and no component either (see `check_components`).
+
+    Args:
+        source: a YAML file; a mapping, in which any component may be a live object (kept as it is, never copied); None
+            for the built-in default.
+        overrides: `a.b.c=value`, as on the command line.
+
+    Raises:
+        ConfigError: with every mistake, sorted by place.
+    """
+    if isinstance(source, Config):
+        source = source.to_dict()
+    if isinstance(source, Mapping):
+        path, tree = None, read_mapping(source)
+    else:
+        path = None if source is None else os.fspath(source)
+        tree = read_file(path if path is not None else str(DEFAULT))
+    apply_overrides(tree, overrides)
+    return _finish(tree, path, "digits" if source is None else "run")
+
+
+def _finish(tree: Tree, path: str | None, default_name: str) -> Config:
+    _rename(tree, ("data", "multiprocessing_context"), ("data", "worker_start_method"))
+    config: Config | None = None
+    broken: list[Key] = []
+    try:
+        config = Config.model_validate(tree.data)
+    except ValidationError as error:
+        broken = list(_translate(tree, error))
+        config = _without(tree, broken)
+    if config is not None:
+        for key, message in checks.cross_checks(config):
+            if not any(key[: len(bad)] == bad or bad[: len(key)] == key for bad in broken):
+                tree.report(key, message)
+    tree.raise_problems()
+    assert config is not None
+    return _resolve(config, tree, path, default_name)
+
+
+def _rename(tree: Tree, old: Key, new: Key) -> None:
+    section = tree.data.get(old[0])
+    if not isinstance(section, dict) or old[1] not in section:
+        return
+    if new[1] in section:
+        tree.report(old, f"this is another spelling of {dotted(new)}, which is given too; keep one")
+        del section[old[1]]
+        return
+    section[new[1]] = section.pop(old[1])
+    tree.places[new] = tree.places.pop(old, tree.place(old))
+
+
+def _resolve(config: Config, tree: Tree, path: str | None, default_name: str) -> Config:
+    """Fill in what depends on where the config came from: the run's name, and where user code is looked for."""
+    base = os.path.dirname(os.path.abspath(path)) if path is not None else os.getcwd()
+    name = config.run.name or (Path(path).stem if path is not None else default_name)
+    paths: Sequence[str] = config.run.code_paths
+    if paths:
+        written = tree.place(("run", "code_paths")).source
+        origin = os.getcwd() if written in (COMMAND_LINE, DICT) else os.path.dirname(os.path.abspath(written))
+        paths = [os.path.normpath(os.path.join(origin, os.path.expanduser(entry))) for entry in paths]
+    else:
+        paths = list(dict.fromkeys([base, os.getcwd()]))
+    config = config.model_copy(update={"run": config.run.model_copy(update={"name": name, "code_paths": paths})})
+    config._source = path
+    config._places = tree.places
+    return config
+
+
+def _without(tree: Tree, broken: list[Key]) -> Config | None:
+    """The config with its broken keys left out and missing components stood in for, so that other checks can go on."""
+
+    def copy(value: Any, key: Key) -> Any:
+        if isinstance(value, dict):
+            return {name: copy(item, (*key, name)) for name, item in value.items() if (*key, name) not in broken}
+        if isinstance(value, list):
+            return [copy(item, (*key, index)) for index, item in enumerate(value) if (*key, index) not in broken]
+        return value
+
+    data = copy(tree.data, ())
+    absent = {"_target_": "builtins.object"}
+    for _ in range(3):
+        data = copy(tree.data, ())
+        if isinstance(data.setdefault("data", {}), dict):
+            data["data"].setdefault("train", absent)
+        for name in ("model", "optimizer", "loss"):
+            data.setdefault(name, absent)
+        try:
+            return Config.model_validate(data)
+        except ValidationError as error:  # a key that is missing can't be left out: leave out what lacks it
+            broken = broken + [_find(item["loc"], item["type"])[0][:-1] for item in error.errors()]
+            if () in broken:
+                return None
+    return None
+
+
+# --- pydantic's errors in the words of this project ------------------------------------------------------------------
+
+
+def _translate(tree: Tree, error: ValidationError) -> Iterator[Key]:
+    """Note each mistake once, at its key; yields the keys that are wrong."""
+    seen: set[Key] = set()
+    for item in sorted(error.errors(include_url=False), key=lambda item: item["type"] != "value_error"):
+        key, annotation, section = _find(item["loc"], item["type"])
+        if key in seen:
+            continue  # the other branches of a union
+        seen.add(key)
+        if item["type"] == "extra_forbidden":
+            tree.report(key, f"unknown key{_advice(key, item['input'], section)}")
+        elif item["type"] == "missing":
+            tree.report(key, f"this key is missing; give it {says(annotation)}")
+        elif item["type"] == "value_error":
+            tree.report(key, str(item["ctx"]["error"]))
+        else:
+            tree.report(key, mismatch(says(annotation), _at(tree.data, key)))
+        yield key
+
+
+def mismatch(expected: str, value: Any) -> str:
+    """`expected X, found Y`, with a hint for the slips that YAML invites."""
+    hint = ""
+    if isinstance(value, str):
+        text = value.strip().replace("_", "")
+        if "number" in expected and text.count(",") == 1 and text.replace(",", "").lstrip("+-").isdigit():
+            hint = f"; the decimal sign is a point: {text.replace(',', '.')}"
+        elif "number" in expected and _is_number(text):
+            hint = f"; write it without quotes or underscores: {text}"
+        elif "true or false" in expected and value.lower() in ("yes", "no", "on", "off", "y", "n"):
+            hint = f"; write {'true' if value.lower() in ('yes', 'on', 'y') else 'false'}"
+        elif value.lower() in ("none", "nil") and "null" in expected:
+            hint = "; write null"
+        else:
+            hint = did_you_mean(value, expected.replace(",", "").split(" "))
+    elif isinstance(value, dict) and "a string" in expected and None in value.values():
+        hint = "; braces make a mapping in YAML: put the text in quotes"
+    elif isinstance(value, bool | int | float) and "a string" in expected:
+        hint = "; put it in quotes"
+    return f"expected {expected}, found {describe(value)}{hint}"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _find(loc: tuple[int | str, ...], kind: str) -> tuple[Key, Any, type[Section]]:
+    """The key that an error is about (its loc goes on into union branches), its annotation, and the section it is in."""
+    section: type[Section] = Config
+    annotation: Any = Config
+    key: Key = ()
+    for part in loc:
+        model = _section_of(annotation)
+        if model is not None:
+            section = model
+            key = (*key, part)
+            known = model.model_fields.get(str(part))
+            if known is None:
+                break
+            annotation = typing.Annotated[known.annotation, *known.metadata] if known.metadata else known.annotation
+        elif isinstance(part, int) and _item_of(annotation) is not None:
+            key, annotation = (*key, part), _item_of(annotation)
+        else:
+            break
+    return key, annotation, section
+
+
+def _bare(annotation: Any) -> tuple[Any, tuple[Any, ...]]:
+    """An annotation without Annotated, and its metadata."""
+    metadata: tuple[Any, ...] = ()
+    while typing.get_origin(annotation) is typing.Annotated:
+        metadata = (*annotation.__metadata__, *metadata)
+        annotation = annotation.__origin__
+    return annotation, metadata
+
+
+def _section_of(annotation: Any) -> type[Section] | None:
+    annotation = _bare(annotation)[0]
+    for branch in typing.get_args(annotation) if _is_union(annotation) else (annotation,):
+        if isinstance(branch, type) and issubclass(branch, Section):
+            return branch
+    return None
+
+
+def _item_of(annotation: Any) -> Any:
+    annotation = _bare(annotation)[0]
+    return typing.get_args(annotation)[0] if typing.get_origin(annotation) is list else None
+
+
+def _is_union(annotation: Any) -> bool:
+    return typing.get_origin(annotation) in (typing.Union, types.UnionType)
+
+
+def says(annotation: Any) -> str:
+    """What a type is called, for messages and the reference: `a whole number of at least 1 or auto`."""
+    annotation, metadata = _bare(annotation)
+    for mark in reversed(metadata):
+        if isinstance(mark, Says):
+            return mark.text
+    if _is_union(annotation):
+        branches = [says(branch) for branch in typing.get_args(annotation)]
+        return ", ".join(branches[:-1]) + " or " + branches[-1]
+    if typing.get_origin(annotation) is typing.Literal:
+        values = [str(value) for value in typing.get_args(annotation)]
+        return values[0] if len(values) == 1 else ", ".join(values[:-1]) + " or " + values[-1]
+    if typing.get_origin(annotation) is list:
+        return "a list of " + says(typing.get_args(annotation)[0]).removeprefix("a ") + "s"
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return "a mapping of keys"
+    return {type(None): "null", bool: "true or false", str: "a string"}.get(annotation, str(annotation))
+
+
+def _at(data: Any, key: Key) -> Any:
+    for part in key:
+        data = data[part]
+    return data
+
+
+def _advice(key: Key, value: Any, section: type[Section]) -> str:
+    """What to write instead of an unknown key."""
+    name = str(key[-1])
+    homes = [".".join(path) for path in _leaves(Config, ()) if path[-1] == name]
+    foreign = FOREIGN.get(name)
+    near = did_you_mean(name, section.model_fields, prefix="".join(f"{part}." for part in key[:-1]))
+    if homes and not foreign:
+        return f"; {name} belongs to another section: {homes[0]}"
+    if foreign and (name == "<<" or not near or name in foreign):
+        plain = isinstance(value, int | float | str) and not isinstance(value, bool) and str(value).strip()
+        example = next((number for unit, number in _EXAMPLES.items() if "{value}" + unit in foreign), "...")
+        return "; " + foreign.replace("{value}", str(value) if plain else example).replace("{key}", name)
+    if near:
+        return near
+    if foreign:
+        return "; " + foreign.replace("={value}", "").replace("{key}", name)
+    return f"; the keys here are {', '.join(section.model_fields)}"
+
+
+def _leaves(section: type[Section], above: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    for name, known in section.model_fields.items():
+        inner = _section_of(known.annotation)
+        if inner is not None:
+            yield from _leaves(inner, (*above, name))
+        yield (*above, name)
+
+
+__all__ = ["ConfigError", "load_config"]
