@@ -1,0 +1,73 @@
+"""What every contender of the benchmark is measured by, and its data; nothing of dist_train is imported here."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Clock:
+    """Collects the time at the end of each optimizer step; one list append a step, the same for all contenders.
+
+    Args:
+        warmup: steps that are left out at the beginning.
+        steps: steps that are measured after them.
+    """
+
+    def __init__(self, warmup: int, steps: int) -> None:
+        self.warmup, self.total = warmup, warmup + steps
+        self.times: list[float] = []
+        self.boundaries: list[int] = []
+        self.first_step_at = 0.0
+
+    def tick(self) -> bool:
+        """At the end of a step; True when all steps are done."""
+        self.times.append(time.perf_counter())
+        if not self.first_step_at:
+            self.first_step_at = time.time()
+        return len(self.times) >= self.total
+
+    def boundary(self) -> None:
+        """At the end of an epoch: the interval up to the next step holds evaluation and saving, if any."""
+        self.boundaries.append(len(self.times))
+
+    def result(self) -> dict[str, Any]:
+        """steps_per_s over all that happened; stepping_per_s without the intervals over the ends of epochs."""
+        if len(self.times) < self.total:
+            raise RuntimeError(f"expected {self.total} steps, saw {len(self.times)}")
+        times = self.times[: self.total]
+        steps = range(self.warmup, self.total)
+        inside = [times[i] - times[i - 1] for i in steps if i not in set(self.boundaries)]
+        return {
+            "steps_per_s": len(steps) / (times[-1] - times[self.warmup - 1]),
+            "stepping_per_s": len(inside) / sum(inside),
+            "first_step_at": self.first_step_at,
+        }
+
+    def write(self, path: str) -> None:
+        """The result as JSON into `path`, by rank 0 only."""
+        if int(os.environ.get("RANK", "0")) == 0:
+            Path(path).write_text(json.dumps(self.result()), encoding="ascii")
+
+
+def digits(repeat: int, split: str = "train") -> tuple[Tensor, Tensor]:
+    """Inputs (n, 64) float32 and targets (n,) int64 of 1,257 (train) or 180 (val) digits, `repeat` times over.
+
+    Read from scikit-learn's file without importing it (a second), so that nobody's start-up time holds that import.
+    """
+    spec = importlib.util.find_spec("sklearn")
+    if spec is None or not spec.submodule_search_locations:
+        raise RuntimeError("expected scikit-learn to be installed: the digits come with it")
+    with gzip.open(Path(spec.submodule_search_locations[0]) / "datasets/data/digits.csv.gz", "rt") as file:
+        table = np.loadtxt(file, delimiter=",", dtype=np.float32)
+    part = torch.from_numpy(table[:1257] if split == "train" else table[1257:1437])
+    return (part[:, :-1] / 16).repeat(repeat, 1), part[:, -1].long().repeat(repeat)

@@ -1,0 +1,176 @@
+"""Steps per second, and seconds from start to first step: dist_train beside a raw loop and four other trainers.
+
+    python bench/overhead.py                       # some ten minutes; the table goes to stdout
+    python bench/overhead.py --rounds 1 --steps 500 --world 1 --only raw dist_train
+
+All train the digits MLP 64-128-10 (SGD with momentum, 64 samples a step over all processes) on the CPU, with one
+thread a process. Every figure is taken in a process of its own; the contenders take turns within each round, in an
+order that moves on by one each round, so that a noisy minute hits all of them; figures are medians over the rounds,
+ratios are medians of each round's ratio to the raw loop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+# Name -> the module that it needs, and how the table calls it.
+CONTENDERS = {
+    "raw": ("torch", "raw loop, stock DataLoader"),
+    "raw_chores": ("torch", "raw loop that evaluates, saves and logs as well"),
+    "fabric": ("lightning", "Fabric"),
+    "lightning": ("lightning", "Lightning Trainer, extras off"),
+    "accelerate": ("accelerate", "accelerate"),
+    "ignite": ("ignite", "Ignite"),
+    "dist_train": ("dist_train", "**dist_train, all defaults on**"),
+}
+PACKAGES = ["torch", "lightning", "accelerate", "pytorch-ignite", "dist_train"]
+
+
+def command(name: str, world: int, result: Path, args: argparse.Namespace) -> list[str]:
+    """The command line of one contender on `world` processes."""
+    start = [sys.executable]
+    if world > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
+    if name != "dist_train":
+        rest = [str(HERE / "contenders.py"), name, str(result)]
+        return [*start, *rest, f"--warmup={args.warmup}", f"--steps={args.steps}", f"--repeat={args.repeat}"]
+    return [
+        *start,
+        *("-m", "dist_train.main", "--config", str(HERE / "overhead.yaml")),
+        f"run.dir={result.parent}",
+        f"data.train.repeat={args.repeat}",
+        f"trainer.duration={args.warmup + args.steps}step",
+        f"callbacks.0.warmup={args.warmup}",
+        f"callbacks.0.steps={args.steps}",
+        f"callbacks.0.path={result}",
+    ]
+
+
+def measure(name: str, world: int, args: argparse.Namespace) -> dict[str, float]:
+    """One run; raises RuntimeError with the end of its output when it fails."""
+    # One thread for everybody: the model is too small for more, and OpenMP's waiting threads suffer from any neighbour.
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryDirectory(prefix="overhead-") as folder:
+        result = Path(folder) / "result.json"
+        started = time.time()
+        done = subprocess.run(
+            command(name, world, result, args),
+            env=env,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=args.timeout,
+        )
+        if done.returncode != 0 or not result.exists():
+            raise RuntimeError(f"{name} on {world} processes: exit {done.returncode}\n{done.stdout[-3000:]}")
+        found: dict[str, float] = json.loads(result.read_text())
+    found["start_s"] = found.pop("first_step_at") - started
+    return found
+
+
+def rounds(names: list[str], args: argparse.Namespace) -> dict[tuple[str, int], list[dict[str, float]]]:
+    """All figures, by contender and world size, a dict a round."""
+    found: dict[tuple[str, int], list[dict[str, float]]] = {}
+    for number in range(args.rounds):
+        for world in args.world:
+            turn = number % len(names)
+            for name in names[turn:] + names[:turn]:
+                figures = measure(name, world, args)
+                found.setdefault((name, world), []).append(figures)
+                note = f"{figures['steps_per_s']:7.0f} steps/s, first step after {figures['start_s']:.1f} s"
+                print(f"round {number + 1}/{args.rounds}  {world} process(es)  {name:11s} {note}", file=sys.stderr)
+    return found
+
+
+def cell(values: Iterable[float], reference: Iterable[float]) -> str:
+    """`median (ratio to raw)`; the ratio is the median of the rounds' own ratios."""
+    values = list(values)
+    ratio = median(value / ref for value, ref in zip(values, reference, strict=True))
+    return f"{median(values):,.0f} ({ratio:.2f})"
+
+
+def table(found: dict[tuple[str, int], list[dict[str, float]]], worlds: list[int]) -> str:
+    """The table in Markdown: a line a contender; for dist_train one more, for its steps alone."""
+    many = [f"{world} process{'es' if world > 1 else ''}" for world in worlds]
+    head = ["steps/s (ratio to raw)", *many, *(f"start to first step, {text}" for text in many)]
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+
+    def column(name: str, world: int, key: str) -> list[float]:
+        return [figures[key] for figures in found[name, world]]
+
+    for name, (_, label) in CONTENDERS.items():
+        if (name, worlds[0]) not in found:
+            continue
+        rates = [cell(column(name, w, "steps_per_s"), column("raw", w, "steps_per_s")) for w in worlds]
+        starts = [f"{median(column(name, w, 'start_s')):.2f} s" for w in worlds]
+        lines.append("| " + " | ".join([label, *rates, *starts]) + " |")
+        if name == "dist_train":
+            rates = [cell(column(name, w, "stepping_per_s"), column("raw", w, "steps_per_s")) for w in worlds]
+            lines.append(
+                "| " + " | ".join(["dist_train, between its evaluations and saves", *rates, *[""] * len(worlds)]) + " |"
+            )
+    return "\n".join(lines)
+
+
+def hardware() -> str:
+    """The CPU's name, and how many CPUs this process may use."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text().splitlines()
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{model}, {cpus} CPUs, {platform.system()} {platform.release()}"
+
+
+def versions() -> str:
+    """Python's version and those of all packages that took part."""
+    found: list[Any] = [f"Python {platform.python_version()}"]
+    for package in PACKAGES:
+        try:
+            found.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ", ".join(found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="rounds that the medians are over (default 5)")
+    parser.add_argument("--steps", type=int, default=4000, help="optimizer steps that are measured (default 4000)")
+    parser.add_argument("--warmup", type=int, default=200, help="steps before them (default 200)")
+    parser.add_argument("--repeat", type=int, default=50, help="an epoch is the 1,257 digits so many times over (50)")
+    parser.add_argument("--world", type=int, nargs="+", default=[1, 2], help="numbers of processes (default 1 2)")
+    parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
+    parser.add_argument("--timeout", type=float, default=600, help="seconds that one run may take (default 600)")
+    args = parser.parse_args()
+    names = [name for name in CONTENDERS if name in args.only or name == "raw"]
+    for name in list(names):
+        if importlib.util.find_spec(CONTENDERS[name][0]) is None:
+            print(f"{name} is skipped: {CONTENDERS[name][0]} isn't installed (bench/requirements.txt)", file=sys.stderr)
+            names.remove(name)
+    found = rounds(names, args)
+    print(table(found, args.world))
+    print(f"\nHardware: {hardware()}  \nVersions: {versions()}  ")
+    print(f"Epoch: {1257 * args.repeat // 64} steps, {args.steps} steps measured, median of {args.rounds} rounds  ")
+    print(f"{time.strftime('%Y-%m-%d')}, `python bench/overhead.py {' '.join(sys.argv[1:])}`")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""The parts that the config of dist_train names in the benchmark."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from clock import Clock
+
+from dist_train.callbacks import Callback
+from dist_train.data import Digits
+
+
+class StepClock(Callback):
+    """The same clock as a callback of dist_train."""
+
+    def __init__(self, warmup: int, steps: int, path: str) -> None:
+        self.clock = Clock(warmup, steps)
+        self.path = path
+
+    def on_step_end(self, trainer: Any) -> None:
+        self.clock.tick()
+
+    def on_epoch_end(self, trainer: Any) -> None:
+        self.clock.boundary()
+
+    def on_end(self, trainer: Any) -> None:
+        self.clock.write(self.path)
+
+
+class RepeatedDigits(Digits):
+    """The digits `repeat` times over, so that an epoch is as long as it is for the others."""
+
+    def __init__(self, split: str = "train", *, repeat: int = 1) -> None:
+        super().__init__(split, flat=True)
+        self.inputs, self.targets = self.inputs.repeat(repeat, 1), self.targets.repeat(repeat)
