@@ -173,7 +173,7 @@ class Console:
         for line in text.splitlines():
             self._log.info("%s", line)
         if self.rank0:
-            self._print(text)
+            self._print(text + "\n")
 
     def _stop_live(self) -> None:
         live, self._live = self._live, None
@@ -190,7 +190,8 @@ class Console:
 
     def _line(self, step: int, total: int | None, epoch: int, metrics: Mapping[str, float], left: float | None) -> str:
         of = "" if total is None else f"/{total}"
-        line = f"epoch {epoch}  step {step:>{len(of) - 1 if of else 0}}{of}"
+        ages = "" if self._epochs is None else f"/{self._epochs}"
+        line = f"epoch {epoch:>{max(0, len(ages) - 1)}}{ages}  step {step:>{max(0, len(of) - 1)}}{of}"
         rate = metrics.get("samples_per_s")
         tail = "" if rate is None else f"  {format_number('samples_per_s', rate)} samples/s"
         tail += "" if left is None else f"  eta {format_seconds(left)}"

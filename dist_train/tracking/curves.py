@@ -101,7 +101,9 @@ def _panel(axis: Axes, rows: Sequence[Row], name: str) -> None:
 def _mark_not_finite(axis: Axes, step: int) -> None:
     axis.axvline(step, color="#b91c1c", linewidth=1, linestyle=":")
     place = (step, 0.03)
-    axis.annotate(f" not finite at {step}", place, xycoords=axis.get_xaxis_transform(), color="#b91c1c", fontsize=8.5)
+    axis.annotate(
+        f"not finite at {step} ", place, ha="right", xycoords=axis.get_xaxis_transform(), color="#b91c1c", fontsize=8.5
+    )
 
 
 def _dress(axis: Axes, title: str) -> None:

@@ -11,18 +11,19 @@ import json
 import math
 import os
 from collections.abc import Collection, Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
 FIELDS = ("time", "step", "epoch", "samples", "split")
 _BLOCK = 1 << 16
+_encode = json.JSONEncoder(allow_nan=False).encode
 
 
 def now() -> str:
     """The time in UTC as ISO 8601 with milliseconds, such as 2026-03-01T12:00:00.123Z."""
-    return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")  # noqa: UP017
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def make_row(split: str, step: int, epoch: int | float, samples: int, metrics: Mapping[str, Any]) -> Row:
@@ -38,7 +39,7 @@ def make_row(split: str, step: int, epoch: int | float, samples: int, metrics: M
 def encode(row: Row) -> bytes:
     """The row's line, newline included; what isn't finite is null."""
     clean = {k: None if type(v) is float and not math.isfinite(v) else v for k, v in row.items()}
-    return json.dumps(clean, allow_nan=False).encode() + b"\n"
+    return _encode(clean).encode() + b"\n"
 
 
 class RecordFile:

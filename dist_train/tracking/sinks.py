@@ -111,16 +111,21 @@ class TensorBoard:
     """
 
     def __init__(self, folder: Path, start_step: int) -> None:
+        from tensorboard.compat.proto import event_pb2, summary_pb2
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1, flush_secs=10)
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        self._writer: Any = SummaryWriter(str(folder), purge_step=start_step + 1, flush_secs=10)
 
     def row(self, row: Row) -> None:
-        """One scalar a metric, at the row's own time."""
+        """One event for the whole row (add_scalar would make one a metric), at the row's own time."""
+        values = [
+            self._summary.Value(tag=f"{row['split']}/{name}", simple_value=value)
+            for name, value in row.items()
+            if name not in FIELDS
+        ]
         at = datetime.fromisoformat(row["time"]).timestamp()
-        for name, value in row.items():
-            if name not in FIELDS:
-                self._writer.add_scalar(f"{row['split']}/{name}", value, row["step"], walltime=at)
+        self._writer.file_writer.add_event(self._event(summary=self._summary(value=values)), row["step"], at)
 
     def text(self, name: str, text: str) -> None:
         """Markdown in the text tab."""

@@ -1,0 +1,200 @@
+"""The logger: the record first, views in the background that may fail or hang without hurting the run."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dist_train.tracking import logger as logger_module
+from dist_train.tracking.logger import Logger, NullLogger
+from dist_train.tracking.records import read_rows
+from dist_train.tracking.sinks import SinkThread
+
+
+class Run:
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def path(self, name: str) -> Path:
+        return self.root / name
+
+
+class Warnings(list[str]):
+    def warn(self, text: str) -> None:
+        self.append(text)
+
+
+def make(root: Path, tensorboard: bool = True, **more: Any) -> tuple[Logger, Warnings]:
+    said = Warnings()
+    config = SimpleNamespace(tracking=SimpleNamespace(tensorboard=tensorboard, wandb=None))
+    return Logger(Run(root), config, console=said, **more), said  # type: ignore[arg-type]
+
+
+def scalars(root: Path, tag: str) -> list[tuple[int, float]]:
+    events = EventAccumulator(str(root / "tensorboard"))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+def test_rows_reach_the_record_at_once_and_tensorboard_in_the_end(tmp_path: Path) -> None:
+    log, said = make(tmp_path)
+    log.row("train", 50, 1, 3200, {"loss": 0.5, "lr": 0.1})
+    log.row("val", 50, 1, 3200, {"loss": 0.6, "accuracy": 0.9})
+    assert [json.loads(line)["split"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
+        "train",
+        "val",
+    ]
+    log.text("config", "seed: 0")
+    log.close("completed", timeout=60)
+    assert said == []
+    assert scalars(tmp_path, "train/loss") == [(50, 0.5)]
+    assert scalars(tmp_path, "train/lr") == [(50, pytest.approx(0.1))]
+    assert scalars(tmp_path, "val/accuracy") == [(50, pytest.approx(0.9))]
+
+
+def test_a_resumed_run_has_every_step_once_in_record_and_tensorboard(tmp_path: Path) -> None:
+    log, _ = make(tmp_path)
+    for step in (10, 20, 30, 40):
+        log.row("train", step, 1, step, {"loss": 1.0 * step})
+    log.close("failed", timeout=60)
+    log, said = make(tmp_path, start_step=20, attempt=1)
+    for step in (30, 40, 50):
+        log.row("train", step, 1, step, {"loss": 100.0 * step})
+    log.close("completed", timeout=60)
+    expected = [(10, 10.0), (20, 20.0), (30, 3000.0), (40, 4000.0), (50, 5000.0)]
+    assert [(row["step"], row["loss"]) for row in read_rows(tmp_path / "metrics.jsonl")] == expected
+    assert scalars(tmp_path, "train/loss") == expected
+    assert said == []
+
+
+def test_tensorboard_takes_what_is_not_finite(tmp_path: Path) -> None:
+    log, said = make(tmp_path)
+    log.row("train", 1, 1, 64, {"loss": math.nan, "grad_norm": math.inf})
+    log.close("failed", timeout=60)
+    assert said == []
+    assert math.isnan(scalars(tmp_path, "train/loss")[0][1])
+
+
+def test_tensorboard_is_imported_only_when_the_first_row_arrives_and_never_if_it_is_off(tmp_path: Path) -> None:
+    script = """
+import sys, pathlib, types
+from dist_train.tracking.console import Console
+from dist_train.tracking.logger import Logger
+class Run:
+    def path(self, name): return pathlib.Path(sys.argv[1], name)
+def heavy(): return sorted({"torch", "tensorboard", "rich", "matplotlib", "wandb"} & set(sys.modules))
+for on in (False, True):
+    config = types.SimpleNamespace(tracking=types.SimpleNamespace(tensorboard=on, wandb=None))
+    log = Logger(Run(), config, console=Console(True))
+    if not on: log.row("train", 1, 1, 1, {"loss": 1.0})
+    print(heavy())
+log.row("train", 1, 1, 1, {"loss": 1.0})
+log.flush(timeout=60)
+print("tensorboard" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines() == ["[]", "[]", "True"], done.stderr
+
+
+class Broken:
+    def row(self, row: Any) -> None:
+        raise RuntimeError("no space left on device")
+
+
+def test_a_sink_that_raises_is_switched_off_with_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logger_module, "TensorBoard", lambda *args: Broken())
+    log, said = make(tmp_path)
+    for step in range(1, 20):
+        log.row("train", step, 1, step, {"loss": 1.0})
+    log.close("completed")
+    assert len(said) == 1
+    assert "tensorboard" in said[0]
+    assert "no space left on device" in said[0]
+    assert len(read_rows(tmp_path / "metrics.jsonl")) == 19
+
+
+def test_a_sink_that_cannot_be_made_is_switched_off_with_one_warning(tmp_path: Path) -> None:
+    (tmp_path / "tensorboard").write_text("a file where the folder should be")
+    log, said = make(tmp_path)
+    for step in range(1, 5):
+        log.row("train", step, 1, step, {"loss": 1.0})
+        log.flush()
+    log.close("completed")
+    assert len(said) == 1
+    assert "tensorboard is switched off" in said[0]
+
+
+def test_a_sink_that_hangs_costs_a_bounded_time_and_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    never = threading.Event()
+
+    class Hanging:
+        def row(self, row: Any) -> None:
+            never.wait()
+
+    monkeypatch.setattr(logger_module, "TensorBoard", lambda *args: Hanging())
+    log, said = make(tmp_path)
+    log.row("train", 1, 1, 1, {"loss": 1.0})
+    began = time.monotonic()
+    log.flush(timeout=0.3)
+    log.close("completed", timeout=0.3)
+    assert time.monotonic() - began < 2
+    assert len(said) == 1
+    assert "tensorboard" in said[0]
+    assert "within" in said[0]
+    never.set()
+
+
+def test_a_sink_that_takes_nothing_does_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dist_train.tracking.sinks.BACKLOG", 100)
+    monkeypatch.setattr("dist_train.tracking.sinks.STUCK", 0.05)
+    never = threading.Event()
+    said: list[str] = []
+    thread = SinkThread("wandb", lambda: never.wait() and None, said.append)
+    for _ in range(400):
+        thread.put("row", {})
+        time.sleep(0.002)
+    assert len(said) == 1
+    assert "wandb" in said[0]
+    assert "has taken nothing" in said[0]
+    assert len(thread._queue) < 200
+    never.set()
+
+
+def test_one_hanging_sink_does_not_hold_up_another() -> None:
+    never, got = threading.Event(), []
+    hanging = SinkThread("wandb", lambda: never.wait() and None, [].append)
+    working = SinkThread("tensorboard", lambda: SimpleNamespace(row=got.append, close=lambda outcome: None), [].append)
+    for thread in (hanging, working):
+        thread.put("row", 1)
+    working.wait("close", "completed", timeout=5)
+    assert got == [1]
+    never.set()
+
+
+def test_a_record_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    log, _ = make(tmp_path, tensorboard=False)
+    log._record._file.close()
+    with pytest.raises((OSError, ValueError)):
+        log.row("train", 1, 1, 1, {"loss": 1.0})
+
+
+def test_other_ranks_have_a_logger_that_keeps_nothing() -> None:
+    log = NullLogger()
+    log.row("train", 1, 1, 1, {"loss": 1.0})
+    log.text("config", "x")
+    log.flush()
+    log.close("completed")
+    public = {name for name in dir(Logger) if not name.startswith("_")}
+    assert public == {name for name in dir(NullLogger) if not name.startswith("_")}
