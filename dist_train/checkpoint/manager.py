@@ -1,0 +1,245 @@
+"""Saving while training goes on, keeping the newest and the best, finding what to go on from."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+
+from dist_train.checkpoint.hostcopy import HostCopy
+from dist_train.checkpoint.manifest import CheckpointError
+from dist_train.checkpoint.store import CheckpointStore, Found, Row, Writing
+from dist_train.runtime.storage import Storage
+
+
+class Owner(Protocol):
+    """What a lease is to the manager (:class:`dist_train.runtime.lease.Lease`)."""
+
+    def check(self) -> int:
+        """Raise if the run has another owner by now; return the number of the lease."""
+
+
+class CheckpointManager:
+    """The checkpoints of the run that this process trains. One process of a run has one (rank 0).
+
+    The blocking part of an asynchronous save is a copy to host memory; a thread writes and publishes. At most one save
+    is in flight: another waits for it. Leftovers of killed saves are swept before anything else is done.
+
+    Args:
+        storage: the directory of the checkpoints.
+        keep_last: how many of the newest to keep.
+        keep_best: name of a metric and ``min`` or ``max``: the best by it is kept too.
+        asynchronous: ``False`` writes in :meth:`save` itself, and keeps no buffer.
+        log: takes one line; called from the thread that calls the manager.
+        lease: checked right before anything is published or deleted.
+        before_publish: called with the step when all files are written, in the writing thread; may raise.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        *,
+        keep_last: int = 3,
+        keep_best: tuple[str, str] | None = None,
+        asynchronous: bool = True,
+        log: Callable[[str], None] = print,
+        lease: Owner | None = None,
+        before_publish: Callable[[int], None] | None = None,
+    ) -> None:
+        self._log = log
+        self._lines: deque[str] = deque()
+        self._store = CheckpointStore(storage, self._lines.append)
+        self._keep_last = keep_last
+        self._keep_best = keep_best
+        self._asynchronous = asynchronous
+        self._lease = lease
+        self._before_publish = before_publish
+        self._copier = HostCopy()
+        self._thread: threading.Thread | None = None
+        self._error: CheckpointError | None = None
+        self._mine: set[str] = set()
+        self._swept = False
+        self.published: int | None = None
+        """Step of the last checkpoint that this process published or went on from."""
+        self.blocked = 0.0
+        """Seconds for which the last :meth:`save` held its caller up."""
+
+    def save(
+        self,
+        step: int,
+        parts: Mapping[str, Any],
+        meta: dict[str, Any],
+        metrics: Mapping[str, float] | None = None,
+        *,
+        wait: bool = False,
+    ) -> None:
+        """Save the state after ``step`` optimizer steps; a checkpoint of that step that is there is replaced.
+
+        Args:
+            parts: name to state tree (tensors, numbers, strings, dicts, lists, tuples); ``<name>.pt`` each.
+            meta: JSON, into the manifest.
+            metrics: measured at this step.
+            wait: return when it is published.
+
+        Raises:
+            TypeError, ValueError: a part or ``meta`` that can't be saved so that loading runs no code.
+            CheckpointError: an earlier save failed; or this one did and was waited for.
+        """
+        started = time.monotonic()
+        self.poll()
+        if self._thread is not None:
+            self.wait()
+            self._log(f"step {step}: waited {time.monotonic() - started:.1f} s for the save before")
+        self._sweep_once()
+        # NaN has no place in JSON, and the caller may change its dictionaries while the thread writes.
+        frozen = json.loads(json.dumps(meta, allow_nan=False))
+        state = self._copier.take(dict(parts))
+        arguments = (step, state, frozen, dict(metrics or {}), started)
+        if self._asynchronous and not wait:
+            self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
+            self._thread.start()
+        else:
+            self._write(*arguments)
+            if not self._asynchronous:
+                self._copier.release()
+        self.blocked = time.monotonic() - started
+        self.poll()
+
+    def poll(self) -> None:
+        """Report what the writing thread did; cheap, for every step.
+
+        Raises:
+            CheckpointError: the save in flight failed; names step, file and cause. The manager can be used on.
+        """
+        if self._thread is not None and not self._thread.is_alive():
+            self._thread.join()
+            self._thread = None
+        while self._lines:
+            self._log(self._lines.popleft())
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def wait(self) -> None:
+        """Wait until no save is in flight. Raises as :meth:`poll`."""
+        if self._thread is not None:
+            self._thread.join()
+        self.poll()
+
+    def close(self) -> None:
+        """Wait, and give the host buffer back. Raises as :meth:`poll`."""
+        try:
+            self.wait()
+        finally:
+            self._copier.release()
+
+    def newest(self) -> Found | None:
+        """The newest that verifies; damaged ones are set aside with a line each. ``None`` if there never was one.
+
+        Raises:
+            CheckpointError: there were some and none is whole.
+            NewerFormatError, StorageError.
+        """
+        try:
+            self._sweep_once()
+            return self._store.newest(repair=True)
+        finally:
+            self._flush()
+
+    def best(self) -> Found | None:
+        """The best one by ``keep_best`` that verifies; ``None`` without it, or if none has that metric."""
+        try:
+            return self._store.best(*self._keep_best, repair=True) if self._keep_best else None
+        finally:
+            self._flush()
+
+    def find(self, name: str) -> Found:
+        """``best``, ``last`` or ``step-N``, verified.
+
+        Raises:
+            CheckpointError: there is no such one, or it is damaged.
+        """
+        if name != "best":
+            return self._store.find(name)
+        found = self.best()
+        if found is None:
+            metric = self._keep_best[0] if self._keep_best else "checkpoint.keep_best"
+            raise CheckpointError(f"no best checkpoint: none in {self._store.storage.location} has {metric}")
+        return found
+
+    def resume_from(self, found: Found | None) -> None:
+        """Say which one the run goes on from (``None``: from none). What lies after it is kept, out of the way."""
+        try:
+            self._sweep_once()
+            self._store.supersede(after=found.step if found else -1)
+            self.published = found.step if found else None
+        finally:
+            self._flush()
+
+    def verify_all(self) -> list[Row]:
+        """Every checkpoint with its state; changes nothing."""
+        return self._store.verify_all()
+
+    def _flush(self) -> None:
+        while self._lines:
+            self._log(self._lines.popleft())
+
+    def _check(self) -> int | None:
+        return self._lease.check() if self._lease is not None else None
+
+    def _sweep_once(self) -> None:
+        if not self._swept:
+            self._check()
+            self._store.storage.makedirs()
+            self._store.sweep()
+            self._swept = True
+
+    def _write(
+        self, step: int, state: dict[str, Any], meta: dict[str, Any], metrics: dict[str, float], started: float
+    ) -> None:
+        writing = None
+        try:
+            writing = Writing(self._store.storage, step)
+            self._mine.add(writing.attempt)
+            for name, part in state.items():
+                writing.add(f"{name}.pt", lambda file, part=part: torch.save(part, file))  # type: ignore[misc]
+            if self._before_publish is not None:
+                self._before_publish(step)
+            self._store.publish(writing, metrics, meta, check=self._check, replaces=self._replaces)
+        except BaseException as error:
+            if writing is not None:
+                writing.discard()
+            before = "nothing was published before" if self.published is None else f"step {self.published} is untouched"
+            failure = CheckpointError(f"saving step {step} in {self._store.storage.location} failed: {error}; {before}")
+            failure.__cause__ = error
+            self._error = failure
+            return
+        self.published = step
+        size = sum(entry.bytes for entry in writing.files.values()) / 1e6
+        self._lines.append(f"step {step}: saved {size:.1f} MB in {time.monotonic() - started:.1f} s")
+        try:
+            self._retain(step)
+        except Exception as error:
+            # The checkpoint is there. What couldn't be deleted is tried again after the next save.
+            self._lines.append(f"an older checkpoint could not be deleted: {error}")
+
+    def _replaces(self, found: Found) -> bool:
+        return self._lease is not None or found.manifest.attempt in self._mine
+
+    def _retain(self, step: int) -> None:
+        found = list(self._store.published())
+        keep = {one.step for one in found[: self._keep_last]}
+        if self._keep_best is not None:
+            metric, mode = self._keep_best
+            sign = {"min": 1.0, "max": -1.0}[mode]
+            ranked = sorted((sign * one.metrics[metric], one.step) for one in found if metric in one.metrics)
+            keep |= {best for _, best in ranked[:1]}
+        self._check()
+        for one in found:
+            if one.step < step and one.step not in keep:
+                self._store.remove(one)

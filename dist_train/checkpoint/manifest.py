@@ -1,0 +1,129 @@
+"""The manifest: what a checkpoint is made of, and the file whose arrival publishes it.
+
+It lists every other file with its length and sha256, and ends with a sha256 of its own other fields. The bytes of a
+manifest are fixed by its content, so that a changed bit anywhere is noticed, white space included.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+class CheckpointError(Exception):
+    """A checkpoint that could not be saved, found or loaded; the message names step, file and cause."""
+
+
+class DamagedError(CheckpointError):
+    """Bytes that were read and aren't what the checkpoint was published with. ``file`` names the file."""
+
+    def __init__(self, file: str, reason: str) -> None:
+        super().__init__(f"{file}: {reason}")
+        self.file = file
+        self.reason = reason
+
+
+class NewerFormatError(CheckpointError):
+    """A whole checkpoint, written by a newer version of dist_train than this one."""
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of a checkpoint: its length, its sha256, and where it lies, relative to the checkpoint's directory."""
+
+    bytes: int
+    sha256: str
+    key: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Content of ``manifest.json``.
+
+    ``attempt`` is a random name that no other attempt to save has; ``metrics`` are those measured at this step (only
+    finite numbers are kept); ``meta`` is the engine's, any JSON.
+    """
+
+    step: int
+    files: dict[str, FileEntry]
+    attempt: str
+    metrics: dict[str, float] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
+    created_at: str = ""
+    lease: int | None = None
+
+    def to_bytes(self) -> bytes:
+        """Bytes of the file, ending with the hash.
+
+        Raises:
+            TypeError, ValueError: ``meta`` is not JSON (a NaN in it isn't).
+        """
+        files = {name: {"bytes": e.bytes, "sha256": e.sha256} for name, e in self.files.items()}
+        for name, entry in self.files.items():
+            if entry.key != name:
+                files[name]["key"] = entry.key
+        content = {
+            "format": FORMAT,
+            "step": self.step,
+            "attempt": self.attempt,
+            "created_at": self.created_at,
+            "lease": self.lease,
+            "metrics": {name: float(value) for name, value in self.metrics.items() if math.isfinite(value)},
+            "files": files,
+            "meta": self.meta,
+        }
+        return _dump({**content, "sha256": _own_hash(content)})
+
+    @classmethod
+    def from_bytes(cls, raw: bytes) -> Manifest:
+        """Read and check a manifest.
+
+        Raises:
+            DamagedError: these are not the bytes that :meth:`to_bytes` made.
+            NewerFormatError: they are whole, but of a newer format.
+        """
+        try:
+            content = json.loads(raw)
+            claimed = content.pop("sha256")
+            own = _own_hash(content)
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+            raise DamagedError(MANIFEST, "empty" if not raw else f"not a manifest ({error})") from None
+        if claimed != own:
+            raise DamagedError(MANIFEST, "its content doesn't match the hash at its end")
+        version = content.get("format")
+        if not isinstance(version, int) or version < 1:
+            raise DamagedError(MANIFEST, f"format {version!r} is not a version number")
+        if version > FORMAT:
+            raise NewerFormatError(
+                f"checkpoint format {version} is newer than format {FORMAT}, which this dist_train reads: "
+                "update dist_train"
+            )
+        # 1e-05 and 1E-05, or two escapes of one letter, mean the same: only the bytes themselves tell.
+        if _dump({**content, "sha256": claimed}) != raw:
+            raise DamagedError(MANIFEST, "its bytes aren't those that were written")
+        files = {n: FileEntry(e["bytes"], e["sha256"], e.get("key", n)) for n, e in content["files"].items()}
+        return cls(
+            step=content["step"],
+            files=files,
+            attempt=content["attempt"],
+            metrics=content["metrics"],
+            meta=content["meta"],
+            created_at=content["created_at"],
+            lease=content["lease"],
+        )
+
+
+def _own_hash(content: Mapping[str, Any]) -> str:
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _dump(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
