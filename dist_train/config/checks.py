@@ -77,7 +77,7 @@ def _name(config: Config, name: str) -> Iterator[Finding]:
         except KeyError:
             yield (
                 key,
-                f"{{{placeholder}}} is no key of this config; {{time}}, {{job}} and keys like {{optimizer.lr}} are filled in",
+                f"{{{placeholder}}} is no key of this config; use {{time}}, {{job}} or a key like {{optimizer.lr}}",
             )
     if name.startswith(("/", "~")) or ".." in name.split("/"):
         yield (
@@ -167,13 +167,9 @@ def _optimizer(config: Config) -> Iterator[Finding]:
         return
     for index, group in enumerate(groups):
         if not isinstance(group, dict) or "match" not in group:
-            hint = did_you_mean("match", group) if isinstance(group, dict) else ""
-            found = (
-                describe(group) + (" with params; the pattern's key is match" if "params" in group else "")
-                if group
-                else describe(group)
-            )
-            yield (*key, index), f"expected a group like {{match: 'head.*', lr: 0.1}}, found {found}{hint and ''}"
+            hint = "; the key of the pattern is match" if isinstance(group, dict) and "params" in group else ""
+            message = f"expected a group like {{match: 'head.*', lr: 0.1}}, found {describe(group)}{hint}"
+            yield (*key, index), message
             continue
         patterns = group["match"]
         patterns = patterns if isinstance(patterns, list) else [patterns]
@@ -195,6 +191,13 @@ def _scheduler(config: Config) -> Iterator[Finding]:
             continue
         if length.is_time:
             yield ("scheduler", name), f"expected epochs or steps, like 1ep or 1step, found {length}"
+    timed = config.trainer.duration.is_time and config.scheduler.get("horizon") is None
+    for name, value in config.scheduler.items():
+        if timed and value == "total_steps":
+            message = (
+                "total_steps isn't known while trainer.duration is a time; set scheduler.horizon to epochs or steps"
+            )
+            yield ("scheduler", name), message
     metric = config.scheduler.get("metric")
     if metric is not None and not isinstance(metric, str):
         yield ("scheduler", "metric"), f"expected a metric such as val/loss, found {describe(metric)}"

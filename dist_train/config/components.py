@@ -1,6 +1,6 @@
 """Objects named by import path: `{_target_: package.module.Name, argument: value}`.
 
-A spec is such a dict, or a live object handed over from Python. Importing this module imports neither torch nor user code.
+A spec is such a dict, or a live object handed over from Python. This module itself imports no torch and no user code.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .errors import ConfigError, did_you_mean
+from .errors import ConfigError, Problem, did_you_mean
+
+if TYPE_CHECKING:
+    from .schema import Config
 
 
 def add_code_paths(paths: Iterable[str]) -> None:
@@ -221,3 +224,13 @@ def _tensor(value: list[Any]) -> Any:
     import torch
 
     return torch.tensor(value)
+
+
+def check_components(config: Config) -> list[Problem]:
+    """Every problem of every component, with its place: not found, wrong arguments, wrong kind for its slot.
+
+    Imports what the config names (and torch); builds nothing.
+    """
+    from .slots import check
+
+    return check(config)

@@ -12,9 +12,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from . import checks
-from .errors import ConfigError, describe, did_you_mean
+from .errors import describe, did_you_mean
 from .schema import Config, Says, Section
-from .source import COMMAND_LINE, DICT, Key, Tree, apply_overrides, as_problems, dotted, read_file, read_mapping
+from .source import COMMAND_LINE, DICT, Key, Tree, apply_overrides, dotted, read_file, read_mapping
 
 DEFAULT = Path(__file__).with_name("default.yaml")
 
@@ -35,8 +35,8 @@ FOREIGN = {
     ),
     **dict.fromkeys(
         ("per_device_train_batch_size", "train_micro_batch_size_per_gpu", "per_gpu_batch_size", "batch_size_per_gpu"),
-        "trainer.micro_batch_size={value} is what one forward takes; data.global_batch_size stays the same on any number "
-        "of ranks",
+        "trainer.micro_batch_size={value} is what one forward takes; data.global_batch_size stays the same on any "
+        "number of ranks",
     ),
     **dict.fromkeys(
         ("per_device_eval_batch_size", "val_batch_size", "test_batch_size"), "it is data.eval_batch_size={value}"
@@ -143,7 +143,7 @@ def _finish(tree: Tree, path: str | None, default_name: str) -> Config:
 
 
 def _rename(tree: Tree, old: Key, new: Key) -> None:
-    section = tree.data.get(old[0])
+    section = tree.data.get(str(old[0]))
     if not isinstance(section, dict) or old[1] not in section:
         return
     if new[1] in section:
@@ -192,7 +192,7 @@ def _without(tree: Tree, broken: list[Key]) -> Config | None:
         try:
             return Config.model_validate(data)
         except ValidationError as error:  # a key that is missing can't be left out: leave out what lacks it
-            broken = broken + [_find(item["loc"], item["type"])[0][:-1] for item in error.errors()]
+            broken = broken + [_find(item["loc"])[0][:-1] for item in error.errors()]
             if () in broken:
                 return None
     return None
@@ -205,7 +205,7 @@ def _translate(tree: Tree, error: ValidationError) -> Iterator[Key]:
     """Note each mistake once, at its key; yields the keys that are wrong."""
     seen: set[Key] = set()
     for item in sorted(error.errors(include_url=False), key=lambda item: item["type"] != "value_error"):
-        key, annotation, section = _find(item["loc"], item["type"])
+        key, annotation, section = _find(item["loc"])
         if key in seen:
             continue  # the other branches of a union
         seen.add(key)
@@ -250,8 +250,8 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _find(loc: tuple[int | str, ...], kind: str) -> tuple[Key, Any, type[Section]]:
-    """The key that an error is about (its loc goes on into union branches), its annotation, and the section it is in."""
+def _find(loc: tuple[int | str, ...]) -> tuple[Key, Any, type[Section]]:
+    """The key that an error is about (its loc goes on into union branches), its annotation and its section."""
     section: type[Section] = Config
     annotation: Any = Config
     key: Key = ()
@@ -347,6 +347,3 @@ def _leaves(section: type[Section], above: tuple[str, ...]) -> Iterator[tuple[st
         if inner is not None:
             yield from _leaves(inner, (*above, name))
         yield (*above, name)
-
-
-__all__ = ["ConfigError", "load_config"]

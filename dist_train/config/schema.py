@@ -15,7 +15,7 @@ from .errors import describe
 
 
 def _declare(change: str, default: Any, description: str, **limits: Any) -> Any:
-    extra = {"change": change}
+    extra: Any = {"change": change}
     if isinstance(default, list):
         return Field(default_factory=lambda: list(default), description=description, json_schema_extra=extra, **limits)
     return Field(default, description=description, json_schema_extra=extra, **limits)
@@ -308,15 +308,15 @@ class Config(Section):
     metrics: list[Metric] = harmless([], "Names of built-in metrics, or components (torchmetrics classes, say).")
     optimizer: Component = consent(
         ...,
-        "Called with the parameters. Reserved key `groups`: a list of {match: name pattern or list of patterns, then the "
-        "group's own options}, e.g. {match: 'head.*', lr: 0.1}; the first group that matches takes a parameter. A fused "
-        "kernel is used where there is one, unless `fused` or `foreach` is given.",
+        "Called with the parameters. Reserved key `groups`: a list of {match: name pattern or list of patterns, then "
+        "the group's own options}, e.g. {match: 'head.*', lr: 0.1}; the first group that matches takes a parameter. A "
+        "fused kernel is used where there is one, unless `fused` or `foreach` is given.",
     )
     scheduler: Component | None = consent(
         None,
-        "Called with the optimizer. Reserved keys: `every` (how often it is stepped, e.g. 1step or 1ep; by default 1step for "
-        "OneCycleLR, CyclicLR and WarmupCosine, else 1ep; ReduceLROnPlateau goes by evaluations), `metric` (what "
-        "ReduceLROnPlateau watches, by default the metric of checkpoint.keep_best), `horizon` (the duration that "
+        "Called with the optimizer. Reserved keys: `every` (how often it is stepped, e.g. 1step or 1ep; by default "
+        "1step for OneCycleLR, CyclicLR and WarmupCosine, else 1ep; ReduceLROnPlateau goes by evaluations), `metric` "
+        "(what ReduceLROnPlateau watches, by default the metric of checkpoint.keep_best), `horizon` (the duration that "
         "`total_steps` counts, by default trainer.duration at the first start). The values `total_steps` and "
         "`steps_per_epoch` are replaced by the numbers.",
     )
@@ -334,6 +334,17 @@ class Config(Section):
     def source(self) -> str | None:
         """The path of the file that it was read from, or None (a dict, or the built-in default)."""
         return self._source
+
+    @property
+    def places(self) -> dict[tuple[str | int, ...], Any]:
+        """Where each key was written, by its path (see `source.Place`)."""
+        return self._places
+
+    def where(self, key: str) -> str:
+        """Where a dotted key, or what holds it, was written: `file:line`, `command line` or `dict`."""
+        from .source import nearest
+
+        return str(nearest(self._places, tuple(int(part) if part.isdigit() else part for part in key.split("."))))
 
     @property
     def has_live_objects(self) -> bool:

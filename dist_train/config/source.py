@@ -41,6 +41,14 @@ def dotted(key: Key) -> str:
     return ".".join(str(part) for part in key)
 
 
+def nearest(places: Mapping[Key, Place], key: Key) -> Place:
+    """Where `key`, or the nearest thing that holds it, was written."""
+    for end in range(len(key), -1, -1):
+        if key[:end] in places:
+            return places[key[:end]]
+    return Place(0, 0, DICT)
+
+
 @dataclass
 class Tree:
     """Plain data and the place of each of its keys; `problems` collects what was wrong on the way."""
@@ -51,10 +59,7 @@ class Tree:
 
     def place(self, key: Key) -> Place:
         """Where `key`, or the nearest thing that holds it, was written."""
-        for end in range(len(key), -1, -1):
-            if key[:end] in self.places:
-                return self.places[key[:end]]
-        return Place(0, 0, DICT)
+        return nearest(self.places, key)
 
     def report(self, key: Key, message: str) -> None:
         """Note a problem with a key."""
@@ -98,8 +103,8 @@ for _tag, _pattern, _first in (
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})$"), list(_first))
 
 
-def _scalar(node: yaml.ScalarNode) -> Any:
-    kind, text = node.tag.rpartition(":")[2], node.value
+def _scalar(tag: str, text: str) -> Any:
+    kind = tag.rpartition(":")[2]
     if kind == "null":
         return None
     if kind == "bool":
@@ -112,7 +117,7 @@ def _scalar(node: yaml.ScalarNode) -> Any:
 
 
 class _Builder:
-    """Plain data from YAML nodes, noting the place of every key and list item."""
+    """Plain data from YAML nodes; notes the place of every key and list item."""
 
     def __init__(self, tree: Tree, rank: int, source: str) -> None:
         self.tree, self.rank, self.source = tree, rank, source
@@ -138,7 +143,7 @@ class _Builder:
                 self.tree.places[(*key, index)] = Place(self.rank, item.start_mark.line + 1, self.source)
                 items.append(self.build(item, (*key, index), (*above, node)))
             return items
-        return _scalar(node)
+        return _scalar(node.tag, node.value)
 
     def mapping(self, node: yaml.MappingNode, key: Key, above: tuple[yaml.Node, ...]) -> dict[str, Any]:
         result: dict[str, Any] = {}
@@ -177,7 +182,11 @@ def _parse(text: str, rank: int, source: str) -> tuple[Any, Tree]:
 
 
 def read_file(path: str, chain: tuple[str, ...] = (), rank: int = 0) -> Tree:
-    """A file with everything that it extends. Messages name files as `path` does. Raises ConfigError if it can't be read."""
+    """A file with everything that it extends. Messages name files as `path` does.
+
+    Raises:
+        ConfigError: the file can't be read; what else is wrong is in the tree's problems.
+    """
     text = _read_text(path)
     content, tree = _parse(text, rank, path)
     if content is None or not isinstance(content, dict):
@@ -233,7 +242,10 @@ def _same_file(one: str, other: str) -> bool:
 
 
 def merge(below: Tree, above: Tree) -> None:
-    """Lay `above` over `below`, in place: mappings deeply, all else replaced; another `_target_` drops the old arguments."""
+    """Lay `above` over `below`, in place: mappings deeply, all else is replaced.
+
+    Another `_target_` drops the arguments of the old one.
+    """
     below.problems += above.problems
     _merge(below, above, below.data, above.data, ())
 
@@ -259,7 +271,7 @@ def _same_target(old: dict[str, Any], new: dict[str, Any]) -> bool:
 
 
 def read_mapping(source: Mapping[str, Any]) -> Tree:
-    """A tree of a Python mapping: containers are new, everything else is the same object. `extends` works from the cwd."""
+    """A tree of a Python mapping; containers are new, all else is the same object. `extends` counts from the cwd."""
     place = Place(0, 0, DICT)
     tree = Tree(_containers(source), {(): place})
     bases = tree.data.pop("extends", None)
@@ -334,8 +346,8 @@ def _assign(tree: Tree, key: Key, value: Any, place: Place) -> None:
         if isinstance(holder, list):
             index = int(part) if str(part).isdigit() else None
             if index is None or index > len(holder) or (index == len(holder) and not last):
-                found = f"a list of {len(holder)}; write {dotted((*walked, 0))} to {dotted((*walked, max(0, len(holder) - 1)))}"
-                tree.problems.append((place, dotted(key), f"{dotted(walked)} is {found}"))
+                entries = f"a list of {len(holder)}; its entries are numbered from 0, and {len(holder)} appends one"
+                tree.problems.append((place, dotted(key), f"{dotted(walked)} is {entries}"))
                 return
             if index == len(holder):
                 holder.append(None)
@@ -353,7 +365,7 @@ def _assign(tree: Tree, key: Key, value: Any, place: Place) -> None:
             tree.places[walked] = place
             holder[part] = value
             return
-        below = holder[part] if isinstance(holder, list) else holder.get(part)
+        below = holder.get(part) if isinstance(holder, dict) else holder[int(part)]
         if below is None:
             below = holder[part] = {}
             tree.places[walked] = place
