@@ -150,13 +150,13 @@ def _map(node: Any, place: str, leaves: list[torch.Tensor], copies: Iterator[tor
             if type(key) not in _PLAIN:
                 raise TypeError(f"cannot save {place}: the key {key!r} is a {type(key).__name__}, not a plain value")
         pairs = [(key, _map(value, f"{place}.{key}".lstrip("."), leaves, copies)) for key, value in node.items()]
-        result = OrderedDict(pairs) if kind is OrderedDict else dict(pairs)
+        result: Any = dict(pairs) if kind is defaultdict else kind(dict(pairs))  # type: ignore[call-overload]
         if hasattr(node, "_metadata"):  # versions of the modules, which load_state_dict reads
-            result._metadata = copy.deepcopy(node._metadata)  # type: ignore[attr-defined, union-attr]
+            result._metadata = copy.deepcopy(node._metadata)
         return result
-    if kind in (list, tuple):
+    if kind in (list, tuple, set):
         return kind(_map(value, f"{place}[{index}]", leaves, copies) for index, value in enumerate(node))
     raise TypeError(
         f"cannot save {place or 'the state'}: {kind.__module__}.{kind.__qualname__} is not a tensor, number, string, "
-        "dict, list or tuple, and a checkpoint must load without running code; return plain values from state_dict()"
+        "dict, list, tuple or set; a checkpoint must load without running code: return plain values from state_dict()"
     )
