@@ -233,7 +233,7 @@ def build_loaders(blueprint: Blueprint) -> tuple[TrainLoader, dict[str, EvalLoad
     config, world = blueprint.config, blueprint.world
     collate = build_callable(config.data.collate) if config.data.collate is not None else None
     workers = {
-        split: resolve_workers(config.data.num_workers, dataset, world.placement.local_size)
+        split: resolve_workers(config.data.num_workers, dataset, collate=collate, local_ranks=world.placement.local_size)
         for split, dataset in blueprint.datasets.items()
     }
     shared: dict[str, Any] = {
@@ -270,7 +270,7 @@ class Preparer:
     def train(self, batch: Batch, epoch: int, indices: Any) -> Batch:
         """A training micro-batch; the draws depend on (seed, epoch, sample)."""
         batch = self.move(batch)
-        return batch if self.augmentation is None else self.augmentation(batch, self.seed, epoch, indices)
+        return batch if self.augmentation is None else self.augmentation(batch, seed=self.seed, epoch=epoch, indices=indices)
 
     def move(self, batch: Batch) -> Batch:
         """The batch on the device."""

@@ -38,6 +38,11 @@ class EMA:
         for name, parameter in self._weights.items():
             parameter.data, self._average[name] = self._average[name], parameter.data
 
+    def restart(self) -> None:
+        """Begin again with the weights as they are now."""
+        for name, parameter in self._weights.items():
+            self._average[name].copy_(parameter.detach())
+
     def state_dict(self) -> dict[str, Tensor]:
         """The average, by parameter name."""
         return dict(self._average)

@@ -20,13 +20,13 @@ from dist_train.engine.step import accepts_fused
 class WarmupCosine(LambdaLR):
     """A linear warm-up to the optimizer's lr over `warmup_steps`, then half a cosine down to `final_scale` of it at `total_steps`.
 
-    Counted in whatever `scheduler.every` says, optimizer steps by default. The shape is that of SGDR's first cycle
+    A run shorter than the warm-up ends inside it. Counted in whatever `scheduler.every` says, optimizer steps by default. The shape is that of SGDR's first cycle
     (Loshchilov and Hutter 2017, https://arxiv.org/abs/1608.03983) behind the warm-up of Goyal et al. 2017 (https://arxiv.org/abs/1706.02677).
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, total_steps: int, warmup_steps: int = 0, final_scale: float = 0.0):
-        if not 0 <= warmup_steps < total_steps:
-            raise ValueError(f"warmup_steps must be at least 0 and below total_steps={total_steps}, got {warmup_steps}")
+        if warmup_steps < 0 or total_steps < 1:
+            raise ValueError(f"expected warmup_steps >= 0 and total_steps >= 1, got {warmup_steps} and {total_steps}")
         if not 0 <= final_scale <= 1:
             raise ValueError(f"final_scale is a share of the lr between 0 and 1, got {final_scale}")
 

@@ -330,6 +330,14 @@ class Trainer:
         for callback, saved in zip(parts.callbacks, state["callbacks"], strict=False):
             callback.load_state_dict(saved)
 
+    def close(self) -> None:
+        """End loader workers and files, whatever happened."""
+        self.parts.train_loader.close()
+        for loader in self.parts.eval_loaders.values():
+            loader.close()
+        if self.parts.trace is not None:
+            self.parts.trace.close()
+
     def _check_finite(self) -> None:
         self.parts.stepper.guard.check_record(self.parts.plan.batch, self.model)
 

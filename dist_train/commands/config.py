@@ -1,0 +1,39 @@
+"""`config`: what a config says once everything is resolved."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from dist_train.commands.arguments import Parser, with_config
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print the resolved config, one value of it, or the schema."""
+    parser = Parser("config", "Print the resolved config.")
+    parser.add_argument("--get", metavar="KEY", help="print one value; run.path is where the run lives")
+    parser.add_argument("--schema", action="store_true", help="print the JSON Schema of configs, for editors")
+    options = with_config(parser, arguments)
+    if options.schema:
+        from dist_train.config.docs import json_schema
+
+        print(json.dumps(json_schema(), indent=2))
+        return 0
+    from dist_train.config.load import load_config
+    from dist_train.config.errors import ConfigError, did_you_mean
+
+    config = load_config(options.config, options.overrides)
+    if options.get is None:
+        print(config.to_yaml(), end="")
+        return 0
+    if options.get == "run.path":
+        from dist_train.engine.rundir import run_location
+
+        print(run_location(config))
+        return 0
+    try:
+        value = config.get(options.get)
+    except KeyError:
+        raise ConfigError.single("--get", f"there is no key {options.get!r}{did_you_mean(options.get, ['run.path'])}") from None
+    print(value if isinstance(value, str) else json.dumps(value))
+    return 0

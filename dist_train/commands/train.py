@@ -1,0 +1,61 @@
+"""`train`: the command that everything is for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dist_train.commands.arguments import Parser, with_config
+
+if TYPE_CHECKING:
+    from dist_train.config.schema import Config
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Train by a config; the exit code says how it ended (75: stopped and saved, run again to go on; 0 under torchrun)."""
+    from dist_train.runtime.world import read_placement
+
+    options = with_config(Parser("train", "Train, or go on with the run of that name."), arguments)
+    result = train(options.config, *options.overrides)
+    if result["state"] == "completed":
+        return 0
+    import os
+
+    return 0 if read_placement(os.environ).under_torchrun else 75
+
+
+def train(config: str | Mapping[str, Any] | None = None, *overrides: str) -> dict[str, Any]:
+    """Train by a config file, a mapping (whose components may be live objects), or the built-in example.
+
+    Returns:
+        What result.json holds: state, step, metrics, weights_sha256, ...
+
+    Raises:
+        ConfigError: the config is wrong; nothing was started, nothing written.
+    """
+    return run(checked(config, overrides))
+
+
+def checked(source: str | Mapping[str, Any] | None, overrides: Sequence[str]) -> Config:
+    """The config, with its components looked up and their arguments checked.
+
+    Raises:
+        ConfigError: with every mistake.
+    """
+    from dist_train.config.load import load_config
+    from dist_train.config.components import add_code_paths, check_components
+    from dist_train.config.errors import ConfigError
+
+    config = load_config(source, overrides)
+    add_code_paths(config.run.code_paths)
+    problems = check_components(config)
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Train by a checked config."""
+    from dist_train.engine.run import train_config
+
+    return train_config(config)

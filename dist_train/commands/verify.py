@@ -1,0 +1,27 @@
+"""`verify`: are all checkpoints of a run whole?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dist_train.commands.arguments import Parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print a line for each checkpoint; 1 if any is damaged."""
+    parser = Parser("verify", "Check every file of every checkpoint of a run.")
+    parser.add_argument("--run", required=True, metavar="DIR", help="the run's directory or URL")
+    options = parser.parse_args(list(arguments))
+    from dist_train.checkpoint.manager import CheckpointManager
+    from dist_train.config.errors import ConfigError
+    from dist_train.runtime.storage import Storage
+
+    storage = Storage(options.run)
+    if not storage.exists("checkpoints"):
+        raise ConfigError.single("--run", f"{storage.location} holds no checkpoints directory; expected a run's directory")
+    rows = CheckpointManager(storage.sub("checkpoints")).verify_all()
+    for row in rows:
+        print(f"{row.name:<24} {row.state:<10} {row.reason}".rstrip())
+    bad = [row for row in rows if row.state != "good"]
+    print(f"{len(rows) - len(bad)} of {len(rows)} checkpoints are whole")
+    return 1 if bad else 0
