@@ -1,50 +1,17 @@
-"""Rules that involve several keys, and what follows from a metric's name."""
+"""Rules that involve several keys, or the inside of a component's reserved keys."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from typing import Any
 
 from .durations import Duration
 from .errors import describe, did_you_mean
+from .fields import METRICS
 from .names import PLACEHOLDER
-from .schema import METRICS, Config
+from .schema import Config
 from .source import Key
 
 Finding = tuple[Key, str]
-_LOWER = re.compile(r"loss|error|mae|mse|perplexity|nll|distance|_err\b|\berr\b|\bfid\b|\bwer\b|\bcer\b", re.IGNORECASE)
-
-
-def better_is_lower(metric: str) -> bool:
-    """Whether less of a metric is better, judged by the last part of its name (`val/loss`, `val/mae`: yes)."""
-    return _LOWER.search(metric.rpartition("/")[2]) is not None
-
-
-def split_direction(text: str) -> tuple[str, str]:
-    """`val/loss`, `min val/loss` or `max val/f1` as (metric, "min" or "max")."""
-    direction, _, name = text.strip().rpartition(" ")
-    name = name.strip()
-    return name, direction.strip() if direction.strip() in ("min", "max") else "min" if better_is_lower(name) else "max"
-
-
-def metric_name(spec: Any) -> str:
-    """What a metric of the config is called: its name, or the class name in snake_case for a component."""
-    if isinstance(spec, str):
-        return spec
-    target = spec.get("_target_") if isinstance(spec, dict) else getattr(spec, "name", None) or type(spec).__name__
-    last = (target if isinstance(target, str) else getattr(target, "__name__", "metric")).rpartition(".")[2]
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", last).lower()
-
-
-def kept_best(config: Config) -> tuple[str, str] | None:
-    """The metric by which the best checkpoint is kept, and "min" or "max"; None where none is."""
-    wanted = config.checkpoint.keep_best
-    if wanted is None or config.data.val is None:
-        return None
-    if wanted != "auto":
-        return split_direction(wanted)
-    return split_direction(f"val/{metric_name(config.metrics[0])}" if config.metrics else "val/loss")
 
 
 def cross_checks(config: Config) -> Iterator[Finding]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,8 @@ from pydantic import ValidationError
 
 from . import checks
 from .errors import describe, did_you_mean
-from .schema import Config, Says, Section
+from .fields import Section, bare, says, section_of
+from .schema import Config
 from .source import COMMAND_LINE, DICT, Key, Tree, apply_overrides, dotted, read_file, read_mapping
 
 DEFAULT = Path(__file__).with_name("default.yaml")
@@ -256,14 +256,14 @@ def _find(loc: tuple[int | str, ...]) -> tuple[Key, Any, type[Section]]:
     annotation: Any = Config
     key: Key = ()
     for part in loc:
-        model = _section_of(annotation)
+        model = section_of(annotation)
         if model is not None:
             section = model
             key = (*key, part)
             known = model.model_fields.get(str(part))
             if known is None:
                 break
-            annotation = typing.Annotated[known.annotation, *known.metadata] if known.metadata else known.annotation
+            annotation = known.rebuild_annotation()
         elif isinstance(part, int) and _item_of(annotation) is not None:
             key, annotation = (*key, part), _item_of(annotation)
         else:
@@ -271,55 +271,22 @@ def _find(loc: tuple[int | str, ...]) -> tuple[Key, Any, type[Section]]:
     return key, annotation, section
 
 
-def _bare(annotation: Any) -> tuple[Any, tuple[Any, ...]]:
-    """An annotation without Annotated, and its metadata."""
-    metadata: tuple[Any, ...] = ()
-    while typing.get_origin(annotation) is typing.Annotated:
-        metadata = (*annotation.__metadata__, *metadata)
-        annotation = annotation.__origin__
-    return annotation, metadata
-
-
-def _section_of(annotation: Any) -> type[Section] | None:
-    annotation = _bare(annotation)[0]
-    for branch in typing.get_args(annotation) if _is_union(annotation) else (annotation,):
-        if isinstance(branch, type) and issubclass(branch, Section):
-            return branch
-    return None
-
-
 def _item_of(annotation: Any) -> Any:
-    annotation = _bare(annotation)[0]
+    annotation = bare(annotation)[0]
     return typing.get_args(annotation)[0] if typing.get_origin(annotation) is list else None
-
-
-def _is_union(annotation: Any) -> bool:
-    return typing.get_origin(annotation) in (typing.Union, types.UnionType)
-
-
-def says(annotation: Any) -> str:
-    """What a type is called, for messages and the reference: `a whole number of at least 1 or auto`."""
-    annotation, metadata = _bare(annotation)
-    for mark in reversed(metadata):
-        if isinstance(mark, Says):
-            return mark.text
-    if _is_union(annotation):
-        branches = [says(branch) for branch in typing.get_args(annotation)]
-        return ", ".join(branches[:-1]) + " or " + branches[-1]
-    if typing.get_origin(annotation) is typing.Literal:
-        values = [str(value) for value in typing.get_args(annotation)]
-        return values[0] if len(values) == 1 else ", ".join(values[:-1]) + " or " + values[-1]
-    if typing.get_origin(annotation) is list:
-        return "a list of " + says(typing.get_args(annotation)[0]).removeprefix("a ") + "s"
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return "a mapping of keys"
-    return {type(None): "null", bool: "true or false", str: "a string"}.get(annotation, str(annotation))
 
 
 def _at(data: Any, key: Key) -> Any:
     for part in key:
         data = data[part]
     return data
+
+
+def example_of(answer: str) -> str:
+    """An answer of FOREIGN with an example for the value."""
+    for unit, number in _EXAMPLES.items():
+        answer = answer.replace("{value}" + unit, number + unit)
+    return answer.replace("={value}", "").replace("{key}", "...")
 
 
 def _advice(key: Key, value: Any, section: type[Section]) -> str:
@@ -332,18 +299,18 @@ def _advice(key: Key, value: Any, section: type[Section]) -> str:
         return f"; {name} belongs to another section: {homes[0]}"
     if foreign and (name == "<<" or not near or name in foreign):
         plain = isinstance(value, int | float | str) and not isinstance(value, bool) and str(value).strip()
-        example = next((number for unit, number in _EXAMPLES.items() if "{value}" + unit in foreign), "...")
-        return "; " + foreign.replace("{value}", str(value) if plain else example).replace("{key}", name)
+        named = foreign.replace("{key}", name)
+        return "; " + (named.replace("{value}", str(value)) if plain else example_of(named))
     if near:
         return near
     if foreign:
-        return "; " + foreign.replace("={value}", "").replace("{key}", name)
+        return "; " + example_of(foreign.replace("{key}", name))
     return f"; the keys here are {', '.join(section.model_fields)}"
 
 
 def _leaves(section: type[Section], above: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
     for name, known in section.model_fields.items():
-        inner = _section_of(known.annotation)
+        inner = section_of(known.annotation)
         if inner is not None:
             yield from _leaves(inner, (*above, name))
         yield (*above, name)

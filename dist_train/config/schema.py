@@ -6,125 +6,33 @@ was begun with (see `changes.py`). Cross-field rules are in `checks.py`. Importi
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PrivateAttr, WithJsonSchema
+from pydantic import Field, PrivateAttr
 
 from .durations import Duration
-from .errors import describe
-
-
-def _declare(change: str, default: Any, description: str, **limits: Any) -> Any:
-    extra: Any = {"change": change}
-    if isinstance(default, list):
-        return Field(default_factory=lambda: list(default), description=description, json_schema_extra=extra, **limits)
-    return Field(default, description=description, json_schema_extra=extra, **limits)
-
-
-def harmless(default: Any, description: str, **limits: Any) -> Any:
-    """A key that a run may be continued with under another value; the difference is logged."""
-    return _declare("harmless", default, description, **limits)
-
-
-def consent(default: Any, description: str, **limits: Any) -> Any:
-    """A key whose change needs `checkpoint.accept_changes=true` (or another `run.name`)."""
-    return _declare("consent", default, description, **limits)
-
-
-def refused(default: Any, description: str, **limits: Any) -> Any:
-    """A key that can't change within one run."""
-    return _declare("refused", default, description, **limits)
-
-
-# The metrics that have a name; tests hold this equal to dist_train.engine.metrics.NAMED.
-METRICS = ("accuracy", "top5", "binary_accuracy", "mae", "mse", "rmse", "r2")
-
-
-class Says:
-    """What a type is called in messages and in the reference: `expected <text>, found ...`."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-
-def _component(value: Any) -> Any:
-    form = "write a component as {_target_: package.module.Name, argument: value, ...}"
-    if isinstance(value, dict):
-        if "_live_" in value:
-            raise ValueError(
-                f"this was an object made in Python ({value['_live_']}), which a file can't hold: continue from Python "
-                "with the same object, or name it by _target_"
-            )
-        target = value.get("_target_")
-        if target is None:
-            raise ValueError(f"_target_ is missing; {form}")
-        if not isinstance(target, str) and not callable(target):
-            raise ValueError(f"_target_ must be a dotted path, found {describe(target)}; {form}")
-        if not isinstance(value.get("_args_", []), list):
-            raise ValueError(f"_args_ must be a list of positional arguments, found {describe(value['_args_'])}")
-        return value
-    if value is None or isinstance(value, str | bool | int | float | list):
-        raise ValueError(f"expected a component, found {describe(value)}; {form}")
-    return value
-
-
-def _metric(value: Any) -> Any:
-    return value if isinstance(value, str) and value else _component(value)
-
-
-def _one_or_more(value: Any) -> Any:
-    return value if isinstance(value, list) else [value]
-
-
-_COMPONENT_SCHEMA = {
-    "type": "object",
-    "required": ["_target_"],
-    "properties": {
-        "_target_": {"type": "string", "description": "Import path of a class or function, e.g. torch.optim.SGD"},
-        "_args_": {"type": "array", "description": "Positional arguments"},
-    },
-    "additionalProperties": True,
-}
-_DURATION_SCHEMA = {
-    "type": "string",
-    "pattern": r"^\s*[0-9.]+\s*(ep|step|s|min|h)\s*$",
-    "examples": ["20ep", "500step"],
-}
-_NAMED_OR_COMPONENT = {"anyOf": [{"type": "string", "enum": list(METRICS)}, _COMPONENT_SCHEMA]}
-
-Component = Annotated[Any, BeforeValidator(_component), WithJsonSchema(_COMPONENT_SCHEMA), Says("a component")]
-Metric = Annotated[
-    Any, BeforeValidator(_metric), WithJsonSchema(_NAMED_OR_COMPONENT), Says("the name of a metric or a component")
-]
-Length = Annotated[
-    Duration,
-    BeforeValidator(Duration.parse),
-    PlainSerializer(str, return_type=str),
-    WithJsonSchema(_DURATION_SCHEMA),
-    Says("a duration like 20ep, 500step or 10min"),
-]
-Lengths = Annotated[
-    list[Length],
-    BeforeValidator(_one_or_more),
-    WithJsonSchema({"anyOf": [_DURATION_SCHEMA, {"type": "array", "items": _DURATION_SCHEMA}]}),
-    Says("a duration or a list of durations"),
-]
-Whole = Annotated[int, Says("a whole number")]
-Count = Annotated[int, Field(ge=1), Says("a whole number of at least 1")]
-NonNegative = Annotated[int, Field(ge=0), Says("a whole number of at least 0")]
-Seed = Annotated[int, Field(ge=0, lt=2**63), Says("a whole number from 0 to 2**63 - 1")]
-Number = Annotated[float, Field(allow_inf_nan=False), Says("a number like 0.1")]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), Says("a number above 0, like 0.1")]
-AtLeastZero = Annotated[float, Field(ge=0, allow_inf_nan=False), Says("a number of at least 0, like 0.1")]
-Decay = Annotated[float, Field(gt=0, lt=1), Says("a number between 0 and 1, like 0.999")]
-Text = Annotated[str, Field(min_length=1), Says("a string")]
-Auto = Literal["auto"]
-
-
-class Section(BaseModel):
-    """A mapping of known keys; any other key is an error. Sections don't change once they are read."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, arbitrary_types_allowed=True)
+from .fields import (
+    AtLeastZero,
+    Auto,
+    Component,
+    Count,
+    Decay,
+    Length,
+    Lengths,
+    Metric,
+    NonNegative,
+    Number,
+    Positive,
+    Section,
+    Seed,
+    Text,
+    any_live,
+    consent,
+    harmless,
+    plain,
+    refused,
+)
+from .source import Key, Place, dump, nearest
 
 
 class RunConfig(Section):
@@ -328,7 +236,7 @@ class Config(Section):
     debug: DebugConfig = Field(default_factory=DebugConfig, description=DebugConfig.__doc__)
 
     _source: str | None = PrivateAttr(default=None)
-    _places: dict[tuple[str | int, ...], Any] = PrivateAttr(default_factory=dict)
+    _places: dict[Key, Place] = PrivateAttr(default_factory=dict)
 
     @property
     def source(self) -> str | None:
@@ -336,20 +244,18 @@ class Config(Section):
         return self._source
 
     @property
-    def places(self) -> dict[tuple[str | int, ...], Any]:
+    def places(self) -> dict[Key, Place]:
         """Where each key was written, by its path (see `source.Place`)."""
         return self._places
 
     def where(self, key: str) -> str:
         """Where a dotted key, or what holds it, was written: `file:line`, `command line` or `dict`."""
-        from .source import nearest
-
         return str(nearest(self._places, tuple(int(part) if part.isdigit() else part for part in key.split("."))))
 
     @property
     def has_live_objects(self) -> bool:
         """Whether some component is an object (or class) handed over from Python, which no file can name."""
-        return _any_live(plain(self))
+        return any_live(plain(self))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and scalars that YAML and JSON can hold; a live object is {"_live_": its class}."""
@@ -358,8 +264,6 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """The resolved config as YAML; `load_config` reads it back to an equal config."""
-        from .source import dump
-
         return dump(self.to_dict())
 
     def get(self, key: str) -> Any:
@@ -373,25 +277,3 @@ class Config(Section):
             else:
                 raise KeyError(key)
         return value
-
-
-def plain(value: Any) -> Any:
-    """The YAML-safe copy of any value of a config."""
-    if isinstance(value, Section):
-        return {name: plain(getattr(value, name)) for name in type(value).model_fields}
-    if isinstance(value, Duration):
-        return str(value)
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    named = value if isinstance(value, type) or hasattr(value, "__qualname__") else type(value)
-    return {"_live_": f"{named.__module__}.{named.__qualname__}"}
-
-
-def _any_live(value: Any) -> bool:
-    if isinstance(value, dict):
-        return "_live_" in value or any(_any_live(item) for item in value.values())
-    return isinstance(value, list) and any(_any_live(item) for item in value)

@@ -372,17 +372,31 @@ def _assign(tree: Tree, key: Key, value: Any, place: Place) -> None:
         holder = below
 
 
-def dump(data: Any) -> str:
-    """Plain data as YAML that `read_file` reads back to equal data."""
+class _Dumper(yaml.SafeDumper):
+    """Writes what reads the same by YAML 1.1 and 1.2: strings that either takes for something else are quoted."""
 
-    class Dumper(yaml.SafeDumper):
-        yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
-
-    Dumper.add_representer(float, _write_float)
-    text: str = yaml.dump(data, Dumper=Dumper, sort_keys=False, default_flow_style=False, width=120, allow_unicode=True)
-    return text
+    yaml_implicit_resolvers = {
+        first: [
+            *yaml.SafeDumper.yaml_implicit_resolvers.get(first, []),
+            *_Loader.yaml_implicit_resolvers.get(first, []),
+        ]
+        for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_Loader.yaml_implicit_resolvers}
+    }
 
 
 def _write_float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
     text = repr(value).replace("inf", ".inf").replace("nan", ".nan")
+    if "e" in text and "." not in text:
+        text = text.replace("e", ".0e")
     return dumper.represent_scalar("tag:yaml.org,2002:float", text)
+
+
+_Dumper.add_representer(float, _write_float)
+
+
+def dump(data: Any) -> str:
+    """Plain data as YAML that any reader, of version 1.1 or 1.2, reads back to equal data."""
+    text: str = yaml.dump(
+        data, Dumper=_Dumper, sort_keys=False, default_flow_style=False, width=120, allow_unicode=True
+    )
+    return text
