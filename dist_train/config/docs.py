@@ -18,12 +18,12 @@ REFERENCE_FILE = ROOT / "docs" / "config.md"
 
 HEAD = """# The config, key by key
 
-This page is generated from `dist_train/config/schema.py` by `python -m dist_train.config.docs`; a test keeps it current.
+This page is generated from the schema by `python -m dist_train.config.docs`; a test keeps it current.
 `python -m dist_train.main config --config FILE` prints a config with every default filled in.
 
-A config is one YAML file (read by the rules of YAML 1.2: `1e-3` is a number, `off` is a string), and then what stands on
-the command line as `key.path=value`, with list entries by number: `data.augment.0.pixels=2`. A config names code that is
-run: treat one from a stranger like a program from a stranger.
+A config is one YAML file (read by the rules of YAML 1.2: `1e-3` is a number, `off` is a string), and then what stands
+on the command line as `key.path=value`, with list entries by number: `data.augment.0.pixels=2`. A config names code
+that is run: treat one from a stranger like a program from a stranger.
 
 With the first line of the files in `configs/`, editors that know yaml-language-server complete and check the keys.
 
@@ -50,7 +50,7 @@ takes something away. An override on the command line replaces what stands at it
 
 ## Durations
 
-A number and its unit: `20ep` (epochs), `500step` (optimizer steps), `90s`, `10min`, `2h` (time, summed over all starts).
+A number and its unit: `20ep` (epochs), `500step` (optimizer steps), `90s`, `10min`, `2h` (time, over all starts).
 
 ## Changing a config and running again
 
