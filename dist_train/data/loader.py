@@ -15,7 +15,7 @@ from dist_train.data.errors import DataError
 from dist_train.data.plan import EvalPlan, Indices, Plan, share
 from dist_train.data.reading import Collate, Seeded, dataset_length
 from dist_train.data.sampler import Request, StepSampler
-from dist_train.data.workers import InitWorker, run_signals_blocked, stop_at_exit
+from dist_train.data.workers import init_worker, run_signals_blocked, stop_at_exit
 from dist_train.runtime.seeding import mix
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def _options(config: DataConfig, num_workers: int, device: torch.device, seed: i
         method = config.worker_start_method
         options |= {
             "num_workers": num_workers,
-            "worker_init_fn": InitWorker(),
+            "worker_init_fn": init_worker,
             "prefetch_factor": config.prefetch_factor,
             "timeout": config.timeout,
             "multiprocessing_context": None if method == "auto" else method,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -55,33 +54,38 @@ def resolve_workers(setting: int | str, dataset: Any, *, collate: Collate | None
 def run_signals_blocked() -> Iterator[None]:
     """Processes started inside are born with the run's signals blocked, by fork, spawn and forkserver alike.
 
-    Blocking them in `worker_init_fn` would be too late under spawn, whose child imports torch for seconds before. The
-    resource tracker must run already: starting it unblocks SIGINT and SIGTERM in the caller (CPython).
+    Blocking them in `worker_init_fn` would be too late under spawn, whose child imports torch for seconds before.
     """
     if sys.platform == "win32":
         yield
         return
-    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _RUN_SIGNALS)
     try:
+        # Starting the resource tracker unblocks SIGINT and SIGTERM in the caller (CPython), so it is started first;
+        # under the block, since it ignores only those two and would die of the others.
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, _RUN_SIGNALS)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-class InitWorker:
-    """The `worker_init_fn`: keeps the run's signals away and lets the worker die with its parent."""
+def init_worker(worker: int) -> None:
+    """The `worker_init_fn`: the run's signals stay blocked, and the worker ends when its parent does.
 
-    def __init__(self) -> None:
-        # The kernel's parent is the *thread* that forked: only one that lives as long as the process will do.
-        self.die_with_parent = sys.platform == "linux" and threading.current_thread() is threading.main_thread()
+    torch's own watch compares parent process ids, which misses a parent that died while the worker was starting, any
+    parent behind a fork server, and all of them during a long read.
+    """
+    if sys.platform != "win32":  # they are blocked already, unless a fork server was running before
+        signal.pthread_sigmask(signal.SIG_BLOCK, _RUN_SIGNALS)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
-    def __call__(self, worker: int) -> None:
-        if sys.platform != "win32":  # also blocked before the start; this is for a fork server that runs already
-            signal.pthread_sigmask(signal.SIG_BLOCK, _RUN_SIGNALS)
-        if self.die_with_parent:
-            pr_set_pdeathsig = 1
-            ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+def _end_with(parent: Any) -> None:
+    parent.join()  # waits on a pipe that the kernel closes, whatever the parent died of
+    os._exit(1)
 
 
 def stop_at_exit(iterator: Any) -> Finalize:

@@ -1,0 +1,292 @@
+from __future__ import annotations
+
+import os
+import random
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Dataset, Subset
+
+from dist_train.data import DataError, Digits, EvalLoader, Plan, SampleError, build_train_loader
+from dist_train.data.loader import TrainLoader
+
+CPU = torch.device("cpu")
+
+
+def data_config(**changes: Any) -> Any:
+    values = {
+        "pin_memory": "auto",
+        "persistent_workers": "auto",
+        "prefetch_factor": 2,
+        "timeout": 0.0,
+        "worker_start_method": "auto",
+    }
+    return SimpleNamespace(**{**values, **changes})
+
+
+class Noisy(Dataset[Any]):
+    """Items that draw from all three generators, as transforms do."""
+
+    def __init__(self, length: int = 40) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return torch.tensor([torch.rand(()).item(), np.random.rand(), random.random(), os.getpid()]), index
+
+
+class Counting(Noisy):
+    """Remembers what was read."""
+
+    def __init__(self, length: int = 40) -> None:
+        super().__init__(length)
+        self.read: list[int] = []
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        self.read.append(index)
+        return super().__getitem__(index)
+
+
+class Broken(Noisy):
+    def __getitem__(self, index: int) -> Any:
+        if index == 13:
+            raise ValueError("the file of this sample is torn")
+        return super().__getitem__(index)
+
+
+class Uneven(Noisy):
+    def __getitem__(self, index: int) -> Any:
+        return torch.zeros(3 if index == 7 else 2), index
+
+
+class Slow(Noisy):
+    def __getitem__(self, index: int) -> Any:
+        time.sleep(30)
+        return index
+
+
+class Dying(Noisy):
+    def __getitem__(self, index: int) -> Any:
+        os._exit(1)
+
+
+def loader_of(dataset: Any, **given: Any) -> TrainLoader:
+    options: dict[str, Any] = {"rank": 0, "world_size": 1, "micro_batch_size": 8, "seed": 5, "num_workers": 0}
+    config = data_config(**given.pop("config", {}))
+    plan = given.pop("plan", None) or Plan(5, len(dataset), 8)
+    return build_train_loader(dataset, plan, config=config, device=CPU, **{**options, **given})
+
+
+def read(loader: TrainLoader, stop: int) -> None:
+    for work in loader.steps(0, stop):
+        list(work.micro_batches)
+
+
+def drawn(loader: TrainLoader, start: int, stop: int) -> dict[tuple[int, int], tuple[float, ...]]:
+    """What was drawn for each (epoch, sample)."""
+    found = {}
+    for work in loader.steps(start, stop):
+        for micro in work.micro_batches:
+            values, indices = micro.batch
+            assert indices.tolist() == micro.indices.tolist()
+            for index, row in zip(indices.tolist(), values.tolist()):
+                found[work.epoch, index] = tuple(row[:3])
+    loader.close()
+    return found
+
+
+def test_the_steps_of_one_process_are_the_plans_batches_over_the_ends_of_epochs() -> None:
+    data = Digits("val")
+    plan = Plan(0, len(data), 50)
+    for work in loader_of(data, plan=plan, micro_batch_size=64).steps(2, 8):
+        (micro,) = work.micro_batches
+        assert (work.indices == plan.batch(work.step)).all()
+        assert (work.epoch, work.samples) == (work.step // 3, 50)
+        assert (micro.position, micro.samples, micro.weightless, micro.last) == (0, 50, False, True)
+        inputs, targets = micro.batch
+        assert inputs.dtype == torch.float32
+        assert inputs.equal(torch.stack([data[i][0] for i in work.indices]))
+        assert targets.equal(torch.tensor([data[i][1] for i in work.indices]))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_ranks_and_micro_batches_cut_the_batch_and_every_rank_has_something_to_run(world_size: int) -> None:
+    plan = Plan(0, 53, 10, drop_last=False)
+    loaders = [
+        loader_of(Noisy(53), plan=plan, rank=r, world_size=world_size, micro_batch_size=2) for r in range(world_size)
+    ]
+    for works in zip(*(loader.steps(4, 8) for loader in loaders)):
+        counted = []
+        for work in works:
+            micro_batches = list(work.micro_batches)
+            assert micro_batches
+            mine = [i for m in micro_batches if not m.weightless for i in m.indices.tolist()]
+            assert mine == work.local_indices.tolist()
+            assert sum(m.samples for m in micro_batches) == len(mine)
+            assert [m.last for m in micro_batches] == [False] * (len(micro_batches) - 1) + [True]
+            counted += mine
+        assert counted == works[0].indices.tolist()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"num_workers": 2},
+        {"num_workers": 2, "config": {"persistent_workers": False}},
+        {"num_workers": 1, "config": {"worker_start_method": "spawn"}},
+        {"micro_batch_size": 3},
+        {"rank": 1, "world_size": 2, "num_workers": 1},
+    ],
+    ids=str,
+)
+def test_what_a_sample_draws_depends_on_seed_epoch_and_index_alone(other: dict[str, Any]) -> None:
+    reference = drawn(loader_of(Noisy()), 0, 10)
+    assert len(reference) == 80
+    again = drawn(loader_of(Noisy(), **other), 3, 10)
+    assert again
+    assert all(reference[key] == value for key, value in again.items())
+
+
+def test_what_a_sample_draws_differs_between_epochs_and_seeds() -> None:
+    reference = drawn(loader_of(Noisy()), 0, 10)
+    assert all(reference[0, i] != reference[1, i] for i in range(40))
+    other = drawn(loader_of(Noisy(), seed=6), 0, 10)
+    assert all(reference[key] != value for key, value in other.items())
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_resuming_reads_nothing_but_what_it_trains_on(num_workers: int) -> None:
+    data = Counting()
+    loader = loader_of(data, plan=Plan(5, 40, 8), num_workers=num_workers)
+    trained = [i for work in loader.steps(3, 7) for m in work.micro_batches for i in m.indices.tolist()]
+    if num_workers == 0:
+        assert data.read == trained
+    assert trained == np.concatenate([loader.plan.batch(s) for s in range(3, 7)]).tolist()
+
+
+def test_a_step_left_early_does_not_shift_the_next_one() -> None:
+    loader = loader_of(Noisy(), micro_batch_size=2)
+    for work in loader.steps(0, 4):
+        micro = next(work.micro_batches)
+        assert (micro.indices == work.indices[:2]).all()
+
+
+def test_workers_stay_over_epochs_unless_told_otherwise_and_are_gone_after_closing() -> None:
+    for persistent, expected in [("auto", 1), (False, 2)]:
+        loader = loader_of(Noisy(), num_workers=1, config={"persistent_workers": persistent})
+        pids = {int(m.batch[0][0, 3]) for work in loader.steps(0, 10) for m in work.micro_batches}
+        assert len(pids) == expected
+        assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+
+
+def test_loading_leaves_the_global_generators_alone_when_nothing_is_read_sample_by_sample() -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    for work in loader_of(Digits("val"), plan=Plan(0, 180, 20)).steps(0, 12):
+        list(work.micro_batches)
+    evaluation = EvalLoader(
+        Digits("val"), 64, rank=0, world_size=1, seed=0, config=data_config(), num_workers=0, device=CPU
+    )
+    list(evaluation)
+    assert torch.get_rng_state().equal(before)
+
+
+def test_waiting_for_data_is_counted() -> None:
+    loader = loader_of(Noisy())
+    for work in loader.steps(0, 2):
+        list(work.micro_batches)
+    assert 0 < loader.waited < 1
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_error_in_a_dataset_names_the_sample_and_keeps_the_users_traceback(num_workers: int) -> None:
+    loader = loader_of(Broken(), num_workers=num_workers)
+    with pytest.raises(SampleError, match=r"reading sample 13 of test_loader.Broken in epoch 0 failed") as caught:
+        read(loader, 5)
+    loader.close()
+    shown = str(caught.getrepr(chain=True))
+    assert "ValueError: the file of this sample is torn" in shown
+    assert 'raise ValueError("the file of this sample is torn")' in shown
+
+
+def test_samples_that_do_not_fit_into_a_batch_are_named() -> None:
+    with pytest.raises(SampleError, match=r"sample 7 is \['Tensor of shape \(3,\)', 'int'\]\).*data.collate"):
+        read(loader_of(Uneven(), plan=Plan(0, 40, 8, shuffle=False)), 1)
+
+
+def test_a_hanging_dataset_is_an_error_after_the_timeout() -> None:
+    loader = loader_of(Slow(), num_workers=1, config={"timeout": 1.0})
+    with pytest.raises(DataError, match=r"no batch came within data.timeout=1 s"):
+        read(loader, 1)
+    began = time.monotonic()
+    loader.close()
+    assert time.monotonic() - began < 10
+
+
+def test_a_worker_that_dies_is_reported_with_what_to_try() -> None:
+    loader = loader_of(Dying(), num_workers=1)
+    with pytest.raises(DataError, match=r"(?s)worker.*died without a Python error.*data.num_workers=0"):
+        read(loader, 1)
+    loader.close()
+
+
+def test_a_dataset_of_another_length_than_the_plans_is_refused() -> None:
+    with pytest.raises(DataError, match=r"the plan is for 41 samples, but data.train has 40"):
+        loader_of(Noisy(), plan=Plan(0, 41, 8))
+
+
+def _doubled(samples: list[Any]) -> Any:
+    return [2 * index for _, index in samples]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_collate_of_the_users_own_gets_the_list_of_samples(num_workers: int) -> None:
+    loader = loader_of(Digits("val"), plan=Plan(0, 180, 4), collate=_doubled, num_workers=num_workers)
+    for work in loader.steps(0, 2):
+        (micro,) = work.micro_batches
+        assert micro.batch == [2 * Digits("val")[i][1] for i in work.indices]
+
+
+def test_a_subset_of_a_random_dataset_is_still_seeded_sample_by_sample() -> None:
+    whole = drawn(loader_of(Noisy(), plan=Plan(0, 40, 8)), 0, 5)
+    subset = Subset(Noisy(), list(range(40)))
+    assert drawn(loader_of(subset, plan=Plan(0, 40, 8)), 0, 5) == whole
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 9])
+def test_evaluation_reads_every_sample_once_and_draws_the_same_each_time(num_workers: int, world_size: int) -> None:
+    passes: list[dict[int, list[float]]] = []
+    for _ in range(2):
+        found: dict[int, list[float]] = {}
+        for rank in range(world_size):
+            loader = EvalLoader(
+                Noisy(), 6, rank=rank, world_size=world_size, seed=5, config=data_config(),
+                num_workers=num_workers, device=CPU,
+            )  # fmt: skip
+            assert len(loader) <= loader.rounds == -(-7 // world_size)
+            for cut, (values, indices) in loader:
+                assert indices.tolist() == list(cut)
+                assert not set(cut) & set(found)
+                found |= {index: row[:3] for index, row in zip(indices.tolist(), values.tolist())}
+            loader.close()
+        assert sorted(found) == list(range(40))
+        passes.append(found)
+    assert passes[0] == passes[1]
+
+
+def test_evaluation_workers_are_kept_between_passes_even_after_one_left_early() -> None:
+    loader = EvalLoader(Noisy(), 6, rank=0, world_size=1, seed=5, config=data_config(), num_workers=1, device=CPU)
+    next(iter(loader))
+    pids = [{int(batch[0][0, 3]) for _, batch in loader} for _ in range(2)]
+    assert pids[0] == pids[1]
+    loader.close()
+    assert not os.path.exists(f"/proc/{pids[0].pop()}")
+    assert [cut.start for cut, _ in loader] == [0, 6, 12, 18, 24, 30, 36]
+    loader.close()

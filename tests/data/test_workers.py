@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_train.data import Digits, resolve_workers, usable_cpus
+from dist_train.data.workers import run_signals_blocked
+
+JOB = Path(__file__).with_name("worker_job.py")
+METHODS = ["fork", "spawn", "forkserver"]
+GROUP_SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
+
+
+@contextlib.contextmanager
+def job(method: str, action: str) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [sys.executable, str(JOB), method, action],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def line(process: subprocess.Popen[str], word: str) -> str:
+    assert process.stdout is not None
+    for text in process.stdout:
+        if text.startswith(word):
+            return text
+    raise AssertionError(f"the job ended without saying {word}")
+
+
+def gone(pids: list[int], within: float) -> bool:
+    deadline = time.monotonic() + within
+    while time.monotonic() < deadline:
+        if not any(alive(pid) for pid in pids):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def storm(method: str, action: str) -> tuple[int, str]:
+    """Signals to the process group from before the workers start until all is read; exit code and output."""
+    with job(method, action) as process:
+        line(process, "HANDLERS")
+        sent = 0
+        while process.poll() is None and sent < 1500:
+            os.killpg(process.pid, GROUP_SIGNALS[sent % len(GROUP_SIGNALS)])
+            sent += 1
+            time.sleep(0.01)
+        assert sent > 50
+        text, _ = process.communicate(timeout=60)
+        return process.returncode, text
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_signals_to_the_process_group_kill_no_worker_not_even_while_it_starts(method: str) -> None:
+    code, text = storm(method, "read")
+    assert code == 0, text
+    assert "DONE" in text
+
+
+def test_without_the_block_the_same_signals_kill_workers() -> None:
+    code, text = storm("spawn", "bare")
+    assert code != 0
+    assert "DONE" not in text
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_workers_die_with_their_parent_even_inside_a_slow_read(method: str) -> None:
+    with job(method, "hang") as process:
+        pids = [int(word) for word in line(process, "WORKERS").split()[1:]]
+        assert len(pids) == 2
+        assert all(alive(pid) for pid in pids)
+        process.kill()
+        process.wait()
+        assert gone(pids, within=8)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_process_that_leaves_without_closing_does_not_wait_for_its_workers(method: str) -> None:
+    with job(method, "leave") as process:
+        pids = [int(word) for word in line(process, "WORKERS").split()[1:]]
+        process.communicate(timeout=15)
+        assert process.returncode == 0
+        assert gone(pids, within=1)
+
+
+def test_the_block_ends_with_the_start_of_the_workers() -> None:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    with run_signals_blocked():
+        assert set(GROUP_SIGNALS) <= signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+
+
+def test_the_number_of_workers_is_what_was_asked_for() -> None:
+    assert resolve_workers(3, Digits("val")) == 3
+    assert resolve_workers(0, range(10)) == 0
+
+
+def test_auto_shares_the_cpus_between_local_ranks_and_needs_none_for_whole_batches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: "max 100000\n")
+    chosen: dict[Any, int] = {n: resolve_workers("auto", range(10), local_ranks=n) for n in (1, 2, 4, 8)}
+    assert chosen == {1: 8, 2: 7, 4: 3, 8: 0}
+    assert resolve_workers("auto", Digits("val")) == 0
+    assert resolve_workers("auto", Digits("val"), collate=list) == 8
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: "250000 100000\n")
+    assert usable_cpus() == 2
