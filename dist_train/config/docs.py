@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .fields import Section, plain, says, section_of
-from .load import FOREIGN, example_of
+from .foreign import FOREIGN, example_of
 from .schema import Config
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -186,7 +186,7 @@ def says(annotation: Any) -> str:
         values = [str(value) for value in get_args(annotation)]
         return values[0] if len(values) == 1 else ", ".join(values[:-1]) + " or " + values[-1]
     if get_origin(annotation) is list:
-        return "a list of " + says(get_args(annotation)[0]).removeprefix("a ") + "s"
+        return "a list, each entry " + says(get_args(annotation)[0])
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return "a mapping of keys"
     return {type(None): "null", bool: "true or false", str: "a string"}.get(annotation, str(annotation))

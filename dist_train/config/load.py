@@ -13,91 +13,11 @@ from pydantic import ValidationError
 from . import checks
 from .errors import describe, did_you_mean
 from .fields import Section, bare, says, section_of
+from .foreign import FOREIGN, example_of
 from .schema import Config
 from .source import COMMAND_LINE, DICT, Key, Tree, apply_overrides, dotted, read_file, read_mapping
 
 DEFAULT = Path(__file__).with_name("default.yaml")
-
-# What people write elsewhere, and the key to use here. {value} is what they wrote, where it is a plain number or word.
-FOREIGN = {
-    **dict.fromkeys(
-        ("epochs", "max_epochs", "num_epochs", "num_train_epochs", "n_epochs"),
-        "the number of epochs is trainer.duration={value}ep",
-    ),
-    **dict.fromkeys(("max_steps", "num_steps", "total_steps"), "the number of steps is trainer.duration={value}step"),
-    **dict.fromkeys(
-        ("max_time", "max_duration"), "the length of training is trainer.duration, like 20ep, 500step or 2h"
-    ),
-    **dict.fromkeys(
-        ("batch_size", "train_batch_size"),
-        "data.global_batch_size is the samples of one optimizer step over all ranks; trainer.micro_batch_size what one "
-        "forward takes",
-    ),
-    **dict.fromkeys(
-        ("per_device_train_batch_size", "train_micro_batch_size_per_gpu", "per_gpu_batch_size", "batch_size_per_gpu"),
-        "trainer.micro_batch_size={value} is what one forward takes; data.global_batch_size stays the same on any "
-        "number of ranks",
-    ),
-    **dict.fromkeys(
-        ("per_device_eval_batch_size", "val_batch_size", "test_batch_size"), "it is data.eval_batch_size={value}"
-    ),
-    **dict.fromkeys(
-        ("accumulate_grad_batches", "gradient_accumulation_steps", "grad_accum_steps", "accumulation_steps"),
-        "accumulation follows from data.global_batch_size, the number of ranks and trainer.micro_batch_size",
-    ),
-    **dict.fromkeys(
-        ("gradient_clip_val", "max_grad_norm", "clip_grad", "grad_clip", "gradient_clip_norm", "max_norm"),
-        "it is trainer.clip_grad_norm={value} (or trainer.clip_grad_value)",
-    ),
-    **dict.fromkeys(
-        ("devices", "gpus", "num_gpus", "n_gpus", "num_nodes", "nproc_per_node", "num_processes", "world_size"),
-        "the number of processes is torchrun's: torchrun --nproc_per_node=4 -m dist_train.main ...",
-    ),
-    **dict.fromkeys(("accelerator", "use_cuda", "no_cuda"), "it is distributed.device: auto, cpu or cuda"),
-    **dict.fromkeys(
-        ("amp", "use_amp", "fp16", "bf16", "mixed_precision", "autocast", "dtype"),
-        "it is trainer.precision: auto, fp32, bf16 or fp16",
-    ),
-    **dict.fromkeys(("lr", "learning_rate"), "it is optimizer.lr={value}"),
-    **dict.fromkeys(
-        ("momentum", "weight_decay", "betas"), "it is an argument of the optimizer: optimizer.{key}={value}"
-    ),
-    **dict.fromkeys(("lr_scheduler", "scheduler_type"), "it is the component `scheduler`"),
-    **dict.fromkeys(("criterion", "loss_fn", "loss_function"), "it is the component `loss`"),
-    **dict.fromkeys(("net", "network", "arch"), "it is the component `model`"),
-    **dict.fromkeys(("dataset", "train_dataset", "trainset"), "it is the component data.train"),
-    **dict.fromkeys(("eval_dataset", "val_dataset", "valset"), "it is the component data.val"),
-    **dict.fromkeys(("transform", "transforms"), "it is an argument of the dataset, as data.train.transform"),
-    **dict.fromkeys(
-        ("ckpt_path", "resume_from", "resume_from_checkpoint", "checkpoint_path", "resume"),
-        "a run goes on by itself when the same command is run again; checkpoint.resume=PATH begins from another one",
-    ),
-    **dict.fromkeys(
-        ("early_stopping", "early_stop", "patience"), "it is trainer.stop_when: {metric: val/loss, patience: 5ep}"
-    ),
-    **dict.fromkeys(("ema", "use_ema"), "it is trainer.ema_decay, for example 0.999"),
-    **dict.fromkeys(("save_top_k", "save_total_limit"), "it is checkpoint.keep_last, and checkpoint.keep_best"),
-    **dict.fromkeys(
-        ("save_every", "save_steps", "save_interval", "every_n_epochs"), "it is checkpoint.every, like 1ep or 15min"
-    ),
-    **dict.fromkeys(
-        ("val_check_interval", "check_val_every_n_epoch", "eval_steps", "eval_every", "eval_interval"),
-        "it is trainer.evaluate_every, like 1ep or 500step",
-    ),
-    **dict.fromkeys(
-        ("log_every_n_steps", "logging_steps", "log_interval", "print_freq"), "it is trainer.log_every={value}step"
-    ),
-    **dict.fromkeys(("output_dir", "save_dir", "log_dir", "logdir", "default_root_dir"), "it is run.dir={value}"),
-    **dict.fromkeys(("name", "run_name", "experiment", "exp_name", "experiment_name"), "it is run.name={value}"),
-    **dict.fromkeys(
-        ("backend", "dist_backend"), "the backend follows from distributed.device: nccl on CUDA, gloo on CPU"
-    ),
-    **dict.fromkeys(("workers", "dataloader_num_workers", "n_workers"), "it is data.num_workers={value}"),
-    "random_seed": "it is seed={value}",
-    "sync_bn": "it is distributed.sync_batchnorm={value}",
-    "<<": "merge keys aren't part of YAML 1.2; use `extends: base.yaml`, or write the keys out",
-}
-_EXAMPLES = {"ep": "20", "step": "500"}
 
 
 def load_config(
@@ -280,13 +200,6 @@ def _at(data: Any, key: Key) -> Any:
     for part in key:
         data = data[part]
     return data
-
-
-def example_of(answer: str) -> str:
-    """An answer of FOREIGN with an example for the value."""
-    for unit, number in _EXAMPLES.items():
-        answer = answer.replace("{value}" + unit, number + unit)
-    return answer.replace("={value}", "").replace("{key}", "...")
 
 
 def _advice(key: Key, value: Any, section: type[Section]) -> str:

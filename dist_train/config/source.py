@@ -375,12 +375,9 @@ def _assign(tree: Tree, key: Key, value: Any, place: Place) -> None:
 class _Dumper(yaml.SafeDumper):
     """Writes what reads the same by YAML 1.1 and 1.2: strings that either takes for something else are quoted."""
 
+    _both = (yaml.SafeDumper.yaml_implicit_resolvers, _Loader.yaml_implicit_resolvers)
     yaml_implicit_resolvers = {
-        first: [
-            *yaml.SafeDumper.yaml_implicit_resolvers.get(first, []),
-            *_Loader.yaml_implicit_resolvers.get(first, []),
-        ]
-        for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_Loader.yaml_implicit_resolvers}
+        first: old.get(first, []) + new.get(first, []) for old, new in [_both] for first in {*old, *new}
     }
 
 
@@ -396,7 +393,5 @@ _Dumper.add_representer(float, _write_float)
 
 def dump(data: Any) -> str:
     """Plain data as YAML that any reader, of version 1.1 or 1.2, reads back to equal data."""
-    text: str = yaml.dump(
-        data, Dumper=_Dumper, sort_keys=False, default_flow_style=False, width=120, allow_unicode=True
-    )
+    text: str = yaml.dump(data, Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)
     return text
