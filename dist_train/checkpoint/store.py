@@ -415,14 +415,13 @@ class CheckpointStore:
         assert isinstance(self.storage, ObjectStorage)
         self.storage.abort_uploads()
         for step in self.steps():
-            name = step_name(step)
-            kept = self._kept_attempts(step)
-            raw = self._raw_manifest(name)
-            if raw is not None and not self._is_recorded(step, raw):
-                try:
-                    kept.add(Manifest.from_bytes(raw).attempt)
-                except CheckpointError:
-                    continue  # damaged or newer: what belongs to it can't be told
+            name, kept = step_name(step), self._kept_attempts(step)
+            try:
+                found = self.open(step)
+            except CheckpointError:
+                continue  # damaged or newer: what belongs to it can't be told
+            if found is not None:
+                kept.add(found.manifest.attempt)
             for attempt in set(self._attempts(step)) - kept:
                 self.storage.delete(f"{name}/{attempt}")
 

@@ -1,0 +1,142 @@
+"""States, stores and network failures for the tests of checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from dist_train.checkpoint.manager import CheckpointManager
+from dist_train.runtime.storage import Storage
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def lines() -> list[str]:
+    """What managers log."""
+    return []
+
+
+@pytest.fixture
+def manager_at(lines: list[str]) -> Callable[..., CheckpointManager]:
+    """Makes managers as a fresh start of a run would."""
+
+    def make(storage: Storage, **options: Any) -> CheckpointManager:
+        return CheckpointManager(storage, **{"keep_last": 2, "log": lines.append, **options})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def s3_port() -> Iterator[int]:
+    """Port of a real S3 server (moto's) with a bucket named ``bucket``."""
+    server_module = pytest.importorskip("moto.server", reason="moto[server] is not installed")
+    pytest.importorskip("s3fs", reason="s3fs is not installed")
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    port = server.get_host_and_port()[1]
+    patch = pytest.MonkeyPatch()
+    patch.setenv("AWS_ACCESS_KEY_ID", "test")
+    patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    import fsspec
+
+    fsspec.filesystem("s3", skip_instance_cache=True).call_s3("create_bucket", Bucket="bucket")
+    yield port
+    patch.undo()
+    server.stop()
+
+
+@pytest.fixture
+def s3_url(s3_port: int) -> str:
+    """A new prefix on the S3 server."""
+    return f"s3://bucket/{uuid.uuid4().hex}/checkpoints"
+
+
+@pytest.fixture(params=["local", "memory", "s3"])
+def storage(request: pytest.FixtureRequest, tmp_path: Any) -> Storage:
+    """An empty directory of checkpoints, of each kind."""
+    if request.param == "local":
+        return Storage(tmp_path / "run" / "checkpoints")
+    if request.param == "memory":
+        return Storage(f"memory://{uuid.uuid4().hex}/checkpoints")
+    return Storage(request.getfixturevalue("s3_url"))
+
+
+class Cable:
+    """A TCP relay that can be cut: connections are reset and new ones refused until it is healed."""
+
+    def __init__(self, port: int) -> None:
+        self._target = port
+        self._open: list[socket.socket] = []
+        self._listener: socket.socket | None = None
+        self.budget: int | None = None
+        """Bytes that may still go to the server before the cable cuts itself."""
+        self.port = 0
+        self.heal()
+
+    def heal(self) -> None:
+        """Let connections through (on the same port as before)."""
+        self.budget = None
+        listener = socket.create_server(("127.0.0.1", self.port))
+        self.port = listener.getsockname()[1]
+        self._listener = listener
+        threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
+
+    def cut(self) -> None:
+        """Reset all connections and refuse new ones."""
+        if self._listener is not None:
+            self._listener.shutdown(socket.SHUT_RDWR)
+            self._listener.close()
+            self._listener = None
+        for end in self._open:
+            _end(end)
+        self._open.clear()
+
+    def _accept(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                client, _ = listener.accept()
+            except OSError:
+                return
+            server = socket.create_connection(("127.0.0.1", self._target))
+            self._open += [client, server]
+            threading.Thread(target=self._pump, args=(client, server, True), daemon=True).start()
+            threading.Thread(target=self._pump, args=(server, client, False), daemon=True).start()
+
+    def _pump(self, source: socket.socket, target: socket.socket, counts: bool) -> None:
+        try:
+            while data := source.recv(65536):
+                if counts and self.budget is not None:
+                    self.budget -= len(data)
+                    if self.budget < 0:
+                        self.cut()
+                        return
+                target.sendall(data)
+        except OSError:
+            return
+        finally:
+            _end(source)
+            _end(target)
+
+
+def _end(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+    connection.close()
+
+
+@pytest.fixture
+def cable(s3_port: int) -> Iterator[Cable]:
+    """A cable to the S3 server."""
+    relay = Cable(s3_port)
+    yield relay
+    relay.cut()

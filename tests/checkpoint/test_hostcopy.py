@@ -1,0 +1,166 @@
+"""The copy of a state has its values, its layout and its sharing, and nothing else."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter, OrderedDict, defaultdict
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dist_train.checkpoint.hostcopy import HostCopy
+
+
+def through_a_file(tree: Any) -> tuple[Any, int]:
+    file = io.BytesIO()
+    torch.save(tree, file)
+    size = file.tell()
+    file.seek(0)
+    return torch.load(file, weights_only=True), size
+
+
+def test_later_changes_of_the_state_do_not_reach_the_copy() -> None:
+    tensor, numbers = torch.ones(5), [1, {"a": 2}]
+    copy = HostCopy().take({"t": tensor, "n": numbers})
+    tensor.zero_()
+    numbers[1]["a"] = 3  # type: ignore[index]
+    assert torch.equal(copy["t"], torch.ones(5))
+    assert copy["n"] == [1, {"a": 2}]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.bool, torch.int64,
+                                   torch.uint8, torch.complex64, torch.float8_e4m3fn])  # fmt: skip
+def test_every_dtype_keeps_its_bits(dtype: torch.dtype) -> None:
+    tensor = torch.randint(0, 2, (4, 3)).to(dtype)
+    copy, _ = through_a_file(HostCopy().take([torch.ones(1, dtype=torch.uint8), tensor]))
+    assert copy[1].dtype == dtype
+    assert torch.equal(copy[1].view(torch.uint8), tensor.view(torch.uint8))
+
+
+def test_tied_tensors_are_written_once_and_stay_tied() -> None:
+    weight = torch.randn(1000)
+    copy = HostCopy().take({"a": weight, "b": weight, "c": torch.nn.Parameter(weight)})
+    loaded, size = through_a_file(copy)
+    assert size < 2 * weight.nbytes
+    loaded["a"][0] = 7
+    assert loaded["b"][0] == loaded["c"][0] == 7
+
+
+def test_different_views_of_one_buffer_share_it_in_the_copy() -> None:
+    flat = torch.arange(1000.0)
+    tree = {"head": flat[100:200].view(10, 10), "tail": flat[150:900], "column": flat[100:200].view(10, 10).t()}
+    copy = HostCopy().take(tree)
+    loaded, size = through_a_file(copy)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tree.items())
+    assert size < 800 * 4 + 2500  # the stretch that is used, once
+    loaded["head"].view(-1)[50] = -1
+    assert loaded["tail"][0] == -1
+
+
+def test_a_small_view_of_a_large_storage_takes_its_own_bytes_only() -> None:
+    _, size = through_a_file(HostCopy().take({"t": torch.zeros(1_000_000)[:10]}))
+    assert size < 5000
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+        torch.randn(4, 6)[:, ::2],
+        torch.randn(3, 1).expand(3, 4),
+        torch.tensor(3.5),
+        torch.empty(0, 3),
+        torch.randn(3, dtype=torch.complex64).conj(),
+        torch.randn(4, 5).t(),
+        torch.eye(3).to_sparse(),
+    ],
+    ids=["channels_last", "strided", "expanded", "scalar", "empty", "conjugate", "transposed", "sparse"],
+)
+def test_every_layout_keeps_its_values(tensor: torch.Tensor) -> None:
+    loaded, _ = through_a_file(HostCopy().take([tensor]))
+    assert loaded[0].size() == tensor.size()
+    assert torch.equal(loaded[0].to_dense(), tensor.to_dense().resolve_conj())
+    if tensor.layout == torch.strided and tensor.is_contiguous(memory_format=torch.channels_last):
+        assert loaded[0].stride() == tensor.stride()
+
+
+def test_the_buffer_is_kept_from_one_save_to_the_next() -> None:
+    copier, tree = HostCopy(), {"a": torch.randn(100), "b": torch.randn(5, dtype=torch.float64)}
+    first = copier.take(tree)["b"].data_ptr()
+    assert copier.take(tree)["b"].data_ptr() == first
+    assert copier.take({"a": torch.randn(3)})["a"].data_ptr()  # smaller: fits
+
+
+def test_containers_and_plain_values_come_back_as_they_were() -> None:
+    tree = {
+        "plain": [None, True, 3, 2.5, 1j, "text", b"bytes", (1, 2), {3, 4}, torch.float16, torch.Size([2])],
+        "ordered": OrderedDict([("b", 1), ("a", 2)]),
+        "milestones": Counter([5, 5, 7]),  # MultiStepLR's state
+        7: {"lr": 0.1},
+    }
+    copy = HostCopy().take({**tree, "numpy": np.float64(0.5), "default": defaultdict(int, {1: 2})})
+    loaded, _ = through_a_file(copy)
+    assert {key: loaded[key] for key in tree} == tree
+    assert type(loaded["ordered"]) is OrderedDict
+    assert type(loaded["numpy"]) is float
+    assert type(loaded["default"]) is dict
+
+
+def test_versions_of_modules_stay_with_their_state() -> None:
+    state = torch.nn.BatchNorm1d(3).state_dict()
+    loaded, _ = through_a_file(HostCopy().take(state))
+    assert loaded._metadata == state._metadata  # type: ignore[attr-defined]
+
+
+class Color(IntEnum):
+    RED = 1
+
+
+@pytest.mark.parametrize(
+    "leaf", [object(), Color.RED, np.zeros(3), lambda: 0, {(1, 2): 3}, torch.empty(2, device="meta"), frozenset()]
+)
+def test_what_could_not_be_loaded_is_refused_at_the_save(leaf: Any) -> None:
+    with pytest.raises(TypeError, match=r"cannot save optimizer\.state\[1\]\.x"):
+        HostCopy().take({"optimizer": {"state": [0, {"x": leaf}]}})
+
+
+def test_optimizers_and_schedulers_of_torch_can_be_saved() -> None:
+    net = torch.nn.Linear(3, 2)
+    lr = torch.optim.lr_scheduler
+    for kind in (torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad):
+        optimizer = kind(net.parameters(), lr=0.1)  # type: ignore[operator]
+        schedulers = [
+            lr.MultiStepLR(optimizer, [2, 2, 4]),
+            lr.ReduceLROnPlateau(optimizer),
+            lr.SequentialLR(
+                optimizer,
+                [
+                    lr.LinearLR(optimizer),
+                    lr.CosineAnnealingLR(optimizer, 5),
+                ],
+                [3],
+            ),
+        ]
+        net(torch.randn(4, 3)).sum().backward()
+        optimizer.step()
+        through_a_file(HostCopy().take([optimizer.state_dict(), [s.state_dict() for s in schedulers]]))
+
+
+@pytest.mark.gpu
+def test_a_state_on_cuda_is_copied_into_locked_memory() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    flat = torch.arange(1000.0, device="cuda")
+    tree = {"t": torch.randn(64, 8, 3, 3, device="cuda").to(memory_format=torch.channels_last), "v": flat[5:50],
+            "w": flat[30:70], "s": torch.tensor(3.0), "x": torch.randn(50, 40, device="cuda")[:, ::2]}  # fmt: skip
+    copier = HostCopy()
+    for _ in range(2):
+        copy = copier.take(tree)
+        flat += 0
+        assert all(torch.equal(copy[name], tensor.cpu()) for name, tensor in tree.items())
+        assert copy["t"].is_pinned()
+    copier.release()
+    assert all(torch.equal(copy[name], tensor.cpu()) for name, tensor in tree.items())

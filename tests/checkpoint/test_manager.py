@@ -1,0 +1,298 @@
+"""What is kept, what is deleted, and how failures of a save are told."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pytest
+import torch
+from checkpoint_states import assert_whole, save, state_of
+
+from dist_train.checkpoint.manager import CheckpointManager
+from dist_train.checkpoint.manifest import CheckpointError
+from dist_train.checkpoint.store import CheckpointStore
+from dist_train.runtime.storage import Storage
+
+Make = Callable[..., CheckpointManager]
+
+
+def steps(storage: Storage) -> list[int]:
+    """Steps of the published ones."""
+    return sorted(found.step for found in CheckpointStore(storage).published())
+
+
+def test_an_empty_directory_has_no_newest(storage: Storage, manager_at: Make) -> None:
+    assert manager_at(storage).newest() is None
+
+
+def test_the_newest_and_the_best_are_kept(storage: Storage, manager_at: Make) -> None:
+    manager = manager_at(storage, keep_last=2, keep_best=("val/loss", "min"))
+    for step, loss in [(1, 0.5), (2, 0.2), (3, 0.2), (4, float("nan")), (5, 0.9)]:
+        save(manager, step, **{"val/loss": loss})
+    assert steps(storage) == [2, 4, 5]  # of equal ones the first is best; a NaN never is
+    assert {name.split("/")[0] for name in storage.walk()} == {f"step-0000000{step}" for step in (2, 4, 5)}
+    fresh = manager_at(storage, keep_last=1, keep_best=("val/loss", "min"))
+    best = fresh.best()
+    assert_whole(best, 2)
+    save(fresh, 6, **{"val/loss": 0.3})
+    assert steps(storage) == [2, 6]
+    save(fresh, 7, **{"val/loss": 0.1})
+    assert steps(storage) == [7]
+    assert_whole(fresh.find("best"), 7)
+
+
+def test_the_first_save_deletes_nothing_that_was_there_before_it_is_published(
+    storage: Storage, manager_at: Make
+) -> None:
+    save(manager_at(storage, keep_last=3), 1, 2, 3)
+    seen: list[list[int]] = []
+    manager = manager_at(storage, keep_last=1, before_publish=lambda step: seen.append(steps(storage)))
+    manager.resume_from(manager.newest())
+    save(manager, 4)
+    assert seen == [[1, 2, 3]]
+    assert steps(storage) == [4]
+
+
+def test_a_save_of_the_same_step_replaces_the_one_before(storage: Storage, manager_at: Make) -> None:
+    manager = manager_at(storage)
+    save(manager, 5, 10)
+    save(manager, 10, f1=0.5)
+    found = manager_at(storage).newest()
+    assert_whole(found, 10)
+    assert found is not None
+    assert found.metrics == {"f1": 0.5}
+    assert len(storage.list()) == 2
+    assert len(storage.walk("step-00000010")) == 3  # nothing of the first is left
+
+
+def test_going_on_from_an_older_one_keeps_what_lies_after_it_out_of_the_way(
+    storage: Storage, manager_at: Make, lines: list[str]
+) -> None:
+    save(manager_at(storage, keep_last=3), 10, 20, 30)
+    manager = manager_at(storage, keep_last=3)
+    manager.resume_from(manager.find("step-10"))
+    assert [line for line in lines if "step-00000030 lies after step 10" in line]
+    assert_whole(manager_at(storage).newest(), 10)
+    save(manager, 20)
+    assert steps(storage) == [10, 20]
+    kept = storage.walk()
+    manager_at(storage).newest()  # a sweep
+    assert storage.walk() == kept
+    for_ever = [row for row in CheckpointStore(storage).verify_all() if row.state == "set aside"]
+    assert [(row.step, row.reason) for row in for_ever] == [(20, "superseded"), (30, "superseded")]
+
+
+def test_resume_never_starts_beside_what_is_there(storage: Storage, manager_at: Make) -> None:
+    save(manager_at(storage), 10)
+    manager = manager_at(storage)
+    manager.resume_from(None)
+    assert manager_at(storage).newest() is None
+    save(manager, 10)
+    assert_whole(manager_at(storage).newest(), 10)
+
+
+def test_names_that_are_not_there_are_told_with_those_that_are(storage: Storage, manager_at: Make) -> None:
+    manager = manager_at(storage)
+    with pytest.raises(CheckpointError, match=r"no checkpoint 'last' in .*; there: none"):
+        manager.find("last")
+    save(manager, 3, 4)
+    with pytest.raises(CheckpointError, match=r"no checkpoint 'step-7' in .*; there: step-00000004, step-00000003"):
+        manager.find("step-7")
+    with pytest.raises(CheckpointError, match=r"no best checkpoint: none in .* has f1"):
+        manager_at(storage, keep_best=("f1", "max")).find("best")
+    assert_whole(manager.find("step-3"), 3)
+    assert_whole(manager.find("step-00000003"), 3)
+    assert_whole(manager.find("last"), 4)
+
+
+class Slow:
+    """Holds writing threads up until it is told to go on."""
+
+    def __init__(self, storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.reached, self.go = threading.Event(), threading.Event()
+        real = storage.write_stream
+
+        def write_stream(name: str, produce: Callable[[BinaryIO], object]) -> tuple[int, str]:
+            self.reached.set()
+            assert self.go.wait(20)
+            return real(name, produce)
+
+        monkeypatch.setattr(storage, "write_stream", write_stream)
+
+
+def test_a_step_waits_only_for_the_copy_and_later_changes_are_not_saved(
+    storage: Storage, manager_at: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, manager, state, meta = Slow(storage, monkeypatch), manager_at(storage), state_of(10), {"position": [1]}
+    manager.save(10, state, meta)
+    assert slow.reached.wait(20)
+    state["model"]["weight"].zero_()
+    meta["position"].append(2)
+    manager.poll()
+    assert manager.published is None
+    assert steps(storage) == []
+    slow.go.set()
+    manager.wait()
+    assert manager.published == 10
+    found = manager.newest()
+    assert_whole(found, 10)
+    assert found is not None
+    assert found.meta == {"position": [1]}
+
+
+def test_at_most_one_save_is_in_flight_and_the_wait_is_logged(
+    storage: Storage, manager_at: Make, monkeypatch: pytest.MonkeyPatch, lines: list[str]
+) -> None:
+    slow, manager = Slow(storage, monkeypatch), manager_at(storage)
+    manager.save(1, state_of(1), {})
+    threading.Timer(0.3, slow.go.set).start()
+    manager.save(2, state_of(2), {})
+    assert manager.published is not None  # the first, at least
+    assert [line for line in lines if "step 2: waited 0." in line]
+    manager.close()
+    assert steps(storage) == [1, 2]
+
+
+def test_a_synchronous_manager_has_published_when_save_returns(storage: Storage, manager_at: Make) -> None:
+    manager = manager_at(storage, asynchronous=False)
+    manager.save(3, state_of(3), {})
+    assert threading.active_count() == 1 or "checkpoint" not in {thread.name for thread in threading.enumerate()}
+    assert_whole(manager_at(storage).newest(), 3)
+
+
+def save_and_poll(manager: CheckpointManager) -> None:
+    """What a training loop does: save, then poll at each step."""
+    manager.save(2, state_of(2), {})
+    for _ in range(200):
+        manager.poll()
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize("file", ["model.pt", "optimizer.pt", "manifest.json"])
+def test_a_failed_write_of_any_file_fails_the_save_and_names_the_file(
+    tmp_path: Path, manager_at: Make, monkeypatch: pytest.MonkeyPatch, file: str, asynchronous: bool
+) -> None:
+    storage = Storage(tmp_path)
+    manager = manager_at(storage, asynchronous=asynchronous)
+    save(manager, 1)
+    real = storage._sink
+
+    def broken(name: str) -> Any:
+        if name.endswith(file):
+            raise OSError(28, "No space left on device", name)
+        return real(name)
+
+    monkeypatch.setattr(storage, "_sink", broken)
+    with pytest.raises(CheckpointError, match=rf"saving step 2 .*{file}.*No space left .*step 1 is untouched"):
+        save_and_poll(manager)
+    monkeypatch.undo()
+    assert storage.list() == ["step-00000001"]
+    save(manager, 3)  # it can go on
+    assert steps(storage) == [1, 3]
+
+
+def test_an_error_in_the_middle_of_a_file_is_told_by_its_cause(
+    tmp_path: Path, manager_at: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = Storage(tmp_path)
+    manager = manager_at(storage)
+    monkeypatch.setattr("dist_train.runtime.storage._Unbuffered.write", _fails_after(100_000))
+    manager.save(2, {"model": {"w": torch.randn(100_000)}}, {})
+    with pytest.raises(CheckpointError, match=r"model\.pt: .*Disk quota exceeded"):
+        manager.wait()
+    assert storage.list() == []
+
+
+def _fails_after(budget: int) -> Callable[[Any, memoryview], int]:
+    def write(self: Any, data: memoryview) -> int:
+        nonlocal budget
+        budget -= len(data)
+        if budget < 0:
+            raise OSError(122, "Disk quota exceeded")
+        return self._file.write(data)
+
+    return write
+
+
+def test_a_hook_that_fails_before_publishing_fails_the_save(storage: Storage, manager_at: Make) -> None:
+    def upload(step: int) -> None:
+        raise OSError("no logs today")
+
+    with pytest.raises(CheckpointError, match=r"saving step 1 .*no logs today; nothing was published before"):
+        save(manager_at(storage, before_publish=upload), 1)
+    assert storage.walk() == {}
+
+
+def test_what_cannot_be_saved_is_refused_at_once_with_its_place(storage: Storage, manager_at: Make) -> None:
+    manager = manager_at(storage)
+    with pytest.raises(TypeError, match=r"cannot save model\.net"):
+        manager.save(1, {"model": {"net": torch.nn.Linear(1, 1)}}, {})
+    with pytest.raises(ValueError, match=r"JSON"):
+        manager.save(1, state_of(1), {"loss": float("nan")})
+    assert storage.walk() == {}
+
+
+def mounted(path: Path, *arguments: str) -> Iterator[Path]:
+    path.mkdir()
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a small disk")
+    done = subprocess.run(["mount", *arguments, str(path)], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"this system doesn't let a test mount: {done.stderr.strip()}")
+    yield path
+    subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 1 MiB."""
+    yield from mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=1m", "tmpfs")
+
+
+def test_a_full_disk_fails_the_save_and_leaves_the_last_one(small_disk: Path, manager_at: Make) -> None:
+    storage = Storage(small_disk / "checkpoints")
+    manager = manager_at(storage)
+    save(manager, 1)
+    manager.save(2, {**state_of(2), "big": torch.zeros(500_000)}, {})
+    with pytest.raises(
+        CheckpointError, match=r"saving step 2 .*big\.pt: .*No space left on device.*step 1 is untouched"
+    ):
+        manager.wait()
+    assert storage.list() == ["step-00000001"]
+    assert_whole(manager_at(storage).newest(), 1)
+    save(manager, 3)
+    assert steps(storage) == [1, 3]
+
+
+def test_a_disk_that_turned_read_only_is_named(small_disk: Path, manager_at: Make) -> None:
+    storage = Storage(small_disk / "checkpoints", patience=0.2)
+    manager = manager_at(storage)
+    save(manager, 1)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(CheckpointError, match=r"saving step 2 .*Read-only file system"):
+        save(manager, 2)
+    assert_whole(CheckpointStore(storage).newest(), 1)
+
+
+def test_an_older_one_that_cannot_be_deleted_does_not_fail_the_save(
+    storage: Storage, manager_at: Make, monkeypatch: pytest.MonkeyPatch, lines: list[str]
+) -> None:
+    manager = manager_at(storage, keep_last=1)
+    save(manager, 1)
+
+    def refuse(self: CheckpointStore, found: object) -> None:
+        raise OSError("not now")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointStore, "remove", refuse)
+        save(manager, 2)
+    assert [line for line in lines if "could not be deleted: not now" in line]
+    save(manager, 3)
+    assert steps(storage) == [3]
