@@ -1,0 +1,240 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dist_train.data import (
+    Augmentation,
+    CutMix,
+    DataError,
+    Digits,
+    Draws,
+    Mixup,
+    OneOf,
+    Plan,
+    RandomErasing,
+    RandomHorizontalFlip,
+    RandomShift,
+)
+from dist_train.data.augment import Augment, sample_keys
+from dist_train.data.sampler import requests
+
+CPU = torch.device("cpu")
+COLOUR = torch.rand(50, 3, 9, 12, generator=torch.Generator().manual_seed(0))
+LABELS = torch.arange(50) % 10
+KINDS: dict[str, list[Augment]] = {
+    "shift": [RandomShift(2)],
+    "flip": [RandomHorizontalFlip()],
+    "erase": [RandomErasing(p=0.7)],
+    "noise": [RandomErasing(p=0.7, value="random")],
+    "mixup": [Mixup(10, alpha=0.4, p=0.8)],
+    "cutmix": [CutMix(10)],
+    "one": [OneOf([Mixup(10), CutMix(10), RandomHorizontalFlip(1.0)])],
+    "all": [RandomShift(2), RandomHorizontalFlip(), OneOf([Mixup(10), CutMix(10)]), RandomErasing(), Mixup(10, p=0.3)],
+}
+
+
+def augmented(augments: list[Augment], indices: Any, epoch: int = 3, seed: int = 1, device: torch.device = CPU) -> Any:
+    rows = torch.as_tensor(indices)
+    batch = (COLOUR[rows].to(device), LABELS[rows].to(device))
+    return Augmentation(augments)(batch, seed=seed, epoch=epoch, indices=np.asarray(indices))
+
+
+def over_ranks(augments: list[Augment], world_size: int, micro: int) -> tuple[Tensor, Tensor]:
+    """A global batch of 20, as it is augmented on `world_size` ranks in micro-batches."""
+    plan = Plan(0, 50, 20)
+    k = Augmentation(augments).neighbours
+    made = [
+        augmented(augments, request.indices)
+        for rank in range(world_size)
+        for request in requests(plan, 1, rank, world_size, micro, k)
+    ]
+    return torch.cat([inputs for inputs, _ in made]), torch.cat([targets for _, targets in made])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_global_batch_is_augmented_the_same_however_it_is_cut(kind: str) -> None:
+    inputs, targets = over_ranks(KINDS[kind], 1, 20)
+    assert len(inputs) == len(targets) == 20
+    for world_size, micro in [(1, 7), (2, 20), (3, 4), (7, 2), (20, 1)]:
+        again = over_ranks(KINDS[kind], world_size, micro)
+        assert again[0].equal(inputs)
+        assert again[1].equal(targets)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_epoch_or_seed_augments_otherwise(kind: str) -> None:
+    indices = list(range(20))
+    inputs, _ = augmented(KINDS[kind], indices)
+    assert not augmented(KINDS[kind], indices, epoch=4)[0].equal(inputs)
+    assert not augmented(KINDS[kind], indices, seed=2)[0].equal(inputs)
+    assert augmented(KINDS[kind], indices)[0].equal(inputs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_augmentation_leaves_the_global_generator_and_its_inputs_alone(kind: str) -> None:
+    before, images = torch.get_rng_state(), COLOUR.clone()
+    augmented(KINDS[kind], list(range(50)))
+    assert torch.get_rng_state().equal(before)
+    assert COLOUR.equal(images)
+
+
+def test_numbers_drawn_on_the_host_and_by_torch_have_the_same_bits() -> None:
+    keys = sample_keys(3, 2**40, np.array([0, 5, 2**40]))
+    for op in (0, 7):
+        host, device = Draws(keys, op, CPU), Draws(keys, op, CPU)
+        for n in (1, 5, 300):
+            assert host.host(n).equal(device.uniform(n))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", KINDS)
+def test_cuda_draws_and_augments_as_the_cpu_does(kind: str) -> None:
+    keys = sample_keys(3, 9, np.arange(1000))
+    device = torch.device("cuda", 0)
+    assert Draws(keys, 2, device).uniform(50).cpu().equal(Draws(keys, 2, CPU).host(50))
+    inputs, targets = augmented(KINDS[kind], list(range(50)), device=device)
+    expected = augmented(KINDS[kind], list(range(50)))
+    if kind == "noise":  # its logarithm and cosine are rounded by each device in its own way
+        torch.testing.assert_close(inputs.cpu(), expected[0], rtol=1e-4, atol=1e-5)
+    else:
+        assert inputs.cpu().equal(expected[0])
+    assert targets.cpu().equal(expected[1])
+
+
+def test_draws_are_uniform_and_differ_between_samples_places_and_augmentations() -> None:
+    keys = sample_keys(0, 0, np.arange(4000))
+    values = torch.cat([Draws(keys, op, CPU).host(3) for op in (0, 1)], dim=1)
+    assert values.min() >= 0
+    assert values.max() < 1
+    assert (values.mean(dim=0) - 0.5).abs().max() < 0.02
+    assert (values.var(dim=0) - 1 / 12).abs().max() < 0.005
+    columns = torch.cat([values, values.roll(1, 0)], dim=1)
+    assert (torch.corrcoef(columns.T) - torch.eye(12)).abs().max() < 0.06
+
+
+def test_a_shift_moves_whole_images_by_every_offset_equally_often_and_fills_with_zeros() -> None:
+    images = torch.zeros(4500, 1, 5, 6)
+    images[:, 0, 2, 3] = 1.0
+    out, _ = Augmentation([RandomShift(1)])((images, torch.zeros(4500)), seed=0, epoch=0, indices=np.arange(4500))
+    assert (out.sum(dim=(1, 2, 3)) == 1).all()
+    places = out.sum(dim=(0, 1))
+    assert (places > 0).sum() == 9
+    assert (places[1:4, 2:5] - 500).abs().max() < 90
+    ramp = torch.arange(30.0).view(1, 1, 5, 6).repeat(50, 1, 1, 1) + 1
+    shifted, _ = Augmentation([RandomShift(1)])((ramp, torch.zeros(50)), seed=0, epoch=0, indices=np.arange(50))
+    for image in shifted[:, 0]:
+        assert any(
+            image.equal(torch.nn.functional.pad(ramp[0, 0], [1] * 4)[y : y + 5, x : x + 6])
+            for y in range(3)
+            for x in range(3)
+        )
+
+
+def test_a_flip_mirrors_about_the_share_that_was_asked_for() -> None:
+    out, targets = augmented([RandomHorizontalFlip(1.0)], list(range(50)))
+    assert out.equal(COLOUR.flip(3))
+    assert targets.equal(LABELS)
+    assert augmented([RandomHorizontalFlip(0.0)], list(range(50)))[0].equal(COLOUR)
+    images = torch.tensor([[[[0.0, 1.0]]]]).repeat(4000, 1, 1, 1)
+    out, _ = Augmentation([RandomHorizontalFlip(0.3)])((images, images), seed=0, epoch=0, indices=np.arange(4000))
+    assert abs(out[:, 0, 0, 0].mean().item() - 0.3) < 0.03
+
+
+def test_erasing_writes_one_box_of_the_asked_size_in_all_channels() -> None:
+    images = torch.ones(500, 2, 32, 32)
+    out, _ = Augmentation([RandomErasing(1.0, scale=(0.1, 0.2), value=-1)])(
+        (images, images), seed=0, epoch=0, indices=np.arange(500)
+    )
+    erased = out == -1
+    assert ((out == 1) | erased).all()
+    assert erased[:, 0].equal(erased[:, 1])
+    for mask in erased[:, 0]:
+        rows, columns = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
+        box = (rows[-1] - rows[0] + 1) * (columns[-1] - columns[0] + 1)
+        assert mask.sum() == box
+        assert 0.07 < box / 1024 < 0.24
+    noisy, _ = Augmentation([RandomErasing(1.0, value="random")])(
+        (images, images), seed=0, epoch=0, indices=np.arange(500)
+    )
+    noise = noisy[noisy != 1]
+    assert abs(noise.mean().item()) < 0.02
+    assert abs(noise.std().item() - 1) < 0.02
+
+
+def test_mixup_blends_each_sample_with_the_next_and_its_target_alike() -> None:
+    inputs, targets = augmented([Mixup(10, alpha=1.0)], list(range(21)))
+    assert inputs.shape == (20, 3, 9, 12)
+    assert targets.shape == (20, 10)
+    for i in range(20):
+        kept = targets[i, LABELS[i]]
+        assert torch.allclose(inputs[i], COLOUR[i] * kept + COLOUR[i + 1] * (1 - kept))
+    assert torch.allclose(targets.sum(1), torch.ones(20))
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 4.0])
+def test_blending_weights_follow_the_beta_distribution(alpha: float) -> None:
+    labels = torch.zeros(20001, dtype=torch.long)
+    labels[1::2] = 1
+    _, targets = Augmentation([Mixup(2, alpha=alpha)])(
+        (torch.zeros(20001, 1), labels), seed=0, epoch=0, indices=np.arange(20001)
+    )
+    kept = targets[torch.arange(20000), labels[:-1]].double()
+    assert abs(kept.mean().item() - 0.5) < 0.01
+    assert abs(kept.var().item() - 1 / (4 * (2 * alpha + 1))) < 0.005
+
+
+def test_cutmix_pastes_a_box_and_mixes_targets_by_its_true_area() -> None:
+    inputs, targets = augmented([CutMix(10)], list(range(41)))
+    for i in range(40):
+        kept = (inputs[i] == COLOUR[i]).all(0)
+        assert (inputs[i] == torch.where(kept, COLOUR[i], COLOUR[i + 1])).all()
+        assert abs(kept.float().mean() - targets[i, LABELS[i]]) < 1e-6
+
+
+def test_one_of_applies_exactly_one_to_each_sample() -> None:
+    batch = (COLOUR[:40], LABELS[:40])
+    choice = OneOf([RandomHorizontalFlip(1.0), RandomErasing(1.0, value=7.0)])
+    out, targets = Augmentation([choice])(batch, seed=0, epoch=0, indices=np.arange(40))
+    flipped = [bool(out[i].equal(COLOUR[i].flip(2))) for i in range(40)]
+    erased = [bool((out[i] == 7).any()) for i in range(40)]
+    assert all(a != b for a, b in zip(flipped, erased))
+    assert 8 < sum(flipped) < 32
+    assert targets.equal(LABELS[:40])
+
+
+def test_integer_images_keep_their_type() -> None:
+    images = (COLOUR * 255).byte()
+    out, _ = Augmentation([RandomShift(1), RandomHorizontalFlip(), RandomErasing(), CutMix(10)])(
+        (images, LABELS), seed=0, epoch=0, indices=np.arange(50)
+    )
+    assert out.dtype == torch.uint8
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: RandomShift(-1), "pixels >= 0"),
+        (lambda: RandomHorizontalFlip(1.5), "p between 0 and 1"),
+        (lambda: RandomErasing(scale=(0.5, 0.2)), "rising ranges"),
+        (lambda: RandomErasing(value="noise"), 'a number or "random"'),
+        (lambda: Mixup(10, alpha=0.0), "alpha > 0"),
+        (lambda: OneOf([]), "at least one"),
+        (lambda: augmented([Mixup(10)], [0, 1]) and Mixup(10)((COLOUR * 9).long(), LABELS, None), "floating point"),
+        (lambda: Augmentation([RandomShift(1)])(COLOUR, seed=0, epoch=0, indices=np.arange(50)), "inputs, targets"),
+    ],
+)
+def test_what_does_not_fit_is_said(make: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        make()
+
+
+def test_flat_inputs_are_refused_by_image_augmentations_with_their_shape() -> None:
+    digits = Digits("val", flat=True)
+    with pytest.raises(DataError, match=r"RandomShift needs images \(N, C, H, W\), found a batch of shape \(4, 64\)"):
+        Augmentation([RandomShift(1)])(digits.read_batch(np.arange(4)), seed=0, epoch=0, indices=np.arange(4))

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dist_train.data import DataError, Digits
+from dist_train.data.splits import cut_indices, part_sizes
+
+
+def test_the_digits_are_scikit_learns_each_in_one_split() -> None:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    expected = sorted(map(tuple, np.column_stack([bunch.data, bunch.target]).astype(int).tolist()))
+    rows = []
+    for split, size in [("train", 1257), ("val", 180), ("test", 360)]:
+        data = Digits(split, flat=True)
+        assert len(data) == size
+        assert (data.inputs.min(), data.inputs.max()) == (0, 1)
+        rows += torch.cat([data.inputs * 16, data.targets[:, None]], dim=1).int().tolist()
+    assert sorted(map(tuple, rows)) == expected
+
+
+def test_the_splits_of_the_digits_are_stratified_and_fixed() -> None:
+    share = {split: torch.bincount(Digits(split).targets) for split in ("train", "val", "test")}
+    whole = sum(share.values()) / 1797
+    for counts in share.values():
+        assert (counts - whole * counts.sum()).abs().max() <= 1
+    assert Digits("val").targets[:12].tolist() == [7, 8, 7, 8, 7, 7, 3, 2, 6, 7, 1, 9]
+
+
+def test_a_batch_of_digits_is_what_its_items_collate_to() -> None:
+    data = Digits("val")
+    indices = np.array([3, 170, 3, 0])
+    inputs, targets = data.read_batch(indices)
+    assert inputs.shape == (4, 1, 8, 8)
+    assert inputs.equal(torch.stack([data[i][0] for i in indices]))
+    assert targets.tolist() == [data[i][1] for i in indices]
+    assert Digits("val", flat=True)[3][0].equal(data[3][0].flatten())
+
+
+def test_an_unknown_split_is_an_error_that_names_the_known_ones() -> None:
+    with pytest.raises(DataError, match=r"one of train, val, test, found 'valid'"):
+        Digits("valid")
+
+
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=4), st.integers(0, 9), st.booleans())
+def test_parts_are_disjoint_and_cover_everything(counts: list[int], seed: int, stratify: bool) -> None:
+    labels = np.arange(sum(counts)) % 3 if stratify else None
+    parts = cut_indices(counts, seed=seed, labels=labels)
+    assert [len(part) for part in parts] == counts
+    assert sorted(np.concatenate(parts).tolist()) == list(range(sum(counts)))
+
+
+def test_stratified_parts_have_each_class_in_its_share_even_rare_ones() -> None:
+    labels = np.repeat([0, 1, 2], [900, 90, 10])
+    parts = cut_indices([600, 200, 200], seed=4, labels=labels)
+    for part, share in zip(parts, (0.6, 0.2, 0.2)):
+        counts = np.bincount(labels[part], minlength=3)
+        assert np.abs(counts - share * np.array([900, 90, 10])).max() <= 1
+
+
+def test_parts_are_fractions_or_counts() -> None:
+    assert part_sizes(1797, [0.7, 0.1, 0.2]) == [1258, 180, 359]
+    assert part_sizes(10, [1 / 3, 1 / 3, 1 / 3]) == [4, 3, 3]
+    assert part_sizes(10, [0.5]) == [5]
+    assert part_sizes(100, [60, 40]) == [60, 40]
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([0.8, 0.3], r"sum to at most 1, found \[0.8, 0.3\] = 1.1"),
+        ([60, 50], "asks for 110 samples of .*, but the dataset has 100"),
+        ([60, 0.5], "either all fractions or all whole numbers"),
+        ([-1, 5], "must not be negative"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(parts: list[float], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        part_sizes(100, parts)
