@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from dist_train.tracking.console import Console
 from dist_train.tracking.records import RecordFile, cut_back, make_row
-from dist_train.tracking.sinks import SinkThread, TensorBoard
+from dist_train.tracking.sinks import SinkThread, TensorBoard, Wandb
 
 
 class RunDirectory(Protocol):
@@ -29,6 +29,15 @@ class NullLogger:
 
     def text(self, name: str, text: str) -> None:
         """Takes a text."""
+
+    def image(self, name: str, step: int, picture: Any) -> None:
+        """Takes a picture."""
+
+    def histogram(self, name: str, step: int, values: Any) -> None:
+        """Takes values to bin."""
+
+    def graph(self, model: Any, inputs: Any, timeout: float = 60.0) -> None:
+        """Takes a model."""
 
     def flush(self, timeout: float = 5.0) -> None:
         """Nothing to bring to disk."""
@@ -62,6 +71,11 @@ class Logger(NullLogger):
         if config.tracking.tensorboard:
             folder = Path(run.path("tensorboard"))
             self._views.append(SinkThread("tensorboard", lambda: TensorBoard(folder, start_step), console.warn))
+        wandb: Any = getattr(config.tracking, "wandb", None)
+        settings = wandb.model_dump(exclude_none=True) if hasattr(wandb, "model_dump") else dict(wandb or {})
+        if settings and settings.get("mode") != "disabled":
+            root, known = path.parent, config.to_dict()
+            self._views.append(SinkThread("wandb", lambda: Wandb(root, settings, known, console.note), console.warn))
 
     def row(self, split: str, step: int, epoch: int | float, samples: int, metrics: Mapping[str, Any]) -> None:
         """One row: {"time", "step", "epoch", "samples", "split", **metrics}, flushed before this returns.
@@ -71,13 +85,24 @@ class Logger(NullLogger):
         """
         row = make_row(split, step, epoch, samples, metrics)
         self._record.append(row)
-        for view in self._views:
-            view.put("row", row)
+        self._put("row", row)
 
     def text(self, name: str, text: str) -> None:
         """A text (markdown) for the views that show one, such as the config."""
-        for view in self._views:
-            view.put("text", name, text)
+        self._put("text", name, text)
+
+    def image(self, name: str, step: int, picture: Any) -> None:
+        """A picture: a NumPy array (H, W) or (H, W, 3), uint8 or float in [0, 1], that nobody writes to afterwards."""
+        self._put("image", name, step, picture)
+
+    def histogram(self, name: str, step: int, values: Any) -> None:
+        """A NumPy array of any shape (weights, gradients), that nobody writes to afterwards."""
+        self._put("histogram", name, step, values)
+
+    def graph(self, model: Any, inputs: Any, timeout: float = 60.0) -> None:
+        """The model's graph, traced on an example of its inputs (call it before training: this waits for the trace)."""
+        self._put("graph", model, inputs)
+        self._each("flush", timeout=timeout)
 
     def flush(self, timeout: float = 5.0) -> None:
         """Brings everything so far to disk (before a checkpoint is published or files are uploaded).
@@ -91,6 +116,10 @@ class Logger(NullLogger):
         """The end of this start: outcome is completed, preempted or failed. Takes at most `timeout` seconds."""
         self._record.close()
         self._each("close", outcome, timeout=timeout)
+
+    def _put(self, method: str, *args: Any) -> None:
+        for view in self._views:
+            view.put(method, *args)
 
     def _each(self, method: str, *args: Any, timeout: float) -> None:
         end = time.monotonic() + timeout

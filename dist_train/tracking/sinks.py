@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from dist_train.tracking.records import FIELDS, Row
+from dist_train.tracking.records import FIELDS, Row, encode
+
+Note = Callable[[str], None]
 
 BACKLOG = 10_000  # calls that may wait for a slow sink before it is given up
 STUCK = 60.0  # seconds that one call may take once the backlog is full
 PAUSE = 0.5  # seconds between two looks into the queue: waking for each row would take the GIL from the training loop
 
 
-class Sink(Protocol):
-    """What a view implements. All of it is called in the sink's own thread, heavy imports included."""
+class Sink:
+    """A view, called in the sink's own thread, heavy imports included. What it can't show it ignores."""
 
     def row(self, row: Row) -> None:
         """Takes one row of the record."""
@@ -26,11 +34,23 @@ class Sink(Protocol):
     def text(self, name: str, text: str) -> None:
         """Takes a text (markdown) under a name."""
 
+    def image(self, name: str, step: int, picture: Any) -> None:
+        """Takes an array (H, W) or (H, W, 3), uint8 or float in [0, 1]."""
+
+    def histogram(self, name: str, step: int, values: Any) -> None:
+        """Takes an array of any shape."""
+
+    def graph(self, model: Any, inputs: Any) -> None:
+        """Takes an nn.Module and an example of its inputs."""
+
     def flush(self) -> None:
         """Brings to disk what was taken so far."""
 
     def close(self, outcome: str) -> None:
         """The end: outcome is completed, preempted or failed."""
+
+    def abandon(self) -> None:
+        """Called from another thread for a sink that hangs, so that it holds up nothing."""
 
 
 class SinkThread:
@@ -39,9 +59,10 @@ class SinkThread:
     Whatever the sink raises, or a hang, switches it off with one call of `warn` that names it.
     """
 
-    def __init__(self, name: str, make: Callable[[], Any], warn: Callable[[str], None]) -> None:
+    def __init__(self, name: str, make: Callable[[], Sink], warn: Note) -> None:
         self.name, self._make, self._warn = name, make, warn
         self._queue: deque[tuple[str, tuple[Any, ...], threading.Event | None]] = deque()
+        self._sink: Sink | None = None
         self._hurry = threading.Event()  # don't wait for the next look into the queue
         self._thread: threading.Thread | None = None
         self._off = threading.Lock()  # held for ever by whoever switches the sink off
@@ -70,6 +91,8 @@ class SinkThread:
     def switch_off(self, why: str) -> None:
         """Ends the sink's part in the run, with one warning."""
         if self._off.acquire(blocking=False):
+            if self._sink is not None:
+                self._sink.abandon()
             self._warn(f"tracking: {self.name} is switched off for the rest of this run: {why}; metrics.jsonl goes on")
 
     def wait(self, method: str, *args: Any, timeout: float) -> None:
@@ -82,7 +105,6 @@ class SinkThread:
             self.switch_off(f"{method} did not end within {timeout:.0f} s")
 
     def _run(self) -> None:
-        sink: Any = None
         method = ""
         while method != "close" and self.on:
             self._since = time.monotonic()
@@ -92,10 +114,11 @@ class SinkThread:
                 continue
             method, args, done = self._queue.popleft()
             try:
-                sink = self._make() if sink is None else sink
-                getattr(sink, method)(*args)
+                if self._sink is None:
+                    self._sink = self._make()
+                getattr(self._sink, method)(*args)
             except Exception as error:
-                self.switch_off(f"{type(error).__name__}: {error}")
+                self.switch_off(str(error) if type(error) is RuntimeError else f"{type(error).__name__}: {error}")
             finally:
                 if done is not None:
                     done.set()
@@ -104,7 +127,7 @@ class SinkThread:
                 done.set()
 
 
-class TensorBoard:
+class TensorBoard(Sink):
     """TensorBoard event files. Tags are split/metric (train/loss, val/accuracy); the x axis is the step.
 
     A resumed run passes purge_step, so that TensorBoard hides what the run before it wrote after the checkpoint.
@@ -131,6 +154,21 @@ class TensorBoard:
         """Markdown in the text tab."""
         self._writer.add_text(name, text)
 
+    def image(self, name: str, step: int, picture: Any) -> None:
+        """A picture in the images tab."""
+        self._writer.add_image(name, picture, step, dataformats="HW" if picture.ndim == 2 else "HWC")
+
+    def histogram(self, name: str, step: int, values: Any) -> None:
+        """A histogram; arrays with values that aren't finite are left out (TensorBoard can't bin them)."""
+        import numpy
+
+        if numpy.isfinite(values).all() and values.size:
+            self._writer.add_histogram(name, values, step)
+
+    def graph(self, model: Any, inputs: Any) -> None:
+        """The model's graph, traced."""
+        self._writer.add_graph(model, inputs)
+
     def flush(self) -> None:
         """Writes the event file to disk."""
         self._writer.flush()
@@ -138,3 +176,63 @@ class TensorBoard:
     def close(self, outcome: str) -> None:
         """Writes what is left and closes the file."""
         self._writer.close()
+
+
+class Wandb(Sink):
+    """Weights & Biases in a child process (wandb_child says why); this end only writes lines into its stdin."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], config: Mapping[str, Any], note: Note) -> None:
+        init = {"name": folder.name, "config": dict(config), **settings}
+        mode = init.pop("mode", "online")
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        with open(folder / "logs" / "wandb.log", "ab") as log:
+            self._child = subprocess.Popen(
+                [sys.executable, "-P", "-m", "dist_train.tracking.wandb_child"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True,
+                env=os.environ | {"WANDB_SILENT": "true", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            )  # fmt: skip
+        assert self._child.stdout is not None
+        os.set_blocking(self._child.stdout.fileno(), False)
+        self._note = note
+        self._say("open", {"folder": str(folder), "mode": mode, "init": init, "trainer": os.getpid()})
+
+    def row(self, row: Row) -> None:
+        """Sends a row; raises RuntimeError with wandb's message once it has failed."""
+        self._say("row", json.loads(encode(row)))
+
+    def flush(self) -> None:
+        """Nothing to do: the child writes as it goes."""
+        self._listen()
+
+    def close(self, outcome: str) -> None:
+        """Waits until wandb has written or uploaded everything."""
+        self._say("close", outcome)
+        os.set_blocking(self._child.stdout.fileno(), True)  # type: ignore[union-attr]
+        self._listen()
+        self._child.wait()
+
+    def abandon(self) -> None:
+        """Ends a child that hangs."""
+        with contextlib.suppress(ProcessLookupError):  # its process group: it started a session
+            os.killpg(self._child.pid, signal.SIGKILL)
+
+    def _say(self, *message: Any) -> None:
+        self._listen()
+        try:
+            self._child.stdin.write(json.dumps(message).encode() + b"\n")  # type: ignore[union-attr]
+            self._child.stdin.flush()  # type: ignore[union-attr]
+        except BrokenPipeError:
+            self._child.wait()
+            self._listen()
+            raise RuntimeError(
+                f"wandb's process ended with code {self._child.returncode}; see logs/wandb.log"
+            ) from None
+
+    def _listen(self) -> None:
+        """What the child has said: its address once, or what went wrong."""
+        for line in self._child.stdout or ():
+            said = json.loads(line)
+            if "error" in said:
+                raise RuntimeError(said["error"])
+            if said.get("url"):
+                self._note(f"wandb: {said['url']}")

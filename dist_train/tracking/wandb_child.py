@@ -1,0 +1,166 @@
+"""Weights & Biases, in a process of its own (python -m dist_train.tracking.wandb_child) that reads JSON lines.
+
+Why a process: a wandb that hangs can then be ended (inside the training its exit hook would hold up the exit for ever),
+its threads don't compete with the training loop for the GIL, and when the training is killed, what was logged is still
+written (wandb inside a killed process loses all of it).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import signal
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from dist_train.tracking.records import FIELDS, Row, read_rows
+
+LEAVE = 60.0  # seconds to finish in once the training is gone
+KEY = tuple[str, int]
+
+
+def main() -> None:
+    """Reads messages until `close` or the end of stdin (the training was killed)."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # a stop is the training's business; it says `close`
+    answers, sys.stdout = sys.stdout, sys.stderr  # whatever wandb prints goes to the log
+
+    def answer(**what: str | None) -> None:
+        with contextlib.suppress(OSError):  # the training may be gone
+            print(json.dumps(what), file=answers, flush=True)
+
+    try:
+        _serve(answer)
+    except Exception as error:
+        answer(error=f"{type(error).__name__}: {error}")
+        os._exit(1)
+    os._exit(0)  # past wandb's own exit hook
+
+
+def _serve(answer: Callable[..., None]) -> None:
+    view: View | None = None
+    outcome = "killed"
+    for line in sys.stdin:
+        what, *args = json.loads(line)
+        if what == "open":
+            view = View(**args[0])
+            answer(url=view.url)
+        elif what == "close":
+            outcome = args[0]
+            break
+        elif view is not None:
+            getattr(view, what)(*args)
+    if outcome == "killed":
+        threading.Timer(LEAVE, os._exit, [1]).start()
+    if view is not None:
+        view.close(outcome)
+
+
+class View:
+    """One wandb run. Each row is logged once, over all restarts, with global_step as the x axis and never `step=`.
+
+    wandb drops steps that it has seen, and loses what it hadn't written when it was killed. So what it has is asked for
+    when it starts; what it lacks comes from metrics.jsonl.
+    """
+
+    def __init__(self, folder: str, mode: str, init: dict[str, Any], trainer: int) -> None:
+        import wandb
+
+        root = Path(folder)
+        self._lock = _alone(root / "wandb")
+        run_id = _run_id(root / "wandb" / "run_id", secrets.token_hex(4))
+        self._have = set(_offline(root / "wandb", run_id))
+        settings = wandb.Settings(silent=True, console="off", init_timeout=60, x_stats_pid=trainer)
+        again = {"resume": "allow"} if mode == "online" else {}  # offline, resume is refused with a warning
+        self._run = wandb.init(dir=folder, id=run_id, mode=mode, settings=settings, **again, **init)  # type: ignore[arg-type]
+        self._run.define_metric("global_step")
+        self._run.define_metric("*", step_metric="global_step")
+        self._from = int(self._run.summary.get("global_step", -1)) if self._run.resumed else -1
+        self.url = self._run.url
+        for row in read_rows(root / "metrics.jsonl"):
+            if row["step"] > self._from:
+                self.row(row)
+        self._from = -1
+
+    def row(self, row: Row) -> None:
+        """Logs a row unless wandb has it."""
+        split, step = row["split"], row["step"]
+        if (split, step) not in self._have and step > self._from:
+            self._have.add((split, step))
+            values = {f"{split}/{k}": float("nan") if v is None else v for k, v in row.items() if k not in FIELDS}
+            self._run.log({"global_step": step, "epoch": row["epoch"], **values})
+
+    def close(self, outcome: str) -> None:
+        """Tells wandb how it ended: finished, preempted (to be resumed) or failed."""
+        self._run.summary["outcome"] = outcome
+        if outcome == "preempted":
+            self._run.mark_preempting()
+        self._run.finish(exit_code=0 if outcome == "completed" else 1)
+
+
+def _alone(folder: Path) -> IO[str]:
+    """Waits until the child of a killed start has finished, so that what it writes is seen, not doubled."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock, end = open(folder / "lock", "w"), time.monotonic() + LEAVE  # noqa: SIM115  (held as long as this process)
+    while time.monotonic() < end:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        time.sleep(0.1)
+    return lock
+
+
+def _run_id(path: Path, new: str) -> str:
+    """The run's id, kept in the run's directory, so that a restart goes on with the same wandb run."""
+    if not path.exists():
+        part = path.with_suffix(".part")
+        part.write_text(new)
+        os.replace(part, path)
+    return path.read_text().strip()
+
+
+def _offline(folder: Path, run_id: str) -> Iterator[KEY]:
+    """The (split, step) that earlier offline starts have written."""
+    for path in sorted(folder.glob(f"offline-run-*/run-{run_id}*.wandb")):
+        for values in read_offline(path):
+            step = values.get("global_step")
+            for name in values:
+                if "/" in name and isinstance(step, int):
+                    yield name.split("/")[0], step
+
+
+def read_offline(path: Path) -> Iterator[dict[str, Any]]:
+    """The history in wandb's offline file, a step at a time, up to where a crash cut it off.
+
+    The file is a LevelDB log after 7 bytes of header: blocks of 32 KiB with fragments of (crc, length, kind).
+    """
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
+
+    data, at, parts = path.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if (left := 32768 - at % 32768) < 7:
+            at += left
+            continue
+        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
+        if kind == 0 or at + 7 + length > len(data):
+            return
+        parts += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last fragment
+            record = Record.FromString(parts)
+            parts = b""
+            if record.WhichOneof("record_type") == "history":
+                items = record.history.item
+                yield {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+
+
+if __name__ == "__main__":
+    main()
