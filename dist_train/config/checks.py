@@ -22,14 +22,13 @@ def cross_checks(config: Config) -> Iterator[Finding]:
     yield from _optimizer(config)
     yield from _scheduler(config)
     if config.loss is None and config.task is None:
-        yield (
-            ("loss",),
-            "this key is missing; give it a component such as {_target_: torch.nn.CrossEntropyLoss}, or a task",
-        )
+        cure = "give it a component such as {_target_: torch.nn.CrossEntropyLoss}"
+        yield ("loss",), f"a loss is needed, unless there is a task; {cure}"
     for index, metric in enumerate(config.metrics):
         if isinstance(metric, str) and metric not in METRICS:
-            hint = did_you_mean(metric, METRICS) or f"; the built-in metrics are {', '.join(METRICS)}"
-            yield ("metrics", index), f"no metric is called {metric}{hint}; any class can be named by {{_target_: ...}}"
+            hint = did_you_mean(metric, METRICS)
+            hint = hint or f"; those with a name are {', '.join(METRICS)}, any class goes by {{_target_: ...}}"
+            yield ("metrics", index), f"no metric is called {metric}{hint}"
     if config.run.name is not None:
         yield from _name(config, config.run.name)
 
@@ -121,8 +120,8 @@ def _metric_is_there(config: Config, key: Key, name: str) -> Iterator[Finding]:
     if config.task is None and all(isinstance(metric, str) for metric in config.metrics):
         known = ["val/loss", *(f"val/{metric}" for metric in config.metrics)]
         if name not in known:
-            cure = did_you_mean(name, known) or f"; the config gives {', '.join(known)}"
-            yield key, f"{name} isn't computed{cure}" + (f"; add {name[4:]} to metrics" if name[4:] in METRICS else "")
+            cure = f"; add {name[4:]} to metrics" if name[4:] in METRICS else did_you_mean(name, known)
+            yield key, f"{name} isn't computed{cure or '; the config gives ' + ', '.join(known)}"
 
 
 def _optimizer(config: Config) -> Iterator[Finding]:

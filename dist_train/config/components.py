@@ -91,9 +91,9 @@ def _import_failure(name: str, error: BaseException) -> str:
         if not file.startswith("<frozen") and file != __file__ and os.sep + "importlib" + os.sep not in file:
             place = f" at {_short(file)}:{trace.tb_lineno}"
         trace = trace.tb_next
-    if isinstance(error, SyntaxError) and error.filename:
-        place = f" at {_short(error.filename)}:{error.lineno}"
     text = str(error).splitlines()[0] if str(error) else ""
+    if isinstance(error, SyntaxError) and error.filename:
+        place, text = f" at {_short(error.filename)}:{error.lineno}", error.msg
     return f"importing {name} failed{place}: {type(error).__name__}: {text}"
 
 

@@ -81,6 +81,16 @@ FOREIGN = {
     "sync_bn": "it is distributed.sync_batchnorm={value}",
     "<<": "merge keys aren't part of YAML 1.2; use `extends: base.yaml`, or write the keys out",
 }
+# Values that people write elsewhere, and the word for them here.
+SYNONYMS = {
+    **dict.fromkeys(("float32", "32", "32-true", "full", "no"), "fp32"),
+    **dict.fromkeys(("bfloat16", "bf16-mixed", "bf16-true"), "bf16"),
+    **dict.fromkeys(("float16", "half", "16", "16-mixed", "16-true"), "fp16"),
+    **dict.fromkeys(("gpu", "nvidia", "cuda:0"), "cuda"),
+    **dict.fromkeys(("minimize", "minimum", "lower"), "min"),
+    **dict.fromkeys(("maximize", "maximum", "higher"), "max"),
+}
+
 _EXAMPLES = {"ep": "20", "step": "500"}
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from . import checks
+from . import checks, slots
 from .errors import describe, did_you_mean
 from .fields import Section, bare, says, section_of
-from .foreign import FOREIGN, example_of
+from .foreign import FOREIGN, SYNONYMS, example_of
 from .schema import Config
 from .source import COMMAND_LINE, DICT, Key, Tree, apply_overrides, dotted, read_file, read_mapping
 
@@ -54,12 +54,16 @@ def _finish(tree: Tree, path: str | None, default_name: str) -> Config:
         broken = list(_translate(tree, error))
         config = _without(tree, broken)
     if config is not None:
-        for key, message in checks.cross_checks(config):
+        config = _resolve(config, tree, path, default_name)
+        findings = list(checks.cross_checks(config))
+        if tree.problems or findings:
+            findings += slots.check_sources(config)
+        for key, message in findings:
             if not any(key[: len(bad)] == bad or bad[: len(key)] == key for bad in broken):
                 tree.report(key, message)
     tree.raise_problems()
     assert config is not None
-    return _resolve(config, tree, path, default_name)
+    return config
 
 
 def _rename(tree: Tree, old: Key, new: Key) -> None:
@@ -123,13 +127,16 @@ def _without(tree: Tree, broken: list[Key]) -> Config | None:
 
 def _translate(tree: Tree, error: ValidationError) -> Iterator[Key]:
     """Note each mistake once, at its key; yields the keys that are wrong."""
+    known = {name for _, name, _ in tree.problems}
     seen: set[Key] = set()
     for item in sorted(error.errors(include_url=False), key=lambda item: item["type"] != "value_error"):
         key, annotation, section = _find(item["loc"])
         if key in seen:
             continue  # the other branches of a union
         seen.add(key)
-        if item["type"] == "extra_forbidden":
+        if dotted(key) in known or (item["type"] == "missing" and tree.incomplete):
+            pass  # what was wrong with its text has been said; or it may be in the part that couldn't be read
+        elif item["type"] == "extra_forbidden":
             tree.report(key, f"unknown key{_advice(key, item['input'], section)}")
         elif item["type"] == "missing":
             tree.report(key, f"this key is missing; give it {says(annotation)}")
@@ -153,6 +160,8 @@ def mismatch(expected: str, value: Any) -> str:
             hint = f"; write {'true' if value.lower() in ('yes', 'on', 'y') else 'false'}"
         elif value.lower() in ("none", "nil") and "null" in expected:
             hint = "; write null"
+        elif SYNONYMS.get(value.lower(), value) in expected.replace(",", "").split():
+            hint = f"; write {SYNONYMS[value.lower()]}"
         else:
             hint = did_you_mean(value, expected.replace(",", "").split(" "))
     elif isinstance(value, dict) and "a string" in expected and None in value.values():
@@ -205,20 +214,15 @@ def _at(data: Any, key: Key) -> Any:
 def _advice(key: Key, value: Any, section: type[Section]) -> str:
     """What to write instead of an unknown key."""
     name = str(key[-1])
-    homes = [".".join(path) for path in _leaves(Config, ()) if path[-1] == name]
-    foreign = FOREIGN.get(name)
+    if name in FOREIGN:
+        named = FOREIGN[name].replace("{key}", name)
+        simple = isinstance(value, int | float | str) and not isinstance(value, bool) and str(value).strip()
+        return "; " + (named.replace("{value}", str(value)) if simple else example_of(named))
+    homes = [path for path in _leaves(Config, ()) if path[-1] == name]
+    if homes:
+        return f"; {name} belongs to another section: {'.'.join(homes[0])}"
     near = did_you_mean(name, section.model_fields, prefix="".join(f"{part}." for part in key[:-1]))
-    if homes and not foreign:
-        return f"; {name} belongs to another section: {homes[0]}"
-    if foreign and (name == "<<" or not near or name in foreign):
-        plain = isinstance(value, int | float | str) and not isinstance(value, bool) and str(value).strip()
-        named = foreign.replace("{key}", name)
-        return "; " + (named.replace("{value}", str(value)) if plain else example_of(named))
-    if near:
-        return near
-    if foreign:
-        return "; " + example_of(foreign.replace("{key}", name))
-    return f"; the keys here are {', '.join(section.model_fields)}"
+    return near or f"; the keys here are {', '.join(section.model_fields)}"
 
 
 def _leaves(section: type[Section], above: tuple[str, ...]) -> Iterator[tuple[str, ...]]:

@@ -108,6 +108,24 @@ def check(config: Config) -> list[Problem]:
     return as_problems(noted)
 
 
+def check_sources(config: Config) -> Iterator[Finding]:
+    """The wrong arguments that can be seen without importing anything: see `static.py`."""
+    from .static import read_signature
+
+    def look(key: Key, slot: Slot | None, spec: Any) -> Iterator[Finding]:
+        if components.is_spec(spec):
+            own, _ = components.reserved(spec, slot.own if slot else ())
+            found = read_signature(str(spec["_target_"]), config.run.code_paths)
+            if found is not None:
+                yield from _arguments(key, slot, str(spec["_target_"]), *found, own)
+        if isinstance(spec, dict | list):
+            for name, item in spec.items() if isinstance(spec, dict) else enumerate(spec):
+                yield from look((*key, name), None, item)
+
+    for key, slot, spec in specs(config):
+        yield from look(key, slot, spec)
+
+
 def _live(key: Key, slot: Slot, value: Any) -> Iterator[Finding]:
     """An object from Python is of the right kind; where the slot gives arguments, a factory will do."""
     if isinstance(value, type):
@@ -145,7 +163,9 @@ def _spec(key: Key, slot: Slot | None, spec: dict[str, Any]) -> Iterator[Finding
     if slot is not None and isinstance(target, type) and not slot.fits(target):
         yield (*key, "_target_"), f"expected {slot.wants}; {name} is a class of another kind{_belongs(target, slot)}"
         return
-    yield from _arguments(key, slot, name, target, own)
+    form = components.signature(target)
+    if form is not None:
+        yield from _arguments(key, slot, name, form, isinstance(target, type), own)
     if slot is not None and "groups" in extra:
         yield from _groups(key, name, target, extra["groups"])
 
@@ -166,10 +186,9 @@ def _belongs(target: type, slot: Slot) -> str:
     return ""
 
 
-def _arguments(key: Key, slot: Slot | None, name: str, target: Any, own: dict[str, Any]) -> Iterator[Finding]:
-    form = components.signature(target)
-    if form is None:
-        return
+def _arguments(
+    key: Key, slot: Slot | None, name: str, form: inspect.Signature, is_class: bool, own: dict[str, Any]
+) -> Iterator[Finding]:
     given = [*(slot.gives if slot else ()), *own.get("_args_", [])]
     keywords = {name: value for name, value in own.items() if name not in ("_target_", "_args_")}
     kinds = inspect.Parameter
@@ -192,7 +211,7 @@ def _arguments(key: Key, slot: Slot | None, name: str, target: Any, own: dict[st
             yield from _value((*key, argument), name, named[argument], value)
     needed = [p.name for p in (*places, *named.values()) if p.default is kinds.empty and p.name not in filled]
     missing = [p for p in dict.fromkeys(needed) if p not in keywords]
-    if missing and not (slot and slot.late and not isinstance(target, type)):
+    if missing and not (slot and slot.late and not is_class):
         yield key, f"{name} needs {_listed(missing)}; it is called as {name.rpartition('.')[2]}{_shown(form)}"
 
 

@@ -25,8 +25,8 @@ class Place(NamedTuple):
     """Where a key was written. `rank` orders sources (a file before the overrides); line 0: the source has no lines."""
 
     rank: int
-    line: int
     source: str
+    line: int
 
     def __str__(self) -> str:
         return f"{self.source}:{self.line}" if self.line and self.source != COMMAND_LINE else self.source
@@ -46,7 +46,7 @@ def nearest(places: Mapping[Key, Place], key: Key) -> Place:
     for end in range(len(key), -1, -1):
         if key[:end] in places:
             return places[key[:end]]
-    return Place(0, 0, DICT)
+    return Place(0, DICT, 0)
 
 
 @dataclass
@@ -56,6 +56,7 @@ class Tree:
     data: dict[str, Any] = field(default_factory=dict)
     places: dict[Key, Place] = field(default_factory=dict)
     problems: list[tuple[Place, str, str]] = field(default_factory=list)
+    incomplete: bool = False  # something couldn't be read, so keys may be missing that were written
 
     def place(self, key: Key) -> Place:
         """Where `key`, or the nearest thing that holds it, was written."""
@@ -123,7 +124,7 @@ class _Builder:
         self.tree, self.rank, self.source = tree, rank, source
 
     def note(self, key: Key, node: yaml.Node, message: str) -> None:
-        place = Place(self.rank, node.start_mark.line + 1, self.source)
+        place = Place(self.rank, self.source, node.start_mark.line + 1)
         self.tree.problems.append((place, dotted(key), message))
 
     def build(self, node: yaml.Node, key: Key, above: tuple[yaml.Node, ...] = ()) -> Any:
@@ -131,16 +132,15 @@ class _Builder:
             self.note(key, node, "an alias (*) refers to something that contains it")
             return None
         if not node.tag.startswith("tag:yaml.org,2002:") or node.tag.startswith("tag:yaml.org,2002:python"):
-            self.note(
-                key, node, f"the tag {node.tag} isn't known; name a Python object by _target_: package.module.Name"
-            )
+            tag = node.tag.replace("tag:yaml.org,2002:", "!!")
+            self.note(key, node, f"the tag {tag} isn't known; name a Python object by _target_: package.module.Name")
             return None
         if isinstance(node, yaml.MappingNode):
             return self.mapping(node, key, (*above, node))
         if isinstance(node, yaml.SequenceNode):
             items = []
             for index, item in enumerate(node.value):
-                self.tree.places[(*key, index)] = Place(self.rank, item.start_mark.line + 1, self.source)
+                self.tree.places[(*key, index)] = Place(self.rank, self.source, item.start_mark.line + 1)
                 items.append(self.build(item, (*key, index), (*above, node)))
             return items
         return _scalar(node.tag, node.value)
@@ -157,14 +157,14 @@ class _Builder:
                 self.note((*key, name), name_node, f"this key is given twice (first in line {lines[name]})")
                 continue
             lines[name] = name_node.start_mark.line + 1
-            self.tree.places[(*key, name)] = Place(self.rank, lines[name], self.source)
+            self.tree.places[(*key, name)] = Place(self.rank, self.source, lines[name])
             result[name] = self.build(value_node, (*key, name), above)
         return result
 
 
 def _parse(text: str, rank: int, source: str) -> tuple[Any, Tree]:
     """The content of one YAML text, with its places; a mistake in its grammar becomes a problem."""
-    tree = Tree(places={(): Place(rank, 1, source)})
+    tree = Tree(places={(): Place(rank, source, 1)})
     try:
         node = yaml.compose(text, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -173,7 +173,7 @@ def _parse(text: str, rank: int, source: str) -> tuple[Any, Tree]:
         what = getattr(error, "problem", None) or str(error).splitlines()[0]
         if "\\t" in what:
             what = "a tab; YAML is indented by spaces"
-        tree.problems.append((Place(rank, line, source), "", f"this is not valid YAML: {what}"))
+        tree.problems.append((Place(rank, source, line), "", f"this is not valid YAML: {what}"))
         return None, tree
     return (None if node is None else _Builder(tree, rank, source).build(node, ())), tree
 
@@ -181,41 +181,46 @@ def _parse(text: str, rank: int, source: str) -> tuple[Any, Tree]:
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def read_file(path: str, chain: tuple[str, ...] = (), rank: int = 0) -> Tree:
+def read_file(path: str, chain: tuple[str, ...] = ()) -> Tree:
     """A file with everything that it extends. Messages name files as `path` does.
 
     Raises:
         ConfigError: the file can't be read; what else is wrong is in the tree's problems.
     """
     text = _read_text(path)
-    content, tree = _parse(text, rank, path)
-    if content is None or not isinstance(content, dict):
+    content, tree = _parse(text, 0, path)
+    if not isinstance(content, dict):
         if not tree.problems:
             found = "the file is empty" if content is None else f"found {describe(content)}"
-            tree.problems.append((tree.places[()], "", f"expected a mapping of keys, {found}"))
+            tree.report((), f"expected a mapping of keys, {found}")
+        tree.incomplete = True
         return tree
     tree.data = content
-    bases = content.pop("extends", [])
-    place = tree.places.pop(("extends",), tree.places[()])
+    return _with_bases(tree, os.path.dirname(path), (*chain, path))
+
+
+def _with_bases(tree: Tree, folder: str, chain: tuple[str, ...]) -> Tree:
+    """The tree, laid over what it extends."""
+    bases, key = tree.data.pop("extends", []), ("extends",)
     bases = [bases] if isinstance(bases, str) else bases
+    merged = Tree(places={(): tree.place(())})
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        tree.problems.append((place, "extends", f"expected a file or a list of files, found {describe(bases)}"))
-        return tree
-    merged = Tree(places={(): tree.places[()]})
-    chain = (*chain, path)
+        tree.report(key, f"expected a file or a list of files, found {describe(bases)}")
+        tree.incomplete, bases = True, []
     for base in bases:
-        base_path = os.path.normpath(os.path.join(os.path.dirname(path), base))
-        if any(_same_file(base_path, other) for other in chain):
-            tree.problems.append(
-                (place, "extends", "files extend each other in a circle: " + " -> ".join((*chain, base_path)))
-            )
+        path = os.path.normpath(os.path.join(folder, base))
+        if any(os.path.realpath(path) == os.path.realpath(other) for other in chain):
+            tree.report(key, "files extend each other in a circle: " + " -> ".join((*chain, path)))
+            tree.incomplete = True
             continue
         try:
-            merge(merged, read_file(base_path, chain, rank))
+            merge(merged, read_file(path, chain))
         except ConfigError as error:
-            tree.problems += [(place, "extends", problem.message) for problem in error.problems]
+            for problem in error.problems:
+                tree.report(key, f"{problem.where}: {problem.message}")
+            tree.incomplete = True
+    tree.drop(key)
     merge(merged, tree)
-    merged.places[()] = tree.places[()]
     return merged
 
 
@@ -237,16 +242,14 @@ def _read_text(path: str) -> str:
         raise ConfigError([Problem(path, "", f"can't be read: {reason}")]) from None
 
 
-def _same_file(one: str, other: str) -> bool:
-    return os.path.realpath(one) == os.path.realpath(other)
-
-
 def merge(below: Tree, above: Tree) -> None:
     """Lay `above` over `below`, in place: mappings deeply, all else is replaced.
 
     Another `_target_` drops the arguments of the old one.
     """
     below.problems += above.problems
+    below.incomplete |= above.incomplete
+    below.places[()] = above.place(())
     _merge(below, above, below.data, above.data, ())
 
 
@@ -272,17 +275,9 @@ def _same_target(old: dict[str, Any], new: dict[str, Any]) -> bool:
 
 def read_mapping(source: Mapping[str, Any]) -> Tree:
     """A tree of a Python mapping; containers are new, all else is the same object. `extends` counts from the cwd."""
-    place = Place(0, 0, DICT)
+    place = Place(0, DICT, 0)
     tree = Tree(_containers(source), {(): place})
-    bases = tree.data.pop("extends", None)
-    if bases is None:
-        return tree
-    merged = Tree(places={(): place})
-    for base in [bases] if isinstance(bases, str) else bases:
-        merge(merged, read_file(os.fspath(base)))
-    merge(merged, tree)
-    merged.places[()] = place
-    return merged
+    return _with_bases(tree, "", ())
 
 
 def _containers(value: Any) -> Any:
@@ -318,7 +313,7 @@ def apply_overrides(tree: Tree, overrides: Sequence[str]) -> None:
         enumerate(overrides, start=1), key=lambda item: item[1].partition("=")[0].endswith("_target_") is False
     )
     for number, override in order:
-        place = Place(1, number, COMMAND_LINE)
+        place = Place(1, COMMAND_LINE, number)
         name, equals, text = override.partition("=")
         name = name.strip().lstrip("-")
         if not equals or not name or not all(name.split(".")):
