@@ -91,9 +91,9 @@ class SinkThread:
     def switch_off(self, why: str) -> None:
         """Ends the sink's part in the run, with one warning."""
         if self._off.acquire(blocking=False):
+            self._warn(f"tracking: {self.name} is switched off for the rest of this run: {why}; metrics.jsonl goes on")
             if self._sink is not None:
                 self._sink.abandon()
-            self._warn(f"tracking: {self.name} is switched off for the rest of this run: {why}; metrics.jsonl goes on")
 
     def wait(self, method: str, *args: Any, timeout: float) -> None:
         """Calls `sink.method(*args)` after all that was queued, for at most `timeout` seconds."""

@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dist_train.tracking import logger as logger_module
 from dist_train.tracking.logger import Logger, NullLogger
 from dist_train.tracking.records import read_rows
-from dist_train.tracking.sinks import SinkThread
+from dist_train.tracking.sinks import Sink, SinkThread
 
 
 class Run:
@@ -106,7 +106,7 @@ print("tensorboard" in sys.modules)
     assert done.stdout.splitlines() == ["[]", "[]", "True"], done.stderr
 
 
-class Broken:
+class Broken(Sink):
     def row(self, row: Any) -> None:
         raise RuntimeError("no space left on device")
 
@@ -139,7 +139,7 @@ def test_a_sink_that_hangs_costs_a_bounded_time_and_one_warning(
 ) -> None:
     never = threading.Event()
 
-    class Hanging:
+    class Hanging(Sink):
         def row(self, row: Any) -> None:
             never.wait()
 
