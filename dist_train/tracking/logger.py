@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -39,7 +40,7 @@ class NullLogger:
     def graph(self, model: Any, inputs: Any, timeout: float = 60.0) -> None:
         """Takes a model."""
 
-    def flush(self, timeout: float = 5.0) -> None:
+    def flush(self, wait: float = 0.0) -> None:
         """Nothing to bring to disk."""
 
     def close(self, outcome: str, timeout: float = 15.0) -> None:
@@ -102,26 +103,32 @@ class Logger(NullLogger):
     def graph(self, model: Any, inputs: Any, timeout: float = 60.0) -> None:
         """The model's graph, traced on an example of its inputs (call it before training: this waits for the trace)."""
         self._put("graph", model, inputs)
-        self._each("flush", timeout=timeout)
+        self.flush(wait=timeout)
 
-    def flush(self, timeout: float = 5.0) -> None:
-        """Brings everything so far to disk (before a checkpoint is published or files are uploaded).
+    def flush(self, wait: float = 0.0) -> None:
+        """Returns when the rows so far would survive a power failure: call it before a checkpoint is published.
 
-        May be called from another thread. Waits for the views, at most `timeout` seconds in all.
+        It costs an fsync, and may be called from the thread that publishes. The views are told to flush too; `wait` is
+        for how many seconds that is waited for (before their files are uploaded).
         """
         self._record.sync()
-        self._each("flush", timeout=timeout)
+        waiting = [threading.Event() for _ in self._views]
+        for view, done in zip(self._views, waiting, strict=True):
+            view.put("flush", done=done)
+        end = time.monotonic() + wait
+        for done in waiting:
+            done.wait(max(0.0, end - time.monotonic()))
 
     def close(self, outcome: str, timeout: float = 15.0) -> None:
-        """The end of this start: outcome is completed, preempted or failed. Takes at most `timeout` seconds."""
+        """The end of this start: outcome is completed, preempted or failed.
+
+        Takes at most `timeout` seconds; a view that isn't done by then is given up with a warning.
+        """
         self._record.close()
-        self._each("close", outcome, timeout=timeout)
+        end = time.monotonic() + timeout
+        for view in self._views:
+            view.close(outcome, end - time.monotonic())
 
     def _put(self, method: str, *args: Any) -> None:
         for view in self._views:
             view.put(method, *args)
-
-    def _each(self, method: str, *args: Any, timeout: float) -> None:
-        end = time.monotonic() + timeout
-        for view in self._views:
-            view.wait(method, *args, timeout=end - time.monotonic())

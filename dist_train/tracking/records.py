@@ -108,16 +108,24 @@ def cut_back(path: str | os.PathLike[str], step: int, pending: Collection[str] =
 
 
 def _first_to_drop(lines: list[bytes], at: int, step: int, pending: Collection[str]) -> tuple[int, bool]:
-    """Offset of the first line to drop (else the end), and whether an earlier row shows that nothing before it goes."""
-    end, found = None, False
+    """Offset of the first line to drop (else the end), and whether an earlier row shows that nothing before it goes.
+
+    Only train rows show that: a test row stands at the end, with the step of the best checkpoint.
+    """
+    end, found, seen = None, False, 0
     for line in lines:
         row = _parse(line)
-        if row is not None and row["step"] < step:
+        if row is not None and row["step"] < step and row.get("split") == "train":
             end, found = None, True
-        elif end is None and (row is None or row["step"] > step or row.get("split") in pending):
+        elif end is None and (row is None or row["step"] > step or _is_pending(row, step, seen, pending)):
             end = at
+        seen = max(seen, row["step"]) if row is not None else seen
         at += len(line)
     return (at if end is None else end), found
+
+
+def _is_pending(row: Row, step: int, seen: int, pending: Collection[str]) -> bool:
+    return row.get("split") in pending and (row["step"] == step or row["step"] < seen)
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[Row]:

@@ -75,7 +75,7 @@ class SinkThread:
 
     def put(self, method: str, *args: Any, done: threading.Event | None = None) -> None:
         """Queues `sink.method(*args)`; `done` is set afterwards. Costs microseconds, never raises."""
-        if not self.on:
+        if not self.on or (self._thread is None and method == "flush"):
             if done is not None:
                 done.set()
             return
@@ -95,14 +95,14 @@ class SinkThread:
             if self._sink is not None:
                 self._sink.abandon()
 
-    def wait(self, method: str, *args: Any, timeout: float) -> None:
-        """Calls `sink.method(*args)` after all that was queued, for at most `timeout` seconds."""
+    def close(self, outcome: str, timeout: float) -> None:
+        """Closes the sink after all that was queued; one that takes longer than `timeout` seconds is switched off."""
         if self._thread is None or not self.on:
             return
         done = threading.Event()
-        self.put(method, *args, done=done)
+        self.put("close", outcome, done=done)
         if not done.wait(max(0.0, timeout)):
-            self.switch_off(f"{method} did not end within {timeout:.0f} s")
+            self.switch_off(f"it did not end within {timeout:.0f} s")
 
     def _run(self) -> None:
         method = ""

@@ -99,7 +99,7 @@ for on in (False, True):
     if not on: log.row("train", 1, 1, 1, {"loss": 1.0})
     print(heavy())
 log.row("train", 1, 1, 1, {"loss": 1.0})
-log.flush(timeout=60)
+log.flush(wait=60)
 print("tensorboard" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=60)
@@ -128,7 +128,7 @@ def test_a_sink_that_cannot_be_made_is_switched_off_with_one_warning(tmp_path: P
     log, said = make(tmp_path)
     for step in range(1, 5):
         log.row("train", step, 1, step, {"loss": 1.0})
-        log.flush()
+        log.flush(wait=5)
     log.close("completed")
     assert len(said) == 1
     assert "tensorboard is switched off" in said[0]
@@ -147,7 +147,7 @@ def test_a_sink_that_hangs_costs_a_bounded_time_and_one_warning(
     log, said = make(tmp_path)
     log.row("train", 1, 1, 1, {"loss": 1.0})
     began = time.monotonic()
-    log.flush(timeout=0.3)
+    log.flush(wait=0.3)
     log.close("completed", timeout=0.3)
     assert time.monotonic() - began < 2
     assert len(said) == 1
@@ -178,7 +178,7 @@ def test_one_hanging_sink_does_not_hold_up_another() -> None:
     working = SinkThread("tensorboard", lambda: SimpleNamespace(row=got.append, close=lambda outcome: None), [].append)
     for thread in (hanging, working):
         thread.put("row", 1)
-    working.wait("close", "completed", timeout=5)
+    working.close("completed", timeout=5)
     assert got == [1]
     never.set()
 

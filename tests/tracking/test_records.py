@@ -101,6 +101,19 @@ def test_a_split_that_will_be_evaluated_again_goes_at_the_step_itself(tmp_path: 
     assert steps(path) == list(rows[:2])
 
 
+def test_a_test_row_with_the_best_checkpoints_step_hides_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "m"
+    rows = ("train", 50), ("val", 90), ("train", 100), ("val", 100), ("train", 150), ("val", 150), ("test", 100)
+    write(path, *rows)
+    cut_back(path, 150)
+    assert steps(path) == list(rows)
+    cut_back(path, 150, pending=("test",))
+    assert steps(path) == list(rows[:-1])
+    write(path, ("test", 100))
+    cut_back(path, 100, pending=("val",))  # the checkpoint of step 150 was damaged
+    assert steps(path) == list(rows[:3])
+
+
 def test_a_fresh_start_drops_everything_but_the_evaluation_before_training(tmp_path: Path) -> None:
     path = tmp_path / "m"
     write(path, ("val", 0), ("train", 50))

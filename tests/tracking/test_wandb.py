@@ -146,7 +146,7 @@ def test_a_wandb_server_that_never_answers_costs_one_warning_and_no_process(
         log.close("completed", timeout=2.0)
         assert time.monotonic() - began < 4
     assert len(said) == 1
-    assert "close did not end within 2 s" in said[0]
+    assert "it did not end within 2 s" in said[0]
     child = log._views[0]._sink._child  # type: ignore[union-attr]
     assert child.wait(timeout=5) == -signal.SIGKILL
 
@@ -164,7 +164,7 @@ def test_disabled_starts_nothing(tmp_path: Path) -> None:
 def test_a_child_that_dies_costs_one_warning(tmp_path: Path) -> None:
     log, said = logger(tmp_path, {"project": "p", "mode": "offline"})
     log.row("train", 1, 1, 1, {"loss": 1.0})
-    log.flush(timeout=10)
+    log.flush(wait=10)
     os.kill(log._views[0]._sink._child.pid, signal.SIGKILL)  # type: ignore[union-attr]
     time.sleep(0.3)
     log.row("train", 2, 1, 2, {"loss": 1.0})
