@@ -66,7 +66,11 @@ def _value(key: str, old: Any, new: Any, kind: Any) -> Iterator[Change]:
 
 
 def _same(old: Any, new: Any) -> bool:
-    # nan is itself, 1 is 1.0, but true isn't 1
+    """Equality in which nan is itself and 1 is 1.0, but true isn't 1."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return old.keys() == new.keys() and all(_same(old[key], new[key]) for key in old)
+    if isinstance(old, list) and isinstance(new, list):
+        return len(old) == len(new) and all(map(_same, old, new))
     return bool(old == new or (old != old and new != new)) and isinstance(old, bool) == isinstance(new, bool)
 
 

@@ -25,6 +25,6 @@ def expand_name(template: str, config: Config, *, time: str, job: str) -> str:
             value = config.get(key)
         if isinstance(value, str) and key not in ("time", "job") and key.endswith("_target_"):
             value = value.rpartition(".")[2]
-        return re.sub(r"[^\w.=+,-]+", "-", str(value)).strip("-.") or "none"
+        return re.sub(r"[^\w.=+-]+", "-", str(value)).strip("-.") or "none"
 
     return PLACEHOLDER.sub(fill, template)

@@ -1,0 +1,251 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dist_train.config import Config, load_config
+from dist_train.config.durations import Duration
+from dist_train.config.errors import ConfigError
+from dist_train.config.load import DEFAULT
+from dist_train.config.source import dump, read_file
+
+ROOT = Path(__file__).parents[2]
+
+
+def error_of(source: object, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(source, overrides)  # type: ignore[arg-type]
+    return str(caught.value)
+
+
+def minimal(**more: object) -> dict[str, object]:
+    return {
+        "data": {"train": {"_target_": "dist_train.data.Digits"}},
+        "model": {"_target_": "torch.nn.Linear", "in_features": 64, "out_features": 10},
+        "loss": {"_target_": "torch.nn.CrossEntropyLoss"},
+        "optimizer": {"_target_": "torch.optim.SGD", "lr": 0.1},
+        **more,
+    }
+
+
+def test_every_shipped_config_loads_and_its_components_fit() -> None:
+    from dist_train.config.components import check_components
+
+    for path in [*sorted((ROOT / "configs").glob("*.yaml")), None]:
+        assert check_components(load_config(path)) == []
+
+
+def test_the_built_in_default_is_the_digits_config() -> None:
+    text = (ROOT / "configs" / "digits.yaml").read_text()
+    assert DEFAULT.read_text() == text
+    assert load_config().run.name == "digits"
+    assert load_config().source is None
+
+
+def test_values_have_their_types_and_sections_are_attributes() -> None:
+    config = load_config(None, ["trainer.duration=3ep", "optimizer.lr=1e-3", "distributed.bucket_mb=10"])
+    assert config.trainer.duration == Duration(3, "ep")
+    assert config.optimizer["lr"] == 0.001
+    assert type(config.distributed.bucket_mb) is float
+    assert config.checkpoint.every == [Duration(1, "ep"), Duration(900.0, "s")]
+    assert config.get("data.augment.0.pixels") == 1
+    assert config.get("trainer.duration") == "3ep"
+    with pytest.raises(KeyError, match=r"optimizer\.lrr"):
+        config.get("optimizer.lrr")
+
+
+def test_the_resolved_config_reads_back_equal_by_every_yaml_reader(folder: Path) -> None:
+    config = load_config("base.yaml", ["run.name=off", "optimizer.lr=1e-05", 'model.note="1e-3"', 'model.at="12:30"'])
+    text = config.to_yaml()
+    assert yaml.safe_load(text) == config.to_dict()
+    (folder / "again.yaml").write_text(text)
+    assert load_config("again.yaml").to_dict() == config.to_dict()
+    assert load_config(config.to_dict()).to_dict() == config.to_dict()
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(), st.lists, max_leaves=5
+    )
+)
+def test_whatever_is_written_reads_back_equal(value: object) -> None:
+    from dist_train.config.source import _parse
+
+    data, tree = _parse(dump({"x": value}), 0, "x")
+    if tree.problems:  # characters that YAML can't hold at all
+        assert any(not char.isprintable() for char in repr(value)) or "\\" in repr(value)
+    else:
+        assert data == {"x": value}
+
+
+def test_yaml_is_read_by_the_rules_of_version_1_2(folder: Path) -> None:
+    (folder / "x.yaml").write_text(
+        "{a: 1e-3, b: off, c: yes, d: 12:30, e: 0o17, f: .inf, h: 017, i: 2024-01-01, j: 1_000, k: true, l: -.5, m: }"
+    )
+    assert read_file("x.yaml").data == {
+        "a": 0.001, "b": "off", "c": "yes", "d": "12:30", "e": 15, "f": float("inf"), "h": 17,
+        "i": "2024-01-01", "j": "1_000", "k": True, "l": -0.5, "m": None,
+    }  # fmt: skip
+
+
+def test_extends_merges_deeply_and_later_bases_win(folder: Path) -> None:
+    (folder / "one.yaml").write_text(
+        "extends: base.yaml\ntrainer: {duration: 1ep, clip_grad_norm: 1}\noptimizer: {momentum: 0.9}\n"
+    )
+    (folder / "two.yaml").write_text("trainer: {duration: 2ep}\n")
+    (folder / "sub").mkdir()
+    (folder / "sub" / "top.yaml").write_text("extends: [../one.yaml, ../two.yaml]\noptimizer: {lr: 0.5}\n")
+    config = load_config("sub/top.yaml")
+    assert str(config.trainer.duration) == "2ep"
+    assert config.trainer.clip_grad_norm == 1.0
+    assert config.optimizer == {"_target_": "torch.optim.SGD", "lr": 0.5, "momentum": 0.9}
+    assert config.where("trainer.duration") == "two.yaml:1"
+    assert config.where("optimizer.lr") == "sub/top.yaml:2"
+    assert config.run.name == "top"
+
+
+def test_another_target_drops_the_inherited_arguments(folder: Path) -> None:
+    (folder / "x.yaml").write_text("extends: base.yaml\nmodel: {_target_: mynet.Net, width: 3}\n")
+    assert load_config("x.yaml").model == {"_target_": "mynet.Net", "width": 3}
+    (folder / "x.yaml").write_text("extends: base.yaml\nmodel: {_target_: torch.nn.Linear, out_features: 3}\n")
+    assert load_config("x.yaml").model == {"_target_": "torch.nn.Linear", "in_features": 64, "out_features": 3}
+
+
+def test_an_overridden_target_drops_them_too_in_any_order(folder: Path) -> None:
+    config = load_config("base.yaml", ["model.width=3", "model._target_=mynet.Net"])
+    assert config.model == {"_target_": "mynet.Net", "width": 3}
+    assert load_config("base.yaml", ["model={_target_: mynet.Net}"]).model == {"_target_": "mynet.Net"}
+
+
+def test_a_circle_of_extends_is_named_as_a_chain(folder: Path) -> None:
+    (folder / "a.yaml").write_text("extends: b.yaml\n")
+    (folder / "b.yaml").write_text("seed: 3\nextends: a.yaml\n")
+    assert error_of("a.yaml") == "b.yaml:2: extends: files extend each other in a circle: a.yaml -> b.yaml -> a.yaml"
+
+
+def test_a_mistake_in_a_base_is_told_at_its_own_line(folder: Path) -> None:
+    (folder / "bad_base.yaml").write_text("extends: base.yaml\ntrainer:\n  epochs: 4\n")
+    (folder / "x.yaml").write_text("extends: bad_base.yaml\nsed: 3\n")
+    assert error_of("x.yaml").splitlines() == [
+        "bad_base.yaml:3: trainer.epochs: unknown key; the number of epochs is trainer.duration=4ep",
+        "x.yaml:2: sed: unknown key; did you mean seed?",
+    ]
+
+
+def test_overrides_reach_lists_and_make_what_is_missing(folder: Path) -> None:
+    config = load_config(
+        "base.yaml",
+        ["metrics.0=top5", "metrics.1=accuracy", "trainer.stop_when.metric=val/loss", "trainer.stop_when.below=0.1"],
+    )
+    assert config.metrics == ["top5", "accuracy"]
+    assert config.trainer.stop_when is not None
+    assert config.trainer.stop_when.below == 0.1
+    assert load_config("base.yaml", ["run.name={time}-{optimizer.lr}"]).run.name == "{time}-{optimizer.lr}"
+
+
+def test_a_missing_file_names_the_nearest_one(folder: Path) -> None:
+    assert error_of("bass.yaml") == "bass.yaml: no such file; did you mean base.yaml?"
+    assert error_of("none/x.yaml").startswith("none/x.yaml: no such file; there is no directory none in ")
+
+
+def test_an_empty_file_says_so(folder: Path) -> None:
+    (folder / "x.yaml").write_text("# nothing\n")
+    assert error_of("x.yaml") == "x.yaml:1: expected a mapping of keys, the file is empty"
+
+
+def test_an_alias_of_itself_is_told(folder: Path) -> None:
+    (folder / "x.yaml").write_text("extends: base.yaml\nmodel: &m\n  _target_: mynet.Net\n  width: [*m]\n")
+    assert "an alias (*) refers to something that contains it" in error_of("x.yaml")
+
+
+def test_anchors_work(folder: Path) -> None:
+    (folder / "x.yaml").write_text("extends: base.yaml\ndata:\n  train: &d {_target_: a.B, split: x}\n  test: *d\n")
+    assert load_config("x.yaml").data.test == {"_target_": "a.B", "split": "x"}
+
+
+def test_multiprocessing_context_is_another_spelling(folder: Path) -> None:
+    assert load_config("base.yaml", ["data.multiprocessing_context=spawn"]).data.worker_start_method == "spawn"
+
+
+def test_user_code_is_looked_for_beside_the_config_and_where_the_config_says(folder: Path) -> None:
+    (folder / "sub").mkdir()
+    (folder / "sub" / "x.yaml").write_text("extends: ../base.yaml\n")
+    assert load_config("sub/x.yaml").run.code_paths == [str(folder / "sub"), str(folder)]
+    (folder / "sub" / "x.yaml").write_text("extends: ../base.yaml\nrun: {code_paths: [../lib, /opt/code]}\n")
+    assert load_config("sub/x.yaml").run.code_paths == [str(folder / "lib"), "/opt/code"]
+    assert load_config("sub/x.yaml", ["run.code_paths=[lib]"]).run.code_paths == [str(folder / "lib")]
+    assert load_config(minimal()).run.code_paths == [str(folder)]
+
+
+def test_a_dict_may_hold_live_objects_which_are_kept_as_they_are() -> None:
+    import torch
+
+    model, data = torch.nn.Linear(2, 2), torch.utils.data.TensorDataset(torch.zeros(3, 2))
+    weight = torch.ones(2)
+    source = minimal(
+        model=model, data={"train": data}, loss={"_target_": "torch.nn.CrossEntropyLoss", "weight": weight}
+    )
+    config = load_config(source, ["seed=4"])
+    assert config.model is model
+    assert config.data.train is data
+    assert config.loss["weight"] is weight
+    assert config.has_live_objects
+    assert config.to_dict()["model"] == {"_live_": "torch.nn.modules.linear.Linear"}
+    assert "seed" not in source
+    assert config.run.name == "run"
+    assert not load_config(minimal()).has_live_objects
+    assert "continue from Python with the same object" in error_of(config.to_dict())
+
+
+def test_a_class_that_can_be_imported_again_is_no_live_object() -> None:
+    import torch
+
+    config = load_config(minimal(model={"_target_": torch.nn.Linear, "in_features": 64, "out_features": 10}))
+    assert config.model["_target_"] == "torch.nn.modules.linear.Linear"
+    assert not config.has_live_objects
+
+    class Local(torch.nn.Module):
+        pass
+
+    assert load_config(minimal(model={"_target_": Local})).has_live_objects
+
+
+def test_mistakes_in_a_dict_are_told_without_a_line() -> None:
+    assert error_of(minimal(sede=3)) == "dict: sede: unknown key; did you mean seed?"
+
+
+def test_a_config_object_is_taken_as_its_own_source() -> None:
+    config = load_config(minimal())
+    again = load_config(config, ["seed=3"])
+    assert isinstance(again, Config)
+    assert again.seed == 3
+
+
+def test_sections_are_frozen() -> None:
+    with pytest.raises(Exception, match="frozen"):
+        load_config().trainer.duration = Duration(1, "ep")  # type: ignore[misc]
+
+
+def test_schema_errors_come_without_torch_numpy_or_user_code(folder: Path) -> None:
+    (folder / "mynet.py").write_text("raise SystemExit('imported')\n")
+    (folder / "x.yaml").write_text("extends: base.yaml\nmodel: {_target_: mynet.Net}\nseed: x\noptimizer: {lrr: 3}\n")
+    code = (
+        "import sys\nfrom dist_train.config import load_config\nfrom dist_train.config.errors import ConfigError\n"
+        "try:\n    load_config('x.yaml')\nexcept ConfigError as error:\n    print(len(error.problems))\n"
+        "print([name for name in ('torch', 'numpy', 'mynet') if name in sys.modules])\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
+    assert result.stdout.split("\n") == ["2", "[]", ""], result.stderr
+
+
+def test_the_metrics_with_names_are_those_of_the_engine() -> None:
+    from dist_train.config.fields import METRICS
+    from dist_train.engine.metrics import NAMED
+
+    assert list(NAMED) == list(METRICS)
