@@ -86,7 +86,7 @@ class Loss(nn.Module):
             targets = targets.to(outputs.dtype)
         if not self._checked:
             self._check_values(outputs, targets)
-        total = self.function(outputs, targets)
+        total = self.function.forward(outputs, targets)
         return total, (len(outputs) if self.summed else outputs.numel())
 
     def _squeezed(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,7 +124,7 @@ class Loss(nn.Module):
             targets = targets.long()
         if not self._checked:
             self._check_classes(outputs, targets)
-        total = self.function(outputs, targets)
+        total = self.function.forward(outputs, targets)
         if self.summed:
             return total, len(targets)
         kept = targets != self.function.ignore_index

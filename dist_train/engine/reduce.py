@@ -6,14 +6,23 @@ One small interface, two forms: `SingleProcess`, and `DataParallel` around torch
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from dist_train.engine.buffers import take_from_rank_zero
 from dist_train.engine.precision import Precision
 from dist_train.engine.task import Task, as_step_output
+
+
+# Buffers differ over the ranks during an epoch, as in DDP everywhere; rank 0's are taken before an evaluation or a save.
+# torch 2.15 renamed the argument.
+_DDP = nn.parallel.DistributedDataParallel
+_RENAMED = "forward_sync_buffers" in inspect.signature(_DDP.__init__).parameters
+_BUFFERS_STAY: dict[str, Any] = {"forward_sync_buffers" if _RENAMED else "broadcast_buffers": False}
 
 
 class Reducer(Protocol):
@@ -26,7 +35,7 @@ class Reducer(Protocol):
         """Add one micro-batch's gradient of `scale * loss sum`; `last` marks this rank's last one of the step."""
 
     def finish(self) -> tuple[Tensor, Tensor]:
-        """(loss sum, weight) of the step over all ranks and micro-batches: 0-dim float64 tensors on the device."""
+        """(loss sum, weight) of the step over all ranks and micro-batches: 0-dim tensors on the device."""
 
 
 class _Objective(nn.Module):
@@ -77,13 +86,13 @@ class DataParallel:
         self.precision = precision
         self.find_unused = find_unused_parameters
         self.objective = _Objective(model, task, scaler, world_size)
-        self.ddp = nn.parallel.DistributedDataParallel(
+        take_from_rank_zero(model.buffers(), world_size)
+        self.ddp = _DDP(
             self.objective,
             bucket_cap_mb=bucket_mb,
             find_unused_parameters=find_unused_parameters,
             gradient_as_bucket_view=True,
-            # Buffers differ over the ranks during an epoch, as in DDP everywhere; rank 0's are taken before an evaluation or a save.
-            broadcast_buffers=False,
+            **_BUFFERS_STAY,
         )
 
     def warm_up(self, batch: Any, rewind: Callable[[], object]) -> None:
@@ -136,6 +145,7 @@ class SingleProcess:
         self.model, self.task, self.precision, self.scaler = model, task, precision, scaler
         self._loss: Tensor | None = None
         self._weight: Tensor | float = 0.0
+        self._factor = (0.0, torch.empty(0))
 
     def warm_up(self, batch: Any, rewind: Callable[[], object]) -> None:
         """Nothing to settle."""
@@ -144,17 +154,21 @@ class SingleProcess:
         """See `Reducer`."""
         with self.precision.autocast():
             output = as_step_output(self.task.step(self.model, batch))
-        objective = output.loss * scale
+        loss = output.loss
         if self.scaler is not None:
-            objective = self.scaler.scale(objective)
-        objective.backward()
-        loss = output.loss.detach()
-        self._loss = loss if self._loss is None else self._loss.double() + loss
-        self._weight = output.weight if isinstance(self._weight, float) and not self._weight else self._weight + output.weight
+            self.scaler.scale(loss * scale).backward()
+        else:
+            if self._factor[0] != scale:
+                self._factor = (scale, torch.full_like(loss, scale))
+            loss.backward(self._factor[1])  # a factor in the backward costs nothing; in the forward it would be two more kernels
+        loss = loss.detach()
+        if self._loss is None:
+            self._loss, self._weight = loss, output.weight
+        else:
+            self._loss, self._weight = self._loss.double() + loss, self._weight + output.weight
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """See `Reducer`."""
         assert self._loss is not None
-        weight = torch.as_tensor(self._weight, dtype=torch.float64, device=self._loss.device)
-        loss, self._loss, self._weight = self._loss.double(), None, 0.0
-        return loss, weight
+        loss, weight, self._loss = self._loss, self._weight, None
+        return loss, weight if isinstance(weight, Tensor) else torch.full_like(loss, weight)

@@ -57,7 +57,9 @@ class Stepper:
         self.totals = torch.zeros(2, dtype=torch.float64, device=device)
         self.grad_norm: Tensor | None = None
         self.guard = FiniteGuard(optimizer, device, scaler is not None, on_nonfinite)
+        self._loss_total, self._weight_total = self.totals.unbind()  # views
         self._one = torch.ones((), device=device)
+        self._samples = (1, torch.ones((), dtype=torch.float64, device=device))
         self._warm = False
 
     def __call__(self, work: StepWork, want_norm: bool) -> None:
@@ -100,28 +102,33 @@ class Stepper:
 
     def _divide(self, gradients: Sequence[Tensor], loss: Tensor, weight: Tensor, samples: int) -> None:
         """Gradients of the mean over the samples become gradients of the loss's own mean; any inf or nan is found in the same pass."""
-        ratio = self._one if self.summed else samples / weight
-        lists: dict[torch.dtype, list[Tensor]] = {torch.float32: [loss.float()]}
+        lists: dict[torch.dtype, list[Tensor]] = {loss.dtype: [loss.clone()]}
         for gradient in gradients:
             lists.setdefault(gradient.dtype, []).append(gradient)
-        if not self.summed and torch.float64 in lists:
-            torch._foreach_mul_(lists[torch.float64], ratio)  # the fused kernel takes a float32 factor only
         self.guard.found.zero_()
         for dtype, tensors in lists.items():
-            factor = self._one if dtype == torch.float64 else ratio.float()
-            torch._amp_foreach_non_finite_check_and_unscale_(tensors, self.guard.found, factor)
+            factor = self._one
+            if not self.summed:
+                if self._samples[0] != samples:
+                    self._samples = (samples, torch.full_like(self._samples[1], samples))
+                factor = torch.div(self._samples[1], weight)  # float64 on the way: exact where it is a whole number
+                if dtype == torch.float64:
+                    torch._foreach_mul_(tensors, factor)  # the fused kernel takes a float32 factor only
+                    factor = self._one
+            torch._amp_foreach_non_finite_check_and_unscale_(tensors, self.guard.found, factor.float())
 
     def _update(self, loss: Tensor, weight: Tensor, work: StepWork) -> None:
-        told = torch.stack([loss, weight])
         if self.guard.on_host:
-            bad = self.guard.read_now()
-            if bad:
+            if self.guard.read_now():
                 self.guard.answer(work.step + 1, work.indices, self.model, loss)
             else:
-                self.totals += told
+                self._loss_total.add_(loss)
+                self._weight_total.add_(weight)
                 self._optimizer_step()
         else:
-            self.totals += torch.where(self.guard.found > 0, 0.0, told)
+            good = self.guard.found == 0
+            self._loss_total.add_(loss.where(good, 0))
+            self._weight_total.add_(weight.where(good, 0))
             self._optimizer_step()
             self.guard.record(work.step + 1)
         if self.scaler is not None:

@@ -67,9 +67,9 @@ class Supervised:
         outputs = call_model(model, inputs)
         if torch.is_autocast_enabled(_device_type(outputs)):
             with torch.autocast(_device_type(outputs), enabled=False):
-                total, weight = self.loss(outputs, targets)
+                total, weight = self.loss.forward(outputs, targets)
         else:
-            total, weight = self.loss(outputs, targets)
+            total, weight = self.loss.forward(outputs, targets)
         return StepOutput(total, weight, outputs, targets)
 
     def predict(self, model: nn.Module, batch: Any) -> Any:
