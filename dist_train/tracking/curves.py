@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import os
@@ -14,10 +15,12 @@ from dist_train.tracking.records import FIELDS, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLORS = {"train": "#4c78a8", "val": "#e4572e", "test": "#2a9d5c", "lr": "#6b7280"}
 PANELS = 4  # metrics drawn beside the loss at most
 POINTS = 1500  # of a line; more can't be seen
+TITLES = {"lr": "learning rate", "samples_per_s": "samples/s", "data_wait": "share of time waiting for data"}
 # for names in other scripts, where one is installed
 FONTS = ["DejaVu Sans", "Noto Sans CJK SC", "WenQuanYi Zen Hei", "PingFang SC", "Microsoft YaHei"]
 # recorded for diagnosis; the report shows them
@@ -45,34 +48,49 @@ def draw_curves(rows: Sequence[Row], path: str | os.PathLike[str], title: str = 
 
     rows: as records.read_rows gives them; any subset of splits will do, none as well. title: the run's name.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     panels = ["loss", *metric_names(rows)[:PANELS], "lr"]
     columns = min(3, len(panels))
     lines = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(5.2 * columns, 3.6 * lines + 0.5), dpi=110, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
+    figure = new_figure(5.2 * columns, 3.6 * lines + 0.5)
     if title:
-        figure.suptitle(_plain(title), fontsize=14, fontweight="bold", x=0.01, ha="left", fontfamily=FONTS)
+        figure.suptitle(plain(title), fontsize=14, fontweight="bold", x=0.01, ha="left", fontfamily=FONTS)
     axes = figure.subplots(lines, columns, squeeze=False).flatten()
     for axis, name in zip(axes, panels, strict=False):
-        _panel(axis, rows, name)
+        draw_panel(axis, rows, name)
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     path = Path(path)
     part = path.with_name(f".{path.name}.part")
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a name in a script that the font lacks
-        figure.savefig(part, format="png")
+    part.write_bytes(render(figure, "png"))
     os.replace(part, path)
 
 
-def _panel(axis: Axes, rows: Sequence[Row], name: str) -> None:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of that many inches that needs no display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def render(figure: Figure, kind: str) -> bytes:
+    """The figure as "png" or "svg" (whose text stays text)."""
+    import matplotlib
+
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
+    out = io.BytesIO()
+    with warnings.catch_warnings(), matplotlib.rc_context({"svg.fonttype": "none"}):
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a name in a script that the font lacks
+        figure.savefig(out, format=kind)
+    return out.getvalue()
+
+
+def draw_panel(axis: Axes, rows: Sequence[Row], name: str) -> None:
     """One metric's panel: a line a split, a point where there is only one value (test)."""
     drawn: list[float] = []
-    for split in ("train", "val", "test") if name != "lr" else ("train",):
+    for split in ("train", "val", "test") if name not in ASIDE else ("train",):
         steps, values = series(rows, split, name)
         good = [value for value in values if math.isfinite(value)]
         if len(good) < len(values):
@@ -81,16 +99,16 @@ def _panel(axis: Axes, rows: Sequence[Row], name: str) -> None:
             continue
         drawn += good
         label = split if split == "train" else f"{split}  {good[-1]:.4g}"
-        style: dict[str, Any] = {"color": COLORS["lr" if name == "lr" else split], "label": label}
+        style: dict[str, Any] = {"color": COLORS["lr" if name in ASIDE else split], "label": label}
         if split == "test" or len(good) == 1:
             style.update(marker="D" if split == "test" else "o", linestyle="none", zorder=5)
         elif split == "val":
             style.update(linewidth=1.8, marker="o" if len(values) <= 40 else "", markersize=3.5)
         axis.plot(steps, values, **{"linewidth": 1.4, **style})
-    _dress(axis, {"lr": "learning rate"}.get(name, name))
+    dress(axis, TITLES.get(name, name))
     if not drawn:
         axis.text(0.5, 0.5, "no values", ha="center", va="center", color="#9ca3af", transform=axis.transAxes)
-    elif name == "lr":
+    elif name in ASIDE:
         axis.set_ylim(bottom=0)
     else:
         axis.legend(frameon=False, fontsize=9)
@@ -106,12 +124,12 @@ def _mark_not_finite(axis: Axes, step: int) -> None:
     )
 
 
-def _dress(axis: Axes, title: str) -> None:
+def dress(axis: Axes, title: str, x: str = "step") -> None:
     """What all panels share."""
     from matplotlib.ticker import MaxNLocator
 
-    axis.set_title(_plain(title), loc="left", fontsize=11)
-    axis.set_xlabel("step", fontsize=9)
+    axis.set_title(plain(title), loc="left", fontsize=11)
+    axis.set_xlabel(x, fontsize=9)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     axis.tick_params(labelsize=8.5)
     axis.grid(True, color="#e5e7eb", linewidth=0.8)
@@ -119,6 +137,6 @@ def _dress(axis: Axes, title: str) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text that matplotlib doesn't take for mathematics."""
     return text.replace("$", r"\$")

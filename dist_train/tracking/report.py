@@ -1,0 +1,265 @@
+"""report.html: one file that shows a run, or several beside each other; no scripts, nothing from the network."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from dist_train.tracking.curves import ASIDE, draw_panel, dress, metric_names, new_figure, render, series
+from dist_train.tracking.figures import (
+    Boundary,
+    Confusion,
+    Regression,
+    boundary_gif,
+    draw_boundary,
+    draw_confusion,
+    draw_regression,
+    picture_png,
+)
+from dist_train.tracking.records import Row, read_rows
+from dist_train.tracking.text import format_number, format_seconds
+
+Picture = Confusion | Regression | Boundary
+RUN_COLORS = ("#4c78a8", "#e4572e", "#2a9d5c", "#8b5cf6", "#d97706", "#0e7490", "#be185d", "#4d7c0f")
+STYLE = """
+:root{color-scheme:light}*{box-sizing:border-box}
+body{font:16px/1.5 system-ui,"Segoe UI",Roboto,"Noto Sans CJK SC",sans-serif;color:#1f2937;background:#f3f4f6;margin:0}
+main{max-width:1180px;margin:0 auto;padding:16px}
+h1{font-size:1.6rem;margin:.4rem 0;overflow-wrap:anywhere}h2{font-size:1.1rem;margin:0 0 .6rem}
+section{background:#fff;border:1px solid #e5e7eb;border-radius:10px;padding:14px 16px;margin:12px 0}
+.tiles,.panels,.worst{display:grid;gap:10px;grid-template-columns:repeat(auto-fill,minmax(140px,1fr))}
+.panels{grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr))}
+.worst{grid-template-columns:repeat(auto-fill,minmax(118px,1fr))}
+.tile{border-left:3px solid #4c78a8;padding:2px 10px}.tile b{display:block;font-size:1.25rem;overflow-wrap:anywhere}
+.tile span,figcaption,.quiet{color:#6b7280;font-size:.85rem}
+img{max-width:100%;height:auto;display:block}.panels img{width:100%}
+figure{margin:0}.worst img{image-rendering:pixelated;background:#000}
+.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem}
+th,td{text-align:left;padding:3px 14px 3px 0;border-bottom:1px solid #e5e7eb;vertical-align:top}
+td{overflow-wrap:anywhere;min-width:5em}th{color:#6b7280;font-weight:600}
+pre{font-size:.82rem;overflow-x:auto;background:#f9fafb;padding:10px;border-radius:6px;margin:0;white-space:pre-wrap}
+.completed{border-color:#2a9d5c}.failed{border-color:#b91c1c}.preempted,.running{border-color:#d97706}
+@media print{body{background:#fff;font-size:11pt}section{border:none;padding:0}pre{overflow:visible}}
+"""
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{title}</title><style>{style}</style></head><body><main>
+<h1>{title}</h1>
+{body}
+</main></body></html>
+"""
+
+
+def write_report(
+    root: str | os.PathLike[str],
+    *,
+    pictures: Sequence[Picture] = (),
+    environment: Mapping[str, str] | None = None,
+) -> Path:
+    """Writes report.html into a run's directory, from the files there; whatever is missing is left out.
+
+    Read: metrics.jsonl, status.json, result.json, attempts.jsonl, config.yaml (as DESIGN section 4 has them). pictures:
+    what the model does, computed by the caller. environment: label and value (versions, hosts). Returns the path.
+    """
+    root = Path(root)
+    rows = read_rows(root / "metrics.jsonl")
+    status, result = _json(root / "status.json"), _json(root / "result.json")
+    attempts = [json.loads(line) for line in _text(root / "attempts.jsonl").splitlines() if line.endswith("}")]
+    body = [
+        _tiles(rows, status, result),
+        _section("Error", f"<pre>{escape(str(status['error']))}</pre>") if status.get("error") else "",
+        _curves(rows),
+        _best(result),
+        *(_picture(picture) for picture in pictures),
+        _section("Starts and ends", _records(attempts)) if attempts else "",
+        _section("Config", f"<pre>{escape(_text(root / 'config.yaml'))}</pre>") if _text(root / "config.yaml") else "",
+        _section("Environment", _table(("", ""), environment.items())) if environment else "",
+    ]
+    return _write(root / "report.html", root.resolve().name, body)
+
+
+def write_comparison(roots: Sequence[str | os.PathLike[str]], path: str | os.PathLike[str]) -> Path:
+    """Lays the curves of several runs over each other, with results and the keys in which their configs differ."""
+    import yaml
+
+    paths = [Path(root) for root in roots]
+    names = [root.resolve().name for root in paths]
+    if len(set(names)) < len(names):
+        names = [str(root) for root in paths]
+    every = [read_rows(root / "metrics.jsonl") for root in paths]
+    panels = ["loss", *dict.fromkeys(name for rows in every for name in metric_names(rows)), "lr"]
+    shown = "".join(_image(_overlay(every, names, name), f"{name} of all runs") for name in panels)
+    configs = [yaml.safe_load(_text(root / "config.yaml") or "{}") for root in paths]
+    results = [_json(root / "result.json") for root in paths]
+    outcome = [(name, *_result_cells(result, rows)) for name, result, rows in zip(names, results, every, strict=True)]
+    body = [
+        _section("Results", _table(("run", "state", "step", "time", "val", "test"), outcome)),
+        _section("Curves", f'<div class="panels">{shown}</div>'),
+        _section("Where the configs differ", _table(("key", *names), differences(configs)) or "nowhere"),
+    ]
+    return _write(Path(path), " / ".join(names), body)
+
+
+def differences(configs: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """(key, value in each config) of the dotted keys that aren't the same in all; `-` where there is none."""
+    flat = [dict(_flatten(config)) for config in configs]
+    keys = dict.fromkeys(key for config in flat for key in config)
+    rows = [(key, *(str(config.get(key, "-")) for config in flat)) for key in keys]
+    return [row for row in rows if len(set(row[1:])) > 1]
+
+
+def _flatten(value: Any, key: str = "") -> Iterable[tuple[str, Any]]:
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else None
+    if items is None or not value:
+        yield key, value
+        return
+    for name, part in items:
+        yield from _flatten(part, f"{key}.{name}" if key else str(name))
+
+
+def _tiles(rows: list[Row], status: dict[str, Any], result: dict[str, Any]) -> str:
+    """The figures that a person looks for first."""
+    state = str(result.get("state") or status.get("state") or "unknown")
+    tiles = [("state", state)]
+    for split in ("test", "val"):
+        values = (result.get("metrics") or {}).get(split) or {}
+        tiles += [(f"{split} {name}", format_number(name, value)) for name, value in values.items() if _real(value)]
+    step, epoch = (result.get(key, status.get(key)) for key in ("step", "epoch"))
+    tiles += [
+        ("step", f"{step:,}" if isinstance(step, int) else ""),
+        ("epoch", str(epoch if epoch is not None else "")),
+    ]
+    tiles.append(("processes", str(result.get("world_size", status.get("world_size", "")))))
+    if _real(result.get("seconds")):
+        tiles.append(("time", format_seconds(result["seconds"])))
+    for name, label, mean in (("samples_per_s", "samples/s", median), ("data_wait", "waiting for data", fmean)):
+        values = [row[name] for row in rows if _real(row.get(name)) and row[name] == row[name]]
+        if values:
+            tiles.append((label, f"{mean(values):.0%}" if name == "data_wait" else format_number(name, mean(values))))
+    css = state if state in ("completed", "failed", "preempted", "running") else ""
+    cells = [f'<div class="tile {css}"><span>{escape(k)}</span><b>{escape(v)}</b></div>' for k, v in tiles if v]
+    return f'<section><div class="tiles">{"".join(cells)}</div></section>'
+
+
+def _curves(rows: list[Row]) -> str:
+    names = ["loss", *metric_names(rows), *(name for name in ASIDE if any(name in row for row in rows))]
+    pictures = []
+    for name in names if rows else ():
+        figure = new_figure(4.4, 3.1)
+        draw_panel(figure.subplots(), rows, name)
+        pictures.append(_image(render(figure, "svg"), f"{name} over the steps"))
+    return _section("Curves", f'<div class="panels">{"".join(pictures)}</div>') if pictures else ""
+
+
+def _overlay(every: Sequence[list[Row]], names: Sequence[str], metric: str) -> bytes:
+    """One metric of all runs: val (the train rows where there is no val), a color a run."""
+    figure = new_figure(5.2, 3.6)
+    axis = figure.subplots()
+    for i, (rows, name) in enumerate(zip(every, names, strict=True)):
+        split = "val" if metric != "lr" and series(rows, "val", metric)[0] else "train"
+        steps, values = series(rows, split, metric)
+        if steps:
+            label = name.replace("$", r"\$").lstrip("_") + (f"  {values[-1]:.4g}" if metric != "lr" else "")
+            axis.plot(steps, values, color=RUN_COLORS[i % len(RUN_COLORS)], linewidth=1.6, label=label)
+    dress(axis, metric)
+    if axis.lines:
+        axis.legend(frameon=False, fontsize=8.5)
+    return render(figure, "svg")
+
+
+def _best(result: dict[str, Any]) -> str:
+    """The checkpoint that was kept, and its metrics."""
+    metrics = result.get("metrics") or {}
+    rows = [(split, n, format_number(n, v)) for split, values in metrics.items() for n, v in values.items() if _real(v)]
+    if not rows:
+        return ""
+    facts = [(k, str(v)) for k, v in result.items() if k != "metrics" and not isinstance(v, dict | list)]
+    return _section("The model that was kept", _table(("split", "metric", "value"), rows) + _table(("", ""), facts))
+
+
+def _picture(picture: Picture) -> str:
+    if isinstance(picture, Confusion):
+        cells = []
+        for example in picture.worst:
+            shown = (
+                ""
+                if example.picture is None
+                else _image(picture_png(example.picture), f"sample {example.index}", "png")
+            )
+            caption = (
+                f"{example.truth} taken for {example.prediction}, {example.probability:.0%}; sample {example.index}"
+            )
+            cells.append(f"<figure>{shown}<figcaption>{escape(caption)}</figcaption></figure>")
+        worst = f'<h2>Most wrong</h2><div class="worst">{"".join(cells)}</div>' if cells else ""
+        return _section("Confusion matrix", _image(render(draw_confusion(picture), "svg"), "confusion matrix") + worst)
+    if isinstance(picture, Regression):
+        return _section(
+            "Predicted against true", _image(render(draw_regression(picture), "svg"), "predicted over true")
+        )
+    stills = sorted({0, len(picture.frames) // 3, 2 * len(picture.frames) // 3, len(picture.frames) - 1})
+    frames = [_image(boundary_gif(picture), "the decision boundary as it moved", "gif")]
+    frames += [_image(render(draw_boundary(picture, i), "png"), f"boundary, frame {i}", "png") for i in stills]
+    return _section("Decision boundary", f'<div class="panels">{"".join(frames)}</div>')
+
+
+def _records(records: Sequence[Mapping[str, Any]]) -> str:
+    """attempts.jsonl as a table."""
+    rows = []
+    for record in records:
+        rest = {key: value for key, value in record.items() if key not in ("time", "event")}
+        text = ", ".join(f"{key} {value}" for key, value in rest.items() if value not in (None, ""))
+        rows.append((str(record.get("time", ""))[:19].replace("T", " "), str(record.get("event", "")), text))
+    return _table(("time (UTC)", "", ""), rows)
+
+
+def _result_cells(result: dict[str, Any], rows: list[Row]) -> tuple[str, ...]:
+    metrics = result.get("metrics") or {}
+
+    def cell(split: str) -> str:
+        values = metrics.get(split) or {}
+        return ", ".join(f"{name} {format_number(name, value)}" for name, value in values.items() if _real(value))
+
+    step = result.get("step") or max((row["step"] for row in rows), default=0)
+    seconds = result.get("seconds")
+    time = format_seconds(seconds) if isinstance(seconds, int | float) else ""
+    return str(result.get("state", "not completed")), f"{step:,}", time, cell("val"), cell("test")
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    top = "".join(f"<th>{escape(name)}</th>" for name in head) if any(head) else ""
+    lines = ["<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows]
+    return f'<div class="scroll"><table><tr>{top}</tr>{"".join(lines)}</table></div>' if lines else ""
+
+
+def _section(title: str, content: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>{content}</section>"
+
+
+def _image(data: bytes, text: str, kind: str = "svg+xml") -> str:
+    return f'<img alt="{escape(text)}" src="data:image/{kind};base64,{base64.b64encode(data).decode()}">'
+
+
+def _write(path: Path, title: str, body: Sequence[str]) -> Path:
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(PAGE.format(title=escape(title), style=STYLE, body="\n".join(filter(None, body))), encoding="utf-8")
+    os.replace(part, path)
+    return path
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(_text(path) or "{}")
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+def _real(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
