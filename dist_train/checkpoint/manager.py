@@ -147,7 +147,10 @@ class CheckpointManager:
         """
         try:
             self._sweep_once()
-            return self._store.newest(repair=True)
+            found = self._store.newest(repair=True)
+            if found is not None:
+                self._mine.add(found.manifest.attempt)
+            return found
         finally:
             self._flush()
 
@@ -177,6 +180,8 @@ class CheckpointManager:
         try:
             self._sweep_once()
             self._store.supersede(after=found.step if found else -1)
+            if found is not None:
+                self._mine.add(found.manifest.attempt)
             self.published = found.step if found else None
         finally:
             self._flush()

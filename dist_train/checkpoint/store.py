@@ -448,14 +448,15 @@ class CheckpointStore:
         return [name for name in self.storage.list() if _ASIDE.fullmatch(name)]
 
     def _raw_manifest(self, name: str) -> bytes | None:
-        try:
-            return self.storage.read_bytes(f"{name}/{MANIFEST}")
-        except (IsADirectoryError, NotADirectoryError):
-            raise DamagedError(MANIFEST, "not a file") from None
-        except FileNotFoundError:
-            if self.storage.is_local and self.storage.exists(name):
-                raise DamagedError(MANIFEST, "missing") from None
-            return None
+        for _ in range(2):  # it may be published, whole, between the first read and the look at its directory
+            try:
+                return self.storage.read_bytes(f"{name}/{MANIFEST}")
+            except (IsADirectoryError, NotADirectoryError):
+                raise DamagedError(MANIFEST, "not a file") from None
+            except FileNotFoundError:
+                if not self.storage.is_local or not self.storage.exists(name):
+                    return None
+        raise DamagedError(MANIFEST, "missing")
 
     def _is_there(self, step: int) -> bool:
         try:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
-from dist_train.runtime.storage import Storage
+from dist_train.runtime.storage import Storage, StorageError
 
 
 class ObjectStorage(Storage):
@@ -32,7 +32,11 @@ class ObjectStorage(Storage):
 
         def action() -> int:
             bucket, prefix, _ = self.fs.split_path(self._at(name))
-            stale = [u for u in self.fs.list_multipart_uploads(bucket) if u["Key"].startswith(prefix.rstrip("/") + "/")]
+            try:
+                uploads = self.fs.list_multipart_uploads(bucket)
+            except FileNotFoundError as error:
+                raise StorageError(f"cannot use {self.location}: {error}") from error
+            stale = [upload for upload in uploads if upload["Key"].startswith(prefix.rstrip("/") + "/")]
             for upload in stale:
                 self.fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
             return len(stale)

@@ -1,0 +1,130 @@
+"""A real S3 server behind a cable that is cut: for a moment, for long, for good, in the middle of an upload."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import fsspec
+import pytest
+import torch
+from checkpoint_states import assert_whole, save, state_of
+
+from dist_train.checkpoint.manager import CheckpointManager
+from dist_train.checkpoint.manifest import CheckpointError
+from dist_train.checkpoint.store import CheckpointStore, find_at
+from dist_train.runtime.storage import Storage, StorageError
+
+Make = Callable[..., CheckpointManager]
+
+
+@pytest.fixture
+def wired(cable: Any, s3_url: str) -> Storage:
+    """The store at the far end of the cable."""
+    fsspec.filesystem("s3").clear_instance_cache()
+    options = {
+        "client_kwargs": {"endpoint_url": f"http://127.0.0.1:{cable.port}"},
+        "config_kwargs": {"retries": {"max_attempts": 0}, "connect_timeout": 2, "read_timeout": 2},
+        "default_block_size": 5 << 20,
+    }
+    return Storage(s3_url, options=options, patience=1.0)
+
+
+def big_state(step: int) -> dict[str, Any]:
+    """Takes a multipart upload."""
+    return {**state_of(step), "big": torch.zeros(3 << 20)}
+
+
+def test_a_store_that_is_away_for_a_moment_is_waited_for(
+    wired: Storage, s3_url: str, cable: Any, manager_at: Make
+) -> None:
+    wired.patience = 30
+    manager = manager_at(wired)
+    save(manager, 1)
+    cable.cut()
+    threading.Timer(2, cable.heal).start()
+    save(manager, 2)
+    assert_whole(CheckpointStore(Storage(s3_url)).newest(), 2)
+
+
+def test_a_store_that_stays_away_fails_the_save_and_keeps_the_last_one(
+    wired: Storage, s3_url: str, cable: Any, manager_at: Make
+) -> None:
+    manager = manager_at(wired)
+    save(manager, 1)
+    cable.cut()
+    with pytest.raises(CheckpointError, match=rf"saving step 2 in {s3_url} failed: .*onnect.*; step 1 is untouched"):
+        save(manager, 2)
+    with pytest.raises(StorageError, match=rf"cannot list uploads below {s3_url}: .*onnect"):
+        manager_at(wired).newest()
+    cable.heal()
+    reader = CheckpointStore(Storage(s3_url))
+    assert [row.state for row in reader.verify_all()] == ["good"]
+    assert_whole(reader.newest(), 1)
+    save(manager, 3)
+    assert_whole(reader.newest(), 3)
+
+
+@pytest.mark.parametrize("megabytes", [3, 8])
+def test_a_cable_cut_in_the_middle_of_an_upload_leaves_nothing_to_be_seen(
+    wired: Storage, s3_url: str, cable: Any, manager_at: Make, megabytes: int
+) -> None:
+    manager = manager_at(wired)
+    save(manager, 1)
+    cable.budget = megabytes << 20
+    manager.save(2, big_state(2), {})
+    with pytest.raises(CheckpointError, match=r"saving step 2 .*big\.pt: cannot write s3://.*step 1 is untouched"):
+        manager.wait()
+    cable.heal()
+    far = Storage(s3_url)
+    assert [row.state for row in CheckpointStore(far).verify_all()] == ["good"]
+    assert not [name for name in far.walk() if name.endswith("big.pt")]
+    fresh = manager_at(far)
+    assert_whole(fresh.newest(), 1)
+    assert {name.split("/")[0] for name in far.walk()} == {"step-00000001"}
+    assert far.fs.list_multipart_uploads("bucket") == []  # type: ignore[attr-defined]
+    fresh.save(2, big_state(2), {}, wait=True)
+    assert_whole(CheckpointStore(far).newest(), 2)
+
+
+def test_a_passing_failure_in_an_upload_is_mended(wired: Storage, s3_url: str, cable: Any, manager_at: Make) -> None:
+    wired.patience = 30
+    manager = manager_at(wired)
+    cable.budget = 8 << 20
+    threading.Timer(1.5, cable.heal).start()
+    manager.save(2, big_state(2), {})
+    manager.wait()
+    found = CheckpointStore(Storage(s3_url)).newest()
+    assert_whole(found, 2)
+    assert found is not None
+    assert torch.equal(found.load("big"), torch.zeros(3 << 20))
+
+
+def test_what_another_process_published_is_seen_at_once(s3_url: str, manager_at: Make) -> None:
+    reader = CheckpointStore(Storage(s3_url))
+    assert reader.newest() is None
+    save(manager_at(Storage(s3_url)), 1)
+    assert_whole(reader.newest(), 1)
+    assert_whole(find_at(s3_url.removesuffix("/checkpoints")), 1)
+    assert_whole(find_at(f"{s3_url}/step-00000001"), 1)
+
+
+def test_a_bucket_that_is_not_there_is_named_at_once(s3_url: str, manager_at: Make) -> None:
+    started = time.monotonic()
+    storage = Storage(f"s3://no-such-bucket-{uuid.uuid4().hex}/checkpoints")
+    with pytest.raises(StorageError, match=r"cannot use s3://no-such-bucket.*bucket does not exist"):
+        manager_at(storage).newest()
+    assert time.monotonic() - started < 10
+
+
+def test_a_checkpoint_copied_from_a_store_to_a_disk_is_whole_there(
+    s3_url: str, manager_at: Make, tmp_path: Any
+) -> None:
+    far, near = Storage(s3_url), Storage(tmp_path)
+    save(manager_at(far), 1)
+    for name in far.walk():
+        near.write_atomic(name, far.read_bytes(name))
+    assert_whole(CheckpointStore(near).newest(), 1)
