@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from dist_train.tracking.curves import ASIDE, draw_panel, dress, metric_names, new_figure, render, series
+from dist_train.tracking.curves import ASIDE, TITLES, draw_panel, dress, metric_names, new_figure, render, series
 from dist_train.tracking.figures import (
     Boundary,
     Confusion,
@@ -45,6 +45,7 @@ th,td{text-align:left;padding:3px 14px 3px 0;border-bottom:1px solid #e5e7eb;ver
 td{overflow-wrap:anywhere;min-width:5em}th{color:#6b7280;font-weight:600}
 pre{font-size:.82rem;overflow-x:auto;background:#f9fafb;padding:10px;border-radius:6px;margin:0;white-space:pre-wrap}
 .completed{border-color:#2a9d5c}.failed{border-color:#b91c1c}.preempted,.running{border-color:#d97706}
+h2{break-after:avoid}img,tr{break-inside:avoid}section>img{max-height:34rem;width:auto}.scroll+.scroll{margin-top:12px}
 @media print{body{background:#fff;font-size:11pt}section{border:none;padding:0}pre{overflow:visible}}
 """
 PAGE = """<!DOCTYPE html>
@@ -168,7 +169,7 @@ def _overlay(every: Sequence[list[Row]], names: Sequence[str], metric: str) -> b
         if steps:
             label = name.replace("$", r"\$").lstrip("_") + (f"  {values[-1]:.4g}" if metric != "lr" else "")
             axis.plot(steps, values, color=RUN_COLORS[i % len(RUN_COLORS)], linewidth=1.6, label=label)
-    dress(axis, metric)
+    dress(axis, TITLES.get(metric, metric))
     if axis.lines:
         axis.legend(frameon=False, fontsize=8.5)
     return render(figure, "svg")

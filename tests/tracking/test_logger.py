@@ -12,7 +12,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dist_train.tracking import logger as logger_module
@@ -198,3 +200,22 @@ def test_other_ranks_have_a_logger_that_keeps_nothing() -> None:
     log.close("completed")
     public = {name for name in dir(Logger) if not name.startswith("_")}
     assert public == {name for name in dir(NullLogger) if not name.startswith("_")}
+
+
+def test_pictures_histograms_and_graph_are_read_back_by_tensorboard(tmp_path: Path) -> None:
+    log, said = make(tmp_path)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.ReLU())
+    log.graph(model, torch.zeros(1, 4))
+    log.image("inputs", 0, np.zeros((8, 6, 3), np.uint8))
+    log.image("features/conv", 5, np.ones((16, 12), np.float32))
+    log.histogram("weights/0", 5, np.arange(10.0))
+    log.histogram("weights/0", 6, np.array([1.0, math.nan]))
+    log.histogram("weights/0", 7, np.array([]))
+    log.close("completed", timeout=60)
+    assert said == []
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.height, e.width) for e in events.Images("inputs")] == [(0, 8, 6)]
+    assert [(e.step, e.height, e.width) for e in events.Images("features/conv")] == [(5, 16, 12)]
+    assert [(e.step, e.histogram_value.num) for e in events.Histograms("weights/0")] == [(5, 10.0)]
+    assert events.Tags()["graph"]
