@@ -65,10 +65,11 @@ class ObjectStorage(Storage):
             yield file
             file.close()
         except BaseException:
-            # Closing would publish the partial object; the multipart upload is aborted instead.
+            # Closing would publish the partial object, so it is never closed, and its multipart upload is aborted.
             with contextlib.suppress(Exception):
                 file.discard()
-            file.closed = True
+            with contextlib.suppress(AttributeError):
+                file.closed = True
             raise
 
     def _settle(self, name: str, nbytes: int) -> None:
