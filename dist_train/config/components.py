@@ -41,7 +41,8 @@ def locate(path: Any) -> Any:
         return path
     parts = path.split(".")
     if not all(part.isidentifier() for part in parts):
-        raise ConfigError.single("", f"{path!r} is not an import path like package.module.Name")
+        hint = f"; write {path.replace(':', '.')}" if ":" in path else ""
+        raise ConfigError.single("", f"{path!r} is not an import path like package.module.Name{hint}")
     if len(parts) == 1:
         raise ConfigError.single("", f"{path!r} names no module; write module.{path}" + _beside(path))
     module, depth = _import_longest(parts)
@@ -76,7 +77,7 @@ def _import_longest(parts: list[str]) -> tuple[types.ModuleType, int]:
                     return module, depth - 1
                 raise ConfigError.single("", f"no module named {name}" + _nearest_module(name)) from None
             raise ConfigError.single("", _import_failure(name, error)) from error
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a script without `if __name__ == "__main__"` exits
             raise ConfigError.single("", _import_failure(name, error)) from error
     assert module is not None
     return module, len(parts)

@@ -44,6 +44,9 @@ class Says:
         self.text = text
 
 
+_OTHER_SPELLINGS = ("target", "class_path", "_component_", "class", "type", "name")
+
+
 def _component(value: Any) -> Any:
     form = "write a component as {_target_: package.module.Name, argument: value, ...}"
     if isinstance(value, dict):
@@ -54,13 +57,16 @@ def _component(value: Any) -> Any:
             )
         target = value.get("_target_")
         if target is None:
-            raise ValueError(f"_target_ is missing; {form}")
+            other = next((key for key in _OTHER_SPELLINGS if key in value), None)
+            raise ValueError(f"_target_ is missing; {f'{other} is called _target_ here' if other else form}")
         if not isinstance(target, str) and not callable(target):
             raise ValueError(f"_target_ must be a dotted path, found {describe(target)}; {form}")
         if not isinstance(value.get("_args_", []), list):
             raise ValueError(f"_args_ must be a list of positional arguments, found {describe(value['_args_'])}")
         return value
     if value is None or isinstance(value, str | bool | int | float | list):
+        if isinstance(value, str) and "." in value:
+            form = f"write {{_target_: {value}}}, with its arguments beside it"
         raise ValueError(f"expected a component, found {describe(value)}; {form}")
     return value
 
@@ -84,7 +90,7 @@ _COMPONENT_SCHEMA = {
 }
 _DURATION_SCHEMA = {
     "type": "string",
-    "pattern": r"^\s*[0-9.]+\s*(ep|step|s|min|h)\s*$",
+    "pattern": r"^\s*[0-9.eE+]+\s*[A-Za-z]+\s*$",
     "examples": ["20ep", "500step"],
 }
 _NAMED_OR_COMPONENT = {"anyOf": [{"type": "string", "enum": list(METRICS)}, _COMPONENT_SCHEMA]}
@@ -171,6 +177,17 @@ def section_of(annotation: Any) -> type[Section] | None:
 def is_union(annotation: Any) -> bool:
     """Whether an annotation is a union."""
     return get_origin(annotation) in (Union, UnionType)
+
+
+def choices(annotation: Any) -> list[str]:
+    """The words that a type allows: of a Literal, `true` and `false`, `null`."""
+    annotation = bare(annotation)[0]
+    if is_union(annotation):
+        return [word for branch in get_args(annotation) for word in choices(branch)]
+    if get_origin(annotation) is Literal:
+        return [str(value) for value in get_args(annotation)]
+    words: dict[Any, list[str]] = {bool: ["true", "false"], type(None): ["null"]}
+    return words.get(annotation, []) if isinstance(annotation, type) else []
 
 
 def says(annotation: Any) -> str:

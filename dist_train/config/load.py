@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from . import checks, slots
 from .errors import describe, did_you_mean
-from .fields import Section, bare, says, section_of
+from .fields import Section, bare, choices, says, section_of
 from .foreign import FOREIGN, SYNONYMS, example_of
 from .schema import Config
 from .source import COMMAND_LINE, DICT, Key, Tree, apply_overrides, dotted, read_file, read_mapping
@@ -33,8 +33,6 @@ def load_config(
     Raises:
         ConfigError: with every mistake, sorted by place.
     """
-    if isinstance(source, Config):
-        source = source.to_dict()
     if isinstance(source, Mapping):
         path, tree = None, read_mapping(source)
     else:
@@ -55,7 +53,7 @@ def _finish(tree: Tree, path: str | None, default_name: str) -> Config:
         config = _without(tree, broken)
     if config is not None:
         config = _resolve(config, tree, path, default_name)
-        findings = list(checks.cross_checks(config))
+        findings = [] if tree.incomplete else list(checks.cross_checks(config))
         if tree.problems or findings:
             findings += slots.check_sources(config)
         for key, message in findings:
@@ -89,7 +87,8 @@ def _resolve(config: Config, tree: Tree, path: str | None, default_name: str) ->
         paths = [os.path.normpath(os.path.join(origin, os.path.expanduser(entry))) for entry in paths]
     else:
         paths = list(dict.fromkeys([base, os.getcwd()]))
-    config = config.model_copy(update={"run": config.run.model_copy(update={"name": name, "code_paths": paths})})
+    where = {"name": name, "dir": os.path.expanduser(config.run.dir), "code_paths": paths}
+    config = config.model_copy(update={"run": config.run.model_copy(update=where)})
     config._source = path
     config._places = tree.places
     return config
@@ -98,15 +97,19 @@ def _resolve(config: Config, tree: Tree, path: str | None, default_name: str) ->
 def _without(tree: Tree, broken: list[Key]) -> Config | None:
     """The config with its broken keys left out and missing components stood in for, so that other checks can go on."""
 
+    absent = {"_target_": "builtins.object"}
+
     def copy(value: Any, key: Key) -> Any:
+        if key in broken:  # only asked of what other rules look at
+            return absent
         if isinstance(value, dict):
-            return {name: copy(item, (*key, name)) for name, item in value.items() if (*key, name) not in broken}
+            inside = {name: (*key, name) for name in value}
+            return {n: copy(value[n], k) for n, k in inside.items() if k not in broken or k == ("data", "val")}
         if isinstance(value, list):
-            return [copy(item, (*key, index)) for index, item in enumerate(value) if (*key, index) not in broken]
+            inside = {index: (*key, index) for index in range(len(value))}
+            return [copy(value[i], k) for i, k in inside.items() if k not in broken or k[0] == "metrics"]
         return value
 
-    data = copy(tree.data, ())
-    absent = {"_target_": "builtins.object"}
     for _ in range(3):
         data = copy(tree.data, ())
         if isinstance(data.setdefault("data", {}), dict):
@@ -143,27 +146,28 @@ def _translate(tree: Tree, error: ValidationError) -> Iterator[Key]:
         elif item["type"] == "value_error":
             tree.report(key, str(item["ctx"]["error"]))
         else:
-            tree.report(key, mismatch(says(annotation), _at(tree.data, key)))
+            tree.report(key, mismatch(annotation, _at(tree.data, key)))
         yield key
 
 
-def mismatch(expected: str, value: Any) -> str:
+def mismatch(annotation: Any, value: Any) -> str:
     """`expected X, found Y`, with a hint for the slips that YAML invites."""
+    expected, words = says(annotation), choices(annotation)
     hint = ""
     if isinstance(value, str):
-        text = value.strip().replace("_", "")
+        text, lower = value.strip().replace("_", ""), value.lower()
         if "number" in expected and text.count(",") == 1 and text.replace(",", "").lstrip("+-").isdigit():
             hint = f"; the decimal sign is a point: {text.replace(',', '.')}"
         elif "number" in expected and _is_number(text):
             hint = f"; write it without quotes or underscores: {text}"
-        elif "true or false" in expected and value.lower() in ("yes", "no", "on", "off", "y", "n"):
-            hint = f"; write {'true' if value.lower() in ('yes', 'on', 'y') else 'false'}"
-        elif value.lower() in ("none", "nil") and "null" in expected:
+        elif "true" in words and lower in ("yes", "no", "on", "off", "y", "n"):
+            hint = f"; write {'true' if lower in ('yes', 'on', 'y') else 'false'}"
+        elif lower in ("none", "nil") and "null" in words:
             hint = "; write null"
-        elif SYNONYMS.get(value.lower(), value) in expected.replace(",", "").split():
-            hint = f"; write {SYNONYMS[value.lower()]}"
+        elif SYNONYMS.get(lower) in words:
+            hint = f"; write {SYNONYMS[lower]}"
         else:
-            hint = did_you_mean(value, expected.replace(",", "").split(" "))
+            hint = did_you_mean(value, words)
     elif isinstance(value, dict) and "a string" in expected and None in value.values():
         hint = "; braces make a mapping in YAML: put the text in quotes"
     elif isinstance(value, bool | int | float) and "a string" in expected:

@@ -43,7 +43,9 @@ class RunConfig(Section):
         "The run's directory inside `run.dir`. `{time}`, `{job}` and any key, like `{optimizer.lr}`, are filled in. "
         "null: the name of the config file without its ending; from a Python dict: `run`.",
     )
-    dir: Text = harmless("runs", "Where runs are kept: a directory, or any fsspec URL such as `s3://bucket/runs`.")
+    dir: Text = harmless(
+        "runs", "Where runs are kept: a directory (`~` is your home), or any fsspec URL such as `s3://bucket/runs`."
+    )
     code_paths: list[Text] = harmless(
         [],
         "Directories that are searched for your own code before what is installed; relative ones count from the "

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 USER = Path(__file__).with_name("user")
-# Modules that can't be imported: one for a reason of its own, one that needs another, one that isn't Python.
+# Modules that can't be imported: one for a reason of its own, one that needs another, a script, one that isn't Python.
 FAILING = {
     "broken.py": '"""User code."""\n\nimport json\n\nLIMITS = json.loads("{}")["limits"]\n',
     "lacking.py": "\n\nimport a_package_that_is_not_installed\n",
+    "exits.py": "import sys\n\nsys.exit(3)\n",
     "unreadable.py": "class Net\n    pass\n",
 }
 

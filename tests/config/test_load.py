@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_train.config import Config, load_config
+from dist_train.config import load_config
 from dist_train.config.durations import Duration
 from dist_train.config.errors import ConfigError
 from dist_train.config.load import DEFAULT
@@ -218,13 +218,6 @@ def test_a_class_that_can_be_imported_again_is_no_live_object() -> None:
 
 def test_mistakes_in_a_dict_are_told_without_a_line() -> None:
     assert error_of(minimal(sede=3)) == "dict: sede: unknown key; did you mean seed?"
-
-
-def test_a_config_object_is_taken_as_its_own_source() -> None:
-    config = load_config(minimal())
-    again = load_config(config, ["seed=3"])
-    assert isinstance(again, Config)
-    assert again.seed == 3
 
 
 def test_sections_are_frozen() -> None:
