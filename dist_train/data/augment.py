@@ -171,11 +171,14 @@ class Augmentation:
                 f"augment in the dataset's transform instead"
             )
         inputs, targets = batch
+        last = inputs.dim() == 4 and not inputs.is_contiguous()
+        last = last and inputs.is_contiguous(memory_format=torch.channels_last)
         keys = sample_keys(seed, epoch, indices)
         for op, augment in enumerate(self.augments):
             inputs, targets = augment(inputs, targets, Draws(keys, op, inputs.device))
             keys = keys[: len(inputs)]
-        return inputs, targets
+        # indexing gives rows in memory order of its own; the model wants the layout that it was given
+        return inputs.contiguous(memory_format=torch.channels_last) if last else inputs, targets
 
 
 def _images(name: str, inputs: Tensor) -> tuple[int, int, int, int]:

@@ -1,11 +1,13 @@
-"""Datasets that come with the package."""
+"""Datasets that come with the package. Any other `Dataset` is named by its import path."""
 
 from __future__ import annotations
 
 import gzip
 import importlib.util
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +16,36 @@ from torch.utils.data import Dataset
 
 from dist_train.data.errors import DataError
 from dist_train.data.plan import Indices
-from dist_train.data.splits import cut_indices
+from dist_train.data.reading import dataset_length
+from dist_train.data.splits import cut_indices, part_sizes, split_place
+from dist_train.runtime.seeding import SPLIT
 
-_DIGITS_SPLIT = {"train": 1257, "val": 180, "test": 360}
+
+class TensorData(Dataset[Any]):
+    """Samples that lie in memory as tensors; read a batch at a time.
+
+    Attributes:
+        inputs: (N, ...).
+        targets: (N, ...), or None: items are then inputs alone, for prediction.
+    """
+
+    def __init__(self, inputs: Tensor, targets: Tensor | None) -> None:
+        self.inputs, self.targets = inputs, targets
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: int) -> Any:
+        if self.targets is None:
+            return self.inputs[index]
+        target = self.targets[index]
+        return self.inputs[index], target if target.is_floating_point() else target.item()
+
+    def read_batch(self, indices: Indices) -> Any:
+        """The collated batch of the samples `indices`, (n,) int64."""
+        where = torch.from_numpy(indices)
+        inputs = self.inputs.index_select(0, where)
+        return inputs if self.targets is None else (inputs, self.targets.index_select(0, where))
 
 
 @cache
@@ -37,7 +66,7 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
     return bunch.data.astype(np.float32), bunch.target.astype(np.int64)
 
 
-class Digits(Dataset[tuple[Tensor, int]]):
+class Digits(TensorData):
     """Real handwritten digits: 1,797 grey images of 8x8 pixels in ten classes, shipped with scikit-learn.
 
     Source: UCI "Optical Recognition of Handwritten Digits" (E. Alpaydin, C. Kaynak, 1998), its test part.
@@ -50,24 +79,99 @@ class Digits(Dataset[tuple[Tensor, int]]):
     """
 
     classes = [str(digit) for digit in range(10)]
-    deterministic_items = True
 
     def __init__(self, split: str = "train", *, flat: bool = False) -> None:
-        if split not in _DIGITS_SPLIT:
-            raise DataError(f"Digits: expected split to be one of {', '.join(_DIGITS_SPLIT)}, found {split!r}")
         pixels, labels = _digits()
-        part = cut_indices(list(_DIGITS_SPLIT.values()), seed=0, labels=labels)[list(_DIGITS_SPLIT).index(split)]
+        part = cut_indices([1257, 180, 360], seed=0, labels=labels)[split_place("Digits", split)]
         images = torch.from_numpy(pixels[part] / 16.0)
-        self.inputs = images if flat else images.view(-1, 1, 8, 8)
-        self.targets = torch.from_numpy(labels[part])
+        super().__init__(images if flat else images.view(-1, 1, 8, 8), torch.from_numpy(labels[part]))
+
+
+class Gaussians(TensorData):
+    """Two clouds of points for logistic regression: class 0 around +mean + bias, class 1 around -mean + bias.
+
+    Args:
+        split: "train", "val" or "test": each is drawn on its own.
+        samples: points of each class.
+        mean, bias: place of the clouds in every dimension; their standard deviation is 1.
+        dimensions: numbers of a point.
+        seed: draws other points.
+
+    Items are ((dimensions,) float32, float32 0 or 1), as BCELoss wants them.
+    """
+
+    classes = ["0", "1"]
+
+    def __init__(
+        self,
+        split: str = "train",
+        *,
+        samples: int = 100,
+        mean: float = 1.7,
+        bias: float = 1.0,
+        dimensions: int = 2,
+        seed: int = 0,
+    ) -> None:
+        if samples < 1 or dimensions < 1:
+            raise DataError(f"Gaussians: samples and dimensions must be at least 1, found {samples} and {dimensions}")
+        random = np.random.RandomState([SPLIT, seed & 0xFFFFFFFF, split_place("Gaussians", split)])
+        noise = random.standard_normal((2, samples, dimensions))
+        points = noise + bias + np.array([mean, -mean])[:, None, None]
+        targets = np.repeat(np.array([0, 1], dtype=np.float32), samples)
+        super().__init__(torch.from_numpy(points.reshape(-1, dimensions)).float(), torch.from_numpy(targets))
+
+
+class RandomSplit(Dataset[Any]):
+    """One part of a dataset that has no splits of its own: name it three times, with another `split` each.
+
+    Args:
+        dataset: map-style. Each part builds its own, so that each may have its own transform.
+        split: "train", "val" or "test".
+        parts: sizes of train, val and test: fractions of the whole, or counts.
+        seed: cuts otherwise.
+        stratify: give each part each class in its share; classes come from the dataset's `targets`, or from reading
+            every item once.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        split: str,
+        *,
+        parts: Sequence[float] = (0.8, 0.1, 0.1),
+        seed: int = 0,
+        stratify: bool = False,
+    ) -> None:
+        total = dataset_length(dataset, "RandomSplit")
+        place = split_place("RandomSplit", split)
+        sizes = [*part_sizes(total, parts), 0, 0][:3]
+        labels = _labels(dataset, total) if stratify else None
+        rest = total - sum(sizes)
+        self.dataset = dataset
+        self.indices = cut_indices([*sizes, rest], seed=seed, labels=labels)[place]
+        if not len(self.indices):
+            raise DataError(f"RandomSplit: no sample is left for {split}: {list(parts)} of {total} samples")
+        self.classes = getattr(dataset, "classes", None)
+        self.deterministic_items = bool(getattr(dataset, "deterministic_items", False))
 
     def __len__(self) -> int:
-        return len(self.targets)
+        return len(self.indices)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.inputs[index], int(self.targets[index])
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[int(self.indices[index])]
 
-    def read_batch(self, indices: Indices) -> tuple[Tensor, Tensor]:
-        """The collated batch of `indices` (n,): inputs (n, 1, 8, 8) or (n, 64), targets (n,) int64."""
-        where = torch.from_numpy(indices)
-        return self.inputs.index_select(0, where), self.targets.index_select(0, where)
+    @property
+    def read_batch(self) -> Any:
+        """Whole batches, where the dataset has them."""
+        read = getattr(self.dataset, "read_batch", None)
+        return (lambda indices: read(self.indices[indices])) if callable(read) else None
+
+
+def _labels(dataset: Any, total: int) -> np.ndarray:
+    labels = getattr(dataset, "targets", None)
+    if labels is None:
+        labels = [dataset[index][1] for index in range(total)]
+    array = np.asarray(labels)
+    if array.ndim != 1 or len(np.unique(array)) > total // 2:
+        raise DataError("RandomSplit: stratify needs a class for each sample; set stratify: false for other targets")
+    return array

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from dist_train.data.errors import DataError
 from dist_train.data.plan import EvalPlan, Indices, Plan, share
-from dist_train.data.reading import Collate, Seeded, dataset_length
+from dist_train.data.reading import Collate, Seeded, dataset_length, dataset_name
 from dist_train.data.sampler import Request, StepSampler
+from dist_train.data.stream import StreamReader, is_stream, stream_length
 from dist_train.data.workers import init_worker, run_signals_blocked, stop_at_exit
 from dist_train.runtime.seeding import mix
 
@@ -64,6 +65,26 @@ def _keep(batch: Any) -> Any:
     return batch
 
 
+def build_plan(dataset: Any, *, seed: int, config: DataConfig, steps_per_epoch: int | None = None) -> Plan:
+    """The plan of the training data by the `data` section's global_batch_size, shuffle and drop_last.
+
+    Args:
+        dataset: the training data. A stream comes in its own order: it isn't shuffled.
+        steps_per_epoch: for a stream, the steps that count as an epoch; None takes its length.
+
+    Raises:
+        DataError: no samples, no full batch, or a stream of unknown length.
+    """
+    size = config.global_batch_size
+    if not is_stream(dataset):
+        length = dataset_length(dataset)
+        return Plan(seed, length, length if size == "all" else int(size), config.shuffle, config.drop_last)
+    if size == "all":
+        raise DataError(f"data.global_batch_size: all needs a map-style dataset, found {dataset_name(dataset)}")
+    length = stream_length(dataset, steps_per_epoch, int(size))
+    return Plan(seed, length, int(size), shuffle=False, drop_last=config.drop_last)
+
+
 def _options(config: DataConfig, num_workers: int, device: torch.device, seed: int) -> dict[str, Any]:
     """The DataLoader's arguments that train and evaluation share."""
     pin = device.type == "cuda" if config.pin_memory == "auto" else bool(config.pin_memory)
@@ -103,7 +124,19 @@ def _next(iterator: Iterator[Any], timeout: float) -> Any:
 
 
 class TrainLoader:
-    """The training batches of one rank. Made by `build_train_loader`; use it from one thread.
+    """The training batches of one rank. Use it from one thread, and close it.
+
+    Args:
+        dataset: map-style with `len(dataset) == plan.length`, or an IterableDataset.
+        plan: the order of samples.
+        rank, world_size: this rank and how many share each global batch.
+        micro_batch_size: most samples of one forward.
+        seed: the run's seed, for what transforms draw.
+        config: the `data` section (pin_memory, persistent_workers, prefetch_factor, timeout, worker_start_method).
+        num_workers: see `resolve_workers`.
+        device: where the model is; decides on pinning.
+        collate: list of samples -> batch, torch's by default.
+        neighbours: `Augmentation.neighbours`: rows beyond each micro-batch for augmentations that mix samples.
 
     Attributes:
         sampler: the `StepSampler` that the DataLoader got as its batch sampler.
@@ -126,8 +159,15 @@ class TrainLoader:
         collate: Collate | None = None,
         neighbours: int = 0,
     ) -> None:
-        if dataset_length(dataset) != plan.length:
-            raise DataError(f"the plan is for {plan.length} samples, but data.train has {len(dataset)}")
+        if is_stream(dataset):
+            if plan.shuffle or neighbours:
+                what = "Mixup and CutMix need" if neighbours else "shuffling needs"
+                raise DataError(f"{what} a map-style dataset; {dataset_name(dataset)} is an IterableDataset")
+            reader: Any = StreamReader(dataset, plan.length, seed, rank=rank, world_size=world_size, collate=collate)
+        else:
+            if dataset_length(dataset) != plan.length:
+                raise DataError(f"the plan is for {plan.length} samples, but data.train has {len(dataset)}")
+            reader = Seeded(dataset, seed, collate)
         self.plan = plan
         self.rank, self.world_size = rank, world_size
         self.num_workers = num_workers
@@ -139,7 +179,7 @@ class TrainLoader:
         # Workers outlive epochs because the sampler crosses their ends; else each epoch gets new ones.
         self._endless = num_workers == 0 or config.persistent_workers in ("auto", True)
         self._loader: DataLoader[Any] = DataLoader(
-            Seeded(dataset, seed, collate),
+            reader,
             batch_sampler=self.sampler,
             **_options(config, num_workers, device, seed),
         )
@@ -208,49 +248,7 @@ class TrainLoader:
         self._iterator = None
 
 
-def build_train_loader(
-    dataset: Any,
-    plan: Plan,
-    *,
-    rank: int,
-    world_size: int,
-    micro_batch_size: int,
-    seed: int,
-    config: DataConfig,
-    num_workers: int,
-    device: torch.device,
-    collate: Collate | None = None,
-    neighbours: int = 0,
-) -> TrainLoader:
-    """The loader of the training data of one rank.
-
-    Args:
-        dataset: map-style, `len(dataset) == plan.length`.
-        plan: the order of samples.
-        rank, world_size: this rank and how many share each global batch.
-        micro_batch_size: most samples of one forward.
-        seed: the run's seed, for what transforms draw.
-        config: the `data` section (pin_memory, persistent_workers, prefetch_factor, timeout, worker_start_method).
-        num_workers: see `resolve_workers`.
-        device: where the model is; decides on pinning.
-        collate: list of samples -> batch, torch's by default.
-        neighbours: `Augmentation.neighbours`: rows beyond each micro-batch for augmentations that mix samples.
-    """
-    if isinstance(dataset, IterableDataset):
-        raise DataError(f"data.train: {type(dataset).__name__} is an IterableDataset; a map-style dataset is needed")
-    return TrainLoader(
-        dataset,
-        plan,
-        rank=rank,
-        world_size=world_size,
-        micro_batch_size=micro_batch_size,
-        seed=seed,
-        config=config,
-        num_workers=num_workers,
-        device=device,
-        collate=collate,
-        neighbours=neighbours,
-    )
+build_train_loader = TrainLoader
 
 
 class EvalLoader:
@@ -288,9 +286,15 @@ class EvalLoader:
             Request(_EVAL_EPOCH, k, np.arange(cut.start, cut.stop, dtype=np.int64), cut.start, False, True)
             for k, cut in enumerate(self.cuts)
         ]
+        if is_stream(dataset):
+            reader: Any = StreamReader(
+                dataset, self.plan.length, seed, rank=rank, world_size=world_size, collate=collate, exact=True
+            )
+        else:
+            reader = Seeded(dataset, seed, collate)
         self._keep = self.num_workers > 0 and config.persistent_workers in ("auto", True)
         self._loader: DataLoader[Any] = DataLoader(
-            Seeded(dataset, seed, collate),
+            reader,
             batch_sampler=requests,  # type: ignore[arg-type]
             persistent_workers=self._keep,
             **_options(config, self.num_workers, device, seed),

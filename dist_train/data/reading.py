@@ -73,7 +73,7 @@ class Seeded(Dataset[Any]):
             samples = self._all(request, self.dataset.__getitems__, request.indices.tolist())
         else:
             samples = [self._one(request.epoch, index) for index in request.indices.tolist()]
-        return request, self._collated(request, samples)
+        return request, collated(self.collate, self.dataset, request, samples)
 
     def _one(self, epoch: int, index: int) -> Any:
         seed_sample(self.seed, epoch, index)
@@ -81,7 +81,7 @@ class Seeded(Dataset[Any]):
             return self.dataset[index]
         except Exception as error:
             raise SampleError(
-                f"reading sample {index} of {_name(self.dataset)} in epoch {epoch} failed: {_told(error)}"
+                f"reading sample {index} of {dataset_name(self.dataset)} in epoch {epoch} failed: {told(error)}"
             ) from error
 
     def _all(self, request: Request, read: Callable[[Any], Any], indices: Any) -> Any:
@@ -89,26 +89,29 @@ class Seeded(Dataset[Any]):
             return read(indices)
         except Exception as error:
             raise SampleError(
-                f"reading samples {_listed(request.indices)} of {_name(self.dataset)} at once in epoch "
-                f"{request.epoch} failed: {_told(error)}"
-            ) from error
-
-    def _collated(self, request: Request, samples: list[Any]) -> Any:
-        try:
-            return self.collate(samples)
-        except Exception as error:
-            raise SampleError(
-                f"making a batch of samples {_listed(request.indices)} of {_name(self.dataset)} failed: {_told(error)}"
-                f"{_odd_one(request, samples)}; make all samples alike (resize, pad) or name a function in data.collate"
+                f"reading samples {_listed(request.indices)} of {dataset_name(self.dataset)} at once in epoch "
+                f"{request.epoch} failed: {told(error)}"
             ) from error
 
 
-def _name(dataset: Any) -> str:
+def collated(collate: Collate, dataset: Any, request: Request, samples: list[Any]) -> Any:
+    """The batch of samples that were read for a request; SampleError names the first that doesn't fit."""
+    try:
+        return collate(samples)
+    except Exception as error:
+        raise SampleError(
+            f"making a batch of samples {_listed(request.indices)} of {dataset_name(dataset)} failed: {told(error)}"
+            f"{_odd_one(request, samples)}; make all samples alike (resize, pad) or name a function in data.collate"
+        ) from error
+
+
+def dataset_name(dataset: Any) -> str:
+    """The class of a dataset as it is written in a config."""
     kind = type(dataset)
     return kind.__qualname__ if kind.__module__ == "__main__" else f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _told(error: BaseException) -> str:
+def told(error: BaseException) -> str:
     """The error in one line with the user's own place: the innermost frame of its traceback."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name})" if len(frames) > 1 else ""

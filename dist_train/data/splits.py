@@ -10,6 +10,15 @@ from dist_train.data.errors import DataError
 from dist_train.data.plan import Indices
 from dist_train.runtime.seeding import SPLIT
 
+SPLITS = ("train", "val", "test")
+
+
+def split_place(name: str, split: str) -> int:
+    """0, 1 or 2 for train, val or test; DataError in the name of the dataset for anything else."""
+    if split not in SPLITS:
+        raise DataError(f"{name}: expected split to be one of {', '.join(SPLITS)}, found {split!r}")
+    return SPLITS.index(split)
+
 
 def cut_indices(counts: Sequence[int], *, seed: int, labels: np.ndarray | None = None) -> list[Indices]:
     """Disjoint random parts of range(sum(counts)), each sorted, the same for ever for the same arguments.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -89,4 +90,74 @@ class DigitsCNN(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(N, 1, 8, 8) -> (N, classes) logits."""
         out: Tensor = self.classifier(self.features(images))
+        return out
+
+
+class LogisticRegression(nn.Module):
+    """One linear layer and a sigmoid: probabilities for BCELoss.
+
+    Args:
+        in_features: numbers per sample.
+        out_features: probabilities per sample.
+    """
+
+    def __init__(self, in_features: int = 2, out_features: int = 1) -> None:
+        super().__init__()
+        self.features = nn.Linear(in_features, out_features)
+        self.sigmoid = nn.Sigmoid()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(N, in_features) -> (N, out_features) in 0..1."""
+        out: Tensor = self.sigmoid(self.features(inputs))
+        return out
+
+
+class MnistCNN(nn.Module):
+    """Two 3x3 convolutions and two linear layers for 28x28 grey images; gives log-probabilities, for NLLLoss.
+
+    Args:
+        classes: outputs, (N, classes).
+    """
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 32, kernel_size=3)
+        self.conv2 = nn.Conv2d(32, 64, kernel_size=3)
+        self.pool = nn.MaxPool2d(2)
+        self.fc1 = nn.Linear(64 * 12 * 12, 128)
+        self.fc2 = nn.Linear(128, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, 1, 28, 28) -> (N, classes) log-probabilities."""
+        out = self.pool(torch.relu(self.conv2(torch.relu(self.conv1(images)))))
+        out = torch.relu(self.fc1(out.flatten(1)))
+        return torch.log_softmax(self.fc2(out), dim=1)
+
+
+class Cifar10Quick(nn.Module):
+    """The CIFAR-10 "quick" network: three 5x5 convolutions, each followed by pooling, and two linear layers.
+
+    Source: A. Krizhevsky, cuda-convnet (2012), without its activations and normalisation, as courses teach it.
+
+    Args:
+        classes: outputs, (N, classes) logits.
+    """
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.model = nn.Sequential(
+            nn.Conv2d(3, 32, kernel_size=5, padding=2),
+            nn.MaxPool2d(2),
+            nn.Conv2d(32, 32, kernel_size=5, padding=2),
+            nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, kernel_size=5, padding=2),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(64 * 4 * 4, 64),
+            nn.Linear(64, classes),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, 3, 32, 32) -> (N, classes) logits."""
+        out: Tensor = self.model(images)
         return out

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_train.data import DataError, Digits
+from dist_train.data import CSV, Arrays, DataError, Digits, Gaussians, RandomSplit
 from dist_train.data.splits import cut_indices, part_sizes
 
 
@@ -82,3 +84,66 @@ def test_parts_are_fractions_or_counts() -> None:
 def test_parts_that_do_not_fit_are_refused(parts: list[float], message: str) -> None:
     with pytest.raises(DataError, match=message):
         part_sizes(100, parts)
+
+
+def test_gaussians_are_two_clouds_that_a_line_parts() -> None:
+    data = Gaussians("train")
+    assert len(data) == 200
+    for label, centre in [(0, 2.7), (1, -0.7)]:
+        cloud = data.inputs[data.targets == label]
+        assert len(cloud) == 100
+        assert (cloud.mean(0) - centre).abs().max() < 0.35
+        assert (cloud.std(0) - 1).abs().max() < 0.25
+    assert data[0][1].dtype == torch.float32
+    best = ((data.inputs.sum(1) < 2) == (data.targets == 1)).float().mean()
+    assert best > 0.98
+
+
+def test_gaussians_differ_between_splits_and_seeds_but_not_between_calls() -> None:
+    kinds = [Gaussians("train"), Gaussians("val"), Gaussians("test"), Gaussians("train", seed=1)]
+    for k, one in enumerate(kinds):
+        assert not any(one.inputs.equal(other.inputs) for other in kinds[k + 1 :])
+    assert Gaussians("val").inputs.equal(kinds[1].inputs)
+    assert Gaussians("val", samples=7, dimensions=3).inputs.shape == (14, 3)
+
+
+def test_a_random_split_cuts_any_dataset_into_disjoint_parts() -> None:
+    whole = Arrays(np.arange(100.0)[:, None], np.arange(100) % 4)
+    parts = [RandomSplit(whole, split, parts=[0.6, 0.2, 0.2], stratify=True) for split in ("train", "val", "test")]
+    assert [len(part) for part in parts] == [60, 20, 20]
+    values = [int(part[i][0]) for part in parts for i in range(len(part))]
+    assert sorted(values) == list(range(100))
+    for part in parts:
+        inputs, targets = part.read_batch(np.arange(len(part)))
+        assert torch.bincount(torch.as_tensor(targets)).tolist() == [len(part) // 4] * 4
+        assert inputs.equal(torch.stack([part[i][0] for i in range(len(part))]))
+    assert RandomSplit(range(10), "val", parts=[7, 2]).read_batch is None
+    assert [RandomSplit(range(10), "val", parts=[7, 2])[i] for i in range(2)] != [0, 1]
+
+
+def test_a_random_split_without_samples_or_classes_is_refused() -> None:
+    with pytest.raises(DataError, match=r"no sample is left for test"):
+        RandomSplit(range(10), "test", parts=[8, 2])
+    with pytest.raises(DataError, match=r"stratify needs a class"):
+        RandomSplit(Arrays(np.arange(10.0), np.arange(10.0)), "train", stratify=True)
+    with pytest.raises(DataError, match=r"has no samples"):
+        RandomSplit([], "train")
+
+
+def test_the_diabetes_table_gives_the_r2_of_scikit_learn(tmp_path: Path) -> None:
+    from sklearn.datasets import load_diabetes
+    from sklearn.linear_model import LinearRegression
+
+    bunch = load_diabetes(scaled=False)
+    path = tmp_path / "diabetes.csv"
+    table = np.column_stack([bunch.data, bunch.target])
+    np.savetxt(path, table, delimiter=",", header=",".join([*bunch.feature_names, "progression"]), comments="")
+    train, test = (
+        CSV(path, "progression", split=s, train_path=path, standardize=True, standardize_target=True)
+        for s in ("train", "test")
+    )
+    rows = {name: np.array(part.lines) - 2 for name, part in [("train", train), ("test", test)]}
+    direct = LinearRegression().fit(bunch.data[rows["train"]], bunch.target[rows["train"]])
+    scaled = LinearRegression().fit(train.inputs.numpy(), train.targets.numpy())
+    predicted = test.original_units(torch.from_numpy(scaled.predict(test.inputs.numpy())))
+    assert np.allclose(predicted, direct.predict(bunch.data[rows["test"]]), rtol=1e-3)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dist_train.models import MLP, DigitsCNN
+from dist_train.models import MLP, Cifar10Quick, DigitsCNN, LogisticRegression, MnistCNN
 
 
 def names(module: torch.nn.Module) -> list[str]:
@@ -33,3 +33,14 @@ def test_the_digits_network_is_small_and_takes_digits() -> None:
     model = DigitsCNN()
     assert model(torch.zeros(5, 1, 8, 8)).shape == (5, 10)
     assert 25_000 < sum(p.numel() for p in model.parameters()) < 35_000
+
+
+def test_the_networks_of_the_course_have_their_sizes_and_outputs() -> None:
+    probabilities = LogisticRegression()(torch.randn(5, 2))
+    assert probabilities.shape == (5, 1)
+    assert 0 < probabilities.min() <= probabilities.max() < 1
+    log_probabilities = MnistCNN()(torch.randn(5, 1, 28, 28))
+    assert torch.allclose(log_probabilities.exp().sum(1), torch.ones(5))
+    assert MnistCNN().fc1.in_features == 9216
+    assert Cifar10Quick()(torch.randn(5, 3, 32, 32)).shape == (5, 10)
+    assert sum(p.numel() for p in Cifar10Quick().parameters()) == 145578

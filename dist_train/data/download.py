@@ -1,0 +1,67 @@
+"""Datasets that download themselves: once per node, and with a message that helps where there is no network."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from dist_train.data.errors import DataError
+
+T = TypeVar("T")
+
+
+def downloads(spec: Any) -> bool:
+    """Whether a component, or one nested in it, is written with `download: true`."""
+    if isinstance(spec, dict):
+        return spec.get("download") is True or any(downloads(value) for value in spec.values())
+    return isinstance(spec, list | tuple) and any(downloads(value) for value in spec)
+
+
+def once_per_node(build: Callable[[], T], *, rank: int, local_rank: int, barrier: Callable[[], None]) -> T:
+    """Build in turns: rank 0, then the first rank of every other node, then everybody else finds the files there.
+
+    Rank 0 goes alone because nodes may share a disk, where two downloads would write into each other. Every rank
+    takes part in all barriers, also one whose build failed.
+    """
+    turn = 0 if rank == 0 else 1 if local_rank == 0 else 2
+    made: list[T] = []
+    failure: Exception | None = None
+    for now in range(3):
+        if now == turn:
+            try:
+                made.append(build())
+            except Exception as error:  # raised below, when nobody waits for this rank any more
+                failure = error
+        if now < 2:
+            barrier()
+    if failure is not None:
+        raise failure
+    return made[0]
+
+
+def expected_files(dataset: Any, root: str | os.PathLike[str]) -> list[str]:
+    """Where torchvision's CIFAR and MNIST classes look for their files; empty for other classes."""
+    names: list[str] = []
+    if hasattr(dataset, "base_folder") and hasattr(dataset, "train_list"):  # CIFAR10, CIFAR100
+        names = [os.path.join(dataset.base_folder, entry[0]) for entry in dataset.train_list + dataset.test_list]
+    elif isinstance(getattr(dataset, "resources", None), list):  # MNIST and its relatives
+        names = [os.path.join(dataset.__name__, "raw", entry[0]) for entry in dataset.resources]
+    return [os.path.join(root, name) for name in names]
+
+
+def missing_data(slot: str, dataset: type, root: str | os.PathLike[str], error: BaseException) -> DataError:
+    """What to say when a dataset didn't find its files and couldn't fetch them.
+
+    Args:
+        slot: train, val or test.
+        dataset: the class.
+        root: its argument of that name.
+        error: what it raised.
+    """
+    files = expected_files(dataset, root)
+    absent = [file for file in files if not os.path.exists(file)]
+    text = f"data.{slot}: {dataset.__name__} has no data in {os.path.abspath(root)}: {type(error).__name__}: {error}"
+    if absent:  # MNIST also works with them unpacked
+        text += f"; expected {len(absent)} files that aren't there: {', '.join(absent)}"
+    return DataError(f"{text}; with a network, download: true fetches them; without one, copy them there")
