@@ -135,14 +135,17 @@ class Console:
             self._print(line)
 
     def evaluation(self, split: str, step: int, metrics: Mapping[str, float]) -> None:
-        """After an evaluation: a table on a terminal, a line in a log."""
+        """After an evaluation: a table on a terminal, a line in a log. `eval_samples` is the count of its samples."""
         if not self.rank0:
             return
+        self.step = max(self.step, step)
+        samples = f" ({metrics['eval_samples']:,.0f} samples)" if "eval_samples" in metrics else ""
+        metrics = {name: value for name, value in metrics.items() if name != "eval_samples"}
         values = "  ".join(f"{name} {format_number(name, value)}" for name, value in metrics.items())
-        line = f"{split:<5} step {step}  {values}"
+        line = f"{split:<5} step {step}  {values}{samples and ' '}{samples}"
         self._log.info("%s", line)
         if self._live is not None:
-            self._live.evaluation(split, step, metrics)
+            self._live.evaluation(split, step, metrics, samples)
         else:
             self._print(line)
 
@@ -160,7 +163,9 @@ class Console:
 
     def end_block(self, lines: Sequence[tuple[str, str]]) -> None:
         """The block at the end; the live bar goes."""
-        self._stop_live()
+        if self._live is not None:
+            self._stop_live()
+            self._print("")
         self._block(lines)
 
     def close(self) -> None:
@@ -202,14 +207,16 @@ class Console:
         return line + tail
 
     def _show_warning(self, text: str) -> None:
-        if self._live is not None:
-            self._live.print(f"warning: {text}", style="yellow")
+        live = self._live  # another thread may end it meanwhile
+        if live is not None:
+            live.print(f"warning: {text}", style="yellow")
         else:
             self._print(f"warning: {text}", self._err)
 
     def _print(self, text: str, stream: _Stream | None = None) -> None:
-        if self._live is not None:
-            self._live.print(text)
+        live = self._live
+        if live is not None:
+            live.print(text)
             return
         with self._lock:
             stream = stream or self._out

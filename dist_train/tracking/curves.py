@@ -40,7 +40,11 @@ def metric_names(rows: Sequence[Row]) -> list[str]:
     """The metrics to draw beside the loss: those that an evaluation gave (else the train rows'), in order."""
     evaluated = [row for row in rows if row.get("split") in ("val", "test")]
     names = dict.fromkeys(key for row in evaluated or rows for key in row)
-    return [n for n in names if n not in FIELDS and n != "loss" and n not in ASIDE and not n.startswith("raw_")]
+    return [
+        n
+        for n in names
+        if n not in FIELDS and n != "loss" and n not in (*ASIDE, "eval_samples") and not n.startswith("raw_")
+    ]
 
 
 def draw_curves(rows: Sequence[Row], path: str | os.PathLike[str], title: str = "") -> None:
@@ -130,7 +134,7 @@ def dress(axis: Axes, title: str, x: str = "step") -> None:
 
     axis.set_title(plain(title), loc="left", fontsize=11)
     axis.set_xlabel(x, fontsize=9)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, steps=[1, 2, 5, 10]))
     axis.tick_params(labelsize=8.5)
     axis.grid(True, color="#e5e7eb", linewidth=0.8)
     axis.set_axisbelow(True)

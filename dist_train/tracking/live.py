@@ -51,11 +51,11 @@ class Live:
         """The bar is drawn a last time and stays."""
         self._live.stop()
 
-    def evaluation(self, split: str, step: int, metrics: Mapping[str, float]) -> None:
+    def evaluation(self, split: str, step: int, metrics: Mapping[str, float], samples: str) -> None:
         """A table: each metric now, and at the evaluation before."""
         before = self._before.get(split, {})
         table = rich.table.Table(box=rich.box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-        table.add_column(f"{split} at step {step:,}", min_width=20, no_wrap=True)
+        table.add_column(f"{split} at step {step:,}{samples}", min_width=20, no_wrap=True)
         table.add_column("now", justify="right", style="bold", min_width=8)
         table.add_column("before", justify="right", style="dim", min_width=8)
         for name, value in metrics.items():
@@ -63,7 +63,7 @@ class Live:
         if split == "val":
             self._metric = next(iter([name for name in metrics if name != "loss"]), "")
         self._before[split] = dict.fromkeys(metrics, math.nan) | dict(metrics)
-        self._rich.print(rich.padding.Padding(table, (0, 0, 1, 2)))
+        self._rich.print(rich.padding.Padding(table, (1, 0, 0, 2)))
 
     def _parts(self) -> tuple[list[str], list[str]]:
         """The texts left and right of the bar, the most important first."""

@@ -82,11 +82,11 @@ def test_a_log_gets_one_plain_line_at_each_log_interval() -> None:
     console.begin(0, 380, 1, 20)
     console._began = (0, time.monotonic() - 60.0)
     console.progress(60, 380, 3, {"loss": 0.43214, "lr": 0.08, "samples_per_s": 12345.4})
-    console.evaluation("val", 60, {"loss": 0.5, "accuracy": 0.97222})
+    console.evaluation("val", 60, {"loss": 0.5, "accuracy": 0.97222, "eval_samples": 1180})
     console.close()
     assert out.getvalue().splitlines() == [
         "epoch  3/20  step  60/380  loss 0.4321  lr 0.08  12,345 samples/s  eta 5:20",
-        "val   step 60  loss 0.5000  accuracy 0.9722",
+        "val   step 60  loss 0.5000  accuracy 0.9722  (1,180 samples)",
     ]
 
 
