@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Mapping
 from datetime import datetime
@@ -167,7 +168,9 @@ class TensorBoard(Sink):
 
     def graph(self, model: Any, inputs: Any) -> None:
         """The model's graph, traced."""
-        self._writer.add_graph(model, inputs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # TensorBoard's graphs come from torch.jit.trace
+            self._writer.add_graph(model, inputs)
 
     def flush(self) -> None:
         """Writes the event file to disk."""
