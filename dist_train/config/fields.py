@@ -137,7 +137,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, Duration):
         return str(value)
     if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {key if type(key) is int else str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     if value is None or type(value) in (bool, int, float, str):

@@ -139,7 +139,7 @@ def _translate(tree: Tree, error: ValidationError) -> Iterator[Key]:
         seen.add(key)
         if dotted(key) in known or (item["type"] == "missing" and tree.incomplete):
             pass  # what was wrong with its text has been said; or it may be in the part that couldn't be read
-        elif item["type"] == "extra_forbidden":
+        elif item["type"] in ("extra_forbidden", "invalid_key"):
             tree.report(key, f"unknown key{_advice(key, item['input'], section)}")
         elif item["type"] == "missing":
             tree.report(key, f"this key is missing; give it {says(annotation)}")

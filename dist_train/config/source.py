@@ -145,14 +145,14 @@ class _Builder:
             return items
         return _scalar(node.tag, node.value)
 
-    def mapping(self, node: yaml.MappingNode, key: Key, above: tuple[yaml.Node, ...]) -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        lines: dict[str, int] = {}
+    def mapping(self, node: yaml.MappingNode, key: Key, above: tuple[yaml.Node, ...]) -> dict[str | int, Any]:
+        result: dict[str | int, Any] = {}
+        lines: dict[str | int, int] = {}
         for name_node, value_node in node.value:
-            name = name_node.value if isinstance(name_node, yaml.ScalarNode) else None
-            if not isinstance(name, str):
+            if not isinstance(name_node, yaml.ScalarNode):
                 self.note(key, name_node, "a key must be a plain word")
                 continue
+            name = _scalar(name_node.tag, name_node.value) if name_node.tag.endswith(":int") else name_node.value
             if name in result:
                 self.note((*key, name), name_node, f"this key is given twice (first in line {lines[name]})")
                 continue
@@ -282,7 +282,7 @@ def read_mapping(source: Mapping[str, Any]) -> Tree:
 
 def _containers(value: Any) -> Any:
     if isinstance(value, Mapping) and type(value).__module__ in ("builtins", "collections", "types"):
-        result = {str(key): _containers(item) for key, item in value.items()}
+        result = {key if type(key) is int else str(key): _containers(item) for key, item in value.items()}
         if "_target_" in result:
             result["_target_"] = _import_path(result["_target_"])
         return result
@@ -383,7 +383,13 @@ def _write_float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
     return dumper.represent_scalar("tag:yaml.org,2002:float", text)
 
 
+def _write_text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    # Line separators and control characters survive only as escapes between double quotes.
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=None if value.isprintable() else '"')
+
+
 _Dumper.add_representer(float, _write_float)
+_Dumper.add_representer(str, _write_text)
 
 
 def dump(data: Any) -> str:

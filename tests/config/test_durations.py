@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_train.config.durations import Duration
@@ -44,6 +44,7 @@ def test_epochs_and_steps_are_ints_and_time_is_in_seconds() -> None:
     assert not Duration.parse("2ep").is_time
 
 
+@settings(deadline=None)
 @given(
     st.one_of(
         st.builds(Duration, st.integers(1, 10**12), st.sampled_from(["ep", "step"])),
