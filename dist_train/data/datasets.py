@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import importlib.util
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from dist_train.data.errors import DataError
 from dist_train.data.plan import Indices
-from dist_train.data.reading import dataset_length
+from dist_train.data.reading import batch_reader, dataset_length, read_part
 from dist_train.data.splits import cut_indices, part_sizes, split_place
 from dist_train.runtime.seeding import SPLIT
 
@@ -162,9 +162,9 @@ class RandomSplit(Dataset[Any]):
 
     @property
     def read_batch(self) -> Any:
-        """Whole batches, where the dataset has them."""
-        read = getattr(self.dataset, "read_batch", None)
-        return (lambda indices: read(self.indices[indices])) if callable(read) else None
+        """Reads whole batches, where the dataset can; else None."""
+        read = batch_reader(self.dataset)
+        return partial(read_part, read, self.indices) if read is not None else None
 
 
 def _labels(dataset: Any, total: int) -> np.ndarray:

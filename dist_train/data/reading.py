@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
 
 from dist_train.data.errors import DataError, SampleError
+from dist_train.data.plan import Indices
 from dist_train.data.sampler import Request
 from dist_train.runtime.seeding import seed_sample
 
@@ -34,9 +36,31 @@ def dataset_length(dataset: Any, slot: str = "train") -> int:
     return length
 
 
-def reads_batches(dataset: Any, collate: Collate | None) -> bool:
-    """Whether whole batches come from the dataset's own `read_batch` (a collate of the user's own forbids it)."""
-    return collate is None and callable(getattr(dataset, "read_batch", None))
+def batch_reader(dataset: Any) -> Callable[[Indices], Any] | None:
+    """The function that reads a whole batch of a dataset at once, if its items draw nothing at random.
+
+    That is its own `read_batch`, or for torch's TensorDataset, and Subsets of any of these, one that does the same as
+    collating item by item.
+    """
+    read = getattr(dataset, "read_batch", None)
+    if callable(read):
+        return cast("Callable[[Indices], Any]", read)
+    if type(dataset) is TensorDataset:  # a subclass may do anything in its __getitem__
+        return partial(_read_tensors, dataset)
+    if type(dataset) is Subset:
+        inner = batch_reader(dataset.dataset)
+        return partial(read_part, inner, np.asarray(dataset.indices)) if inner is not None else None
+    return None
+
+
+def _read_tensors(dataset: TensorDataset, indices: Indices) -> list[torch.Tensor]:
+    where = torch.from_numpy(indices)
+    return [tensor.index_select(0, where) for tensor in dataset.tensors]
+
+
+def read_part(read: Callable[[Indices], Any], part: Indices, indices: Indices) -> Any:
+    """Read a batch of a part of a dataset: item k of it is item `part[k]` of the whole."""
+    return read(part[indices])
 
 
 class Seeded(Dataset[Any]):
@@ -44,7 +68,8 @@ class Seeded(Dataset[Any]):
 
     A dataset may declare that its items draw nothing at random, and is then read faster:
 
-    * `read_batch(indices) -> batch` with indices (n,) int64 numpy returns the collated batch itself;
+    * `read_batch(indices) -> batch` with indices (n,) int64 numpy returns the collated batch itself (unless there is a
+      collate of the user's own);
     * `deterministic_items = True` lets its `__getitems__(list[int]) -> list` read all samples in one call.
 
     All others are read by `__getitem__`, with torch, numpy and `random` seeded before each sample.
@@ -59,7 +84,7 @@ class Seeded(Dataset[Any]):
         self.dataset = dataset
         self.seed = seed
         self.collate: Collate = default_collate if collate is None else collate
-        self.whole = reads_batches(dataset, collate)
+        self.read = batch_reader(dataset) if collate is None else None
         self.listed = bool(getattr(dataset, "deterministic_items", False)) and hasattr(dataset, "__getitems__")
 
     def __len__(self) -> int:
@@ -67,8 +92,8 @@ class Seeded(Dataset[Any]):
 
     def __getitems__(self, request: Request) -> tuple[Request, Any]:
         """Called once per micro-batch by torch's DataLoader, with what the batch sampler yielded."""
-        if self.whole:
-            return request, self._all(request, self.dataset.read_batch, request.indices)
+        if self.read is not None:
+            return request, self._all(request, self.read, request.indices)
         if self.listed:
             samples = self._all(request, self.dataset.__getitems__, request.indices.tolist())
         else:

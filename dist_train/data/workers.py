@@ -14,7 +14,8 @@ from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
-from dist_train.data.reading import Collate, reads_batches
+from dist_train.data.reading import Collate, batch_reader
+from dist_train.data.stream import is_stream
 
 # Sent to whole process groups by terminals, torchrun and Slurm, to ask for a clean stop. A worker that died of one
 # would take the batch with it that the last save waits for.
@@ -40,13 +41,15 @@ def resolve_workers(setting: int | str, dataset: Any, *, collate: Collate | None
     """Worker processes for one rank: the number that was asked for, or for "auto" a fair share of this node's CPUs.
 
     "auto" is 0 for datasets that read whole batches (a worker would only add copying) and where a rank has less than
-    three CPUs (workers would take turns with the training process).
+    three CPUs (workers would take turns with the training process); 1 for streams of which every worker reads all.
     """
     if setting != "auto":
         return int(setting)
     mine = usable_cpus() // max(1, local_ranks)
-    if mine < 3 or reads_batches(dataset, collate):
+    if mine < 3 or (collate is None and batch_reader(dataset) is not None):
         return 0
+    if is_stream(dataset) and not hasattr(dataset, "shard"):
+        return 1
     return min(mine - 1, _MOST_WORKERS)
 
 

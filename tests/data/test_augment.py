@@ -216,6 +216,15 @@ def test_integer_images_keep_their_type() -> None:
     assert out.dtype == torch.uint8
 
 
+def test_the_memory_layout_of_images_is_kept() -> None:
+    images = COLOUR.to(memory_format=torch.channels_last)
+    for kind, augments in KINDS.items():
+        out, _ = Augmentation(augments)((images, LABELS), seed=0, epoch=0, indices=np.arange(50))
+        assert out.is_contiguous(memory_format=torch.channels_last), kind
+        expected, _ = Augmentation(augments)((COLOUR, LABELS), seed=0, epoch=0, indices=np.arange(50))
+        assert out.equal(expected)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

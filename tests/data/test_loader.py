@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
 
 from dist_train.data import DataError, Digits, EvalLoader, Plan, SampleError, build_train_loader
 from dist_train.data.loader import TrainLoader
+from dist_train.data.reading import batch_reader
 
 CPU = torch.device("cpu")
 
@@ -251,6 +252,21 @@ def test_a_collate_of_the_users_own_gets_the_list_of_samples(num_workers: int) -
     for work in loader.steps(0, 2):
         (micro,) = work.micro_batches
         assert micro.batch == [2 * Digits("val")[i][1] for i in work.indices]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_tensor_datasets_and_their_subsets_are_read_at_once_and_equal_their_items(num_workers: int) -> None:
+    whole = TensorDataset(torch.arange(60.0).view(30, 2), torch.arange(30))
+    part = Subset(Subset(whole, range(5, 25)), [3, 1, 4, 1, 5, 9, 2, 6])
+    for data in (whole, part, Subset(Digits("val"), range(8))):
+        assert batch_reader(data) is not None
+        loader = loader_of(data, plan=Plan(0, len(data), 4), num_workers=num_workers)
+        for work in loader.steps(0, 2):
+            (micro,) = work.micro_batches
+            expected = default_collate([data[i] for i in work.indices])
+            assert all(a.equal(b) for a, b in zip(micro.batch, expected, strict=True))
+    assert batch_reader(Subset(Noisy(), [1])) is None
+    assert batch_reader(type("Mine", (TensorDataset,), {})(torch.zeros(3))) is None
 
 
 def test_a_subset_of_a_random_dataset_is_still_seeded_sample_by_sample() -> None:

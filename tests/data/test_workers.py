@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.utils.data import IterableDataset
 
 from dist_train.data import Digits, resolve_workers, usable_cpus
 from dist_train.data.workers import run_signals_blocked
@@ -18,6 +19,11 @@ from dist_train.data.workers import run_signals_blocked
 JOB = Path(__file__).with_name("worker_job.py")
 METHODS = ["fork", "spawn", "forkserver"]
 GROUP_SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
+
+
+class Endless(IterableDataset[int]):
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(9))
 
 
 @contextlib.contextmanager
@@ -97,16 +103,16 @@ def test_workers_die_with_their_parent_even_inside_a_slow_read(method: str) -> N
         assert all(alive(pid) for pid in pids)
         process.kill()
         process.wait()
-        assert gone(pids, within=8)
+        assert gone(pids, within=20)
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_a_process_that_leaves_without_closing_does_not_wait_for_its_workers(method: str) -> None:
     with job(method, "leave") as process:
         pids = [int(word) for word in line(process, "WORKERS").split()[1:]]
-        process.communicate(timeout=15)
+        process.communicate(timeout=60)  # it would wait for ever
         assert process.returncode == 0
-        assert gone(pids, within=1)
+        assert gone(pids, within=5)
 
 
 def test_the_block_ends_with_the_start_of_the_workers() -> None:
@@ -130,5 +136,6 @@ def test_auto_shares_the_cpus_between_local_ranks_and_needs_none_for_whole_batch
     assert chosen == {1: 8, 2: 7, 4: 3, 8: 0}
     assert resolve_workers("auto", Digits("val")) == 0
     assert resolve_workers("auto", Digits("val"), collate=list) == 8
+    assert resolve_workers("auto", Endless()) == 1
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: "250000 100000\n")
     assert usable_cpus() == 2
