@@ -1,0 +1,115 @@
+"""One optimizer step on this many ranks, for several losses and micro-batch sizes; rank 0 compares with one big batch.
+
+Run by torchrun; prints a JSON object {case: largest relative error of the gradient}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from dist_train.config.schema import DataConfig, DistributedConfig
+from dist_train.data.loader import build_train_loader
+from dist_train.data.plan import Plan
+from dist_train.engine.losses import Loss
+from dist_train.engine.precision import Precision
+from dist_train.engine.reduce import DataParallel, SingleProcess
+from dist_train.engine.step import Stepper
+from dist_train.engine.task import Supervised
+from dist_train.runtime.world import World, open_world, read_placement
+
+BATCH = 22  # divisible by neither 3 nor 4
+GENERATOR = torch.Generator().manual_seed(1)
+INPUTS = torch.randn(BATCH, 7, generator=GENERATOR)
+LABELS = torch.randint(0, 4, (BATCH,), generator=GENERATOR)
+REAL = torch.rand(BATCH, 4, generator=GENERATOR)
+WEIGHTS = torch.tensor([0.1, 1.0, 4.0, 0.5])
+
+
+def weighted_distance(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """A loss whose denominator only its own code knows."""
+    weight = 0.5 + targets.sum(1)
+    return ((outputs - targets).pow(2).sum(1) * weight).sum(), weight.sum()
+
+
+CASES = {
+    "cross-entropy": (nn.CrossEntropyLoss(), LABELS),
+    "class weights": (nn.CrossEntropyLoss(weight=WEIGHTS), LABELS),
+    "ignore_index": (nn.CrossEntropyLoss(ignore_index=2), LABELS),
+    "sum": (nn.CrossEntropyLoss(reduction="sum"), LABELS),
+    "bce": (nn.BCEWithLogitsLoss(), REAL),
+    "mse": (nn.MSELoss(), REAL),
+    "own": (weighted_distance, REAL),
+}
+
+
+def model() -> nn.Module:
+    """The same weights on every rank and for every case."""
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(7, 16), nn.Tanh(), nn.Linear(16, 4))
+
+
+def reference(function: nn.Module, targets: Tensor) -> list[Tensor]:
+    """The gradient of one big batch, by plain torch."""
+    net = model()
+    value = function(net(INPUTS), targets)
+    (value[0] / value[1] if isinstance(value, tuple) else value).backward()
+    return [parameter.grad for parameter in net.parameters()]
+
+
+def gradient(world: World, function: nn.Module, targets: Tensor, micro: int, samples: int = BATCH) -> list[Tensor]:
+    """What the engine makes of it: SGD with lr 1 moves the weights by the gradient."""
+    net = model()
+    before = [parameter.detach().clone() for parameter in net.parameters()]
+    task, precision = Supervised(Loss(function)), Precision("fp32", "cpu")
+    if world.size == 1:
+        reducer = SingleProcess(net, task, precision, None)
+    else:
+        reducer = DataParallel(
+            net, task, precision, None, world_size=world.size, bucket_mb=25, find_unused_parameters=False
+        )
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+    stepper = Stepper(
+        net, optimizer, reducer, scaler=None, device=world.device, seed=0, summed=task.summed,
+        prepare=lambda batch, epoch, indices: batch,
+    )  # fmt: skip
+    loader = build_train_loader(
+        TensorDataset(INPUTS[:samples], targets[:samples]), Plan(0, samples, BATCH, drop_last=False), rank=world.rank,
+        world_size=world.size, micro_batch_size=micro, seed=0, config=DataConfig(train=object()), num_workers=0, device=world.device,
+    )  # fmt: skip
+    for work in loader.steps(0, 1):
+        stepper(work, want_norm=False)
+    return [old - new.detach() for old, new in zip(before, net.parameters(), strict=True)]
+
+
+def main() -> None:
+    """All cases, with 1, 2 and 4 micro-batches a rank; and a global batch that leaves ranks without a sample."""
+    errors = {}
+    with open_world(DistributedConfig(device="cpu"), read_placement(os.environ)) as world:
+        share = -(-BATCH // world.size)
+        for name, (function, targets) in CASES.items():
+            wanted = reference(function, targets)
+            for count in (1, 2, 4):
+                got = gradient(world, function, targets, -(-share // count))
+                scale = max(float(g.abs().max()) for g in wanted)
+                errors[f"{name}, {count} micro-batches"] = max(
+                    float((a - b).abs().max()) / scale for a, b in zip(wanted, got, strict=True)
+                )
+        net = model()
+        nn.functional.cross_entropy(net(INPUTS[:1]), LABELS[:1]).backward()
+        got = gradient(world, nn.CrossEntropyLoss(), LABELS, 4, samples=1)
+        errors["one sample for all ranks"] = max(
+            float((p.grad - g).abs().max() / p.grad.abs().max()) for p, g in zip(net.parameters(), got, strict=True)
+        )
+        if world.is_main:
+            print(json.dumps(errors))
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

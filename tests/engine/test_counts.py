@@ -1,0 +1,24 @@
+"""The engine costs nothing: no host sync in a step, and no collective beyond DDP's own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from runs import environment
+
+JOB = Path(__file__).parent / "jobs" / "counts.py"
+
+
+def test_a_step_reads_no_value_and_runs_only_the_collectives_of_a_raw_ddp_loop(tmp_path: Path) -> None:
+    """With accumulation, clipping, a loss whose denominator depends on the targets, and the check for inf and nan."""
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(JOB)],
+        env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    counts = json.loads(done.stdout.splitlines()[-1])
+    assert counts["raw_collectives"] == 3, "the count itself sees nothing"
+    assert counts == {"reads": 0, "collectives": 3, "raw_collectives": 3}

@@ -1,0 +1,25 @@
+"""The gradient of many micro-batches on many ranks is that of one big batch, whatever the loss's denominator."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from runs import environment
+
+JOB = Path(__file__).parent / "jobs" / "gradients.py"
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_gradient_of_all_micro_batches_and_ranks_is_that_of_one_big_batch(ranks: int, tmp_path: Path) -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    done = subprocess.run(
+        [sys.executable, *launcher, str(JOB)], env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    errors = json.loads(done.stdout.splitlines()[-1])
+    assert len(errors) == 7 * 3 + 1
+    assert {name: error for name, error in errors.items() if not error < 1e-6} == {}

@@ -1,0 +1,99 @@
+"""A run that was stopped in the middle of an epoch and continued is, to the last bit, the run that was never stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from runs import CONFIGS, result, rows, run, same_state_dicts, traced
+
+FULL = f"""
+extends: {CONFIGS / "digits.yaml"}
+optimizer: {{_target_: torch.optim.Adam, lr: 0.003}}
+data: {{drop_last: false, global_batch_size: 50}}
+trainer: {{duration: 40step, ema_decay: 0.9, log_every: 7step, evaluate_every: 1ep, clip_grad_norm: 1.0}}
+debug: {{trace_samples: true}}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Uninterrupted runs on 1, 2 and 3 processes, without workers: `whole1` and so on."""
+    folder = tmp_path_factory.mktemp("resume")
+    (folder / "full.yaml").write_text(FULL)
+    for processes in (1, 2, 3):
+        run(folder, processes, "--config", "full.yaml", f"run.name=whole{processes}", "data.num_workers=0")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("processes", "workers", "method"), [(1, 2, "spawn"), (2, 2, "fork"), (3, 0, "auto"), (1, 0, "auto")]
+)
+def test_stopped_and_continued_equals_never_stopped(folder: Path, processes: int, workers: int, method: str) -> None:
+    """With augmentation, dropout, BatchNorm, Adam, EMA, clipping and a cosine; three processes because DDP's buckets show there."""
+    name = f"stopped{processes}-{workers}"
+    options = ("--config", "full.yaml", f"run.name={name}", f"data.num_workers={workers}", f"data.worker_start_method={method}")
+    run(folder, processes, *options, "trainer.stop_at=17step", expect=75 if processes == 1 else 0)
+    stopped = folder / "runs" / name
+    assert json.loads((stopped / "status.json").read_text())["state"] == "preempted"
+    assert not (stopped / "model.pt").exists()
+    done = run(folder, processes, *options)
+    assert "going on from step 17" in done.stdout
+    whole = folder / "runs" / f"whole{processes}"
+    assert result(stopped) == {**result(whole)}
+    assert same_state_dicts(stopped / "model.pt", whole / "model.pt")
+    assert rows(stopped) == rows(whole)
+    assert traced(stopped) == traced(whole)
+
+
+def test_the_comparison_fails_for_another_seed(folder: Path) -> None:
+    run(folder, 1, "--config", "full.yaml", "run.name=seed", "seed=1")
+    seed, whole = folder / "runs" / "seed", folder / "runs" / "whole1"
+    assert result(seed)["weights_sha256"] != result(whole)["weights_sha256"]
+    assert not same_state_dicts(seed / "model.pt", whole / "model.pt")
+    assert rows(seed) != rows(whole)
+    assert traced(seed) != traced(whole)
+
+
+def test_a_completed_run_prints_its_result_and_goes_on_when_it_is_to_be_longer(folder: Path) -> None:
+    options = ("--config", "full.yaml", "run.name=longer", "debug.trace_samples=false")
+    run(folder, 1, *options, "trainer.duration=10step")
+    before = result(folder / "runs" / "longer")
+    again = run(folder, 1, *options, "trainer.duration=10step")
+    assert "is completed" in again.stdout
+    assert result(folder / "runs" / "longer") == before
+    assert len((folder / "runs/longer/attempts.jsonl").read_text().splitlines()) == 2, "nothing was started"
+    run(folder, 1, *options, "trainer.duration=14step")
+    assert result(folder / "runs" / "longer")["step"] == 14
+    assert [row["step"] for row in rows(folder / "runs" / "longer", "train")] == [7, 10, 14]
+
+
+def test_a_changed_learning_rate_needs_consent_and_then_really_changes(folder: Path) -> None:
+    options = ("--config", "full.yaml", "run.name=changed", "debug.trace_samples=false")
+    run(folder, 1, *options, "trainer.stop_at=10step", expect=75)
+    place = folder / "runs" / "changed"
+    before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+    refused = run(folder, 1, *options, "optimizer.lr=0.006", expect=2)
+    for part in ("optimizer.lr", "0.003", "0.006", "run.name", "checkpoint.accept_changes=true"):
+        assert part in refused.stderr
+    assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == before, "something was written"
+    run(folder, 1, *options, "trainer.duration=11step", "trainer.log_every=1step", "run.name=changed", "optimizer.lr=0.006",
+        "checkpoint.accept_changes=true")  # fmt: skip
+    run(folder, 1, "--config", "full.yaml", "run.name=straight", "trainer.stop_at=11step", "trainer.log_every=1step", expect=75)
+    changed, straight = rows(place, "train")[-1], rows(folder / "runs" / "straight", "train")[-1]
+    assert changed["step"] == straight["step"] == 11
+    assert changed["lr"] == pytest.approx(2 * straight["lr"], rel=1e-9)
+    done = run(folder, 1, *options, "optimizer.lr=0.003", "trainer.duration=11step", expect=2)
+    assert "optimizer.lr" in done.stderr, "a finished run is asked for consent as well"
+
+
+def test_what_the_data_order_depends_on_is_refused(folder: Path) -> None:
+    for change in ("data.global_batch_size=40", "seed=5", "data.drop_last=true"):
+        done = run(folder, 1, "--config", "full.yaml", "run.name=whole1", change, "checkpoint.accept_changes=true", expect=2)
+        assert change.split("=")[0] in done.stderr
+
+
+def test_never_resuming_an_existing_run_is_refused(folder: Path) -> None:
+    done = run(folder, 1, "--config", "full.yaml", "run.name=whole1", "checkpoint.resume=never", expect=2)
+    assert "checkpoint.resume" in done.stderr

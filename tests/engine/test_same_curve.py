@@ -1,0 +1,69 @@
+"""Promises 1 and 5: the same samples, losses and figures on any number of processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from runs import CONFIGS, result, rows, run, traced
+
+MLP = ("--config", str(CONFIGS / "digits_mlp.yaml"), "trainer.duration=200step", "trainer.log_every=1step", "debug.trace_samples=true")
+IN_FLOAT64 = """
+import torch
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 10)).double()
+
+    def forward(self, x):
+        return self.net(x.double())
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of 1, 2 and 3 processes, named by their number; in float64 too."""
+    folder = tmp_path_factory.mktemp("curves")
+    (folder / "float64.py").write_text(IN_FLOAT64)
+    for processes in (1, 2, 3):
+        run(folder, processes, *MLP, f"run.name=single{processes}")
+        run(folder, processes, *MLP, f"run.name=double{processes}", "model={_target_: float64.Net}", "debug.trace_samples=false")
+    return folder / "runs"
+
+
+def largest_difference(one: Path, other: Path) -> float:
+    """The largest relative difference of the loss over all logged steps."""
+    pairs = list(zip(rows(one, "train"), rows(other, "train"), strict=True))
+    assert len(pairs) == 200
+    assert all(a["step"] == b["step"] for a, b in pairs)
+    return max(abs(a["loss"] - b["loss"]) / abs(a["loss"]) for a, b in pairs)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_every_step_takes_the_same_samples(folder: Path, processes: int) -> None:
+    one, many = traced(folder / "single1"), traced(folder / f"single{processes}")
+    assert len(one) == 200
+    assert one == many
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_losses_agree_over_200_steps(folder: Path, processes: int) -> None:
+    assert largest_difference(folder / "single1", folder / f"single{processes}") < 1e-5
+    assert largest_difference(folder / "double1", folder / f"double{processes}") < 1e-12
+
+
+def test_the_comparison_would_notice_another_loss(folder: Path) -> None:
+    assert largest_difference(folder / "single1", folder / "double1") > 1e-8  # float32 against float64 is no bit-equality
+    assert traced(folder / "single1")[1] != traced(folder / "single1")[2]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_evaluation_counts_every_sample_once(folder: Path, processes: int) -> None:
+    metrics = result(folder / f"single{processes}")["metrics"]
+    assert metrics["val"]["eval_samples"] == 180
+    assert metrics["test"]["eval_samples"] == 360
+    assert {row["eval_samples"] for row in rows(folder / f"single{processes}", "val")} == {180}
+    alone = result(folder / "single1")["metrics"]
+    assert metrics["test"]["accuracy"] == alone["test"]["accuracy"]
+    assert metrics["test"]["loss"] == pytest.approx(alone["test"]["loss"], rel=1e-5)
