@@ -1,0 +1,75 @@
+"""What the tests of the launch scripts stand on: a bare environment with this Python first, and a real Slurm."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from slurm_cluster import SlurmCluster, missing
+
+ROOT = Path(__file__).resolve().parents[2]
+# What a launcher around pytest may have left must not reach the jobs that the tests start.
+FOREIGN = (
+    *("SLURM_", "PET_", "TORCHELASTIC_", "ACCELERATE_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_"),
+    *("NNODES", "NODE_RANK", "NPROC", "RDZV_", "MAX_", "LOGS", "LAUNCHER"),
+)
+
+PLANTED = """
+import time
+from dist_train.callbacks import Callback
+
+class Slow(Callback):
+    def on_step_end(self, trainer):
+        time.sleep(0.02)
+
+class Crash(Callback):
+    def on_step_end(self, trainer):
+        if trainer.step == 30 and trainer.world.rank == trainer.world.size - 1:
+            raise ValueError("planted crash")
+"""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _bare_environment() -> Iterator[None]:
+    """`python` on the PATH is the one that runs the tests; no GPU; one thread a process."""
+    patch = pytest.MonkeyPatch()
+    for name in list(os.environ):
+        if name.startswith(FOREIGN):
+            patch.delenv(name)
+    patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    patch.setenv("CUDA_VISIBLE_DEVICES", "")
+    patch.setenv("OMP_NUM_THREADS", "1")
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="session")
+def slurm(_bare_environment: None) -> Iterator[SlurmCluster]:
+    """A cluster of two nodes; skipped, with the reason, where there can be none."""
+    reason = missing()
+    if reason is not None:
+        pytest.skip(f"no Slurm: {reason}")
+    root = Path(tempfile.mkdtemp(prefix="slurm-"))
+    cluster = SlurmCluster(root)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+        shutil.rmtree(root, ignore_errors=True)
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    """A directory with `mlp.yaml`, the MLP on the digits, and `planted.py`, callbacks for a user's misfortunes."""
+    shutil.copy(ROOT / "configs" / "digits_mlp.yaml", tmp_path / "mlp.yaml")
+    (tmp_path / "planted.py").write_text(PLANTED, encoding="ascii")
+    return tmp_path
