@@ -75,7 +75,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name not in COMMANDS:
             known = ", ".join(COMMANDS)
             raise ConfigError(
-                [Problem("command line", "", f"there is no command {name!r}{did_you_mean(name, COMMANDS)}; commands: {known}")]
+                [
+                    Problem(
+                        "command line",
+                        "",
+                        f"there is no command {name!r}{did_you_mean(name, COMMANDS)}; commands: {known}",
+                    )
+                ]
             )
         return COMMANDS[name](arguments)
     except ConfigError as error:

@@ -41,7 +41,12 @@ def start(folder: Path, processes: int, *arguments: str, env: dict[str, str] | N
 
 
 def run(
-    folder: Path, processes: int, *arguments: str, env: dict[str, str] | None = None, expect: int | None = 0, timeout: float = 120
+    folder: Path,
+    processes: int,
+    *arguments: str,
+    env: dict[str, str] | None = None,
+    expect: int | None = 0,
+    timeout: float = 120,
 ) -> subprocess.CompletedProcess[str]:
     """Run to the end; fails with the whole output where the exit code isn't `expect`."""
     process = start(folder, processes, *arguments, env=env)

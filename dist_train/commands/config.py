@@ -19,8 +19,8 @@ def main(arguments: Sequence[str]) -> int:
 
         print(json.dumps(json_schema(), indent=2))
         return 0
-    from dist_train.config.load import load_config
     from dist_train.config.errors import ConfigError, did_you_mean
+    from dist_train.config.load import load_config
 
     config = load_config(options.config, options.overrides)
     if options.get is None:
@@ -34,6 +34,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         value = config.get(options.get)
     except KeyError:
-        raise ConfigError.single("--get", f"there is no key {options.get!r}{did_you_mean(options.get, ['run.path'])}") from None
+        raise ConfigError.single(
+            "--get", f"there is no key {options.get!r}{did_you_mean(options.get, ['run.path'])}"
+        ) from None
     print(value if isinstance(value, str) else json.dumps(value))
     return 0

@@ -18,7 +18,9 @@ def main(arguments: Sequence[str]) -> int:
 
     storage = Storage(options.run)
     if not storage.exists("checkpoints"):
-        raise ConfigError.single("--run", f"{storage.location} holds no checkpoints directory; expected a run's directory")
+        raise ConfigError.single(
+            "--run", f"{storage.location} holds no checkpoints directory; expected a run's directory"
+        )
     rows = CheckpointManager(storage.sub("checkpoints")).verify_all()
     for row in rows:
         print(f"{row.name:<24} {row.state:<10} {row.reason}".rstrip())

@@ -121,6 +121,10 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), Says("a number abo
 AtLeastZero = Annotated[float, Field(ge=0, allow_inf_nan=False), Says("a number of at least 0 (like 0.1)")]
 Decay = Annotated[float, Field(gt=0, lt=1), Says("a number between 0 and 1 (like 0.999)")]
 Text = Annotated[str, Field(min_length=1), Says("a string")]
+# A name may look like a number: run.name=2024.
+Name = Annotated[
+    str, BeforeValidator(lambda v: str(v) if type(v) in (int, float) else v), Field(min_length=1), Says("a string")
+]
 Auto = Literal["auto"]
 
 

@@ -20,6 +20,7 @@ from .fields import (
     Length,
     Lengths,
     Metric,
+    Name,
     NonNegative,
     Number,
     Positive,
@@ -38,7 +39,7 @@ from .source import Key, Place, dump, nearest
 class RunConfig(Section):
     """Where the run lives. The same name and directory is the same run: starting it again goes on with it."""
 
-    name: Text | None = harmless(
+    name: Name | None = harmless(
         None,
         "The run's directory inside `run.dir`. `{time}`, `{job}` and any key, like `{optimizer.lr}`, are filled in. "
         "null: the name of the config file without its ending; from a Python dict: `run`.",
@@ -70,6 +71,9 @@ class DataConfig(Section):
         "where CPUs are few; else the CPUs that this process may use, shared by the ranks of the machine.",
     )
     pin_memory: bool | Auto = harmless("auto", "Page-locked batches, for faster copies. `auto`: on CUDA only.")
+    steps_per_epoch: Count | None = refused(
+        None, "For an IterableDataset without a length: the optimizer steps that count as an epoch."
+    )
     drop_last: bool = refused(
         True, "Leave out an epoch's last, smaller batch. false: train on it, with the exact mean over its samples."
     )

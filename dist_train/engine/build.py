@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import traceback
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,7 @@ from dist_train.config.components import build, build_callable, reserved
 from dist_train.config.errors import ConfigError
 from dist_train.data.augment import Augmentation
 from dist_train.data.errors import DataError
-from dist_train.data.loader import EvalLoader, TrainLoader, build_train_loader
+from dist_train.data.loader import EvalLoader, TrainLoader, build_plan, build_train_loader
 from dist_train.data.plan import Plan, smallest_part
 from dist_train.data.workers import resolve_workers
 from dist_train.engine.callbacks import Callback
@@ -97,11 +98,17 @@ def draw_blueprint(config: Config, world: World) -> Blueprint:
     Raises:
         ConfigError: a piece can't be built, or they don't fit each other.
     """
+    if config.distributed.deterministic is True:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's BLAS is first used
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
     seed_everything(config.seed)
     with building("model"):
         model = build(config.model)
     if not isinstance(model, nn.Module):
-        raise ConfigError.single("model", f"expected a torch.nn.Module, but {config.get('model._target_')} gave {type(model).__name__}")
+        raise ConfigError.single(
+            "model", f"expected a torch.nn.Module, but {config.get('model._target_')} gave {type(model).__name__}"
+        )
     datasets = {}
     for split in ("train", "val", "test"):
         spec = getattr(config.data, split)
@@ -119,19 +126,19 @@ def draw_blueprint(config: Config, world: World) -> Blueprint:
         metrics = build_metrics(config.metrics, loss)
     with building("callbacks"):
         callbacks = [build(spec) for spec in config.callbacks]
-    batch_size = config.data.global_batch_size
     with building("data"):
-        length = len(datasets["train"])
-        plan = Plan(
-            config.seed, length, length if batch_size == "all" else batch_size, config.data.shuffle, config.data.drop_last
+        plan = build_plan(
+            datasets["train"], seed=config.seed, config=config.data, steps_per_epoch=config.data.steps_per_epoch
         )
     share = -(-plan.global_batch_size // world.size)
-    micro = config.trainer.micro_batch_size
-    micro = share if micro == "auto" else min(int(micro), share)
+    wanted = config.trainer.micro_batch_size
+    micro = share if wanted == "auto" else min(int(wanted), share)
     precision = resolve_precision(config.trainer.precision, world.device)
     model, channels_last = _place(model, config, world)
     _check_batchnorm(model, plan, world.size, micro)
-    return Blueprint(config, world, datasets, model, loss, task, metrics, callbacks, precision, plan, micro, channels_last)
+    return Blueprint(
+        config, world, datasets, model, loss, task, metrics, callbacks, precision, plan, micro, channels_last
+    )
 
 
 def seed_everything(seed: int) -> None:
@@ -149,9 +156,15 @@ def _place(model: nn.Module, config: Config, world: World) -> tuple[nn.Module, b
     model = model.to(world.device)
     if channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if config.distributed.strategy == "none" and world.size > 1:
+        raise ConfigError.single(
+            "distributed.strategy", f"`none` trains one process alone, but {world.size} were started; use auto or ddp"
+        )
     if config.distributed.sync_batchnorm and world.size > 1:
         if world.device.type != "cuda":
-            raise ConfigError.single("distributed.sync_batchnorm", "torch's SyncBatchNorm needs CUDA, but this run is on the CPU")
+            raise ConfigError.single(
+                "distributed.sync_batchnorm", "torch's SyncBatchNorm needs CUDA, but this run is on the CPU"
+            )
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if config.trainer.compile:
         model.compile(dynamic=False)  # with dynamic shapes one batch size changes the bits of another
@@ -169,7 +182,7 @@ def _check_batchnorm(model: nn.Module, plan: Plan, world_size: int, micro: int) 
         return
     if smallest_part(plan, world_size, micro) > 1:
         return
-    good = []
+    good: list[int] = []
     for size in range(max(2, plan.global_batch_size - 8), plan.global_batch_size + 9):
         if len(good) < 4 and size <= plan.length:
             candidate = Plan(plan.seed, plan.length, size, plan.shuffle, plan.drop_last)
@@ -200,7 +213,9 @@ def build_reducer(blueprint: Blueprint, scaler: torch.amp.GradScaler | None) -> 
     )
 
 
-def build_training(blueprint: Blueprint, horizon: int | None) -> tuple[torch.optim.Optimizer, Schedule | None, EMA | None]:
+def build_training(
+    blueprint: Blueprint, horizon: int | None
+) -> tuple[torch.optim.Optimizer, Schedule | None, EMA | None]:
     """Optimizer, schedule (over `horizon` steps) and EMA of a fresh run."""
     config = blueprint.config
     with building("optimizer"):
@@ -223,17 +238,21 @@ def schedule_horizon(blueprint: Blueprint) -> int | None:
     """The steps that a schedule spans: `scheduler.horizon`, else the duration; None if that is a time."""
     from dist_train.config.durations import Duration
 
-    _, extra = reserved(blueprint.config.scheduler, {"horizon"}) if blueprint.config.scheduler is not None else (None, {})
+    _, extra = (
+        reserved(blueprint.config.scheduler, {"horizon"}) if blueprint.config.scheduler is not None else (None, {})
+    )
     horizon = Duration.parse(str(extra["horizon"])) if extra.get("horizon") else blueprint.config.trainer.duration
     return in_steps(horizon, blueprint.steps_per_epoch)
 
 
-def build_loaders(blueprint: Blueprint) -> tuple[TrainLoader, dict[str, EvalLoader]]:
-    """The loaders of this rank."""
+def build_loaders(blueprint: Blueprint, neighbours: int) -> tuple[TrainLoader, dict[str, EvalLoader]]:
+    """The loaders of this rank; `neighbours` are the rows beyond each micro-batch that augmentations mix in."""
     config, world = blueprint.config, blueprint.world
     collate = build_callable(config.data.collate) if config.data.collate is not None else None
     workers = {
-        split: resolve_workers(config.data.num_workers, dataset, collate=collate, local_ranks=world.placement.local_size)
+        split: resolve_workers(
+            config.data.num_workers, dataset, collate=collate, local_ranks=world.placement.local_size
+        )
         for split, dataset in blueprint.datasets.items()
     }
     shared: dict[str, Any] = {
@@ -246,6 +265,7 @@ def build_loaders(blueprint: Blueprint) -> tuple[TrainLoader, dict[str, EvalLoad
             blueprint.plan,
             micro_batch_size=blueprint.micro_batch_size,
             num_workers=workers["train"],
+            neighbours=neighbours,
             **shared,
         )
         evaluation = {
@@ -266,11 +286,16 @@ class Preparer:
         with building("data.augment"):
             augment = [build(spec) for spec in config.data.augment]
         self.augmentation = Augmentation(augment) if augment else None
+        self.neighbours = self.augmentation.neighbours if self.augmentation is not None else 0
 
     def train(self, batch: Batch, epoch: int, indices: Any) -> Batch:
         """A training micro-batch; the draws depend on (seed, epoch, sample)."""
         batch = self.move(batch)
-        return batch if self.augmentation is None else self.augmentation(batch, seed=self.seed, epoch=epoch, indices=indices)
+        return (
+            batch
+            if self.augmentation is None
+            else self.augmentation(batch, seed=self.seed, epoch=epoch, indices=indices)
+        )
 
     def move(self, batch: Batch) -> Batch:
         """The batch on the device."""

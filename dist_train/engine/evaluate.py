@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from dist_train.runtime.world import World
 
 
-class EvaluationInterrupted(Exception):
+class EvaluationInterruptedError(Exception):
     """A stop was agreed inside an evaluation: it is dropped, and run again after the resume."""
 
 
 class Evaluator:
-    """Runs the module itself, without the DDP wrapper, over fixed cuts of a dataset; sums in float64, one all-reduce at the end."""
+    """Runs the module itself, without the DDP wrapper, over fixed cuts of a dataset; sums in float64, one all-reduce."""
 
     def __init__(
         self,
@@ -47,28 +47,42 @@ class Evaluator:
         self.world, self.precision, self.prepare = world, precision, prepare
         self.seed, self.ema, self.control = seed, ema, control
 
-    @torch.no_grad()
     def run(self, loader: EvalLoader) -> dict[str, float]:
-        """loss, the metrics, and `eval_samples`, the number of samples counted. EMA weights are used where there are any.
+        """loss, the metrics, and `eval_samples`, the number of samples counted.
+
+        Where there is an EMA the figures are those of its weights, and those of the raw weights follow as `raw_*`.
 
         Raises:
-            EvaluationInterrupted: all ranks agreed to stop between two rounds of it.
+            EvaluationInterruptedError: all ranks agreed to stop between two rounds of it.
         """
+        if self.ema is None:
+            return self._run(loader)
+        with self.ema.applied():
+            figures = self._run(loader)
+        samples = figures.pop("eval_samples")
+        raw = {f"raw_{name}": value for name, value in self._run(loader).items() if name != "eval_samples"}
+        return {**figures, **raw, "eval_samples": samples}
+
+    @torch.no_grad()
+    def _run(self, loader: EvalLoader) -> dict[str, float]:
         take_from_rank_zero(self.model.buffers(), self.world.size)
-        sums = torch.zeros(3 + sum(metric.size for metric in self.metrics), dtype=torch.float64, device=self.world.device)
+        sums = torch.zeros(
+            3 + sum(metric.size for metric in self.metrics), dtype=torch.float64, device=self.world.device
+        )
         training = self.model.training
         self.model.eval()
         try:
-            with self.ema.applied() if self.ema is not None else contextlib.nullcontext():
-                batches = iter(loader)
-                for _ in range(-(-len(loader.plan) // self.world.size)):  # the same number of rounds on all ranks
-                    if self.control is not None:
-                        self.control.begin()
-                    with contextlib.suppress(StopIteration):
-                        cut, batch = next(batches)
-                        sums += self._batch(cut.start, batch)
-                    if self.control is not None and self.control.stop_due():
-                        raise EvaluationInterrupted
+            batches = iter(loader)
+            for _ in range(
+                loader.rounds
+            ):  # the same number on all ranks; one without a cut in the last round sits it out
+                if self.control is not None:
+                    self.control.begin()
+                with contextlib.suppress(StopIteration):
+                    cut, batch = next(batches)
+                    sums += self._batch(cut.start, batch)
+                if self.control is not None and self.control.stop_due():
+                    raise EvaluationInterruptedError
         finally:
             self.model.train(training)
         if self.world.size > 1:

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """sha256 over every entry of the state_dict, in its order: name, dtype, shape, bytes (on the CPU, little-endian)."""
+    """sha256 over the state_dict, keys sorted: key, NUL, dtype, NUL, shape, NUL, the contiguous little-endian bytes."""
     digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in sorted(model.state_dict().items()):
         data = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {data.dtype} {tuple(data.shape)} ".encode())
-        digest.update(data.reshape(-1).view(torch.uint8).numpy().tobytes() if data.numel() else b"")
+        digest.update(f"{name}\0{data.dtype}\0{tuple(data.shape)}\0".encode())
+        digest.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -43,16 +43,21 @@ def finish(trainer: Trainer, checkpoints: CheckpointManager, seconds: float) -> 
     """
     parts, progress = trainer.parts, trainer.progress
     digest = weights_sha256(trainer.model)
-    val = {name.removeprefix("val/"): value for name, value in progress.metrics.items()}
-    kept_step = trainer.step
+    val = progress.metrics
+    kept, kept_step = "last", trainer.step
+    if parts.keep_best is not None and progress.best is not None:
+        kept = "best"
     if parts.keep_best is not None and progress.best is not None and progress.best_step != trainer.step:
         found = checkpoints.find(f"step-{progress.best_step:08d}")
         trainer.model.load_state_dict(found.load("model"))
         if parts.ema is not None and "ema" in found.parts:
             parts.ema.load_state_dict(found.load("ema"))
-        val = {name.removeprefix("val/"): value for name, value in found.metrics.items()}
+        val = found.metrics
         kept_step = found.step
-    metrics: dict[str, dict[str, float]] = {"val": val} if val else {}
+    metrics: dict[str, dict[str, float]] = {}
+    if val:
+        metrics["val"] = {name.removeprefix("val/"): value for name, value in val.items()}
+        metrics["val"]["eval_samples"] = int(metrics["val"]["eval_samples"])  # a manifest holds floats
     if "test" in parts.eval_loaders:
         parts.evaluator.control = None  # nothing is left that could be stopped and saved
         metrics["test"] = parts.evaluator.run(parts.eval_loaders["test"])
@@ -64,7 +69,9 @@ def finish(trainer: Trainer, checkpoints: CheckpointManager, seconds: float) -> 
         "step": trainer.step,
         "epoch": trainer.epoch,
         "samples": progress.samples,
+        "kept": kept,
         "kept_step": kept_step,
+        "ema": parts.ema is not None,
         "metrics": metrics,
         "weights_sha256": digest,
         "world_size": trainer.world.size,

@@ -51,21 +51,21 @@ class Loss(nn.Module):
         reduction = getattr(function, "reduction", None) if isinstance(function, nn.Module) else None
         self.summed = reduction == "sum"
         self.exact: bool | None = None
-        self.function = function
+        self.function: Any = function
         self._checked = False
         torch_made = isinstance(function, nn.Module) and type(function).__module__.startswith("torch.nn")
         if torch_made and isinstance(function, ELEMENTWISE):
             self._measure: Callable[[Any, Any], tuple[Tensor, Tensor | float]] = self._elementwise
-            self.function = _with_reduction(function, "sum")
+            self.function = _with_reduction(self.function, "sum")
         elif torch_made and isinstance(function, CLASSWISE):
             self._measure = self._classwise
-            self.function = _with_reduction(function, "sum")
+            self.function = _with_reduction(self.function, "sum")
         elif torch_made and reduction == "mean" and not isinstance(function, nn.CTCLoss):
             self._measure = self._generic
-            self.function = _with_reduction(function, "none")
+            self.function = _with_reduction(self.function, "none")
         elif torch_made and isinstance(function, nn.KLDivLoss) and reduction == "batchmean":
             self._measure = self._batchmean
-            self.function = _with_reduction(function, "sum")
+            self.function = _with_reduction(self.function, "sum")
         else:
             self._measure = self._generic
 
@@ -137,7 +137,8 @@ class Loss(nn.Module):
         if isinstance(self.function, nn.NLLLoss) or outputs.shape != targets.shape:
             raise ValueError(
                 f"{self.name} expects targets that are class numbers (int64, one for each of the outputs' {_shape(outputs)}) "
-                f"or, for CrossEntropyLoss, class probabilities of the outputs' shape, but got {_shape(targets)} of {targets.dtype}; "
+                f"or, for CrossEntropyLoss, class probabilities of the outputs' shape, but got {_shape(targets)} of "
+                f"{targets.dtype}; "
                 "for labels stored as floats return int(label) from the dataset"
             )
         total = self.function(outputs, targets.to(outputs.dtype))

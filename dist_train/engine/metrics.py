@@ -31,7 +31,7 @@ class Metric:
         raise TypeError(f"{type(self).__name__} must define sums(outputs, targets)")
 
     def result(self, sums: Tensor) -> float:
-        """The figure, from the sums over the whole dataset: (size,) float64 on the CPU; by default the quotient of the first two."""
+        """The figure, from the sums over the whole dataset ((size,) float64, on the CPU); by default their quotient."""
         return float(sums[0] / sums[1]) if sums[1] else float("nan")
 
 

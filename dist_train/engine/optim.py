@@ -18,13 +18,16 @@ from dist_train.engine.step import accepts_fused
 
 
 class WarmupCosine(LambdaLR):
-    """A linear warm-up to the optimizer's lr over `warmup_steps`, then half a cosine down to `final_scale` of it at `total_steps`.
+    """A linear warm-up to the lr over `warmup_steps`, then half a cosine down to `final_scale` of it at `total_steps`.
 
-    A run shorter than the warm-up ends inside it. Counted in whatever `scheduler.every` says, optimizer steps by default. The shape is that of SGDR's first cycle
+    A run shorter than the warm-up ends inside it. Counted in whatever `scheduler.every` says, optimizer steps by default.
+    The shape is that of SGDR's first cycle
     (Loshchilov and Hutter 2017, https://arxiv.org/abs/1608.03983) behind the warm-up of Goyal et al. 2017 (https://arxiv.org/abs/1706.02677).
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, total_steps: int, warmup_steps: int = 0, final_scale: float = 0.0):
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, total_steps: int, warmup_steps: int = 0, final_scale: float = 0.0
+    ):
         if warmup_steps < 0 or total_steps < 1:
             raise ValueError(f"expected warmup_steps >= 0 and total_steps >= 1, got {warmup_steps} and {total_steps}")
         if not 0 <= final_scale <= 1:
@@ -55,7 +58,9 @@ def build_optimizer(spec: Any, model: nn.Module, device: torch.device) -> torch.
     groups = _grouped(model, extra.get("groups") or [])
     if isinstance(own, dict) and "fused" not in own and "foreach" not in own:
         factory = locate(own["_target_"])
-        plain = all(g.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16) for g in model.parameters())
+        plain = all(
+            g.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16) for g in model.parameters()
+        )
         if accepts_fused(factory) and plain and device.type in ("cpu", "cuda") and not own.get("differentiable"):
             own = {**own, "fused": True}
     if callable(own) and not isinstance(own, torch.optim.Optimizer):
@@ -67,7 +72,9 @@ def _grouped(model: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, A
     """Parameter groups, in the config's order behind the default one; the first pattern that matches takes a parameter."""
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not named:
-        raise ConfigError.single("model", "the model has no parameter that requires a gradient, so there is nothing to train")
+        raise ConfigError.single(
+            "model", "the model has no parameter that requires a gradient, so there is nothing to train"
+        )
     left = dict(named)
     result = []
     for index, group in enumerate(groups):
@@ -93,12 +100,20 @@ class Schedule:
     """
 
     def __init__(
-        self, spec: Any, optimizer: torch.optim.Optimizer, *, horizon: int | None, steps_per_epoch: int, default_metric: str
+        self,
+        spec: Any,
+        optimizer: torch.optim.Optimizer,
+        *,
+        horizon: int | None,
+        steps_per_epoch: int,
+        default_metric: str,
     ):
         own, extra = reserved(spec, {"every", "metric", "horizon"})
         if isinstance(own, dict):
             own = _numbers(own, horizon, steps_per_epoch)
-        self.scheduler: LRScheduler | ReduceLROnPlateau = build(own, optimizer) if isinstance(own, dict) else own(optimizer)
+        self.scheduler: LRScheduler | ReduceLROnPlateau = (
+            build(own, optimizer) if isinstance(own, dict) else own(optimizer)
+        )
         self.on_plateau = isinstance(self.scheduler, ReduceLROnPlateau)
         each_step = isinstance(self.scheduler, STEPPED_EACH_STEP)
         every = extra.get("every")
@@ -120,7 +135,11 @@ class Schedule:
 
     def state_dict(self) -> dict[str, Any]:
         """The scheduler's own state, less what isn't plain data (LambdaLR's function comes from the config again)."""
-        return {key: value for key, value in self.scheduler.state_dict().items() if not callable(value) and key != "lr_lambdas"}
+        return {
+            key: value
+            for key, value in self.scheduler.state_dict().items()
+            if not callable(value) and key != "lr_lambdas"
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state."""
@@ -139,7 +158,8 @@ def _numbers(value: Any, horizon: int | None, steps_per_epoch: int) -> Any:
     if value == "total_steps":
         if horizon is None:
             raise ConfigError.single(
-                "scheduler", "total_steps isn't known when trainer.duration is a time: set scheduler.horizon to epochs or steps"
+                "scheduler",
+                "total_steps isn't known when trainer.duration is a time: set scheduler.horizon to epochs or steps",
             )
         return horizon
     return value

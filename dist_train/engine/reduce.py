@@ -17,7 +17,6 @@ from dist_train.engine.buffers import take_from_rank_zero
 from dist_train.engine.precision import Precision
 from dist_train.engine.task import Task, as_step_output
 
-
 # Buffers differ over the ranks during an epoch, as in DDP everywhere; rank 0's are taken before an evaluation or a save.
 # torch 2.15 renamed the argument.
 _DDP = nn.parallel.DistributedDataParallel
@@ -160,7 +159,9 @@ class SingleProcess:
         else:
             if self._factor[0] != scale:
                 self._factor = (scale, torch.full_like(loss, scale))
-            loss.backward(self._factor[1])  # a factor in the backward costs nothing; in the forward it would be two more kernels
+            loss.backward(
+                self._factor[1]
+            )  # a factor in the backward costs nothing; in the forward it would be two more kernels
         loss = loss.detach()
         if self._loss is None:
             self._loss, self._weight = loss, output.weight

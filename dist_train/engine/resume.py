@@ -9,12 +9,14 @@ import torch
 import yaml
 
 from dist_train.checkpoint.manager import CheckpointManager
+from dist_train.checkpoint.manifest import CheckpointError
+from dist_train.checkpoint.store import find_at
 from dist_train.config.errors import ConfigError
 from dist_train.engine.trainer import Progress
 
 if TYPE_CHECKING:
-    from dist_train.config.changes import Change
     from dist_train.checkpoint.store import Found
+    from dist_train.config.changes import Change
     from dist_train.config.schema import Config
     from dist_train.engine.build import Blueprint
     from dist_train.engine.ema import EMA
@@ -30,11 +32,13 @@ class Decision:
         action: `fresh`, `resume`, or `completed` (nothing to do).
         changes: what differs from the config of the last start, as lines to log.
         changed: the keys among them that a restored state would undo (taken by consent).
+        source: the checkpoint of another run to begin from.
     """
 
     action: str = "fresh"
     changes: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
+    source: str | None = None
 
 
 def decide(config: Config, run: RunDir) -> Decision:
@@ -43,13 +47,16 @@ def decide(config: Config, run: RunDir) -> Decision:
     Raises:
         ConfigError: the run can't be continued under this config; says with what differs, and what to do.
     """
+    source = config.checkpoint.resume
     known = [name for name in run.storage.list("checkpoints") if name.startswith("step-")]
     if config.checkpoint.resume == "never" and (known or run.storage.exists("config.yaml")):
         raise ConfigError.single(
             "checkpoint.resume",
-            f"`never` begins a new run, but {run.location} holds one already ({len(known)} checkpoint(s)); give it another run.name, "
-            "or delete that directory",
+            f"`never` begins a new run, but {run.location} holds one already ({len(known)} checkpoint(s)); give it another "
+            "run.name, or delete that directory",
         )
+    if not known and source not in ("auto", "never"):
+        return _begin_from(config, source)
     if not known or not run.storage.exists("config.yaml"):
         return Decision("fresh")
     from dist_train.config.changes import compare
@@ -57,13 +64,27 @@ def decide(config: Config, run: RunDir) -> Decision:
     old = yaml.safe_load(run.storage.read_bytes("config.yaml"))
     changes = compare(old, config.to_dict())
     _refuse(changes, config, run.location)
-    lines = [f"{change.key}: {change.old} -> {change.new}" for change in changes]
+    lines = [str(change) for change in changes]
     changed = [change.key for change in changes if change.kind == "consent"]
     result = run.read_json("result.json")
     same_end = not any(change.key.startswith("trainer.duration") for change in changes)
     if result is not None and result["state"] == "completed" and same_end and not changed:
         return Decision("completed", lines)
     return Decision("resume", lines, changed)
+
+
+def _begin_from(config: Config, source: str) -> Decision:
+    """A new run that begins with another run's checkpoint (`checkpoint.resume: PATH`), under the same rules."""
+    try:
+        found = find_at(source)
+    except CheckpointError as error:
+        raise ConfigError.single("checkpoint.resume", str(error)) from None
+    from dist_train.config.changes import compare
+
+    changes = compare(found.meta["config"], config.to_dict())
+    _refuse(changes, config, found.location)
+    changed = [change.key for change in changes if change.kind == "consent"]
+    return Decision("resume", [str(change) for change in changes], changed, found.location)
 
 
 def _refuse(changes: list[Change], config: Config, location: str) -> None:
@@ -75,12 +96,14 @@ def _refuse(changes: list[Change], config: Config, location: str) -> None:
         raise ConfigError.single("", refusal_message(bad + asked, location))
 
 
-def find_checkpoint(config: Config, run: RunDir, manager: CheckpointManager) -> Found:
-    """The newest checkpoint that verifies (rank 0).
+def find_checkpoint(decision: Decision, manager: CheckpointManager) -> Found:
+    """The newest checkpoint that verifies, or that of another run (rank 0).
 
     Raises:
         CheckpointError: none of those that are there is whole.
     """
+    if decision.source is not None:
+        return find_at(decision.source)
     found = manager.newest()
     assert found is not None  # `decide` has seen some; where none of them is whole, `newest` says so
     manager.resume_from(found)
@@ -97,11 +120,13 @@ def check_fits(found: Found, blueprint: Blueprint) -> None:
     if old["length"] != blueprint.plan.length:
         raise ConfigError.single(
             "data.train",
-            f"this run has trained on {old['length']} samples, but the dataset now has {blueprint.plan.length}: a position in it means "
-            "something else. Give the run another run.name, or restore the dataset",
+            f"this run has trained on {old['length']} samples, but the dataset now has {blueprint.plan.length}: a position "
+            "in it means something else. Give the run another run.name, or restore the dataset",
         )
     if old["fingerprint"] != blueprint.plan.fingerprint():
-        raise ConfigError.single("data.train", "the order of samples has changed (numpy's RandomState gives other numbers here)")
+        raise ConfigError.single(
+            "data.train", "the order of samples has changed (numpy's RandomState gives other numbers here)"
+        )
 
 
 def load_model(found: Found, blueprint: Blueprint) -> None:

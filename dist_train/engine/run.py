@@ -13,6 +13,7 @@ import torch
 
 import dist_train
 from dist_train.checkpoint.manager import CheckpointManager
+from dist_train.checkpoint.store import find_at
 from dist_train.config.errors import ConfigError
 from dist_train.engine.build import (
     Blueprint,
@@ -33,6 +34,7 @@ from dist_train.engine.summary import end_lines, start_lines
 from dist_train.engine.trace import Trace
 from dist_train.engine.trainer import Parts, Progress, Trainer
 from dist_train.runtime.control import SAVE, STOP, Control, watch_file
+from dist_train.runtime.lease import Lease, LeaseHeldError
 from dist_train.runtime.world import World, open_world, read_placement
 from dist_train.tracking.console import Console, setup_logging
 from dist_train.tracking.logger import Logger, NullLogger
@@ -78,7 +80,9 @@ def _on_main(world: World, action: Any) -> Any:
 def _already_completed(run: RunDir, console: Console) -> dict[str, Any]:
     result = run.read_json("result.json")
     assert result is not None
-    console.note(f"{run.location} is completed; a longer trainer.duration goes on with it, another run.name begins anew")
+    console.note(
+        f"{run.location} is completed; a longer trainer.duration goes on with it, another run.name begins anew"
+    )
     console.end_block(end_lines(result, run))
     return result
 
@@ -87,7 +91,7 @@ def _train(config: Config, world: World, run: RunDir, console: Console, decision
     began = time.monotonic()
     blueprint = draw_blueprint(config, world)
     check_shared(run, world)
-    attempt = _open_run(config, world, run)
+    lease, attempt, decision = _open_run(config, world, run, console)
     setup_logging(run.path(f"logs/rank-{world.rank}.log"), world.rank)
     trainer: Trainer | None = None
     try:
@@ -97,6 +101,8 @@ def _train(config: Config, world: World, run: RunDir, console: Console, decision
             keep_best=blueprint.keep_best,
             asynchronous=config.checkpoint.asynchronous,
             log=console.note,
+            lease=lease,
+            before_publish=lambda step: trainer.parts.logger.flush() if trainer is not None else None,
         )
         trainer, resumed = _build_trainer(blueprint, run, console, checkpoints, decision, attempt)
         for line in decision.changes:
@@ -122,32 +128,53 @@ def _train(config: Config, world: World, run: RunDir, console: Console, decision
     finally:
         if trainer is not None:
             trainer.close()
+        if lease is not None:
+            lease.release()
 
 
-def _open_run(config: Config, world: World, run: RunDir) -> int:
-    """The first writes of a start: the resolved config and this start's number."""
-    attempt = 0
-    if world.is_main:
+def _open_run(config: Config, world: World, run: RunDir, console: Console) -> tuple[Lease | None, int, Decision]:
+    """The first writes of a start: rank 0 takes the lease, looks again at what there is, and claims this start's number.
+
+    Raises:
+        ConfigError: another job trains this run.
+    """
+    lease: Lease | None = None
+
+    def open_run() -> tuple[int, dict[str, Any]]:
+        nonlocal lease
         run.storage.makedirs()
+        try:
+            lease = Lease.acquire(run.storage, log=console.note)
+        except LeaseHeldError as error:
+            raise ConfigError.single("run.name", str(error)) from None
+        decision = decide(config, run)  # the owner before may have gone on until now
         attempt = run.claim_attempt()
         run.storage.write_atomic("config.yaml", config.to_yaml().encode())
-    return world.share(attempt)
+        return attempt, vars(decision)
+
+    attempt, decision = _on_main(world, open_run)
+    return lease, attempt, Decision(**decision)
 
 
 def _build_trainer(
-    blueprint: Blueprint, run: RunDir, console: Console, checkpoints: CheckpointManager, decision: Decision, attempt: int
+    blueprint: Blueprint,
+    run: RunDir,
+    console: Console,
+    checkpoints: CheckpointManager,
+    decision: Decision,
+    attempt: int,
 ) -> tuple[Trainer, int]:
     """Everything built, and the state of the newest checkpoint put into it; (the trainer, the step it goes on from)."""
     config, world = blueprint.config, blueprint.world
     found = None
     if decision.action == "resume":
-        name = _on_main(world, lambda: find_checkpoint(config, run, checkpoints).name)
-        found = checkpoints.find(name)
+        found = find_at(_on_main(world, lambda: find_checkpoint(decision, checkpoints).location))
         check_fits(found, blueprint)
         load_model(found, blueprint)
     horizon = found.meta["horizon"] if found is not None else schedule_horizon(blueprint)
     optimizer, schedule, ema = build_training(blueprint, horizon)
-    progress, state, notes = Progress(), None, []
+    progress, state = Progress(), None
+    notes: list[str] = []
     if found is not None:
         state, progress, notes = load_training(
             found, optimizer, schedule, ema, decision.changed, blueprint.steps_per_epoch
@@ -181,8 +208,8 @@ def _build_trainer(
         ema=ema,
         control=control,
     )
-    train_loader, eval_loaders = build_loaders(blueprint)
-    pending = ("val",) if progress.evaluation_due else ()
+    train_loader, eval_loaders = build_loaders(blueprint, preparer.neighbours)
+    pending = ("val", "test") if progress.evaluation_due else ("test",)
     logger = (
         Logger(run, config, console=console, start_step=progress.step, attempt=attempt, pending=pending)
         if world.is_main
@@ -193,12 +220,23 @@ def _build_trainer(
         train_loader, eval_loaders, checkpoints if world.is_main else None, schedule, ema,
         StopWhen(config.trainer.stop_when, blueprint.steps_per_epoch) if config.trainer.stop_when is not None else None,
         Trace(run.path("trace"), attempt, world.rank) if config.debug.trace_samples else None,
-        blueprint.callbacks, blueprint.keep_best, {"horizon": horizon, **_provenance(config)},
+        blueprint.callbacks, blueprint.keep_best, [lambda: _tell_inexact(blueprint, console)],
+        {"horizon": horizon, **_provenance(config)},
     )  # fmt: skip
     trainer = Trainer(parts, _reopened(progress, decision))
     if state is not None:
         trainer.load(state)
     return trainer, progress.step
+
+
+def _tell_inexact(blueprint: Blueprint, console: Console) -> None:
+    """A loss whose denominator isn't known makes the mean of means out of several micro-batches."""
+    parts = -(-blueprint.plan.global_batch_size // blueprint.micro_batch_size)
+    if blueprint.loss is not None and blueprint.loss.exact is False and parts > 1:
+        console.warn(
+            f"the loss {blueprint.loss.name} returns one number, taken for a mean over samples: over {parts} micro-batches a "
+            "step the gradient is exact only if it is one. Return (sum, weight), or one value a sample, to be sure"
+        )
 
 
 def _reopened(progress: Progress, decision: Decision) -> Progress:

@@ -54,7 +54,9 @@ class RunDir:
     def __init__(self, location: str):
         self.storage = Storage(location)
         if not isinstance(self.storage, LocalStorage):
-            raise ConfigError.single("run.dir", f"expected a directory of a mounted file system, found the URL {location}")
+            raise ConfigError.single(
+                "run.dir", f"expected a directory of a mounted file system, found the URL {location}"
+            )
         self.location = self.storage.location
         self.root = Path(self.location)
 
@@ -80,7 +82,14 @@ class RunDir:
 
     def write_status(self, state: str, *, step: int, epoch: int, world_size: int, error: str | None = None) -> None:
         """status.json: what this run is doing, for people and scripts."""
-        status = {"state": state, "step": step, "epoch": epoch, "world_size": world_size, "updated_at": utc_now(), "error": error}
+        status = {
+            "state": state,
+            "step": step,
+            "epoch": epoch,
+            "world_size": world_size,
+            "updated_at": utc_now(),
+            "error": error,
+        }
         self.write_json("status.json", status)
 
     def record_attempt(self, event: str, **facts: Any) -> None:
@@ -91,7 +100,9 @@ class RunDir:
         """The number of this start, from 0: the first that nobody has claimed, by exclusive creation."""
         self.storage.makedirs("trace/.attempts")
         number = len(self.storage.list("trace/.attempts"))
-        while not self.storage.create_exclusive(f"trace/.attempts/{number}", f"{socket.gethostname()} {os.getpid()}\n".encode()):
+        while not self.storage.create_exclusive(
+            f"trace/.attempts/{number}", f"{socket.gethostname()} {os.getpid()}\n".encode()
+        ):
             number += 1
         return number
 

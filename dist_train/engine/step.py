@@ -18,6 +18,7 @@ from dist_train.runtime.seeding import seed_forward
 
 if TYPE_CHECKING:
     from dist_train.data.loader import StepWork
+    from dist_train.data.plan import Indices
 
 MAX_OVERFLOWS_IN_A_ROW = 20
 
@@ -96,12 +97,17 @@ class Stepper:
     def _warm_up(self, batch: Any) -> None:
         """Before the first step of every start (see `DataParallel.warm_up`)."""
         kept = BufferSnapshot(self.model)
-        self.reducer.warm_up(batch, lambda: (kept.restore(), seed_forward(self.seed, 0, 0, self.device)))
+
+        def rewind() -> None:
+            kept.restore()
+            seed_forward(self.seed, 0, 0, self.device)
+
+        self.reducer.warm_up(batch, rewind)
         kept.restore()
         self._warm = True
 
     def _divide(self, gradients: Sequence[Tensor], loss: Tensor, weight: Tensor, samples: int) -> None:
-        """Gradients of the mean over the samples become gradients of the loss's own mean; any inf or nan is found in the same pass."""
+        """Gradients over the sample count become gradients over the loss's own weight; inf and nan are found in the same pass."""
         lists: dict[torch.dtype, list[Tensor]] = {loss.dtype: [loss.clone()]}
         for gradient in gradients:
             lists.setdefault(gradient.dtype, []).append(gradient)
@@ -170,7 +176,7 @@ class FiniteGuard:
             self.in_a_row = 0
         return bad
 
-    def answer(self, step: int, indices: Sequence[int], model: nn.Module, loss: Tensor) -> None:
+    def answer(self, step: int, indices: Indices, model: nn.Module, loss: Tensor) -> None:
         """Count a bad step, or end the run.
 
         Raises:
@@ -190,7 +196,7 @@ class FiniteGuard:
         first = torch.where((first == 0) & (found > 0), step, first)
         self._record = torch.stack([skipped + found, row, torch.maximum(most, row), first])
 
-    def check_record(self, indices_of: Callable[[int], Sequence[int]], model: nn.Module) -> None:
+    def check_record(self, indices_of: Callable[[int], Indices], model: nn.Module) -> None:
         """Read the record; waits for the device, so it is called at log intervals and before evaluations and saves only.
 
         Raises:
@@ -200,7 +206,9 @@ class FiniteGuard:
             return
         self.skipped, self.in_a_row, most, first = self._record.tolist()
         if first and (not self.skips or (self.scaled and most >= MAX_OVERFLOWS_IN_A_ROW)):
-            raise NonFiniteError(_message(first, indices_of(first - 1), _culprit(model, None), most if self.scaled else 0))
+            raise NonFiniteError(
+                _message(first, indices_of(first - 1), _culprit(model, None), most if self.scaled else 0)
+            )
 
     def state_dict(self) -> dict[str, int]:
         """Counters to go on with after a resume; call `check_record` first."""
@@ -235,7 +243,7 @@ def _culprit(model: nn.Module, loss: Tensor | None) -> str:
     return "the parameters are finite (the update was skipped)"
 
 
-def _message(step: int, indices: Sequence[int], culprit: str, overflows: int) -> str:
+def _message(step: int, indices: Indices, culprit: str, overflows: int) -> str:
     shown = ", ".join(str(int(index)) for index in indices[:16]) + (", ..." if len(indices) > 16 else "")
     what = f"fp16 overflowed {overflows} times in a row" if overflows else "the loss or a gradient is inf or nan"
     return (

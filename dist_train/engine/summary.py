@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dist_train.data.stream import is_stream, stream_notes
 from dist_train.tracking.text import format_seconds
 
 if TYPE_CHECKING:
@@ -21,24 +22,39 @@ def start_lines(blueprint: Blueprint, trainer: Trainer, run: RunDir, resumed: in
     config, world, plan = blueprint.config, blueprint.world, blueprint.plan
     total = sum(parameter.numel() for parameter in blueprint.model.parameters())
     frozen = sum(parameter.numel() for parameter in blueprint.model.parameters() if not parameter.requires_grad)
-    sizes = ", ".join(f"{split} {len(dataset):,}" for split, dataset in blueprint.datasets.items())
+    sizes = ", ".join(
+        f"{split} {len(dataset):,}" if hasattr(dataset, "__len__") else f"{split} (a stream)"
+        for split, dataset in blueprint.datasets.items()
+    )
     batches = f"{plan.steps_per_epoch:,} steps an epoch"
     if plan.samples_per_epoch < plan.length:
         batches += f", {plan.length - plan.samples_per_epoch} samples of each epoch left out (data.drop_last)"
     lines = [
         ("run", f"{run.location}" + (f", going on from step {resumed:,}" if resumed else "")),
-        ("model", f"{type(blueprint.model).__name__}, {total:,} parameters" + (f", {frozen:,} of them frozen" if frozen else "")),
+        (
+            "model",
+            f"{type(blueprint.model).__name__}, {total:,} parameters"
+            + (f", {frozen:,} of them frozen" if frozen else ""),
+        ),
         ("world", _world(blueprint)),
         ("precision", blueprint.precision.name),
         ("data", f"{sizes}; {batches}"),
         ("batch", batch_arithmetic(blueprint)),
-        ("training", f"{config.trainer.duration}" + (f" = {trainer.total_steps:,} steps" if trainer.total_steps else "")),
+        (
+            "training",
+            f"{config.trainer.duration}" + (f" = {trainer.total_steps:,} steps" if trainer.total_steps else ""),
+        ),
+    ]
+    lines += [
+        ("note", note) for note in stream_notes(blueprint.datasets["train"]) if is_stream(blueprint.datasets["train"])
     ]
     if blueprint.precision.note:
         lines.append(("note", blueprint.precision.note))
     if world.size == 1 and world.device.type == "cuda" and torch.cuda.device_count() > 1:
         count = torch.cuda.device_count()
-        lines.append(("note", f"{count} GPUs are here: torchrun --nproc_per_node={count} -m dist_train.main uses them all"))
+        lines.append(
+            ("note", f"{count} GPUs are here: torchrun --nproc_per_node={count} -m dist_train.main uses them all")
+        )
     return lines
 
 
@@ -82,7 +98,13 @@ def end_lines(result: dict[str, Any], run: RunDir, seconds: float | None = None)
     if seconds is not None:
         lines.append(("time", format_seconds(seconds)))
     if result["state"] == "completed":
-        lines.append(("model", f"{run.location}/model.pt" + (f" (step {result['kept_step']:,})" if result["kept_step"] != result["step"] else "")))
+        lines.append(
+            (
+                "model",
+                f"{run.location}/model.pt"
+                + (f" (step {result['kept_step']:,})" if result["kept_step"] != result["step"] else ""),
+            )
+        )
         lines.append(("curves", f"{run.location}/curves.png, and tensorboard --logdir {run.location}/tensorboard"))
     else:
         lines.append(("next", "the same command goes on from here"))

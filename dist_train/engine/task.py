@@ -33,7 +33,8 @@ class Task(Protocol):
     """One class, used unchanged by train, evaluate and predict.
 
     `step` runs under autocast where the precision asks for it and returns a `StepOutput` or a tuple (loss summed over the
-    batch, weight, outputs, targets), the last two as the metrics need them. `predict` returns the outputs for a batch that may have no target.
+    batch, weight, outputs, targets), the last two as the metrics need them. `predict` returns the outputs for a batch
+    that may have no target.
     """
 
     def step(self, model: nn.Module, batch: Any) -> StepOutput | tuple[Any, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from dist_train.config.durations import Duration
 from dist_train.engine.buffers import take_from_rank_zero
 from dist_train.engine.callbacks import Callback
 from dist_train.engine.ema import EMA
-from dist_train.engine.evaluate import EvaluationInterrupted, Evaluator
+from dist_train.engine.evaluate import EvaluationInterruptedError, Evaluator
 from dist_train.engine.optim import Schedule
 from dist_train.engine.step import Stepper
 from dist_train.engine.stopping import StopWhen, in_steps, is_due
@@ -58,6 +58,7 @@ class Parts:
     trace: Trace | None = None
     callbacks: Sequence[Callback] = ()
     keep_best: tuple[str, str] | None = None  # metric, "min" or "max"
+    once_trained: list[Callable[[], None]] = field(default_factory=list)  # called after the first step of this start
     record: dict[str, Any] = field(default_factory=dict)  # config, versions, commit: goes into every manifest
 
 
@@ -165,7 +166,7 @@ class Trainer:
             parts.trace.write(number, work.local_indices)
         self._lr = parts.optimizer.param_groups[0]["lr"]
         parts.stepper(work, want_norm=self._logs_at(number))
-        self.progress.step = number
+        self.progress.step = parts.console.step = number
         self.progress.samples += work.samples
         schedule = parts.schedule
         if schedule is not None and not schedule.on_plateau and is_due(schedule.every, number, self.steps_per_epoch):
@@ -176,6 +177,8 @@ class Trainer:
     def _boundary(self, actions: set[str]) -> None:
         """What is due after a step, in this order: log, evaluate, stop_when, save."""
         parts, progress, step = self.parts, self.progress, self.step
+        if parts.once_trained:
+            parts.once_trained.pop()()
         for callback in parts.callbacks:
             callback.on_step_end(self)
         if step % self.steps_per_epoch == 0:
@@ -226,7 +229,7 @@ class Trainer:
         self._check_finite()
         try:
             figures = parts.evaluator.run(parts.eval_loaders["val"])
-        except EvaluationInterrupted:
+        except EvaluationInterruptedError:
             return False, True
         progress.evaluation_due = False
         progress.evaluated_step = self.step
@@ -294,7 +297,6 @@ class Trainer:
             states["ema"] = parts.ema.state_dict()
         states["trainer"] = self._state()
         metrics = progress.metrics if progress.evaluated_step == self.step else None
-        parts.logger.flush()
         parts.checkpoints.save(self.step, states, self._meta(), metrics)
 
     def _state(self) -> dict[str, Any]:
@@ -359,7 +361,10 @@ class Trainer:
         if not self.world.is_main:
             return
         trainer, sources = self.config.trainer, self.parts.control.sources
-        for duration, action, key in ((trainer.duration, FINISH, "trainer.duration"), (trainer.stop_at, STOP, "trainer.stop_at")):
+        for duration, action, key in (
+            (trainer.duration, FINISH, "trainer.duration"),
+            (trainer.stop_at, STOP, "trainer.stop_at"),
+        ):
             if duration is not None and duration.is_time:
                 sources.append(watch_clock(lambda: self.seconds, duration.value, None, action, f"{key}={duration}"))
         repeated = [(trainer.log_every, LOG), (trainer.evaluate_every, EVALUATE)]

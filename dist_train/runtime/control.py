@@ -126,7 +126,7 @@ class Control:
                 self._propose(STOP, name)
 
     def _interrupted(self) -> None:
-        """Ctrl-C arrives twice where a shell signals the whole group and torchrun forwards it: only a later one is a second wish."""
+        """Ctrl-C comes twice where a shell signals the group and torchrun forwards it: only a later one is a second wish."""
         now = time.monotonic()
         if self._last_interrupt is not None and now - self._last_interrupt > 1:
             os._exit(130)

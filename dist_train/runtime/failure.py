@@ -59,7 +59,9 @@ def write_error_file(message: str, details: str) -> None:
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path:
         return
-    record = {"message": {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))}}}
+    record = {
+        "message": {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))}}
+    }
     if details:
         record["message"]["extraInfo"]["traceback"] = details  # type: ignore[index]
     try:

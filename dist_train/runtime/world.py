@@ -143,7 +143,9 @@ class World:
     Objects are shared through the rendezvous store, never by collectives, so that nothing of this disturbs the GPU streams.
     """
 
-    def __init__(self, placement: Placement, device: torch.device, store: Any | None = None, backend: str | None = None):
+    def __init__(
+        self, placement: Placement, device: torch.device, store: Any | None = None, backend: str | None = None
+    ):
         self.placement = placement
         self.rank, self.size = placement.rank, placement.size
         self.device = device
@@ -243,10 +245,13 @@ def _name_master() -> None:
     if "MASTER_ADDR" not in os.environ:
         nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_JOB_NODELIST", ""))
         try:
-            listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+            listed = subprocess.run(
+                ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
+            )
         except (OSError, subprocess.CalledProcessError) as error:
             raise ConfigError.single(
-                "MASTER_ADDR", f"can't tell the first host of {nodes!r} (scontrol failed: {error}); export MASTER_ADDR in the batch script"
+                "MASTER_ADDR",
+                f"can't tell the first host of {nodes!r} (scontrol failed: {error}); export MASTER_ADDR in the batch script",
             ) from None
         os.environ["MASTER_ADDR"] = listed.stdout.split()[0]
     if "MASTER_PORT" not in os.environ:

@@ -17,7 +17,12 @@ JOB = Path(__file__).parent / "jobs" / "gradients.py"
 def test_gradient_of_all_micro_batches_and_ranks_is_that_of_one_big_batch(ranks: int, tmp_path: Path) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     done = subprocess.run(
-        [sys.executable, *launcher, str(JOB)], env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=120
+        [sys.executable, *launcher, str(JOB)],
+        env=environment(),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     errors = json.loads(done.stdout.splitlines()[-1])

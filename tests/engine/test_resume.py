@@ -31,9 +31,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("processes", "workers", "method"), [(1, 2, "spawn"), (2, 2, "fork"), (3, 0, "auto"), (1, 0, "auto")]
 )
 def test_stopped_and_continued_equals_never_stopped(folder: Path, processes: int, workers: int, method: str) -> None:
-    """With augmentation, dropout, BatchNorm, Adam, EMA, clipping and a cosine; three processes because DDP's buckets show there."""
+    """With augmentation, dropout, BatchNorm, Adam, EMA, clipping, a cosine; on three processes DDP's buckets would show."""
     name = f"stopped{processes}-{workers}"
-    options = ("--config", "full.yaml", f"run.name={name}", f"data.num_workers={workers}", f"data.worker_start_method={method}")
+    options = (
+        "--config",
+        "full.yaml",
+        f"run.name={name}",
+        f"data.num_workers={workers}",
+        f"data.worker_start_method={method}",
+    )
     run(folder, processes, *options, "trainer.stop_at=17step", expect=75 if processes == 1 else 0)
     stopped = folder / "runs" / name
     assert json.loads((stopped / "status.json").read_text())["state"] == "preempted"
@@ -80,7 +86,16 @@ def test_a_changed_learning_rate_needs_consent_and_then_really_changes(folder: P
     assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == before, "something was written"
     run(folder, 1, *options, "trainer.duration=11step", "trainer.log_every=1step", "run.name=changed", "optimizer.lr=0.006",
         "checkpoint.accept_changes=true")  # fmt: skip
-    run(folder, 1, "--config", "full.yaml", "run.name=straight", "trainer.stop_at=11step", "trainer.log_every=1step", expect=75)
+    run(
+        folder,
+        1,
+        "--config",
+        "full.yaml",
+        "run.name=straight",
+        "trainer.stop_at=11step",
+        "trainer.log_every=1step",
+        expect=75,
+    )
     changed, straight = rows(place, "train")[-1], rows(folder / "runs" / "straight", "train")[-1]
     assert changed["step"] == straight["step"] == 11
     assert changed["lr"] == pytest.approx(2 * straight["lr"], rel=1e-9)
@@ -90,7 +105,9 @@ def test_a_changed_learning_rate_needs_consent_and_then_really_changes(folder: P
 
 def test_what_the_data_order_depends_on_is_refused(folder: Path) -> None:
     for change in ("data.global_batch_size=40", "seed=5", "data.drop_last=true"):
-        done = run(folder, 1, "--config", "full.yaml", "run.name=whole1", change, "checkpoint.accept_changes=true", expect=2)
+        done = run(
+            folder, 1, "--config", "full.yaml", "run.name=whole1", change, "checkpoint.accept_changes=true", expect=2
+        )
         assert change.split("=")[0] in done.stderr
 
 

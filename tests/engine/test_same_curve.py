@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 from runs import CONFIGS, result, rows, run, traced
 
-MLP = ("--config", str(CONFIGS / "digits_mlp.yaml"), "trainer.duration=200step", "trainer.log_every=1step", "debug.trace_samples=true")
+MLP = (
+    "--config",
+    str(CONFIGS / "digits_mlp.yaml"),
+    "trainer.duration=200step",
+    "trainer.log_every=1step",
+    "debug.trace_samples=true",
+)
 IN_FLOAT64 = """
 import torch
 
@@ -28,7 +34,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "float64.py").write_text(IN_FLOAT64)
     for processes in (1, 2, 3):
         run(folder, processes, *MLP, f"run.name=single{processes}")
-        run(folder, processes, *MLP, f"run.name=double{processes}", "model={_target_: float64.Net}", "debug.trace_samples=false")
+        run(
+            folder,
+            processes,
+            *MLP,
+            f"run.name=double{processes}",
+            "model={_target_: float64.Net}",
+            "debug.trace_samples=false",
+        )
     return folder / "runs"
 
 
@@ -54,7 +67,9 @@ def test_losses_agree_over_200_steps(folder: Path, processes: int) -> None:
 
 
 def test_the_comparison_would_notice_another_loss(folder: Path) -> None:
-    assert largest_difference(folder / "single1", folder / "double1") > 1e-8  # float32 against float64 is no bit-equality
+    assert (
+        largest_difference(folder / "single1", folder / "double1") > 1e-8
+    )  # float32 against float64 is no bit-equality
     assert traced(folder / "single1")[1] != traced(folder / "single1")[2]
 
 

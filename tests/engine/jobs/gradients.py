@@ -80,7 +80,8 @@ def gradient(world: World, function: nn.Module, targets: Tensor, micro: int, sam
     )  # fmt: skip
     loader = build_train_loader(
         TensorDataset(INPUTS[:samples], targets[:samples]), Plan(0, samples, BATCH, drop_last=False), rank=world.rank,
-        world_size=world.size, micro_batch_size=micro, seed=0, config=DataConfig(train=object()), num_workers=0, device=world.device,
+        world_size=world.size, micro_batch_size=micro, seed=0, num_workers=0, device=world.device,
+        config=DataConfig(train=object()),
     )  # fmt: skip
     for work in loader.steps(0, 1):
         stepper(work, want_norm=False)
