@@ -78,50 +78,41 @@ class HostCopy:
 
 
 class _Span:
-    """The bytes behind all tensors of a state that lie in one storage.
+    """The bytes of one storage between the first and the last that tensors of a state use.
 
-    A lone dense tensor keeps its strides (channels_last stays so), a lone other one becomes contiguous; several
-    different views are copied as the stretch of storage between the first byte and the last.
+    A lone tensor that skips bytes (a strided slice, an expanded one) is made contiguous first.
     """
 
     def __init__(self, tensors: list[torch.Tensor]) -> None:
-        self.tensors = tensors
         first = tensors[0]
-        self.alone = all(
-            (t.dtype, t.storage_offset(), t.size(), t.stride())
-            == (first.dtype, first.storage_offset(), first.size(), first.stride())
-            for t in tensors
-        )
-        if self.alone:
-            self.nbytes = first.numel() * first.itemsize
-        else:
-            begins = [int(t.storage_offset()) * t.itemsize for t in tensors]
-            self.begin = min(begins) // _ALIGN * _ALIGN
-            self.nbytes = max(b + _extent(t) * t.itemsize for b, t in zip(begins, tensors)) - self.begin
+        if all(_layout(tensor) == _layout(first) for tensor in tensors) and not _is_dense(first):
+            tensors = [first.contiguous()] * len(tensors)
+        begins = [int(t.storage_offset()) * t.itemsize for t in tensors]
+        size = max(t.itemsize for t in tensors)
+        self.tensors = tensors
+        self.begin = min(begins) // size * size
+        self.nbytes = max(begin + _extent(t) * t.itemsize for begin, t in zip(begins, tensors)) - self.begin
         self.room = -(-self.nbytes // _ALIGN) * _ALIGN
 
     def copy_to(self, room: np.ndarray, non_blocking: bool) -> list[torch.Tensor]:
-        """Copy into ``room``; returns the copies, in the order of the tensors."""
-        memory = torch.from_numpy(room).untyped_storage()
-        first = self.tensors[0]
-        if self.alone:
-            stride = first.stride() if _is_dense(first) else torch.empty(first.size(), device="meta").stride()
-            target = _view(memory, first.dtype, 0, first.size(), stride)
-            target.copy_(first, non_blocking=non_blocking)
-            return [target] * len(self.tensors)
-        source = torch.empty(0, dtype=torch.uint8, device=first.device)
-        source.set_(first.untyped_storage(), self.begin, (self.nbytes,), (1,))
-        _view(memory, torch.uint8, 0, torch.Size([self.nbytes]), (1,)).copy_(source, non_blocking=non_blocking)
-        return [
-            _view(memory, t.dtype, int(t.storage_offset()) - self.begin // t.itemsize, t.size(), t.stride())
-            for t in self.tensors
-        ]
+        """Copy into ``room``; returns the tensors' copies."""
+        source = torch.empty(0, dtype=torch.uint8, device=self.tensors[0].device)
+        source.set_(self.tensors[0].untyped_storage(), self.begin, (self.nbytes,), (1,))
+        memory = torch.from_numpy(room)
+        if source.is_cuda:
+            memory.copy_(source, non_blocking=non_blocking)
+        else:
+            room[:] = source.numpy()  # hundreds of parallel copies by torch cost more in waiting for threads
+        copies = []
+        for tensor in self.tensors:
+            offset = int(tensor.storage_offset()) - self.begin // tensor.itemsize
+            empty = torch.empty(0, dtype=tensor.dtype)
+            copies.append(empty.set_(memory.untyped_storage(), offset, tensor.size(), tensor.stride()))
+        return copies
 
 
-def _view(
-    memory: torch.UntypedStorage, dtype: torch.dtype, offset: int, size: torch.Size, stride: tuple[int, ...]
-) -> torch.Tensor:
-    return torch.empty(0, dtype=dtype).set_(memory, offset, size, stride)
+def _layout(tensor: torch.Tensor) -> tuple[object, ...]:
+    return tensor.dtype, tensor.storage_offset(), tensor.size(), tensor.stride()
 
 
 def _extent(tensor: torch.Tensor) -> int:

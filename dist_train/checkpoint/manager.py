@@ -7,21 +7,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from dist_train.checkpoint.hostcopy import HostCopy
 from dist_train.checkpoint.manifest import CheckpointError
-from dist_train.checkpoint.store import CheckpointStore, Found, Row, Writing
+from dist_train.checkpoint.publish import OwnedStore, Writing
+from dist_train.checkpoint.store import CheckpointStore, Found, Row
+from dist_train.runtime.lease import Lease
 from dist_train.runtime.storage import Storage
-
-
-class Owner(Protocol):
-    """What a lease is to the manager (:class:`dist_train.runtime.lease.Lease`)."""
-
-    def check(self) -> int:
-        """Raise if the run has another owner by now; return the number of the lease."""
 
 
 class CheckpointManager:
@@ -48,21 +43,19 @@ class CheckpointManager:
         keep_best: tuple[str, str] | None = None,
         asynchronous: bool = True,
         log: Callable[[str], None] = print,
-        lease: Owner | None = None,
+        lease: Lease | None = None,
         before_publish: Callable[[int], None] | None = None,
     ) -> None:
         self._log = log
         self._lines: deque[str] = deque()
-        self._store = CheckpointStore(storage, self._lines.append)
+        self._store = OwnedStore(storage, self._note, lease)
         self._keep_last = keep_last
         self._keep_best = keep_best
         self._asynchronous = asynchronous
-        self._lease = lease
         self._before_publish = before_publish
         self._copier = HostCopy()
         self._thread: threading.Thread | None = None
         self._error: CheckpointError | None = None
-        self._mine: set[str] = set()
         self._swept = False
         self.published: int | None = None
         """Step of the last checkpoint that this process published or went on from."""
@@ -145,62 +138,49 @@ class CheckpointManager:
             CheckpointError: there were some and none is whole.
             NewerFormatError, StorageError.
         """
-        try:
-            self._sweep_once()
-            found = self._store.newest(repair=True)
-            if found is not None:
-                self._mine.add(found.manifest.attempt)
-            return found
-        finally:
-            self._flush()
+        self._sweep_once()
+        return self._store.newest()
 
     def best(self) -> Found | None:
-        """The best one by ``keep_best`` that verifies; ``None`` without it, or if none has that metric."""
-        try:
-            return self._store.best(*self._keep_best, repair=True) if self._keep_best else None
-        finally:
-            self._flush()
+        """The best by ``keep_best`` that verifies; damaged ones are set aside. ``None`` if none has that metric."""
+        return self._store.best(*self._keep_best) if self._keep_best else None
 
     def find(self, name: str) -> Found:
-        """``best``, ``last`` or ``step-N``, verified.
+        """``best``, ``last`` or ``step-N``, verified. Changes nothing, so any process may ask.
 
         Raises:
             CheckpointError: there is no such one, or it is damaged.
         """
+        reader = CheckpointStore(self._store.storage, self._log)
         if name != "best":
-            return self._store.find(name)
-        found = self.best()
+            return reader.find(name)
+        found = reader.best(*self._keep_best) if self._keep_best else None
         if found is None:
             metric = self._keep_best[0] if self._keep_best else "checkpoint.keep_best"
-            raise CheckpointError(f"no best checkpoint: none in {self._store.storage.location} has {metric}")
+            raise CheckpointError(f"no best checkpoint: none in {reader.storage.location} has {metric}")
         return found
 
     def resume_from(self, found: Found | None) -> None:
         """Say which one the run goes on from (``None``: from none). What lies after it is kept, out of the way."""
-        try:
-            self._sweep_once()
-            self._store.supersede(after=found.step if found else -1)
-            if found is not None:
-                self._mine.add(found.manifest.attempt)
-            self.published = found.step if found else None
-        finally:
-            self._flush()
+        self._sweep_once()
+        self._store.supersede(after=found.step if found else -1)
+        self.published = found.step if found else None
+        if found is not None:
+            self._store.mine.add(found.manifest.attempt)
 
     def verify_all(self) -> list[Row]:
         """Every checkpoint with its state; changes nothing."""
         return self._store.verify_all()
 
-    def _flush(self) -> None:
-        while self._lines:
-            self._log(self._lines.popleft())
-
-    def _check(self) -> int | None:
-        return self._lease.check() if self._lease is not None else None
+    def _note(self, line: str) -> None:
+        """Log a line; one from the writing thread waits for the next :meth:`poll`."""
+        if threading.current_thread() is self._thread:
+            self._lines.append(line)
+        else:
+            self._log(line)
 
     def _sweep_once(self) -> None:
         if not self._swept:
-            self._check()
-            self._store.storage.makedirs()
             self._store.sweep()
             self._swept = True
 
@@ -210,12 +190,11 @@ class CheckpointManager:
         writing = None
         try:
             writing = Writing(self._store.storage, step)
-            self._mine.add(writing.attempt)
             for name, part in state.items():
                 writing.add(f"{name}.pt", lambda file, part=part: torch.save(part, file))  # type: ignore[misc]
             if self._before_publish is not None:
                 self._before_publish(step)
-            self._store.publish(writing, metrics, meta, check=self._check, replaces=self._replaces)
+            self._store.publish(writing, metrics, meta)
         except BaseException as error:
             if writing is not None:
                 writing.discard()
@@ -226,25 +205,19 @@ class CheckpointManager:
             return
         self.published = step
         size = sum(entry.bytes for entry in writing.files.values()) / 1e6
-        self._lines.append(f"step {step}: saved {size:.1f} MB in {time.monotonic() - started:.1f} s")
+        self._note(f"step {step}: saved {size:.1f} MB in {time.monotonic() - started:.1f} s")
         try:
             self._retain(step)
         except Exception as error:
             # The checkpoint is there. What couldn't be deleted is tried again after the next save.
-            self._lines.append(f"an older checkpoint could not be deleted: {error}")
-
-    def _replaces(self, found: Found) -> bool:
-        return self._lease is not None or found.manifest.attempt in self._mine
+            self._note(f"an older checkpoint could not be deleted: {error}")
 
     def _retain(self, step: int) -> None:
         found = list(self._store.published())
         keep = {one.step for one in found[: self._keep_last]}
         if self._keep_best is not None:
-            metric, mode = self._keep_best
-            sign = {"min": 1.0, "max": -1.0}[mode]
-            ranked = sorted((sign * one.metrics[metric], one.step) for one in found if metric in one.metrics)
-            keep |= {best for _, best in ranked[:1]}
-        self._check()
+            keep |= set(self._store.ranked(*self._keep_best)[:1])
+        self._store.check()
         for one in found:
             if one.step < step and one.step not in keep:
                 self._store.remove(one)

@@ -1,10 +1,9 @@
-"""Checkpoints in a directory or under a URL: publishing, finding, checking, setting aside, deleting.
+"""Checkpoints in a directory or under a URL: what is there, and whether it is whole. Nothing is changed here.
 
-On a local disk a checkpoint is assembled in ``.tmp-*`` and renamed to ``step-00000200``; it is deleted by renaming it
-to ``.trash-*`` first. So a ``step-*`` without a valid manifest is damage, and is renamed to ``damaged-step-*``. On an
-object store the data lie below ``step-00000200/<attempt>/``, where ``<attempt>`` is drawn for each save, and the single
-PUT of ``step-00000200/manifest.json`` publishes them; a prefix without a manifest is a leftover, and what is set aside
-is recorded in ``damaged-step-*.json``. Nothing is ever written into what is published.
+A checkpoint is ``step-00000200/`` with ``manifest.json`` and the files that it names. On a local disk one without a
+whole manifest is damage, since checkpoints come and go there by renames; under a URL it is the leftover of a save that
+was killed, since there the manifest is what publishes. What was set aside as ``damaged-step-*`` or
+``superseded-step-*`` (a directory, or a record in a file) is passed over.
 """
 
 from __future__ import annotations
@@ -15,11 +14,9 @@ import io
 import json
 import pickle
 import re
-import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
@@ -31,11 +28,10 @@ from dist_train.checkpoint.manifest import (
     Manifest,
     NewerFormatError,
 )
-from dist_train.runtime.objectstore import ObjectStorage
-from dist_train.runtime.storage import LocalStorage, Storage
+from dist_train.runtime.storage import Storage
 
-_STEP = re.compile(r"step-(\d{8,})$")
-_ASIDE = re.compile(r"(damaged|superseded)-step-(\d{8,})-(\d+)(\.json)?$")
+_STEP = re.compile(r"step-(\d{8,})")
+ASIDE = re.compile(r"(damaged|superseded)-step-(\d{8,})-(\d+)(\.json)?")
 
 
 def step_name(step: int) -> str:
@@ -134,46 +130,8 @@ def _compare(name: str, entry: FileEntry, length: int, digest: str) -> None:
         raise DamagedError(name, f"its sha256 is {digest[:12]}..., but {entry.sha256[:12]}... was published")
 
 
-class Writing:
-    """A checkpoint being written; invisible until :meth:`CheckpointStore.publish`."""
-
-    def __init__(self, storage: Storage, step: int) -> None:
-        self.attempt = secrets.token_hex(8)
-        self.step = step
-        self.files: dict[str, FileEntry] = {}
-        self._storage = storage
-        if storage.is_local:
-            self.directory, self._prefix = f".tmp-{step_name(step)}-{self.attempt}", ""
-            storage.makedirs(self.directory)
-        else:
-            self.directory, self._prefix = step_name(step), f"{self.attempt}/"
-
-    def add(self, name: str, produce: Callable[[BinaryIO], object]) -> None:
-        """Write one file, hashing it on the way.
-
-        Raises:
-            CheckpointError: naming the file and the cause.
-        """
-        key = self._prefix + name
-        try:
-            length, digest = self._storage.write_stream(f"{self.directory}/{key}", produce)
-        except Exception as error:
-            raise CheckpointError(f"{name}: {error}") from error
-        if length == 0:
-            raise CheckpointError(f"{name}: no bytes were written, and no file of a checkpoint is empty")
-        self.files[name] = FileEntry(length, digest, key)
-
-    def discard(self) -> None:
-        """Delete what was written, as far as possible; the next start's sweep does the rest."""
-        with contextlib.suppress(Exception):
-            if self._storage.is_local:
-                self._storage.delete(self.directory)
-            else:
-                self._storage.delete(f"{self.directory}/{self.attempt}")
-
-
 class CheckpointStore:
-    """The checkpoints of a run. Finding and checking change nothing; the rest is for the run's one owner.
+    """The checkpoints of a run, for whoever reads them.
 
     Args:
         storage: their directory (a run's ``checkpoints``).
@@ -184,21 +142,25 @@ class CheckpointStore:
         self.storage = storage
         self.log = log
 
-    # Reading
     def steps(self) -> list[int]:
-        """Steps that have a directory or prefix, in order; on a store that doesn't mean that it is published."""
-        return sorted(int(match[1]) for name in self.storage.list() if (match := _STEP.match(name)))
+        """Steps that have a directory or a prefix, in order; under a URL that doesn't mean that it is published."""
+        return sorted(int(match[1]) for name in self.storage.list() if (match := _STEP.fullmatch(name)))
+
+    def asides(self) -> list[str]:
+        """Names of what was set aside."""
+        return [name for name in self.storage.list() if ASIDE.fullmatch(name)]
 
     def open(self, step: int) -> Found | None:
-        """The published checkpoint of a step with its manifest checked, its other files not.
-
-        Returns ``None`` if there is none (or, on a store, if it was set aside).
+        """The published checkpoint of a step with its manifest checked, its other files not yet; ``None`` if none.
 
         Raises:
             DamagedError, NewerFormatError, StorageError.
         """
         raw = self._raw_manifest(step_name(step))
-        if raw is None or self._is_recorded(step, raw):
+        if raw is None:
+            return None
+        digest = hashlib.sha256(raw).hexdigest()
+        if any(record["manifest_sha256"] == digest for record in self.records(step)):
             return None
         manifest = Manifest.from_bytes(raw)
         if manifest.step != step:
@@ -208,34 +170,37 @@ class CheckpointStore:
     def published(self) -> Iterator[Found]:
         """Those whose manifest is whole, the newest first."""
         for step in reversed(self.steps()):
-            with contextlib.suppress(DamagedError):
+            with contextlib.suppress(DamagedError, NewerFormatError):
                 if found := self.open(step):
                     yield found
 
-    def newest(self, repair: bool = False) -> Found | None:
+    def newest(self) -> Found | None:
         """The newest whose every file is as it was published; ``None`` if no checkpoint was ever published.
-
-        Args:
-            repair: set damaged ones aside (for the run's owner); otherwise they are just passed over.
 
         Raises:
             CheckpointError: there were some, and none is whole.
             NewerFormatError, StorageError.
         """
-        found, damaged = self._first_whole(list(reversed(self.steps())), repair)
-        damaged += [name for name in self._asides() if name.startswith("damaged-")]
+        found, damaged = self._first_whole(list(reversed(self.steps())))
+        damaged |= {name for name in self.asides() if name.startswith("damaged-")}
         if found is None and damaged:
             raise CheckpointError(
-                f"no whole checkpoint is left in {self.storage.location} ({', '.join(sorted(set(damaged)))}): put one "
-                "back from a copy, start afresh with checkpoint.resume=never, or give the run another run.name"
+                f"no whole checkpoint is left in {self.storage.location} ({', '.join(sorted(damaged))}): put one back "
+                "from a copy, or give the run another run.name to start afresh"
             )
         return found
 
-    def best(self, metric: str, mode: str, repair: bool = False) -> Found | None:
-        """The whole one with the best value of ``metric`` (``mode`` is ``min`` or ``max``; the first of equal ones)."""
+    def ranked(self, metric: str, mode: str) -> list[int]:
+        """Steps from the best to the worst by ``metric`` (``mode`` is ``min`` or ``max``); of equal ones the first."""
         sign = {"min": 1.0, "max": -1.0}[mode]
-        ranked = sorted((sign * f.metrics[metric], f.step) for f in self.published() if metric in f.metrics)
-        return self._first_whole([step for _, step in ranked], repair)[0]
+        return [
+            step
+            for _, step in sorted((sign * f.metrics[metric], f.step) for f in self.published() if metric in f.metrics)
+        ]
+
+    def best(self, metric: str, mode: str) -> Found | None:
+        """The best of the whole ones, or ``None`` if none has the metric."""
+        return self._first_whole(self.ranked(metric, mode))[0]
 
     def find(self, name: str) -> Found:
         """``last`` or ``step-200`` (zeros don't matter), verified.
@@ -256,7 +221,7 @@ class CheckpointStore:
         return found
 
     def verify_all(self) -> list[Row]:
-        """Check every file of every checkpoint, the oldest first, then list what was set aside."""
+        """Check every file of every checkpoint, the oldest first; then what was set aside."""
         rows = []
         for step in self.steps():
             state, reason = "good", ""
@@ -270,182 +235,21 @@ class CheckpointStore:
             except NewerFormatError as error:
                 state, reason = "newer", str(error)
             rows.append(Row(step, step_name(step), state, reason))
-        for name in self._asides():
-            match = _ASIDE.fullmatch(name)
-            assert match
-            rows.append(Row(int(match[2]), name, "set aside", match[1]))
-        return rows
+        asides = [(name, match) for name in self.asides() if (match := ASIDE.fullmatch(name))]
+        return rows + [Row(int(match[2]), name, "set aside", match[1]) for name, match in asides]
 
-    # Writing
-    def publish(
-        self,
-        writing: Writing,
-        metrics: Mapping[str, float],
-        meta: dict[str, Any],
-        *,
-        check: Callable[[], int | None] = lambda: None,
-        replaces: Callable[[Found], bool] = lambda found: False,
-    ) -> Manifest:
-        """Make what was written visible, all at once.
-
-        Args:
-            check: raises if this process doesn't own the run any more, else returns the number of its lease.
-            replaces: whether a checkpoint of the same step that is there already may give way.
-
-        Raises:
-            CheckpointError: another process published this step.
-        """
-        now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        manifest = Manifest(writing.step, writing.files, writing.attempt, dict(metrics), meta, now, check())
-        if isinstance(self.storage, LocalStorage):
-            self._publish_directory(self.storage, writing, manifest, check, replaces)
-        else:
-            self._publish_object(writing, manifest, check, replaces)
-        return manifest
-
-    def remove(self, found: Found) -> None:
-        """Delete a published one: what publishes it first, so that a kill leaves no half of it to be seen."""
-        if isinstance(self.storage, LocalStorage):
-            trash = f".trash-{found.name}-{secrets.token_hex(4)}"
-            self.storage.rename(found.name, trash)
-            self.storage.delete(trash)
-        else:
-            self.storage.delete(f"{found.name}/{MANIFEST}")
-            self.storage.delete(f"{found.name}/{found.manifest.attempt}")
-
-    def set_aside(self, step: int, kind: str, file: str, reason: str) -> str:
-        """Take a checkpoint out of the way for good, with all its bytes (``kind``: damaged, superseded)."""
-        taken = {name.removesuffix(".json") for name in self._asides()}
-        stem = f"{kind}-{step_name(step)}"
-        name = next(f"{stem}-{k}" for k in range(1, len(taken) + 2) if f"{stem}-{k}" not in taken)
-        if isinstance(self.storage, LocalStorage):
-            self.storage.rename(step_name(step), name)
-            return name
-        raw = self.storage.read_bytes(f"{step_name(step)}/{MANIFEST}")
-        record = {"step": step, "manifest_sha256": hashlib.sha256(raw).hexdigest(), "attempts": self._attempts(step)}
-        record |= {"file": file, "reason": reason, "manifest": raw.decode("utf-8", "replace")}
-        self.storage.write_atomic(f"{name}.json", json.dumps(record, indent=1).encode())
-        return f"{name}.json"
-
-    def supersede(self, after: int) -> None:
-        """Set aside what lies after the step that a run goes on from, when it was told to go on from an older one."""
-        for step in self.steps():
-            if step > after and self._is_there(step):
-                name = self.set_aside(step, "superseded", MANIFEST, f"the run goes on from step {after}")
-                self.log(f"{step_name(step)} lies after step {after}, from which the run goes on: kept as {name}")
-
-    def sweep(self) -> None:
-        """Delete what killed saves and deletions left behind; only the owner of the run may, before it saves."""
-        if isinstance(self.storage, LocalStorage):
-            self._sweep_directory(self.storage)
-        else:
-            self._sweep_objects()
-
-    # Local disks
-    def _publish_directory(
-        self,
-        storage: LocalStorage,
-        writing: Writing,
-        manifest: Manifest,
-        check: Callable[[], int | None],
-        replaces: Callable[[Found], bool],
-    ) -> None:
-        name = step_name(writing.step)
-        body = manifest.to_bytes()
-        storage.write_stream(f"{writing.directory}/{MANIFEST}", lambda file: file.write(body))
-        storage.fsync(writing.directory)
-        check()
-        aside = f".replaced-{name}-{writing.attempt}"
-        replaced = self._give_way(writing.step, replaces)
-        if replaced:
-            storage.rename(name, aside)
-        try:
-            storage.rename(writing.directory, name)
-        except Exception:
-            if replaced:
-                storage.rename(aside, name)
-            raise
-        if replaced:
-            storage.delete(aside)
-
-    def _sweep_directory(self, storage: LocalStorage) -> None:
-        for name in storage.list():
-            if name.startswith(".replaced-"):
-                step = name.removeprefix(".replaced-").rsplit("-", 1)[0]
-                if not storage.exists(step):  # killed between two renames: the old one is the whole one
-                    storage.rename(name, step)
-                    continue
-            elif name.startswith(".tmp-"):
-                # Renamed first: a process that still writes there can't publish it any more.
-                trash = f".trash-{name.removeprefix('.tmp-')}"
-                with contextlib.suppress(FileNotFoundError):
-                    storage.rename(name, trash)
-                name = trash
-            elif not name.startswith(".trash-"):
-                continue
-            storage.delete(name)
-
-    # Object stores
-    def _publish_object(
-        self,
-        writing: Writing,
-        manifest: Manifest,
-        check: Callable[[], int | None],
-        replaces: Callable[[Found], bool],
-    ) -> None:
-        key, body = f"{step_name(writing.step)}/{MANIFEST}", manifest.to_bytes()
-        check()
-        replaced = None
-        if not self.storage.create_exclusive(key, body):
-            replaced = self._give_way(writing.step, replaces)
-            check()
-            self.storage.write_atomic(key, body)
-        try:
-            check()
-        except Exception:
-            # It slept between the check and the PUT, and a successor may have swept its data.
-            with contextlib.suppress(FileNotFoundError):
-                if self.storage.read_bytes(key) == body:
-                    self.storage.delete(key)
-            raise
-        if replaced:
-            self.storage.delete(f"{step_name(writing.step)}/{replaced.manifest.attempt}")
-
-    def _sweep_objects(self) -> None:
-        assert isinstance(self.storage, ObjectStorage)
-        self.storage.abort_uploads()
-        for step in self.steps():
-            name, kept = step_name(step), self._kept_attempts(step)
-            try:
-                found = self.open(step)
-            except CheckpointError:
-                continue  # damaged or newer: what belongs to it can't be told
-            if found is not None:
-                kept.add(found.manifest.attempt)
-            for attempt in set(self._attempts(step)) - kept:
-                self.storage.delete(f"{name}/{attempt}")
-
-    def _attempts(self, step: int) -> list[str]:
-        return [name for name in self.storage.list(step_name(step)) if name != MANIFEST]
-
-    def _kept_attempts(self, step: int) -> set[str]:
-        """Attempts whose data belong to what was set aside."""
-        return {attempt for record in self._records(step) for attempt in record["attempts"]}
-
-    def _records(self, step: int) -> Iterator[dict[str, Any]]:
-        for name in self._asides():
+    def records(self, step: int) -> Iterator[dict[str, Any]]:
+        """What was written about manifests of a step when they were set aside (under a URL)."""
+        for name in self.asides():
             if name.endswith(".json") and f"-{step_name(step)}-" in name:
                 yield json.loads(self.storage.read_bytes(name))
 
-    def _is_recorded(self, step: int, raw: bytes) -> bool:
-        if self.storage.is_local:
-            return False
-        digest = hashlib.sha256(raw).hexdigest()
-        return any(record["manifest_sha256"] == digest for record in self._records(step))
-
-    # Both
-    def _asides(self) -> list[str]:
-        return [name for name in self.storage.list() if _ASIDE.fullmatch(name)]
+    def is_there(self, step: int) -> bool:
+        """Whether something published is there, whole or not."""
+        try:
+            return self.open(step) is not None
+        except CheckpointError:
+            return True
 
     def _raw_manifest(self, name: str) -> bytes | None:
         for _ in range(2):  # it may be published, whole, between the first read and the look at its directory
@@ -458,28 +262,8 @@ class CheckpointStore:
                     return None
         raise DamagedError(MANIFEST, "missing")
 
-    def _is_there(self, step: int) -> bool:
-        try:
-            return self.open(step) is not None
-        except CheckpointError:
-            return True
-
-    def _give_way(self, step: int, replaces: Callable[[Found], bool]) -> Found | None:
-        """The one that is there already if it may be replaced; damage is set aside."""
-        try:
-            found = self.open(step)
-        except DamagedError as error:
-            self._report(step, error, repair=True)
-            return None
-        if found is not None and not replaces(found):
-            raise CheckpointError(
-                f"{found.location} was published by another process (lease {found.manifest.lease}, at "
-                f"{found.manifest.created_at}): two jobs train this run; stop one"
-            )
-        return found
-
-    def _first_whole(self, steps: list[int], repair: bool) -> tuple[Found | None, list[str]]:
-        damaged: list[str] = []
+    def _first_whole(self, steps: list[int]) -> tuple[Found | None, set[str]]:
+        damaged: set[str] = set()
         for step in steps:
             try:
                 found = self.open(step)
@@ -487,16 +271,13 @@ class CheckpointStore:
                     found.verify()
                     return found, damaged
             except DamagedError as error:
-                if self._is_there(step):  # else its owner deleted it while it was read
-                    damaged.append(step_name(step))
-                    self._report(step, error, repair)
+                if self.is_there(step):  # else its owner deleted it while it was read
+                    damaged.add(step_name(step))
+                    self._meet_damage(step, error)
         return None, damaged
 
-    def _report(self, step: int, error: DamagedError, repair: bool) -> None:
-        fate = "passed over"
-        if repair:
-            fate = "set aside as " + self.set_aside(step, "damaged", error.file, error.reason)
-        self.log(f"checkpoint {step_name(step)} is damaged ({error}): {fate}")
+    def _meet_damage(self, step: int, error: DamagedError) -> None:
+        self.log(f"checkpoint {step_name(step)} is damaged ({error}): passed over")
 
 
 def find_at(location: str, log: Callable[[str], None] = print, **options: Any) -> Found:
@@ -506,9 +287,9 @@ def find_at(location: str, log: Callable[[str], None] = print, **options: Any) -
         CheckpointError: there is none, or it is damaged.
     """
     parent, _, name = location.rstrip("/").rpartition("/")
-    if _STEP.match(name):
+    if _STEP.fullmatch(name):
         return CheckpointStore(Storage(parent or ".", **options), log).find(name)
     storage = Storage(location, **options)
-    if not any(_STEP.match(entry) for entry in storage.list()):
+    if not any(_STEP.fullmatch(entry) for entry in storage.list()):
         storage = storage.sub("checkpoints")
     return CheckpointStore(storage, log).find("last")

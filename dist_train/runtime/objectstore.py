@@ -25,13 +25,13 @@ class ObjectStorage(Storage):
         self.fs, self._root = url_to_fs(text, **{"use_listings_cache": False, **self.options})
         self.location = text
 
-    def abort_uploads(self, name: str = "") -> int:
-        """Abort the multipart uploads that killed writers left below ``name`` (S3 only); returns how many."""
+    def abort_uploads(self) -> int:
+        """See :meth:`Storage.abort_uploads`."""
         if not hasattr(self.fs, "list_multipart_uploads"):
             return 0
 
         def action() -> int:
-            bucket, prefix, _ = self.fs.split_path(self._at(name))
+            bucket, prefix, _ = self.fs.split_path(self._root)
             try:
                 uploads = self.fs.list_multipart_uploads(bucket)
             except FileNotFoundError as error:
@@ -41,7 +41,7 @@ class ObjectStorage(Storage):
                 self.fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
             return len(stale)
 
-        return self._retry("list uploads below", name, action)
+        return self._retry("list uploads below", "", action)
 
     def _at(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root
@@ -63,6 +63,7 @@ class ObjectStorage(Storage):
         file = self.fs.open(self._at(name), "wb")
         try:
             yield file
+            size = file.tell()
             file.close()
         except BaseException:
             # Closing would publish the partial object, so it is never closed, and its multipart upload is aborted.
@@ -71,11 +72,9 @@ class ObjectStorage(Storage):
             with contextlib.suppress(AttributeError):
                 file.closed = True
             raise
-
-    def _settle(self, name: str, nbytes: int) -> None:
-        size = self.fs.info(self._at(name))["size"]
-        if size != nbytes:
-            raise OSError(errno.EIO, f"the store holds {size} bytes where {nbytes} were written", name)
+        held = self.fs.info(self._at(name))["size"]
+        if held != size:
+            raise OSError(errno.EIO, f"the store holds {held} bytes where {size} were written", name)
 
     def _append(self, name: str, line: str) -> None:
         try:

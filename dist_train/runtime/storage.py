@@ -193,7 +193,6 @@ class Storage:
                     raise
                 if writer.failure is not None:
                     raise writer.failure
-            self._settle(name, writer.bytes)
             return writer.bytes, writer.hexdigest()
 
         return self._retry("write", name, action)
@@ -222,8 +221,9 @@ class Storage:
         """Create a directory with its parents, durably (nothing to do on a store)."""
         self._retry("create the directory", name, lambda: self._makedirs(name))
 
-    def sweep_temporaries(self, older_than: float = 600.0) -> None:
-        """Delete what killed :meth:`write_atomic` calls left behind here, if older than that many seconds."""
+    def abort_uploads(self) -> int:
+        """Abort the multipart uploads that killed writers left here (S3 has such); returns how many."""
+        return 0
 
     def _retry(self, what: str, name: str, action: Callable[[], T]) -> T:
         give_up, pause = 0.0, 0.1
@@ -252,9 +252,6 @@ class Storage:
     def _read(self, name: str) -> bytes:
         with self._open(name) as file:
             return file.read()
-
-    def _settle(self, name: str, nbytes: int) -> None:
-        """Look again at a stream that was written."""
 
     # What the two kinds bring; `Storage(location)` always makes one of them. None of these tries again.
     def _open(self, name: str) -> BinaryIO:
@@ -315,7 +312,7 @@ class LocalStorage(Storage):
         self._retry("sync", name, lambda: fsync_directory(self.path(name)))
 
     def sweep_temporaries(self, older_than: float = 600.0) -> None:
-        """See :meth:`Storage.sweep_temporaries`. The age spares another command that is writing just now."""
+        """Delete what killed :meth:`write_atomic` calls left, if older (in seconds) than a live one can be."""
         for name in self.list():
             if name.startswith(".tmp-"):
                 with contextlib.suppress(FileNotFoundError):
@@ -362,8 +359,9 @@ class LocalStorage(Storage):
 
     @contextlib.contextmanager
     def _sink(self, name: str) -> Iterator[BinaryIO]:
-        with open(self.join(name), "wb", buffering=0) as file:
-            yield _Unbuffered(file)  # type: ignore[misc]
+        with open(self.join(name), "wb") as file:
+            yield file
+            file.flush()
             os.fsync(file.fileno())
 
     def _append(self, name: str, line: str) -> None:
@@ -408,16 +406,3 @@ class LocalStorage(Storage):
         self.path(name).mkdir(parents=True, exist_ok=True)
         for path in missing:
             fsync_directory(path.parent)
-
-
-class _Unbuffered:
-    """A raw file whose ``write`` takes all bytes or raises (a raw ``write`` may take a part, on a full disk say)."""
-
-    def __init__(self, file: Any) -> None:
-        self._file = file
-
-    def write(self, data: memoryview) -> int:
-        done = 0
-        while done < len(data):
-            done += self._file.write(data[done:])
-        return done

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import threading
@@ -16,6 +17,7 @@ from checkpoint_states import assert_whole, save, state_of
 
 from dist_train.checkpoint.manager import CheckpointManager
 from dist_train.checkpoint.manifest import CheckpointError
+from dist_train.checkpoint.publish import OwnedStore
 from dist_train.checkpoint.store import CheckpointStore
 from dist_train.runtime.storage import Storage
 
@@ -203,22 +205,29 @@ def test_an_error_in_the_middle_of_a_file_is_told_by_its_cause(
 ) -> None:
     storage = Storage(tmp_path)
     manager = manager_at(storage)
-    monkeypatch.setattr("dist_train.runtime.storage._Unbuffered.write", _fails_after(100_000))
+
+    @contextlib.contextmanager
+    def small(name: str) -> Iterator[BinaryIO]:
+        yield Small(100_000)  # type: ignore[misc]
+
+    monkeypatch.setattr(storage, "_sink", small)
     manager.save(2, {"model": {"w": torch.randn(100_000)}}, {})
     with pytest.raises(CheckpointError, match=r"model\.pt: .*Disk quota exceeded"):
         manager.wait()
     assert storage.list() == []
 
 
-def _fails_after(budget: int) -> Callable[[Any, memoryview], int]:
-    def write(self: Any, data: memoryview) -> int:
-        nonlocal budget
-        budget -= len(data)
-        if budget < 0:
-            raise OSError(122, "Disk quota exceeded")
-        return self._file.write(data)
+class Small:
+    """A file with little room."""
 
-    return write
+    def __init__(self, room: int) -> None:
+        self.room = room
+
+    def write(self, data: memoryview) -> int:
+        self.room -= len(data)
+        if self.room < 0:
+            raise OSError(122, "Disk quota exceeded")
+        return len(data)
 
 
 def test_a_hook_that_fails_before_publishing_fails_the_save(storage: Storage, manager_at: Make) -> None:
@@ -287,11 +296,11 @@ def test_an_older_one_that_cannot_be_deleted_does_not_fail_the_save(
     manager = manager_at(storage, keep_last=1)
     save(manager, 1)
 
-    def refuse(self: CheckpointStore, found: object) -> None:
+    def refuse(self: OwnedStore, found: object) -> None:
         raise OSError("not now")
 
     with monkeypatch.context() as patch:
-        patch.setattr(CheckpointStore, "remove", refuse)
+        patch.setattr(OwnedStore, "remove", refuse)
         save(manager, 2)
     assert [line for line in lines if "could not be deleted: not now" in line]
     save(manager, 3)

@@ -1,0 +1,225 @@
+"""What only the owner of a run does with its checkpoints: publish, replace, delete, set aside, sweep.
+
+On a local disk a checkpoint is assembled in ``.tmp-*`` and renamed to ``step-00000200``; it is deleted by renaming it
+to ``.trash-*`` first. Under a URL the data lie below ``step-00000200/<attempt>/``, where ``<attempt>`` is drawn for
+each save, and the single PUT of ``step-00000200/manifest.json`` publishes them. Nothing that is published is written to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import secrets
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from typing import Any, BinaryIO
+
+from dist_train.checkpoint.manifest import MANIFEST, CheckpointError, DamagedError, FileEntry, Manifest
+from dist_train.checkpoint.store import CheckpointStore, Found, step_name
+from dist_train.runtime.lease import Lease
+from dist_train.runtime.storage import LocalStorage, Storage
+
+
+class Writing:
+    """A checkpoint that is being written; nobody sees it before :meth:`OwnedStore.publish`."""
+
+    def __init__(self, storage: Storage, step: int) -> None:
+        self.attempt = secrets.token_hex(8)
+        self.step = step
+        self.files: dict[str, FileEntry] = {}
+        self._storage = storage
+        self._prefix = "" if storage.is_local else f"{self.attempt}/"
+        self.directory = f".tmp-{step_name(step)}-{self.attempt}" if storage.is_local else step_name(step)
+        storage.makedirs(self.directory)
+
+    def add(self, name: str, produce: Callable[[BinaryIO], object]) -> None:
+        """Write one file durably, hashing it on the way.
+
+        Raises:
+            CheckpointError: naming the file and the cause.
+        """
+        key = self._prefix + name
+        try:
+            length, digest = self._storage.write_stream(f"{self.directory}/{key}", produce)
+        except Exception as error:
+            raise CheckpointError(f"{name}: {error}") from error
+        if length == 0:
+            raise CheckpointError(f"{name}: no bytes were written, and no file of a checkpoint is empty")
+        self.files[name] = FileEntry(length, digest, key)
+
+    def discard(self) -> None:
+        """Delete what was written, as far as possible; the next start's sweep does the rest."""
+        with contextlib.suppress(Exception):
+            self._storage.delete(f"{self.directory}/{self._prefix}".rstrip("/"))
+
+
+class OwnedStore(CheckpointStore):
+    """The checkpoints of a run, for the process that trains it.
+
+    Args:
+        lease: looked up before anything is published or deleted; without one, a step that another process published
+            is never replaced.
+    """
+
+    def __init__(self, storage: Storage, log: Callable[[str], None] = print, lease: Lease | None = None) -> None:
+        super().__init__(storage, log)
+        self._lease = lease
+        self.mine: set[str] = set()
+        """Attempts that this process made or went on from: it may replace them."""
+
+    def check(self) -> int | None:
+        """The number of the lease; raises if the run has another owner by now."""
+        return self._lease.check() if self._lease is not None else None
+
+    def publish(self, writing: Writing, metrics: Mapping[str, float], meta: dict[str, Any]) -> None:
+        """Make what was written visible, all at once.
+
+        Raises:
+            CheckpointError: another process published this step.
+            LeaseLostError: another process owns the run.
+        """
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        manifest = Manifest(writing.step, writing.files, writing.attempt, dict(metrics), meta, now, self.check())
+        self.mine.add(writing.attempt)
+        if isinstance(self.storage, LocalStorage):
+            self._publish_directory(self.storage, writing, manifest.to_bytes())
+        else:
+            self._publish_object(writing.step, manifest.to_bytes())
+
+    def remove(self, found: Found) -> None:
+        """Delete a published one: what publishes it first, so that a kill leaves no half of it to be seen."""
+        if isinstance(self.storage, LocalStorage):
+            trash = f".trash-{found.name}-{secrets.token_hex(4)}"
+            self.storage.rename(found.name, trash)
+            self.storage.delete(trash)
+        else:
+            self.storage.delete(f"{found.name}/{MANIFEST}")
+            self.storage.delete(f"{found.name}/{found.manifest.attempt}")
+
+    def set_aside(self, step: int, kind: str, reason: str) -> str:
+        """Take a checkpoint out of the way for good, with all its bytes (``kind``: damaged, superseded)."""
+        taken = {name.removesuffix(".json") for name in self.asides()}
+        stem = f"{kind}-{step_name(step)}"
+        name = next(f"{stem}-{k}" for k in range(1, len(taken) + 2) if f"{stem}-{k}" not in taken)
+        if isinstance(self.storage, LocalStorage):
+            self.storage.rename(step_name(step), name)
+            return name
+        raw = self.storage.read_bytes(f"{step_name(step)}/{MANIFEST}")
+        record = {"step": step, "reason": reason, "attempts": self._attempts(step)}
+        record |= {"manifest_sha256": hashlib.sha256(raw).hexdigest(), "manifest": raw.decode("utf-8", "replace")}
+        self.storage.write_atomic(f"{name}.json", json.dumps(record, indent=1).encode())
+        return f"{name}.json"
+
+    def supersede(self, after: int) -> None:
+        """Set aside what lies after the step that a run goes on from, when it was told to go on from an older one."""
+        for step in self.steps():
+            if step > after and self.is_there(step):
+                name = self.set_aside(step, "superseded", f"the run goes on from step {after}")
+                self.log(f"{step_name(step)} lies after step {after}, from which the run goes on: kept as {name}")
+
+    def sweep(self) -> None:
+        """Delete what killed saves and deletions left behind, before the first save of a start."""
+        self.check()
+        self.storage.makedirs()
+        if isinstance(self.storage, LocalStorage):
+            self._sweep_directory(self.storage)
+        else:
+            self._sweep_objects()
+
+    def newest(self) -> Found | None:
+        """As the base, but damaged ones are set aside, and the one that is found may be replaced."""
+        found = super().newest()
+        if found is not None:
+            self.mine.add(found.manifest.attempt)
+        return found
+
+    def _meet_damage(self, step: int, error: DamagedError) -> None:
+        name = self.set_aside(step, "damaged", str(error))
+        self.log(f"checkpoint {step_name(step)} is damaged ({error}): set aside as {name}")
+
+    def _give_way(self, step: int) -> Found | None:
+        """The one of this step that is there already, if it may be replaced; damage is set aside."""
+        try:
+            found = self.open(step)
+        except DamagedError as error:
+            self._meet_damage(step, error)
+            return None
+        if found is not None and self._lease is None and found.manifest.attempt not in self.mine:
+            raise CheckpointError(
+                f"{found.location} was published by another process (lease {found.manifest.lease}, at "
+                f"{found.manifest.created_at}): two jobs train this run; stop one"
+            )
+        return found
+
+    # Local disks
+    def _publish_directory(self, storage: LocalStorage, writing: Writing, body: bytes) -> None:
+        name = step_name(writing.step)
+        storage.write_stream(f"{writing.directory}/{MANIFEST}", lambda file: file.write(body))
+        storage.fsync(writing.directory)
+        self.check()
+        # A directory can't be replaced in one step; `sweep` puts the old one back after a kill between the two.
+        aside = f".replaced-{name}-{writing.attempt}" if self._give_way(writing.step) else None
+        if aside:
+            storage.rename(name, aside)
+        try:
+            storage.rename(writing.directory, name)
+        except Exception:
+            if aside:
+                storage.rename(aside, name)
+            raise
+        if aside:
+            storage.delete(aside)
+
+    def _sweep_directory(self, storage: LocalStorage) -> None:
+        for name in storage.list():
+            if name.startswith(".replaced-"):
+                step = name.removeprefix(".replaced-").rsplit("-", 1)[0]
+                if not storage.exists(step):
+                    storage.rename(name, step)
+                    continue
+            elif name.startswith(".tmp-"):
+                # Renamed first: a process that still writes there can't publish it any more.
+                trash = f".trash-{name.removeprefix('.tmp-')}"
+                with contextlib.suppress(FileNotFoundError):
+                    storage.rename(name, trash)
+                name = trash
+            elif not name.startswith(".trash-"):
+                continue
+            storage.delete(name)
+
+    # URLs
+    def _publish_object(self, step: int, body: bytes) -> None:
+        key = f"{step_name(step)}/{MANIFEST}"
+        self.check()
+        replaced = None
+        if not self.storage.create_exclusive(key, body):
+            replaced = self._give_way(step)
+            self.check()
+            self.storage.write_atomic(key, body)
+        try:
+            self.check()
+        except Exception:
+            # It slept between the check and the PUT, and a successor may have swept its data.
+            with contextlib.suppress(FileNotFoundError):
+                if self.storage.read_bytes(key) == body:
+                    self.storage.delete(key)
+            raise
+        if replaced:
+            self.storage.delete(f"{step_name(step)}/{replaced.manifest.attempt}")
+
+    def _sweep_objects(self) -> None:
+        self.storage.abort_uploads()
+        for step in self.steps():
+            kept = {attempt for record in self.records(step) for attempt in record["attempts"]}
+            try:
+                found = self.open(step)
+            except CheckpointError:
+                continue  # damaged or newer: what belongs to it can't be told
+            if found is not None:
+                kept.add(found.manifest.attempt)
+            for attempt in set(self._attempts(step)) - kept:
+                self.storage.delete(f"{step_name(step)}/{attempt}")
+
+    def _attempts(self, step: int) -> list[str]:
+        return [name for name in self.storage.list(step_name(step)) if name != MANIFEST]
