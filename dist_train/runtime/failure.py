@@ -9,6 +9,8 @@ import sys
 import time
 import traceback
 
+from dist_train.runtime import signals
+
 # What gloo and the store say on a rank whose peer has gone: the peer's own message matters, not this one.
 _PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection was likely closed")
 _PATIENCE = 10.0
@@ -29,7 +31,8 @@ def tell_config_error(text: str) -> None:
     """
     rank = rank_of_this_process()
     if rank != 0:
-        time.sleep(_PATIENCE)
+        if signals.wait(_PATIENCE):
+            return  # the launcher ends this rank, because rank 0 has spoken and left
         text = f"rank {rank} on {socket.gethostname()}:\n{text}"
     write_error_file(text, "")
     print(text, file=sys.stderr, flush=True)
@@ -41,7 +44,7 @@ def tell_crash(error: BaseException, where: str = "") -> None:
     text = f"rank {rank} on {socket.gethostname()} failed{where}: {type(error).__name__}: {error}"
     details = "".join(traceback.format_exception(error))
     if is_peer_failure(error):
-        time.sleep(_PATIENCE / 2)
+        signals.wait(_PATIENCE / 2)
         text = f"rank {rank} on {socket.gethostname()}: another rank has gone ({error})"
     else:
         print(details, file=sys.stderr, flush=True)

@@ -8,9 +8,11 @@ the control thread (`runtime.control`) reads it there.
 from __future__ import annotations
 
 import contextlib
+import select
 import signal
 import socket
 import threading
+import time
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)
 
@@ -41,6 +43,15 @@ def install() -> socket.socket | None:
         _previous[number] = signal.signal(number, _keep_going)
     _reader = reader
     return reader
+
+
+def wait(seconds: float) -> bool:
+    """Wait for a signal, at most so long; whether one came (or has come before, and nobody has read it)."""
+    reader = install()
+    if reader is None:
+        time.sleep(seconds)
+        return False
+    return bool(select.select([reader], [], [], seconds)[0])
 
 
 def restore() -> None:
