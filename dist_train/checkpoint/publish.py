@@ -17,8 +17,8 @@ from typing import Any, BinaryIO
 
 from dist_train.checkpoint.manifest import MANIFEST, CheckpointError, DamagedError, FileEntry, Manifest
 from dist_train.checkpoint.store import CheckpointStore, Found, step_name
-from dist_train.runtime.lease import Lease
-from dist_train.runtime.storage import LocalStorage, Storage
+from dist_train.runtime.lease import Lease, LeaseLostError
+from dist_train.runtime.storage import LocalStorage, Storage, StorageError
 
 
 class Writing:
@@ -28,6 +28,8 @@ class Writing:
         self.attempt = secrets.token_hex(8)
         self.step = step
         self.files: dict[str, FileEntry] = {}
+        self.sent = False
+        """Whether a store may have got the manifest, whatever it answered: then the data must stay."""
         self._storage = storage
         self._prefix = "" if storage.is_local else f"{self.attempt}/"
         self.directory = f".tmp-{step_name(step)}-{self.attempt}" if storage.is_local else step_name(step)
@@ -51,7 +53,8 @@ class Writing:
     def discard(self) -> None:
         """Delete what was written, as far as possible; the next start's sweep does the rest."""
         with contextlib.suppress(Exception):
-            self._storage.delete(f"{self.directory}/{self._prefix}".rstrip("/"))
+            if not self.sent:
+                self._storage.delete(f"{self.directory}/{self._prefix}".rstrip("/"))
 
 
 class OwnedStore(CheckpointStore):
@@ -85,7 +88,7 @@ class OwnedStore(CheckpointStore):
         if isinstance(self.storage, LocalStorage):
             self._publish_directory(self.storage, writing, manifest.to_bytes())
         else:
-            self._publish_object(writing.step, manifest.to_bytes())
+            self._publish_object(writing, manifest.to_bytes())
 
     def remove(self, found: Found) -> None:
         """Delete a published one: what publishes it first, so that a kill leaves no half of it to be seen."""
@@ -164,12 +167,15 @@ class OwnedStore(CheckpointStore):
             storage.rename(name, aside)
         try:
             storage.rename(writing.directory, name)
-        except Exception:
-            if aside:
-                storage.rename(aside, name)
-            raise
+        except Exception as error:
+            if not isinstance(error, FileNotFoundError) or not self._has_manifest(name, body):
+                if aside and not storage.exists(name):
+                    storage.rename(aside, name)
+                raise
+            storage.fsync()  # NFS did it, lost its answer, and found nothing to rename when it was asked again
         if aside:
-            storage.delete(aside)
+            with contextlib.suppress(StorageError):
+                storage.delete(aside)
 
     def _sweep_directory(self, storage: LocalStorage) -> None:
         for name in storage.list():
@@ -189,24 +195,34 @@ class OwnedStore(CheckpointStore):
             storage.delete(name)
 
     # URLs
-    def _publish_object(self, step: int, body: bytes) -> None:
-        key = f"{step_name(step)}/{MANIFEST}"
-        self.check()
+    def _publish_object(self, writing: Writing, body: bytes) -> None:
+        name = step_name(writing.step)
         replaced = None
-        if not self.storage.create_exclusive(key, body):
-            replaced = self._give_way(step)
+        self.check()
+        writing.sent = True
+        if not self.storage.create_exclusive(f"{name}/{MANIFEST}", body):
+            writing.sent = False
+            replaced = self._give_way(writing.step)
             self.check()
-            self.storage.write_atomic(key, body)
+            writing.sent = True
+            self.storage.write_atomic(f"{name}/{MANIFEST}", body)
         try:
             self.check()
-        except Exception:
+        except LeaseLostError:
             # It slept between the check and the PUT, and a successor may have swept its data.
-            with contextlib.suppress(FileNotFoundError):
-                if self.storage.read_bytes(key) == body:
-                    self.storage.delete(key)
+            if self._has_manifest(name, body):
+                self.storage.delete(f"{name}/{MANIFEST}")
+            writing.sent = False
             raise
         if replaced:
-            self.storage.delete(f"{step_name(step)}/{replaced.manifest.attempt}")
+            with contextlib.suppress(StorageError):
+                self.storage.delete(f"{name}/{replaced.manifest.attempt}")
+
+    def _has_manifest(self, name: str, body: bytes) -> bool:
+        try:
+            return self.storage.read_bytes(f"{name}/{MANIFEST}") == body
+        except FileNotFoundError:
+            return False
 
     def _sweep_objects(self) -> None:
         self.storage.abort_uploads()

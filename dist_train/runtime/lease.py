@@ -100,7 +100,7 @@ class Lease:
         if self._over.is_set():
             return
         self._over.set()
-        self._thread.join()
+        self._thread.join(timeout=2.0)  # it may be trying again to reach a store that is away
         if not self._lost:
             with contextlib.suppress(StorageError):
                 self._storage.write_atomic(_name(self.number), _encode({**self._record, "released": True}))

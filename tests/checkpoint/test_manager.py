@@ -305,3 +305,46 @@ def test_an_older_one_that_cannot_be_deleted_does_not_fail_the_save(
     assert [line for line in lines if "could not be deleted: not now" in line]
     save(manager, 3)
     assert steps(storage) == [3]
+
+
+@pytest.mark.parametrize("steps_saved", [[1], [2]])
+def test_a_rename_that_a_network_disk_did_but_denies_is_a_publication(
+    tmp_path: Path, manager_at: Make, monkeypatch: pytest.MonkeyPatch, steps_saved: list[int]
+) -> None:
+    manager = manager_at(Storage(tmp_path))
+    save(manager, *steps_saved)
+    real = os.rename
+
+    def rename(source: str, target: str) -> None:
+        real(source, target)
+        if os.path.basename(target) == "step-00000002":
+            raise FileNotFoundError(2, "No such file or directory", source)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", rename)
+        save(manager, 2)
+    assert_whole(manager_at(Storage(tmp_path)).newest(), 2)
+    assert [name for name in os.listdir(tmp_path) if name.startswith(".")] == []
+
+
+def test_a_failed_rename_puts_the_replaced_one_back(
+    tmp_path: Path, manager_at: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = manager_at(Storage(tmp_path, patience=0.2))
+    save(manager, 2, f1=0.5)
+    real = os.rename
+
+    def rename(source: str, target: str) -> None:
+        if ".tmp-" in source:
+            raise OSError(5, "Input/output error", source)
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", rename)
+        with pytest.raises(CheckpointError, match=r"saving step 2 .*Input/output error"):
+            save(manager, 2, f1=0.9)
+    found = CheckpointStore(Storage(tmp_path)).newest()
+    assert_whole(found, 2)
+    assert found is not None
+    assert found.metrics == {"f1": 0.5}
+    assert os.listdir(tmp_path) == ["step-00000002"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import uuid
@@ -128,3 +129,44 @@ def test_a_checkpoint_copied_from_a_store_to_a_disk_is_whole_there(
     for name in far.walk():
         near.write_atomic(name, far.read_bytes(name))
     assert_whole(CheckpointStore(near).newest(), 1)
+
+
+def test_a_publication_whose_answer_is_lost_for_good_is_whole_all_the_same(
+    s3_url: str, manager_at: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = Storage(s3_url, patience=0.3)
+    manager = manager_at(storage)
+    save(manager, 1)
+    real = storage._create
+
+    def create(name: str, data: bytes) -> None:
+        with contextlib.suppress(FileExistsError):
+            real(name, data)
+        raise TimeoutError("no answer")
+
+    monkeypatch.setattr(storage, "_create", create)
+    with pytest.raises(CheckpointError, match=r"saving step 2 .*no answer"):
+        save(manager, 2)
+    reader = CheckpointStore(Storage(s3_url))
+    assert [row.state for row in reader.verify_all()] == ["good", "good"]
+    assert_whole(manager_at(Storage(s3_url)).newest(), 2)
+
+
+def test_a_replaced_one_that_cannot_be_deleted_does_not_undo_its_successor(
+    s3_url: str, manager_at: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = Storage(s3_url)
+    manager = manager_at(storage)
+    save(manager, 1)
+
+    def refuse(name: str) -> None:
+        raise StorageError(f"cannot delete {name}")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "delete", refuse)
+        save(manager, 1, f1=0.5)
+    found = manager_at(Storage(s3_url)).newest()
+    assert_whole(found, 1)
+    assert found is not None
+    assert found.metrics == {"f1": 0.5}
+    assert len(storage.walk()) == 3  # swept by that start
