@@ -258,6 +258,7 @@ class EvalLoader:
     `data.persistent_workers: false`; `close()` ends them.
 
     Attributes:
+        dataset: what is read.
         plan: the `EvalPlan`.
         cuts: the cuts that this rank evaluates.
         rounds: the most cuts that any rank evaluates; equal on all ranks.
@@ -277,6 +278,7 @@ class EvalLoader:
         device: torch.device,
         collate: Collate | None = None,
     ) -> None:
+        self.dataset = dataset
         self.plan = EvalPlan(dataset_length(dataset, "val/test"), batch_size)
         self.cuts = self.plan.cuts(rank, world_size)
         self.rounds = -(-len(self.plan) // world_size)

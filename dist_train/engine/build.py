@@ -102,28 +102,13 @@ def draw_blueprint(config: Config, world: World) -> Blueprint:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's BLAS is first used
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
-    seed_everything(config.seed)
-    with building("model"):
-        model = build(config.model)
-    if not isinstance(model, nn.Module):
-        raise ConfigError.single(
-            "model", f"expected a torch.nn.Module, but {config.get('model._target_')} gave {type(model).__name__}"
-        )
-    datasets = {}
-    for split in ("train", "val", "test"):
-        spec = getattr(config.data, split)
-        if spec is not None:
-            with building(f"data.{split}"):
-                datasets[split] = build(spec)
-    loss = None
-    if config.loss is not None:
-        with building("loss"):
-            loss = Loss(build_callable(config.loss)).to(world.device)
-    with building("task"):
-        task = build(config.task) if config.task is not None else Supervised(loss) if loss is not None else None
-    assert task is not None
-    with building("metrics"):
-        metrics = build_metrics(config.metrics, loss)
+    model = build_model(config)
+    datasets = {
+        split: build_dataset(config, split)
+        for split in ("train", "val", "test")
+        if getattr(config.data, split) is not None
+    }
+    loss, task, metrics = build_objective(config, world.device)
     with building("callbacks"):
         callbacks = [build(spec) for spec in config.callbacks]
     with building("data"):
@@ -134,11 +119,54 @@ def draw_blueprint(config: Config, world: World) -> Blueprint:
     wanted = config.trainer.micro_batch_size
     micro = share if wanted == "auto" else min(int(wanted), share)
     precision = resolve_precision(config.trainer.precision, world.device)
-    model, channels_last = _place(model, config, world)
+    model, channels_last = place_model(model, config, world)
     _check_batchnorm(model, plan, world.size, micro)
     return Blueprint(
         config, world, datasets, model, loss, task, metrics, callbacks, precision, plan, micro, channels_last
     )
+
+
+def build_model(config: Config) -> nn.Module:
+    """The model with its first weights, a function of the run's seed.
+
+    Raises:
+        ConfigError: it can't be built.
+    """
+    seed_everything(config.seed)
+    with building("model"):
+        model = build(config.model)
+    if not isinstance(model, nn.Module):
+        raise ConfigError.single(
+            "model", f"expected a torch.nn.Module, but {config.get('model._target_')} gave {type(model).__name__}"
+        )
+    return model
+
+
+def build_dataset(config: Config, split: str) -> Any:
+    """The dataset of a split that the config has.
+
+    Raises:
+        ConfigError: it can't be built.
+    """
+    with building(f"data.{split}"):
+        return build(getattr(config.data, split))
+
+
+def build_objective(config: Config, device: torch.device) -> tuple[Loss | None, Task, list[Metric]]:
+    """Loss, task and metrics.
+
+    Raises:
+        ConfigError: one of them can't be built.
+    """
+    loss = None
+    if config.loss is not None:
+        with building("loss"):
+            loss = Loss(build_callable(config.loss)).to(device)
+    with building("task"):
+        task = build(config.task) if config.task is not None else Supervised(loss) if loss is not None else None
+    assert task is not None
+    with building("metrics"):
+        return loss, task, build_metrics(config.metrics, loss)
 
 
 def seed_everything(seed: int) -> None:
@@ -148,7 +176,7 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
 
 
-def _place(model: nn.Module, config: Config, world: World) -> tuple[nn.Module, bool]:
+def place_model(model: nn.Module, config: Config, world: World) -> tuple[nn.Module, bool]:
     """The model on its device, in the memory format and with the BatchNorm that the config asks for."""
     choice = config.trainer.channels_last
     convolutional = any(isinstance(module, nn.Conv2d) for module in model.modules())
@@ -299,16 +327,21 @@ class Preparer:
 
     def move(self, batch: Batch) -> Batch:
         """The batch on the device."""
-        if self.device.type == "cpu" and self.memory_format is None:
-            return batch
-        if isinstance(batch, torch.Tensor):
-            if self.memory_format is not None and batch.dim() == 4:
-                return batch.to(self.device, non_blocking=True, memory_format=self.memory_format)
-            return batch.to(self.device, non_blocking=True)
-        if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-            return type(batch)(*(self.move(item) for item in batch))
-        if isinstance(batch, list | tuple):
-            return type(batch)(self.move(item) for item in batch)
-        if isinstance(batch, Mapping):
-            return {key: self.move(item) for key, item in batch.items()}
+        return move_batch(batch, self.device, self.memory_format)
+
+
+def move_batch(batch: Batch, device: torch.device, memory_format: torch.memory_format | None = None) -> Batch:
+    """The batch on the device, its images in the memory format."""
+    if device.type == "cpu" and memory_format is None:
         return batch
+    if isinstance(batch, torch.Tensor):
+        if memory_format is not None and batch.dim() == 4:
+            return batch.to(device, non_blocking=True, memory_format=memory_format)
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(move_batch(item, device, memory_format) for item in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(move_batch(item, device, memory_format) for item in batch)
+    if isinstance(batch, Mapping):
+        return {key: move_batch(item, device, memory_format) for key, item in batch.items()}
+    return batch
