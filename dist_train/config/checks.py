@@ -19,6 +19,7 @@ def cross_checks(config: Config) -> Iterator[Finding]:
     yield from _workers(config)
     yield from _loop(config)
     yield from _watched(config)
+    yield from _model(config)
     yield from _optimizer(config)
     yield from _scheduler(config)
     if config.loss is None and config.task is None:
@@ -124,6 +125,20 @@ def _metric_is_there(config: Config, key: Key, name: str) -> Iterator[Finding]:
             yield key, f"{name} isn't computed{cure or '; the config gives ' + ', '.join(known)}"
 
 
+def _model(config: Config) -> Iterator[Finding]:
+    for index, rule in enumerate(config.model_init):
+        if isinstance(rule, dict):
+            yield from _patterns(("model_init", index, "match"), rule.get("match"))
+    if config.transfer.weights is None and not config.transfer.strict:
+        yield ("transfer", "strict"), "this counts only with transfer.weights, which isn't given"
+
+
+def _patterns(key: Key, value: object) -> Iterator[Finding]:
+    patterns = value if isinstance(value, list) else [value]
+    if not patterns or not all(isinstance(pattern, str) and pattern for pattern in patterns):
+        yield key, f"expected a name pattern or a list of them, found {describe(value)}"
+
+
 def _optimizer(config: Config) -> Iterator[Finding]:
     if not isinstance(config.optimizer, dict) or config.optimizer.get("groups") is None:
         return
@@ -137,10 +152,7 @@ def _optimizer(config: Config) -> Iterator[Finding]:
             message = f"expected a group like {{match: 'head.*', lr: 0.1}}, found {describe(group)}{hint}"
             yield (*key, index), message
             continue
-        patterns = group["match"]
-        patterns = patterns if isinstance(patterns, list) else [patterns]
-        if not patterns or not all(isinstance(pattern, str) and pattern for pattern in patterns):
-            yield (*key, index, "match"), f"expected a name pattern or a list of them, found {describe(group['match'])}"
+        yield from _patterns((*key, index, "match"), group["match"])
 
 
 def _scheduler(config: Config) -> Iterator[Finding]:

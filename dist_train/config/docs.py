@@ -73,6 +73,10 @@ def json_schema() -> dict[str, Any]:
     # With `extends`, everything may stand in the base; what is missing in the end is found when the config is read.
     for part in (schema, schema["$defs"]["DataConfig"]):
         part.pop("required", None)
+    # Short forms, which the validators of these two fields write out.
+    schema["$defs"]["TransferConfig"]["properties"]["head"]["anyOf"].append({"type": "integer", "minimum": 1})
+    transfer = schema["properties"]["transfer"]
+    transfer["anyOf"] = [{"$ref": transfer.pop("$ref")}, {"type": "null"}]
     result: dict[str, Any] = _tidy(schema)
     return result
 

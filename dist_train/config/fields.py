@@ -112,6 +112,12 @@ Lengths = Annotated[
     WithJsonSchema({"anyOf": [_DURATION_SCHEMA, {"type": "array", "items": _DURATION_SCHEMA}]}),
     Says("a duration or a list of durations"),
 ]
+Patterns = Annotated[
+    list[Annotated[str, Field(min_length=1), Says("a name pattern")]],
+    BeforeValidator(_one_or_more),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
+    Says("a name pattern or a list of them"),
+]
 Whole = Annotated[int, Says("a whole number")]
 Count = Annotated[int, Field(ge=1), Says("a whole number of at least 1")]
 NonNegative = Annotated[int, Field(ge=0), Says("a whole number of at least 0")]

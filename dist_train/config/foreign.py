@@ -49,6 +49,11 @@ FOREIGN = {
     **dict.fromkeys(("lr_scheduler", "scheduler_type"), "it is the component `scheduler`"),
     **dict.fromkeys(("criterion", "loss_fn", "loss_function"), "it is the component `loss`"),
     **dict.fromkeys(("net", "network", "arch"), "it is the component `model`"),
+    **dict.fromkeys(
+        ("pretrained", "init_from", "load_from"),
+        "weights to begin from are transfer.weights: a file, a run's directory or a torchvision name",
+    ),
+    **dict.fromkeys(("num_classes", "n_classes"), "it is transfer.head={value}, or an argument of the model"),
     **dict.fromkeys(("dataset", "train_dataset", "trainset"), "it is the component data.train"),
     **dict.fromkeys(("eval_dataset", "val_dataset", "valset"), "it is the component data.val"),
     **dict.fromkeys(("transform", "transforms"), "it is an argument of the dataset, as data.train.transform"),

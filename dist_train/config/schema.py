@@ -6,9 +6,9 @@ was begun with (see `changes.py`). Cross-field rules are in `checks.py`. Importi
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr
+from pydantic import BeforeValidator, Field, PrivateAttr
 
 from .durations import Duration
 from .fields import (
@@ -23,7 +23,9 @@ from .fields import (
     Name,
     NonNegative,
     Number,
+    Patterns,
     Positive,
+    Says,
     Section,
     Seed,
     Text,
@@ -91,6 +93,52 @@ class DataConfig(Section):
     worker_start_method: Literal["auto", "fork", "spawn", "forkserver"] = harmless(
         "auto",
         "How loader processes are started (`multiprocessing_context` is another spelling). `auto`: Python's default.",
+    )
+
+
+class HeadConfig(Section):
+    """The last layer, replaced for another number of classes. `head: 10` is short for `head: {classes: 10}`."""
+
+    classes: Count = refused(..., "Outputs of the new layer.")
+    at: Text | None = refused(
+        None, "Name of the layer, such as `fc` or `classifier.6`. null: the model's last linear layer."
+    )
+
+
+class AppendConfig(Section):
+    """A module added behind the others of a torch.nn.Sequential."""
+
+    at: Text = refused(..., "Name of the Sequential, such as `classifier`.")
+    name: Text = refused(..., "What the new module is called in it.")
+    module: Component = refused(..., "The torch.nn.Module.")
+
+
+class TransferConfig(Section):
+    """Beginning from weights that were trained before: load them, change the model's end, freeze the rest.
+
+    In this order, at the first start of a run; weights aren't read again when it goes on.
+    """
+
+    weights: Text | None = refused(
+        None,
+        "A state_dict or safetensors file, a run's directory or a checkpoint in it (paths or fsspec URLs), or the name "
+        "of torchvision's weights, like `VGG16_Weights.IMAGENET1K_V1` or `DEFAULT` (fetched by one process per node).",
+    )
+    strict: bool = harmless(
+        True,
+        "Every weight must fit. false: those that fit are taken, and a table shows the others. A layer that `head` "
+        "replaces need not fit.",
+    )
+    head: Annotated[
+        HeadConfig | None,
+        BeforeValidator(lambda v: {"classes": v} if type(v) is int else v),
+        Says("a number of classes, a mapping of keys or null"),
+    ] = refused(None, HeadConfig.__doc__ or "")
+    append: AppendConfig | None = refused(None, AppendConfig.__doc__ or "")
+    freeze: Patterns = consent(
+        [],
+        "Parameters that stay as they are: patterns of their names (`features.*`), of modules (`layer[1-3]`) or of "
+        "classes (`BatchNorm2d`). Normalisation layers that are wholly frozen keep their statistics too.",
     )
 
 
@@ -202,6 +250,7 @@ class DebugConfig(Section):
     """For finding out what happened."""
 
     trace_samples: bool = harmless(False, "Write the sample indices of every step to trace/, before its backward.")
+    layers: bool = harmless(False, "Show every layer of the model at the start: class, output shape, parameters.")
 
 
 class Config(Section):
@@ -211,6 +260,15 @@ class Config(Section):
     run: RunConfig = Field(default_factory=RunConfig, description=RunConfig.__doc__)
     data: DataConfig = Field(description=DataConfig.__doc__)
     model: Component = consent(..., "The nn.Module, with its constructor's arguments.")
+    model_init: list[Component] = refused(
+        [],
+        "Functions that fill parameters before training, in order, each with the key `match`, a pattern or a list of "
+        "patterns of parameters as in transfer.freeze: {match: Conv2d.weight, _target_: "
+        "torch.nn.init.kaiming_normal_}.",
+    )
+    transfer: Annotated[TransferConfig, BeforeValidator(lambda v: {} if v is None else v)] = Field(
+        default_factory=TransferConfig, description=TransferConfig.__doc__
+    )
     task: Component | None = consent(
         None,
         "How a batch becomes a loss, where it isn't `loss(model(inputs), target)`: a class with `step(model, batch)` "

@@ -70,6 +70,8 @@ SLOTS: dict[str, Slot] = {
     "data.collate": Slot("a function from a list of samples to a batch", _is_callable, late=True),
     "data.augment": Slot("an augmentation, called with (inputs, targets, draws)", _is_callable),
     "model": Slot("a torch.nn.Module", _is("torch.nn.Module")),
+    "model_init": Slot("a function that fills a tensor, of torch.nn.init say", _is_callable, ("tensor",), ("match",)),
+    "transfer.append.module": Slot("a torch.nn.Module", _is("torch.nn.Module")),
     "task": Slot("a task, with step(model, batch) and predict(model, batch)", _has("step", "predict")),
     "loss": Slot("a loss, called with (output, target)", _is_callable, late=True),
     "metrics": Slot("a metric, with sums and result (dist_train.metrics.Metric) or update and compute", _is_metric),
@@ -89,7 +91,7 @@ def specs(config: Config) -> Iterator[tuple[Key, Slot, Any]]:
     for name, slot in SLOTS.items():
         value: Any = config
         for part in name.split("."):
-            value = getattr(value, part)
+            value = getattr(value, part, None)
         key: Key = tuple(name.split("."))
         for item_key, item in (
             [((*key, i), v) for i, v in enumerate(value)] if isinstance(value, list) else [(key, value)]
