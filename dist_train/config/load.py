@@ -211,7 +211,7 @@ def _item_of(annotation: Any) -> Any:
 
 def _at(data: Any, key: Key) -> Any:
     for part in key:
-        if not isinstance(data, dict | list):
+        if type(data) not in (dict, list):
             break  # the short form of a section, as in `head: 10`
         data = data[part]
     return data
