@@ -8,12 +8,12 @@ import os
 import socket
 import subprocess
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from dist_train.config.errors import ConfigError
+from dist_train.config.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     import torch
@@ -167,6 +167,19 @@ class World:
             self.store.set(key, json.dumps(value))
             return value
         return json.loads(self.store.get(key))
+
+    def on_main(self, action: Callable[[], Any]) -> Any:
+        """Rank 0's answer (anything JSON can hold) on all ranks, its ConfigError as well; every rank must call it."""
+        answer: dict[str, Any] = {}
+        if self.is_main:
+            try:
+                answer = {"value": action()}
+            except ConfigError as error:
+                answer = {"problems": [vars(problem) for problem in error.problems]}
+        answer = self.share(answer)
+        if "problems" in answer:
+            raise ConfigError([Problem(**problem) for problem in answer["problems"]])
+        return answer["value"]
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's `value` (anything JSON can hold), in order of rank, on all ranks; every rank must call it."""
