@@ -56,6 +56,11 @@ def checked(source: str | Mapping[str, Any] | None, overrides: Sequence[str]) ->
 
 def run(config: Config) -> dict[str, Any]:
     """Train by a checked config."""
+    from dist_train.config.errors import ConfigError, Problem
     from dist_train.engine.run import train_config
 
-    return train_config(config)
+    try:
+        return train_config(config)
+    except ConfigError as error:  # found when the pieces were put together: tell the place of the key
+        told = [Problem(p.where or (config.where(p.key) if p.key else ""), p.key, p.message) for p in error.problems]
+        raise ConfigError(told) from error

@@ -27,6 +27,7 @@ from dist_train.engine.losses import Loss
 from dist_train.engine.metrics import Metric, build_metrics
 from dist_train.engine.optim import Schedule, build_optimizer
 from dist_train.engine.precision import Precision, resolve_precision
+from dist_train.engine.prepare import fetch_dataset, fetch_model, prepare_model
 from dist_train.engine.reduce import DataParallel, Reducer, SingleProcess
 from dist_train.engine.stopping import better_is_lower, in_steps
 from dist_train.engine.task import Supervised, Task
@@ -54,6 +55,7 @@ class Blueprint:
     plan: Plan
     micro_batch_size: int
     channels_last: bool
+    notes: list[str]
 
     @property
     def steps_per_epoch(self) -> int:
@@ -92,8 +94,11 @@ def building(key: str) -> Iterator[None]:
         ) from error
 
 
-def draw_blueprint(config: Config, world: World) -> Blueprint:
+def draw_blueprint(config: Config, world: World, *, fresh: bool) -> Blueprint:
     """Build the five pieces that a config names, in an order that never changes: the model first, from the run's seed.
+
+    Args:
+        fresh: the run begins, so that `transfer.weights` are loaded; otherwise a checkpoint's follow.
 
     Raises:
         ConfigError: a piece can't be built, or they don't fit each other.
@@ -102,9 +107,10 @@ def draw_blueprint(config: Config, world: World) -> Blueprint:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's BLAS is first used
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
-    model = build_model(config)
+    notes: list[str] = []
+    model = build_model(config, world if fresh else None, notes)
     datasets = {
-        split: build_dataset(config, split)
+        split: build_dataset(config, split, world)
         for split in ("train", "val", "test")
         if getattr(config.data, split) is not None
     }
@@ -122,34 +128,41 @@ def draw_blueprint(config: Config, world: World) -> Blueprint:
     model, channels_last = place_model(model, config, world)
     _check_batchnorm(model, plan, world.size, micro)
     return Blueprint(
-        config, world, datasets, model, loss, task, metrics, callbacks, precision, plan, micro, channels_last
+        config, world, datasets, model, loss, task, metrics, callbacks, precision, plan, micro, channels_last, notes
     )
 
 
-def build_model(config: Config) -> nn.Module:
-    """The model with its first weights, a function of the run's seed.
+def build_model(config: Config, world: World | None = None, notes: list[str] | None = None) -> nn.Module:
+    """The model with its first weights, a function of the run's seed and of `transfer`.
+
+    Args:
+        world: None where a checkpoint's weights follow: `transfer.weights` aren't loaded then.
+        notes: gets lines for the person, on what `transfer` did.
 
     Raises:
         ConfigError: it can't be built.
     """
     seed_everything(config.seed)
     with building("model"):
-        model = build(config.model)
+        model = fetch_model(config.model, world)
     if not isinstance(model, nn.Module):
         raise ConfigError.single(
             "model", f"expected a torch.nn.Module, but {config.get('model._target_')} gave {type(model).__name__}"
         )
+    lines = prepare_model(model, config, world)
+    if notes is not None:
+        notes += lines
     return model
 
 
-def build_dataset(config: Config, split: str) -> Any:
-    """The dataset of a split that the config has.
+def build_dataset(config: Config, split: str, world: World | None = None) -> Any:
+    """The dataset of a split that the config has; with a `world`, one process per node downloads it.
 
     Raises:
         ConfigError: it can't be built.
     """
     with building(f"data.{split}"):
-        return build(getattr(config.data, split))
+        return fetch_dataset(getattr(config.data, split), split, world)
 
 
 def build_objective(config: Config, device: torch.device) -> tuple[Loss | None, Task, list[Metric]]:
@@ -296,11 +309,14 @@ def build_loaders(blueprint: Blueprint, neighbours: int) -> tuple[TrainLoader, d
             neighbours=neighbours,
             **shared,
         )
-        evaluation = {
-            split: EvalLoader(dataset, config.data.eval_batch_size, num_workers=workers[split], **shared)
-            for split, dataset in blueprint.datasets.items()
-            if split != "train"
-        }
+    evaluation = {}
+    for split, dataset in blueprint.datasets.items():
+        if split == "train":
+            continue
+        if hasattr(dataset, "__len__") and len(dataset) == 0:
+            raise ConfigError.single(f"data.{split}", "expected at least 1 sample, found 0")
+        with building(f"data.{split}"):
+            evaluation[split] = EvalLoader(dataset, config.data.eval_batch_size, num_workers=workers[split], **shared)
     return train, evaluation
 
 

@@ -54,7 +54,7 @@ def _already_completed(run: RunDir, console: Console) -> dict[str, Any]:
 
 def _train(config: Config, world: World, run: RunDir, console: Console, decision: Decision) -> dict[str, Any]:
     began = time.monotonic()
-    blueprint = draw_blueprint(config, world)
+    blueprint = draw_blueprint(config, world, fresh=decision.action == "fresh")
     pieces = build_pieces(
         blueprint
     )  # whatever is wrong with the config has shown by now: from here on things are written

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dist_train.data.stream import is_stream, stream_notes
+from dist_train.engine.layers import layer_lines
 from dist_train.tracking.text import format_seconds
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def start_lines(blueprint: Blueprint, trainer: Trainer, run: RunDir, resumed: in
             f"{type(blueprint.model).__name__}, {total:,} parameters"
             + (f", {frozen:,} of them frozen" if frozen else ""),
         ),
+        ("layers", "\n".join(layer_lines(blueprint))),
         ("world", _world(blueprint)),
         ("precision", blueprint.precision.name),
         ("data", f"{sizes}; {batches}"),
@@ -45,9 +47,19 @@ def start_lines(blueprint: Blueprint, trainer: Trainer, run: RunDir, resumed: in
             f"{config.trainer.duration}" + (f" = {trainer.total_steps:,} steps" if trainer.total_steps else ""),
         ),
     ]
+    if blueprint.notes:
+        lines.insert(2, ("transfer", "\n".join(blueprint.notes)))
     lines += [
         ("note", note) for note in stream_notes(blueprint.datasets["train"]) if is_stream(blueprint.datasets["train"])
     ]
+    if config.has_live_objects:
+        lines.append(
+            (
+                "note",
+                "parts of this config are Python objects: the run can be continued only from Python, with the same objects. For "
+                "more devices name them in a file: torchrun --nproc_per_node=N -m dist_train.main --config FILE",
+            )
+        )
     if blueprint.precision.note:
         lines.append(("note", blueprint.precision.note))
     if world.size == 1 and world.device.type == "cuda" and torch.cuda.device_count() > 1:

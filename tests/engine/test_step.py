@@ -167,7 +167,11 @@ def test_groups_take_parameters_by_name() -> None:
     optimizer = build_optimizer(spec, model, CPU)
     sizes = [sum(p.numel() for p in group["params"]) for group in optimizer.param_groups]
     assert sizes == [12, 10, 12]
-    assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(0.1, 0.5), (0.01, 0.5), (0.1, 0.0)]
+    assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [
+        (0.1, 0.5),
+        (0.01, 0.5),
+        (0.1, 0.0),
+    ]
     with pytest.raises(ConfigError, match=r"optimizer\.groups\.0\.match: 3\.\* matches no parameter"):
         build_optimizer({**spec, "groups": [{"match": "3.*"}]}, model, CPU)
     for parameter in model.parameters():
@@ -185,10 +189,14 @@ def schedule(spec: dict[str, Any]) -> tuple[torch.optim.Optimizer, Schedule]:
 def test_schedules_know_when_they_step_and_how_long_the_run_is() -> None:
     _, step_lr = schedule({"_target_": "torch.optim.lr_scheduler.StepLR", "step_size": 5})
     assert str(step_lr.every) == "1ep"
-    _, cycle = schedule({"_target_": "torch.optim.lr_scheduler.OneCycleLR", "max_lr": 0.1, "total_steps": "total_steps"})
+    _, cycle = schedule(
+        {"_target_": "torch.optim.lr_scheduler.OneCycleLR", "max_lr": 0.1, "total_steps": "total_steps"}
+    )
     assert str(cycle.every) == "1step"
     assert cycle.scheduler.total_steps == 100
-    optimizer, cosine = schedule({"_target_": "dist_train.schedules.WarmupCosine", "total_steps": "total_steps", "warmup_steps": 4})
+    optimizer, cosine = schedule(
+        {"_target_": "dist_train.schedules.WarmupCosine", "total_steps": "total_steps", "warmup_steps": 4}
+    )
     rates = []
     for _ in range(100):
         rates.append(optimizer.param_groups[0]["lr"])
