@@ -1,0 +1,266 @@
+"""Changing a model before it is trained: weights from elsewhere, another head, frozen parts, first values by name.
+
+Every mistake is a `ConfigError` of the key in the config that it comes from, with the names that the model has.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from dist_train.config.errors import ConfigError, describe
+
+_SHOWN_ROWS = 12
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+def load_weights(
+    model: nn.Module, content: object, source: str, *, strict: bool = True, replaced: str | None = None
+) -> list[str]:
+    """Copy the weights of a file into a model, by name.
+
+    Args:
+        model: its parameters and buffers are overwritten.
+        content: a state_dict, or a dict with one inside (`model`, `state_dict`, ...), as torch.load or safetensors give
+            it. A prefix that all of its names have (`module.` of DDP, `model.` of Lightning) is dropped if none fits with it.
+        source: what the file is called in messages.
+        strict: everything must fit.
+        replaced: name of a layer that need not fit, as it will be replaced.
+
+    Returns:
+        Lines for the person: how much was taken, and a table of what wasn't.
+
+    Raises:
+        ConfigError: it holds no state_dict, something doesn't fit (strict), or nothing fits at all.
+    """
+    own = model.state_dict()
+    state = _state_dict(content, source, own)
+    rows = _misfits(own, state)
+    late = replaced + "." if replaced is not None else None
+    rows = [row for row in rows if late is None or not row[0].startswith(late)]
+    fitting = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape}
+    if not fitting or (strict and rows):
+        cure = (
+            "; give the model the arguments that it was trained with, or take what fits with transfer.strict=false"
+            if fitting
+            else "; these are the weights of another model"
+        )
+        count = f"{len(fitting)} of the model's {len(own)} tensors are in {source} and fit"
+        raise ConfigError.single("transfer.weights", "\n".join([count + cure, *_table(rows)]))
+    model.load_state_dict(fitting, strict=False)
+    return [f"{len(fitting)} of {len(own)} tensors from {source}", *_table(rows)]
+
+
+def _state_dict(content: object, source: str, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state_dict in what a file holds, with its names as the model says them."""
+    for name in ("state_dict", "model_state_dict", "model", "module"):
+        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            content = content[name]
+    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        found = describe(dict(content)) if isinstance(content, Mapping) else describe(content)
+        message = f"expected a state_dict (names and tensors) in {source}, found {found}"
+        raise ConfigError.single("transfer.weights", f"{message}; save one with torch.save(model.state_dict(), FILE)")
+    state = {str(name): value for name, value in content.items()}
+    for _ in range(3):
+        prefix = next(iter(state)).partition(".")[0] + "."
+        if own.keys() & state.keys() or not all(name.startswith(prefix) for name in state):
+            break
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
+
+
+def _misfits(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[tuple[str, str, str, str]]:
+    """(name, shape in the model, shape in the file, what is wrong) of everything that isn't the same in both."""
+    rows = []
+    missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
+    for name, value in own.items():
+        if name in missing:
+            rows.append((name, _shape(value), "-", "not in the file"))
+        elif name in state and state[name].shape != value.shape:
+            rows.append((name, _shape(value), _shape(state[name]), "another shape"))
+    for name, value in state.items():
+        if name not in own:
+            near = difflib.get_close_matches(name, missing, n=1, cutoff=0.7)
+            rows.append((name, "-", _shape(value), "not in the model" + (f"; meant {near[0]}?" if near else "")))
+    return rows
+
+
+def _table(rows: Sequence[tuple[str, str, str, str]]) -> list[str]:
+    if not rows:
+        return []
+    shown = [("name", "in the model", "in the file", ""), *rows[:_SHOWN_ROWS]]
+    widths = [max(len(row[k]) for row in shown) for k in range(3)]
+    lines = ["  " + "  ".join([*(row[k].ljust(widths[k]) for k in range(3)), row[3]]).rstrip() for row in shown]
+    return lines + ([f"  and {len(rows) - _SHOWN_ROWS} more"] if len(rows) > _SHOWN_ROWS else [])
+
+
+def _shape(value: Tensor) -> str:
+    return str(tuple(value.shape))
+
+
+# --- layers ----------------------------------------------------------------------------------------------------------
+
+
+def find_head(model: nn.Module, at: str | None = None) -> str:
+    """The name of the layer that decides the number of outputs: `at`, or the last linear layer (or convolution).
+
+    Raises:
+        ConfigError: there is none, or `at` is another kind of layer.
+    """
+    if at is None:
+        for kind in (nn.Linear, nn.Conv2d):
+            names = [name for name, module in model.named_modules() if isinstance(module, kind) and name]
+            if names:
+                return names[-1]
+        message = f"{type(model).__name__} has no linear layer or convolution to replace; use transfer.append"
+        raise ConfigError.single("transfer.head", message)
+    layer = _layer(model, at, "transfer.head.at")
+    if not isinstance(layer, nn.Linear | nn.Conv2d):
+        inside = [f"{at}.{name}" for name, module in layer.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+        hint = f"; did you mean {inside[-1]}?" if inside else ""
+        message = f"expected a Linear or Conv2d layer, but {at} is a {type(layer).__name__}{hint}"
+        raise ConfigError.single("transfer.head.at", message)
+    return at
+
+
+def replace_head(model: nn.Module, name: str, classes: int) -> str:
+    """Put a new layer with `classes` outputs, else like the old one, in the place of layer `name`; says what was done."""
+    old = _layer(model, name, "transfer.head.at")
+    assert isinstance(old, nn.Linear | nn.Conv2d)
+    like: dict[str, Any] = {"bias": old.bias is not None, "device": old.weight.device, "dtype": old.weight.dtype}
+    new: nn.Module
+    if isinstance(old, nn.Linear):
+        before, new = old.out_features, nn.Linear(old.in_features, classes, **like)
+    else:
+        before, size = old.out_channels, (old.kernel_size, old.stride, old.padding, old.dilation)
+        new = nn.Conv2d(old.in_channels, classes, *size, **like)  # type: ignore[arg-type]
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, new)
+    return f"head {name}: {before} -> {classes} outputs"
+
+
+def append_module(model: nn.Module, at: str, name: str, module: nn.Module) -> str:
+    """Add `module` as the last one of the Sequential `at`; says what was done.
+
+    Raises:
+        ConfigError: no such layer, not a Sequential, the name is taken, or the last layer's outputs aren't its inputs.
+    """
+    holder = _layer(model, at, "transfer.append.at")
+    if not isinstance(holder, nn.Sequential):
+        sequential = [other for other, part in model.named_modules() if isinstance(part, nn.Sequential) and other]
+        known = f"those of this model are {', '.join(sequential[:8])}" if sequential else "this model has none"
+        message = (
+            f"expected a Sequential, which runs what is added to it, but {at} is a {type(holder).__name__}; {known}"
+        )
+        raise ConfigError.single("transfer.append.at", message)
+    if not name.isidentifier() or name in holder._modules:
+        message = f"expected a new name, found {describe(name)}; {at} holds {', '.join(holder._modules)}"
+        raise ConfigError.single("transfer.append.name", message)
+    last = [part for part in holder.modules() if isinstance(part, nn.Linear)]
+    first = next((part for part in module.modules() if isinstance(part, nn.Linear)), None)
+    if last and first is not None and first.in_features != last[-1].out_features:
+        message = (
+            f"the last linear layer of {at} gives {last[-1].out_features} numbers, but this takes {first.in_features}"
+        )
+        raise ConfigError.single("transfer.append.module", message)
+    holder.add_module(name, module)
+    return f"appended {at}.{name}: {type(module).__name__}"
+
+
+def _layer(model: nn.Module, name: str, key: str) -> nn.Module:
+    known = dict(model.named_modules())
+    if name not in known or not name:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or [n for n, _ in model.named_children()][-5:]
+        raise ConfigError.single(
+            key, f"{type(model).__name__} has no layer {name!r}; names look like {', '.join(filter(None, near))}"
+        )
+    return known[name]
+
+
+# --- parameters by name ----------------------------------------------------------------------------------------------
+
+
+def match_parameters(model: nn.Module, patterns: Sequence[str], key: str) -> list[str]:
+    """Names of the parameters that the patterns mean, in the model's order.
+
+    A pattern (as of a shell) may say the parameter's name, a module that it lies in, its module's class, or class and
+    parameter: `features.*`, `layer[1-3]`, `BatchNorm2d`, `Conv2d.weight`.
+
+    Raises:
+        ConfigError: a pattern means no parameter.
+    """
+    words = dict(_words(model))
+    for pattern in patterns:
+        if not any(fnmatch.filter(found, pattern) for found in words.values()):
+            known = sorted({word for found in words.values() for word in found})
+            near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.4) or list(words)[:3]
+            message = f"{pattern} matches no parameter of {type(model).__name__}; names look like {', '.join(near)}"
+            raise ConfigError.single(key, message)
+    return [name for name, found in words.items() if any(fnmatch.filter(found, pattern) for pattern in patterns)]
+
+
+def _words(model: nn.Module) -> Iterator[tuple[str, list[str]]]:
+    """Each parameter's name, and all that a pattern may call it."""
+    for place, module in model.named_modules():
+        kind = type(module).__name__
+        parts = place.split(".")
+        around = [".".join(parts[: k + 1]) for k in range(len(parts))] if place else []
+        for leaf, _ in module.named_parameters(recurse=False):
+            name = f"{place}.{leaf}" if place else leaf
+            yield name, [name, *around, kind, f"{kind}.{leaf}"]
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """No gradients for the parameters that match; wholly frozen normalisation layers keep their statistics as well.
+
+    Raises:
+        ConfigError: a pattern means no parameter, or nothing is left to train.
+    """
+    frozen = set(match_parameters(model, patterns, "transfer.freeze"))
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in frozen:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError.single("transfer.freeze", f"{', '.join(patterns)} freezes every parameter: nothing is left")
+    # As an attribute of the instance it is found first, by whoever calls it. A bound method is copied and pickled with its
+    # object; unpickled it is the class's own `train`, so that a file with the whole module needs torch alone.
+    model.__dict__["train"] = types.MethodType(_train, model)
+    model.train(model.training)
+
+
+def _train(self: nn.Module, mode: bool = True) -> nn.Module:
+    """`train` of a model with frozen parts."""
+    type(self).train(self, mode)
+    for module in self.modules():
+        if isinstance(module, _NormBase) and module.affine and not any(p.requires_grad for p in module.parameters()):
+            module.training = False
+    return self
+
+
+_train.__name__ = "train"  # what pickle looks for in the class
+
+
+def initialise(model: nn.Module, patterns: Sequence[str], fill: Callable[[Tensor], object], key: str) -> None:
+    """Fill the parameters that match by `fill(parameter)`, in the model's order.
+
+    Raises:
+        ConfigError: a pattern means no parameter, or `fill` can't fill one.
+    """
+    wanted = set(match_parameters(model, patterns, f"{key}.match"))
+    for name, parameter in model.named_parameters():
+        if name in wanted:
+            try:
+                with torch.no_grad():
+                    fill(parameter)
+            except Exception as error:  # whatever the function says about this tensor
+                message = f"it can't fill {name} {tuple(parameter.shape)}: {error}; match others, like Conv2d.weight"
+                raise ConfigError.single(key, message) from error
