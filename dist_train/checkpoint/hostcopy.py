@@ -8,7 +8,9 @@ at the resume.
 from __future__ import annotations
 
 import copy
+import ctypes
 import math
+import threading
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +20,7 @@ import torch
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 _TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+_PIECE = 16 << 20
 _ALIGN = 64  # bytes; a multiple of every element's size
 
 
@@ -31,6 +34,11 @@ class HostCopy:
     def __init__(self) -> None:
         self._buffer: np.ndarray | None = None
         self._locked = False
+        # The arrangement of the last state; the same state has the same one at the next save.
+        self._layouts: list[tuple[object, ...]] | None = None
+        self._copies: list[torch.Tensor] = []
+        self._moves: list[tuple[int, int, int]] = []  # on the CPU: to, from, bytes
+        self._loads: list[tuple[torch.Tensor, int, int]] = []  # from a GPU: to, which tensor's storage, its first byte
 
     def take(self, tree: Any) -> Any:
         """A copy of ``tree`` on the host, valid until the next call.
@@ -40,30 +48,50 @@ class HostCopy:
         """
         leaves: list[torch.Tensor] = []
         _map(tree, "", leaves, None)
-        copies: list[torch.Tensor | None] = [None] * len(leaves)
-        shared: dict[tuple[str, int], list[int]] = {}
+        layouts = [(leaf.device, leaf.untyped_storage().data_ptr(), *_layout(leaf)) if _is_plain(leaf) else (object(),)
+                   for leaf in leaves]  # fmt: skip
+        if layouts != self._layouts:
+            self._layouts = layouts if self._arrange(leaves) else None
+        for room, index, begin in self._loads:
+            room.copy_(_bytes(leaves[index], begin, room.nbytes), non_blocking=self._locked)
+        _move(self._moves)
+        for device in {leaf.device for leaf in leaves if leaf.is_cuda}:
+            torch.cuda.current_stream(device).synchronize()
+        return _map(tree, "", [], iter(self._copies))
+
+    def _arrange(self, leaves: list[torch.Tensor]) -> bool:
+        """Give each tensor its place in the buffer; returns whether this holds for the next save too."""
+        again, copies = True, list(leaves)
+        shared: dict[tuple[torch.device, int], list[int]] = {}
         for index, leaf in enumerate(leaves):
-            if leaf.layout != torch.strided or leaf.is_quantized or leaf.is_conj() or leaf.is_neg() or not leaf.numel():
-                copies[index] = leaf.resolve_conj().resolve_neg().to("cpu", copy=True)
+            if _is_plain(leaf):
+                shared.setdefault((leaf.device, leaf.untyped_storage().data_ptr()), []).append(index)
             else:
-                shared.setdefault((str(leaf.device), leaf.untyped_storage().data_ptr()), []).append(index)
+                again, copies[index] = False, leaf.resolve_conj().resolve_neg().to("cpu", copy=True)
         spans = [_Span([leaves[index] for index in indices]) for indices in shared.values()]
-        devices = {leaf.device for leaf in leaves if leaf.is_cuda}
-        buffer = self._reserve(sum(span.room for span in spans), bool(devices))
-        start = 0
+        buffer = self._reserve(sum(span.room for span in spans), any(leaf.is_cuda for leaf in leaves))
+        start, self._moves, self._loads = 0, [], []
         for span, indices in zip(spans, shared.values()):
-            for index, copied in zip(indices, span.copy_to(buffer[start : start + span.nbytes], self._locked)):
+            room = torch.from_numpy(buffer[start : start + span.nbytes])
+            source = span.tensors[0]
+            if source is not leaves[indices[0]]:
+                again, leaves[indices[0]] = False, source  # a contiguous copy, for this save only
+            if source.is_cuda:
+                self._loads.append((room, indices[0], span.begin))
+            else:
+                self._moves.append((room.data_ptr(), source.untyped_storage().data_ptr() + span.begin, span.nbytes))
+            for index, copied in zip(indices, span.tensors_in(room.untyped_storage())):
                 copies[index] = copied
             start += span.room
-        for device in devices:
-            torch.cuda.current_stream(device).synchronize()
-        return _map(tree, "", [], iter(copies))  # type: ignore[arg-type]
+        self._copies = copies
+        return again
 
     def release(self) -> None:
         """Give the buffer back. Trees that :meth:`take` returned stay valid."""
         if self._buffer is not None and self._locked:
             torch.cuda.cudart().cudaHostUnregister(self._buffer.ctypes.data)
-        self._buffer, self._locked = None, False
+        self._buffer, self._locked, self._layouts = None, False, None
+        self._copies, self._moves, self._loads = [], [], []
 
     def _reserve(self, nbytes: int, lock: bool) -> np.ndarray:
         if self._buffer is None or self._buffer.nbytes < nbytes or (lock and not self._locked):
@@ -85,30 +113,55 @@ class _Span:
 
     def __init__(self, tensors: list[torch.Tensor]) -> None:
         first = tensors[0]
-        if all(_layout(tensor) == _layout(first) for tensor in tensors) and not _is_dense(first):
+        alone = len(tensors) == 1 or all(_layout(tensor) == _layout(first) for tensor in tensors)
+        if alone and not first.is_contiguous() and not _is_dense(first):
             tensors = [first.contiguous()] * len(tensors)
-        begins = [int(t.storage_offset()) * t.itemsize for t in tensors]
-        size = max(t.itemsize for t in tensors)
         self.tensors = tensors
-        self.begin = min(begins) // size * size
-        self.nbytes = max(begin + _extent(t) * t.itemsize for begin, t in zip(begins, tensors)) - self.begin
+        spans = [
+            (int(t.storage_offset()) * t.itemsize, _extent(t) * t.itemsize) for t in tensors[: 1 if alone else None]
+        ]
+        size = max(tensor.itemsize for tensor in tensors)
+        self.begin = min(begin for begin, _ in spans) // size * size
+        self.nbytes = max(begin + length for begin, length in spans) - self.begin
         self.room = -(-self.nbytes // _ALIGN) * _ALIGN
 
-    def copy_to(self, room: np.ndarray, non_blocking: bool) -> list[torch.Tensor]:
-        """Copy into ``room``; returns the tensors' copies."""
-        source = torch.empty(0, dtype=torch.uint8, device=self.tensors[0].device)
-        source.set_(self.tensors[0].untyped_storage(), self.begin, (self.nbytes,), (1,))
-        memory = torch.from_numpy(room)
-        if source.is_cuda:
-            memory.copy_(source, non_blocking=non_blocking)
-        else:
-            room[:] = source.numpy()  # hundreds of parallel copies by torch cost more in waiting for threads
-        copies = []
+    def tensors_in(self, copy: torch.UntypedStorage) -> Iterator[torch.Tensor]:
+        """The tensors as they lie in a copy of the span."""
         for tensor in self.tensors:
             offset = int(tensor.storage_offset()) - self.begin // tensor.itemsize
-            empty = torch.empty(0, dtype=tensor.dtype)
-            copies.append(empty.set_(memory.untyped_storage(), offset, tensor.size(), tensor.stride()))
-        return copies
+            yield torch.empty(0, dtype=tensor.dtype).set_(copy, offset, tensor.size(), tensor.stride())
+
+
+def _move(moves: list[tuple[int, int, int]]) -> None:
+    """Copy memory: (to, from, bytes) each, shared out over up to four threads.
+
+    Hundreds of parallel copies by torch wait for its threads hundreds of times; this waits once.
+    """
+    pieces = [(to + at, source + at, min(_PIECE, n - at)) for to, source, n in moves for at in range(0, n, _PIECE)]
+    count = min(4, torch.get_num_threads(), len(pieces))
+
+    def work(share: list[tuple[int, int, int]]) -> None:
+        for piece in share:
+            ctypes.memmove(*piece)  # lets other threads run
+
+    threads = [threading.Thread(target=work, args=(pieces[k::count],)) for k in range(1, count)]
+    for thread in threads:
+        thread.start()
+    work(pieces[:: max(count, 1)])
+    for thread in threads:
+        thread.join()
+
+
+def _bytes(tensor: torch.Tensor, begin: int, nbytes: int) -> torch.Tensor:
+    """A stretch of a tensor's storage."""
+    empty = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    return empty.set_(tensor.untyped_storage(), begin, (nbytes,), (1,))
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether its values are the bytes of its storage, and there are some."""
+    special = tensor.layout != torch.strided or tensor.is_quantized or tensor.is_conj() or tensor.is_neg()
+    return not special and tensor.numel() > 0
 
 
 def _layout(tensor: torch.Tensor) -> tuple[object, ...]:
@@ -116,6 +169,8 @@ def _layout(tensor: torch.Tensor) -> tuple[object, ...]:
 
 
 def _extent(tensor: torch.Tensor) -> int:
+    if tensor.is_contiguous():
+        return tensor.numel()
     return 1 + sum((n - 1) * s for n, s in zip(tensor.size(), tensor.stride()))
 
 
@@ -130,8 +185,10 @@ def _map(node: Any, place: str, leaves: list[torch.Tensor], copies: Iterator[tor
     if kind in _TENSORS:
         if node.device.type == "meta":
             raise TypeError(f"cannot save {place}: a tensor on the meta device has no values")
+        if copies is not None:
+            return next(copies)
         leaves.append(node.detach())
-        return node if copies is None else next(copies)
+        return node
     if kind in _PLAIN:
         return node
     if isinstance(node, np.generic):
@@ -143,7 +200,7 @@ def _map(node: Any, place: str, leaves: list[torch.Tensor], copies: Iterator[tor
         pairs = [(key, _map(value, f"{place}.{key}".lstrip("."), leaves, copies)) for key, value in node.items()]
         result: Any = dict(pairs) if kind is defaultdict else kind(dict(pairs))  # type: ignore[call-overload]
         if hasattr(node, "_metadata"):  # versions of the modules, which load_state_dict reads
-            result._metadata = copy.deepcopy(node._metadata)
+            result._metadata = copy.copy(node._metadata)
         return result
     if kind in (list, tuple, set):
         return kind(_map(value, f"{place}[{index}]", leaves, copies) for index, value in enumerate(node))

@@ -94,6 +94,32 @@ def test_the_buffer_is_kept_from_one_save_to_the_next() -> None:
     assert copier.take({"a": torch.randn(3)})["a"].data_ptr()  # smaller: fits
 
 
+def test_a_second_save_has_the_values_and_shapes_of_its_time() -> None:
+    flat = torch.zeros(200)
+    tree: dict[str, Any] = {
+        "dense": torch.zeros(3, 4),
+        "column": torch.zeros(4, 6)[:, ::2],
+        "views": [flat[:100], flat[50:150]],
+        "tied": torch.zeros(5),
+        "empty": torch.zeros(0),
+    }
+    tree["again"] = tree["tied"]
+    for plain_only in (False, True):  # with a tensor that needs a copy of its own, and without
+        if plain_only:
+            del tree["column"]
+        copier = HostCopy()
+        for value in range(3):
+            for tensor in [tree["dense"], flat, tree["tied"], *([] if plain_only else [tree["column"]])]:
+                tensor.fill_(value)
+            copy = copier.take(tree)
+            assert all(torch.equal(copy[name], tree[name]) for name in tree if name != "views")
+            assert all(torch.equal(a, b) for a, b in zip(copy["views"], tree["views"], strict=True))
+        tree["dense"] = torch.ones(7, 7)
+        assert torch.equal(copier.take(tree)["dense"], torch.ones(7, 7))
+        copier.release()
+        assert torch.equal(copier.take(tree)["dense"], torch.ones(7, 7))
+
+
 def test_containers_and_plain_values_come_back_as_they_were() -> None:
     tree = {
         "plain": [None, True, 3, 2.5, 1j, "text", b"bytes", (1, 2), {3, 4}, torch.float16, torch.Size([2])],
