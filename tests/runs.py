@@ -20,7 +20,8 @@ def environment(**extra: str) -> dict[str, str]:
     """The environment of a test's processes: one thread, no GPU, nothing of a launcher that runs the tests themselves."""
     hidden = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC", "SLURM_", "ACCELERATE_", "PET_", "PYTEST")
     env = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
-    return {**env, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), **extra}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**env, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path, **extra}
 
 
 def command(processes: int, *arguments: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 import time
 from collections import deque
@@ -17,6 +18,8 @@ from dist_train.checkpoint.publish import OwnedStore, Writing
 from dist_train.checkpoint.store import CheckpointStore, Found, Row
 from dist_train.runtime.lease import Lease
 from dist_train.runtime.storage import Storage
+
+LOG = logging.getLogger("dist_train")  # what is no news goes to the log file, not to the terminal
 
 
 class CheckpointManager:
@@ -205,7 +208,7 @@ class CheckpointManager:
             return
         self.published = step
         size = sum(entry.bytes for entry in writing.files.values()) / 1e6
-        self._note(f"step {step}: saved {size:.1f} MB in {time.monotonic() - started:.1f} s")
+        LOG.info("step %d: saved %.1f MB in %.1f s", step, size, time.monotonic() - started)
         try:
             self._retain(step)
         except Exception as error:
