@@ -22,8 +22,9 @@ THREADS = $(shell n=$$(($(CPUS) / $(NPROC))); echo $$((n > 0 ? n : 1)))
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
+# PET_LOCAL_ADDR is torchrun's --local-addr: it waits five minutes where the machine's own name can't be resolved.
 train: install  ## train CONFIG (configs/digits.yaml) on NPROC processes (a GPU each, else 2); ARGS='optimizer.lr=0.05'
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(THREADS)} $(BIN)/torchrun --standalone --nproc_per_node=$(NPROC) -m dist_train.main --config $(CONFIG) $(ARGS)
+	PET_LOCAL_ADDR=127.0.0.1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(THREADS)} $(BIN)/torchrun --standalone --nproc_per_node=$(NPROC) -m dist_train.main --config $(CONFIG) $(ARGS)
 
 test-cpu: install  ## all tests that need neither a GPU nor a network; ARGS='tests/config -k duration'
 	CUDA_VISIBLE_DEVICES= PYTHONHASHSEED=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not chaos" $(or $(ARGS),tests)

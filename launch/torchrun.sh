@@ -37,6 +37,8 @@ export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-300}
 
 NNODES=${NNODES:-1}
 if [ "$NNODES" = 1 ]; then
+    # torchrun waits five minutes where the machine's own name can't be resolved (some laptops and containers).
+    export PET_LOCAL_ADDR=${PET_LOCAL_ADDR:-127.0.0.1}
     flags=(--standalone --max-restarts="${MAX_RESTARTS:-0}")
 else
     : "${RDZV_ENDPOINT:?set it to host[:port] of one of the nodes, the same on all of them}"
