@@ -109,7 +109,7 @@ class Loss(nn.Module):
             if low < 0 or high > 1:
                 raise ValueError(f"{self.name} expects targets between 0 and 1, but they go from {low:g} to {high:g}")
         if isinstance(self.function, nn.BCELoss) and outputs.numel():
-            low, high = float(outputs.min()), float(outputs.max())
+            low, high = float(outputs.detach().min()), float(outputs.detach().max())
             if low < 0 or high > 1:
                 raise ValueError(
                     f"BCELoss expects probabilities between 0 and 1, but the model's outputs go from {low:g} to {high:g}: end "

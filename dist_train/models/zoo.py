@@ -161,3 +161,20 @@ class Cifar10Quick(nn.Module):
         """(N, 3, 32, 32) -> (N, classes) logits."""
         out: Tensor = self.model(images)
         return out
+
+
+def cifar_resnet18(classes: int = 10) -> nn.Module:
+    """torchvision's ResNet-18 for images of 32x32: a first convolution of 3x3 that keeps their size, and no pooling behind it.
+
+    Source: the CIFAR variant of He et al., arXiv:1512.03385, section 4.2, as commonly used with ResNet-18.
+
+    Args:
+        classes: outputs, (N, classes) logits.
+    """
+    from torchvision.models import resnet18
+
+    model = resnet18(num_classes=classes)
+    model.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    model.maxpool = nn.Identity()
+    return model
