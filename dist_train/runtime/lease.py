@@ -178,7 +178,7 @@ def _decode(raw: bytes) -> dict[str, Any]:
 
 
 def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def _describe(record: dict[str, Any]) -> str:

@@ -120,7 +120,7 @@ def test_killed_at_any_call_of_a_save_on_a_local_disk(tmp_path: Path, manager_at
         manager.save(30, state_of(30), {}, {"f1": 0.95})
         manager.close()
 
-    for place in until_it_survives(on_disk(work), prepare, 1 if THOROUGH else 2 if asynchronous else 5):
+    for place in until_it_survives(on_disk(work), prepare, 1 if THOROUGH else 3 if asynchronous else 9):
         reader = CheckpointStore(storage)
         assert {row.state for row in reader.verify_all()} == {"good"}, f"killed at call {place}"
         manager = manager_at(storage, **options)
@@ -148,7 +148,7 @@ def test_killed_at_any_call_of_the_very_first_save(tmp_path: Path, manager_at: M
     def work() -> None:
         save(manager_at(storage), 10)
 
-    for _ in until_it_survives(on_disk(work), prepare, 1 if THOROUGH else 3):
+    for _ in until_it_survives(on_disk(work), prepare, 1 if THOROUGH else 4):
         manager = manager_at(storage)
         found = manager.newest()
         results.add(found is not None)
@@ -171,7 +171,7 @@ def test_killed_at_any_call_of_replacing_a_step(tmp_path: Path, manager_at: Make
         save(manager, 10, f1=0.1)
         save(manager, 10, f1=0.2)
 
-    for _ in until_it_survives(on_disk(work), prepare, 1 if THOROUGH else 3):
+    for _ in until_it_survives(on_disk(work), prepare, 1 if THOROUGH else 4):
         found = manager_at(storage).newest()
         results.add(found.metrics["f1"] if found else None)
         if found is not None:
@@ -223,7 +223,7 @@ def test_killed_at_requests_of_a_save_on_s3(s3_url: str, manager_at: Make) -> No
         manager.save(20, state, {})
         manager.close()
 
-    for place in until_it_survives(work, prepare, 1 if THOROUGH else 7):
+    for place in until_it_survives(work, prepare, 1 if THOROUGH else 9):
         assert {row.state for row in CheckpointStore(storage).verify_all()} == {"good"}, f"killed at request {place}"
         manager = manager_at(storage, keep_last=1)
         found = manager.newest()
