@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+from dist_train.runtime.here import here
+
 T = TypeVar("T")
 
 _CHUNK = 4 << 20
@@ -78,6 +80,7 @@ class HashingWriter:
                 piece = view[start : start + _CHUNK]
                 self._sink.write(piece)
                 self._hash.update(piece)
+                here.bytes += len(piece)  # a save that moves is no hang
         except Exception as error:
             self.failure = error
             raise
@@ -233,21 +236,16 @@ class Storage:
             except _FINAL_TYPES:
                 raise
             except Exception as error:
-                if not self._is_io(error):
+                if not isinstance(error, OSError) and type(error).__module__.split(".")[0] not in _CLIENT_LIBRARIES:
                     raise
                 now = time.monotonic()
                 give_up = give_up or now + self.patience
-                if self._is_final(error) or now + pause > give_up:
+                final = getattr(error, "errno", None) in _FINAL_ERRNOS or type(error).__name__ in _FINAL_NAMES
+                if final or now + pause > give_up:
                     cause = f"{type(error).__name__}: {error}"
                     raise StorageError(f"cannot {what} {self.join(name)}: {cause}") from error
             time.sleep(pause)  # no jitter: it would draw from a generator that training may use
             pause = min(pause * 2, 8.0)
-
-    def _is_io(self, error: Exception) -> bool:
-        return isinstance(error, OSError) or type(error).__module__.split(".")[0] in _CLIENT_LIBRARIES
-
-    def _is_final(self, error: Exception) -> bool:
-        return getattr(error, "errno", None) in _FINAL_ERRNOS or type(error).__name__ in _FINAL_NAMES
 
     def _read(self, name: str) -> bytes:
         with self._open(name) as file:
