@@ -16,7 +16,7 @@ from dist_train.checkpoint.hostcopy import HostCopy
 from dist_train.checkpoint.manifest import CheckpointError
 from dist_train.checkpoint.publish import OwnedStore, Writing
 from dist_train.checkpoint.store import CheckpointStore, Found, Row
-from dist_train.runtime.lease import Lease
+from dist_train.runtime.lease import Lease, LeaseLostError
 from dist_train.runtime.storage import Storage
 
 LOG = logging.getLogger("dist_train")  # what is no news goes to the log file, not to the terminal
@@ -35,6 +35,7 @@ class CheckpointManager:
         asynchronous: ``False`` writes in :meth:`save` itself, and keeps no buffer.
         log: takes one line; called from the thread that calls the manager.
         lease: checked right before anything is published or deleted.
+        on_error: ``warn`` logs that a save failed where ``fail`` raises, unless the run has another owner by now.
         before_publish: called with the step when all files are written, in the writing thread; may raise.
     """
 
@@ -47,23 +48,39 @@ class CheckpointManager:
         asynchronous: bool = True,
         log: Callable[[str], None] = print,
         lease: Lease | None = None,
+        on_error: str = "fail",
         before_publish: Callable[[int], None] | None = None,
     ) -> None:
         self._log = log
         self._lines: deque[str] = deque()
         self._store = OwnedStore(storage, self._note, lease)
+        self._lease = lease
         self._keep_last = keep_last
         self._keep_best = keep_best
         self._asynchronous = asynchronous
         self._before_publish = before_publish
+        self._tolerant = on_error == "warn"
         self._copier = HostCopy()
         self._thread: threading.Thread | None = None
         self._error: CheckpointError | None = None
+        self.tolerated: CheckpointError | None = None
+        """The failure of the last save, if it was only logged."""
         self._swept = False
         self.published: int | None = None
         """Step of the last checkpoint that this process published or went on from."""
         self.blocked = 0.0
         """Seconds for which the last :meth:`save` held its caller up."""
+
+    def assure_owner(self) -> None:
+        """To be called before something is written that a successor writes too: a zombie's records must not mix in.
+
+        Under a URL nothing is looked up, since records grow on this host, and are uploaded after a check.
+
+        Raises:
+            LeaseLostError: another process owns the run by now.
+        """
+        if self._lease is not None and self._store.storage.is_local:
+            self._lease.assure()
 
     def save(
         self,
@@ -91,7 +108,6 @@ class CheckpointManager:
         if self._thread is not None:
             self.wait()
             self._log(f"step {step}: waited {time.monotonic() - started:.1f} s for the save before")
-        self._sweep_once()
         # NaN has no place in JSON, and the caller may change its dictionaries while the thread writes.
         frozen = json.loads(json.dumps(meta, allow_nan=False))
         state = self._copier.take(dict(parts))
@@ -119,7 +135,10 @@ class CheckpointManager:
             self._log(self._lines.popleft())
         error, self._error = self._error, None
         if error is not None:
-            raise error
+            if not self._tolerant or isinstance(error.__cause__, LeaseLostError):
+                raise error
+            self.tolerated = error
+            LOG.warning("%s; going on, as checkpoint.on_error says", error)
 
     def wait(self) -> None:
         """Wait until no save is in flight. Raises as :meth:`poll`."""
@@ -192,10 +211,12 @@ class CheckpointManager:
     ) -> None:
         writing = None
         try:
+            self._sweep_once()
             writing = Writing(self._store.storage, step)
             for name, part in state.items():
                 writing.add(f"{name}.pt", lambda file, part=part: torch.save(part, file))  # type: ignore[misc]
             if self._before_publish is not None:
+                self._store.check()
                 self._before_publish(step)
             self._store.publish(writing, metrics, meta)
         except BaseException as error:
@@ -206,7 +227,7 @@ class CheckpointManager:
             failure.__cause__ = error
             self._error = failure
             return
-        self.published = step
+        self.published, self.tolerated = step, None
         size = sum(entry.bytes for entry in writing.files.values()) / 1e6
         LOG.info("step %d: saved %.1f MB in %.1f s", step, size, time.monotonic() - started)
         try:

@@ -230,6 +230,11 @@ class CheckpointConfig(Section):
         "nothing without data.val. null: none.",
     )
     asynchronous: bool = harmless(True, "Write in the background; training waits only for a copy to host memory.")
+    on_error: Literal["fail", "warn"] = harmless(
+        "fail",
+        "What a failed save does, once trying again (a minute for a store) hasn't helped. `fail`: the run ends. `warn`: "
+        "a warning, and training goes on; a stop whose save fails is a failure all the same.",
+    )
     resume: Text = harmless(
         "auto",
         "`auto`: go on from the newest good checkpoint of this run, if any. `never`: refuse to touch a run that has "

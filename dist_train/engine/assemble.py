@@ -184,11 +184,8 @@ def _tell_inexact(blueprint: Blueprint, console: Console) -> None:
 def _file_sources(run: RunDir, world: World) -> list[Any]:
     if not world.is_main:
         return []
-    paths = {name: run.path(name) for name in ("STOP", "SAVE")}
-    return [
-        watch_file(paths["STOP"].exists, lambda: paths["STOP"].unlink(missing_ok=True), STOP, "STOP"),
-        watch_file(paths["SAVE"].exists, lambda: paths["SAVE"].unlink(missing_ok=True), SAVE, "SAVE"),
-    ]
+    take = run.wishes()
+    return [watch_file(take, STOP, "STOP"), watch_file(take, SAVE, "SAVE")]
 
 
 def _provenance(config: Config) -> dict[str, Any]:

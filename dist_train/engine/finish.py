@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from dist_train.checkpoint.manifest import CheckpointError
 from dist_train.tracking.curves import draw_curves
 from dist_train.tracking.records import read_rows
 
@@ -45,10 +46,11 @@ def finish(trainer: Trainer, checkpoints: CheckpointManager, seconds: float) -> 
     digest = weights_sha256(trainer.model)
     val = progress.metrics
     kept, kept_step = "last", trainer.step
-    if parts.keep_best is not None and progress.best is not None:
+    best_step = trainer.world.on_main(lambda: _best_step(trainer, checkpoints))
+    if best_step is not None:
         kept = "best"
-    if parts.keep_best is not None and progress.best is not None and progress.best_step != trainer.step:
-        found = checkpoints.find(f"step-{progress.best_step:08d}")
+    if best_step not in (None, trainer.step):
+        found = checkpoints.find(f"step-{best_step}")
         trainer.model.load_state_dict(found.load("model"))
         if parts.ema is not None and "ema" in found.parts:
             parts.ema.load_state_dict(found.load("ema"))
@@ -81,7 +83,22 @@ def finish(trainer: Trainer, checkpoints: CheckpointManager, seconds: float) -> 
         buffer = io.BytesIO()
         torch.save(final_state_dict(trainer.model, parts.ema), buffer)
         parts.run.storage.write_atomic("model.pt", buffer.getvalue())
-        parts.run.write_json("result.json", result)
         with contextlib.suppress(ImportError):  # matplotlib isn't needed to train
             draw_curves(read_rows(parts.run.path("metrics.jsonl")), parts.run.path("curves.png"), title=parts.run.name)
+        trainer.bring_home()
+        parts.run.write_json("result.json", result)  # the last: a run that has it is completed
     return result
+
+
+def _best_step(trainer: Trainer, checkpoints: CheckpointManager) -> int | None:
+    """The step whose weights are kept as the best; the next best where that checkpoint has been lost meanwhile."""
+    parts, progress = trainer.parts, trainer.progress
+    if parts.keep_best is None or progress.best is None or progress.best_step == trainer.step:
+        return progress.best_step if parts.keep_best is not None and progress.best is not None else None
+    try:
+        return checkpoints.find(f"step-{progress.best_step}").step
+    except CheckpointError as error:
+        found = checkpoints.best()
+        kept = f"step {found.step}" if found is not None else "the last step"
+        parts.console.warn(f"the best checkpoint is lost ({error}): the weights of {kept} are kept instead")
+        return found.step if found is not None else None

@@ -10,7 +10,7 @@ import yaml
 
 from dist_train.checkpoint.manager import CheckpointManager
 from dist_train.checkpoint.manifest import CheckpointError
-from dist_train.checkpoint.store import find_at
+from dist_train.checkpoint.store import CheckpointStore, find_at, step_name
 from dist_train.config.errors import ConfigError
 from dist_train.engine.trainer import Progress
 
@@ -48,7 +48,10 @@ def decide(config: Config, run: RunDir) -> Decision:
         ConfigError: the run can't be continued under this config; says with what differs, and what to do.
     """
     source = config.checkpoint.resume
-    known = [name for name in run.storage.list("checkpoints") if name.startswith("step-")]
+    store = CheckpointStore(run.storage.sub("checkpoints"))
+    # What is left of a save that was killed under a URL is no checkpoint; a damaged one that was set aside was one.
+    known = [step_name(step) for step in store.steps() if store.is_there(step)]
+    known += [name for name in store.asides() if name.startswith("damaged-")]
     if config.checkpoint.resume == "never" and (known or run.storage.exists("config.yaml")):
         raise ConfigError.single(
             "checkpoint.resume",

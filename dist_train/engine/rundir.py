@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import secrets
 import socket
+import threading
 import time
+from collections.abc import Callable, Collection, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_train.config.errors import ConfigError
 from dist_train.config.names import expand_name
-from dist_train.runtime.storage import LocalStorage, Storage
+from dist_train.engine.mirror import Mirror, Watch
+from dist_train.runtime.storage import Storage, StorageError
 
 if TYPE_CHECKING:
     from dist_train.config.schema import Config
     from dist_train.runtime.world import World
+
+LAST_PATIENCE = 5.0
+log = logging.getLogger("dist_train")
 
 
 def job_id() -> str | None:
@@ -49,16 +57,19 @@ def run_location(config: Config) -> str:
 
 
 class RunDir:
-    """One run's directory. Rank 0 writes status, results and the ledger; each rank its own log and trace."""
+    """One run's directory. Rank 0 writes status, results and the ledger; each rank its own log and trace.
+
+    Under a URL, what grows is kept in a directory of this host (`engine.mirror`); the rest goes to the store directly.
+    """
 
     def __init__(self, location: str):
         self.storage = Storage(location)
-        if not isinstance(self.storage, LocalStorage):
-            raise ConfigError.single(
-                "run.dir", f"expected a directory of a mounted file system, found the URL {location}"
-            )
         self.location = self.storage.location
-        self.root = Path(self.location)
+        self.mirror = None if self.storage.is_local else Mirror(self.storage.sub(""))
+        self.root = Path(self.location) if self.mirror is None else self.mirror.root
+        self._shared: Collection[str] | None = ()
+        self._sending: threading.Thread | None = None
+        self._watch: Watch | None = None
 
     @property
     def name(self) -> str:
@@ -68,6 +79,67 @@ class RunDir:
     def path(self, name: str) -> Path:
         """The local path of `name`."""
         return self.root / name
+
+    def readable(self, name: str) -> Path:
+        """A local path to read `name` from: of a copy, where the run lives under a URL."""
+        return self.path(name) if self.mirror is None else self.mirror.fetch(name)
+
+    def begin(self, world: World) -> None:
+        """Under a URL: go on with the files that earlier starts uploaded, on whatever host they ran."""
+        if self.mirror is None:
+            return
+        # Each host sends what its ranks write; only rank 0's has the records.
+        if world.placement.local_rank == 0:
+            self._shared = None if world.is_main else ("logs", "trace")
+        records = ("metrics.jsonl", "wandb/run_id") if world.is_main else ()
+        self.mirror.go_on_with(*records, f"logs/rank-{world.rank}.log")
+
+    def upload(self) -> None:
+        """Under a URL: bring the store up to date with what this host has written.
+
+        Raises:
+            StorageError: the store can't be written.
+        """
+        if self.mirror is not None and (self._shared is None or self._shared):
+            self.mirror.upload(self._shared)
+
+    def upload_meanwhile(self) -> None:
+        """The same in the background, for hosts other than rank 0's: a store that is away is rank 0's to tell."""
+        if self._shared and (self._sending is None or not self._sending.is_alive()):
+            self._sending = threading.Thread(target=self._send, name="upload", daemon=True)
+            self._sending.start()
+
+    def _send(self) -> None:
+        try:
+            self.upload()
+        except StorageError as error:
+            log.warning("%s", error)
+
+    def wishes(self) -> Callable[[str], bool]:
+        """What tells whether a file (STOP, SAVE) has been put here since it was asked last; the file is taken away."""
+        if self.mirror is not None:
+            self._watch = Watch(self.storage, ("STOP", "SAVE"))
+            return self._watch.take
+
+        def take(name: str) -> bool:
+            if not self.path(name).exists():
+                return False
+            self.path(name).unlink(missing_ok=True)
+            return True
+
+        return take
+
+    def hurry(self) -> None:
+        """The run has failed: its last words don't wait for a store as long as its saves did."""
+        for storage in (self.storage, self.mirror.storage if self.mirror is not None else self.storage):
+            storage.patience = min(storage.patience, LAST_PATIENCE)
+
+    def close(self) -> None:
+        """Stop watching for files, and wait for an upload that is under way."""
+        if self._watch is not None:
+            self._watch.close()
+        if self._sending is not None:
+            self._sending.join()
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """A JSON file's content; None if it isn't there."""
@@ -81,7 +153,11 @@ class RunDir:
         self.storage.write_atomic(name, (json.dumps(content, indent=2) + "\n").encode())
 
     def write_status(self, state: str, *, step: int, epoch: int, world_size: int, error: str | None = None) -> None:
-        """status.json: what this run is doing, for people and scripts."""
+        """status.json: what this run is doing, for people and scripts.
+
+        Raises:
+            StorageError: it can't be written.
+        """
         status = {
             "state": state,
             "step": step,
@@ -91,6 +167,17 @@ class RunDir:
             "error": error,
         }
         self.write_json("status.json", status)
+
+    @contextlib.contextmanager
+    def only_a_view(self) -> Iterator[None]:
+        """What is written inside isn't worth waiting for a store, nor ending the run: a failure is only logged."""
+        patience, self.storage.patience = self.storage.patience, 0.0
+        try:
+            yield
+        except StorageError as error:
+            log.warning("%s", error)
+        finally:
+            self.storage.patience = patience
 
     def record_attempt(self, event: str, **facts: Any) -> None:
         """A line in attempts.jsonl."""

@@ -94,8 +94,8 @@ def test_inside_an_evaluation_only_a_stop_counts_and_the_rest_is_put_off() -> No
 
 
 def test_files_ask_once_and_clocks_ask_each_interval() -> None:
-    there = [True]
-    source = watch_file(lambda: there[0], lambda: there.__setitem__(0, False), STOP, "STOP")
+    there = {"STOP"}
+    source = watch_file(lambda name: name in there and not there.discard(name), STOP, "STOP")
     assert source() == (STOP, "file STOP")
     assert source() is None
     now = [0.0]
