@@ -156,7 +156,7 @@ class SlurmCluster:
         words = self.run("scontrol", "show", "job", number, "-o").split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait(self, number: str, timeout: float = 120) -> dict[str, str]:
+    def wait(self, number: str, timeout: float = 300) -> dict[str, str]:
         """Wait until a job is over; what Slurm says of it then."""
         over = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
         wait_for(f"job {number} over", lambda: self.job(number)["JobState"] in over, timeout)

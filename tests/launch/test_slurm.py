@@ -63,7 +63,7 @@ def test_the_warning_before_the_time_limit_saves_requeues_and_goes_on_with_the_s
     job = slurm.submit(work, "--nodes=2", TRAIN, "mlp.yaml", LENGTH, SLOW, env=TWO)
     wait_until_it_trains(run)
     slurm.run("scancel", "--batch", "--signal=USR1", job)  # what --signal=B:USR1@120 sends
-    ended = slurm.wait(job, 180)
+    ended = slurm.wait(job)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), output(work, job)
     first, second = ledger(run, "start")
     assert 0 < second["resumed_from"] == ledger(run, "end")[0]["step"] < 12 * 19
@@ -103,7 +103,7 @@ def test_the_file_stop_ends_a_job_without_a_requeue(slurm: SlurmCluster, work: P
 def test_a_crash_is_requeued_so_many_times_and_then_stops_with_the_cause(slurm: SlurmCluster, work: Path) -> None:
     arguments = ("mlp.yaml", LENGTH, CRASH, "checkpoint.every=6ep", "checkpoint.keep_best=null")
     job = slurm.submit(work, "--nodes=1", TRAIN, *arguments, env={**ONE, "MAX_CRASHES": "1"})
-    ended = slurm.wait(job, 180)
+    ended = slurm.wait(job)
     assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "1"), output(work, job)
     run = work / "runs" / "digits_mlp"
     assert [line["resumed_from"] for line in ledger(run, "start")] == [0, 0]
@@ -133,7 +133,7 @@ def test_the_tasks_of_a_job_array_train_runs_of_their_own(slurm: SlurmCluster, w
 
 def test_a_requeued_job_whose_run_is_completed_does_no_work(slurm: SlurmCluster, work: Path) -> None:
     job = slurm.submit(work, "--nodes=1", TRAIN, "mlp.yaml", "trainer.duration=1ep", env=ONE)
-    assert slurm.wait(job)["JobState"] == "COMPLETED"
+    assert slurm.wait(job)["JobState"] == "COMPLETED", output(work, job)
     slurm.run("scontrol", "requeue", job)
     wait_for("the requeued job's word", lambda: "completed before this job was requeued" in output(work, job), 60)
     assert slurm.wait(job)["ExitCode"] == "0:0"
