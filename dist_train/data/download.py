@@ -59,9 +59,10 @@ def missing_data(slot: str, dataset: type, root: str | os.PathLike[str], error: 
         root: its argument of that name.
         error: what it raised.
     """
-    files = expected_files(dataset, root)
-    absent = [file for file in files if not os.path.exists(file)]
-    text = f"data.{slot}: {dataset.__name__} has no data in {os.path.abspath(root)}: {type(error).__name__}: {error}"
-    if absent:  # MNIST also works with them unpacked
-        text += f"; expected {len(absent)} files that aren't there: {', '.join(absent)}"
+    absent = [file for file in expected_files(dataset, root) if not os.path.exists(file)]
+    reason = next(iter(str(error).splitlines()), "")
+    text = f"data.{slot}: {dataset.__name__} has no data in {os.path.abspath(root)}: {type(error).__name__}: {reason}"
+    if not absent:  # a folder of one's own
+        return DataError(f"{text}; relative paths count from the working directory")
+    text += f"; expected {len(absent)} files that aren't there: {', '.join(absent)}"  # MNIST takes them unpacked, too
     return DataError(f"{text}; with a network, download: true fetches them; without one, copy them there")
