@@ -11,6 +11,7 @@ import copy
 import ctypes
 import math
 import threading
+import weakref
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterator
 from typing import Any
@@ -34,6 +35,7 @@ class HostCopy:
     def __init__(self) -> None:
         self._buffer: np.ndarray | None = None
         self._locked = False
+        self._unlock: weakref.finalize[..., Any] | None = None
         # The arrangement of the last state; the same state has the same one at the next save.
         self._layouts: list[tuple[object, ...]] | None = None
         self._copies: list[torch.Tensor] = []
@@ -88,8 +90,9 @@ class HostCopy:
 
     def release(self) -> None:
         """Give the buffer back. Trees that :meth:`take` returned stay valid."""
-        if self._buffer is not None and self._locked:
-            torch.cuda.cudart().cudaHostUnregister(self._buffer.ctypes.data)
+        if self._unlock is not None:
+            self._unlock()
+        self._unlock = None
         self._buffer, self._locked, self._layouts = None, False, None
         self._copies, self._moves, self._loads = [], [], []
 
@@ -102,7 +105,15 @@ class HostCopy:
                 # Without the lock (a limit on locked memory, say) the copy is slower, and right all the same.
                 failed = torch.cuda.cudart().cudaHostRegister(self._buffer.ctypes.data, self._buffer.nbytes, 0)
                 self._locked = int(failed) == 0
+                if self._locked:
+                    # Memory that is freed while registered would make the next user of its addresses fail: called when the
+                    # array dies at the latest, just before its memory is given back.
+                    self._unlock = weakref.finalize(self._buffer, _unregister, self._buffer.ctypes.data)
         return self._buffer
+
+
+def _unregister(address: int) -> None:
+    torch.cuda.cudart().cudaHostUnregister(address)
 
 
 class _Span:
