@@ -14,6 +14,7 @@ from dist_train.engine.losses import batch_length
 from dist_train.engine.metrics import Metric
 from dist_train.engine.precision import Precision
 from dist_train.engine.task import Task, as_step_output
+from dist_train.runtime.here import EVALUATION, MEETING, here
 from dist_train.runtime.seeding import seed_forward
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class Evaluator:
 
     @torch.no_grad()
     def _run(self, loader: EvalLoader) -> dict[str, float]:
+        here.phase = MEETING
         take_from_rank_zero(self.model.buffers(), self.world.size)
         size = 3 + sum(metric.size for metric in self.metrics)
         # A row a cut, added up in the order of the dataset: the bits are those of one process. (Metrics of many numbers count.)
@@ -77,6 +79,8 @@ class Evaluator:
             for _ in range(loader.rounds):  # the same on all ranks; one without a cut in the last round sits it out
                 if self.control is not None:
                     self.control.begin()
+                here.phase = EVALUATION
+                here.item += 1
                 with contextlib.suppress(StopIteration):
                     cut, batch = next(batches)
                     sums[cut.start // loader.plan.batch_size % rows] += self._batch(cut.start, batch)
@@ -84,6 +88,7 @@ class Evaluator:
                     raise EvaluationInterruptedError
         finally:
             self.model.train(training)
+        here.phase = MEETING
         if self.world.size > 1:
             torch.distributed.all_reduce(sums)
         return self._figures(torch.from_numpy(sums.cpu().numpy().sum(axis=0)))

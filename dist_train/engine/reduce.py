@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from dist_train.engine.buffers import take_from_rank_zero
 from dist_train.engine.precision import Precision
 from dist_train.engine.task import Task, as_step_output
+from dist_train.runtime.here import BACKWARD, here
 
 # Buffers differ over the ranks during an epoch, as in DDP everywhere; rank 0's are taken before an evaluation or a save.
 # torch 2.15 renamed the argument.
@@ -126,6 +128,9 @@ class DataParallel:
         with contextlib.nullcontext() if last else self.ddp.no_sync():
             with self.precision.autocast():
                 objective = self.ddp(batch, scale, weightless)
+            here.phase = BACKWARD
+            if last:  # from here on the ranks wait for each other
+                here.busy += time.perf_counter() - here.began
             objective.backward()
 
     def finish(self) -> tuple[Tensor, Tensor]:
@@ -154,6 +159,7 @@ class SingleProcess:
         with self.precision.autocast():
             output = as_step_output(self.task.step(self.model, batch))
         loss = output.loss
+        here.phase = BACKWARD
         if self.scaler is not None:
             self.scaler.scale(loss * scale).backward()
         else:

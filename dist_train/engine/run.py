@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import faulthandler
+import json
+import logging
 import os
 import socket
 import time
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dist_train.checkpoint.manager import CheckpointManager
 from dist_train.config.errors import ConfigError
+from dist_train.data.plan import share
 from dist_train.engine.assemble import assemble, build_pieces
-from dist_train.engine.build import draw_blueprint
+from dist_train.engine.build import Blueprint, draw_blueprint
 from dist_train.engine.finish import finish
 from dist_train.engine.resume import Decision, decide
 from dist_train.engine.rundir import RunDir, check_shared, run_location
 from dist_train.engine.summary import end_lines, start_lines
 from dist_train.engine.trainer import Trainer
-from dist_train.runtime.lease import Lease, LeaseHeldError
+from dist_train.runtime import failure
+from dist_train.runtime.lease import Lease, LeaseHeldError, LeaseLostError
+from dist_train.runtime.storage import StorageError
 from dist_train.runtime.world import World, open_world, read_placement
 from dist_train.tracking.console import Console, setup_logging
 
@@ -60,9 +67,13 @@ def _train(config: Config, world: World, run: RunDir, console: Console, decision
     )  # whatever is wrong with the config has shown by now: from here on things are written
     check_shared(run, world)
     lease, attempt, decision = _open_run(config, world, run, console)
-    setup_logging(run.path(f"logs/rank-{world.rank}.log"), world.rank)
     trainer: Trainer | None = None
     try:
+        run.begin(world)
+        setup_logging(run.path(f"logs/rank-{world.rank}.log"), world.rank)
+        _inform_peers(world, run, blueprint, lambda cause: _record_failure(trainer, lease, world, run, attempt, cause))
+        if world.is_main:
+            _tell_unfinished(run, attempt, console)
         checkpoints = CheckpointManager(
             run.storage.sub("checkpoints"),
             keep_last=config.checkpoint.keep_last,
@@ -70,7 +81,8 @@ def _train(config: Config, world: World, run: RunDir, console: Console, decision
             asynchronous=config.checkpoint.asynchronous,
             log=console.note,
             lease=lease,
-            before_publish=lambda step: trainer.parts.logger.flush() if trainer is not None else None,
+            on_error=config.checkpoint.on_error,
+            before_publish=lambda step: trainer.bring_home() if trainer is not None else None,
         )
         trainer = assemble(pieces, run, console, checkpoints, decision, attempt)
         resumed = trainer.step
@@ -85,18 +97,23 @@ def _train(config: Config, world: World, run: RunDir, console: Console, decision
             result = finish(trainer, checkpoints, trainer.progress.seconds)
         else:
             result = {"state": outcome, "reason": trainer.reason, "step": trainer.step, "epoch": trainer.epoch}
-        _record_end(trainer, world, run, attempt, outcome, None)
         trainer.parts.logger.close(outcome)
+        run.upload()
+        _record_end(trainer, world, run, attempt, outcome, trainer.reason)
         console.end_block(end_lines(result, run, time.monotonic() - began))
         return result
     except BaseException as error:
-        if trainer is not None:
-            _record_end(trainer, world, run, attempt, "failed", f"{type(error).__name__}: {error}")
-            trainer.parts.logger.close("failed")
+        if isinstance(error.__cause__ or error, LeaseLostError):
+            world.peers.closing = None  # the records are another's by now
+        world.peers.raised(error)  # with several processes this one ends here
+        if world.peers.closing is not None and world.is_main:
+            record = getattr(error, "dist_train_record", None)
+            world.peers.closing(failure.cause(record) if record else f"{type(error).__name__}: {error}")
         raise
     finally:
         if trainer is not None:
             trainer.close()
+        run.close()
         if lease is not None:
             lease.release()
 
@@ -138,8 +155,59 @@ def _attempt_facts(world: World, attempt: int, resumed: int) -> dict[str, Any]:
     }
 
 
-def _record_end(trainer: Trainer, world: World, run: RunDir, attempt: int, outcome: str, error: str | None) -> None:
-    if not world.is_main:
+def _inform_peers(world: World, run: RunDir, blueprint: Blueprint, closing: Callable[[str], None]) -> None:
+    """What the summary of a failure needs to know of this run."""
+    plan, peers = blueprint.plan, world.peers
+
+    def samples(step: int, rank: int) -> Sequence[int]:
+        indices = plan.batch(step - 1)
+        return indices[share(len(indices), rank, world.size)].tolist()
+
+    peers.samples, peers.micro_batch_size = samples, blueprint.micro_batch_size
+    peers.logs, peers.closing = str(run.path("logs")), closing
+    if peers.may_exit:  # a crash inside C code leaves its Python stack in the log
+        faulthandler.enable(open(run.path(f"logs/rank-{world.rank}.log"), "a"))  # noqa: SIM115
+
+
+def _tell_unfinished(run: RunDir, attempt: int, console: Console) -> None:
+    """A process that was killed alone could not say so: its start has no end in attempts.jsonl."""
+    if not attempt or not run.storage.exists("attempts.jsonl"):
         return
-    trainer.write_status(outcome, error)
-    run.record_attempt("end", attempt=attempt, state=outcome, step=trainer.step, cause=error or trainer.reason)
+    events = [json.loads(line) for line in run.storage.read_bytes("attempts.jsonl").splitlines() if line.endswith(b"}")]
+    if events and events[-1]["event"] == "start":
+        last, status = events[-1], run.read_json("status.json") or {"step": 0}
+        console.warn(
+            f"attempt {last['attempt']} on {last['host']} (pid {last['pid']}) ended without a word, after step "
+            f"{status['step']}: it was killed, or its host went down. Look for the kernel's out-of-memory killer (dmesg -T | "
+            "grep -i kill) and the scheduler's limits"
+        )
+
+
+def _record_end(trainer: Trainer, world: World, run: RunDir, attempt: int, outcome: str, cause: str) -> None:
+    if world.is_main:
+        trainer.write_status(outcome)
+        run.record_attempt("end", attempt=attempt, state=outcome, step=trainer.step, cause=cause)
+
+
+def _record_failure(
+    trainer: Trainer | None, lease: Lease | None, world: World, run: RunDir, attempt: int, cause: str
+) -> None:
+    """Leave word of a failure, as far as disk and store let one: what they say now must not hide the failure itself."""
+    run.hurry()
+
+    def tell() -> None:
+        status = run.read_json("status.json") or {"step": 0, "epoch": 0}
+        step, epoch = (trainer.step, trainer.epoch) if trainer is not None else (status["step"], status["epoch"])
+        run.write_status("failed", step=step, epoch=epoch, world_size=world.size, error=cause)
+        run.record_attempt("end", attempt=attempt, state="failed", step=step, cause=cause)
+
+    def close() -> None:
+        if trainer is not None:
+            trainer.parts.logger.close("failed")
+
+    release = lease.release if lease is not None else lambda: None
+    for leave_word in (tell, close, run.upload, release):
+        try:
+            leave_word()
+        except (StorageError, OSError) as error:
+            logging.getLogger("dist_train").warning("%s", error)

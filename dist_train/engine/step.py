@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dist_train.engine.buffers import BufferSnapshot
 from dist_train.engine.reduce import Reducer
+from dist_train.runtime.here import DATA, FORWARD, UPDATE, here
 from dist_train.runtime.seeding import seed_forward
 
 if TYPE_CHECKING:
@@ -70,7 +71,10 @@ class Stepper:
             NonFiniteError: before the update where the check can act there (see `FiniteGuard`).
         """
         scale = 1.0 if self.summed else 1.0 / work.samples
+        here.phase = DATA
         for micro in work.micro_batches:
+            here.phase = FORWARD
+            here.item += 1
             batch = self.prepare(micro.batch, work.epoch, micro.indices)
             if not self._warm:
                 self._warm_up(batch)
@@ -79,6 +83,8 @@ class Stepper:
             self.reducer.forward_backward(batch, scale=scale, weightless=micro.weightless, last=micro.last)
             if kept is not None:
                 kept.restore()
+            here.phase = DATA
+        here.phase = UPDATE
         loss, weight = self.reducer.finish()
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         if self.scaler is not None:

@@ -19,6 +19,8 @@ from dist_train.engine.optim import Schedule
 from dist_train.engine.step import Stepper
 from dist_train.engine.stopping import StopWhen, in_steps, is_due
 from dist_train.runtime.control import EVALUATE, FINISH, LOG, SAVE, STOP, Control, watch_clock
+from dist_train.runtime.here import CALLBACK, MEETING, SAVING, here
+from dist_train.runtime.here import LOG as LOGGING
 
 if TYPE_CHECKING:
     from dist_train.checkpoint.manager import CheckpointManager
@@ -142,6 +144,7 @@ class Trainer:
         self._resume_boundary()
         if self.outcome is None:
             for work in parts.train_loader.steps(self.step, min(ends) if ends else None):
+                here.step = work.step + 1
                 parts.control.begin()
                 self._run_step(work)
                 self._boundary(parts.control.due())
@@ -155,13 +158,17 @@ class Trainer:
         self.world.barrier()  # nobody stops listening while another may still have to agree on something
         parts.control.close()
         if parts.checkpoints is not None:
+            here.phase = SAVING
             parts.checkpoints.wait()
+            if self.outcome == "preempted" and parts.checkpoints.tolerated is not None:
+                raise parts.checkpoints.tolerated
         assert self.outcome is not None
         return self.outcome
 
     def _run_step(self, work: StepWork) -> None:
         """One optimizer step, then schedule and EMA."""
         parts, number = self.parts, work.step + 1
+        here.began = time.perf_counter()
         if parts.trace is not None:
             parts.trace.write(number, work.local_indices)
         self._lr = parts.optimizer.param_groups[0]["lr"]
@@ -177,6 +184,7 @@ class Trainer:
     def _boundary(self, actions: set[str]) -> None:
         """What is due after a step, in this order: log, evaluate, stop_when, save."""
         parts, progress, step = self.parts, self.progress, self.step
+        here.phase, here.steps, here.waited = CALLBACK, here.steps + 1, parts.train_loader.waited
         if parts.once_trained:
             parts.once_trained.pop()()
         for callback in parts.callbacks:
@@ -233,8 +241,9 @@ class Trainer:
             return False, True
         progress.evaluation_due = False
         progress.evaluated_step = self.step
+        here.phase = CALLBACK
         progress.metrics = metrics = {f"val/{name}": value for name, value in figures.items()}
-        parts.logger.row("val", self.step, self.epoch, progress.samples, figures)
+        self._record("val", figures)
         parts.console.evaluation("val", self.step, figures)
         if parts.schedule is not None and parts.schedule.on_plateau:
             parts.schedule.step_on(metrics)
@@ -257,6 +266,7 @@ class Trainer:
     def _log(self) -> None:
         """A train row: the mean over the samples since the row before."""
         parts, progress = self.parts, self.progress
+        here.phase = LOGGING
         self._check_finite()
         loss, weight = parts.stepper.totals.tolist()
         parts.stepper.totals.zero_()
@@ -270,14 +280,29 @@ class Trainer:
             row["skipped"] = parts.stepper.guard.skipped
         row["samples_per_s"] = (progress.samples - samples) / elapsed
         row["data_wait"] = (parts.train_loader.waited - waited) / elapsed
+        row.update(self.world.peers.pace())
         row.update(self._extra)
         self._extra.clear()
         self._interval = (progress.samples, now, parts.train_loader.waited)
-        parts.logger.row("train", self.step, self.epoch, progress.samples, row)
+        self._record("train", row)
         parts.console.progress(self.step, self.total_steps, self.epoch, row, self._seconds_left())
+        slow = self.world.peers.slow_rank()
+        if slow is not None:
+            parts.console.warn(slow)
         if self.world.is_main and now - self._status_at > STATUS_SECONDS:
             self._status_at = now
-            self.write_status("running")
+            with self.parts.run.only_a_view():
+                self.write_status("running")
+
+    def _record(self, split: str, figures: dict[str, float]) -> None:
+        if self.parts.checkpoints is not None:
+            self.parts.checkpoints.assure_owner()
+        self.parts.logger.row(split, self.step, self.epoch, self.progress.samples, figures)
+
+    def bring_home(self) -> None:
+        """What has been recorded so far is made as durable as the checkpoint that is about to be published (rank 0)."""
+        self.parts.logger.flush(wait=0.0 if self.parts.run.storage.is_local else 5.0)
+        self.parts.run.upload()
 
     def write_status(self, state: str, error: str | None = None) -> None:
         """status.json as it should be now (rank 0)."""
@@ -286,11 +311,14 @@ class Trainer:
     def _save(self) -> None:
         """Save a checkpoint of this step; all ranks call it, rank 0 writes."""
         parts, progress = self.parts, self.progress
+        here.phase = MEETING
         self._check_finite()
         take_from_rank_zero(self.model.buffers(), self.world.size)
+        here.phase = SAVING
         self._saved_step = self.step
         progress.seconds = self.seconds
         if parts.checkpoints is None:
+            parts.run.upload_meanwhile()
             return
         states: dict[str, Any] = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         if parts.ema is not None:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dist_train.runtime import signals
+from dist_train.runtime.here import MEETING, here
 
 STOP, FINISH, SAVE, EVALUATE, LOG = "stop", "finish", "save", "evaluate", "log"
 POLL_SECONDS = 0.2
@@ -66,6 +67,7 @@ class Control:
     def begin(self) -> None:
         """Begin the next tick; waits only while an agreement that could end before it is still open."""
         if self._hold is not None and self._tick + 1 > self._hold:
+            here.phase = MEETING
             with self._lock:
                 self._lock.wait_for(lambda: self._hold is None or self._tick + 1 <= self._hold)
         self._tick += 1
@@ -76,6 +78,7 @@ class Control:
             raise RuntimeError("the control thread has failed") from self._failure
         if not self._actions and self._hold is None:
             return set()
+        here.phase = MEETING
         with self._lock:
             # This tick may be the one that an open agreement ends with.
             self._lock.wait_for(lambda: self._hold is None or self._tick < self._hold)
@@ -164,16 +167,9 @@ class Control:
             self._handled = number
 
 
-def watch_file(exists: Callable[[], bool], remove: Callable[[], None], action: str, name: str) -> Source:
-    """A source that asks for `action` when the file appears; it is removed at once, so that it asks once."""
-
-    def source() -> tuple[str, str] | None:
-        if not exists():
-            return None
-        remove()
-        return action, f"file {name}"
-
-    return source
+def watch_file(take: Callable[[str], bool], action: str, name: str) -> Source:
+    """A source that asks for `action` when `take(name)` has found the file, and taken it away."""
+    return lambda: (action, f"file {name}") if take(name) else None
 
 
 def watch_clock(clock: Callable[[], float], due_at: float, every: float | None, action: str, reason: str) -> Source:

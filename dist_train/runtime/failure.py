@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import socket
 import sys
+import sysconfig
 import time
 import traceback
+from collections.abc import Sequence
+from typing import Any
 
 from dist_train.runtime import signals
+from dist_train.runtime.here import DONE, STARTING, here
 
-# What gloo and the store say on a rank whose peer has gone: the peer's own message matters, not this one.
-_PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection was likely closed")
+Record = dict[str, Any]
+
+# What a rank hears of a peer that has gone (gloo, NCCL, the store): the peer's own message matters, not this one.
+_PEER_GONE = re.compile(
+    r"Connection (was likely )?(closed|reset)|Broken pipe|gloo/|NCCL|remote process exited|"
+    r"Timed out waiting \d+ms for (recv|send)|wait timeout after"
+)
 _PATIENCE = 10.0
+_FRAME = re.compile(r'^\s*File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<name>\S+)', re.MULTILINE)
+_OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError", "can't allocate memory", "CUDA out of memory")
 
 
 def rank_of_this_process() -> int:
@@ -38,23 +51,136 @@ def tell_config_error(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def tell_crash(error: BaseException, where: str = "") -> None:
-    """A crash: the traceback, then one summary with rank, host, place and cause. A rank whose peer has gone only waits."""
-    rank = rank_of_this_process()
-    text = f"rank {rank} on {socket.gethostname()} failed{where}: {type(error).__name__}: {error}"
+def describe(error: BaseException, rank: int = 0, samples: Sequence[int] = (), micro: int | None = None) -> Record:
+    """The record of an exception on this rank: where it stood, what was raised in whose line, what to try."""
     details = "".join(traceback.format_exception(error))
-    if is_peer_failure(error):
-        signals.wait(_PATIENCE / 2)
-        text = f"rank {rank} on {socket.gethostname()}: another rank has gone ({error})"
-    else:
-        print(details, file=sys.stderr, flush=True)
-    write_error_file(text, details)
+    record: Record = {
+        "kind": "raised",
+        "rank": rank,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "step": here.step,
+        "phase": here.phase,
+        "samples": [int(sample) for sample in samples[:16]],
+        "count": len(samples),
+        "error": one_line(error, details),
+        "line": user_line(details),
+        "details": details,
+    }
+    record["try"] = advice(error, record["error"], micro)
+    return record
+
+
+def one_line(error: BaseException, details: str) -> str:
+    """Type and message on one line; of an exception that a loader worker raised, its own and not the wrapping."""
+    text = str(error)
+    if "Original Traceback" in text:
+        return text.strip().splitlines()[-1].strip()
+    return f"{type(error).__name__}: {' '.join(text.split())}"[:1000] if text else type(error).__name__
+
+
+def user_line(details: str) -> str:
+    """`FILE:LINE, in NAME: CODE`: the innermost line of the user's own code in a printed traceback; "" if there is none.
+
+    Causes come first in a traceback, and the first cause is where it began.
+    """
+    import dist_train
+
+    package = os.path.dirname(os.path.abspath(dist_train.__file__)) + os.sep
+    standard = sysconfig.get_path("stdlib") + os.sep
+    ours = [match for match in _FRAME.finditer(details) if not match["file"].startswith((package, "<"))]
+    installed = ("site-packages", "dist-packages")
+    own = [m for m in ours if not m["file"].startswith(standard) and not any(f"/{i}/" in m["file"] for i in installed)]
+    blocks = [found.start() for found in re.finditer("Traceback \\(most recent call last\\)", details)]
+    for begin, end in zip(blocks, [*blocks[1:], len(details)], strict=True):
+        inside = [match for match in own if begin <= match.start() < end]
+        if inside:
+            match = inside[-1]
+            code = details[match.end() :].lstrip("\n").split("\n")[0].strip()
+            shown = "" if code.startswith(("File ", "^", "~")) or not code else f": {code}"
+            return f"{match['file']}:{match['line']}, in {match['name']}{shown}"
+    return ""
+
+
+def is_out_of_memory(text: str) -> bool:
+    """Whether an exception's line says that memory ran out, on a GPU or on the host."""
+    return any(part in text for part in _OUT_OF_MEMORY)
+
+
+def advice(error: BaseException | None, text: str, micro: int | None = None) -> str:
+    """What to try, from what is known to cause such an error."""
+    if is_out_of_memory(text):
+        if micro is not None and micro > 1:
+            return f"trainer.micro_batch_size={max(1, micro // 2)} (it was {micro}): the same gradient in less memory"
+        return "a smaller model or input, trainer.precision=bf16; data.num_workers=0 if it is the host's memory"
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text:
+        return "make room (df -h), or keep less: checkpoint.keep_last=1, and every checkpoint.every less often"
+    hints = {
+        "NonFiniteError": "optimizer.lr lower, trainer.clip_grad_norm=1, or trainer.on_nonfinite=skip; look at those samples",
+        "SampleError": "read that sample by hand: its dataset class, its index; data.num_workers=0 makes it debuggable",
+        "loader worker died": "data.num_workers=0 shows an error in the dataset itself; more /dev/shm, or more memory",
+        "shapes cannot be multiplied": "the layer's in_features must be what comes out of the layer before it",
+        "Target": "labels must be 0 ... classes - 1, and the model's last layer must have that many outputs",
+        "device-side assert": "the same with CUDA_LAUNCH_BLOCKING=1, or distributed.device=cpu, names the true line",
+        "CheckpointError": "the directory's space and permissions (df -h; touch a file there); what was saved before is whole",
+    }
+    for part, hint in hints.items():
+        if text.startswith(part) or (part != "Target" and part in text):
+            return hint
+    return "the same command with one process and data.num_workers=0 is the shortest way to see it again, in a debugger too"
+
+
+def summary(record: Record, size: int = 1, logs: str = "") -> str:
+    """The few lines that say everything once."""
+    rank = f"rank {record['rank']}" + (f" of {size}" if size > 1 else "")
+    started = record["phase"] != STARTING
+    place = f"in step {record['step']} ({record['phase']})" if started else "while starting"
+    place = "at the end" if record["phase"] == DONE else place
+    verb = {"raised": "failed", "gone": "has gone", "hang": "hangs"}[record["kind"]]
+    lines = [f"dist_train: {rank} on {record['host']} {verb} {place}"]
+    facts = {
+        "pid": str(record["pid"]),
+        "error": record["error"],
+        "your code": record.get("line", ""),
+        "samples": _shown(record["samples"], record["count"]) if record["count"] else "",
+        "ranks": record.get("ranks", ""),
+        "try": record.get("try", ""),
+        "logs": logs,
+    }
+    lines += [f"  {name:<10} {value}" for name, value in facts.items() if value]
+    return "\n".join(lines)
+
+
+def cause(record: Record) -> str:
+    """The same in one line, for status.json and attempts.jsonl."""
+    place = f" in step {record['step']} ({record['phase']})" if record["phase"] != STARTING else " while starting"
+    return f"rank {record['rank']} on {record['host']}{place}: {record['error']}"
+
+
+def _shown(samples: Sequence[int], count: int) -> str:
+    more = f", ... ({count} in all)" if count > len(samples) else ""
+    return ", ".join(str(sample) for sample in samples) + more
+
+
+def tell(record: Record, size: int = 1, logs: str = "") -> None:
+    """Say it on the terminal and to torchrun."""
+    text = summary(record, size, logs)
+    write_error_file(text, record.get("details", ""))
+    if record.get("details"):
+        print(record["details"], file=sys.stderr)
     print(text, file=sys.stderr, flush=True)
 
 
+def tell_crash(error: BaseException) -> None:
+    """A crash of a process that has no peers to tell: the traceback, then the summary."""
+    record = getattr(error, "dist_train_record", None) or describe(error, rank_of_this_process())
+    tell(record, logs=record.get("logs", ""))
+
+
 def is_peer_failure(error: BaseException) -> bool:
-    """Whether this rank failed only because another one had."""
-    return isinstance(error, RuntimeError) and any(part in str(error) for part in _PEER_GONE)
+    """Whether this may be only what a rank hears when another one has failed."""
+    kinds = ("RuntimeError", "DistBackendError", "DistNetworkError", "DistStoreError")  # no subclass of a user's
+    return type(error).__name__ in kinds and bool(_PEER_GONE.search(str(error)))
 
 
 def write_error_file(message: str, details: str) -> None:

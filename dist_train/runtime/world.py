@@ -14,6 +14,8 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from dist_train.config.errors import ConfigError, Problem
+from dist_train.runtime.here import MEETING, STARTING, here
+from dist_train.runtime.peers import Peers
 
 if TYPE_CHECKING:
     import torch
@@ -151,6 +153,7 @@ class World:
         self.device = device
         self.backend = backend
         self.store = store
+        self.peers = Peers(self.rank, self.size)
         self._sequence = 0
 
     @property
@@ -166,7 +169,7 @@ class World:
         if self.is_main:
             self.store.set(key, json.dumps(value))
             return value
-        return json.loads(self.store.get(key))
+        return self._get(key)
 
     def on_main(self, action: Callable[[], Any]) -> Any:
         """Rank 0's answer (anything JSON can hold) on all ranks, its ConfigError as well; every rank must call it."""
@@ -187,7 +190,7 @@ class World:
             return [value]
         key = self._next_key("gather")
         self.store.set(f"{key}/{self.rank}", json.dumps(value))
-        return [json.loads(self.store.get(f"{key}/{rank}")) for rank in range(self.size)]
+        return [self._get(f"{key}/{rank}") for rank in range(self.size)]
 
     def barrier(self) -> None:
         """Wait until every rank has come here."""
@@ -196,6 +199,15 @@ class World:
     def clone_store(self) -> Any | None:
         """A store client of its own for another thread (a client serves one caller at a time)."""
         return None if self.store is None else self.store.clone()
+
+    def _get(self, key: str) -> Any:
+        assert self.store is not None
+        phase = here.phase
+        if phase != STARTING:
+            here.phase = MEETING
+        value = json.loads(self.store.get(key))
+        here.phase = phase
+        return value
 
     def _next_key(self, kind: str) -> str:
         self._sequence += 1
@@ -206,7 +218,8 @@ class World:
 def open_world(config: DistributedConfig, placement: Placement) -> Iterator[World]:
     """Join the other processes of the job: device, process group (NCCL on CUDA, gloo on CPU) and store.
 
-    The process group's timeout is the hang timeout plus a minute, so that whoever watches for hangs speaks first.
+    The process group's timeout is the hang timeout plus a minute, so that whoever watches for hangs speaks first. An
+    exception inside (other than a ConfigError) ends this process and all others, where there are others: see `Peers`.
 
     Raises:
         ConfigError: the device can't be had (see `pick_device`).
@@ -216,7 +229,7 @@ def open_world(config: DistributedConfig, placement: Placement) -> Iterator[Worl
     device = pick_device(config.device, placement)
     torch.set_num_threads(_threads(config.threads, placement))
     if placement.size == 1:
-        yield World(placement, device)
+        yield from _watched(World(placement, device), config)
         return
     import torch.distributed as dist
 
@@ -239,9 +252,20 @@ def open_world(config: DistributedConfig, placement: Placement) -> Iterator[Worl
         # An agent's store outlives a restart of its workers: a fresh prefix keeps old keys out.
         prefix = [uuid.uuid4().hex]
         dist.broadcast_object_list(prefix, src=0, device=torch.device("cpu"))
-        yield World(placement, device, dist.PrefixStore(f"dist_train/{prefix[0]}", store), backend)
+        yield from _watched(World(placement, device, dist.PrefixStore(f"dist_train/{prefix[0]}", store), backend), config)
     finally:
         dist.destroy_process_group()
+
+
+def _watched(world: World, config: DistributedConfig) -> Iterator[World]:
+    world.peers = Peers(world.rank, world.size, world.clone_store(), config.hang_timeout.value)
+    world.peers.start()
+    try:
+        yield world
+    except BaseException as error:
+        world.peers.raised(error)
+        raise
+    world.peers.close()
 
 
 def _threads(choice: int | str, placement: Placement) -> int:
