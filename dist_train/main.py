@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from dist_train.config.errors import ConfigError, Problem, did_you_mean
 from dist_train.runtime import failure, signals
+from dist_train.runtime.peers import Peers
 
 USAGE = """\
 usage: python -m dist_train.main [COMMAND] [--config FILE] [key.path=value ...]
@@ -83,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     )
                 ]
             )
+        Peers.may_exit = True
         return COMMANDS[name](arguments)
     except ConfigError as error:
         failure.tell_config_error(str(error))
@@ -92,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 1
     except Exception as error:
-        failure.tell_crash(error, getattr(error, "dist_train_place", ""))
+        failure.tell_crash(error)
         return 1
 
 
