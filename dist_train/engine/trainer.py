@@ -19,8 +19,7 @@ from dist_train.engine.optim import Schedule
 from dist_train.engine.step import Stepper
 from dist_train.engine.stopping import StopWhen, in_steps, is_due
 from dist_train.runtime.control import EVALUATE, FINISH, LOG, SAVE, STOP, Control, watch_clock
-from dist_train.runtime.here import CALLBACK, MEETING, SAVING, here
-from dist_train.runtime.here import LOG as LOGGING
+from dist_train.runtime.here import CALLBACK, LOGGING, MEETING, SAVING, here
 
 if TYPE_CHECKING:
     from dist_train.checkpoint.manager import CheckpointManager

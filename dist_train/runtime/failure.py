@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dist_train.runtime import signals
-from dist_train.runtime.here import DONE, STARTING, here
+from dist_train.runtime.here import DONE, PHASES, STARTING, here
 
 Record = dict[str, Any]
 
@@ -134,7 +134,7 @@ def summary(record: Record, size: int = 1, logs: str = "") -> str:
     """The few lines that say everything once."""
     rank = f"rank {record['rank']}" + (f" of {size}" if size > 1 else "")
     started = record["phase"] != STARTING
-    place = f"in step {record['step']} ({record['phase']})" if started else "while starting"
+    place = f"in step {record['step']} ({PHASES[record['phase']]})" if started else "while starting"
     place = "at the end" if record["phase"] == DONE else place
     verb = {"raised": "failed", "gone": "has gone", "hang": "hangs"}[record["kind"]]
     lines = [f"dist_train: {rank} on {record['host']} {verb} {place}"]
@@ -153,7 +153,7 @@ def summary(record: Record, size: int = 1, logs: str = "") -> str:
 
 def cause(record: Record) -> str:
     """The same in one line, for status.json and attempts.jsonl."""
-    place = f" in step {record['step']} ({record['phase']})" if record["phase"] != STARTING else " while starting"
+    place = f" in step {record['step']} ({PHASES[record['phase']]})" if record["phase"] != STARTING else " while starting"
     return f"rank {record['rank']} on {record['host']}{place}: {record['error']}"
 
 

@@ -1,32 +1,40 @@
-"""Where the main thread of this process stands: plain attributes that it writes, and that another thread reads.
+"""Where the main thread of this process stands: plain attributes that it writes, and that others read.
 
-Writing them costs an attribute each; nothing is locked and nobody is told. `runtime.peers` looks about twice a second.
+They lie in memory that the kernel keeps for as long as anybody looks at it, so that another process of the same machine sees
+where this one stood when it was killed. Writing an attribute costs some 40 ns; nothing is locked and nobody is told.
+`runtime.peers` looks about twice a second.
 """
 
 from __future__ import annotations
 
-STARTING = "starting"
-DATA = "waiting for data"
-FORWARD = "forward"
-BACKWARD = "backward and reduction"
-UPDATE = "update"
-CALLBACK = "callback"
-LOG = "logging"
-EVALUATION = "evaluation"
-SAVING = "saving"
-MEETING = "waiting for the other ranks"
-DONE = "done"
-CONFIG = "wrong config"
+import contextlib
+import ctypes
+import mmap
+import os
 
 # Within a step every rank comes through these in this order, so the rank whose (step, phase) is least is the one behind.
-ORDER = (STARTING, DATA, FORWARD, BACKWARD, UPDATE, LOG, CALLBACK, EVALUATION, SAVING, MEETING, DONE, CONFIG)
+PHASES = (
+    "starting",
+    "waiting for data",
+    "forward",
+    "backward and reduction",
+    "update",
+    "logging",
+    "callback",
+    "evaluation",
+    "saving",
+    "waiting for the other ranks",
+    "done",
+    "wrong config",
+)
+STARTING, DATA, FORWARD, BACKWARD, UPDATE, LOGGING, CALLBACK, EVALUATION, SAVING, MEETING, DONE, CONFIG = range(12)
 
 
-class Here:
-    """What this process is doing.
+class Here(ctypes.Structure):
+    """What a process is doing.
 
     Attributes:
-        phase: one of `ORDER`. step: the optimizer step (from 1) that it belongs to; 0 before the first.
+        phase: a number that names one of `PHASES`. step: the optimizer step (from 1) that it belongs to; 0 before the first.
         item: micro-batches and evaluation rounds begun; together with `bytes` it tells slow from stuck.
         bytes: bytes written to storage, by any thread.
         began: `time.perf_counter()` when this step began. busy: seconds from there to the last backward, over all steps: a
@@ -35,23 +43,54 @@ class Here:
         steps: optimizer steps that `busy` and `waited` are sums over.
     """
 
-    def __init__(self) -> None:
-        self.phase = STARTING
-        self.step = 0
-        self.item = 0
-        self.bytes = 0
-        self.began = 0.0
-        self.busy = 0.0
-        self.waited = 0.0
-        self.steps = 0
+    _fields_ = [
+        ("phase", ctypes.c_int64),
+        ("step", ctypes.c_int64),
+        ("item", ctypes.c_int64),
+        ("bytes", ctypes.c_int64),
+        ("steps", ctypes.c_int64),
+        ("began", ctypes.c_double),
+        ("busy", ctypes.c_double),
+        ("waited", ctypes.c_double),
+    ]
+    phase: int
+    step: int
+    item: int
+    bytes: int
+    steps: int
+    began: float
+    busy: float
+    waited: float
 
     def reset(self) -> None:
         """Begin anew; a notebook may train twice."""
-        self.__init__()  # type: ignore[misc]
+        ctypes.memset(ctypes.addressof(self), 0, ctypes.sizeof(self))
 
-    def position(self) -> list[object]:
+    def position(self) -> list[int]:
         """What changes while anything moves."""
         return [self.step, self.phase, self.item, self.bytes]
 
 
-here = Here()
+def _make() -> tuple[Here, int | None]:
+    with contextlib.suppress(OSError, AttributeError):  # memfd_create is Linux's
+        number = os.memfd_create("dist_train-here")
+        os.ftruncate(number, ctypes.sizeof(Here))
+        return Here.from_buffer(mmap.mmap(number, ctypes.sizeof(Here))), number
+    return Here(), None
+
+
+here, descriptor = _make()
+
+
+def of_process(pid: int, number: int | None) -> Here | None:
+    """The `here` of a living process of this machine, from its `descriptor`; it can be read after that process has gone."""
+    if number is None:
+        return None
+    try:
+        other = os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR)
+        try:
+            return Here.from_buffer(mmap.mmap(other, ctypes.sizeof(Here)))
+        finally:
+            os.close(other)
+    except (OSError, ValueError):
+        return None

@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 from dist_train.config.errors import ConfigError
 from dist_train.runtime import failure
 from dist_train.runtime.failure import Record
-from dist_train.runtime.here import CONFIG, DONE, ORDER, STARTING, here
+from dist_train.runtime.here import CONFIG, DONE, PHASES, STARTING, Here, descriptor, here, of_process
 
 LOOK_SECONDS = 0.5
 POST_SECONDS = 1.0
@@ -71,12 +71,13 @@ class Peers:
         self._machine = machine()
         self._heard: dict[int, float] = {}  # when each rank's heartbeat last changed, by this rank's clock
         self._moved: dict[int, float] = {}  # when its position last changed
+        self._near: dict[int, Here | None] = {}
         self._pace: dict[int, tuple[float, float]] = {}
         self._slow = [-1, 0]
         self._told_slow: set[int] = set()
         self._posts = 0
         self._posted_at = 0.0
-        self._stand: list[object] = []
+        self._stand: list[int] = []
         self._still_since = time.monotonic()
         self._store_lost: float | None = None
         self._watches = size <= 2 * WATCHERS or rank % (size // WATCHERS) == 0
@@ -94,7 +95,7 @@ class Peers:
             self._post()
         self._thread.start()
 
-    def close(self, phase: str = DONE) -> None:
+    def close(self, phase: int = DONE) -> None:
         """The others no longer need this rank; it may end when it likes."""
         if not self._thread.is_alive():
             return
@@ -124,7 +125,7 @@ class Peers:
             return
         record = failure.describe(error, self.rank, self._samples(here.step, self.rank), self.micro_batch_size)
         record["logs"] = self._logs(self.rank)
-        _note("failed in step %d (%s)\n%s", here.step, here.phase, record["details"].rstrip())
+        _note("failed in step %d (%s)\n%s", here.step, PHASES[here.phase], record["details"].rstrip())
         if self.store is None:
             self._stop.set()
             error.dist_train_record = record  # type: ignore[attr-defined]
@@ -195,17 +196,20 @@ class Peers:
         assert self.store is not None
         self._posts += 1
         self._posted_at = time.monotonic()
-        beat = {
+        self.store.set(f"beat/{self.rank}", json.dumps(self._mine()))
+
+    def _mine(self) -> dict[str, Any]:
+        return {
             "n": self._posts,
             "host": socket.gethostname(),
             "machine": self._machine,
             "pid": os.getpid(),
+            "descriptor": descriptor,
             "phase": here.phase,
             "step": here.step,
             "at": here.position(),
             "sums": [here.steps, here.busy, here.waited],
         }
-        self.store.set(f"beat/{self.rank}", json.dumps(beat))
 
     def _read(self) -> None:
         assert self.store is not None
@@ -225,6 +229,8 @@ class Peers:
             if before is None or beat["at"] != before["at"]:
                 self._moved[rank] = now
             self.beats[rank] = beat
+            if before is None and rank != self.rank and beat["machine"] == self._machine:
+                self._near[rank] = of_process(beat["pid"], beat["descriptor"])
 
     def _look_for_the_dead(self) -> None:
         now = time.monotonic()
@@ -238,11 +244,16 @@ class Peers:
             if not gone:
                 continue
             assert self.store is not None
-            beat = self.beats[rank] = json.loads(self.store.get(f"beat/{rank}"))  # its last word
+            beat = self.beats[rank] = self._latest(rank, json.loads(self.store.get(f"beat/{rank}")))
             if beat["phase"] == CONFIG:
                 os._exit(2)  # it has told what is wrong with its config
             if beat["phase"] != DONE and not self.store.check(["failure"]):
                 self._conclude(self._gone(rank, beat))
+
+    def _latest(self, rank: int, beat: dict[str, Any]) -> dict[str, Any]:
+        """Where a rank stands: on this machine to the moment, else as of its last heartbeat."""
+        near = self._near.get(rank)
+        return beat if near is None else {**beat, "phase": near.phase, "step": near.step}
 
     def _gone(self, rank: int, beat: dict[str, Any]) -> Record:
         near = beat["machine"] == self._machine
@@ -272,9 +283,8 @@ class Peers:
         limit = self.hang_timeout
         if limit is None or now - self._still_since < limit or here.phase in (STARTING, DONE):
             return
-        mine = {"host": socket.gethostname(), "pid": os.getpid(), "phase": here.phase, "step": here.step}
-        beats = {**self.beats, self.rank: mine}
-        alive = {rank: beat for rank, beat in beats.items() if beat["phase"] != DONE}
+        beats = {**self.beats, self.rank: self._mine()}
+        alive = {rank: self._latest(rank, beat) for rank, beat in beats.items() if beat["phase"] != DONE}
         if any(now - self._moved.get(rank, now) < limit - 2 for rank in alive if rank != self.rank):
             return
         if len(beats) < self.size:
@@ -299,7 +309,7 @@ class Peers:
         silent = [rank for rank in alive if rank != self.rank and now - self._heard.get(rank, now) > LOST_SECONDS / 2]
         if silent:
             return sorted(silent)
-        far = {rank: (beat["step"], ORDER.index(beat["phase"])) for rank, beat in alive.items()}
+        far = {rank: (beat["step"], beat["phase"]) for rank, beat in alive.items()}
         return sorted(rank for rank in far if far[rank] == min(far.values()))
 
     def _stands(self, rank: int, beat: dict[str, Any], now: float) -> str:
@@ -308,7 +318,7 @@ class Peers:
         if rank != self.rank and silence > LOST_SECONDS / 2:
             stopped = beat.get("machine") == self._machine and process_state(beat["pid"]) == "stopped"
             state = f", no sign of life for {silence:.0f} s" + (" (stopped by a signal)" if stopped else "")
-        return f"rank {rank} on {beat['host']} (pid {beat['pid']}): {beat['phase']}, step {beat['step']}{state}"
+        return f"rank {rank} on {beat['host']} (pid {beat['pid']}): {PHASES[beat['phase']]}, step {beat['step']}{state}"
 
     def _without_store(self, error: Exception) -> None:
         """The store has gone, and with it the process that held it: rank 0 (srun) or an agent of torchrun."""
@@ -318,12 +328,12 @@ class Peers:
         if not dead and now - self._store_lost < LOST_SECONDS:
             return
         record = {
-            **self._record("gone", self.rank, {**vars(here), "host": socket.gethostname(), "pid": os.getpid()}),
+            **self._record("gone", self.rank, self._mine()),
             "error": f"the store that connects the ranks has gone: {failure.one_line(error, '')}",
             "try": "the process that held it has ended: torchrun on the first host, or rank 0; look at its log",
         }
         if dead:
-            record = self._gone(dead[0], self.beats[dead[0]])
+            record = self._gone(dead[0], self._latest(dead[0], self.beats[dead[0]]))
         speaker = min((rank for rank in range(self.size) if rank not in dead), default=self.rank)
         self._leave(record, mine=self.rank == speaker or not self.beats)
 
