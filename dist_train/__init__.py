@@ -5,13 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["train"]
+__all__ = ["load", "train"]
 
 
 def __getattr__(name: str) -> Any:
-    """`train`, imported when it is asked for: `dist_train.main --help` and config errors don't wait for more."""
+    """`train` and `load`, imported when they are asked for: `--help` and config errors don't wait for more."""
     if name == "train":
         from dist_train.commands.train import train
 
         return train
+    if name == "load":
+        from dist_train.engine.restore import load
+
+        return load
     raise AttributeError(f"module 'dist_train' has no attribute {name!r}")

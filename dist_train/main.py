@@ -16,8 +16,16 @@ usage: python -m dist_train.main [COMMAND] [--config FILE] [key.path=value ...]
 commands:
   train      train, or go on with the run of that name (when no command is given)
   evaluate   metrics of a run's checkpoint: --run DIR [--checkpoint best|last|step-N] [--split val|test]
+  predict    predictions of each sample as a table: --run DIR [--checkpoint ...] [--split ...] [--output FILE.csv]
+  export     a run's weights: --run DIR [--format state_dict|module|safetensors|torch_export] [--output FILE]
+  report     write a run's report.html again: --run DIR; several --run lay their curves over each other
+  runs       the runs in a directory, and where their configs differ: [DIR] [--json]
   verify     check every file of every checkpoint of a run: --run DIR
+  new        a folder with a model, a dataset, a config and a batch script to begin from: DIR
   config     print the resolved config; --get KEY one value, --schema its JSON Schema
+
+A run is its directory: `--run DIR` or just DIR (torchrun takes --run for its own). Keys of its config can be set behind it:
+predict runs/digits data.test.path=new.csv.
 
 Without --config the built-in example is trained (1,797 handwritten digits). Any key of the config can be set behind it,
 like optimizer.lr=0.05 trainer.duration=3ep; docs/config.md describes them all.
@@ -40,9 +48,44 @@ def evaluate(arguments: Sequence[str]) -> int:
     return main(arguments)
 
 
+def predict(arguments: Sequence[str]) -> int:
+    """Predictions of each sample of a dataset."""
+    from dist_train.commands.predict import main
+
+    return main(arguments)
+
+
+def export(arguments: Sequence[str]) -> int:
+    """A run's weights, in a form that others read."""
+    from dist_train.commands.export import main
+
+    return main(arguments)
+
+
+def report(arguments: Sequence[str]) -> int:
+    """Write a run's report, or compare several."""
+    from dist_train.commands.report import main
+
+    return main(arguments)
+
+
+def runs(arguments: Sequence[str]) -> int:
+    """The runs in a directory."""
+    from dist_train.commands.runs import main
+
+    return main(arguments)
+
+
 def verify(arguments: Sequence[str]) -> int:
     """Check every file of every checkpoint of a run."""
     from dist_train.commands.verify import main
+
+    return main(arguments)
+
+
+def new(arguments: Sequence[str]) -> int:
+    """A project to begin from."""
+    from dist_train.commands.new import main
 
     return main(arguments)
 
@@ -57,7 +100,12 @@ def config(arguments: Sequence[str]) -> int:
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "evaluate": evaluate,
+    "predict": predict,
+    "export": export,
+    "report": report,
+    "runs": runs,
     "verify": verify,
+    "new": new,
     "config": config,
 }
 
@@ -68,10 +116,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments and arguments[0] in ("-h", "--help", "help"):
         print(USAGE)
         return 0
-    signals.install()
     name = "train"
     if arguments and not arguments[0].startswith("-") and "=" not in arguments[0]:
         name = arguments.pop(0)
+    if name == "train":  # the others have nothing to save: a signal ends them
+        signals.install()
     try:
         if name not in COMMANDS:
             known = ", ".join(COMMANDS)

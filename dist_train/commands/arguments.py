@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from dist_train.config.errors import ConfigError, Problem
@@ -25,3 +28,59 @@ def with_config(parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--config", metavar="FILE", help="a YAML config; without it the built-in example")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that go before the file's")
     return parser.parse_intermixed_args(list(arguments))
+
+
+def with_runs(parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse which runs are meant (`runs`), with which weights (`checkpoint`), and `overrides` of their configs.
+
+    A run is given by `--run DIR` or by DIR alone: torchrun takes `--run` for one of its own options (before Python 3.12).
+    """
+    help_run = "the run's directory (--run may be left out, and must be behind torchrun)"
+    parser.add_argument("--run", action="append", default=[], metavar="DIR", help=help_run)
+    help_checkpoint = "best, last or step-N; by default best if it is kept, else last"
+    parser.add_argument("--checkpoint", metavar="NAME", help=help_checkpoint)
+    parser.add_argument(
+        "rest", nargs="*", metavar="DIR | key.path=value", help="values that go before the run's config"
+    )
+    options = parser.parse_intermixed_args(list(arguments))
+    options.overrides = [word for word in options.rest if "=" in word and not os.path.isdir(word)]
+    options.runs = options.run + [word for word in options.rest if word not in options.overrides]
+    if not options.runs:
+        parser.error("which run? give its directory: --run DIR")
+    return options
+
+
+def with_run(parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
+    """The same for a command that takes one run (`run`)."""
+    options = with_runs(parser, arguments)
+    if len(options.runs) > 1:
+        parser.error(f"expected one run, found {', '.join(options.runs)}")
+    options.run = options.runs[0]
+    return options
+
+
+def add_split(parser: Parser) -> None:
+    """Add `--split`."""
+    text = "which data; by default test where the run has it, else val"
+    parser.add_argument("--split", choices=("val", "test", "train"), help=text)
+
+
+@contextlib.contextmanager
+def whole_file(path: str) -> Iterator[Path]:
+    """A path to write to, which becomes `path` when all is written and vanishes after an error.
+
+    Raises:
+        ConfigError: `path` can't be written.
+    """
+    target = Path(path)
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part.touch()
+    except OSError as error:
+        raise ConfigError.single("--output", f"{path} can't be written: {error}") from None
+    try:
+        yield part
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)

@@ -21,6 +21,7 @@ from dist_train.data.errors import DataError
 from dist_train.data.loader import EvalLoader, TrainLoader, build_plan, build_train_loader
 from dist_train.data.plan import Plan, smallest_part
 from dist_train.data.workers import resolve_workers
+from dist_train.engine.boundary import BoundaryFrames
 from dist_train.engine.callbacks import Callback
 from dist_train.engine.ema import EMA
 from dist_train.engine.losses import Loss
@@ -116,7 +117,7 @@ def draw_blueprint(config: Config, world: World, *, fresh: bool) -> Blueprint:
     }
     loss, task, metrics = build_objective(config, world.device)
     with building("callbacks"):
-        callbacks = [build(spec) for spec in config.callbacks]
+        callbacks = [*(build(spec) for spec in config.callbacks), BoundaryFrames()]
     with building("data"):
         plan = build_plan(
             datasets["train"], seed=config.seed, config=config.data, steps_per_epoch=config.data.steps_per_epoch
@@ -158,9 +159,12 @@ def build_model(config: Config, world: World | None = None, notes: list[str] | N
 def build_dataset(config: Config, split: str, world: World | None = None) -> Any:
     """The dataset of a split that the config has; with a `world`, one process per node downloads it.
 
+    Whatever its constructor draws at random follows from the run's seed alone, so that `evaluate` gets the same one.
+
     Raises:
         ConfigError: it can't be built.
     """
+    seed_everything(config.seed)
     with building(f"data.{split}"):
         return fetch_dataset(getattr(config.data, split), split, world)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +65,13 @@ class Boundary:
     labels: numpy.ndarray[Any, Any]
     extent: tuple[float, float, float, float]
     frames: Sequence[tuple[int, numpy.ndarray[Any, Any]]]
+    _drawn: dict[int, bytes] = field(default_factory=dict, repr=False, compare=False)
+
+    def png(self, frame: int) -> bytes:
+        """A frame as a PNG, drawn once."""
+        if frame not in self._drawn:
+            self._drawn[frame] = render(draw_boundary(self, frame), "png")
+        return self._drawn[frame]
 
 
 def draw_confusion(confusion: Confusion) -> Figure:
@@ -74,7 +81,7 @@ def draw_confusion(confusion: Confusion) -> Figure:
     counts = numpy.asarray(confusion.counts)
     names = [plain(str(name)) for name in confusion.classes] or [str(i) for i in range(len(counts))]
     shares = counts / numpy.maximum(1, counts.sum(axis=1, keepdims=True))
-    side = min(9.0, 2.2 + 0.45 * len(counts))
+    side = min(9.0, max(4.2, 2.2 + 0.45 * len(counts)))
     figure = new_figure(side, side)
     axis = figure.subplots()
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
@@ -134,7 +141,7 @@ def draw_boundary(boundary: Boundary, frame: int = -1) -> Figure:
 
 def boundary_gif(boundary: Boundary, milliseconds: int = 400) -> bytes:
     """All frames as an animated GIF; the last one stays three times as long."""
-    frames = [_open(render(draw_boundary(boundary, i), "png")) for i in range(len(boundary.frames))]
+    frames = [_open(boundary.png(i)) for i in range(len(boundary.frames))]
     out = io.BytesIO()
     times = [milliseconds] * (len(frames) - 1) + [3 * milliseconds]
     frames[0].save(out, "GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)
@@ -146,7 +153,7 @@ def write_boundary(boundary: Boundary, folder: str | os.PathLike[str]) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for i, (step, _) in enumerate(boundary.frames):
-        (folder / f"boundary-{step:08d}.png").write_bytes(render(draw_boundary(boundary, i), "png"))
+        (folder / f"boundary-{step:08d}.png").write_bytes(boundary.png(i))
     (folder / "boundary.gif").write_bytes(boundary_gif(boundary))
 
 

@@ -17,7 +17,6 @@ from dist_train.tracking.figures import (
     Confusion,
     Regression,
     boundary_gif,
-    draw_boundary,
     draw_confusion,
     draw_regression,
     picture_png,
@@ -206,7 +205,7 @@ def _picture(picture: Picture) -> str:
         )
     stills = sorted({0, len(picture.frames) // 3, 2 * len(picture.frames) // 3, len(picture.frames) - 1})
     frames = [_image(boundary_gif(picture), "the decision boundary as it moved", "gif")]
-    frames += [_image(render(draw_boundary(picture, i), "png"), f"boundary, frame {i}", "png") for i in stills]
+    frames += [_image(picture.png(i), f"boundary, frame {i}", "png") for i in stills]
     return _section("Decision boundary", f'<div class="panels">{"".join(frames)}</div>')
 
 

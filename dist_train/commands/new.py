@@ -1,0 +1,38 @@
+"""`new`: a folder with a model, a dataset, a config and a batch script, which trains as it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dist_train.commands.arguments import Parser
+
+TEMPLATES = Path(__file__).parent.parent / "templates"
+FILES = ("model.py", "data.py", "config.yaml", "train.sbatch")
+OF_THE_REPOSITORY = {"launch/slurm/train.sbatch": "train.sbatch", "configs/digits.yaml": "config.yaml"}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write the files; none that is there already is touched."""
+    parser = Parser("new", "A folder with a model, a dataset, a config and a batch script to begin from.")
+    parser.add_argument("dir", metavar="DIR", help="the folder, which may exist")
+    options = parser.parse_args(list(arguments))
+    from dist_train.config.errors import ConfigError
+
+    folder = Path(options.dir)
+    there = [name for name in FILES if (folder / name).exists()]
+    if there:
+        raise ConfigError.single(
+            "DIR", f"{folder} has {', '.join(there)} already; nothing was written: name another folder"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError.single("DIR", f"{folder} can't be made: {error}") from None
+    for name in FILES:
+        text = (TEMPLATES / name).read_text(encoding="utf-8")
+        for theirs, here in OF_THE_REPOSITORY.items():
+            text = text.replace(theirs, here)
+        (folder / name).write_text(text, encoding="utf-8")
+    print(f"{folder}: {', '.join(FILES)}; begin with\n  cd {folder} && dist-train --config config.yaml")
+    return 0

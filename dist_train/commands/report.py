@@ -1,0 +1,41 @@
+"""`report`: a run's report.html once more, or several runs laid over each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dist_train.commands.arguments import Parser, with_runs
+
+
+def main(arguments: Sequence[str]) -> int:
+    """One run: its report, with pictures by the model that is kept. Several: one page with all of them."""
+    parser = Parser("report", "Write a run's report.html again, or compare several runs.")
+    parser.add_argument("--output", metavar="FILE.html", help="of a comparison; by default comparison.html, here")
+    options = with_runs(parser, arguments)
+    if len(options.runs) > 1:
+        return compare(options.runs, options.output or "comparison.html")
+    if options.output is not None:
+        parser.error("--output is for a comparison; the report of one run is the report.html in its directory")
+    from dist_train.engine.showing import report_again
+
+    path = report_again(options.runs[0], options.checkpoint, options.overrides)
+    if path is not None:
+        print(path)
+    return 0
+
+
+def compare(runs: Sequence[str], output: str) -> int:
+    """Curves over each other, results, and the keys in which the configs differ; reads files only."""
+    import os
+
+    from dist_train.config.errors import ConfigError
+    from dist_train.runtime.world import read_placement
+    from dist_train.tracking.report import write_comparison
+
+    for run in runs:
+        if not (Path(run) / "config.yaml").is_file():
+            raise ConfigError.single("--run", f"{run} holds no run: config.yaml isn't there")
+    if read_placement(os.environ).rank == 0:
+        print(write_comparison(runs, output))
+    return 0

@@ -1,0 +1,153 @@
+"""What a model says about each sample of a dataset, in dataset order on any number of processes, and what it means."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dist_train.config.errors import ConfigError
+from dist_train.engine.metrics import Accuracy, BinaryAccuracy
+from dist_train.runtime.seeding import seed_forward
+
+if TYPE_CHECKING:
+    from dist_train.data.loader import EvalLoader
+    from dist_train.engine.evaluate import Evaluator
+
+SOME = 2e-3  # how far the probabilities of a sample may be from one in all
+
+
+class Predicted(NamedTuple):
+    """A stretch of a dataset: its first sample, outputs (n,) or (n, k) on the CPU, and targets where there are some."""
+
+    start: int
+    outputs: Tensor
+    targets: Tensor | None
+
+
+class Meaning(NamedTuple):
+    """How outputs are read.
+
+    Attributes:
+        kind: `classes`, one of k for each sample; `binary`, yes or no; `labels`, class numbers already; `values`.
+        scale: what makes probabilities of them: `softmax`, `exp`, `sigmoid`, or `none`.
+        threshold: of binary outputs, on their own scale.
+    """
+
+    kind: str
+    scale: str = "none"
+    threshold: float = 0.5
+
+    def probabilities(self, outputs: Tensor) -> Tensor:
+        """Outputs on the scale that people read."""
+        if self.scale == "softmax":
+            return outputs.softmax(1)
+        return outputs.exp() if self.scale == "exp" else outputs.sigmoid() if self.scale == "sigmoid" else outputs
+
+    def predictions(self, outputs: Tensor) -> Tensor:
+        """(n,) class numbers; values as they are."""
+        if self.kind == "classes":
+            return outputs.argmax(1)
+        if self.kind == "binary":
+            return (outputs > self.threshold).long()
+        return outputs.long() if self.kind == "labels" else outputs
+
+    def truths(self, targets: Tensor) -> Tensor:
+        """Targets in the form of `predictions`."""
+        if self.kind == "classes" and targets.dim() == 2:  # probabilities
+            return targets.argmax(1)
+        return targets if self.kind == "values" else targets.reshape(len(targets)).round().long()
+
+
+def read_meaning(evaluator: Evaluator, outputs: Tensor, targets: Tensor | None) -> Meaning:
+    """What a run's outputs mean, by its loss; else by its metrics, its targets and the outputs' form."""
+    function = getattr(getattr(evaluator.task, "loss", None), "function", None)
+    several = outputs.dim() == 2
+    if not outputs.is_floating_point():
+        return Meaning("values" if several else "labels")
+    if isinstance(function, nn.BCEWithLogitsLoss):  # several outputs are several questions: no single answer
+        return Meaning("values", "sigmoid") if several else Meaning("binary", "sigmoid", 0.0)
+    if isinstance(function, nn.BCELoss):
+        return Meaning("values") if several else Meaning("binary")
+    if several and isinstance(function, nn.CrossEntropyLoss | nn.NLLLoss):
+        return Meaning("classes", "softmax" if isinstance(function, nn.CrossEntropyLoss) else "exp")
+    if isinstance(function, nn.MSELoss | nn.L1Loss | nn.SmoothL1Loss | nn.HuberLoss):
+        return Meaning("values")
+    for metric in evaluator.metrics:
+        if isinstance(metric, BinaryAccuracy) and not several:
+            return Meaning("binary", "sigmoid" if metric.threshold == 0.0 else "none", metric.threshold)
+    numbered = targets is not None and targets.dim() == 1 and not targets.is_floating_point()
+    if several and (numbered or any(isinstance(metric, Accuracy) for metric in evaluator.metrics)):
+        if bool((outputs >= 0).all()) and bool(((outputs.sum(1) - 1).abs() < SOME).all()):
+            return Meaning("classes")
+        if bool((outputs <= 0).all()) and bool(((outputs.exp().sum(1) - 1).abs() < SOME).all()):
+            return Meaning("classes", "exp")
+        return Meaning("classes", "softmax")
+    return Meaning("values")
+
+
+@torch.no_grad()
+def predict(evaluator: Evaluator, loader: EvalLoader) -> Iterator[Predicted | None]:
+    """This rank's cuts of a dataset, in order; None for a round in which it has none, so that all have as many.
+
+    Raises:
+        ConfigError: the task's `predict` doesn't give one tensor with a row a sample.
+    """
+    model, device = evaluator.model, evaluator.world.device
+    training = model.training
+    model.eval()
+    try:
+        with evaluator.ema.applied() if evaluator.ema is not None else contextlib.nullcontext():
+            batches = iter(loader)
+            for k in range(loader.rounds):
+                if k >= len(loader):
+                    yield None
+                    continue
+                cut, batch = next(batches)
+                seed_forward(evaluator.seed, 0, cut.start, device)
+                with evaluator.precision.autocast():
+                    outputs = evaluator.task.predict(model, evaluator.prepare(batch))
+                targets = _targets(batch, len(cut))
+                yield Predicted(cut.start, _rows(outputs, len(cut)), targets)
+    finally:
+        model.train(training)
+
+
+def gathered(evaluator: Evaluator, loader: EvalLoader) -> Iterator[Predicted]:
+    """Every sample once, in dataset order, on rank 0; the other ranks take part and get nothing. See `predict`."""
+    world = evaluator.world
+    for mine in predict(evaluator, loader):
+        if world.size == 1:
+            every: list[Any] = [mine]
+        else:
+            every = [None] * world.size
+            torch.distributed.gather_object(mine, every if world.is_main else None, dst=0)
+        yield from (part for part in every if part is not None)
+
+
+def _rows(outputs: Any, samples: int) -> Tensor:
+    """Outputs as (n,) or (n, k) on the CPU, in float32 if they are no integers; one column is none."""
+    if not isinstance(outputs, Tensor) or outputs.dim() not in (1, 2) or len(outputs) != samples:
+        found = f"a tensor of shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise ConfigError.single(
+            "task",
+            f"predictions are tables: expected predict(model, batch) to give one tensor with a row for each of the "
+            f"{samples} samples, (n,) or (n, k), found {found}; name a task whose predict does, or use dist_train.load",
+        )
+    outputs = outputs.detach().cpu()
+    if outputs.is_floating_point() and outputs.dtype != torch.float64:
+        outputs = outputs.float()
+    return outputs.squeeze(1) if outputs.dim() == 2 and outputs.shape[1] == 1 else outputs
+
+
+def _targets(batch: Any, samples: int) -> Tensor | None:
+    """The targets of a batch of (inputs, targets), as (n,) or (n, k); None where it has none of that form."""
+    if not isinstance(batch, list | tuple) or len(batch) != 2 or not isinstance(batch[1], Tensor):
+        return None
+    targets = batch[1]
+    if targets.dim() not in (1, 2) or len(targets) != samples:
+        return None
+    return targets.squeeze(1) if targets.dim() == 2 and targets.shape[1] == 1 else targets
