@@ -24,6 +24,6 @@ def main(arguments: Sequence[str]) -> int:
     rows = CheckpointManager(storage.sub("checkpoints")).verify_all()
     for row in rows:
         print(f"{row.name:<24} {row.state:<10} {row.reason}".rstrip())
-    bad = [row for row in rows if row.state != "good"]
+    bad = [row for row in rows if row.state in ("damaged", "newer") or row.name.startswith("damaged-")]
     print(f"{len(rows) - len(bad)} of {len(rows)} checkpoints are whole")
     return 1 if bad else 0

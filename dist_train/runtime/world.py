@@ -227,7 +227,7 @@ def open_world(config: DistributedConfig, placement: Placement) -> Iterator[Worl
     import torch
 
     device = pick_device(config.device, placement)
-    torch.set_num_threads(_threads(config.threads, placement))
+    torch.set_num_threads(_threads(config.threads, placement, device))
     if placement.size == 1:
         yield from _watched(World(placement, device), config)
         return
@@ -268,13 +268,16 @@ def _watched(world: World, config: DistributedConfig) -> Iterator[World]:
     world.peers.close()
 
 
-def _threads(choice: int | str, placement: Placement) -> int:
-    """Intra-op threads: the config's, else OMP_NUM_THREADS, else a fair share of the CPUs among the local ranks."""
+def _threads(choice: int | str, placement: Placement, device: torch.device) -> int:
+    """Intra-op threads: the config's, else OMP_NUM_THREADS, else a fair share of the CPUs among the local ranks.
+
+    With a GPU the share is one: waking more for the little that is left to the CPU cost a quarter of the speed (bench/RESULTS.md).
+    """
     if choice != "auto":
         return int(choice)
     if os.environ.get("OMP_NUM_THREADS", "").isdigit():
         return max(1, int(os.environ["OMP_NUM_THREADS"]))
-    return max(1, usable_cpus() // placement.local_size)
+    return 1 if device.type == "cuda" else max(1, usable_cpus() // placement.local_size)
 
 
 def _name_master() -> None:
