@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 from dist_train.config.errors import ConfigError
 from dist_train.runtime import failure
 from dist_train.runtime.failure import Record
-from dist_train.runtime.here import CONFIG, DONE, PHASES, STARTING, Here, descriptor, here, of_process
+from dist_train.runtime.here import CALLBACK, CONFIG, DATA, DONE, PHASES, STARTING, Here, descriptor, here, of_process
 
 LOOK_SECONDS = 0.5
 POST_SECONDS = 1.0
@@ -123,7 +123,9 @@ class Peers:
             return
         if getattr(error, "dist_train_record", None) is not None:
             return
-        record = failure.describe(error, self.rank, self._samples(here.step, self.rank), self.micro_batch_size)
+        record = failure.describe(
+            error, self.rank, self._samples(here.step, here.phase, self.rank), self.micro_batch_size
+        )
         record["logs"] = self._logs(self.rank)
         _note("failed in step %d (%s)\n%s", here.step, PHASES[here.phase], record["details"].rstrip())
         if self.store is None:
@@ -267,7 +269,7 @@ class Peers:
         }
 
     def _record(self, kind: str, rank: int, beat: dict[str, Any]) -> Record:
-        samples = self._samples(beat["step"], rank)
+        samples = self._samples(beat["step"], beat["phase"], rank)
         return {
             "kind": kind,
             "rank": rank,
@@ -427,8 +429,8 @@ class Peers:
                 with open(path, "wb") as file:
                     file.write(content if isinstance(content, bytes) else str(content).encode())
 
-    def _samples(self, step: int, rank: int) -> Sequence[int]:
-        if self.samples is None or step < 1:
+    def _samples(self, step: int, phase: int, rank: int) -> Sequence[int]:
+        if self.samples is None or not DATA <= phase <= CALLBACK:
             return ()
         try:
             return self.samples(step, rank)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -20,18 +21,26 @@ STEP = 13  # of the first start; 19 make an epoch of the digits
 steps = 0
 
 
+def mark(condition: bool) -> bool:
+    """Leave the time at which it happens, for the test to count from."""
+    if condition:
+        Path("happened").write_text(str(time.time()))
+    return condition
+
+
 def due(kind: str) -> bool:
     """Whether it is time for `kind` to happen here."""
-    return HERE and kind == KIND and steps == STEP - 1
+    return mark(HERE and kind == KIND and steps == STEP - 1)
 
 
 class Model(MLP):
     """Fails in its forward."""
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        if HERE and KIND == "evaluation" and not self.training and steps > STEP:
+        late = HERE and not self.training and steps > STEP
+        if mark(late and KIND == "evaluation"):
             raise ValueError("an evaluation that fails")
-        if HERE and KIND == "hang-evaluation" and not self.training and steps > STEP:
+        if mark(late and KIND == "hang-evaluation"):
             time.sleep(1000)
         if self.training:
             if due("model"):
@@ -74,12 +83,12 @@ class Data(Digits):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         Data.reads += 1
-        late = Data.reads > 200
-        if HERE and late and KIND == "dataset":
+        late = HERE and Data.reads > 200
+        if mark(late and KIND == "dataset"):
             raise OSError("a file that is torn")
-        if HERE and late and KIND == "hang-dataset":
+        if mark(late and KIND == "hang-dataset"):
             time.sleep(1000)
-        if HERE and late and KIND == "worker" and get_worker_info() is not None:
+        if mark(late and KIND == "worker" and get_worker_info() is not None):
             os.kill(os.getpid(), signal.SIGKILL)
         return super().__getitem__(index)
 
@@ -106,6 +115,7 @@ class Watch(Callback):
             import dist_train.checkpoint.manager as manager
 
             def save(state: object, file: object) -> None:
+                mark(True)
                 if KIND == "hang-save":
                     time.sleep(1000)
                 raise OSError(28, "No space left on device")

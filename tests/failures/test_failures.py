@@ -1,0 +1,193 @@
+"""One rank fails or stands still: all are gone within seconds, and the end of the terminal says once who, where and why."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from runs import CONFIGS, run, start
+
+CONFIG = f"""
+extends: {CONFIGS / "digits.yaml"}
+run: {{name: run}}
+data: {{train: {{_target_: faulty.Data, split: train}}, num_workers: 0, augment: [], eval_batch_size: 90}}
+model: {{_target_: faulty.Model, in_features: 64, hidden: [32], out_features: 10}}
+loss: {{_target_: faulty.Loss}}
+optimizer: {{_target_: faulty.Optimizer, lr: 0.1}}
+scheduler: null
+callbacks: [{{_target_: faulty.Watch}}]
+trainer: {{duration: 60step, log_every: 10step, evaluate_every: 19step}}
+checkpoint: {{every: 15step, keep_best: null}}
+tracking: {{tensorboard: false}}
+"""
+GONE = "its process has ended without a word"
+# kind: phase, what the line `error` says, what the user's line says, what to try
+KINDS = {
+    "model": ("step 13 (forward)", "RuntimeError: a model that fails", "raise RuntimeError", "one process"),
+    "loss": ("step 13 (forward)", "KeyError: 'a loss that fails'", "raise KeyError", "one process"),
+    "dataset": ("(waiting for data)", "OSError: a file that is torn", "raise OSError", "that sample"),
+    "worker": ("(waiting for data)", "a loader worker died", "", "/dev/shm"),
+    "optimizer": ("step 13 (update)", "ArithmeticError: an optimizer", "raise ArithmeticError", "one process"),
+    "callback": ("step 13 (callback)", "LookupError: a callback", "raise LookupError", "one process"),
+    "kill": ("step 13 (forward)", GONE, "", "out-of-memory killer"),
+    "exit": ("step 13 (forward)", GONE, "", "out-of-memory killer"),
+    "segfault": ("step 13 (forward)", GONE, "", "out-of-memory killer"),
+    "memory": ("step 13 (forward)", "MemoryError", "raise MemoryError", "trainer.micro_batch_size="),
+    "allocation": ("step 13 (forward)", "allocate", "torch.empty", "trainer.micro_batch_size="),
+    "nan": ("step 13 (update)", "NonFiniteError: step 13: the loss or a gradient is inf or nan", "", "optimizer.lr"),
+    "evaluation": ("step 19 (evaluation)", "ValueError: an evaluation", "raise ValueError", "one process"),
+    "save": ("", "No space left on device", "raise OSError", "make room"),
+}
+KILLED = ("kill", "exit", "segfault")
+ONLY_RANK_ZERO = ("save",)
+FULL = [
+    (kind, rank, processes)
+    for kind in KINDS
+    for rank, processes in ((0, 1), (0, 2), (1, 2))
+    if not (rank and kind in ONLY_RANK_ZERO) and not (processes == 1 and kind in KILLED)
+]
+QUICK = [
+    *(("model", 1, 2), ("dataset", 0, 2), ("worker", 1, 2), ("optimizer", 0, 1), ("callback", 0, 2), ("kill", 0, 2)),
+    *(
+        ("kill", 1, 2),
+        ("exit", 1, 2),
+        ("memory", 1, 2),
+        ("nan", 0, 2),
+        ("evaluation", 1, 2),
+        ("save", 0, 2),
+        ("loss", 0, 1),
+    ),
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A user's project."""
+    shutil.copy(Path(__file__).parent / "faulty.py", tmp_path)
+    (tmp_path / "faulty.yaml").write_text(CONFIG)
+    return tmp_path
+
+
+def fail(
+    folder: Path, kind: str, rank: int, processes: int, *overrides: str
+) -> tuple[float, int, list[str], list[str]]:
+    """Run it; seconds from the failure until all have gone, exit code, the last lines of the ranks, torchrun's report."""
+    workers = "data.num_workers=1" if kind == "worker" else "data.num_workers=0"
+    process = start(folder, processes, "--config", "faulty.yaml", workers, *overrides, env={"FAIL": f"{kind}@{rank}"})
+    # What torchrun says on stderr follows what its workers say.
+    try:
+        out, err = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise AssertionError("it never ended\n" + "\n".join(process.communicate())) from None
+    seconds = time.time() - float((folder / "happened").read_text())
+    print(out, err, f"{kind} on rank {rank} of {processes}: all gone after {seconds:.1f} s", sep="\n")
+    lines = [line for line in err.splitlines() if not line.startswith(("W1", "E1", "W0", "E0", "[rank"))]
+    report = next((k for k, line in enumerate(lines) if "torch/distributed/run.py" in line), len(lines) + 4) - 4
+    return seconds, process.returncode, lines[:report] if processes > 1 else lines, lines[report:]
+
+
+def check(folder: Path, kind: str, rank: int, processes: int) -> None:
+    phase, error, code, hint = KINDS[kind]
+    seconds, exit_code, lines, report = fail(folder, kind, rank, processes)
+    assert exit_code == 1
+    assert seconds < 10
+    summaries = [k for k, line in enumerate(lines) if line.startswith("dist_train: ")]
+    assert len(summaries) == 1, "said once"
+    assert len(lines) - summaries[0] <= 15
+    summary = "\n".join(lines[summaries[0] :])
+    name = f"rank {rank} of 2" if processes == 2 else "rank 0"
+    if kind != "nan":  # the sum over ranks has it, so all find it at once
+        assert f"dist_train: {name} on {os.uname().nodename}" in summary
+    for part in (phase, error, code, hint):
+        assert part in summary
+    if phase.startswith("step 13"):
+        assert "samples" in summary
+    if code:
+        assert "faulty.py:" in summary
+    if processes == 2:
+        assert "\n".join(report).count("dist_train: rank") >= 1, "torchrun's last lines say it too"
+    status = json.loads((folder / "runs/run/status.json").read_text())
+    assert status["state"] == "failed"
+    assert error in status["error"]
+    end = json.loads((folder / "runs/run/attempts.jsonl").read_text().splitlines()[-1])
+    assert end["event"] == "end"
+    assert end["state"] == "failed"
+    for survivor in range(processes):
+        if kind not in KILLED or survivor != rank:
+            assert "most recent call" in (folder / f"runs/run/logs/rank-{survivor}.log").read_text()
+
+
+@pytest.mark.parametrize(("kind", "rank", "processes"), QUICK)
+def test_a_crash_of_one_ends_all_and_is_told_once(folder: Path, kind: str, rank: int, processes: int) -> None:
+    check(folder, kind, rank, processes)
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize(("kind", "rank", "processes"), [case for case in FULL if case not in QUICK])
+def test_a_crash_of_any_kind_anywhere_ends_all(folder: Path, kind: str, rank: int, processes: int) -> None:
+    check(folder, kind, rank, processes)
+
+
+def test_what_a_process_killed_alone_could_not_say_the_next_start_does(folder: Path) -> None:
+    _, exit_code, lines, _ = fail(folder, "kill", 0, 1)
+    assert exit_code == -signal.SIGKILL
+    assert not any(line.startswith("dist_train: ") for line in lines)
+    done = run(folder, 1, "--config", "faulty.yaml", "trainer.duration=5step")
+    assert "attempt 0" in done.stderr
+    assert "ended without a word" in done.stderr
+    assert "out-of-memory killer" in done.stderr
+    again = run(folder, 1, "--config", "faulty.yaml", "trainer.duration=6step")
+    assert "without a word" not in again.stderr
+
+
+HANGS = {
+    "hang-model": "forward, step 13",
+    "hang-dataset": "waiting for data, step ",
+    "hang-save": "saving, step ",
+    "stop": "forward, step 13, no sign of life for ",
+    "hang-evaluation": "evaluation, step 19",
+}
+
+
+def check_hang(folder: Path, kind: str, rank: int, processes: int) -> None:
+    seconds, exit_code, lines, _ = fail(folder, kind, rank, processes, "distributed.hang_timeout=5s")
+    text = "\n".join(lines)
+    assert exit_code == 1
+    assert text.count("dist_train: rank") == 1
+    # A save is waited for by the next one only, a few steps later.
+    assert seconds < 5 + 5 + 5, "hang_timeout + 5 s, and torchrun's own end"
+    assert f"rank {rank} on {os.uname().nodename}" in text
+    assert HANGS[kind] in text
+    assert "nothing has moved for 5 s" in text
+    assert ("; the others wait for it" in text) == (processes > 1)
+    for other in range(processes):
+        if kind != "stop" or other != rank:
+            log = (folder / f"runs/run/logs/rank-{other}.log").read_text()
+            assert "most recent call first" in log, "the stacks of all threads"
+    status = json.loads((folder / "runs/run/status.json").read_text())
+    assert status["state"] == "failed"
+    assert "nothing has moved" in status["error"]
+
+
+@pytest.mark.parametrize(("kind", "rank", "processes"), [("hang-model", 1, 2), ("hang-dataset", 0, 1), ("stop", 0, 2)])
+def test_a_hang_names_the_rank_that_the_others_wait_for(folder: Path, kind: str, rank: int, processes: int) -> None:
+    check_hang(folder, kind, rank, processes)
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize(
+    ("kind", "rank", "processes"),
+    [
+        *(("hang-dataset", 1, 2), ("hang-save", 0, 2), ("stop", 1, 2)),
+        *(("hang-evaluation", 0, 2), ("hang-evaluation", 1, 2), ("hang-model", 0, 1), ("hang-model", 0, 2)),
+    ],
+)
+def test_a_hang_anywhere_is_named(folder: Path, kind: str, rank: int, processes: int) -> None:
+    check_hang(folder, kind, rank, processes)
