@@ -19,6 +19,7 @@ from dist_train.engine.build import Blueprint, draw_blueprint
 from dist_train.engine.finish import finish
 from dist_train.engine.resume import Decision, decide
 from dist_train.engine.rundir import RunDir, check_shared, run_location
+from dist_train.engine.showing import report_at_end
 from dist_train.engine.summary import end_lines, start_lines
 from dist_train.engine.trainer import Trainer
 from dist_train.runtime import failure
@@ -100,6 +101,9 @@ def _train(config: Config, world: World, run: RunDir, console: Console, decision
         trainer.parts.logger.close(outcome)
         run.upload()
         _record_end(trainer, world, run, attempt, outcome, trainer.reason)
+        if outcome == "completed" and config.tracking.report:
+            report_at_end(trainer)  # of what stands by now in the records; it raises nothing
+            run.upload()
         console.end_block(end_lines(result, run, time.monotonic() - began))
         return result
     except BaseException as error:
