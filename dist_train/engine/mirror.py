@@ -20,7 +20,8 @@ from typing import BinaryIO
 from dist_train.runtime.storage import LocalStorage, Storage, StorageError
 
 POLL_SECONDS = 5.0
-FIXED = {"config.yaml"}  # copies to read; the store has them already
+# Written to the store directly; what the mirror has of these are copies to read.
+COPIES = ("config.yaml", "status.json", "result.json", "attempts.jsonl")
 
 
 def mirror_root(url: str) -> Path:
@@ -70,8 +71,8 @@ class Mirror:
             if not (name.startswith("logs/") and path.exists() and path.read_bytes().startswith(held)):
                 LocalStorage(self.root).write_atomic(name, held)
 
-    def upload(self, folders: Collection[str] | None = None) -> None:
-        """Send what has changed since it was sent last, of all files or of those in some folders.
+    def upload(self, only: Collection[str] | None = None) -> None:
+        """Send what has changed since it was sent last: of all files, or of some files and folders.
 
         Raises:
             StorageError: the store can't be written.
@@ -79,9 +80,9 @@ class Mirror:
         with self._lock:
             for path in sorted(self.root.rglob("*")):
                 name = path.relative_to(self.root).as_posix()
-                if not path.is_file() or path.name.startswith(".tmp-") or name in FIXED:
+                if not path.is_file() or path.name.startswith(".tmp-") or name in COPIES:
                     continue
-                if folders is not None and name.split("/")[0] not in folders:
+                if only is not None and name.split("/")[0] not in only:
                     continue
                 with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
                     self._send(name, file)

@@ -240,7 +240,7 @@ def _checked(run: RunDir, overrides: Sequence[str] = ()) -> Config:
     """The run's config under `overrides`, with its components looked up; without what only training needs."""
     if not run.storage.exists("config.yaml"):
         raise ConfigError.single("--run", f"{run.location} holds no run: config.yaml isn't there{_near(run)}")
-    config = load_config(run.path("config.yaml"), overrides)
+    config = load_config(run.readable("config.yaml"), overrides)
     add_code_paths(config.run.code_paths)
     problems = check_components(config)
     if problems:
@@ -254,6 +254,8 @@ def _checked(run: RunDir, overrides: Sequence[str] = ()) -> Config:
 
 def _near(run: RunDir) -> str:
     """`; runs are in ...`: runs beside or inside a directory that is none."""
+    if run.mirror is not None:
+        return ""
     for folder in (run.root, run.root.parent, Path("runs")):
         names = sorted(str(path.parent) for path in folder.glob("*/config.yaml")) if folder.is_dir() else []
         if names:

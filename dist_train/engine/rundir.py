@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from dist_train.config.errors import ConfigError
 from dist_train.config.names import expand_name
-from dist_train.engine.mirror import Mirror, Watch
+from dist_train.engine.mirror import COPIES, Mirror, Watch
 from dist_train.runtime.storage import Storage, StorageError
 
 if TYPE_CHECKING:
@@ -83,6 +83,19 @@ class RunDir:
     def readable(self, name: str) -> Path:
         """A local path to read `name` from: of a copy, where the run lives under a URL."""
         return self.path(name) if self.mirror is None else self.mirror.fetch(name)
+
+    def records(self) -> Path:
+        """A local directory with the records of the run: of copies, where it lives under a URL."""
+        if self.mirror is not None:
+            for name in ("metrics.jsonl", *COPIES):
+                with contextlib.suppress(FileNotFoundError):
+                    self.mirror.fetch(name)
+        return self.root
+
+    def send(self, name: str) -> None:
+        """Under a URL: upload one file or folder that was written to its local path."""
+        if self.mirror is not None:
+            self.mirror.upload((name,))
 
     def begin(self, world: World) -> None:
         """Under a URL: go on with the files that earlier starts uploaded, on whatever host they ran."""

@@ -60,7 +60,7 @@ def report_again(location: str, checkpoint: str | None, overrides: Sequence[str]
             raise
         if is_main:
             _warn(f"the report has no pictures: {error}")
-        return write_report(run.root) if is_main else None
+        return _written(run) if is_main else None
 
 
 def _warn(text: str) -> None:
@@ -94,11 +94,17 @@ def make_report(
     if not evaluator.world.is_main:
         return None
     try:
-        return write_report(run.root, pictures=pictures, environment=_environment(evaluator, record))
+        return _written(run, pictures=pictures, environment=_environment(evaluator, record))
     except Exception as error:
         if warn is not None:
             warn(f"there is no report.html: {type(error).__name__}: {error}")
         return None
+
+
+def _written(run: RunDir, **shown: Any) -> Path:
+    path = write_report(run.records(), **shown)
+    run.send(path.name)
+    return path
 
 
 def _environment(evaluator: Evaluator, record: Mapping[str, Any]) -> dict[str, str]:
