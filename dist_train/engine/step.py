@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dist_train.data.plan import Indices
 
 MAX_OVERFLOWS_IN_A_ROW = 20
+MOST_UNREAD = 4096  # steps between two readings of the non-finite record on CUDA
 
 
 class NonFiniteError(RuntimeError):
@@ -89,6 +90,7 @@ class Stepper:
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
+        self.guard.begin(work.step + 1)
         self._divide(gradients, loss, weight, work.samples)
         if self.clip_value is not None:
             nn.utils.clip_grad_value_(self.parameters, self.clip_value)
@@ -117,7 +119,6 @@ class Stepper:
         lists: dict[torch.dtype, list[Tensor]] = {loss.dtype: [loss.clone()]}
         for gradient in gradients:
             lists.setdefault(gradient.dtype, []).append(gradient)
-        self.guard.found.zero_()
         for dtype, tensors in lists.items():
             factor = self._one
             if not self.summed:
@@ -142,7 +143,6 @@ class Stepper:
             self._loss_total.add_(loss.where(good, 0))
             self._weight_total.add_(weight.where(good, 0))
             self._optimizer_step()
-            self.guard.record(work.step + 1)
         if self.scaler is not None:
             self.scaler.update()
 
@@ -162,18 +162,40 @@ class FiniteGuard:
     finding in every step. Under fp16 an overflow is the scaler's normal work: skipped, and only 20 in a row end the run.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device, scaled: bool, on_nonfinite: str):
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        scaled: bool,
+        on_nonfinite: str,
+        reads_at_once: bool | None = None,  # None: on the CPU
+    ):
         self.scaled, self.skips = scaled, scaled or on_nonfinite == "skip"
         fused = is_fused(optimizer)
-        self.on_host = device.type == "cpu" or (on_nonfinite == "skip" and not fused and not scaled)
-        self.found = torch.zeros((), device=device)
+        cheap = device.type == "cpu" if reads_at_once is None else reads_at_once
+        self.on_host = cheap or (on_nonfinite == "skip" and not fused and not scaled)
         self.skipped = 0
         self.in_a_row = 0
+        # A place for each step's finding until they are read: the check writes there itself, so that keeping it costs no kernel.
+        self._findings = torch.zeros(1 if self.on_host else MOST_UNREAD, device=device)
+        self._places = self._findings.unbind()
+        self._unread: list[int] = []
+        self._bad: tuple[int, int] | None = None  # the step that ends the run, and how many overflowed in a row
+        self.found = self._places[0]
         self._view = self.found.numpy() if device.type == "cpu" else None
-        # skipped, in a row, most in a row, first bad step
-        self._record = torch.zeros(4, dtype=torch.int64, device=device)
-        if not self.on_host and fused and not scaled:
-            optimizer.found_inf = self.found  # type: ignore[attr-defined]
+        self._told = optimizer if not self.on_host and fused and not scaled else None
+
+    def begin(self, step: int) -> None:
+        """Make `found` the place for the finding of optimizer step `step` (from 1)."""
+        if self.on_host:
+            self.found.zero_()
+            return
+        if len(self._unread) == MOST_UNREAD:
+            self._read()
+        self.found = self._places[len(self._unread)]
+        self._unread.append(step)
+        if self._told is not None:
+            self._told.found_inf = self.found  # type: ignore[attr-defined]
 
     def read_now(self) -> bool:
         """Whether this step's loss or gradient is non-finite; on CUDA this waits for the device."""
@@ -194,13 +216,20 @@ class FiniteGuard:
             return
         raise NonFiniteError(_message(step, indices, _culprit(model, loss), self.in_a_row if self.scaled else 0))
 
-    def record(self, step: int) -> None:
-        """Note this step's finding on the device, without waiting for it."""
-        found = (self.found > 0).long()
-        skipped, row, most, first = self._record.unbind()
-        row = (row + 1) * found
-        first = torch.where((first == 0) & (found > 0), step, first)
-        self._record = torch.stack([skipped + found, row, torch.maximum(most, row), first])
+    def _read(self) -> None:
+        """Take in the findings since the last reading; waits for the device."""
+        flags = self._findings[: len(self._unread)].tolist()
+        self._findings.zero_()
+        for step, flag in zip(self._unread, flags, strict=True):
+            self.in_a_row = self.in_a_row + 1 if flag else 0
+            self.skipped += bool(flag)
+            if (
+                flag
+                and self._bad is None
+                and (not self.skips or (self.scaled and self.in_a_row >= MAX_OVERFLOWS_IN_A_ROW))
+            ):
+                self._bad = (step, self.in_a_row)
+        self._unread.clear()
 
     def check_record(self, indices_of: Callable[[int], Indices], model: nn.Module) -> None:
         """Read the record; waits for the device, so it is called at log intervals and before evaluations and saves only.
@@ -210,11 +239,10 @@ class FiniteGuard:
         """
         if self.on_host:
             return
-        self.skipped, self.in_a_row, most, first = self._record.tolist()
-        if first and (not self.skips or (self.scaled and most >= MAX_OVERFLOWS_IN_A_ROW)):
-            raise NonFiniteError(
-                _message(first, indices_of(first - 1), _culprit(model, None), most if self.scaled else 0)
-            )
+        self._read()
+        if self._bad is not None:
+            step, row = self._bad
+            raise NonFiniteError(_message(step, indices_of(step - 1), _culprit(model, None), row if self.scaled else 0))
 
     def state_dict(self) -> dict[str, int]:
         """Counters to go on with after a resume; call `check_record` first."""
@@ -223,7 +251,6 @@ class FiniteGuard:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on counting."""
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
-        self._record[0], self._record[1] = self.skipped, self.in_a_row
 
 
 def is_fused(optimizer: torch.optim.Optimizer) -> bool:

@@ -18,7 +18,7 @@ from dist_train.engine.losses import Loss
 from dist_train.engine.optim import Schedule, WarmupCosine, build_optimizer
 from dist_train.engine.precision import Precision, resolve_precision
 from dist_train.engine.reduce import SingleProcess
-from dist_train.engine.step import NonFiniteError, Stepper
+from dist_train.engine.step import FiniteGuard, NonFiniteError, Stepper
 from dist_train.engine.task import Supervised
 
 CPU = torch.device("cpu")
@@ -109,6 +109,32 @@ def test_a_bad_step_can_be_left_out_and_is_counted() -> None:
     assert torch.equal(layer.weight, other.weight)
     assert step.guard.skipped == 1
     assert torch.equal(step.totals, reference.totals), "a step that was left out isn't in the mean"
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam", "AdamW"])
+def test_findings_that_are_read_later_leave_the_update_out_and_name_the_step(
+    optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on CUDA, where nobody waits for the device; fused kernels on the CPU take the finding too."""
+    monkeypatch.setattr("dist_train.engine.step.MOST_UNREAD", 4)
+    layer, other = net(), net()
+    steppers = []
+    for module in (layer, other):
+        made = getattr(torch.optim, optimizer)(module.parameters(), lr=0.1, fused=True)
+        steppers.append(stepper(module, made))
+        steppers[-1].guard = FiniteGuard(made, CPU, False, "stop", reads_at_once=False)
+    bad = INPUTS.clone()
+    bad[3, 1] = math.inf
+    for k in range(9):  # more than fit between two readings
+        steppers[0](work(k, bad if k == 6 else INPUTS), want_norm=False)
+        if k != 6:
+            steppers[1](work(k), want_norm=False)
+    assert torch.equal(layer.weight, other.weight)
+    assert torch.equal(steppers[0].totals, steppers[1].totals)
+    with pytest.raises(NonFiniteError, match=r"step 7: .*the update was skipped"):
+        steppers[0].guard.check_record(lambda step: np.arange(8), layer)
+    steppers[1].guard.check_record(lambda step: np.arange(8), other)
+    assert (steppers[0].guard.skipped, steppers[1].guard.skipped) == (1, 0)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
