@@ -67,7 +67,7 @@ install:
 	  $(PYTHON) -m venv --clear $(VENV) || { \
 	    echo "make: no virtual environment could be made; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }; \
 	fi; \
-	echo "make: installing (the first time some 3 GB to download, 5.4 GB on disk)"; \
+	echo "make: installing (the first time about 3 GB to download, 6 GB on disk)"; \
 	rm -f $(VENV)/.installed; \
 	$(BIN)/python -m pip install $$([ -t 1 ] || echo --quiet) --disable-pip-version-check -c constraints.txt -e '.[dev]' && \
 	printf '%s\n' "$$want" >$(VENV)/.installed
