@@ -52,6 +52,7 @@ tracking: {{tensorboard: false}}
 debug: {{trace_samples: true}}
 """
 LENGTH, BATCH = 140, 25
+ONE = ("--config", "chaos.yaml", "data.num_workers=0")  # for runs of one process
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ now: dict[str, Any] = {"step": 0, "file": "", "writes": 0}
 
 def at(point: str, step: int | None = None) -> bool:
     """Whether this process dies here."""
-    return point == SPEC["point"] and RANK == SPEC["rank"] and (now["step"] if step is None else step) >= SPEC["step"]
+    return point == SPEC["point"] and SPEC["rank"] == RANK and (now["step"] if step is None else step) >= SPEC["step"]
 
 
 def die() -> None:
