@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from pathlib import Path
 
-from dist_train.commands.arguments import Parser, with_runs
+from dist_train.commands.arguments import Parser, whole_file, with_runs
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -27,15 +27,20 @@ def main(arguments: Sequence[str]) -> int:
 
 def compare(runs: Sequence[str], output: str) -> int:
     """Curves over each other, results, and the keys in which the configs differ; reads files only."""
-    import os
-
     from dist_train.config.errors import ConfigError
+    from dist_train.engine.rundir import RunDir
     from dist_train.runtime.world import read_placement
     from dist_train.tracking.report import write_comparison
 
-    for run in runs:
-        if not (Path(run) / "config.yaml").is_file():
-            raise ConfigError.single("--run", f"{run} holds no run: config.yaml isn't there")
-    if read_placement(os.environ).rank == 0:
-        print(write_comparison(runs, output))
+    if read_placement(os.environ).rank != 0:
+        return 0
+    folders = []
+    for location in runs:
+        run = RunDir(location)
+        if not run.storage.exists("config.yaml"):
+            raise ConfigError.single("--run", f"{run.location} holds no run: config.yaml isn't there")
+        folders.append(run.records())
+    with whole_file(output) as path:
+        write_comparison(folders, path)
+    print(output)
     return 0

@@ -1,15 +1,18 @@
-"""`runs`: the runs in a directory, how far they are, and where their configs differ. Reads files, imports no torch."""
+"""`runs`: the runs in a directory or under a URL, how far they are, and where their configs differ; imports no torch."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-import math
+import os
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dist_train.commands.arguments import Parser
+
+if TYPE_CHECKING:
+    from dist_train.runtime.storage import Storage
 
 DEPTH = 3  # a run's name may hold slashes
 UNTOLD = ("run.", "checkpoint.resume", "checkpoint.accept_changes")
@@ -22,11 +25,12 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(list(arguments))
     from dist_train.config.errors import ConfigError
+    from dist_train.runtime.storage import Storage
 
-    root = Path(options.dir)
-    if not root.is_dir():
+    root = Storage(options.dir)
+    if root.is_local and not os.path.isdir(options.dir):
         raise ConfigError.single("DIR", f"expected a directory with runs, found no directory {options.dir}")
-    runs = [read_run(path, root) for path in find_runs(root)]
+    runs = [read_run(root, name) for name in find_runs(root)]
     differing = _differing(runs)
     if options.json:
         print(json.dumps({"runs": [run["shown"] for run in runs], "differences": differing}, indent=2))
@@ -43,39 +47,44 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def find_runs(root: Path) -> list[Path]:
-    """Directories that hold a run, sorted; `root` itself may be one."""
-    found: list[Path] = []
+def find_runs(root: Storage) -> list[str]:
+    """Names of the directories that hold a run, sorted; an empty one where `root` itself does."""
+    found: list[str] = []
 
-    def look(folder: Path, depth: int) -> None:
-        if (folder / "config.yaml").is_file() or (folder / "status.json").is_file():
-            found.append(folder)
+    def look(name: str, depth: int) -> None:
+        inside = root.list(name)
+        if "config.yaml" in inside or "status.json" in inside:
+            found.append(name)
         elif depth < DEPTH:
-            for inner in sorted(folder.iterdir()):
-                if inner.is_dir() and not inner.name.startswith("."):
-                    look(inner, depth + 1)
+            for inner in inside:
+                if not inner.startswith("."):
+                    look(f"{name}/{inner}".lstrip("/"), depth + 1)
 
-    look(root, 0)
+    look("", 0)
     return found
 
 
-def read_run(path: Path, root: Path) -> dict[str, Any]:
+def read_run(root: Storage, name: str) -> dict[str, Any]:
     """`shown`, what is told of a run, and `config`, its config."""
-    from dist_train.tracking.records import read_rows
+    import yaml
 
-    config = _yaml(path / "config.yaml")
-    status = _json(path / "status.json")
-    name = str(path.relative_to(root)) if path != root else path.resolve().name
-    starts = [line for line in _lines(path / "attempts.jsonl") if line.get("event") == "start"]
+    def text(file: str) -> str:
+        with contextlib.suppress(FileNotFoundError):
+            return root.read_bytes(f"{name}/{file}".lstrip("/")).decode()
+        return ""
+
+    config = yaml.safe_load(text("config.yaml")) or {}
+    status = json.loads(text("status.json") or "{}")
+    starts = [line for line in _lines(text("attempts.jsonl")) if line.get("event") == "start"]
     age = None
     if status.get("updated_at"):
         age = round((datetime.now(UTC) - datetime.fromisoformat(status["updated_at"])).total_seconds())
     shown = {
-        "run": name,
+        "run": name or root.location.rstrip("/").rpartition("/")[2],
         "state": status.get("state", "never started"),
         "step": status.get("step", 0),
         "epoch": status.get("epoch", 0),
-        "best": best_of(read_rows(path / "metrics.jsonl"), config),
+        "best": best_of(_lines(text("metrics.jsonl"), holding='"val"'), config),
         "age_seconds": age,
         "starts": len(starts),
         "error": status.get("error"),
@@ -94,7 +103,7 @@ def best_of(rows: Sequence[dict[str, Any]], config: dict[str, Any]) -> dict[str,
     if metric == "auto":
         metric = f"val/{next(iter(metric_names(evaluated)), 'loss')}"
     name = metric.removeprefix("val/")
-    values = [(row[name], row["step"]) for row in evaluated if math.isfinite(row.get(name, math.nan))]
+    values = [(row[name], row["step"]) for row in evaluated if row.get(name) is not None]  # null: it wasn't finite
     if not values:
         return None
     lower = mode == "min" if mode else better_is_lower(metric)
@@ -129,17 +138,6 @@ def _aligned(rows: Sequence[Sequence[str]]) -> Iterable[str]:
         yield "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    return yaml.safe_load(path.read_text(encoding="utf-8")) or {} if path.is_file() else {}
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSONL file; a kill may have torn the last one."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+def _lines(text: str, holding: str = "") -> list[dict[str, Any]]:
+    """The whole lines of a JSONL file that hold a word; a kill may have torn the last one."""
+    return [json.loads(line) for line in text.splitlines() if holding in line and line.endswith("}")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,7 +67,10 @@ class BoundaryFrames(Callback):
             return
         content = io.BytesIO()
         np.savez_compressed(content, classes=classes, extent=np.array(self._extent))
-        trainer.parts.run.storage.write_atomic(f"{FOLDER}/step-{trainer.step:08d}.npz", content.getvalue())
+        folder.mkdir(exist_ok=True)
+        part = folder / ".part"
+        part.write_bytes(content.getvalue())
+        os.replace(part, folder / f"step-{trainer.step:08d}.npz")
 
 
 def plane(dataset: Any) -> tuple[Array, Array] | None:

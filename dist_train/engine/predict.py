@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dist_train.config.errors import ConfigError
 from dist_train.engine.metrics import Accuracy, BinaryAccuracy
+from dist_train.runtime.here import EVALUATION, MEETING, here
 from dist_train.runtime.seeding import seed_forward
 
 if TYPE_CHECKING:
@@ -103,6 +104,8 @@ def predict(evaluator: Evaluator, loader: EvalLoader) -> Iterator[Predicted | No
         with evaluator.ema.applied() if evaluator.ema is not None else contextlib.nullcontext():
             batches = iter(loader)
             for k in range(loader.rounds):
+                here.phase = EVALUATION
+                here.item += 1
                 if k >= len(loader):
                     yield None
                     continue
@@ -124,6 +127,7 @@ def gathered(evaluator: Evaluator, loader: EvalLoader) -> Iterator[Predicted]:
             every: list[Any] = [mine]
         else:
             every = [None] * world.size
+            here.phase = MEETING
             torch.distributed.gather_object(mine, every if world.is_main else None, dst=0)
         yield from (part for part in every if part is not None)
 

@@ -20,6 +20,7 @@ from dist_train.engine.boundary import FOLDER, around, classes_on, plane, read_f
 from dist_train.engine.predict import Meaning, Predicted, predict, read_meaning
 from dist_train.engine.restore import attribute_of, eval_loader, open_run
 from dist_train.engine.rundir import RunDir
+from dist_train.runtime.here import MEETING, here
 from dist_train.runtime.seeding import seed_sample
 from dist_train.runtime.world import read_placement
 from dist_train.tracking.figures import Boundary, Confusion, Example, Regression, write_boundary
@@ -135,6 +136,7 @@ def _pictures(run: RunDir, config: Config, evaluator: Evaluator, loader: EvalLoa
     every: list[Any] = [(mine, problem)]
     if world.size > 1:
         every = [None] * world.size
+        here.phase = MEETING
         torch.distributed.gather_object((mine, problem), every if world.is_main else None, dst=0)
     if not world.is_main:
         return []
