@@ -206,7 +206,8 @@ class DistributedConfig(Section):
     find_unused_parameters: bool = harmless(False, "For models that don't use all parameters in each forward; slower.")
     bucket_mb: Positive = harmless(25.0, "MiB of gradients in one all-reduce.")
     threads: Count | Auto = harmless(
-        "auto", "Intra-op threads of each process. `auto`: OMP_NUM_THREADS, else a fair share of the CPUs (one on CUDA)."
+        "auto",
+        "Intra-op threads of each process. `auto`: OMP_NUM_THREADS, else a fair share of the CPUs (one on CUDA).",
     )
     deterministic: bool | Auto = harmless(
         "auto", "Deterministic kernels only (torch.use_deterministic_algorithms). `auto`: no."
@@ -250,7 +251,9 @@ class TrackingConfig(Section):
 
     tensorboard: bool = harmless(True, "Write TensorBoard files.")
     report: bool = harmless(
-        True, "Write report.html, with pictures by the kept model, when the run is completed (`report` does it later)."
+        True,
+        "Write curves.png and report.html, with pictures by the kept model, when the run is completed (the command `report` "
+        "does it later).",
     )
 
 

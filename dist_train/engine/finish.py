@@ -83,8 +83,10 @@ def finish(trainer: Trainer, checkpoints: CheckpointManager, seconds: float) -> 
         buffer = io.BytesIO()
         torch.save(final_state_dict(trainer.model, parts.ema), buffer)
         parts.run.storage.write_atomic("model.pt", buffer.getvalue())
-        with contextlib.suppress(ImportError):  # matplotlib isn't needed to train
-            draw_curves(read_rows(parts.run.path("metrics.jsonl")), parts.run.path("curves.png"), title=parts.run.name)
+        if trainer.config.tracking.report:
+            with contextlib.suppress(ImportError):  # matplotlib isn't needed to train
+                rows = read_rows(parts.run.path("metrics.jsonl"))
+                draw_curves(rows, parts.run.path("curves.png"), title=parts.run.name)
         trainer.bring_home()
         parts.run.write_json("result.json", result)  # the last: a run that has it is completed
     return result

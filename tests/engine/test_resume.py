@@ -14,6 +14,7 @@ optimizer: {{_target_: torch.optim.Adam, lr: 0.003}}
 data: {{drop_last: false, global_batch_size: 50}}
 trainer: {{duration: 40step, ema_decay: 0.9, log_every: 7step, evaluate_every: 1ep, clip_grad_norm: 1.0}}
 debug: {{trace_samples: true}}
+tracking: {{tensorboard: false, report: false}}
 """
 
 

@@ -13,6 +13,7 @@ MLP = (
     "trainer.duration=200step",
     "trainer.log_every=1step",
     "debug.trace_samples=true",
+    "tracking={tensorboard: false, report: false}",
 )
 IN_FLOAT64 = """
 import torch

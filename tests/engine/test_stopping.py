@@ -30,6 +30,7 @@ data: {{train: {{_target_: slow.Slow, split: train}}, num_workers: 0}}
 trainer: {{duration: 60step, log_every: 10step, evaluate_every: 19step}}
 checkpoint: {{every: 1000step, keep_best: null}}
 debug: {{trace_samples: true}}
+tracking: {{tensorboard: false, report: false}}
 """
 
 

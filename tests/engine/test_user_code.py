@@ -54,7 +54,7 @@ loss: {_target_: my_loss.smooth, floor: 0.1}
 metrics: [accuracy]
 optimizer: {_target_: torch.optim.SGD, lr: 0.5}
 trainer: {duration: 2ep, log_every: 1ep}
-tracking: {tensorboard: false}
+tracking: {tensorboard: false, report: false}
 """
 
 
