@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dist_train.runtime.storage import Storage
 
 DEPTH = 3  # a run's name may hold slashes
+COLUMNS = 6  # keys that are shown side by side
 UNTOLD = ("run.", "checkpoint.resume", "checkpoint.accept_changes")
 
 
@@ -41,10 +42,23 @@ def main(arguments: Sequence[str]) -> int:
     head = ("run", "state", "step", "epoch", "best", "age", "starts")
     print(*_aligned([head, *(_cells(run["shown"]) for run in runs)]), sep="\n")
     if differing:
-        names = list(differing)
-        rows = [[run["shown"]["run"], *(differing[key][run["shown"]["run"]] for key in names)] for run in runs]
-        print("", *_aligned([["run", *names], *rows]), sep="\n")
+        print("", *_aligned(_by_run(differing) if len(differing) <= COLUMNS else _by_key(differing)), sep="\n")
     return 0
+
+
+def _by_run(differing: dict[str, dict[str, str]]) -> list[list[str]]:
+    """A line a run, as for a sweep."""
+    runs = next(iter(differing.values()))
+    return [["run", *differing], *([run, *(values[run] for values in differing.values())] for run in runs)]
+
+
+def _by_key(differing: dict[str, dict[str, str]]) -> list[list[str]]:
+    """A line a key with each of its values, for runs that have little in common."""
+    lines = []
+    for key, values in differing.items():
+        groups = {value: [run for run in values if values[run] == value] for value in values.values()}
+        lines.append([key, "   ".join(f"{value} ({', '.join(runs)})" for value, runs in groups.items())])
+    return lines
 
 
 def find_runs(root: Storage) -> list[str]:
@@ -52,7 +66,10 @@ def find_runs(root: Storage) -> list[str]:
     found: list[str] = []
 
     def look(name: str, depth: int) -> None:
-        inside = root.list(name)
+        try:
+            inside = root.list(name)
+        except NotADirectoryError:
+            return
         if "config.yaml" in inside or "status.json" in inside:
             found.append(name)
         elif depth < DEPTH:
