@@ -21,6 +21,7 @@ commands:
   report     write a run's report.html again: --run DIR; several --run lay their curves over each other
   runs       the runs in a directory, and where their configs differ: [DIR] [--json]
   verify     check every file of every checkpoint of a run: --run DIR
+  doctor     whether all hosts are fit for a job, and a rehearsal: [--config FILE] [--min-bandwidth GB/s] [--json FILE]
   new        a folder with a model, a dataset, a config and a batch script to begin from: DIR
   config     print the resolved config; --get KEY one value, --schema its JSON Schema
 
@@ -83,6 +84,13 @@ def verify(arguments: Sequence[str]) -> int:
     return main(arguments)
 
 
+def doctor(arguments: Sequence[str]) -> int:
+    """Whether all hosts are fit for a job."""
+    from dist_train.commands.doctor import main
+
+    return main(arguments)
+
+
 def new(arguments: Sequence[str]) -> int:
     """A project to begin from."""
     from dist_train.commands.new import main
@@ -105,6 +113,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "report": report,
     "runs": runs,
     "verify": verify,
+    "doctor": doctor,
     "new": new,
     "config": config,
 }

@@ -39,15 +39,19 @@ def train_config(config: Config) -> dict[str, Any]:
         ConfigError: the config can't be run; nothing was written.
     """
     with open_world(config.distributed, read_placement(os.environ)) as world:
+        return train_in(world, config, Console(world.is_main))
+
+
+def train_in(world: World, config: Config, console: Console) -> dict[str, Any]:
+    """The same among processes that have met already; closes the console."""
+    try:
         run = RunDir(world.on_main(lambda: run_location(config)))
         decision = Decision(**world.on_main(lambda: vars(decide(config, run))))
-        console = Console(world.is_main)
-        try:
-            if decision.action == "completed":
-                return _already_completed(run, console)
-            return _train(config, world, run, console, decision)
-        finally:
-            console.close()
+        if decision.action == "completed":
+            return _already_completed(run, console)
+        return _train(config, world, run, console, decision)
+    finally:
+        console.close()
 
 
 def _already_completed(run: RunDir, console: Console) -> dict[str, Any]:

@@ -1,0 +1,140 @@
+"""What a host and the links between hosts are like, measured: versions, devices, room, all-reduce, clocks."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+import socket
+import statistics
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from dist_train.runtime.world import World
+
+LONG_ENOUGH = 0.15  # seconds of one transfer that are measured well
+LARGEST = {"cpu": 1 << 25, "cuda": 1 << 29}  # bytes
+
+
+def versions() -> dict[str, str]:
+    """What has to be the same everywhere."""
+    import torch
+
+    import dist_train
+
+    found = {"python": platform.python_version(), "torch": torch.__version__, "CUDA": str(torch.version.cuda or "none")}
+    with contextlib.suppress(OSError):
+        found["driver"] = Path("/proc/driver/nvidia/version").read_text().split("Module")[1].split()[0]
+    for name in ("torchvision", "numpy", "accelerate"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    root = Path(dist_train.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    found["dist_train"] = f"{dist_train.__version__} ({digest.hexdigest()[:8]})"
+    return found
+
+
+def resources(device: torch.device) -> dict[str, Any]:
+    """This rank's device and the room on its host; bytes."""
+    import resource
+
+    import torch
+
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        name = torch.cuda.get_device_name(device)
+    else:
+        pages = os.sysconf("SC_PAGE_SIZE")
+        free, total, name = os.sysconf("SC_AVPHYS_PAGES") * pages, os.sysconf("SC_PHYS_PAGES") * pages, "CPU"
+        with contextlib.suppress(OSError):
+            lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+            free = int(lines["MemAvailable"].split()[0]) * 1024
+    found = {"host": socket.gethostname(), "device": name, "free": free, "total": total}
+    with contextlib.suppress(OSError):
+        shared = os.statvfs("/dev/shm")
+        found["shm"] = shared.f_bavail * shared.f_frsize
+    found["files"] = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return found
+
+
+def clock_offsets(world: World) -> list[float]:
+    """Seconds by which each rank's clock is ahead of rank 0's, to a few milliseconds: all read theirs as one all-reduce ends."""
+    import torch
+
+    if world.size == 1:
+        return [0.0]
+    token, mine = torch.zeros(1, device=world.device), []
+    for _ in range(7):
+        torch.distributed.all_reduce(token)
+        token.item()
+        mine.append(time.time())
+    read = world.gather(mine)
+    return [statistics.median(theirs - first for theirs, first in zip(times, read[0], strict=True)) for times in read]
+
+
+def all_reduce(world: World) -> tuple[bool, float]:
+    """Whether sums over all ranks are right on every rank, and the bus bandwidth in GB/s, counted as by nccl-tests."""
+    import torch
+
+    size = 1 << 16
+    while True:
+        tensor = torch.full((size // 4,), float(world.rank + 1), device=world.device)
+        torch.distributed.all_reduce(tensor)
+        right = bool((tensor == world.size * (world.size + 1) / 2).all())
+        world.barrier()
+        began = time.perf_counter()
+        torch.distributed.all_reduce(tensor)
+        tensor[0].item()
+        seconds = world.share(time.perf_counter() - began)
+        if seconds > LONG_ENOUGH or size >= LARGEST[world.device.type]:
+            rights = world.gather(right)
+            return all(rights), 2 * (world.size - 1) / world.size * size / seconds / 1e9
+        size *= 4 if seconds > LONG_ENOUGH / 20 else 16
+
+
+def links(world: World) -> dict[tuple[str, str], float]:
+    """GB/s between each host and the next, by the first ranks, there and back; in two turns, so that none has two at once."""
+    hosts = world.gather([socket.gethostname(), world.placement.local_rank])
+    first = [rank for rank, (_, local) in enumerate(hosts) if local == 0]
+    mine: list[tuple[str, str, float]] = []
+    for turn in (0, 1):
+        for left, right in zip(first[turn::2], first[turn + 1 :: 2]):
+            if world.rank in (left, right):
+                speed = _link(world, right if world.rank == left else left, world.rank == left)
+                if world.rank == left:
+                    mine.append((hosts[left][0], hosts[right][0], speed))
+        world.barrier()
+    return {(one, other): speed for found in world.gather(mine) for one, other, speed in found}
+
+
+def _link(world: World, peer: int, leads: bool) -> float:
+    import torch
+    import torch.distributed as dist
+
+    size = 1 << 14
+    while True:
+        tensor = torch.zeros(size // 4, device=world.device)
+        took = torch.zeros(1, device=world.device)
+        began = time.perf_counter()
+        for sends in (leads, not leads):
+            if sends:
+                dist.send(tensor, peer)
+            else:
+                dist.recv(tensor, peer)
+        if leads:
+            took.fill_(float(tensor[0]) + time.perf_counter() - began)
+            dist.send(took, peer)
+        else:
+            dist.recv(took, peer)
+        seconds = float(took)
+        if seconds > LONG_ENOUGH or size >= LARGEST[world.device.type] // 2:
+            return 2 * size / seconds / 1e9
+        size *= 4 if seconds > LONG_ENOUGH / 20 else 16
