@@ -48,15 +48,18 @@ def train_in(world: World, config: Config, console: Console) -> dict[str, Any]:
         run = RunDir(world.on_main(lambda: run_location(config)))
         decision = Decision(**world.on_main(lambda: vars(decide(config, run))))
         if decision.action == "completed":
-            return _already_completed(run, console)
+            return _already_completed(world, run, console)
         return _train(config, world, run, console, decision)
     finally:
         console.close()
 
 
-def _already_completed(run: RunDir, console: Console) -> dict[str, Any]:
+def _already_completed(world: World, run: RunDir, console: Console) -> dict[str, Any]:
     result = run.read_json("result.json")
     assert result is not None
+    if world.is_main and (run.read_json("status.json") or {}).get("state") != "completed":
+        # Killed between its result and its status.
+        run.write_status("completed", step=result["step"], epoch=result["epoch"], world_size=result["world_size"])
     console.note(
         f"{run.location} is completed; a longer trainer.duration goes on with it, another run.name begins anew"
     )

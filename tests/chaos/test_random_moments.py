@@ -142,6 +142,6 @@ def test_signalled_at_random_moments(folder: Path, processes: int, number: signa
             assert status["state"] == "preempted", f"{target} of {process.pid}, {ranks}: {status}\n{out}\n{err}"
             found = CheckpointStore(Storage(place / "checkpoints")).find("last")
             assert found.step == status["step"]
-            assert max(traced(place)) == status["step"], "a rank went on for longer than another"
+            assert max(traced(place), default=0) == status["step"], "a rank went on for longer than another"
         assert_equal_runs(place, folder / "runs" / f"whole{processes}")
         assert_each_sample_once(place)
