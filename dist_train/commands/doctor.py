@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from dist_train.commands.arguments import Parser, with_config
 from dist_train.config.errors import ConfigError
+from dist_train.runtime.failure import write_error_file
 
 if TYPE_CHECKING:
     from dist_train.config.schema import Config
@@ -309,6 +310,8 @@ def _print(checks: list[Check], ranks: list[dict[str, Any]], seconds: float) -> 
         f"not fit: {', '.join(failed)}" + (f"; look at {_names(bad)}" if bad else "") if failed else "fit for a job"
     )
     print(f"\ndoctor: {verdict} ({len(ranks)} rank(s), {seconds:.1f} s)", flush=True)
+    if failed:
+        write_error_file(f"doctor: {verdict}", "")
 
 
 def _speed(value: float) -> str:
