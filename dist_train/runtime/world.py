@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import socket
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     import torch
 
     from dist_train.config.schema import DistributedConfig
+
+
+_GROUPS = itertools.count()  # process groups that this process has joined
 
 
 @dataclass(frozen=True)
@@ -240,6 +244,8 @@ def open_world(config: DistributedConfig, placement: Placement) -> Iterator[Worl
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store, rank, size = next(dist.rendezvous("env://", placement.rank, placement.size, timeout=timeout))
     store.set_timeout(timeout)
+    # A process that trains a second time would else meet the keys of its first group in the launcher's store, and hang.
+    store = dist.PrefixStore(f"group-{next(_GROUPS)}", store)
     dist.init_process_group(
         backend,
         store=store,
