@@ -87,7 +87,9 @@ def building(key: str) -> Iterator[None]:
     except ConfigError:
         raise
     except DataError as error:
-        raise ConfigError.single(key if not str(error).startswith("data.") else "", str(error)) from error
+        head, _, rest = str(error).partition(": ")
+        named = head.startswith("data.") and " " not in head  # it says its own key
+        raise ConfigError.single(head if named else key, rest if named else str(error)) from error
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         raise ConfigError.single(

@@ -12,7 +12,7 @@ from torch import nn
 from dist_train.checkpoint.manifest import CheckpointError
 from dist_train.checkpoint.store import find_at
 from dist_train.config.components import build, is_spec, locate, reserved
-from dist_train.config.errors import ConfigError, Problem
+from dist_train.config.errors import ConfigError
 from dist_train.data.download import downloads, expected_files, missing_data, once_per_node
 from dist_train.models import transfer
 from dist_train.models.weights import is_folder, is_torchvision_name, read_file, read_torchvision
@@ -77,14 +77,6 @@ def prepare_model(model: nn.Module, config: Config, world: World | None) -> list
     Raises:
         ConfigError: something doesn't fit this model.
     """
-    try:
-        return _prepare(model, config, world)
-    except ConfigError as error:  # say where the key was written
-        placed = [Problem(p.where or config.where(p.key), p.key, p.message) for p in error.problems]
-        raise ConfigError(placed) from error
-
-
-def _prepare(model: nn.Module, config: Config, world: World | None) -> list[str]:
     wanted, notes = config.transfer, []
     head = transfer.find_head(model, wanted.head.at) if wanted.head is not None else None
     if wanted.weights is not None and world is not None:
