@@ -88,7 +88,7 @@ def make_report(
     pictures: list[Picture] = []
     try:
         if loader is not None:
-            pictures = _pictures(run, config, evaluator, loader, step)
+            pictures = pictures_of(run, config, evaluator, loader, step)
     except Exception as error:
         if warn is not None:
             warn(f"the report has no pictures: {type(error).__name__}: {error}")
@@ -116,7 +116,7 @@ def _environment(evaluator: Evaluator, record: Mapping[str, Any]) -> dict[str, s
     return facts | {"precision": evaluator.precision.name}
 
 
-def _pictures(run: RunDir, config: Config, evaluator: Evaluator, loader: EvalLoader, step: int) -> list[Picture]:
+def pictures_of(run: RunDir, config: Config, evaluator: Evaluator, loader: EvalLoader, step: int) -> list[Picture]:
     """On rank 0; [] on the others."""
     world, dataset = evaluator.world, loader.dataset
     where: Any = range(loader.plan.length)

@@ -1,0 +1,108 @@
+"""The figures of a run's checkpoint."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import result, run
+
+from dist_train.main import main
+
+
+def figures(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert main(["evaluate", *arguments]) == 0
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def plain(metrics: dict[str, float]) -> dict[str, float]:
+    """Without those of the weights that no average was taken of."""
+    return {name: value for name, value in metrics.items() if not name.startswith("raw_")}
+
+
+def test_it_repeats_what_the_run_said_at_its_end(
+    digits: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    ended = result(digits)
+    for split in ("test", "val"):
+        got = figures(capsys, "--run", str(digits), "--split", split, "--output", str(tmp_path / "out.json"))
+        assert got["metrics"] == plain(ended["metrics"][split])
+        assert got["step"] == ended["kept_step"]
+        assert json.loads((tmp_path / "out.json").read_text()) == got
+
+
+def test_the_average_of_the_weights_is_what_is_evaluated(digits: Path) -> None:
+    ended = result(digits)["metrics"]["test"]
+    assert ended["loss"] != ended["raw_loss"]
+
+
+def test_three_processes_give_the_same_bits(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    alone = figures(capsys, str(digits))
+    done = run(digits, 3, "evaluate", str(digits))
+    assert json.loads(done.stdout.splitlines()[-1]) == alone
+    assert len([line for line in done.stdout.splitlines() if line.startswith("{")]) == 1
+
+
+def test_other_data_can_be_named(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    got = figures(capsys, str(digits), "data.test.split=val")
+    assert got["metrics"] == plain(result(digits)["metrics"]["val"])
+
+
+def test_nothing_in_the_run_is_touched(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in digits.rglob("*")}
+    figures(capsys, str(digits), "--checkpoint", "last")
+    assert {path: path.stat().st_mtime_ns for path in digits.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--checkpoint", "step-7"], "no checkpoint 'step-7'"),
+        (["--checkpoint", "step-7"], "step-00000019"),
+        (["data.test=null", "--split", "test"], "data.test: the run in"),
+        (["model.hidden=[64]"], "don't fit this model"),
+        (["data.test.spilt=val"], "spilt"),
+        (["another"], "expected one run"),
+    ],
+)
+def test_a_wrong_command_says_what_is_wrong(
+    digits: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    assert main(["evaluate", str(digits), *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_directory_without_a_run_names_the_runs_near_it(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "--run", str(digits.parent)]) == 2
+    assert f"holds no run: config.yaml isn't there; runs that are there: {digits}" in capsys.readouterr().err
+    assert main(["evaluate"]) == 2
+    assert "--run DIR" in capsys.readouterr().err
+
+
+def test_damaged_weights_are_not_evaluated(digits: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    copy = shutil.copytree(digits, tmp_path / "run")
+    step = result(copy)["kept_step"]
+    weights = copy / "checkpoints" / f"step-{step:08d}" / "model.pt"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    assert main(["evaluate", str(copy), "--checkpoint", f"step-{step}"]) == 1
+    assert "model.pt" in capsys.readouterr().err
+
+
+def test_the_best_checkpoint_is_the_one_that_the_run_kept(digits: Path, tmp_path: Path) -> None:
+    from dist_train.engine.restore import find_weights
+    from dist_train.engine.rundir import RunDir
+
+    copy = shutil.copytree(digits, tmp_path / "run")
+    steps = sorted(int(path.name.removeprefix("step-")) for path in (copy / "checkpoints").glob("step-*"))
+    newest = torch.load(copy / "checkpoints" / f"step-{steps[-1]:08d}" / "trainer.pt", weights_only=True)
+    best = newest["progress"]["best_step"]
+    directory = RunDir(str(copy))
+    assert find_weights(directory, None).step == find_weights(directory, "best").step == best
+    assert best == result(copy)["kept_step"]
+    assert find_weights(directory, "last").step == steps[-1]

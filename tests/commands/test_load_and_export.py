@@ -1,0 +1,126 @@
+"""A run's model outside of it: in Python by `dist_train.load`, elsewhere by files."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from runs import environment
+
+import dist_train
+from dist_train.config.errors import ConfigError
+from dist_train.data import Digits
+from dist_train.main import main
+from dist_train.models import MLP
+
+
+def images(count: int = 5) -> torch.Tensor:
+    return Digits("test", flat=True).inputs[:count]
+
+
+def test_load_gives_the_kept_weights_in_eval_mode(digits: Path) -> None:
+    model = dist_train.load(digits)
+    kept = torch.load(digits / "model.pt", weights_only=True)
+    assert not model.training
+    assert list(model.state_dict()) == list(kept)
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in model.state_dict().items())
+    last = dist_train.load(str(digits), "last")
+    assert last.dist_train_run.step == 57
+    assert model.dist_train_run.location == str(digits)
+
+
+def test_load_leaves_the_callers_random_numbers_alone(digits: Path) -> None:
+    def draws() -> tuple[float, ...]:
+        return torch.rand(1).item(), float(np.random.rand()), random.random()
+
+    for generator in (torch.manual_seed, np.random.seed, random.seed):
+        generator(7)
+    expected = draws()
+    for generator in (torch.manual_seed, np.random.seed, random.seed):
+        generator(7)
+    dist_train.load(digits)
+    assert draws() == expected
+
+
+def test_load_into_a_model_of_ones_own_calls_nothing_of_the_config(digits: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(digits, tmp_path / "run")
+    config = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(config.replace("dist_train.models.MLP", "nowhere.to.be.Found"))
+    with pytest.raises(ConfigError, match="nowhere"):
+        dist_train.load(copy)
+    mine = dist_train.load(copy, model=MLP(64, [128], 10))
+    with torch.no_grad():
+        assert torch.equal(mine(images()), dist_train.load(digits)(images()))
+    with pytest.raises(ConfigError, match="don't fit this model"):
+        dist_train.load(copy, model=MLP(64, [12], 10))
+
+
+def test_load_gives_the_transform_of_the_data_without_the_data(digits: Path, tmp_path: Path) -> None:
+    assert dist_train.load(digits).dist_train_run.transform is None
+    copy = shutil.copytree(digits, tmp_path / "run")
+    text = (copy / "config.yaml").read_text()
+    val = "  val:\n    _target_: dist_train.data.Digits\n"
+    assert val in text
+    flip = "transform:\n      _target_: torchvision.transforms.CenterCrop\n      size: 2\n"
+    changed = f"  val:\n    _target_: torchvision.datasets.ImageFolder\n    root: not/here\n    {flip}"
+    start = text.index(val)
+    end = text.index("  test:", start)
+    (copy / "config.yaml").write_text(text[:start] + changed + text[end:])
+    transform = dist_train.load(copy).dist_train_run.transform
+    assert transform(torch.zeros(1, 8, 8)).shape == (1, 2, 2)
+
+
+# What somebody who has the file, torch and the model's code does with it.
+USES = {
+    "state_dict": "from dist_train.models import MLP; m = MLP(64, [128], 10); "
+    "m.load_state_dict(torch.load(path, weights_only=True))",
+    "module": "m = torch.load(path, weights_only=False)",
+    "safetensors": "from dist_train.models import MLP; from safetensors.torch import load_file; "
+    "m = MLP(64, [128], 10); m.load_state_dict(load_file(path))",
+    "torch_export": "m = torch.export.load(path).module()",
+}
+
+
+@pytest.fixture(scope="module")
+def exported(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with every format, and the outputs that each gives in one fresh process."""
+    folder = tmp_path_factory.mktemp("export")
+    torch.save(images(), folder / "images.pt")
+    lines = ["import torch", "x = torch.load('images.pt')", "torch.set_num_threads(1)"]
+    for name, use in USES.items():
+        ending = {"safetensors": ".safetensors", "torch_export": ".pt2"}.get(name, ".pt")
+        assert main(["export", str(digits), "--format", name, "--output", str(folder / (name + ending))]) == 0
+        lines.append(f"path = '{name}{ending}'; {use}; (m.eval() if '{name}' != 'torch_export' else m)")
+        lines.append(f"torch.save(m(x).detach(), '{name}.out')")
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=folder, env=environment(), check=True)
+    return folder
+
+
+@pytest.mark.parametrize("name", USES)
+def test_every_format_gives_the_same_outputs_in_a_fresh_process(digits: Path, exported: Path, name: str) -> None:
+    with torch.no_grad():
+        expected = dist_train.load(digits)(images())
+    got = torch.load(exported / f"{name}.out")
+    if name == "torch_export":
+        torch.testing.assert_close(got, expected)
+    else:
+        assert torch.equal(got, expected)
+
+
+def test_the_module_comes_with_a_warning(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "whole.pt"
+    assert main(["export", "--run", str(digits), "--format", "module", "--output", str(output)]) == 0
+    assert "warning: this is a pickle" in capsys.readouterr().err
+    assert main(["export", "--run", str(digits), "--output", str(output)]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_an_unknown_format_is_answered_with_those_there_are(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", "--run", str(digits), "--format", "onnx"]) == 2
+    assert "torch_export" in capsys.readouterr().err

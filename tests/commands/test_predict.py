@@ -1,0 +1,131 @@
+"""Predictions as a table: complete, in order, the same on any number of processes."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from runs import result, run
+from torch import nn
+
+import dist_train
+from dist_train.data import CSV, Digits
+from dist_train.engine.losses import Loss
+from dist_train.engine.metrics import Accuracy, BinaryAccuracy
+from dist_train.engine.predict import Meaning, read_meaning
+from dist_train.engine.task import Supervised
+from dist_train.main import main
+
+
+def predicted(folder: Path, *arguments: str) -> list[dict[str, str]]:
+    path = folder / "out.csv"
+    assert main(["predict", *arguments, "--output", str(path)]) == 0
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_any_number_of_processes_writes_the_same_bytes(digits: Path, tmp_path: Path) -> None:
+    for processes in (2, 3):
+        run(tmp_path, processes, "predict", str(digits), "--output", f"{processes}.csv")
+    rows = predicted(tmp_path, "--run", str(digits))
+    one = (tmp_path / "out.csv").read_bytes()
+    assert (tmp_path / "2.csv").read_bytes() == one
+    assert (tmp_path / "3.csv").read_bytes() == one
+    assert [row["index"] for row in rows] == [str(k) for k in range(360)]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_the_table_holds_what_the_model_says(digits: Path, tmp_path: Path) -> None:
+    rows = predicted(tmp_path, str(digits))
+    test = Digits("test", flat=True)
+    with torch.no_grad():
+        probabilities = dist_train.load(digits)(test.inputs).softmax(1)
+    table = np.array([[float(row[f"probability_{k}"]) for k in range(10)] for row in rows])
+    torch.testing.assert_close(torch.from_numpy(table).float(), probabilities)
+    assert [int(row["prediction"]) for row in rows] == table.argmax(1).tolist()
+    assert [int(row["target"]) for row in rows] == test.targets.tolist()
+    assert [row["prediction_name"] for row in rows] == [row["prediction"] for row in rows]
+    right = sum(row["prediction"] == row["target"] for row in rows)
+    assert right / 360 == result(digits)["metrics"]["test"]["accuracy"]
+
+
+def test_data_without_labels_are_predicted_too(digits: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "new.npy", Digits("test", flat=True).inputs[:7].numpy())
+    rows = predicted(
+        tmp_path, str(digits), f"data.test={{_target_: dist_train.data.Arrays, inputs: {tmp_path}/new.npy}}"
+    )
+    labelled = predicted(tmp_path, str(digits), "data.eval_batch_size=7")[:7]
+    assert list(rows[0]) == ["index", "prediction", *(f"probability_{k}" for k in range(10))]
+    assert [row["probability_3"] for row in rows] == [row["probability_3"] for row in labelled]
+
+
+def test_a_regression_predicts_in_the_units_of_the_table(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(table.parent.parent)
+    rows = predicted(tmp_path, str(table))
+    given = CSV("all.csv", "price", split="test", train_path="all.csv")
+    assert list(rows[0]) == ["index", "prediction", "target"]
+    assert given.targets is not None
+    np.testing.assert_allclose([float(row["target"]) for row in rows], given.targets, rtol=1e-5)
+    np.testing.assert_allclose([float(row["prediction"]) for row in rows], given.targets, atol=5)  # deviation: 115
+
+    new = tmp_path / "new.csv"
+    new.write_text("a,b,c\n1,0,0\n0,0,0\n")
+    rows = predicted(tmp_path, str(table), f"data.test.path={new}", "data.test.split=null")
+    assert list(rows[0]) == ["index", "prediction"]
+    np.testing.assert_allclose([float(row["prediction"]) for row in rows], [1050, 1000], atol=5)
+
+
+def test_without_an_output_the_table_is_printed(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", str(digits), "--split", "val"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("index,prediction,")
+    assert len(lines) == 181
+
+
+def test_a_place_that_cannot_be_written_is_named(
+    digits: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    assert main(["predict", str(digits), "--output", str(tmp_path / "file" / "out.csv")]) == 2
+    assert "--output" in capsys.readouterr().err
+
+
+class Stub:
+    """What `read_meaning` looks at."""
+
+    def __init__(self, loss: object, metrics: tuple[object, ...] = ()):
+        self.task = Supervised(Loss(loss)) if callable(loss) else object()  # type: ignore[arg-type]
+        self.metrics = metrics
+
+
+ONE, SEVERAL = torch.tensor([0.2, 0.7]), torch.tensor([[0.25, 0.75], [0.5, 0.5]])
+
+
+@pytest.mark.parametrize(
+    ("loss", "outputs", "targets", "metrics", "meaning"),
+    [
+        (nn.CrossEntropyLoss(), SEVERAL, None, (), Meaning("classes", "softmax")),
+        (nn.functional.cross_entropy, SEVERAL, None, (), Meaning("classes", "softmax")),
+        (nn.NLLLoss(), SEVERAL.log(), None, (), Meaning("classes", "exp")),
+        (nn.BCELoss(), ONE, None, (), Meaning("binary")),
+        (nn.BCEWithLogitsLoss(), ONE, None, (), Meaning("binary", "sigmoid", 0.0)),
+        (nn.BCEWithLogitsLoss(), SEVERAL, None, (), Meaning("values", "sigmoid")),
+        (nn.MSELoss(), SEVERAL, None, (), Meaning("values")),
+        (lambda o, t: o.sum(), SEVERAL, torch.tensor([0, 1]), (), Meaning("classes")),
+        (lambda o, t: o.sum(), SEVERAL.log(), torch.tensor([0, 1]), (), Meaning("classes", "exp")),
+        (lambda o, t: o.sum(), SEVERAL * 9, torch.tensor([0, 1]), (), Meaning("classes", "softmax")),
+        (lambda o, t: o.sum(), SEVERAL, SEVERAL, (), Meaning("values")),
+        (None, SEVERAL * 9, None, (Accuracy(),), Meaning("classes", "softmax")),
+        (None, ONE, None, (BinaryAccuracy(threshold=0.0),), Meaning("binary", "sigmoid", 0.0)),
+        (None, torch.tensor([3, 1]), None, (), Meaning("labels")),
+    ],
+)
+def test_outputs_are_read_by_the_loss_else_by_metrics_and_targets(
+    loss: object, outputs: torch.Tensor, targets: torch.Tensor | None, metrics: tuple[object, ...], meaning: Meaning
+) -> None:
+    assert read_meaning(Stub(loss, metrics), outputs, targets) == meaning  # type: ignore[arg-type]
