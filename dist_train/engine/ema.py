@@ -49,10 +49,7 @@ class EMA:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from a saved average.
-
-        Raises:
-            KeyError: a parameter has no average in `state`.
-        """
+        """Go on from a saved average; that of a parameter which was frozen then begins with its value now."""
         for name, average in self._average.items():
-            average.copy_(state[name])
+            if name in state:
+                average.copy_(state[name])

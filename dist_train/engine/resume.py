@@ -157,9 +157,10 @@ def load_training(
     progress = Progress(**state["progress"])
     notes: list[str] = []
     fresh = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    lr_changed = any(key.split(".")[0] in ("optimizer", "scheduler") for key in changed)
-    if any(key == "optimizer._target_" or key.startswith("optimizer.groups") for key in changed):
-        notes.append("another optimizer or other groups: its state begins anew")
+    regrouped = any(key.startswith(("optimizer._target_", "optimizer.groups", "transfer.freeze")) for key in changed)
+    lr_changed = regrouped or any(key.split(".")[0] in ("optimizer", "scheduler") for key in changed)
+    if regrouped:
+        notes.append("another optimizer, or other parameters for it: its state begins anew")
     else:
         optimizer.load_state_dict(found.load("optimizer"))
         if lr_changed:
