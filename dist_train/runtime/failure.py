@@ -120,12 +120,12 @@ def advice(error: BaseException | None, text: str, micro: int | None = None) -> 
         "SampleError": "read that sample by hand: its dataset class, its index; data.num_workers=0 makes it debuggable",
         "loader worker died": "data.num_workers=0 shows an error in the dataset itself; more /dev/shm, or more memory",
         "shapes cannot be multiplied": "the layer's in_features must be what comes out of the layer before it",
-        "Target": "labels must be 0 ... classes - 1, and the model's last layer must have that many outputs",
+        "IndexError: Target": "labels must be 0 ... classes - 1, and the model's last layer must have that many outputs",
         "device-side assert": "the same with CUDA_LAUNCH_BLOCKING=1, or distributed.device=cpu, names the true line",
         "CheckpointError": "the directory's space and permissions (df -h; touch a file there); what was saved before is whole",
     }
     for part, hint in hints.items():
-        if text.startswith(part) or (part != "Target" and part in text):
+        if part in text:
             return hint
     return "the same command with one process and data.num_workers=0 is the shortest way to see it again, in a debugger too"
 
@@ -133,11 +133,8 @@ def advice(error: BaseException | None, text: str, micro: int | None = None) -> 
 def summary(record: Record, size: int = 1, logs: str = "") -> str:
     """The few lines that say everything once."""
     rank = f"rank {record['rank']}" + (f" of {size}" if size > 1 else "")
-    started = record["phase"] != STARTING
-    place = f"in step {record['step']} ({PHASES[record['phase']]})" if started else "while starting"
-    place = "at the end" if record["phase"] == DONE else place
     verb = {"raised": "failed", "gone": "has gone", "hang": "hangs"}[record["kind"]]
-    lines = [f"dist_train: {rank} on {record['host']} {verb} {place}"]
+    lines = [f"dist_train: {rank} on {record['host']} {verb} {_place(record)}"]
     facts = {
         "pid": str(record["pid"]),
         "error": record["error"],
@@ -153,8 +150,14 @@ def summary(record: Record, size: int = 1, logs: str = "") -> str:
 
 def cause(record: Record) -> str:
     """The same in one line, for status.json and attempts.jsonl."""
-    place = f" in step {record['step']} ({PHASES[record['phase']]})" if record["phase"] != STARTING else " while starting"
-    return f"rank {record['rank']} on {record['host']}{place}: {record['error']}"
+    return f"rank {record['rank']} on {record['host']} {_place(record)}: {record['error']}"
+
+
+def _place(record: Record) -> str:
+    if record["phase"] in (STARTING, DONE):
+        return "while starting" if record["phase"] == STARTING else "at the end"
+    phase = PHASES[record["phase"]]
+    return f"in step {record['step']} ({phase})" if record["step"] else f"in {phase}"
 
 
 def _shown(samples: Sequence[int], count: int) -> str:

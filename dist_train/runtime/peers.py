@@ -9,12 +9,10 @@ leave without a word. All leave by `os._exit`: with peers gone, an ordinary exit
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import json
 import logging
 import os
 import socket
-import statistics
 import sys
 import threading
 import time
@@ -25,6 +23,8 @@ from dist_train.config.errors import ConfigError
 from dist_train.runtime import failure
 from dist_train.runtime.failure import Record
 from dist_train.runtime.here import CALLBACK, CONFIG, DATA, DONE, PHASES, STARTING, Here, descriptor, here, of_process
+from dist_train.runtime.pace import Pace
+from dist_train.runtime.processes import machine, process_state, stacks
 
 LOOK_SECONDS = 0.5
 POST_SECONDS = 1.0
@@ -32,8 +32,6 @@ LOST_SECONDS = 6.0  # without a heartbeat, from another machine; where a process
 SETTLE_SECONDS = 7.0  # for what a rank hears of a peer that has gone, until the watch knows which
 LEAVE_SECONDS = 4.0
 WATCHERS = 8  # more ranks than twice this don't read all heartbeats each
-ANSWERS_SLOW = 5  # looks in a row that find the same rank slow
-SLOW = 1.5  # times the median
 
 log = logging.getLogger("dist_train")
 
@@ -72,9 +70,7 @@ class Peers:
         self._heard: dict[int, float] = {}  # when each rank's heartbeat last changed, by this rank's clock
         self._moved: dict[int, float] = {}  # when its position last changed
         self._near: dict[int, Here | None] = {}
-        self._pace: dict[int, tuple[float, float]] = {}
-        self._slow = [-1, 0]
-        self._told_slow: set[int] = set()
+        self._pace = Pace(size)
         self._posts = 0
         self._posted_at = 0.0
         self._stand: list[int] = []
@@ -137,35 +133,13 @@ class Peers:
         self._conclude(record)
 
     def pace(self) -> dict[str, float]:
-        """The spread over ranks of a step's own time and of the wait for data, seconds a step (rank 0; from heartbeats)."""
-        known = dict(self._pace)
-        if len(known) < self.size or self.size == 1:
-            return {}
-        own, waited = [pace[0] for pace in known.values()], [pace[1] for pace in known.values()]
-        return {
-            "step_s_min": min(own),
-            "step_s_max": max(own),
-            "data_wait_s_min": min(waited),
-            "data_wait_s_max": max(waited),
-        }
+        """The spread over ranks of a step's own time and of its wait for data, for the metrics (rank 0; from heartbeats)."""
+        return self._pace.spread()
 
     def slow_rank(self) -> str | None:
         """Names a rank that has been slow at the last few calls, once (rank 0, at each log interval)."""
-        known = dict(self._pace)
-        if len(known) < self.size or self.size == 1:
-            return None
-        usual = statistics.median_low(pace[0] for pace in known.values())
-        rank = max(known, key=lambda rank: known[rank][0])
-        slow = known[rank][0] > SLOW * usual and known[rank][0] - usual > 0.01
-        self._slow = [rank, self._slow[1] + 1 if self._slow[0] == rank else 1] if slow else [-1, 0]
-        if self._slow[1] < ANSWERS_SLOW or rank in self._told_slow:
-            return None
-        self._told_slow.add(rank)
-        own, waited = known[rank]
-        return (
-            f"rank {rank} on {self.beats[rank]['host']} is slow: {own * 1e3:.0f} ms a step until its gradients are ready "
-            f"({waited * 1e3:.0f} ms of it waiting for data), {usual * 1e3:.0f} ms on the others, which wait for it"
-        )
+        rank, text = self._pace.slow()
+        return None if rank is None else f"rank {rank} on {self.beats[rank]['host']} is slow: {text}"
 
     # The watching thread's side.
 
@@ -225,9 +199,7 @@ class Peers:
             beat, before = json.loads(value), self.beats.get(rank)
             if before is None or beat["n"] != before["n"]:
                 self._heard[rank] = now
-                if before is not None and beat["sums"][0] > before["sums"][0]:
-                    steps, busy, waited = (new - old for new, old in zip(beat["sums"], before["sums"], strict=True))
-                    self._pace[rank] = (busy / steps, waited / steps)
+                self._pace.hear(rank, beat["sums"], None if before is None else before["sums"])
             if before is None or beat["at"] != before["at"]:
                 self._moved[rank] = now
             self.beats[rank] = beat
@@ -439,44 +411,6 @@ class Peers:
 
     def _logs(self, rank: int) -> str:
         return f"{self.logs}/rank-{rank}.log, and the other ranks' beside it" if self.logs else ""
-
-
-def machine() -> str:
-    """What two processes share that can look each other up by pid: host, boot and pid namespace."""
-    parts = [socket.gethostname()]
-    with contextlib.suppress(OSError):
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            parts.append(file.read().strip())
-        parts.append(os.readlink("/proc/self/ns/pid"))
-    return " ".join(parts)
-
-
-def process_state(pid: int) -> str:
-    """`running`, `stopped` (by a signal or a debugger) or `gone` (a zombie has gone)."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            state = file.read().rpartition(")")[2].split()[0]
-        return {"Z": "gone", "X": "gone", "T": "stopped", "t": "stopped"}.get(state, "running")
-    except OSError:
-        if os.path.exists("/proc/self/stat"):
-            return "gone"
-    try:  # no /proc (macOS)
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return "gone"
-    except OSError:
-        pass
-    return "running"
-
-
-def stacks() -> str:
-    """The Python stacks of all threads of this process."""
-    import tempfile
-
-    with tempfile.TemporaryFile("w+") as file:
-        faulthandler.dump_traceback(file, all_threads=True)
-        file.seek(0)
-        return file.read()
 
 
 def _exit_at(deadline: float) -> None:

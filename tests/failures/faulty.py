@@ -43,6 +43,8 @@ class Model(MLP):
         if mark(late and KIND == "hang-evaluation"):
             time.sleep(1000)
         if self.training:
+            if HERE and KIND == "slow":
+                time.sleep(0.06)
             if due("model"):
                 raise RuntimeError("a model that fails")
             if due("hang-model"):

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import CONFIGS, run, start
+from runs import CONFIGS, rows, run, start
 
 CONFIG = f"""
 extends: {CONFIGS / "digits.yaml"}
@@ -191,3 +191,14 @@ def test_a_hang_names_the_rank_that_the_others_wait_for(folder: Path, kind: str,
 )
 def test_a_hang_anywhere_is_named(folder: Path, kind: str, rank: int, processes: int) -> None:
     check_hang(folder, kind, rank, processes)
+
+
+def test_a_slow_rank_is_in_the_metrics_and_is_named_once(folder: Path) -> None:
+    options = ("trainer.duration=90step", "trainer.log_every=4step", "checkpoint.every=1000step")
+    done = run(folder, 2, "--config", "faulty.yaml", *options, env={"FAIL": "slow@1"})
+    told = [line for line in done.stderr.splitlines() if " is slow: " in line]
+    assert len(told) == 1
+    assert told[0].startswith(f"warning: rank 1 on {os.uname().nodename} is slow: ")
+    spread = [row for row in rows(folder / "runs/run", "train", clock=True) if "step_s_max" in row]
+    assert spread
+    assert all(row["step_s_max"] > 0.06 > row["step_s_min"] >= row["data_wait_s_min"] for row in spread[2:])

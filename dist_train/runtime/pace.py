@@ -1,0 +1,59 @@
+"""How fast each rank is by itself, before it waits for the others."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+IN_A_ROW = 5  # log intervals that find the same rank slow
+SLOW = 1.5  # times the median
+NOTICEABLE = 0.01  # seconds a step
+
+
+class Pace:
+    """Seconds a step of each rank: its own time until its gradients are ready, and of that the wait for data.
+
+    One thread tells (`hear`), another asks; nothing is locked, and an answer may be a heartbeat old.
+    """
+
+    def __init__(self, size: int):
+        self.size = size
+        self._known: dict[int, tuple[float, float]] = {}
+        self._candidate, self._times = -1, 0
+        self._told: set[int] = set()
+
+    def hear(self, rank: int, sums: Sequence[float], before: Sequence[float] | None) -> None:
+        """Two readings of a rank's (steps, own seconds, seconds of waiting for data), each a sum since its start."""
+        if before is not None and sums[0] > before[0]:
+            steps, own, waited = (new - old for new, old in zip(sums, before, strict=True))
+            self._known[rank] = (own / steps, waited / steps)
+
+    def spread(self) -> dict[str, float]:
+        """The least and the most over all ranks; {} as long as one hasn't been heard, and with one process."""
+        known = dict(self._known)
+        if len(known) < self.size or self.size == 1:
+            return {}
+        own, waited = zip(*known.values(), strict=True)
+        names = ("step_s_min", "step_s_max", "data_wait_s_min", "data_wait_s_max")
+        return dict(zip(names, (min(own), max(own), min(waited), max(waited)), strict=True))
+
+    def slow(self) -> tuple[int | None, str]:
+        """A rank that was slow at the last few calls, and how slow; each rank is told once."""
+        known = dict(self._known)
+        if len(known) < self.size or self.size == 1:
+            return None, ""
+        usual = statistics.median_low(own for own, _ in known.values())
+        rank = max(known, key=lambda rank: known[rank][0])
+        own, waited = known[rank]
+        if own <= SLOW * usual or own - usual <= NOTICEABLE:
+            self._candidate = -1
+            return None, ""
+        self._times = self._times + 1 if rank == self._candidate else 1
+        self._candidate = rank
+        if self._times < IN_A_ROW or rank in self._told:
+            return None, ""
+        self._told.add(rank)
+        return rank, (
+            f"{own * 1e3:.0f} ms a step until its gradients are ready ({waited * 1e3:.0f} ms of it waiting for data), "
+            f"{usual * 1e3:.0f} ms on the others, which wait for it"
+        )
