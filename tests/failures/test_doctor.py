@@ -61,6 +61,7 @@ def test_another_version_a_full_shared_memory_and_a_directory_that_cannot_be_wri
     assert all(states[name]["state"] == "ok" for name in ("python", "torch", "clocks", "all-reduce"))
 
 
+@pytest.mark.chaos
 def test_a_slow_link_is_found_against_a_floor(hosts: Hosts) -> None:
     hosts.slow(3, "20mbit")
     found = examine(hosts, "--min-bandwidth", "0.03")

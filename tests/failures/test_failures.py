@@ -53,16 +53,8 @@ FULL = [
     if not (rank and kind in ONLY_RANK_ZERO) and not (processes == 1 and kind in KILLED)
 ]
 QUICK = [
-    *(("model", 1, 2), ("dataset", 0, 2), ("worker", 1, 2), ("optimizer", 0, 1), ("callback", 0, 2), ("kill", 0, 2)),
-    *(
-        ("kill", 1, 2),
-        ("exit", 1, 2),
-        ("memory", 1, 2),
-        ("nan", 0, 2),
-        ("evaluation", 1, 2),
-        ("save", 0, 2),
-        ("loss", 0, 1),
-    ),
+    *(("model", 1, 2), ("dataset", 0, 2), ("worker", 0, 1), ("optimizer", 0, 1), ("callback", 0, 2), ("kill", 0, 2)),
+    *(("kill", 1, 2), ("memory", 1, 2), ("nan", 0, 2), ("evaluation", 1, 2), ("save", 0, 2), ("loss", 0, 1)),
 ]
 
 
