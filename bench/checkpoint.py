@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,8 @@ def main() -> None:
             for name, work in {
                 "torch.save": lambda: plain(state, Path(scratch) / "plain.pt", False),
                 "torch.save + fsync": lambda: plain(state, Path(scratch) / "plain.pt", True),
-                "synchronous": lambda trial=trial: synchronous.save(trial, state, {}),
-                "asynchronous, blocking": lambda trial=trial: asynchronous.save(trial, state, {}),
+                "synchronous": partial(synchronous.save, trial, state, {}),
+                "asynchronous, blocking": partial(asynchronous.save, trial, state, {}),
                 "asynchronous, until published": asynchronous.wait,
             }.items():
                 times.setdefault(name, []).append(seconds(work))

@@ -3,8 +3,8 @@
     python bench/gpu.py            # about two minutes; a table goes to stdout
 
 Both train on the same synthetic images, which lie in host memory as one tensor and reach the GPU through a stock DataLoader
-(raw) or dist_train's own; bf16 autocast, channels_last, fused SGD. dist_train has everything on that is on by default (but for a save after each epoch
-of 16 steps), and checks every step for inf and nan. Medians of the rounds' ratios count.
+(raw) or dist_train's own; bf16 autocast, channels_last, fused SGD. dist_train has everything on that is on by
+default (but for a save after each epoch of 16 steps), and checks every step for inf and nan. Medians of the rounds' ratios count.
 """
 
 from __future__ import annotations

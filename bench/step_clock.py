@@ -32,4 +32,5 @@ class RepeatedDigits(Digits):
 
     def __init__(self, split: str = "train", *, repeat: int = 1) -> None:
         super().__init__(split, flat=True)
+        assert self.targets is not None
         self.inputs, self.targets = self.inputs.repeat(repeat, 1), self.targets.repeat(repeat)

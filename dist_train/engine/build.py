@@ -97,10 +97,11 @@ def building(key: str) -> Iterator[None]:
         ) from error
 
 
-def draw_blueprint(config: Config, world: World, *, fresh: bool) -> Blueprint:
+def draw_blueprint(config: Config, world: World, *, fresh: bool, fits: int | None = None) -> Blueprint:
     """Build the five pieces that a config names, in an order that never changes: the model first, from the run's seed.
 
     Args:
+        fits: with `trainer.micro_batch_size: auto`, the most samples of a forward, where memory has run out before.
         fresh: the run begins, so that `transfer.weights` are loaded; otherwise a checkpoint's follow.
 
     Raises:
@@ -126,7 +127,7 @@ def draw_blueprint(config: Config, world: World, *, fresh: bool) -> Blueprint:
         )
     share = -(-plan.global_batch_size // world.size)
     wanted = config.trainer.micro_batch_size
-    micro = share if wanted == "auto" else min(int(wanted), share)
+    micro = min(share, fits or share) if wanted == "auto" else min(int(wanted), share)
     precision = resolve_precision(config.trainer.precision, world.device)
     model, channels_last = place_model(model, config, world)
     _check_batchnorm(model, plan, world.size, micro)
@@ -242,6 +243,16 @@ def _check_batchnorm(model: nn.Module, plan: Plan, world_size: int, micro: int) 
         f"{micro}, some forward gets a single sample, over which BatchNorm can't take statistics; sizes that work: {sizes} (with "
         "micro-batches of at least 2), or data.drop_last=true",
     )
+
+
+def splits_exactly(blueprint: Blueprint) -> bool:
+    """Whether smaller micro-batches give the same gradient: no BatchNorm, no dropout, a loss whose denominator is known."""
+    norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    for module in blueprint.model.modules():
+        drops = [getattr(module, name, 0.0) for name in ("p", "dropout") if not isinstance(module, nn.Sequential)]
+        if isinstance(module, norms) or any(isinstance(p, float) and p > 0 for p in drops):
+            return False
+    return blueprint.loss is not None and blueprint.loss.exact is not False
 
 
 def build_reducer(blueprint: Blueprint, scaler: torch.amp.GradScaler | None) -> Reducer:

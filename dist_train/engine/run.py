@@ -8,14 +8,14 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dist_train.checkpoint.manager import CheckpointManager
 from dist_train.config.errors import ConfigError
 from dist_train.data.plan import share
 from dist_train.engine.assemble import assemble, build_pieces
-from dist_train.engine.build import Blueprint, draw_blueprint
+from dist_train.engine.build import Blueprint, draw_blueprint, splits_exactly
 from dist_train.engine.finish import finish
 from dist_train.engine.resume import Decision, decide
 from dist_train.engine.rundir import RunDir, check_shared, run_location
@@ -30,6 +30,8 @@ from dist_train.tracking.console import Console, setup_logging
 
 if TYPE_CHECKING:
     from dist_train.config.schema import Config
+
+MICRO_BATCHES = "micro_batches.json"  # what fits, once memory has run out
 
 
 def train_config(config: Config) -> dict[str, Any]:
@@ -69,7 +71,8 @@ def _already_completed(world: World, run: RunDir, console: Console) -> dict[str,
 
 def _train(config: Config, world: World, run: RunDir, console: Console, decision: Decision) -> dict[str, Any]:
     began = time.monotonic()
-    blueprint = draw_blueprint(config, world, fresh=decision.action == "fresh")
+    known = world.on_main(lambda: run.read_json(MICRO_BATCHES)) or {}
+    blueprint = draw_blueprint(config, world, fresh=decision.action == "fresh", fits=known.get("micro_batch_size"))
     pieces = build_pieces(
         blueprint
     )  # whatever is wrong with the config has shown by now: from here on things are written
@@ -79,7 +82,9 @@ def _train(config: Config, world: World, run: RunDir, console: Console, decision
     try:
         run.begin(world)
         setup_logging(run.path(f"logs/rank-{world.rank}.log"), world.rank)
-        _inform_peers(world, run, blueprint, lambda cause: _record_failure(trainer, lease, world, run, attempt, cause))
+        world.peers.parting = console.close
+        world.peers.closing = lambda record: _record_failure(trainer, lease, world, run, attempt, record)
+        _inform_peers(world, run, blueprint)
         if world.is_main:
             _tell_unfinished(run, attempt, console)
         checkpoints = CheckpointManager(
@@ -118,8 +123,7 @@ def _train(config: Config, world: World, run: RunDir, console: Console, decision
             world.peers.closing = None  # the records are another's by now
         world.peers.raised(error)  # with several processes this one ends here
         if world.peers.closing is not None and world.is_main:
-            record = getattr(error, "dist_train_record", None)
-            world.peers.closing(failure.cause(record) if record else f"{type(error).__name__}: {error}")
+            world.peers.closing(getattr(error, "dist_train_record", None) or failure.describe(error))
         raise
     finally:
         if trainer is not None:
@@ -166,7 +170,7 @@ def _attempt_facts(world: World, attempt: int, resumed: int) -> dict[str, Any]:
     }
 
 
-def _inform_peers(world: World, run: RunDir, blueprint: Blueprint, closing: Callable[[str], None]) -> None:
+def _inform_peers(world: World, run: RunDir, blueprint: Blueprint) -> None:
     """What the summary of a failure needs to know of this run."""
     plan, peers = blueprint.plan, world.peers
 
@@ -175,7 +179,13 @@ def _inform_peers(world: World, run: RunDir, blueprint: Blueprint, closing: Call
         return indices[share(len(indices), rank, world.size)].tolist()
 
     peers.samples, peers.micro_batch_size = samples, blueprint.micro_batch_size
-    peers.logs, peers.closing = str(run.path("logs")), closing
+    peers.logs = str(run.path("logs"))
+    if (
+        blueprint.config.trainer.micro_batch_size == "auto"
+        and blueprint.micro_batch_size > 1
+        and splits_exactly(blueprint)
+    ):
+        peers.halved = blueprint.micro_batch_size // 2
     if peers.may_exit:  # a crash inside C code leaves its Python stack in the log
         faulthandler.enable(open(run.path(f"logs/rank-{world.rank}.log"), "a"))  # noqa: SIM115
 
@@ -201,20 +211,23 @@ def _record_end(trainer: Trainer, world: World, run: RunDir, attempt: int, outco
 
 
 def _record_failure(
-    trainer: Trainer | None, lease: Lease | None, world: World, run: RunDir, attempt: int, cause: str
+    trainer: Trainer | None, lease: Lease | None, world: World, run: RunDir, attempt: int, record: failure.Record
 ) -> None:
     """Leave word of a failure, as far as disk and store let one: what they say now must not hide the failure itself."""
     run.hurry()
+    cause = failure.cause(record)
 
     def tell() -> None:
         status = run.read_json("status.json") or {"step": 0, "epoch": 0}
         step, epoch = (trainer.step, trainer.epoch) if trainer is not None else (status["step"], status["epoch"])
         run.write_status("failed", step=step, epoch=epoch, world_size=world.size, error=cause)
         run.record_attempt("end", attempt=attempt, state="failed", step=step, cause=cause)
+        if "halved" in record:
+            run.write_json(MICRO_BATCHES, {"micro_batch_size": record["halved"], "because": cause})
 
     def close() -> None:
         if trainer is not None:
-            trainer.parts.logger.close("failed")
+            trainer.parts.logger.close("failed", timeout=15.0 if world.size == 1 else 2.0)
 
     release = lease.release if lease is not None else lambda: None
     for leave_word in (tell, close, run.upload, release):

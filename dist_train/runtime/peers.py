@@ -9,6 +9,7 @@ leave without a word. All leave by `os._exit`: with peers gone, an ordinary exit
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -24,7 +25,7 @@ from dist_train.runtime import failure
 from dist_train.runtime.failure import Record
 from dist_train.runtime.here import CALLBACK, CONFIG, DATA, DONE, PHASES, STARTING, Here, descriptor, here, of_process
 from dist_train.runtime.pace import Pace
-from dist_train.runtime.processes import machine, process_state, stacks
+from dist_train.runtime.processes import machine, process_state, stacks, start_again
 
 LOOK_SECONDS = 0.5
 POST_SECONDS = 1.0
@@ -53,7 +54,10 @@ class Peers:
         logs: the directory of the ranks' logs, once it is known.
         samples: gives the samples of optimizer step (from 1) on a rank, for the summary.
         micro_batch_size: of this run, for advice.
-        closing: what a rank that ends the run does first, with the cause (status, ledger, lease); a few seconds long.
+        halved: the micro-batch size that all ranks go on with when memory runs out, by starting again in their own place;
+            None where that would change the result.
+        closing: what the rank that speaks does first (status, ledger, lease); a few seconds long.
+        parting: what every rank does before anybody speaks (the terminal's live bar).
         may_exit: whether a hang may end this process, when it is alone: not in a notebook.
     """
 
@@ -64,7 +68,9 @@ class Peers:
         self.logs = ""
         self.samples: Callable[[int, int], Sequence[int]] | None = None
         self.micro_batch_size: int | None = None
-        self.closing: Callable[[str], None] | None = None
+        self.halved: int | None = None
+        self.closing: Callable[[Record], None] | None = None
+        self.parting: Callable[[], None] | None = None
         self.beats: dict[int, dict[str, Any]] = {}
         self._machine = machine()
         self._heard: dict[int, float] = {}  # when each rank's heartbeat last changed, by this rank's clock
@@ -123,8 +129,10 @@ class Peers:
             error, self.rank, self._samples(here.step, here.phase, self.rank), self.micro_batch_size
         )
         record["logs"] = self._logs(self.rank)
+        if self.halved and self.may_exit and failure.is_out_of_memory(record["error"]):
+            record["halved"] = self.halved
         _note("failed in step %d (%s)\n%s", here.step, PHASES[here.phase], record["details"].rstrip())
-        if self.store is None:
+        if self.store is None and "halved" not in record:
             self._stop.set()
             error.dist_train_record = record  # type: ignore[attr-defined]
             return
@@ -339,6 +347,7 @@ class Peers:
             if record["kind"] == "hang" or record["rank"] != self.rank:
                 _note("where the threads of this rank stand\n%s", stacks())
                 self._flight_recorder()
+            _bounded(self.parting, 1.0)
             if mine or not self._wait_until_told(record, deadline - 1.5):
                 self._speak(record)
             if mine and record["kind"] == "hang":
@@ -347,22 +356,22 @@ class Peers:
             for handler in log.handlers:
                 handler.flush()
             sys.stdout.flush()
+            if "halved" in record:
+                start_again()
             os._exit(1)
 
     def _speak(self, record: Record) -> None:
-        if self.closing is not None:
-            closing = threading.Thread(target=self._close_run, args=(failure.cause(record),), daemon=True)
-            closing.start()
-            closing.join(timeout=LEAVE_SECONDS - 1)
-        failure.tell(record, self.size, self._logs(record["rank"]))
+        _bounded(self.closing and functools.partial(self.closing, record), LEAVE_SECONDS - 1)
+        if self.rank and sys.stderr.isatty():
+            time.sleep(LOOK_SECONDS)  # rank 0 takes its live bar away
+        if "halved" in record:
+            text = f"{failure.cause(record)}; all ranks start again with micro-batches of {record['halved']}"
+            print(f"warning: {text}", file=sys.stderr, flush=True)
+        else:
+            failure.tell(record, self.size, self._logs(record["rank"]))
         if self.store is not None:
             with contextlib.suppress(Exception):
                 self.store.set("told", str(os.getpid()))
-
-    def _close_run(self, cause: str) -> None:
-        with contextlib.suppress(Exception):
-            assert self.closing is not None
-            self.closing(cause)
 
     def _wait_until_told(self, record: Record, deadline: float) -> bool:
         """Whether the rank that speaks has spoken; then it leaves first, so that torchrun takes its word for the cause."""
@@ -411,6 +420,20 @@ class Peers:
 
     def _logs(self, rank: int) -> str:
         return f"{self.logs}/rank-{rank}.log, and the other ranks' beside it" if self.logs else ""
+
+
+def _bounded(action: Callable[[], None] | None, seconds: float) -> None:
+    """Do it, whatever it raises, and wait for it so long at most."""
+
+    def run() -> None:
+        with contextlib.suppress(Exception):
+            assert action is not None
+            action()
+
+    if action is not None:
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        thread.join(timeout=seconds)
 
 
 def _exit_at(deadline: float) -> None:

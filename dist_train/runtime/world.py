@@ -258,7 +258,9 @@ def open_world(config: DistributedConfig, placement: Placement) -> Iterator[Worl
         # An agent's store outlives a restart of its workers: a fresh prefix keeps old keys out.
         prefix = [uuid.uuid4().hex]
         dist.broadcast_object_list(prefix, src=0, device=torch.device("cpu"))
-        yield from _watched(World(placement, device, dist.PrefixStore(f"dist_train/{prefix[0]}", store), backend), config)
+        yield from _watched(
+            World(placement, device, dist.PrefixStore(f"dist_train/{prefix[0]}", store), backend), config
+        )
     finally:
         dist.destroy_process_group()
 
@@ -277,7 +279,7 @@ def _watched(world: World, config: DistributedConfig) -> Iterator[World]:
 def _threads(choice: int | str, placement: Placement, device: torch.device) -> int:
     """Intra-op threads: the config's, else OMP_NUM_THREADS, else a fair share of the CPUs among the local ranks.
 
-    With a GPU the share is one: waking more for the little that is left to the CPU cost a quarter of the speed (bench/RESULTS.md).
+    With a GPU the share is one: waking more for the little that is left to the CPU cost a quarter of the speed (bench/RESULTS.md)
     """
     if choice != "auto":
         return int(choice)

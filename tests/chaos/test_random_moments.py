@@ -33,7 +33,8 @@ checkpoint: {{every: 2step, keep_last: 2}}
 tracking: {{tensorboard: false}}
 debug: {{trace_samples: true}}
 """
-KILLS, SIGNALS = 50, 20  # for each of two worlds
+# For each of two worlds; fewer for a first look: CHAOS_KILLS=5 CHAOS_SIGNALS=5 make chaos
+KILLS, SIGNALS = int(os.environ.get("CHAOS_KILLS", "50")), int(os.environ.get("CHAOS_SIGNALS", "20"))
 PATIENT = {
     "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",  # as launch/torchrun.sh sets them
     "PET_SHUTDOWN_TIMEOUT": "60",

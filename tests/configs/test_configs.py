@@ -5,12 +5,13 @@ Data that needs a network is replaced by small files in the true formats (see sm
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ import pytest
 import small_data
 import torch
 from runs import CONFIGS, ROOT, environment, result, rows, run, traced
+
+from dist_train.commands.train import train
+from dist_train.config.errors import ConfigError
 
 VGG = [f"data.{split}.dataset.transform.transforms.{k}.size={size}" for split, k, size in
        [("train", 0, 32), ("val", 0, 36), ("val", 1, 32), ("test", 0, 36), ("test", 1, 32)]]  # fmt: skip
@@ -40,6 +44,7 @@ OVERRIDES: dict[str, list[str]] = {
     "imagefolder_resnet50": ["trainer.duration=2step", "data.global_batch_size=8", *RESNET50],
 }
 NAMES = sorted(OVERRIDES)
+Trained = Callable[[str, int], Path]
 
 
 @pytest.fixture(scope="module")
@@ -62,31 +67,45 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def trained(folder: Path) -> Iterator[dict[tuple[str, int], Future[Any]]]:
-    """All runs, started two at a time; a test waits for its own."""
-    common = ["tracking.tensorboard=false", "debug.trace_samples=true", "data.num_workers=0"]
+def trained(folder: Path) -> Iterator[Trained]:
+    """`trained(name, processes)` waits for a config's run: each by its command on one process, all by one torchrun on two."""
+    common = ["tracking.tensorboard=false", "tracking.report=false", "debug.trace_samples=true", "data.num_workers=0"]
 
-    def train(name: str, processes: int) -> Path:
-        where = f"run.name={name}-{processes}"
-        run(folder, processes, "--config", f"configs/{name}.yaml", *OVERRIDES[name], *common, where, timeout=400)
-        return folder / "runs" / f"{name}-{processes}"
+    def arguments(name: str, processes: int) -> list[str]:
+        return [f"configs/{name}.yaml", *OVERRIDES[name], *common, f"run.name={name}-{processes}"]
 
+    def one(name: str) -> None:
+        run(folder, 1, "--config", *arguments(name, 1), timeout=400)
+
+    def two() -> None:
+        jobs = json.dumps([arguments(name, 2) for name in NAMES])
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "several.py"]
+        subprocess.run([*torchrun, jobs], cwd=folder, env=environment(), check=True, timeout=500)
+
+    (folder / "several.py").write_text(
+        "import json, sys\n\nfrom dist_train.commands.train import train\n\n"
+        "for path, *overrides in json.loads(sys.argv[1]):\n    train(path, *overrides)\n"
+    )
     with ThreadPoolExecutor(2) as pool:
-        jobs = {(name, processes): pool.submit(train, name, processes) for processes in (1, 2) for name in NAMES}
-        try:
-            yield jobs
-        finally:
-            pool.shutdown(cancel_futures=True)
+        pair = pool.submit(two)
+        single = {name: pool.submit(one, name) for name in NAMES}
+
+        def wait(name: str, processes: int) -> Path:
+            (pair if processes == 2 else single[name]).result()
+            return folder / "runs" / f"{name}-{processes}"
+
+        yield wait
+        pool.shutdown(cancel_futures=True)
 
 
 def test_every_config_is_here() -> None:
     assert sorted(path.stem for path in CONFIGS.glob("*.yaml")) == NAMES
 
 
-@pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_config_trains(trained: dict[tuple[str, int], Future[Path]], name: str, processes: int) -> None:
-    done = trained[name, processes].result()
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_config_trains(trained: Trained, name: str, processes: int) -> None:
+    done = trained(name, processes)
     facts = result(done)
     assert (facts["state"], facts["world_size"]) == ("completed", processes)
     assert facts["metrics"]["val"]["eval_samples"] > 0
@@ -94,10 +113,8 @@ def test_a_config_trains(trained: dict[tuple[str, int], Future[Path]], name: str
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_one_and_two_processes_train_on_the_same_samples(
-    trained: dict[tuple[str, int], Future[Path]], name: str
-) -> None:
-    one, two = (trained[name, processes].result() for processes in (1, 2))
+def test_one_and_two_processes_train_on_the_same_samples(trained: Trained, name: str) -> None:
+    one, two = (trained(name, processes) for processes in (1, 2))
     assert traced(one) == traced(two)
     if name not in ("digits", "cifar10_resnet18", "imagefolder_resnet50", "vgg16_finetune"):  # BatchNorm, dropout
         first, second = rows(one, "val")[-1], rows(two, "val")[-1]
@@ -106,14 +123,14 @@ def test_one_and_two_processes_train_on_the_same_samples(
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_gaussians_stop_by_themselves(trained: dict[tuple[str, int], Future[Path]], processes: int) -> None:
-    facts = result(trained["gaussians_logistic", processes].result())
+def test_gaussians_stop_by_themselves(trained: Trained, processes: int) -> None:
+    facts = result(trained("gaussians_logistic", processes))
     assert facts["step"] < 1000
     assert facts["metrics"]["val"]["binary_accuracy"] > 0.99
     assert facts["reason"] == "val/binary_accuracy is 0.995, above 0.99"
 
 
-def test_the_table_is_learned_as_well_as_by_linear_regression(trained: dict[tuple[str, int], Future[Path]]) -> None:
+def test_the_table_is_learned_as_well_as_by_linear_regression(trained: Trained) -> None:
     from sklearn.linear_model import LinearRegression
 
     from dist_train.config.components import build
@@ -126,17 +143,17 @@ def test_the_table_is_learned_as_well_as_by_linear_regression(trained: dict[tupl
     expected = linear.score(test.inputs.numpy(), test.targets.numpy())
     assert expected > 0.3
     for processes in (1, 2):
-        metrics = result(trained["csv_regression", processes].result())["metrics"]["test"]
+        metrics = result(trained("csv_regression", processes))["metrics"]["test"]
         assert metrics["r2"] >= expected - 0.02
         assert metrics["eval_samples"] == len(test) == 66
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_only_the_head_of_vgg_changes(trained: dict[tuple[str, int], Future[Path]], processes: int) -> None:
+def test_only_the_head_of_vgg_changes(trained: Trained, processes: int) -> None:
     """Against the weights that its seed gives; the file is read by plain torch."""
     from torchvision.models import vgg16
 
-    done = trained["vgg16_finetune", processes].result()
+    done = trained("vgg16_finetune", processes)
     state = torch.load(done / "model.pt", weights_only=True, mmap=True)
     torch.manual_seed(0)
     first = vgg16().state_dict()
@@ -151,9 +168,9 @@ def test_only_the_head_of_vgg_changes(trained: dict[tuple[str, int], Future[Path
 
 
 def test_whole_and_state_dict_files_of_vgg_load_in_a_fresh_process_without_this_package(
-    trained: dict[tuple[str, int], Future[Path]],
+    trained: Trained,
 ) -> None:
-    done = trained["vgg16_finetune", 1].result()
+    done = trained("vgg16_finetune", 1)
     (done / "plain.py").write_text(
         "import sys, torch, torchvision\n"
         "model = torchvision.models.vgg16(num_classes=2).eval()\n"
@@ -170,45 +187,84 @@ def test_whole_and_state_dict_files_of_vgg_load_in_a_fresh_process_without_this_
 
 # --- transfer from a run of one's own --------------------------------------------------------------------------------
 
-BODY = ("features.0.weight", "features.1.running_mean", "features.1.num_batches_tracked", "features.4.bias")
 
-
-def test_digits_by_transfer_from_another_run(folder: Path, trained: dict[tuple[str, int], Future[Path]]) -> None:
+def test_digits_by_transfer_from_another_run(folder: Path, trained: Trained) -> None:
     """A new head on a frozen body learns; the body stays to the bit, with its statistics, also over a resume."""
-    source = trained["digits", 1].result()
+    source = trained("digits", 1)
     copy = folder / "runs" / "source"
     shutil.copytree(source, copy)
     options = [
         "run.name=transfer", f"transfer.weights={copy}", "transfer.head=10", "transfer.freeze=features",
-        "tracking.tensorboard=false", "optimizer.lr=0.05", "trainer.duration=60step",
+        "tracking.tensorboard=false", "tracking.report=false", "optimizer.lr=0.05", "trainer.duration=60step",
     ]  # fmt: skip
     out = run(folder, 2, *options, "trainer.stop_at=20step").stdout
     for line in ("14 of 14 tensors from", "head classifier.2: 10 -> 10 outputs", "18,912 of them frozen"):
         assert line in out
     shutil.rmtree(copy)  # from now on the run's own checkpoints count
-    run(folder, 2, *options)
+    done = train_here(folder, *options)
+    assert done["metrics"]["test"]["accuracy"] > 0.85
     before = torch.load(source / "model.pt", weights_only=True)
     after = torch.load(folder / "runs/transfer/model.pt", weights_only=True)
-    assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("features."))
-    assert all(name in before for name in BODY)
+    body = [name for name in before if name.startswith("features.")]
+    assert "features.1.running_mean" in body
+    assert all(torch.equal(before[name], after[name]) for name in body)
     assert not torch.equal(before["classifier.2.weight"], after["classifier.2.weight"])
-    assert result(folder / "runs/transfer")["metrics"]["test"]["accuracy"] > 0.85
-    refused = run(folder, 1, *options, "transfer.head=5", expect=2).stderr
-    assert "transfer.head.classes: 10 -> 5  (can't change within a run)" in refused
+
+    with pytest.raises(ConfigError, match=r"transfer\.head\.classes +10 -> 5  \(can't change within a run\)"):
+        train_here(folder, *options, "transfer.head=5")
+    thawed = [*options, "transfer.freeze=[features.0, features.1]", "trainer.duration=70step"]
+    with pytest.raises(ConfigError, match=r"checkpoint\.accept_changes=true"):
+        train_here(folder, *thawed)
+    assert train_here(folder, *thawed, "checkpoint.accept_changes=true")["step"] == 70
+    last = torch.load(folder / "runs/transfer/model.pt", weights_only=True)
+    assert {name for name in body if not torch.equal(last[name], after[name])} == {
+        f"features.{name}" for name in body_of_second_block
+    }
 
 
-def test_mistakes_in_transfer_are_told_with_their_place_before_anything_is_written(folder: Path) -> None:
-    (folder / "bad.yaml").write_text(
-        f"extends: {CONFIGS / 'digits.yaml'}\ntransfer:\n  head:\n    at: classifier.3\n    classes: 10\n"
-    )
-    told = run(folder, 2, "--config", "bad.yaml", "run.name=bad", expect=1).stderr
-    assert "bad.yaml:4: transfer.head.at: DigitsCNN has no layer 'classifier.3'; names look like classifier" in told
-    for change, part in (
-        ("transfer.weights=runs/nowhere", "there is no file or directory runs/nowhere"),
-        ("transfer.freeze=featurs.*", "featurs.* matches no parameter of DigitsCNN; names look like features"),
+body_of_second_block = ("3.weight", "4.weight", "4.bias", "4.running_mean", "4.running_var", "4.num_batches_tracked")
+
+
+def train_here(folder: Path, *overrides: str, config: Path = CONFIGS / "digits.yaml") -> dict[str, Any]:
+    """Train in this process; much faster than a new one."""
+    with contextlib.chdir(folder):
+        return train(str(config), *overrides)
+
+
+@pytest.mark.parametrize(
+    ("change", "answer"),
+    [
+        ("transfer.weights=runs/nowhere", "transfer.weights: there is no file or directory runs/nowhere"),
         ("transfer.weights=configs/data/diabetes.csv", "diabetes.csv can't be read as weights"),
-    ):
-        assert part in run(folder, 1, "--config", "configs/digits.yaml", "run.name=bad", change, expect=2).stderr
+        ("transfer.weights=configs", "configs holds neither a model.pt nor a whole checkpoint"),
+        (
+            "transfer.weights=ResNet18_Weights.BEST",
+            "there are no weights ResNet18_Weights.BEST; did you mean ResNet18_Weights.IMAGENET1K_V1?",
+        ),
+        ("transfer.freeze=featurs.*", "featurs.* matches no parameter of DigitsCNN; names look like features"),
+        ("transfer.freeze=['*']", "* freezes every parameter: nothing is left"),
+        ("model_init=[{match: '*', _target_: torch.nn.init.eye_}]", "model_init.0: it can't fill features.0.weight"),
+        (
+            "transfer.append={at: features, name: x, module: {_target_: torch.nn.Linear, in_features: -1, out_features: 2}}",
+            "transfer.append.module: could not be built: Trying to create tensor with negative dimension",
+        ),
+    ],
+)
+def test_mistakes_in_transfer_are_told_before_anything_is_written(folder: Path, change: str, answer: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        train_here(folder, change, "run.name=bad")
+    assert str(caught.value).startswith("command line: ")
+    assert answer in str(caught.value)
+    assert not (folder / "runs/bad").exists()
+
+
+def test_a_mistake_in_transfer_is_told_with_file_and_line(folder: Path) -> None:
+    text = f"extends: {CONFIGS / 'digits.yaml'}\ntransfer:\n  head:\n    at: classifier.3\n    classes: 10\n"
+    (folder / "bad.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        train_here(folder, config=Path("bad.yaml"))
+    told = "bad.yaml:4: transfer.head.at: DigitsCNN has no layer 'classifier.3'; names look like classifier"
+    assert str(caught.value).startswith(told)
     assert not (folder / "runs/bad").exists()
 
 
@@ -217,11 +273,10 @@ def test_mistakes_in_transfer_are_told_with_their_place_before_anything_is_writt
 
 def test_missing_data_is_told_with_the_files_that_are_expected(folder: Path, tmp_path: Path) -> None:
     no_network = {"HTTPS_PROXY": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
-    config = str(folder / "configs" / "mnist_cnn.yaml")
-    for processes, code in ((1, 2), (2, 1)):
-        told = run(tmp_path, processes, "--config", config, env=no_network, expect=code).stderr
-        assert "data.train: MNIST has no data in" in told
-        assert "expected 4 files that aren't there: data/MNIST/raw/train-images-idx3-ubyte.gz" in told
-    told = run(tmp_path, 1, "--config", str(folder / "configs/imagefolder_resnet50.yaml"), expect=2).stderr
-    assert f"data.train: ImageFolder has no data in {tmp_path}/data/imagenet/train" in told
+    told = run(tmp_path, 2, "--config", str(folder / "configs/mnist_cnn.yaml"), env=no_network, expect=1).stderr
+    assert "mnist_cnn.yaml:6: data.train: MNIST has no data in" in told
+    assert "expected 4 files that aren't there: data/MNIST/raw/train-images-idx3-ubyte.gz" in told
+    with pytest.raises(ConfigError) as caught:
+        train_here(tmp_path, config=CONFIGS / "imagefolder_resnet50.yaml")
+    assert f"data.train: ImageFolder has no data in {tmp_path}/data/imagenet/train" in str(caught.value)
     assert not (tmp_path / "runs").exists()

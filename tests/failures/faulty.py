@@ -57,6 +57,8 @@ class Model(MLP):
                 os._exit(0)
             if due("memory"):
                 raise MemoryError
+            if KIND == "large" and len(inputs) > 16 and mark(HERE):
+                raise MemoryError
             if due("allocation"):
                 torch.empty(1 << 58)
             if due("segfault"):

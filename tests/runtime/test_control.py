@@ -15,15 +15,16 @@ from dist_train.runtime.control import SAVE, STOP, Control, watch_clock, watch_f
 def run_ranks(size: int, ticks: int, ask: dict[int, tuple[int, str]], seed: int) -> list[list[tuple[int, str]]]:
     """`size` control threads and main threads over one store; rank r asks for `ask[r][1]` while in tick `ask[r][0]`.
 
-    The main threads of real ranks move in lockstep, up to one tick apart, because each step ends in a collective: a barrier stands
-    for it here. Returns what each rank was told, as (tick, action).
+    The main threads of real ranks move in lockstep, up to one tick apart, because each step ends in a collective: a barrier
+    stands for it here. Returns what each rank was told, as (tick, action).
     """
     store = dist.HashStore()
     barrier = threading.Barrier(size)
     told: list[list[tuple[int, str]]] = [[] for _ in range(size)]
     wishes: list[list[tuple[str, str]]] = [[] for _ in range(size)]
     controls = [
-        Control(rank, size, store, [lambda rank=rank: wishes[rank].pop() if wishes[rank] else None]) for rank in range(size)
+        Control(rank, size, store, [lambda rank=rank: wishes[rank].pop() if wishes[rank] else None])
+        for rank in range(size)
     ]
 
     def main(rank: int) -> None:

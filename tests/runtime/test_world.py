@@ -29,7 +29,15 @@ SRUN = {
         ({**SRUN, **TORCHRUN}, Placement(3, 6, 1, 2, 1, "torchrun")),
         ({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, Placement()),
     ],
-    ids=["nothing", "torchrun", "accelerate", "accelerate with one process", "srun", "torchrun inside srun", "a batch script"],
+    ids=[
+        "nothing",
+        "torchrun",
+        "accelerate",
+        "accelerate with one process",
+        "srun",
+        "torchrun inside srun",
+        "a batch script",
+    ],
 )
 def test_placement_follows_from_the_launcher(env: dict[str, str], expected: Placement) -> None:
     assert read_placement(env) == expected
