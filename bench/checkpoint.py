@@ -82,13 +82,14 @@ def main() -> None:
         extra = resident() - before
         times: dict[str, list[float]] = {}
         for trial in range(2, options.trials + 2):
-            for name, work in {
+            works: dict[str, Callable[[], object]] = {
                 "torch.save": lambda: plain(state, Path(scratch) / "plain.pt", False),
                 "torch.save + fsync": lambda: plain(state, Path(scratch) / "plain.pt", True),
                 "synchronous": partial(synchronous.save, trial, state, {}),
                 "asynchronous, blocking": partial(asynchronous.save, trial, state, {}),
                 "asynchronous, until published": asynchronous.wait,
-            }.items():
+            }
+            for name, work in works.items():
                 times.setdefault(name, []).append(seconds(work))
         found = asynchronous.newest()
         assert found is not None
