@@ -113,6 +113,7 @@ class Lease:
         self._over.set()
         self._thread.join(timeout=2.0)  # it may be trying again to reach a store that is away
         if not self._lost:
+            self._storage.patience = min(self._storage.patience, 5.0)
             with contextlib.suppress(StorageError):
                 self._storage.write_atomic(_name(self.number), _encode({**self._record, "released": True}))
 
