@@ -117,6 +117,8 @@ def end_lines(result: dict[str, Any], run: RunDir, seconds: float | None = None)
                 + (f" (step {result['kept_step']:,})" if result["kept_step"] != result["step"] else ""),
             )
         )
+        if run.path("report.html").exists():
+            lines.append(("report", f"{run.location}/report.html"))
         lines.append(("curves", f"{run.location}/curves.png, and tensorboard --logdir {run.location}/tensorboard"))
     else:
         lines.append(("next", "the same command goes on from here"))

@@ -41,6 +41,7 @@ def test_any_number_of_processes_writes_the_same_bytes(digits: Path, tmp_path: P
 def test_the_table_holds_what_the_model_says(digits: Path, tmp_path: Path) -> None:
     rows = predicted(tmp_path, str(digits))
     test = Digits("test", flat=True)
+    assert test.targets is not None
     with torch.no_grad():
         probabilities = dist_train.load(digits)(test.inputs).softmax(1)
     table = np.array([[float(row[f"probability_{k}"]) for k in range(10)] for row in rows])
