@@ -156,7 +156,7 @@ def test_at_most_one_save_is_in_flight_and_the_wait_is_logged(
     threading.Timer(0.3, slow.go.set).start()
     manager.save(2, state_of(2), {})
     assert manager.published is not None  # the first, at least
-    assert [line for line in lines if "step 2: waited 0." in line]
+    assert [line for line in lines if "step 2: waited " in line]
     manager.close()
     assert steps(storage) == [1, 2]
 
