@@ -195,7 +195,8 @@ def test_digits_by_transfer_from_another_run(folder: Path, trained: Trained) -> 
     shutil.copytree(source, copy)
     options = [
         "run.name=transfer", f"transfer.weights={copy}", "transfer.head=10", "transfer.freeze=features",
-        "tracking.tensorboard=false", "tracking.report=false", "optimizer.lr=0.05", "trainer.duration=60step",
+        "tracking.tensorboard=false", "tracking.report=false", "optimizer.lr=0.05", "scheduler=null", "checkpoint.keep_best=null",
+        "trainer.duration=60step",
     ]  # fmt: skip
     out = run(folder, 2, *options, "trainer.stop_at=20step").stdout
     for line in ("14 of 14 tensors from", "head classifier.2: 10 -> 10 outputs", "18,912 of them frozen"):
