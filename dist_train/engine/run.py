@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import functools
 import json
 import logging
 import os
@@ -82,8 +83,8 @@ def _train(config: Config, world: World, run: RunDir, console: Console, decision
     try:
         run.begin(world)
         setup_logging(run.path(f"logs/rank-{world.rank}.log"), world.rank)
-        world.peers.parting = console.close
-        world.peers.closing = lambda record: _record_failure(trainer, lease, world, run, attempt, record)
+        world.peers.parting = functools.partial(_part, lease, console)
+        world.peers.closing = lambda record: _record_failure(trainer, world, run, attempt, record)
         _inform_peers(world, run, blueprint)
         if world.is_main:
             _tell_unfinished(run, attempt, console)
@@ -105,6 +106,7 @@ def _train(config: Config, world: World, run: RunDir, console: Console, decision
         if world.is_main:
             trainer.write_status("running")
             run.record_attempt("start", **_attempt_facts(world, attempt, resumed))
+        world.barrier()  # whoever fails from here on finds the start recorded
         outcome = trainer.fit()
         if outcome == "completed":
             result = finish(trainer, checkpoints, trainer.progress.seconds)
@@ -204,15 +206,20 @@ def _tell_unfinished(run: RunDir, attempt: int, console: Console) -> None:
         )
 
 
+def _part(lease: Lease | None, console: Console) -> None:
+    """What a rank that leaves in the middle owes to others: the run for the next start, and the terminal."""
+    if lease is not None:
+        lease.release()
+    console.close()
+
+
 def _record_end(trainer: Trainer, world: World, run: RunDir, attempt: int, outcome: str, cause: str) -> None:
     if world.is_main:
         trainer.write_status(outcome)
         run.record_attempt("end", attempt=attempt, state=outcome, step=trainer.step, cause=cause)
 
 
-def _record_failure(
-    trainer: Trainer | None, lease: Lease | None, world: World, run: RunDir, attempt: int, record: failure.Record
-) -> None:
+def _record_failure(trainer: Trainer | None, world: World, run: RunDir, attempt: int, record: failure.Record) -> None:
     """Leave word of a failure, as far as disk and store let one: what they say now must not hide the failure itself."""
     run.hurry()
     cause = failure.cause(record)
@@ -229,8 +236,7 @@ def _record_failure(
         if trainer is not None:
             trainer.parts.logger.close("failed", timeout=15.0 if world.size == 1 else 2.0)
 
-    release = lease.release if lease is not None else lambda: None
-    for leave_word in (tell, close, run.upload, release):
+    for leave_word in (tell, close, run.upload):
         try:
             leave_word()
         except (StorageError, OSError) as error:

@@ -57,7 +57,7 @@ class Peers:
         halved: the micro-batch size that all ranks go on with when memory runs out, by starting again in their own place;
             None where that would change the result.
         closing: what the rank that speaks does first (status, ledger, lease); a few seconds long.
-        parting: what every rank does before anybody speaks (the terminal's live bar).
+        parting: what every rank does as it leaves (the lease, the terminal's live bar).
         may_exit: whether a hang may end this process, when it is alone: not in a notebook.
     """
 
@@ -70,7 +70,7 @@ class Peers:
         self.micro_batch_size: int | None = None
         self.halved: int | None = None
         self.closing: Callable[[Record], None] | None = None
-        self.parting: Callable[[], None] | None = None
+        self.parting: Callable[[], object] | None = None
         self.beats: dict[int, dict[str, Any]] = {}
         self._machine = machine()
         self._heard: dict[int, float] = {}  # when each rank's heartbeat last changed, by this rank's clock
@@ -347,7 +347,7 @@ class Peers:
             if record["kind"] == "hang" or record["rank"] != self.rank:
                 _note("where the threads of this rank stand\n%s", stacks())
                 self._flight_recorder()
-            _bounded(self.parting, 1.0)
+            _bounded(self.parting, 2.0)
             if mine or not self._wait_until_told(record, deadline - 1.5):
                 self._speak(record)
             if mine and record["kind"] == "hang":
@@ -422,7 +422,7 @@ class Peers:
         return f"{self.logs}/rank-{rank}.log, and the other ranks' beside it" if self.logs else ""
 
 
-def _bounded(action: Callable[[], None] | None, seconds: float) -> None:
+def _bounded(action: Callable[[], object] | None, seconds: float) -> None:
     """Do it, whatever it raises, and wait for it so long at most."""
 
     def run() -> None:

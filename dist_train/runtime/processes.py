@@ -10,6 +10,8 @@ import sys
 import tempfile
 from typing import NoReturn
 
+AGAIN = "DIST_TRAIN_STARTED_AGAIN"  # how often this process has begun anew
+
 
 def machine() -> str:
     """What two processes share that can look each other up by pid: host, boot and pid namespace."""
@@ -50,9 +52,7 @@ def stacks() -> str:
 def start_again() -> NoReturn:
     """This process begins anew with the same command, under the same pid: no launcher sees it.
 
-    The store of torchrun's agent still holds the keys of the processes before: another attempt number keeps them apart.
+    The store of torchrun's agent still holds the keys of before: the count keeps the groups of processes apart.
     """
-    env = dict(os.environ)
-    if "TORCHELASTIC_RUN_ID" in env:
-        env["TORCHELASTIC_RESTART_COUNT"] = str(int(env.get("TORCHELASTIC_RESTART_COUNT", "0")) + 1000)
+    env = {**os.environ, AGAIN: str(int(os.environ.get(AGAIN, "0")) + 1)}
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], env)

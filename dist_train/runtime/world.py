@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from dist_train.config.errors import ConfigError, Problem
 from dist_train.runtime.here import MEETING, STARTING, here
 from dist_train.runtime.peers import Peers
+from dist_train.runtime.processes import AGAIN
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from dist_train.config.schema import DistributedConfig
 
 
-_GROUPS = itertools.count()  # process groups that this process has joined
+_GROUPS = itertools.count(1000 * int(os.environ.get(AGAIN, "0")))  # process groups that this process has joined
 
 
 @dataclass(frozen=True)

@@ -127,20 +127,19 @@ def test_a_crash_of_any_kind_anywhere_ends_all(folder: Path, kind: str, rank: in
     check(folder, kind, rank, processes)
 
 
-@pytest.mark.parametrize(("rank", "processes"), [(0, 1), (1, 2)])
+@pytest.mark.parametrize(("rank", "processes"), [pytest.param(0, 1, marks=pytest.mark.chaos), (1, 2)])
 def test_out_of_memory_halves_the_micro_batches_of_all_ranks_and_goes_on(
     folder: Path, rank: int, processes: int
 ) -> None:
     options = ("--config", "faulty.yaml", "loss._target_=torch.nn.CrossEntropyLoss", "trainer.duration=6step")
     done = run(folder, processes, *options, env={"FAIL": f"large@{rank}"})
     assert done.stderr.count("MemoryError; all ranks start again with micro-batches of 16") == 1
+    assert "without a word" not in done.stderr
     place = folder / "runs/run"
     assert json.loads((place / "micro_batches.json").read_text())["micro_batch_size"] == 16
     assert json.loads((place / "status.json").read_text())["state"] == "completed"
     again = run(folder, processes, *options, "trainer.duration=8step", env={"FAIL": f"large@{rank}"})
     assert "start again" not in again.stderr, "it is kept on resume"
-    batches = run(folder, processes, *options, "trainer.micro_batch_size=64", env={"FAIL": f"large@{rank}"}, expect=1)
-    assert "trainer.micro_batch_size=" in batches.stderr
 
 
 def test_what_a_process_killed_alone_could_not_say_the_next_start_does(folder: Path) -> None:
