@@ -28,20 +28,25 @@ class Clock:
         self.times: list[float] = []
         self.boundaries: list[int] = []
         self.first_step_at = 0.0
+        self._cpu: dict[int, float] = {}
 
     def tick(self) -> bool:
         """At the end of a step; True when all steps are done."""
         self.times.append(time.perf_counter())
-        if not self.first_step_at:
+        done = len(self.times)
+        if done == 1:
             self.first_step_at = time.time()
-        return len(self.times) >= self.total
+        if done in (self.warmup, self.total):
+            self._cpu[done] = time.thread_time()
+        return done >= self.total
 
     def boundary(self) -> None:
         """At the end of an epoch: the interval up to the next step holds evaluation and saving, if any."""
         self.boundaries.append(len(self.times))
 
     def result(self) -> dict[str, Any]:
-        """steps_per_s over all that happened; stepping_per_s without the intervals over the ends of epochs."""
+        """steps_per_s over all that happened; stepping_per_s without the intervals over the ends of epochs; cpu_us, the
+        main thread's CPU time for a step, which a busy neighbour changes less than the time."""
         if len(self.times) < self.total:
             raise RuntimeError(f"expected {self.total} steps, saw {len(self.times)}")
         times = self.times[: self.total]
@@ -50,6 +55,7 @@ class Clock:
         return {
             "steps_per_s": len(steps) / (times[-1] - times[self.warmup - 1]),
             "stepping_per_s": len(inside) / sum(inside),
+            "cpu_us": (self._cpu[self.total] - self._cpu[self.warmup]) / len(steps) * 1e6,
             "first_step_at": self.first_step_at,
         }
 

@@ -93,7 +93,8 @@ def rounds(names: list[str], args: argparse.Namespace) -> dict[tuple[str, int], 
             for name in names[turn:] + names[:turn]:
                 figures = measure(name, world, args)
                 found.setdefault((name, world), []).append(figures)
-                note = f"{figures['steps_per_s']:7.0f} steps/s, first step after {figures['start_s']:.1f} s"
+                note = f"{figures['steps_per_s']:7.0f} steps/s, {figures['cpu_us']:.0f} us of CPU a step, "
+                note += f"first step after {figures['start_s']:.1f} s"
                 print(f"round {number + 1}/{args.rounds}  {world} process(es)  {name:11s} {note}", file=sys.stderr)
     return found
 
@@ -108,7 +109,8 @@ def cell(values: Iterable[float], reference: Iterable[float]) -> str:
 def table(found: dict[tuple[str, int], list[dict[str, float]]], worlds: list[int]) -> str:
     """The table in Markdown: a line a contender; for dist_train one more, for its steps alone."""
     many = [f"{world} process{'es' if world > 1 else ''}" for world in worlds]
-    head = ["steps/s (ratio to raw)", *many, *(f"start to first step, {text}" for text in many)]
+    cpu = "CPU time of the main thread a step"
+    head = ["steps/s (ratio to raw)", *many, cpu, *(f"start to first step, {text}" for text in many)]
     lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
 
     def column(name: str, world: int, key: str) -> list[float]:
@@ -119,7 +121,8 @@ def table(found: dict[tuple[str, int], list[dict[str, float]]], worlds: list[int
             continue
         rates = [cell(column(name, w, "steps_per_s"), column("raw", w, "steps_per_s")) for w in worlds]
         starts = [f"{median(column(name, w, 'start_s')):.2f} s" for w in worlds]
-        lines.append("| " + " | ".join([label, *rates, *starts]) + " |")
+        busy = " / ".join(f"{median(column(name, w, 'cpu_us')):.0f} us" for w in worlds)
+        lines.append("| " + " | ".join([label, *rates, busy, *starts]) + " |")
         if name == "dist_train":
             rates = [cell(column(name, w, "stepping_per_s"), column("raw", w, "steps_per_s")) for w in worlds]
             lines.append(
