@@ -62,7 +62,7 @@ class Restored:
 
     def loader(self, split: str) -> EvalLoader:
         """Every sample of a split once, over all ranks."""
-        return eval_loader(self.config, self.world, build_dataset(self.config, split))
+        return eval_loader(self.config, self.world, build_dataset(self.config, split, self.world))
 
 
 @contextlib.contextmanager
