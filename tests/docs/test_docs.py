@@ -1,0 +1,92 @@
+"""What the documents say is true: their files and commands run, their keys, commands and links exist."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from runs import ROOT, environment, result
+
+from dist_train.config.changes import Config
+from dist_train.config.docs import section_of
+from dist_train.config.fields import Section
+from dist_train.config.load import load_config
+from dist_train.main import COMMANDS
+
+PAGES = ("from-notebook-to-cluster", "your-own", "coming-from", "batch-size", "limits", "sweeps")
+TEXTS = {name: (ROOT / "docs" / f"{name}.md").read_text() for name in PAGES}
+# A fenced block: its language, what follows that in the line (a file's name, or `run`), its text.
+BLOCK = re.compile(r"^```(\w+) ?(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: str, language: str) -> list[tuple[str, str]]:
+    return [(name, text) for kind, name, text in BLOCK.findall(TEXTS[page]) if kind == language]
+
+
+def shell(folder: Path, text: str) -> str:
+    """Run a block of shell commands, with this Python's programs first."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = ["bash", "-euo", "pipefail", "-c", text]
+    done = subprocess.run(command, cwd=folder, env=environment(PATH=path), text=True, capture_output=True, timeout=500)
+    assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def leaves(section: type[Section], above: str) -> set[str]:
+    found = set()
+    for name, known in section.model_fields.items():
+        inner = section_of(known.annotation)
+        found |= {above + name} | (leaves(inner, f"{above}{name}.") if inner is not None else set())
+    return found
+
+
+def test_the_files_of_a_project_of_ones_own_run_as_they_stand(tmp_path: Path) -> None:
+    for language in ("python", "yaml"):
+        for name, text in blocks("your-own", language):
+            assert name.endswith((".py", ".yaml")), f"a block without a file's name:\n{text}"
+            (tmp_path / name).write_text(text)
+    out = "".join(shell(tmp_path, text) for name, text in blocks("your-own", "sh") if name == "run")
+    one, two = (result(tmp_path / "runs" / name) for name in ("waves", "two"))
+    assert one["metrics"]["test"]["accuracy"] > 0.9
+    assert one["metrics"]["test"]["recall"] > 0.8
+    assert two["world_size"] == 2
+    assert two["metrics"]["val"]["loss"] == pytest.approx(one["metrics"]["val"]["loss"], rel=1e-3)
+    assert re.search(r"it is (slow|fast) and looks (slow|fast)", out)
+    assert (tmp_path / "predictions.csv").read_text().count("\n") == 201
+    assert result(tmp_path / "runs/autoencoder")["metrics"]["val"]["mse"] < 0.5
+
+
+def test_the_sweep_runs_as_it_stands(tmp_path: Path) -> None:
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    out = "".join(shell(tmp_path, text) for name, text in blocks("sweeps", "sh") if name == "run")
+    for name in ("lr0.03-seed0", "lr0.03-seed1", "lr0.3-seed0", "lr0.3-seed1"):
+        assert result(tmp_path / "runs/sweep" / name)["state"] == "completed"
+        assert name in out
+    assert "optimizer.lr" in out
+    assert (tmp_path / "comparison.html").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "your-own"])
+def test_pieces_of_configs_are_right(page: str, tmp_path: Path) -> None:
+    for k, (_, text) in enumerate(blocks(page, "yaml")):
+        path = tmp_path / f"{k}.yaml"
+        path.write_text(f"extends: {ROOT}/configs/digits.yaml\n{text}")
+        load_config(path)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_keys_commands_and_links_exist(page: str) -> None:
+    known = leaves(Config, "")
+    sections = "|".join(name for name in Config.model_fields if section_of(Config.model_fields[name].annotation))
+    text = re.sub(r"^```python.*?^```$", "", TEXTS[page], flags=re.MULTILINE | re.DOTALL)
+    for key in re.findall(rf"(?<![\w./])((?:{sections})\.[a-z_.]*[a-z_])(?![\w(/])", text):
+        assert any(key == leaf or key.startswith(leaf + ".") for leaf in known) or key.endswith(".py"), key
+    for word in re.findall(r"dist_train\.main ([a-z]\w*)(?!\S*=)", text):
+        assert word in COMMANDS, word
+    for target in re.findall(r"\]\(([^)#]+)\)", TEXTS[page]):
+        assert (ROOT / "docs" / target).exists() or target.startswith("https://"), target
+    assert TEXTS[page].isascii()
