@@ -124,7 +124,7 @@ def test_signalled_at_random_moments(folder: Path, processes: int, number: signa
             options = ("--config", "chaos.yaml", f"run.name={place.name}")
             process = start(folder, processes, *options, env={**PATIENT, "CHAOS_TOKEN": token})
             wait_for_start(process, place, before)
-            time.sleep(dice.uniform(0, 3))
+            time.sleep(dice.uniform(0, 2))
             ranks = children(process.pid)
             target = dice.choice([process.pid, *ranks])
             late = process.poll() is not None or (place / "result.json").exists()
