@@ -118,7 +118,7 @@ def advice(error: BaseException | None, text: str, micro: int | None = None) -> 
     hints = {
         "NonFiniteError": "optimizer.lr lower, trainer.clip_grad_norm=1, or trainer.on_nonfinite=skip; look at those samples",
         "SampleError": "read that sample by hand: its dataset class, its index; data.num_workers=0 makes it debuggable",
-        "loader worker died": "data.num_workers=0 shows an error in the dataset itself; more /dev/shm, or more memory",
+        "DataLoader worker (pid": "data.num_workers=0 shows an error in the dataset itself; more /dev/shm, or more memory",
         "shapes cannot be multiplied": "the layer's in_features must be what comes out of the layer before it",
         "IndexError: Target": "labels must be 0 ... classes - 1, and the model's last layer must have that many outputs",
         "device-side assert": "the same with CUDA_LAUNCH_BLOCKING=1, or distributed.device=cpu, names the true line",
