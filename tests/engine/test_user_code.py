@@ -122,7 +122,7 @@ def test_the_run_remembers_where_the_code_is(folder: Path, tmp_path: Path) -> No
         env={"PYTHONPATH": f"{Path(__file__).parents[2]}:{folder / 'installed'}"},
     )  # fmt: skip
     figures = json.loads(done.stdout.splitlines()[-1])
-    assert figures["accuracy"] == result(place)["metrics"]["val"]["accuracy"]
+    assert figures["metrics"]["accuracy"] == result(place)["metrics"]["val"]["accuracy"]
 
 
 def test_an_error_inside_ones_own_module_is_told_as_such(folder: Path) -> None:
