@@ -7,6 +7,7 @@ nodes share the host's name, so that their own names aren't names of hosts, and 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import secrets
 import shutil
@@ -68,6 +69,10 @@ def wait_for(what: str, check: Callable[[], bool], timeout: float) -> None:
     while not check():
         assert time.monotonic() < deadline, f"{what}: not within {timeout:.0f} s"
         time.sleep(0.2)
+
+
+def _gone(path: Path) -> bool:
+    return not path.exists()
 
 
 def free_ports(count: int) -> int:
@@ -133,6 +138,9 @@ class SlurmCluster:
                 pid = int(file.read_text())
                 if Path(f"/proc/{pid}/comm").read_text().strip() == name.split(".")[0]:
                     os.kill(pid, 15)
+                    process = Path(f"/proc/{pid}")
+                    with contextlib.suppress(AssertionError):
+                        wait_for(f"{name} gone", functools.partial(_gone, process), 20)
 
     def run(self, *command: str) -> str:
         """A command of Slurm; its output, empty where it failed."""
