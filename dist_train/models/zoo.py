@@ -46,6 +46,7 @@ class MLP(nn.Module):
         batchnorm: bool = False,
     ) -> None:
         super().__init__()
+        _activation(activation)  # a wrong name is told without hidden layers as well
         layers: list[nn.Module] = [nn.Flatten()]
         width = in_features
         for size in hidden:
