@@ -293,6 +293,8 @@ def test_frozen_norms_keep_their_statistics_whoever_calls_train() -> None:
     assert not torch.equal(second.running_mean, before[1])
     model.eval()
     assert not any(module.training for module in model.modules())
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model)).train()
+    assert [m.training for m in converted.modules() if isinstance(m, nn.SyncBatchNorm)] == [False, True]
     half = DigitsCNN()
     freeze(half, ["features.1.weight"])
     assert half.features[1].training, "a norm with a part that trains isn't frozen"
