@@ -79,7 +79,9 @@ class Loss(nn.Module):
         if self._measure != self._generic:
             for what, value in (("model's outputs", outputs), ("targets", targets)):
                 if not isinstance(value, Tensor):
-                    inside = f" of {type(next(iter(value))).__name__}" if isinstance(value, list | tuple) and value else ""
+                    inside = (
+                        f" of {type(next(iter(value))).__name__}" if isinstance(value, list | tuple) and value else ""
+                    )
                     raise ValueError(
                         f"{self.name} expects the {what} as one tensor, but found a {type(value).__name__}{inside}; for words as "
                         "labels return their numbers from the dataset, for anything else name a `task`"
