@@ -246,10 +246,23 @@ class CheckpointConfig(Section):
     )
 
 
+class WandbConfig(Section):
+    """Weights & Biases, by rank 0, from a process of its own: one that fails or hangs costs a warning, never the run."""
+
+    project: Text = harmless(..., "The project that the run is shown in.")
+    mode: Literal["online", "offline", "disabled"] = harmless(
+        "online", "`offline` writes files for `wandb sync`; `disabled` writes nothing."
+    )
+    entity: Text | None = harmless(None, "The user or team; null: the one that is logged in.")
+    group: Text | None = harmless(None, "A name that groups runs.")
+    tags: list[Text] = harmless([], "Words to find the run by.")
+
+
 class TrackingConfig(Section):
     """Views of metrics.jsonl, which is always written."""
 
     tensorboard: bool = harmless(True, "Write TensorBoard files.")
+    wandb: WandbConfig | None = harmless(None, WandbConfig.__doc__ or "")
     report: bool = harmless(
         True,
         "Write curves.png and report.html, with pictures by the kept model, when the run is completed (the command `report` "

@@ -9,12 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from runs import ROOT, environment, result
 
 from dist_train.config.changes import Config
 from dist_train.config.docs import section_of
 from dist_train.config.fields import Section
 from dist_train.config.load import load_config
+from dist_train.config.names import expand_name
 from dist_train.main import COMMANDS
 
 PAGES = ("from-notebook-to-cluster", "your-own", "coming-from", "batch-size", "limits", "sweeps")
@@ -70,9 +72,25 @@ def test_the_sweep_runs_as_it_stands(tmp_path: Path) -> None:
     assert (tmp_path / "comparison.html").stat().st_size > 10_000
 
 
+def test_the_wandb_sweep_gives_commands_that_are_right() -> None:
+    """By wandb's own code, as its agent builds them."""
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+    sweep = yaml.safe_load(dict(blocks("sweeps", "yaml"))["sweep.yaml"])
+    chosen = {"args": {"optimizer.lr": {"value": 0.0123}, "seed": {"value": 2}}}
+    assert list(chosen["args"]) == list(sweep["parameters"])
+    *command, last = create_sweep_command(sweep["command"])
+    assert (command[:5], last) == (["python", "-m", "dist_train.main", "--config", command[4]], "${args_no_hyphens}")
+    overrides = [*command[5:], *create_sweep_command_args(chosen)["args_no_hyphens"]]
+    config = load_config(ROOT / command[4], overrides)
+    assert (config.get("optimizer.lr"), config.seed) == (0.0123, 2)
+    assert expand_name(config.run.name or "", config, time="", job="") == "sweep/lr0.0123-seed2"
+    assert config.tracking.wandb is not None
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if page != "your-own"])
 def test_pieces_of_configs_are_right(page: str, tmp_path: Path) -> None:
-    for k, (_, text) in enumerate(blocks(page, "yaml")):
+    for k, text in enumerate(text for name, text in blocks(page, "yaml") if not name):
         path = tmp_path / f"{k}.yaml"
         path.write_text(f"extends: {ROOT}/configs/digits.yaml\n{text}")
         load_config(path)
