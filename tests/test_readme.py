@@ -12,6 +12,7 @@ import pytest
 from runs import ROOT, result
 
 README = (ROOT / "README.md").read_text()
+CHINESE = (ROOT / "README.zh-CN.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 COMMANDS = [
     line.split("#")[0].strip()
@@ -94,7 +95,22 @@ def test_the_answer_to_a_mistake_is_as_shown(folder: Path) -> None:
     assert done.stderr.strip().replace("mistake.yaml", "mine.yaml") == shown.strip()
 
 
-def test_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
+@pytest.mark.parametrize("text", [README, CHINESE], ids=["English", "Chinese"])
+def test_links_lead_somewhere(text: str) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
         if "://" not in target:
             assert os.path.exists(ROOT / target), target
+
+
+def test_the_chinese_readme_shows_the_same_commands_files_and_promises() -> None:
+    """What isn't prose is the same, but for comments: these are translated."""
+
+    def code(text: str) -> list[str]:
+        blocks = re.findall(r"^```\w*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+        return [line.split("#")[0].rstrip() for block in blocks for line in block.splitlines()]
+
+    def named(text: str) -> set[str]:
+        return set(re.findall(r"tests/[\w/.]+", text))
+
+    assert code(CHINESE) == code(README)
+    assert named(CHINESE) == named(README)
