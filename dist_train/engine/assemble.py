@@ -152,7 +152,8 @@ def _stepper(pieces: Pieces) -> Stepper:
         prepare=pieces.preparer.train,
         clip_norm=trainer.clip_grad_norm,
         clip_value=trainer.clip_grad_value,
-        on_nonfinite=trainer.on_nonfinite,
+        skip=trainer.on_nonfinite == "skip",
+        indices_of=blueprint.plan.batch,
     )
 
 

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 import math
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import CyclicLR, LambdaLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import CyclicLR, LambdaLR, OneCycleLR, ReduceLROnPlateau
 
-from dist_train.config.components import build, locate, reserved
+from dist_train.config.components import build, locate, reserved, signature
 from dist_train.config.durations import Duration
 from dist_train.config.errors import ConfigError
-from dist_train.engine.step import accepts_fused
+from dist_train.models.transfer import match_parameters
 
 
 class WarmupCosine(LambdaLR):
     """A linear warm-up to the lr over `warmup_steps`, then half a cosine down to `final_scale` of it at `total_steps`.
 
     A run shorter than the warm-up ends inside it. Counted in whatever `scheduler.every` says, optimizer steps by default.
-    The shape is that of SGDR's first cycle
-    (Loshchilov and Hutter 2017, https://arxiv.org/abs/1608.03983) behind the warm-up of Goyal et al. 2017 (https://arxiv.org/abs/1706.02677).
+    The shape is that of SGDR's first cycle (Loshchilov and Hutter 2017, https://arxiv.org/abs/1608.03983) behind the warm-up
+    of Goyal et al. 2017 (https://arxiv.org/abs/1706.02677).
     """
 
     def __init__(
@@ -56,39 +54,30 @@ def build_optimizer(spec: Any, model: nn.Module, device: torch.device) -> torch.
     """
     own, extra = reserved(spec, {"groups"})
     groups = _grouped(model, extra.get("groups") or [])
-    if isinstance(own, dict) and "fused" not in own and "foreach" not in own:
-        factory = locate(own["_target_"])
-        plain = all(
-            g.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16) for g in model.parameters()
-        )
-        if accepts_fused(factory) and plain and device.type in ("cpu", "cuda") and not own.get("differentiable"):
-            own = {**own, "fused": True}
-    if callable(own) and not isinstance(own, torch.optim.Optimizer):
-        return own(groups)
+    if not isinstance(own, dict):
+        return own(groups) if callable(own) else own
+    form = signature(locate(own["_target_"]))
+    plain = device.type in ("cpu", "cuda") and all(parameter.is_floating_point() for parameter in model.parameters())
+    if plain and form and "fused" in form.parameters and not {"fused", "foreach", "differentiable"} & own.keys():
+        own = {**own, "fused": True}
     return build(own, groups)
 
 
 def _grouped(model: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Parameter groups, in the config's order behind the default one; the first pattern that matches takes a parameter."""
-    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if not named:
-        raise ConfigError.single(
-            "model", "the model has no parameter that requires a gradient, so there is nothing to train"
-        )
-    left = dict(named)
+    left = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not left:
+        raise ConfigError.single("model", "it has no parameter that requires a gradient, so there is nothing to train")
     result = []
     for index, group in enumerate(groups):
-        options = {key: value for key, value in group.items() if key != "match"}
-        patterns = [group["match"]] if isinstance(group["match"], str) else list(group["match"])
-        taken = [name for name in left if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+        key, patterns = f"optimizer.groups.{index}.match", group["match"]
+        patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+        taken = [name for name in match_parameters(model, patterns, key) if name in left]
         if not taken:
-            near = difflib.get_close_matches(patterns[0], named, n=3, cutoff=0.3) or list(named)[:3]
-            raise ConfigError.single(
-                f"optimizer.groups.{index}.match",
-                f"{', '.join(patterns)} matches no parameter that is left and trains; names look like {', '.join(near)}",
-            )
+            raise ConfigError.single(key, f"{', '.join(patterns)} matches no parameter that is left and trains")
+        options = {name: value for name, value in group.items() if name != "match"}
         result.append({"params": [left.pop(name) for name in taken], **options})
-    return ([{"params": list(left.values())}] if left else []) + result
+    return [{"params": list(left.values())}, *result] if left else result
 
 
 class Schedule:
@@ -96,7 +85,7 @@ class Schedule:
 
     Attributes:
         every: the duration between its steps.
-        metric: for ReduceLROnPlateau, the metric it looks at after each evaluation.
+        metric: for ReduceLROnPlateau (`on_plateau`), the metric it looks at after each evaluation.
     """
 
     def __init__(
@@ -109,57 +98,35 @@ class Schedule:
         default_metric: str,
     ):
         own, extra = reserved(spec, {"every", "metric", "horizon"})
-        if isinstance(own, dict):
-            own = _numbers(own, horizon, steps_per_epoch)
-        self.scheduler: LRScheduler | ReduceLROnPlateau = (
-            build(own, optimizer) if isinstance(own, dict) else own(optimizer)
-        )
+        own = _with_numbers(own, {"total_steps": horizon, "steps_per_epoch": steps_per_epoch})
+        self.scheduler: Any = build(own, optimizer) if isinstance(own, dict) else own(optimizer)
         self.on_plateau = isinstance(self.scheduler, ReduceLROnPlateau)
         each_step = isinstance(self.scheduler, STEPPED_EACH_STEP)
-        every = extra.get("every")
-        self.every = Duration.parse(str(every)) if every is not None else Duration(1, "step" if each_step else "ep")
+        self.every = Duration.parse(str(extra.get("every") or ("1step" if each_step else "1ep")))
         self.metric = extra.get("metric") or default_metric
 
-    def step(self) -> None:
-        """One step of a scheduler that counts."""
-        self.scheduler.step()  # type: ignore[call-arg]
-
-    def step_on(self, metrics: dict[str, float]) -> None:
-        """One step of ReduceLROnPlateau, after an evaluation."""
-        self.scheduler.step(metrics[self.metric])  # type: ignore[arg-type]
-
-    def replay(self, times: int) -> None:
-        """Bring a new scheduler to where it would stand after `times` steps (for a schedule that was changed by consent)."""
-        for _ in range(times if not self.on_plateau else 0):
-            self.step()
+    def step(self, metrics: dict[str, float] | None = None) -> None:
+        """One step; ReduceLROnPlateau's is after an evaluation and looks at its `metrics`."""
+        if self.on_plateau:
+            assert metrics is not None
+            self.scheduler.step(metrics[self.metric])
+        else:
+            self.scheduler.step()
 
     def state_dict(self) -> dict[str, Any]:
         """The scheduler's own state, less what isn't plain data (LambdaLR's function comes from the config again)."""
-        return {
-            key: value
-            for key, value in self.scheduler.state_dict().items()
-            if not callable(value) and key != "lr_lambdas"
-        }
+        state = self.scheduler.state_dict()
+        return {key: value for key, value in state.items() if not callable(value) and key != "lr_lambdas"}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state."""
-        current = self.scheduler.state_dict()
-        self.scheduler.load_state_dict({**current, **state})
+        self.scheduler.load_state_dict({**self.scheduler.state_dict(), **state})
 
 
-def _numbers(value: Any, horizon: int | None, steps_per_epoch: int) -> Any:
-    """`total_steps` and `steps_per_epoch` as values of the scheduler's arguments."""
+def _with_numbers(value: Any, known: dict[str, int | None]) -> Any:
+    """`total_steps` and `steps_per_epoch` as values of the scheduler's arguments, nested ones too."""
     if isinstance(value, dict):
-        return {key: _numbers(item, horizon, steps_per_epoch) for key, item in value.items()}
+        return {key: _with_numbers(item, known) for key, item in value.items()}
     if isinstance(value, list):
-        return [_numbers(item, horizon, steps_per_epoch) for item in value]
-    if value == "steps_per_epoch":
-        return steps_per_epoch
-    if value == "total_steps":
-        if horizon is None:
-            raise ConfigError.single(
-                "scheduler",
-                "total_steps isn't known when trainer.duration is a time: set scheduler.horizon to epochs or steps",
-            )
-        return horizon
-    return value
+        return [_with_numbers(item, known) for item in value]
+    return known.get(value, value) if isinstance(value, str) else value

@@ -172,7 +172,8 @@ def load_training(
             schedule.load_state_dict(state["schedule"])
         elif not schedule.on_plateau:
             steps = schedule.every.value * (steps_per_epoch if schedule.every.unit == "ep" else 1)
-            schedule.replay(int(progress.step // steps))
+            for _ in range(int(progress.step // steps)):
+                schedule.step()
     if ema is not None:
         if "ema" in found.parts:
             ema.load_state_dict(found.load("ema"))

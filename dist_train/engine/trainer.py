@@ -245,7 +245,7 @@ class Trainer:
         self._record("val", figures)
         parts.console.evaluation("val", self.step, figures)
         if parts.schedule is not None and parts.schedule.on_plateau:
-            parts.schedule.step_on(metrics)
+            parts.schedule.step(metrics)
         for callback in parts.callbacks:
             callback.on_evaluation_end(self, metrics)
         if parts.stop_when is not None and self.step:
@@ -330,9 +330,7 @@ class Trainer:
         parts = self.parts
         return {
             "progress": asdict(self.progress),
-            "totals": parts.stepper.totals,
-            "guard": parts.stepper.guard.state_dict(),
-            "scaler": parts.stepper.scaler.state_dict() if parts.stepper.scaler is not None else None,
+            "stepper": parts.stepper.state_dict(),
             "schedule": parts.schedule.state_dict() if parts.schedule is not None else None,
             "stop_when": parts.stop_when.state_dict() if parts.stop_when is not None else None,
             "callbacks": [callback.state_dict() for callback in parts.callbacks],
@@ -350,10 +348,7 @@ class Trainer:
     def load(self, state: dict[str, Any]) -> None:
         """Go on from what `_state` gave (the progress itself was handed to the constructor)."""
         parts = self.parts
-        parts.stepper.totals.copy_(state["totals"])
-        parts.stepper.guard.load_state_dict(state["guard"])
-        if parts.stepper.scaler is not None and state["scaler"]:
-            parts.stepper.scaler.load_state_dict(state["scaler"])
+        parts.stepper.load_state_dict(state["stepper"])
         if parts.stop_when is not None and state["stop_when"] is not None:
             parts.stop_when.load_state_dict(state["stop_when"])
         for callback, saved in zip(parts.callbacks, state["callbacks"], strict=False):
@@ -368,7 +363,7 @@ class Trainer:
             self.parts.trace.close()
 
     def _check_finite(self) -> None:
-        self.parts.stepper.guard.check_record(self.parts.plan.batch, self.model)
+        self.parts.stepper.guard.read()
 
     def _is_due(self, every: Duration | None) -> bool:
         return is_due(every, self.step, self.steps_per_epoch)

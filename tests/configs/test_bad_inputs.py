@@ -183,7 +183,7 @@ EARLY: list[tuple[dict[str, Any], str]] = [
     (base(transfer={"append": {"at": "layers", "name": "x", "module": LAST}}), "gives 3 numbers, but this takes 5"),
     (base(transfer={"freeze": "layer.*"}), "layer.* matches no parameter of MLP; names look like layers.1"),
     (base(transfer={"weights": "other.pt"}), "0 of the model's 2 tensors are in other.pt and fit"),
-    (base(optimizer__groups=[{"match": "head.*"}]), "head.* matches no parameter that is left and trains"),
+    (base(optimizer__groups=[{"match": "head.*"}]), "head.* matches no parameter of MLP; names look like"),
     # augmentation
     (base(data__augment=[{"_target_": "dist_train.data.RandomErasing", "p": 2}]), "expected p between 0 and 1, found 2"),
     (base(data__augment=[{"_target_": "dist_train.data.Mixup", "classes": 1}]), "alpha > 0 and classes >= 2, found 0.2 and 1"),

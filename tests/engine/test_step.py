@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from dist_train.config.errors import ConfigError
 from dist_train.data.loader import MicroBatch, StepWork
 from dist_train.engine.ema import EMA
+from dist_train.engine.finite import FiniteGuard, NonFiniteError
 from dist_train.engine.losses import Loss
 from dist_train.engine.optim import Schedule, WarmupCosine, build_optimizer
 from dist_train.engine.precision import Precision, resolve_precision
 from dist_train.engine.reduce import SingleProcess
-from dist_train.engine.step import FiniteGuard, NonFiniteError, Stepper
+from dist_train.engine.step import Stepper
 from dist_train.engine.task import Supervised
 
 CPU = torch.device("cpu")
@@ -45,7 +46,7 @@ def stepper(net: nn.Module, optimizer: torch.optim.Optimizer, precision: str = "
     reducer = SingleProcess(net, Supervised(Loss(nn.MSELoss())), kind, scaler)
     return Stepper(
         net, optimizer, reducer, scaler=scaler, device=CPU, seed=0, summed=False,
-        prepare=lambda batch, epoch, indices: batch, **options,
+        prepare=lambda batch, epoch, indices: batch, indices_of=lambda step: np.arange(8), **options,
     )  # fmt: skip
 
 
@@ -98,7 +99,7 @@ def test_inf_and_nan_end_the_run_before_the_update_and_are_named(bad: float) -> 
 
 def test_a_bad_step_can_be_left_out_and_is_counted() -> None:
     layer, other = net(), net()
-    step = stepper(layer, torch.optim.SGD(layer.parameters(), lr=0.1), on_nonfinite="skip")
+    step = stepper(layer, torch.optim.SGD(layer.parameters(), lr=0.1), skip=True)
     reference = stepper(other, torch.optim.SGD(other.parameters(), lr=0.1))
     bad = INPUTS.clone()
     bad[0] = math.nan
@@ -116,24 +117,26 @@ def test_findings_that_are_read_later_leave_the_update_out_and_name_the_step(
     optimizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on CUDA, where nobody waits for the device; fused kernels on the CPU take the finding too."""
-    monkeypatch.setattr("dist_train.engine.step.MOST_UNREAD", 4)
+    monkeypatch.setattr("dist_train.engine.finite.MOST_UNREAD", 4)
     layer, other = net(), net()
     steppers = []
     for module in (layer, other):
         made = getattr(torch.optim, optimizer)(module.parameters(), lr=0.1, fused=True)
         steppers.append(stepper(module, made))
-        steppers[-1].guard = FiniteGuard(made, CPU, False, "stop", reads_at_once=False)
+        steppers[-1].guard = FiniteGuard(
+            module, made, CPU, scaled=False, skip=False, indices_of=lambda step: np.arange(8), on_host=False
+        )
     bad = INPUTS.clone()
     bad[3, 1] = math.inf
-    for k in range(9):  # more than fit between two readings
+    for k in range(8):  # more than fit between two readings
         steppers[0](work(k, bad if k == 6 else INPUTS), want_norm=False)
         if k != 6:
             steppers[1](work(k), want_norm=False)
     assert torch.equal(layer.weight, other.weight)
     assert torch.equal(steppers[0].totals, steppers[1].totals)
     with pytest.raises(NonFiniteError, match=r"step 7: .*the update was skipped"):
-        steppers[0].guard.check_record(lambda step: np.arange(8), layer)
-    steppers[1].guard.check_record(lambda step: np.arange(8), other)
+        steppers[0].guard.read()
+    assert not steppers[1].guard.read()
     assert (steppers[0].guard.skipped, steppers[1].guard.skipped) == (1, 0)
 
 
@@ -241,7 +244,7 @@ def test_plateau_looks_at_its_metric() -> None:
     )
     assert plateau.on_plateau
     for value in (1.0, 0.9, 0.95):
-        plateau.step_on({"val/error": value, "val/loss": 0.0})
+        plateau.step({"val/error": value, "val/loss": 0.0})
     assert optimizer.param_groups[0]["lr"] == 0.5
 
 

@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from dist_train.data.loader import MicroBatch, StepWork
+from dist_train.engine.finite import NonFiniteError
 from dist_train.engine.losses import Loss
 from dist_train.engine.precision import Precision, resolve_precision
 from dist_train.engine.reduce import SingleProcess
-from dist_train.engine.step import NonFiniteError, Stepper
+from dist_train.engine.step import Stepper
 from dist_train.engine.task import Supervised
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -48,7 +49,7 @@ def stepper(
     task = Supervised(Loss(loss or nn.CrossEntropyLoss(label_smoothing=0.1)).to(CUDA))
     return Stepper(
         net, made, SingleProcess(net, task, kind, scaler), scaler=scaler, device=CUDA, seed=0, summed=False,
-        prepare=lambda batch, epoch, indices: batch, **options,  # type: ignore[arg-type]
+        prepare=lambda batch, epoch, indices: batch, indices_of=lambda k: np.arange(32), **options,  # type: ignore[arg-type]
     )  # fmt: skip
 
 
@@ -70,7 +71,7 @@ def test_a_step_never_waits_for_the_device(precision: str, clip: float | None) -
     finally:
         torch.cuda.set_sync_debug_mode("default")
     total, weight = step.totals.tolist()
-    step.guard.check_record(lambda k: np.arange(32), step.model)
+    step.guard.read()
     assert weight == 32 * (13 - step.guard.skipped)
     assert math.isfinite(total)
 
@@ -95,19 +96,19 @@ def test_a_bad_step_is_on_record_and_ends_the_run_when_it_is_read(fused: bool) -
     assert kept == fused, "a fused optimizer leaves the update out"
     step(work(2, inputs, labels), want_norm=False)
     with pytest.raises(NonFiniteError, match="step 2"):
-        step.guard.check_record(lambda k: np.arange(32), step.model)
+        step.guard.read()
 
 
 def test_skipping_leaves_the_bad_step_out() -> None:
     inputs, labels = INPUTS.to(CUDA), LABELS.to(CUDA)
-    with_bad, without = stepper("fp32", on_nonfinite="skip"), stepper("fp32")
+    with_bad, without = stepper("fp32", skip=True), stepper("fp32")
     for k, factor in enumerate((1.0, math.inf, 1.0)):
         with_bad(work(k, inputs * factor, labels), want_norm=False)
         if factor == 1.0:
             without(work(k, inputs, labels), want_norm=False)
     weights = [p for p in zip(with_bad.parameters, without.parameters, strict=True) if p[0].dim() > 1]
     assert all(torch.isfinite(a).all() for a, _ in weights)
-    with_bad.guard.check_record(lambda k: np.arange(32), with_bad.model)
+    with_bad.guard.read()
     assert with_bad.guard.skipped == 1
 
 

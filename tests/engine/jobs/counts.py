@@ -73,7 +73,7 @@ def main() -> None:
         )
         stepper = Stepper(
             net, torch.optim.SGD(net.parameters(), lr=0.1), reducer, scaler=None, device=world.device, seed=0, summed=False,
-            prepare=lambda batch, epoch, indices: batch, clip_norm=1.0,
+            prepare=lambda batch, epoch, indices: batch, indices_of=lambda step: range(BATCH), clip_norm=1.0,
         )  # fmt: skip
         loader = build_train_loader(
             TensorDataset(INPUTS, LABELS), Plan(0, BATCH, BATCH), rank=world.rank, world_size=world.size, micro_batch_size=4,

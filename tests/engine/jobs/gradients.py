@@ -76,7 +76,7 @@ def gradient(world: World, function: nn.Module, targets: Tensor, micro: int, sam
     optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
     stepper = Stepper(
         net, optimizer, reducer, scaler=None, device=world.device, seed=0, summed=task.summed,
-        prepare=lambda batch, epoch, indices: batch,
+        prepare=lambda batch, epoch, indices: batch, indices_of=lambda step: range(BATCH),
     )  # fmt: skip
     loader = build_train_loader(
         TensorDataset(INPUTS[:samples], targets[:samples]), Plan(0, samples, BATCH, drop_last=False), rank=world.rank,
