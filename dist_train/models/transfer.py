@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import itertools
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from dist_train.config.errors import ConfigError, describe
+from dist_train.models.layers import aligned
 
 _SHOWN_ROWS = 12
 
@@ -44,20 +46,24 @@ def load_weights(
     """
     own = model.state_dict()
     state = _state_dict(content, source, own)
-    rows = _misfits(own, state)
-    late = replaced + "." if replaced is not None else None
-    rows = [row for row in rows if late is None or not row[0].startswith(late)]
     fitting = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape}
+    rows = []
+    for name in dict.fromkeys([*own, *state]):
+        here, there = (str(tuple(held[name].shape)) if name in held else "-" for held in (own, state))
+        late = replaced is not None and name.startswith(replaced + ".")
+        if here != there and not late and not (there == "-" and name.endswith("num_batches_tracked")):
+            wrong = "not in the file" if there == "-" else "not in the model" if here == "-" else "another shape"
+            rows.append((f"  {name}", here, there, wrong))
+    table = aligned([("  name", "in the model", "in the file", ""), *rows[:_SHOWN_ROWS]]) if rows else []
+    if len(rows) > _SHOWN_ROWS:
+        table.append(f"  and {len(rows) - _SHOWN_ROWS} more")
     if not fitting or (strict and rows):
-        cure = (
-            "; give the model the arguments that it was trained with, or take what fits with transfer.strict=false"
-            if fitting
-            else "; these are the weights of another model"
-        )
+        cure = "give the model the arguments that it was trained with, or take what fits with transfer.strict=false"
+        cure = cure if fitting else "these are the weights of another model"
         count = f"{len(fitting)} of the model's {len(own)} tensors are in {source} and fit"
-        raise ConfigError.single("transfer.weights", "\n".join([count + cure, *_table(rows)]))
+        raise ConfigError.single("transfer.weights", "\n".join([f"{count}; {cure}", *table]))
     model.load_state_dict(fitting, strict=False)
-    return [f"{len(fitting)} of {len(own)} tensors from {source}", *_table(rows)]
+    return [f"{len(fitting)} of {len(own)} tensors from {source}", *table]
 
 
 def _state_dict(content: object, source: str, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -69,42 +75,13 @@ def _state_dict(content: object, source: str, own: Mapping[str, Tensor]) -> dict
         found = describe(dict(content)) if isinstance(content, Mapping) else describe(content)
         message = f"expected a state_dict (names and tensors) in {source}, found {found}"
         raise ConfigError.single("transfer.weights", f"{message}; save one with torch.save(model.state_dict(), FILE)")
-    state = {str(name): value for name, value in content.items()}
-    for _ in range(3):
+    state = dict(content)
+    while not own.keys() & state.keys():
         prefix = next(iter(state)).partition(".")[0] + "."
-        if own.keys() & state.keys() or not all(name.startswith(prefix) for name in state):
+        if not all(name.startswith(prefix) for name in state):
             break
         state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state
-
-
-def _misfits(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[tuple[str, str, str, str]]:
-    """(name, shape in the model, shape in the file, what is wrong) of everything that isn't the same in both."""
-    rows = []
-    missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
-    for name, value in own.items():
-        if name in missing:
-            rows.append((name, _shape(value), "-", "not in the file"))
-        elif name in state and state[name].shape != value.shape:
-            rows.append((name, _shape(value), _shape(state[name]), "another shape"))
-    for name, value in state.items():
-        if name not in own:
-            near = difflib.get_close_matches(name, missing, n=1, cutoff=0.7)
-            rows.append((name, "-", _shape(value), "not in the model" + (f"; meant {near[0]}?" if near else "")))
-    return rows
-
-
-def _table(rows: Sequence[tuple[str, str, str, str]]) -> list[str]:
-    if not rows:
-        return []
-    shown = [("name", "in the model", "in the file", ""), *rows[:_SHOWN_ROWS]]
-    widths = [max(len(row[k]) for row in shown) for k in range(3)]
-    lines = ["  " + "  ".join([*(row[k].ljust(widths[k]) for k in range(3)), row[3]]).rstrip() for row in shown]
-    return lines + ([f"  and {len(rows) - _SHOWN_ROWS} more"] if len(rows) > _SHOWN_ROWS else [])
-
-
-def _shape(value: Tensor) -> str:
-    return str(tuple(value.shape))
 
 
 # --- layers ----------------------------------------------------------------------------------------------------------
@@ -116,25 +93,24 @@ def find_head(model: nn.Module, at: str | None = None) -> str:
     Raises:
         ConfigError: there is none, or `at` is another kind of layer.
     """
-    if at is None:
-        for kind in (nn.Linear, nn.Conv2d):
-            names = [name for name, module in model.named_modules() if isinstance(module, kind) and name]
-            if names:
-                return names[-1]
-        message = f"{type(model).__name__} has no linear layer or convolution to replace; use transfer.append"
-        raise ConfigError.single("transfer.head", message)
-    layer = _layer(model, at, "transfer.head.at")
-    if not isinstance(layer, nn.Linear | nn.Conv2d):
-        inside = [f"{at}.{name}" for name, module in layer.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-        hint = f"; did you mean {inside[-1]}?" if inside else ""
+    layer = model if at is None else _layer(model, at, "transfer.head.at")
+    if at is not None and isinstance(layer, nn.Linear | nn.Conv2d):
+        return at
+    inside = [[n for n, m in layer.named_modules() if n and isinstance(m, kind)] for kind in (nn.Linear, nn.Conv2d)]
+    last = next((names[-1] for names in inside if names), None)
+    if at is not None:
+        hint = f"; did you mean {at}.{last}?" if last else ""
         message = f"expected a Linear or Conv2d layer, but {at} is a {type(layer).__name__}{hint}"
         raise ConfigError.single("transfer.head.at", message)
-    return at
+    if last is None:
+        message = f"{type(model).__name__} has no linear layer or convolution to replace; use transfer.append"
+        raise ConfigError.single("transfer.head", message)
+    return last
 
 
 def replace_head(model: nn.Module, name: str, classes: int) -> str:
     """Put a new layer with `classes` outputs, else like the old one, in the place of layer `name`; says what was done."""
-    old = _layer(model, name, "transfer.head.at")
+    old = model.get_submodule(name)
     assert isinstance(old, nn.Linear | nn.Conv2d)
     like: dict[str, Any] = {"bias": old.bias is not None, "device": old.weight.device, "dtype": old.weight.dtype}
     new: nn.Module
@@ -143,8 +119,7 @@ def replace_head(model: nn.Module, name: str, classes: int) -> str:
     else:
         before, size = old.out_channels, (old.kernel_size, old.stride, old.padding, old.dilation)
         new = nn.Conv2d(old.in_channels, classes, *size, **like)  # type: ignore[arg-type]
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, new)
+    model.set_submodule(name, new)
     return f"head {name}: {before} -> {classes} outputs"
 
 
@@ -156,21 +131,16 @@ def append_module(model: nn.Module, at: str, name: str, module: nn.Module) -> st
     """
     holder = _layer(model, at, "transfer.append.at")
     if not isinstance(holder, nn.Sequential):
-        sequential = [other for other, part in model.named_modules() if isinstance(part, nn.Sequential) and other]
-        known = f"those of this model are {', '.join(sequential[:8])}" if sequential else "this model has none"
-        message = (
-            f"expected a Sequential, which runs what is added to it, but {at} is a {type(holder).__name__}; {known}"
-        )
-        raise ConfigError.single("transfer.append.at", message)
+        known = ", ".join(n for n, part in model.named_modules() if isinstance(part, nn.Sequential) and n)
+        message = f"expected a Sequential, which runs what is added to it, but {at} is a {type(holder).__name__}"
+        raise ConfigError.single("transfer.append.at", f"{message}; those of this model are {known or 'none'}")
     if not name.isidentifier() or name in holder._modules:
         message = f"expected a new name, found {describe(name)}; {at} holds {', '.join(holder._modules)}"
         raise ConfigError.single("transfer.append.name", message)
-    last = [part for part in holder.modules() if isinstance(part, nn.Linear)]
-    first = next((part for part in module.modules() if isinstance(part, nn.Linear)), None)
-    if last and first is not None and first.in_features != last[-1].out_features:
-        message = (
-            f"the last linear layer of {at} gives {last[-1].out_features} numbers, but this takes {first.in_features}"
-        )
+    last = [part.out_features for part in holder.modules() if isinstance(part, nn.Linear)][-1:]
+    first = [part.in_features for part in module.modules() if isinstance(part, nn.Linear)][:1]
+    if last and first and last != first:
+        message = f"the last linear layer of {at} gives {last[0]} numbers, but this takes {first[0]}"
         raise ConfigError.single("transfer.append.module", message)
     holder.add_module(name, module)
     return f"appended {at}.{name}: {type(module).__name__}"
@@ -179,11 +149,14 @@ def append_module(model: nn.Module, at: str, name: str, module: nn.Module) -> st
 def _layer(model: nn.Module, name: str, key: str) -> nn.Module:
     known = dict(model.named_modules())
     if name not in known or not name:
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or [n for n, _ in model.named_children()][-5:]
-        raise ConfigError.single(
-            key, f"{type(model).__name__} has no layer {name!r}; names look like {', '.join(filter(None, near))}"
-        )
+        message = f"{type(model).__name__} has no layer {name!r}; names look like {_near(name, known)}"
+        raise ConfigError.single(key, message)
     return known[name]
+
+
+def _near(word: str, known: Iterable[str]) -> str:
+    names = [name for name in known if name]
+    return ", ".join(difflib.get_close_matches(word, names, n=3, cutoff=0.4) or names[:5])
 
 
 # --- parameters by name ----------------------------------------------------------------------------------------------
@@ -198,25 +171,19 @@ def match_parameters(model: nn.Module, patterns: Sequence[str], key: str) -> lis
     Raises:
         ConfigError: a pattern means no parameter.
     """
-    words = dict(_words(model))
-    for pattern in patterns:
-        if not any(fnmatch.filter(found, pattern) for found in words.values()):
-            known = sorted({word for found in words.values() for word in found})
-            near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.4) or list(words)[:3]
-            message = f"{pattern} matches no parameter of {type(model).__name__}; names look like {', '.join(near)}"
-            raise ConfigError.single(key, message)
-    return [name for name, found in words.items() if any(fnmatch.filter(found, pattern) for pattern in patterns)]
-
-
-def _words(model: nn.Module) -> Iterator[tuple[str, list[str]]]:
-    """Each parameter's name, and all that a pattern may call it."""
+    words: dict[str, list[str]] = {}  # each parameter's name, and all that a pattern may call it
     for place, module in model.named_modules():
         kind = type(module).__name__
-        parts = place.split(".")
-        around = [".".join(parts[: k + 1]) for k in range(len(parts))] if place else []
+        around = list(itertools.accumulate(place.split("."), "{}.{}".format))
         for leaf, _ in module.named_parameters(recurse=False):
             name = f"{place}.{leaf}" if place else leaf
-            yield name, [name, *around, kind, f"{kind}.{leaf}"]
+            words[name] = [name, *around, kind, f"{kind}.{leaf}"]
+    for pattern in patterns:
+        if not any(fnmatch.filter(found, pattern) for found in words.values()):
+            near = _near(pattern, dict.fromkeys(word for found in words.values() for word in found))
+            message = f"{pattern} matches no parameter of {type(model).__name__}; names look like {near}"
+            raise ConfigError.single(key, message)
+    return [name for name, found in words.items() if any(fnmatch.filter(found, pattern) for pattern in patterns)]
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
@@ -225,10 +192,8 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
     Raises:
         ConfigError: a pattern means no parameter, or nothing is left to train.
     """
-    frozen = set(match_parameters(model, patterns, "transfer.freeze"))
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name in frozen:
-            parameter.requires_grad_(False)
+    for name in match_parameters(model, patterns, "transfer.freeze"):
+        model.get_parameter(name).requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError.single("transfer.freeze", f"{', '.join(patterns)} freezes every parameter: nothing is left")
     # As an attribute of the instance it is found first, by whoever calls it. A bound method is copied and pickled with its

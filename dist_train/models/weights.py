@@ -41,14 +41,14 @@ def read_torchvision(name: str, builder: str) -> Any:
     head, _, member = name.rpartition(".")
     try:
         choices = models.get_weight(f"{head}.DEFAULT").__class__ if head else models.get_model_weights(builder)
-        weights = choices[member]
-    except (ValueError, KeyError) as error:
-        if isinstance(error, KeyError):
-            known = [str(entry) for entry in choices]
-            message = f"there are no weights {name}{did_you_mean(f'{choices.__name__}.{member}', known)}"
-            raise ConfigError.single(KEY, f"{message}; known are {', '.join(known)}") from None
+    except ValueError as error:
         message = f"torchvision has no weights {name!r}; write them as ResNet18_Weights.IMAGENET1K_V1"
-        raise ConfigError.single(KEY, f"{message}, or give the path of a file or directory") from None
+        raise ConfigError.single(KEY, f"{message}, or give the path of a file or directory") from error
+    if member not in choices.__members__:
+        known = [str(entry) for entry in choices]
+        near = did_you_mean(f"{choices.__name__}.{member}", known)
+        raise ConfigError.single(KEY, f"there are no weights {name}{near}; known are {', '.join(known)}")
+    weights = choices[member]
     try:
         return weights.get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError) as error:  # no network, no space, another hash
@@ -80,12 +80,10 @@ def read_file(location: str) -> Any:
         raise ConfigError.single(KEY, f"there is no file or directory {location}{near}") from None
     except StorageError as error:
         raise ConfigError.single(KEY, str(error)) from error
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        message = (
-            f"{location} is refused: it holds more than tensors, which only running its code could rebuild ({reason})"
-        )
-        raise ConfigError.single(KEY, f"{message}; save torch.save(model.state_dict(), FILE) instead") from None
     except Exception as error:  # both formats have many ways to be malformed
-        message = f"{location} can't be read as weights: {type(error).__name__}: {str(error).splitlines()[0]}"
-        raise ConfigError.single(KEY, f"{message}; expected a state_dict of torch.save, or safetensors") from error
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        message = f"{location} can't be read as weights: {reason}; expected a state_dict of torch.save, or safetensors"
+        if isinstance(error, pickle.UnpicklingError):
+            message = f"{location} is refused: it holds more than tensors, which only running its code could rebuild "
+            message += f"({reason}); save torch.save(model.state_dict(), FILE) instead"
+        raise ConfigError.single(KEY, message) from error

@@ -165,7 +165,7 @@ def test_what_does_not_fit_is_a_table_and_strictness_is_the_choice() -> None:
     lines = [" ".join(line.split()) for line in message.splitlines()]
     assert "transfer.strict=false" in message
     assert "classifier.2.weight (10, 1024) - not in the file" in lines
-    assert "classifer.2.weight - (7, 1024) not in the model; meant classifier.2.weight?" in lines
+    assert "classifer.2.weight - (7, 1024) not in the model" in lines
     assert "classifier.2.bias (10,) (7,) another shape" in lines
     assert "extra - (3,) not in the model" in lines
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items()), "nothing was changed"
@@ -307,19 +307,20 @@ def test_freezing_everything_is_refused() -> None:
 
 def test_a_whole_module_with_frozen_parts_is_loaded_by_torch_alone(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = models.resnet18()
-    replace_head(model, "fc", 3)
-    freeze(model, ["conv1", "bn1", "layer[1-4]"])
-    inputs = torch.randn(2, 3, 32, 32)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 5))
+    replace_head(model, "3", 3)
+    freeze(model, ["0", "BatchNorm2d"])
+    inputs = torch.randn(2, 3, 8, 8)
     with torch.no_grad():
         torch.save({"inputs": inputs, "outputs": model.eval()(inputs)}, tmp_path / "expected.pt")
     torch.save(model, tmp_path / "whole.pt")
     torch.save(model.state_dict(), tmp_path / "state.pt")
     (tmp_path / "plain.py").write_text(
-        "import sys, torch, torchvision\n"
+        "import sys, torch\n"
+        "from torch import nn\n"
         "expected = torch.load('expected.pt')\n"
         "whole = torch.load('whole.pt', weights_only=False).eval()\n"
-        "state = torchvision.models.resnet18(num_classes=3).eval()\n"
+        "state = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 3)).eval()\n"
         "state.load_state_dict(torch.load('state.pt', weights_only=True))\n"
         "with torch.no_grad():\n"
         "    for model in (whole, state):\n"
