@@ -245,14 +245,21 @@ def _check_batchnorm(model: nn.Module, plan: Plan, world_size: int, micro: int) 
     )
 
 
-def splits_exactly(blueprint: Blueprint) -> bool:
-    """Whether smaller micro-batches give the same gradient: no BatchNorm, no dropout, a loss whose denominator is known."""
+def what_splitting_changes(blueprint: Blueprint) -> str:
+    """What smaller micro-batches change beside the memory: "" where they give the same gradient.
+
+    A loss that isn't torch's own shows its denominator when it is called: before that it isn't known.
+    """
     norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
     for module in blueprint.model.modules():
         drops = [getattr(module, name, 0.0) for name in ("p", "dropout") if not isinstance(module, nn.Sequential)]
-        if isinstance(module, norms) or any(isinstance(p, float) and p > 0 for p in drops):
-            return False
-    return blueprint.loss is not None and blueprint.loss.exact is not False
+        if isinstance(module, norms) and module.training:
+            return "BatchNorm then takes its statistics over fewer samples"
+        if any(isinstance(p, float) and p > 0 for p in drops):
+            return "dropout then draws other numbers"
+    if blueprint.loss is None or not blueprint.loss.exact:
+        return "it isn't known that the loss is then still the mean over the global batch"
+    return ""
 
 
 def build_reducer(blueprint: Blueprint, scaler: torch.amp.GradScaler | None) -> Reducer:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 ELEMENTWISE = (nn.MSELoss, nn.L1Loss, nn.BCELoss, nn.BCEWithLogitsLoss, nn.SmoothL1Loss, nn.HuberLoss)
 CLASSWISE = (nn.CrossEntropyLoss, nn.NLLLoss)
+HALF = (torch.bfloat16, torch.float16)
 
-_MODULE_OF = {
+_MODULE_OF: dict[Any, type[nn.Module]] = {
     nn.functional.cross_entropy: nn.CrossEntropyLoss,
     nn.functional.nll_loss: nn.NLLLoss,
     nn.functional.mse_loss: nn.MSELoss,
@@ -28,6 +29,7 @@ _MODULE_OF = {
     nn.functional.binary_cross_entropy: nn.BCELoss,
     nn.functional.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss,
 }
+Fitted = tuple[Tensor, Tensor, Tensor | float]
 
 
 class Loss(nn.Module):
@@ -51,23 +53,20 @@ class Loss(nn.Module):
         reduction = getattr(function, "reduction", None) if isinstance(function, nn.Module) else None
         self.summed = reduction == "sum"
         self.exact: bool | None = None
-        self.function: Any = function
         self._checked = False
-        torch_made = isinstance(function, nn.Module) and type(function).__module__.startswith("torch.nn")
-        if torch_made and isinstance(function, ELEMENTWISE):
-            self._measure: Callable[[Any, Any], tuple[Tensor, Tensor | float]] = self._elementwise
-            self.function = _with_reduction(self.function, "sum")
-        elif torch_made and isinstance(function, CLASSWISE):
-            self._measure = self._classwise
-            self.function = _with_reduction(self.function, "sum")
-        elif torch_made and reduction == "mean" and not isinstance(function, nn.CTCLoss):
-            self._measure = self._generic
-            self.function = _with_reduction(self.function, "none")
-        elif torch_made and isinstance(function, nn.KLDivLoss) and reduction == "batchmean":
-            self._measure = self._batchmean
-            self.function = _with_reduction(self.function, "sum")
-        else:
-            self._measure = self._generic
+        self._fit: Callable[[Tensor, Tensor], Fitted] | None = None  # what fits a batch to one of torch's losses
+        if type(function).__module__.startswith("torch.nn"):
+            if isinstance(function, ELEMENTWISE):
+                self._fit, reduction = self._elements, "sum"
+            elif isinstance(function, CLASSWISE):
+                self._fit, reduction = self._classes, "sum"
+            elif reduction == "batchmean":
+                self._fit, reduction = self._rows, "sum"
+            elif reduction == "mean" and not isinstance(function, nn.CTCLoss):
+                reduction = "none"
+            function = copy.copy(function)
+            function.reduction = reduction  # type: ignore[attr-defined]
+        self.function: Any = function
 
     def forward(self, outputs: Any, targets: Any) -> tuple[Tensor, Tensor | float]:
         """The loss summed over this micro-batch (0-dim, float32 or float64), and its weight (a number or a 0-dim tensor).
@@ -76,87 +75,68 @@ class Loss(nn.Module):
             ValueError: outputs and targets don't fit the loss; the message says what it expects and what it got.
         """
         outputs = _in_full_precision(outputs)
-        if self._measure != self._generic:
-            for what, value in (("model's outputs", outputs), ("targets", targets)):
-                if not isinstance(value, Tensor):
-                    inside = (
-                        f" of {type(next(iter(value))).__name__}" if isinstance(value, list | tuple) and value else ""
-                    )
-                    raise ValueError(
-                        f"{self.name} expects the {what} as one tensor, but found a {type(value).__name__}{inside}; for words as "
-                        "labels return their numbers from the dataset, for anything else name a `task`"
-                    )
-        return self._measure(outputs, targets)
-
-    def _elementwise(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | float]:
-        self.exact = True
-        if outputs.shape != targets.shape:
-            outputs, targets = self._squeezed(outputs, targets)
-        if targets.dtype != outputs.dtype:
-            targets = targets.to(outputs.dtype)
-        if not self._checked:
-            self._check_values(outputs, targets)
-        total = self.function.forward(outputs, targets)
-        return total, (len(outputs) if self.summed else outputs.numel())
-
-    def _squeezed(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """A trailing 1 is dropped, as in (N, 1) against (N,); torch would broadcast that to (N, N) with only a warning."""
-        if outputs.shape[:-1] == targets.shape and outputs.shape[-1:] == (1,):
-            return outputs.squeeze(-1), targets
-        if targets.shape[:-1] == outputs.shape and targets.shape[-1:] == (1,):
-            return outputs, targets.squeeze(-1)
-        raise ValueError(
-            f"{self.name} compares outputs and targets element by element, so it expects equal shapes (up to a last "
-            f"dimension of 1), but the model gave {_shape(outputs)} and the targets are {_shape(targets)}; check the model's "
-            "last layer, or what the dataset returns as target"
-        )
-
-    def _check_values(self, outputs: Tensor, targets: Tensor) -> None:
-        """On the first batch only: it reads values."""
-        self._checked = True
-        if isinstance(self.function, nn.BCELoss | nn.BCEWithLogitsLoss) and targets.numel():
-            low, high = float(targets.min()), float(targets.max())
-            if low < 0 or high > 1:
-                raise ValueError(f"{self.name} expects targets between 0 and 1, but they go from {low:g} to {high:g}")
-        if isinstance(self.function, nn.BCELoss) and outputs.numel():
-            low, high = float(outputs.detach().min()), float(outputs.detach().max())
-            if low < 0 or high > 1:
+        if self._fit is None:
+            return self._own(outputs, targets)
+        for what, value in (("model's outputs", outputs), ("targets", targets)):
+            if not isinstance(value, Tensor):
                 raise ValueError(
-                    f"BCELoss expects probabilities between 0 and 1, but the model's outputs go from {low:g} to {high:g}: end "
-                    "the model with a Sigmoid, or use torch.nn.BCEWithLogitsLoss"
+                    f"{self.name} expects the {what} as one tensor, but found a {type(value).__name__}; for words as labels "
+                    "return their numbers from the dataset, for anything else name a `task`"
                 )
-
-    def _classwise(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | float]:
-        self.exact = True
-        if targets.is_floating_point():
-            return self._probabilities(outputs, targets)
-        if targets.dtype != torch.int64:
-            targets = targets.long()
-        if not self._checked:
-            self._check_classes(outputs, targets)
+        outputs, targets, weight = self._fit(outputs, targets)
+        self._checked = self.exact = True
         total = self.function.forward(outputs, targets)
+        return total, (len(outputs) if self.summed else weight)
+
+    def _elements(self, outputs: Tensor, targets: Tensor) -> Fitted:
+        """A trailing 1 is dropped, as in (N, 1) against (N,); torch would broadcast that to (N, N) with only a warning."""
+        if outputs.shape != targets.shape:
+            if outputs.shape == (*targets.shape, 1):
+                outputs = outputs.squeeze(-1)
+            elif targets.shape == (*outputs.shape, 1):
+                targets = targets.squeeze(-1)
+            else:
+                raise ValueError(
+                    f"{self.name} compares outputs and targets element by element, so it expects equal shapes (up to a last "
+                    f"dimension of 1), but the model gave {_shape(outputs)} and the targets are {_shape(targets)}; check the "
+                    "model's last layer, or what the dataset returns as target"
+                )
+        targets = targets.to(outputs.dtype)
+        if not self._checked and isinstance(self.function, nn.BCELoss | nn.BCEWithLogitsLoss):
+            self._check_range("targets", targets, "check what the dataset returns as target")
+            if isinstance(self.function, nn.BCELoss):
+                self._check_range(
+                    "outputs", outputs.detach(), "end the model with a Sigmoid, or use torch.nn.BCEWithLogitsLoss"
+                )
+        return outputs, targets, outputs.numel()
+
+    def _check_range(self, what: str, values: Tensor, cure: str) -> None:
+        """On the first batch only: it reads values."""
+        low, high = (float(values.min()), float(values.max())) if values.numel() else (0.0, 1.0)
+        if low < 0 or high > 1:
+            raise ValueError(f"{self.name} expects {what} between 0 and 1, but they go from {low:g} to {high:g}: {cure}")
+
+    def _classes(self, outputs: Tensor, targets: Tensor) -> Fitted:
+        if targets.is_floating_point():
+            if isinstance(self.function, nn.NLLLoss) or outputs.shape != targets.shape or outputs.dim() < 2:
+                raise ValueError(
+                    f"{self.name} expects targets that are class numbers (int64, one for each of the outputs' "
+                    f"{_shape(outputs)}) or, for CrossEntropyLoss, class probabilities of the outputs' shape, but got "
+                    f"{_shape(targets)} of {targets.dtype}; for labels stored as floats return int(label) from the dataset"
+                )
+            return outputs, targets.to(outputs.dtype), outputs.numel() // outputs.shape[1]
+        targets = targets.long()
+        if not self._checked:
+            self._check_labels(outputs, targets)
         if self.summed:
-            return total, len(targets)
+            return outputs, targets, 0.0
         kept = targets != self.function.ignore_index
         if self.function.weight is None:
-            return total, kept.sum()
-        weights = self.function.weight[targets.where(kept, 0)]
-        return total, weights.where(kept, 0).sum()
+            return outputs, targets, kept.sum()
+        return outputs, targets, self.function.weight[targets.where(kept, 0)].where(kept, 0).sum()
 
-    def _probabilities(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | float]:
-        if isinstance(self.function, nn.NLLLoss) or outputs.shape != targets.shape:
-            raise ValueError(
-                f"{self.name} expects targets that are class numbers (int64, one for each of the outputs' {_shape(outputs)}) "
-                f"or, for CrossEntropyLoss, class probabilities of the outputs' shape, but got {_shape(targets)} of "
-                f"{targets.dtype}; "
-                "for labels stored as floats return int(label) from the dataset"
-            )
-        total = self.function(outputs, targets.to(outputs.dtype))
-        return total, (len(outputs) if self.summed else outputs.numel() // outputs.shape[1 if outputs.dim() > 1 else 0])
-
-    def _check_classes(self, outputs: Tensor, targets: Tensor) -> None:
+    def _check_labels(self, outputs: Tensor, targets: Tensor) -> None:
         """On the first batch only: it reads values. On CUDA a label out of range is a device assertion, which names nothing."""
-        self._checked = True
         if outputs.dim() < 2 or outputs.shape[:1] + outputs.shape[2:] != targets.shape:
             raise ValueError(
                 f"{self.name} expects outputs of shape (N, classes, ...) and targets of shape (N, ...), but the model gave "
@@ -170,57 +150,52 @@ class Loss(nn.Module):
                 f"from {int(kept.min())} to {int(kept.max())}; change the model's last layer or the dataset's labels"
             )
 
-    def _batchmean(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | float]:
-        self.exact = True
-        return self.function(outputs, targets), len(outputs)
+    def _rows(self, outputs: Tensor, targets: Tensor) -> Fitted:
+        return outputs, targets, len(outputs)
 
-    def _generic(self, outputs: Any, targets: Any) -> tuple[Tensor, Tensor | float]:
+    def _own(self, outputs: Any, targets: Any) -> tuple[Tensor, Tensor | float]:
+        """By what the function returns."""
         value = self.function(outputs, targets)
+        self.exact = True
         if isinstance(value, tuple) and len(value) == 2:
-            self.exact = True
-            return value[0], value[1]
+            return value
         if not isinstance(value, Tensor):
             raise ValueError(
                 f"the loss {self.name} must return a tensor, or a tuple (sum, weight), but returned {type(value).__name__}"
             )
         if value.dim() > 0:
-            self.exact = True
             return value.sum(), (len(value) if self.summed else value.numel())
         samples = batch_length(targets)
         if self.summed:
-            self.exact = True
             return value, samples
         self.exact = False
         return value * samples, samples
 
 
+def tensors_in(batch: Any) -> Iterator[Tensor]:
+    """Every tensor of a batch, or of a model's outputs, however they are nested."""
+    if isinstance(batch, Tensor):
+        yield batch
+    for value in batch.values() if isinstance(batch, dict) else batch if isinstance(batch, list | tuple) else ():
+        yield from tensors_in(value)
+
+
 def batch_length(batch: Any) -> int:
     """The number of samples in a batch: the length of the first tensor found in it."""
-    if isinstance(batch, Tensor):
-        return len(batch) if batch.dim() else 1
-    values = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, list | tuple) else ()
-    for value in values:
-        length = batch_length(value)
-        if length:
-            return length
-    return 0
-
-
-def _with_reduction(module: Any, reduction: str) -> Any:
-    changed = copy.copy(module)
-    changed.reduction = reduction
-    return changed
+    lengths = (len(tensor) if tensor.dim() else 1 for tensor in tensors_in(batch))
+    return next((length for length in lengths if length), 0)
 
 
 def _in_full_precision(outputs: Any) -> Any:
     """bf16 and fp16 outputs of autocast as float32; the loss runs outside autocast."""
     if isinstance(outputs, Tensor):
-        return outputs.float() if outputs.dtype in (torch.bfloat16, torch.float16) else outputs
-    if isinstance(outputs, list | tuple):
-        return type(outputs)(_in_full_precision(value) for value in outputs)
+        return outputs.float() if outputs.dtype in HALF else outputs
+    if not any(tensor.dtype in HALF for tensor in tensors_in(outputs)):
+        return outputs
     if isinstance(outputs, dict):
         return {key: _in_full_precision(value) for key, value in outputs.items()}
-    return outputs
+    values = [_in_full_precision(value) for value in outputs]
+    return type(outputs)(*values) if hasattr(outputs, "_fields") else type(outputs)(values)
 
 
 def _shape(tensor: Tensor) -> str:

@@ -16,7 +16,7 @@ from dist_train.checkpoint.manager import CheckpointManager
 from dist_train.config.errors import ConfigError
 from dist_train.data.plan import share
 from dist_train.engine.assemble import assemble, build_pieces
-from dist_train.engine.build import Blueprint, draw_blueprint, splits_exactly
+from dist_train.engine.build import Blueprint, draw_blueprint, what_splitting_changes
 from dist_train.engine.finish import finish
 from dist_train.engine.resume import Decision, decide
 from dist_train.engine.rundir import RunDir, check_shared, run_location
@@ -25,7 +25,7 @@ from dist_train.engine.summary import end_lines, start_lines
 from dist_train.engine.trainer import Trainer
 from dist_train.runtime import failure
 from dist_train.runtime.lease import Lease, LeaseHeldError, LeaseLostError
-from dist_train.runtime.storage import StorageError
+from dist_train.runtime.storage import LocalStorage, StorageError
 from dist_train.runtime.world import World, open_world, read_placement
 from dist_train.tracking.console import Console, setup_logging
 
@@ -150,6 +150,8 @@ def _open_run(config: Config, world: World, run: RunDir, console: Console) -> tu
             lease = Lease.acquire(run.storage, log=console.note)
         except LeaseHeldError as error:
             raise ConfigError.single("run.name", str(error)) from None
+        if isinstance(run.storage, LocalStorage):
+            run.storage.sweep_temporaries()
         decision = decide(config, run)  # the owner before may have gone on until now
         attempt = run.claim_attempt()
         run.storage.write_atomic("config.yaml", config.to_yaml().encode())
@@ -182,12 +184,8 @@ def _inform_peers(world: World, run: RunDir, blueprint: Blueprint) -> None:
 
     peers.samples, peers.micro_batch_size = samples, blueprint.micro_batch_size
     peers.logs = str(run.path("logs"))
-    if (
-        blueprint.config.trainer.micro_batch_size == "auto"
-        and blueprint.micro_batch_size > 1
-        and splits_exactly(blueprint)
-    ):
-        peers.halved = blueprint.micro_batch_size // 2
+    peers.may_halve = blueprint.config.trainer.micro_batch_size == "auto"
+    peers.changes = functools.partial(what_splitting_changes, blueprint)
     if peers.may_exit:  # a crash inside C code leaves its Python stack in the log
         faulthandler.enable(open(run.path(f"logs/rank-{world.rank}.log"), "a"))  # noqa: SIM115
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dist_train.runtime import signals
-from dist_train.runtime.here import DONE, PHASES, STARTING, here
+from dist_train.runtime.here import DONE, EVALUATION, PHASES, STARTING, here
 
 Record = dict[str, Any]
 
@@ -51,7 +51,7 @@ def tell_config_error(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def describe(error: BaseException, rank: int = 0, samples: Sequence[int] = (), micro: int | None = None) -> Record:
+def describe(error: BaseException, rank: int = 0, samples: Sequence[int] = ()) -> Record:
     """The record of an exception on this rank: where it stood, what was raised in whose line, what to try."""
     details = "".join(traceback.format_exception(error))
     record: Record = {
@@ -67,7 +67,7 @@ def describe(error: BaseException, rank: int = 0, samples: Sequence[int] = (), m
         "line": user_line(details),
         "details": details,
     }
-    record["try"] = advice(error, record["error"], micro)
+    record["try"] = advice(error, record["error"])
     return record
 
 
@@ -92,7 +92,7 @@ def user_line(details: str) -> str:
     installed = ("site-packages", "dist-packages")
     own = [m for m in ours if not m["file"].startswith(standard) and not any(f"/{i}/" in m["file"] for i in installed)]
     blocks = [found.start() for found in re.finditer("Traceback \\(most recent call last\\)", details)]
-    for begin, end in zip(blocks, [*blocks[1:], len(details)], strict=True):
+    for begin, end in zip(blocks, [*blocks[1:], len(details)]):
         inside = [match for match in own if begin <= match.start() < end]
         if inside:
             match = inside[-1]
@@ -107,11 +107,20 @@ def is_out_of_memory(text: str) -> bool:
     return any(part in text for part in _OUT_OF_MEMORY)
 
 
-def advice(error: BaseException | None, text: str, micro: int | None = None) -> str:
+def less_memory(micro: int, changes: str) -> str:
+    """What to try when a forward or backward of `micro` samples needed too much; `changes`: beside the memory, if anything."""
+    if micro == 1:
+        return "not even one sample at a time fits: a smaller model or input, trainer.precision=bf16"
+    return f"trainer.micro_batch_size={micro // 2} (it was {micro}): " + (
+        f"less memory, but {changes}" if changes else "the same gradient in less memory"
+    )
+
+
+def advice(error: BaseException | None, text: str) -> str:
     """What to try, from what is known to cause such an error."""
     if is_out_of_memory(text):
-        if micro is not None and micro > 1:
-            return f"trainer.micro_batch_size={max(1, micro // 2)} (it was {micro}): the same gradient in less memory"
+        if here.phase == EVALUATION:
+            return "data.eval_batch_size smaller: an evaluation takes that many samples in a forward"
         return "a smaller model or input, trainer.precision=bf16; data.num_workers=0 if it is the host's memory"
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text:
         return "make room (df -h), or keep less: checkpoint.keep_last=1, and every checkpoint.every less often"

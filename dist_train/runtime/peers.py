@@ -23,7 +23,20 @@ from typing import Any, NoReturn
 from dist_train.config.errors import ConfigError
 from dist_train.runtime import failure
 from dist_train.runtime.failure import Record
-from dist_train.runtime.here import CALLBACK, CONFIG, DATA, DONE, PHASES, STARTING, Here, descriptor, here, of_process
+from dist_train.runtime.here import (
+    BACKWARD,
+    CALLBACK,
+    CONFIG,
+    DATA,
+    DONE,
+    FORWARD,
+    PHASES,
+    STARTING,
+    Here,
+    descriptor,
+    here,
+    of_process,
+)
 from dist_train.runtime.pace import Pace
 from dist_train.runtime.processes import machine, process_state, stacks, start_again
 
@@ -54,8 +67,8 @@ class Peers:
         logs: the directory of the ranks' logs, once it is known.
         samples: gives the samples of optimizer step (from 1) on a rank, for the summary.
         micro_batch_size: of this run, for advice.
-        halved: the micro-batch size that all ranks go on with when memory runs out, by starting again in their own place;
-            None where that would change the result.
+        may_halve: whether all ranks go on with half of it when memory runs out, by starting again in their own place, where
+            that changes nothing. changes: says what it would change, "" for nothing.
         closing: what the rank that speaks does first (status, ledger, lease); a few seconds long.
         parting: what every rank does as it leaves (the lease, the terminal's live bar).
         may_exit: whether a hang may end this process, when it is alone: not in a notebook.
@@ -68,7 +81,8 @@ class Peers:
         self.logs = ""
         self.samples: Callable[[int, int], Sequence[int]] | None = None
         self.micro_batch_size: int | None = None
-        self.halved: int | None = None
+        self.may_halve = False
+        self.changes: Callable[[], str] = str
         self.closing: Callable[[Record], None] | None = None
         self.parting: Callable[[], object] | None = None
         self.beats: dict[int, dict[str, Any]] = {}
@@ -125,12 +139,14 @@ class Peers:
             return
         if getattr(error, "dist_train_record", None) is not None:
             return
-        record = failure.describe(
-            error, self.rank, self._samples(here.step, here.phase, self.rank), self.micro_batch_size
-        )
+        record = failure.describe(error, self.rank, self._samples(here.step, here.phase, self.rank))
         record["logs"] = self._logs(self.rank)
-        if self.halved and self.may_exit and failure.is_out_of_memory(record["error"]):
-            record["halved"] = self.halved
+        micro = self.micro_batch_size
+        if micro is not None and here.phase in (FORWARD, BACKWARD) and failure.is_out_of_memory(record["error"]):
+            changes = self.changes()
+            record["try"] = failure.less_memory(micro, changes)
+            if self.may_halve and self.may_exit and not changes and micro > 1:
+                record["halved"] = micro // 2
         _note("failed in step %d (%s)\n%s", here.step, PHASES[here.phase], record["details"].rstrip())
         if self.store is None and "halved" not in record:
             self._stop.set()

@@ -13,11 +13,12 @@ import errno
 import hashlib
 import os
 import secrets
-import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
+
+import fsspec
 
 from dist_train.runtime.here import here
 
@@ -25,17 +26,10 @@ T = TypeVar("T")
 
 _CHUNK = 4 << 20
 # Errors that waiting doesn't cure. Anything else that an operating system or a store reports may be a passing one.
-_FINAL_ERRNOS = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EROFS,
-    errno.ENAMETOOLONG,
-    errno.EFBIG,
-    errno.EMFILE,
-    errno.ENOTEMPTY,
+_FINAL = {"ENOSPC", "EDQUOT", "EROFS", "ENAMETOOLONG", "EFBIG", "EMFILE", "ENOTEMPTY"} | {
+    *("NoCredentialsError", "PartialCredentialsError", "ParamValidationError", "ProfileNotFound")
 }
 _FINAL_TYPES = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
-_FINAL_NAMES = {"NoCredentialsError", "PartialCredentialsError", "ParamValidationError", "ProfileNotFound"}
 _CLIENT_LIBRARIES = {"botocore", "aiobotocore", "aiohttp", "s3fs", "gcsfs", "google", "adlfs", "azure", "urllib3"}
 
 
@@ -47,15 +41,6 @@ def is_url(location: str | os.PathLike[str]) -> bool:
     """Whether ``location`` is on an object store, as opposed to a path (or ``file://``) of a local disk."""
     text = os.fspath(location)
     return "://" in text and not text.startswith(("file://", "local://"))
-
-
-def fsync_directory(path: str | os.PathLike[str]) -> None:
-    """Make renames and new names in the directory ``path`` durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class HashingWriter:
@@ -98,6 +83,8 @@ class HashingWriter:
 class Storage:
     """One directory of a run, by path or URL. Names are relative to it, with ``/`` between their parts.
 
+    ``Storage(location)`` makes a :class:`LocalStorage` of a path; what stands here is for object stores and the like.
+
     Args:
         location: a path, or any URL that fsspec knows.
         patience: seconds for which a failing operation is tried again, with growing pauses. By default 3 on a local
@@ -108,17 +95,10 @@ class Storage:
     ``FileNotFoundError`` and ``FileExistsError`` as they are.
     """
 
-    is_local: bool
-    location: str
+    is_local = False
 
     def __new__(cls, location: str | os.PathLike[str], **_: Any) -> Storage:
-        if cls is not Storage:
-            return object.__new__(cls)
-        if is_url(location):
-            from dist_train.runtime.objectstore import ObjectStorage
-
-            return object.__new__(ObjectStorage)
-        return object.__new__(LocalStorage)
+        return object.__new__(cls if is_url(location) else LocalStorage)
 
     def __init__(
         self,
@@ -129,9 +109,15 @@ class Storage:
     ) -> None:
         self.options = dict(options or {})
         self.patience = (3.0 if self.is_local else 60.0) if patience is None else patience
-
-    def __repr__(self) -> str:
-        return f"Storage({self.location!r})"
+        self.location = os.fspath(location).rstrip("/")
+        if self.is_local:
+            path = os.fspath(location).removeprefix("file://").removeprefix("local://")
+            self.location = self._root = os.path.abspath(os.path.expanduser(path))
+            self.fs = fsspec.filesystem("file")
+        else:
+            # The listings cache of s3fs and gcsfs hides what other processes write, from `ls` and from `info`.
+            options = {"use_listings_cache": False, **self.options}
+            self.fs, self._root = fsspec.core.url_to_fs(self.location, **options)
 
     def sub(self, name: str) -> Storage:
         """The directory ``name`` inside this one (it need not exist)."""
@@ -149,12 +135,9 @@ class Storage:
         """Length in bytes and sha256 of a file, in constant memory."""
 
         def action() -> tuple[int, str]:
-            hasher, count = hashlib.sha256(), 0
             with self._open(name) as file:
-                while piece := file.read(_CHUNK):
-                    hasher.update(piece)
-                    count += len(piece)
-            return count, hasher.hexdigest()
+                digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+                return file.seek(0, os.SEEK_END), digest
 
         return self._retry("read", name, action)
 
@@ -190,31 +173,42 @@ class Storage:
                 writer = HashingWriter(sink)
                 try:
                     produce(writer)  # type: ignore[arg-type]
-                except Exception:
+                finally:
                     if writer.failure is not None:
                         raise writer.failure from None
-                    raise
-                if writer.failure is not None:
-                    raise writer.failure
             return writer.bytes, writer.hexdigest()
 
         return self._retry("write", name, action)
 
     def append_line(self, name: str, line: str) -> None:
-        """Append one line, durably. On a store the object is written anew, so only its single owner may do this."""
-        self._retry("append to", name, lambda: self._append(name, line.rstrip("\n") + "\n"))
+        """Append one line, durably. On a store the object is written anew, so only its single owner may do this.
+
+        A last line that a kill has torn is left alone: the new one stands on a line of its own.
+        """
+        self._retry("append to", name, lambda: self._append(name, line.rstrip("\n").encode() + b"\n"))
 
     def exists(self, name: str) -> bool:
         """Whether a file or directory of that name is there now."""
-        return self._retry("look up", name, lambda: self._exists(name))
+
+        try:
+            return bool(self._afresh("look up", name, lambda: self.fs.info(self._at(name))))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
 
     def list(self, name: str = "") -> Sequence[str]:
         """Sorted names of the files and directories in ``name``, read afresh; empty if it isn't there."""
-        return self._retry("list", name, lambda: sorted(self._list(name)))
+
+        try:
+            entries = self._afresh("list", name, lambda: self.fs.ls(self._at(name), detail=False))
+        except FileNotFoundError:
+            return []
+        return sorted({path.rstrip("/").rsplit("/", 1)[-1] for path in entries if path.rstrip("/") != self._at(name)})
 
     def walk(self, name: str = "") -> dict[str, int]:
         """Every file below ``name`` with its size in bytes; names are relative to this storage."""
-        return self._retry("list", name, lambda: self._walk(name))
+
+        found = self._afresh("list", name, lambda: self.fs.find(self._at(name), detail=True))
+        return {path[len(self._root) :].lstrip("/"): entry["size"] for path, entry in found.items()}
 
     def delete(self, name: str) -> None:
         """Delete a file, or a directory with all in it. It need not exist."""
@@ -222,11 +216,28 @@ class Storage:
 
     def makedirs(self, name: str = "") -> None:
         """Create a directory with its parents, durably (nothing to do on a store)."""
-        self._retry("create the directory", name, lambda: self._makedirs(name))
 
     def abort_uploads(self) -> int:
         """Abort the multipart uploads that killed writers left here (S3 has such); returns how many."""
-        return 0
+        if not hasattr(self.fs, "list_multipart_uploads"):
+            return 0
+
+        def action() -> int:
+            bucket, prefix, _ = self.fs.split_path(self._root)
+            try:
+                uploads = self.fs.list_multipart_uploads(bucket)
+            except FileNotFoundError as error:
+                raise StorageError(f"cannot use {self.location}: {error}") from error
+            stale = [upload for upload in uploads if upload["Key"].startswith(prefix.rstrip("/") + "/")]
+            for upload in stale:
+                self.fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+            return len(stale)
+
+        return self._retry("list uploads below", "", action)
+
+    def _afresh(self, what: str, name: str, action: Callable[[], T]) -> T:
+        self.fs.invalidate_cache()
+        return self._retry(what, name, action)
 
     def _retry(self, what: str, name: str, action: Callable[[], T]) -> T:
         give_up, pause = 0.0, 0.1
@@ -240,47 +251,58 @@ class Storage:
                     raise
                 now = time.monotonic()
                 give_up = give_up or now + self.patience
-                final = getattr(error, "errno", None) in _FINAL_ERRNOS or type(error).__name__ in _FINAL_NAMES
+                final = _FINAL & {errno.errorcode.get(getattr(error, "errno", None) or 0), type(error).__name__}
                 if final or now + pause > give_up:
                     cause = f"{type(error).__name__}: {error}"
                     raise StorageError(f"cannot {what} {self.join(name)}: {cause}") from error
             time.sleep(pause)  # no jitter: it would draw from a generator that training may use
             pause = min(pause * 2, 8.0)
 
-    def _read(self, name: str) -> bytes:
-        with self._open(name) as file:
-            return file.read()
+    # None of these tries again.
+    def _at(self, name: str) -> str:
+        return f"{self._root}/{name}" if name else self._root
 
-    # What the two kinds bring; `Storage(location)` always makes one of them. None of these tries again.
     def _open(self, name: str) -> BinaryIO:
-        raise TypeError(type(self))
+        return self.fs.open(self._at(name), "rb", cache_type="readahead")
+
+    def _read(self, name: str) -> bytes:
+        return self.fs.cat_file(self._at(name))
 
     def _put(self, name: str, data: bytes) -> None:
-        raise TypeError(type(self))
+        self.fs.pipe_file(self._at(name), data)
 
     def _create(self, name: str, data: bytes) -> None:
-        raise TypeError(type(self))
+        self.fs.pipe_file(self._at(name), data, mode="create")
 
-    def _sink(self, name: str) -> contextlib.AbstractContextManager[BinaryIO]:
-        raise TypeError(type(self))
+    @contextlib.contextmanager
+    def _sink(self, name: str) -> Iterator[BinaryIO]:
+        file = self.fs.open(self._at(name), "wb")
+        try:
+            yield file
+            size = file.tell()
+            file.close()
+        except BaseException:
+            # Closing would publish the partial object, so it is never closed, and its multipart upload is aborted.
+            with contextlib.suppress(Exception):
+                file.discard()
+            with contextlib.suppress(AttributeError):
+                file.closed = True
+            raise
+        held = self.fs.info(self._at(name))["size"]
+        if held != size:
+            raise OSError(errno.EIO, f"the store holds {held} bytes where {size} were written", name)
 
-    def _append(self, name: str, line: str) -> None:
-        raise TypeError(type(self))
-
-    def _exists(self, name: str) -> bool:
-        raise TypeError(type(self))
-
-    def _list(self, name: str) -> Iterable[str]:
-        raise TypeError(type(self))
-
-    def _walk(self, name: str) -> dict[str, int]:
-        raise TypeError(type(self))
+    def _append(self, name: str, line: bytes) -> None:
+        before = b""
+        with contextlib.suppress(FileNotFoundError):
+            before = self._read(name)
+        torn = before and not before.endswith(b"\n")
+        self._put(name, before + (b"\n" if torn else b"") + line)
 
     def _delete(self, name: str) -> None:
-        raise TypeError(type(self))
-
-    def _makedirs(self, name: str) -> None:
-        raise TypeError(type(self))
+        for path in self.walk(name) or [name]:
+            with contextlib.suppress(FileNotFoundError):
+                self.fs.rm_file(self._at(path))
 
 
 class LocalStorage(Storage):
@@ -288,72 +310,61 @@ class LocalStorage(Storage):
 
     is_local = True
 
-    def __init__(self, location: str | os.PathLike[str], **keywords: Any) -> None:
-        super().__init__(location, **keywords)
-        text = os.fspath(location)
-        for scheme in ("file://", "local://"):
-            text = text.removeprefix(scheme)
-        self.location = os.path.abspath(os.path.expanduser(text))
-
     def path(self, name: str = "") -> Path:
         """Path of ``name``."""
         return Path(self.join(name))
 
     def rename(self, source: str, target: str) -> None:
         """Rename a file or a directory within this storage, durably. A non-empty directory is never replaced."""
-
         self._retry("rename", source, lambda: os.rename(self.join(source), self.join(target)))
         self.fsync(os.path.dirname(target))
 
     def fsync(self, name: str = "") -> None:
         """Make the names in directory ``name`` durable."""
-        self._retry("sync", name, lambda: fsync_directory(self.path(name)))
+        self._retry("sync", name, lambda: _fsync_directory(self.path(name)))
+
+    def makedirs(self, name: str = "") -> None:
+        """Create a directory with its parents, durably."""
+        missing = [path for path in (self.path(name), *self.path(name).parents) if not os.path.exists(path)]
+        self._retry("create the directory", name, lambda: self.path(name).mkdir(parents=True, exist_ok=True))
+        for path in missing:
+            _fsync_directory(path.parent)
 
     def sweep_temporaries(self, older_than: float = 600.0) -> None:
-        """Delete what killed :meth:`write_atomic` calls left, if older (in seconds) than a live one can be."""
+        """Delete what killed writers left here, if older (in seconds) than a live one's can be."""
         for name in self.list():
             if name.startswith(".tmp-"):
                 with contextlib.suppress(FileNotFoundError):
                     if time.time() - os.stat(self.join(name)).st_mtime >= older_than:
                         self.delete(name)
 
-    def _open(self, name: str) -> BinaryIO:
-        return open(self.join(name), "rb")
-
-    def _temporary(self, name: str, data: bytes) -> Path:
+    @contextlib.contextmanager
+    def _temporary(self, name: str, data: bytes) -> Iterator[Path]:
+        """The bytes, durably, under a passing name beside the wanted one, which is durable afterwards."""
         path = self.path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.parent / f".tmp-{path.name}-{os.getpid()}-{secrets.token_hex(4)}"
         try:
-            with open(temporary, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        return temporary
-
-    def _put(self, name: str, data: bytes) -> None:
-        temporary = self._temporary(name, data)
-        os.replace(temporary, self.join(name))
-        fsync_directory(temporary.parent)
-
-    def _create(self, name: str, data: bytes) -> None:
-        # A hard link appears with all its bytes and fails if the name is taken, on NFS too.
-        temporary = self._temporary(name, data)
-        try:
-            os.link(temporary, self.join(name))
-        except OSError as error:
-            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
-                raise
-            with open(self.join(name), "xb") as file:  # a file system without hard links
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            _write_new(temporary, data)
+            yield temporary
         finally:
             temporary.unlink(missing_ok=True)
-        fsync_directory(temporary.parent)
+        _fsync_directory(path.parent)
+
+    def _put(self, name: str, data: bytes) -> None:
+        with self._temporary(name, data) as temporary:
+            os.replace(temporary, self.join(name))
+
+    def _create(self, name: str, data: bytes) -> None:
+        with self._temporary(name, data) as temporary:
+            try:
+                os.link(
+                    temporary, self.join(name)
+                )  # it appears with all its bytes, or fails if the name is taken; on NFS too
+            except OSError as error:
+                if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+                    raise
+                _write_new(self.path(name), data)  # a file system without hard links
 
     @contextlib.contextmanager
     def _sink(self, name: str) -> Iterator[BinaryIO]:
@@ -362,45 +373,29 @@ class LocalStorage(Storage):
             file.flush()
             os.fsync(file.fileno())
 
-    def _append(self, name: str, line: str) -> None:
+    def _append(self, name: str, line: bytes) -> None:
         self.path(name).parent.mkdir(parents=True, exist_ok=True)
         with open(self.join(name), "a+b") as file:
-            if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
-                line = "\n" + line  # the line before was torn by a kill: leave it alone, on a line of its own
-            file.write(line.encode())
+            torn = file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
+            file.write((b"\n" if torn else b"") + line)
             file.flush()
             os.fsync(file.fileno())
 
-    def _exists(self, name: str) -> bool:
-        try:
-            os.stat(self.join(name))
-        except (FileNotFoundError, NotADirectoryError):
-            return False
-        return True
-
-    def _list(self, name: str) -> Iterable[str]:
-        try:
-            return os.listdir(self.join(name))
-        except FileNotFoundError:
-            return []
-
-    def _walk(self, name: str) -> dict[str, int]:
-        found = {}
-        for parent, _, files in os.walk(self.join(name)):
-            for file in files:
-                path = os.path.join(parent, file)
-                found[os.path.relpath(path, self.location)] = os.stat(path).st_size
-        return found
-
     def _delete(self, name: str) -> None:
-        path = self.path(name)
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.rm(self.join(name), recursive=True)
 
-    def _makedirs(self, name: str) -> None:
-        missing = [path for path in (self.path(name), *self.path(name).parents) if not path.exists()]
-        self.path(name).mkdir(parents=True, exist_ok=True)
-        for path in missing:
-            fsync_directory(path.parent)
+
+def _write_new(path: Path, data: bytes) -> None:
+    with open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _fsync_directory(path: str | os.PathLike[str]) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

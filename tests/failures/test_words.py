@@ -8,15 +8,20 @@ import subprocess
 import sys
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from faulty import Loss
 from runs import environment
 
+from dist_train.engine.build import what_splitting_changes
+from dist_train.engine.losses import Loss as EngineLoss
 from dist_train.runtime import failure
-from dist_train.runtime.here import FORWARD, PHASES, Here, descriptor, here, of_process
+from dist_train.runtime.here import EVALUATION, FORWARD, PHASES, Here, descriptor, here, of_process
 from dist_train.runtime.pace import IN_A_ROW, Pace
+from dist_train.runtime.peers import Peers
 from dist_train.runtime.processes import process_state
 
 
@@ -56,18 +61,45 @@ def test_an_exception_of_a_loader_worker_is_told_by_its_own_last_line() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "micro", "hint"),
+    ("error", "hint"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), 32, "trainer.micro_batch_size=16"),
-        (MemoryError(), 1, "a smaller model"),
-        (OSError(28, "No space left on device"), None, "make room"),
-        (RuntimeError("CUDA error: device-side assert triggered"), None, "CUDA_LAUNCH_BLOCKING"),
-        (IndexError("Target 10 is out of bounds."), None, "labels must be"),
-        (ValueError("anything"), None, "one process"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "a smaller model"),
+        (OSError(28, "No space left on device"), "make room"),
+        (RuntimeError("CUDA error: device-side assert triggered"), "CUDA_LAUNCH_BLOCKING"),
+        (IndexError("Target 10 is out of bounds."), "labels must be"),
+        (ValueError("anything"), "one process"),
     ],
 )
-def test_what_to_try_follows_from_the_error(error: Exception, micro: int | None, hint: str) -> None:
-    assert hint in failure.advice(error, failure.one_line(error, ""), micro)
+def test_what_to_try_follows_from_the_error(error: Exception, hint: str) -> None:
+    assert hint in failure.advice(error, failure.one_line(error, ""))
+
+
+@pytest.mark.parametrize(
+    ("loss", "model", "micro", "hint", "halved"),
+    [
+        (torch.nn.CrossEntropyLoss(), torch.nn.Linear(2, 2), 32, "=16 (it was 32): the same gradient", 16),
+        (torch.nn.CrossEntropyLoss(), torch.nn.Linear(2, 2), 1, "not even one sample at a time fits", None),
+        (torch.nn.CrossEntropyLoss(), torch.nn.BatchNorm1d(2), 32, "=16 (it was 32): less memory, but BatchNorm", None),
+        (torch.nn.CrossEntropyLoss(), torch.nn.Dropout(0.1), 32, "=16 (it was 32): less memory, but dropout", None),
+        (lambda outputs, targets: outputs.mean(), torch.nn.Linear(2, 2), 32, "isn't known that the loss", None),
+    ],
+)
+def test_memory_that_runs_out_is_halved_where_that_changes_nothing_and_else_it_is_told_what_changes(
+    loss: Any, model: torch.nn.Module, micro: int, hint: str, halved: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peers, ended = Peers(0, 1), []
+    peers.micro_batch_size, peers.may_halve, peers.may_exit = micro, True, True
+    peers.changes = lambda: what_splitting_changes(SimpleNamespace(model=model, loss=EngineLoss(loss)))  # type: ignore[arg-type]
+    monkeypatch.setattr(peers, "_conclude", ended.append)
+    monkeypatch.setattr(here, "phase", FORWARD)
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    peers.raised(error)
+    (record,) = ended or [error.dist_train_record]  # type: ignore[attr-defined]
+    assert hint in record["try"]
+    assert record.get("halved") == halved
+    monkeypatch.setattr(here, "phase", EVALUATION)
+    peers.raised(other := MemoryError())
+    assert "data.eval_batch_size" in other.dist_train_record["try"]  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
