@@ -25,6 +25,16 @@ if TYPE_CHECKING:
     from dist_train.config.schema import DistributedConfig
 
 
+# What `accelerate launch` may ask for by the environment and wouldn't get here.
+_NOT_TAKEN = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_FSDP": "its FSDP plugin",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
+    "ACCELERATE_DYNAMO_BACKEND": "a dynamo_backend (trainer.compile=true is the way here)",
+    "ACCELERATE_MIXED_PRECISION": "a mixed_precision beside no, fp16 and bf16",
+}
+_TAKEN = ("", "no", "false", "fp16", "bf16")
 _GROUPS = itertools.count(1000 * int(os.environ.get(AGAIN, "0")))  # process groups that this process has joined
 
 
@@ -69,6 +79,25 @@ def read_placement(env: Mapping[str, str]) -> Placement:
             launcher="srun",
         )
     return Placement(launcher="accelerate" if "ACCELERATE_MIXED_PRECISION" in env else "none")
+
+
+def check_launcher(env: Mapping[str, str]) -> None:
+    """Refuse what accelerate's configuration asks for and would silently not get.
+
+    Raises:
+        ConfigError: naming each such setting.
+    """
+    problems = [
+        Problem(
+            "accelerate launch",
+            f"{name}={env[name]}",
+            f"asks for {what}, which isn't taken here: leave it out, as launch/accelerate/ddp.yaml does",
+        )
+        for name, what in _NOT_TAKEN.items()
+        if env.get(name, "").lower() not in _TAKEN
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 def _tasks_of_node(spec: str, node: int) -> int:
@@ -227,10 +256,11 @@ def open_world(config: DistributedConfig, placement: Placement) -> Iterator[Worl
     exception inside (other than a ConfigError) ends this process and all others, where there are others: see `Peers`.
 
     Raises:
-        ConfigError: the device can't be had (see `pick_device`).
+        ConfigError: the device can't be had (see `pick_device`), or the launcher asks for what there isn't (`check_launcher`).
     """
     import torch
 
+    check_launcher(os.environ)
     device = pick_device(config.device, placement)
     torch.set_num_threads(_threads(config.threads, placement, device))
     if placement.size == 1:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from slurm_cluster import free_ports, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -122,6 +125,30 @@ def test_accelerate_sh_trains_and_takes_the_precision_from_accelerates_config(wo
     assert result(work)["world_size"] == processes
     assert [line.split()[1] for line in text.splitlines() if line.strip().startswith("precision")] == ["bf16"]
     assert starts(work)[0]["launcher"] == "accelerate"
+
+
+def test_settings_of_accelerate_that_are_not_taken_are_refused_before_anything_is_written(work: Path) -> None:
+    ours = yaml.safe_load((ROOT / "launch" / "accelerate" / "ddp.yaml").read_text())
+    theirs = {
+        "distributed_type": "FSDP",
+        "fsdp_config": {"fsdp_version": 2},
+        "dynamo_config": {"dynamo_backend": "INDUCTOR"},
+    }
+    (work / "accelerate.yaml").write_text(yaml.safe_dump({**ours, **theirs, "main_process_port": 0}))
+    launch = (
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file=accelerate.yaml",
+        "-m",
+        "dist_train.main",
+    )
+    assert start(work, *launch, "--config=mlp.yaml").wait(120) != 0
+    text = (work / "output.txt").read_text()
+    told = re.findall(r"^accelerate launch: (ACCELERATE_\w+=\w+): .*launch/accelerate/ddp\.yaml", text, re.MULTILINE)
+    assert told == ["ACCELERATE_USE_FSDP=true", "ACCELERATE_DYNAMO_BACKEND=INDUCTOR"], text
+    assert re.search(r"exitcode +: 2 ", text)
+    assert not (work / "runs").exists()
 
 
 def test_accelerates_settings_for_two_machines_meet(work: Path) -> None:

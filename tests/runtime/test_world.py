@@ -9,7 +9,7 @@ import pytest
 from runs import environment
 
 from dist_train.config.errors import ConfigError
-from dist_train.runtime.world import Placement, pick_device, read_placement
+from dist_train.runtime.world import Placement, check_launcher, pick_device, read_placement
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "6", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "1"}
 SRUN = {
@@ -41,6 +41,20 @@ SRUN = {
 )
 def test_placement_follows_from_the_launcher(env: dict[str, str], expected: Placement) -> None:
     assert read_placement(env) == expected
+
+
+def test_what_accelerate_asks_for_and_would_not_get_is_refused_all_at_once() -> None:
+    taken = {"ACCELERATE_USE_FSDP": "false", "ACCELERATE_DYNAMO_BACKEND": "NO", "ACCELERATE_MIXED_PRECISION": "bf16"}
+    check_launcher(taken)
+    refused = {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_USE_MEGATRON_LM": "true",
+        "ACCELERATE_MIXED_PRECISION": "fp8",
+    }
+    with pytest.raises(ConfigError) as found:
+        check_launcher({**taken, **refused})
+    assert [problem.key for problem in found.value.problems] == [f"{name}={value}" for name, value in refused.items()]
+    assert "DeepSpeed" in str(found.value)
 
 
 def test_a_gpu_that_is_asked_for_and_hidden_is_an_error_with_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
