@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
+from dist_train.config.secrets import mask
 from dist_train.runtime import signals
 from dist_train.runtime.here import DONE, EVALUATION, PHASES, STARTING, here
 
@@ -53,7 +54,7 @@ def tell_config_error(text: str) -> None:
 
 def describe(error: BaseException, rank: int = 0, samples: Sequence[int] = ()) -> Record:
     """The record of an exception on this rank: where it stood, what was raised in whose line, what to try."""
-    details = "".join(traceback.format_exception(error))
+    details = mask("".join(traceback.format_exception(error)))
     record: Record = {
         "kind": "raised",
         "rank": rank,
@@ -75,8 +76,8 @@ def one_line(error: BaseException, details: str) -> str:
     """Type and message on one line; of an exception that a loader worker raised, its own and not the wrapping."""
     text = str(error)
     if "Original Traceback" in text:
-        return text.strip().splitlines()[-1].strip()
-    return f"{type(error).__name__}: {' '.join(text.split())}"[:1000] if text else type(error).__name__
+        return mask(text.strip().splitlines()[-1].strip())
+    return mask(f"{type(error).__name__}: {' '.join(text.split())}")[:1000] if text else type(error).__name__
 
 
 def user_line(details: str) -> str:

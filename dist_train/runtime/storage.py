@@ -20,6 +20,8 @@ from typing import Any, BinaryIO, TypeVar
 
 import fsspec
 
+from dist_train.config.errors import ConfigError
+from dist_train.config.secrets import CURE, mask
 from dist_train.runtime.here import here
 
 T = TypeVar("T")
@@ -92,7 +94,7 @@ class Storage:
         options: passed to fsspec (credentials, endpoint). fsspec's own configuration files and variables count too.
 
     Raises (from all methods): :class:`StorageError` when the patience has run out, naming place and cause;
-    ``FileNotFoundError`` and ``FileExistsError`` as they are.
+    ``FileNotFoundError`` and ``FileExistsError`` as they are. ``ConfigError``: the location has a password in it.
     """
 
     is_local = False
@@ -107,6 +109,8 @@ class Storage:
         patience: float | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
+        if mask(os.fspath(location)) != os.fspath(location):
+            raise ConfigError.single("", f"{location} holds a secret, and a place is named in many records; {CURE}")
         self.options = dict(options or {})
         self.patience = (3.0 if self.is_local else 60.0) if patience is None else patience
         self.location = os.fspath(location).rstrip("/")

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
+from dist_train.config.secrets import mask
 from dist_train.tracking.logs import Capture, setup_logging
 from dist_train.tracking.text import WIDTH, format_number, format_seconds, two_columns
 
@@ -26,6 +27,7 @@ class _Stream:
         self._stream = stream  # pythonw and some services have no stdout at all
 
     def write(self, text: str) -> int:
+        text = mask(text)
         try:
             if self._stream is not None:
                 try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -55,6 +56,10 @@ class Model(MLP):
                 os.kill(os.getpid(), signal.SIGKILL)
             if due("exit"):
                 os._exit(0)
+            if due("leak"):
+                token, secret = os.environ["SERVICE_TOKEN"], os.environ["AWS_SECRET_ACCESS_KEY"]
+                warnings.warn(f"a warning with {secret}", stacklevel=1)
+                raise OSError(f"https://user:{secret}@host/x?X-Amz-Signature={secret} denied ({token})")
             if due("memory"):
                 raise MemoryError
             if KIND == "large" and len(inputs) > 16 and mark(HERE):
