@@ -42,9 +42,10 @@ def checked(source: str | Mapping[str, Any] | None, overrides: Sequence[str]) ->
     Raises:
         ConfigError: with every mistake.
     """
-    from dist_train.config.components import add_code_paths, check_components
+    from dist_train.config.components import add_code_paths
     from dist_train.config.errors import ConfigError
     from dist_train.config.load import load_config
+    from dist_train.config.slots import check_components
 
     config = load_config(source, overrides)
     add_code_paths(config.run.code_paths)

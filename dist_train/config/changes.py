@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .fields import Section, plain, section_of
+from .fields import plain, section_of, walk
 from .schema import Config
 
 Kind = Literal["harmless", "consent", "refused"]
 
-# Where a run lives isn't a property of it; and these say how to start, not what to train.
-IGNORED = ("run", "checkpoint.resume", "checkpoint.accept_changes")
+# These say how to start, not what to train; nor is it a property of a run where it lives (`run`).
+IGNORED = ("checkpoint.resume", "checkpoint.accept_changes")
 
 
 @dataclass(frozen=True)
@@ -33,22 +34,22 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
 
     A key that `old` doesn't have (a run of an earlier version) counts as its default.
     """
-    return list(_section(Config, "", old, new))
+    found: list[Change] = []
+    for key, field in walk(Config):
+        if section_of(field) is None and key not in IGNORED and not key.startswith("run."):
+            default = None if field.is_required() else plain(field.get_default(call_default_factory=True))
+            extra = field.json_schema_extra
+            kind = extra["change"] if isinstance(extra, dict) else "harmless"
+            found += _value(key, _get(old, key, default), _get(new, key, default), kind)
+    return found
 
 
-def _section(section: type[Section], above: str, old: Any, new: Any) -> Iterator[Change]:
-    for name, known in section.model_fields.items():
-        key = above + name
-        if key in IGNORED:
-            continue
-        default = None if known.is_required() else plain(known.get_default(call_default_factory=True))
-        before, after = old.get(name, default), new.get(name, default)
-        inner = section_of(known.annotation)
-        if inner is not None and isinstance(before, dict) and isinstance(after, dict):
-            yield from _section(inner, key + ".", before, after)
-            continue
-        extra = known.json_schema_extra
-        yield from _value(key, before, after, str(extra["change"]) if isinstance(extra, dict) else "harmless")
+def _get(data: Any, key: str, default: Any) -> Any:
+    for part in key.split("."):
+        if not isinstance(data, dict) or part not in data:
+            return default
+        data = data[part]
+    return data
 
 
 def _value(key: str, old: Any, new: Any, kind: Any) -> Iterator[Change]:
@@ -97,10 +98,4 @@ def _shown(value: Any) -> str:
         return f"{value['_target_']}({arguments})"
     if isinstance(value, dict) and "_live_" in value:
         return f"an object of class {value['_live_']}"
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {_shown(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(_shown(item) for item in value) + "]"
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return str(value)
+    return value if isinstance(value, str) else json.dumps(value)

@@ -3,187 +3,148 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from .durations import Duration
 from .errors import describe, did_you_mean
 from .fields import METRICS
 from .names import PLACEHOLDER
 from .schema import Config
-from .source import Key
 
-Finding = tuple[Key, str]
+Finding = tuple[str, str]  # the dotted key, what is wrong
 
 
 def cross_checks(config: Config) -> Iterator[Finding]:
-    """Every broken rule as (key, what is wrong)."""
-    yield from _workers(config)
-    yield from _loop(config)
-    yield from _watched(config)
+    """Every broken rule."""
+    yield from _name(config)
+    yield from _data(config)
     yield from _model(config)
     yield from _optimizer(config)
     yield from _scheduler(config)
-    if config.loss is None and config.task is None:
-        cure = "give it a component such as {_target_: torch.nn.CrossEntropyLoss}"
-        yield ("loss",), f"a loss is needed, unless there is a task; {cure}"
-    for index, metric in enumerate(config.metrics):
-        if isinstance(metric, str) and metric not in METRICS:
-            hint = did_you_mean(metric, METRICS)
-            hint = hint or f"; those with a name are {', '.join(METRICS)}, any class goes by {{_target_: ...}}"
-            yield ("metrics", index), f"no metric is called {metric}{hint}"
-    if config.run.name is not None:
-        yield from _name(config, config.run.name)
+    yield from _watched(config)
 
 
-def _name(config: Config, name: str) -> Iterator[Finding]:
-    key: Key = ("run", "name")
+def _name(config: Config) -> Iterator[Finding]:
+    name = config.run.name or ""
     for placeholder in PLACEHOLDER.findall(name):
-        if placeholder in ("time", "job"):
-            continue
         try:
-            config.get(placeholder)
+            _ = placeholder in ("time", "job") or config.get(placeholder)
         except KeyError:
-            yield (
-                key,
-                f"{{{placeholder}}} is no key of this config; use {{time}}, {{job}} or a key like {{optimizer.lr}}",
-            )
+            allowed = "use {time}, {job} or a key like {optimizer.lr}"
+            yield "run.name", f"{{{placeholder}}} is no key of this config; {allowed}"
     if name.startswith(("/", "~")) or ".." in name.split("/"):
-        yield (
-            key,
-            f"expected a name for a directory inside run.dir, found {describe(name)}; set run.dir for another place",
+        message = (
+            f"expected a name for a directory inside run.dir, found {describe(name)}; set run.dir for another place"
         )
+        yield "run.name", message
 
 
-def _workers(config: Config) -> Iterator[Finding]:
-    data = config.data
-    if data.num_workers != 0:
-        return
-    for name, unset in (
-        ("persistent_workers", ("auto", False)),
-        ("prefetch_factor", (None,)),
-        ("timeout", (0,)),
-        ("worker_start_method", ("auto",)),
-    ):
-        if getattr(data, name) not in unset:
-            yield (
-                ("data", name),
-                "this does nothing with data.num_workers=0; leave it out, or set data.num_workers above 0",
-            )
-
-
-def _loop(config: Config) -> Iterator[Finding]:
-    trainer, data = config.trainer, config.data
-    size, micro = data.global_batch_size, trainer.micro_batch_size
-    if isinstance(size, int) and isinstance(micro, int) and micro > size:
-        message = f"expected at most data.global_batch_size={size}, which all ranks share, found {micro}"
-        yield ("trainer", "micro_batch_size"), message
-    if size == "all" and data.drop_last is False:
-        yield ("data", "drop_last"), "with data.global_batch_size=all there is no smaller last batch; leave it out"
-    if not config.distributed.hang_timeout.is_time:
-        found = config.distributed.hang_timeout
-        yield ("distributed", "hang_timeout"), f"expected a time like 10min, found {found}"
-
-
-def _watched(config: Config) -> Iterator[Finding]:
-    """stop_when, keep_best and scheduler.metric name figures that evaluation really gives."""
-    rule = config.trainer.stop_when
-    best = config.checkpoint.keep_best
-    if rule is not None:
-        key: Key = ("trainer", "stop_when")
-        if rule.above is None and rule.below is None and rule.patience is None:
-            yield key, "it never stops: give above, below or patience"
-        if rule.above is not None and rule.below is not None:
-            yield (*key, "below"), "above is given too; keep one of them"
-        if rule.patience is None and (rule.min_delta or rule.mode != "auto"):
-            yield (*key, "min_delta" if rule.min_delta else "mode"), "this counts only with patience, which isn't given"
-        if rule.patience is not None and rule.patience.is_time:
-            yield (*key, "patience"), f"expected epochs or steps, like 5ep or 500step, found {rule.patience}"
-        yield from _metric_is_there(config, (*key, "metric"), rule.metric)
-    if best not in (None, "auto"):
-        words = str(best).split()
-        if len(words) > 2 or (len(words) == 2 and words[0] not in ("min", "max")):
-            message = f"expected a metric such as val/accuracy, or min or max and a metric, found {describe(best)}"
-            yield ("checkpoint", "keep_best"), message
-        else:
-            yield from _metric_is_there(config, ("checkpoint", "keep_best"), words[-1])
-    if isinstance(config.scheduler, dict) and isinstance(config.scheduler.get("metric"), str):
-        yield from _metric_is_there(config, ("scheduler", "metric"), config.scheduler["metric"])
-
-
-def _metric_is_there(config: Config, key: Key, name: str) -> Iterator[Finding]:
-    if not name.startswith("val/"):
-        hint = f"; did you mean val/{name.rpartition('/')[2]}?"
-        yield key, f"expected a figure of the validation data, like val/loss, found {describe(name)}{hint}"
-        return
-    if config.data.val is None:
-        yield key, f"{name} needs validation data: set data.val"
-    elif config.trainer.evaluate_every is None:
-        yield key, f"{name} is never computed during training: trainer.evaluate_every is null"
-    if config.task is None and all(isinstance(metric, str) for metric in config.metrics):
-        known = ["val/loss", *(f"val/{metric}" for metric in config.metrics)]
-        if name not in known:
-            cure = f"; add {name[4:]} to metrics" if name[4:] in METRICS else did_you_mean(name, known)
-            yield key, f"{name} isn't computed{cure or '; the config gives ' + ', '.join(known)}"
+def _data(config: Config) -> Iterator[Finding]:
+    data, micro = config.data, config.trainer.micro_batch_size
+    without_effect = {
+        "persistent_workers": data.persistent_workers is True,
+        "prefetch_factor": data.prefetch_factor is not None,
+        "timeout": data.timeout > 0,
+        "worker_start_method": data.worker_start_method != "auto",
+    }
+    for name, given in without_effect.items():
+        if given and data.num_workers == 0:
+            cure = "leave it out, or set data.num_workers above 0"
+            yield f"data.{name}", f"this does nothing with data.num_workers=0; {cure}"
+    if isinstance(data.global_batch_size, int) and isinstance(micro, int) and micro > data.global_batch_size:
+        most = f"data.global_batch_size={data.global_batch_size}, which all ranks share"
+        yield "trainer.micro_batch_size", f"expected at most {most}, found {micro}"
+    if data.global_batch_size == "all" and not data.drop_last:
+        yield "data.drop_last", "with data.global_batch_size=all there is no smaller last batch; leave it out"
 
 
 def _model(config: Config) -> Iterator[Finding]:
     for index, rule in enumerate(config.model_init):
         if isinstance(rule, dict):
-            yield from _patterns(("model_init", index, "match"), rule.get("match"))
+            yield from _patterns(f"model_init.{index}.match", rule.get("match"))
     if config.transfer.weights is None and not config.transfer.strict:
-        yield ("transfer", "strict"), "this counts only with transfer.weights, which isn't given"
+        yield "transfer.strict", "this counts only with transfer.weights, which isn't given"
+    if config.loss is None and config.task is None:
+        cure = "give it a component such as {_target_: torch.nn.CrossEntropyLoss}"
+        yield "loss", f"a loss is needed, unless there is a task; {cure}"
 
 
-def _patterns(key: Key, value: object) -> Iterator[Finding]:
+def _patterns(key: str, value: Any) -> Iterator[Finding]:
     patterns = value if isinstance(value, list) else [value]
     if not patterns or not all(isinstance(pattern, str) and pattern for pattern in patterns):
         yield key, f"expected a name pattern or a list of them, found {describe(value)}"
 
 
 def _optimizer(config: Config) -> Iterator[Finding]:
-    if not isinstance(config.optimizer, dict) or config.optimizer.get("groups") is None:
+    groups = config.optimizer.get("groups") if isinstance(config.optimizer, dict) else None
+    form = "{match: 'head.*', lr: 0.1}"
+    if groups is not None and not isinstance(groups, list):
+        yield "optimizer.groups", f"expected a list of groups like {form}, found {describe(groups)}"
         return
-    groups, key = config.optimizer["groups"], ("optimizer", "groups")
-    if not isinstance(groups, list):
-        yield key, f"expected a list of groups like {{match: 'head.*', lr: 0.1}}, found {describe(groups)}"
-        return
-    for index, group in enumerate(groups):
-        if not isinstance(group, dict) or "match" not in group:
-            hint = "; the key of the pattern is match" if isinstance(group, dict) and "params" in group else ""
-            message = f"expected a group like {{match: 'head.*', lr: 0.1}}, found {describe(group)}{hint}"
-            yield (*key, index), message
-            continue
-        yield from _patterns((*key, index, "match"), group["match"])
+    for index, group in enumerate(groups or []):
+        if isinstance(group, dict) and "match" in group:
+            yield from _patterns(f"optimizer.groups.{index}.match", group["match"])
+        else:
+            yield f"optimizer.groups.{index}", f"expected a group like {form}, found {describe(group)}"
 
 
 def _scheduler(config: Config) -> Iterator[Finding]:
-    if not isinstance(config.scheduler, dict):
+    scheduler = config.scheduler
+    if not isinstance(scheduler, dict):
         return
     for name in ("every", "horizon"):
-        value = config.scheduler.get(name)
-        if value is None:
-            continue
         try:
-            length = Duration.parse(value)
+            _ = scheduler.get(name) is None or Duration.parse_count(scheduler[name])
         except ValueError as error:
-            yield ("scheduler", name), str(error)
-            continue
-        if length.is_time:
-            yield ("scheduler", name), f"expected epochs or steps, like 1ep or 1step, found {length}"
-    timed = config.trainer.duration.is_time and config.scheduler.get("horizon") is None
-    for name, value in config.scheduler.items():
-        if timed and value == "total_steps":
-            message = (
-                "total_steps isn't known while trainer.duration is a time; set scheduler.horizon to epochs or steps"
-            )
-            yield ("scheduler", name), message
-    metric = config.scheduler.get("metric")
-    if metric is not None and not isinstance(metric, str):
-        yield ("scheduler", "metric"), f"expected a metric such as val/loss, found {describe(metric)}"
-    plateau = str(config.scheduler["_target_"]).endswith("ReduceLROnPlateau")
-    if plateau and config.data.val is None:
-        yield ("scheduler", "_target_"), "ReduceLROnPlateau looks at a figure of the validation data: set data.val"
-    if plateau and config.scheduler.get("every") is not None:
-        yield (
-            ("scheduler", "every"),
-            "ReduceLROnPlateau goes by evaluations (trainer.evaluate_every); leave `every` out",
-        )
+            yield f"scheduler.{name}", str(error)
+    if config.trainer.duration.is_time and scheduler.get("horizon") is None:
+        cure = "set scheduler.horizon to epochs or steps"
+        for name in (name for name, value in scheduler.items() if value == "total_steps"):
+            yield f"scheduler.{name}", f"total_steps isn't known while trainer.duration is a time; {cure}"
+    if scheduler.get("metric") is not None and not isinstance(scheduler["metric"], str):
+        yield "scheduler.metric", f"expected a metric such as val/loss, found {describe(scheduler['metric'])}"
+    if str(scheduler["_target_"]).endswith("ReduceLROnPlateau"):
+        if config.data.val is None:
+            yield "scheduler._target_", "ReduceLROnPlateau looks at a figure of the validation data: set data.val"
+        if scheduler.get("every") is not None:
+            cure = "leave `every` out"
+            yield "scheduler.every", f"ReduceLROnPlateau goes by evaluations (trainer.evaluate_every); {cure}"
+
+
+def _watched(config: Config) -> Iterator[Finding]:
+    """stop_when, keep_best and scheduler.metric name figures that evaluation really gives."""
+    rule, best = config.trainer.stop_when, config.checkpoint.keep_best
+    if rule is not None:
+        if rule.above is None and rule.below is None and rule.patience is None:
+            yield "trainer.stop_when", "it never stops: give above, below or patience"
+        if rule.above is not None and rule.below is not None:
+            yield "trainer.stop_when.below", "above is given too; keep one of them"
+        if rule.patience is None and (rule.min_delta or rule.mode != "auto"):
+            name = "min_delta" if rule.min_delta else "mode"
+            yield f"trainer.stop_when.{name}", "this counts only with patience, which isn't given"
+        yield from _is_computed(config, "trainer.stop_when.metric", rule.metric)
+    if best not in (None, "auto"):
+        direction, _, metric = best.rpartition(" ")
+        if direction in ("", "min", "max"):
+            yield from _is_computed(config, "checkpoint.keep_best", metric)
+        else:
+            message = f"expected a metric such as val/accuracy, or min or max and a metric, found {describe(best)}"
+            yield "checkpoint.keep_best", message
+    if isinstance(config.scheduler, dict) and isinstance(config.scheduler.get("metric"), str):
+        yield from _is_computed(config, "scheduler.metric", config.scheduler["metric"])
+
+
+def _is_computed(config: Config, key: str, name: str) -> Iterator[Finding]:
+    metric = name.removeprefix("val/")
+    if metric == name:
+        wanted = "expected a figure of the validation data, like val/loss"
+        yield key, f"{wanted}, found {describe(name)}; did you mean val/{name.rpartition('/')[2]}?"
+    elif config.data.val is None:
+        yield key, f"{name} needs validation data: set data.val"
+    elif config.trainer.evaluate_every is None:
+        yield key, f"{name} is never computed during training: trainer.evaluate_every is null"
+    elif config.task is None and all(isinstance(item, str) for item in config.metrics):
+        known = ["loss", *config.metrics]
+        if metric not in known:
+            cure = f"; add {metric} to metrics" if metric in METRICS else did_you_mean(metric, known, prefix="val/")
+            yield key, f"{name} isn't computed{cure or '; the config gives val/' + ', val/'.join(known)}"

@@ -9,16 +9,14 @@ import functools
 import importlib
 import inspect
 import os
+import re
 import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .errors import ConfigError, Problem, did_you_mean
-
-if TYPE_CHECKING:
-    from .schema import Config
+from .errors import ConfigError, did_you_mean
 
 
 def add_code_paths(paths: Iterable[str]) -> None:
@@ -45,42 +43,32 @@ def locate(path: Any) -> Any:
         raise ConfigError.single("", f"{path!r} is not an import path like package.module.Name{hint}")
     if len(parts) == 1:
         raise ConfigError.single("", f"{path!r} names no module; write module.{path}" + _beside(path))
-    module, depth = _import_longest(parts)
-    found: Any = module
-    for index, part in enumerate(parts[depth:], start=depth):
-        try:
-            found = getattr(found, part)
-        except AttributeError:
-            holder = ".".join(parts[:index])
+    found: Any = _import(parts[0])
+    if found is None:
+        raise ConfigError.single("", f"no module named {parts[0]}" + _nearest_module(parts[0]))
+    for depth, part in enumerate(parts[1:], start=1):
+        if not hasattr(found, part) and hasattr(found, "__path__"):
+            _import(".".join(parts[: depth + 1]))
+        if not hasattr(found, part):
+            holder = ".".join(parts[:depth])
             kind = "module" if isinstance(found, types.ModuleType) else "object"
             hint = did_you_mean(part, (name for name in dir(found) if not name.startswith("_")), prefix=holder + ".")
-            where = getattr(found, "__file__", None)
-            note = f" ({_short(where)})" if where and kind == "module" and not hint else ""
-            raise ConfigError.single("", f"{kind} {holder}{note} has no {part}{hint}") from None
+            where = f" ({_short(found.__file__)})" if not hint and getattr(found, "__file__", None) else ""
+            raise ConfigError.single("", f"{kind} {holder}{where} has no {part}{hint}")
+        found = getattr(found, part)
     return found
 
 
-def _import_longest(parts: list[str]) -> tuple[types.ModuleType, int]:
-    """The deepest of the modules a, a.b, a.b.c that exists, and how many parts it takes."""
-    module: types.ModuleType | None = None
-    for depth in range(1, len(parts) + 1):
-        name = ".".join(parts[:depth])
-        if module is not None and (not hasattr(module, "__path__") or hasattr(module, parts[depth - 1])):
-            loaded = sys.modules.get(name)
-            if loaded is None or getattr(module, parts[depth - 1], None) is not loaded:
-                return module, depth - 1
-        try:
-            module = importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            if error.name == name:
-                if module is not None:
-                    return module, depth - 1
-                raise ConfigError.single("", f"no module named {name}" + _nearest_module(name)) from None
-            raise ConfigError.single("", _import_failure(name, error)) from error
-        except (Exception, SystemExit) as error:  # a script without `if __name__ == "__main__"` exits
-            raise ConfigError.single("", _import_failure(name, error)) from error
-    assert module is not None
-    return module, len(parts)
+def _import(name: str) -> types.ModuleType | None:
+    """A module, or None where there is none of this name."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name == name:
+            return None
+        raise ConfigError.single("", _import_failure(name, error)) from error
+    except (Exception, SystemExit) as error:  # a script without `if __name__ == "__main__"` exits
+        raise ConfigError.single("", _import_failure(name, error)) from error
 
 
 def _import_failure(name: str, error: BaseException) -> str:
@@ -187,16 +175,19 @@ def arguments(target: Any, spec: dict[str, Any]) -> tuple[list[Any], dict[str, A
     keywords = {key: _value(item) for key, item in spec.items() if key not in ("_target_", "_args_")}
     given = [_value(item) for item in spec.get("_args_", [])]
     form = signature(target)
-    if form is None:
-        return given, keywords
-    parameters = form.parameters
-    for key, value in keywords.items():
-        if isinstance(value, list) and key in parameters and wants_tensor(parameters[key].annotation):
-            keywords[key] = _tensor(value)
-    for index, (value, parameter) in enumerate(zip(given, parameters.values(), strict=False)):
-        if isinstance(value, list) and wants_tensor(parameter.annotation):
-            given[index] = _tensor(value)
+    parameters = form.parameters if form is not None else {}
+    for key in keywords.keys() & parameters.keys():
+        keywords[key] = _as_wanted(keywords[key], parameters[key])
+    given[: len(parameters)] = map(_as_wanted, given, parameters.values())
     return given, keywords
+
+
+def _as_wanted(value: Any, parameter: inspect.Parameter) -> Any:
+    if isinstance(value, list) and "Tensor" in type_names(parameter.annotation):
+        import torch
+
+        return torch.tensor(value)
+    return value
 
 
 def _value(value: Any) -> Any:
@@ -209,29 +200,14 @@ def _value(value: Any) -> Any:
     return value
 
 
-def wants_tensor(annotation: Any) -> bool:
-    """Whether an annotation is Tensor, or a union with it; a sequence of tensors is not."""
-    if isinstance(annotation, str):
-        text = annotation.strip()
-        if text.startswith(("Optional[", "typing.Optional[")) and text.endswith("]"):
-            text = text[text.index("[") + 1 : -1]
-        return any(part.strip().rpartition(".")[2] == "Tensor" for part in text.split("|"))
+def type_names(annotation: Any) -> set[str]:
+    """The names of the types in an annotation or a union of them, as in the source; empty where there is none."""
+    if annotation is inspect.Parameter.empty:
+        return set()
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return any(wants_tensor(part) for part in typing.get_args(annotation))
-    return getattr(annotation, "__name__", "") == "Tensor" and annotation.__module__.split(".")[0] == "torch"
-
-
-def _tensor(value: list[Any]) -> Any:
-    import torch
-
-    return torch.tensor(value)
-
-
-def check_components(config: Config) -> list[Problem]:
-    """Every problem of every component, with its place: not found, wrong arguments, wrong kind for its slot.
-
-    Imports what the config names (and torch); builds nothing.
-    """
-    from .slots import check
-
-    return check(config)
+        return set().union(*map(type_names, typing.get_args(annotation)))
+    text = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
+    if not isinstance(annotation, str | type):  # list[Tensor] is called list
+        return {text}
+    text = re.sub(r"^(typing\.)?Optional\[(.*)\]$", r"\2 | None", text.strip())
+    return {part.strip().rpartition(".")[2] for part in text.split("|")}

@@ -29,21 +29,17 @@ class Duration:
         """Read `20ep`, `20 ep`, `500step`, `1.5h`. Raises ValueError that names the units."""
         if isinstance(text, Duration):
             return text
-        if isinstance(text, bool) or not isinstance(text, int | float | str):
-            raise ValueError(f"expected a duration with its unit, like 20ep, 500step or 10min, found {text!r}")
-        match = _PATTERN.fullmatch(str(text))
-        if match is None:
-            raise ValueError(f"expected a number and a unit, like 20ep, 500step or 10min, found {text!r}")
-        number, spelled = match.groups()
+        match = _PATTERN.fullmatch(str(text)) if isinstance(text, int | float | str) else None
+        try:
+            number, spelled = match.groups() if match is not None else ("", "")
+            value = float(number)
+        except ValueError:
+            raise ValueError(f"expected a number and a unit, like 20ep, 500step or 10min, found {text!r}") from None
         if not spelled:
             raise ValueError(f"{text} of what? Write a unit after the number: {UNITS}; for example {number}ep")
         unit = _SPELLINGS.get(spelled.lower())
         if unit is None:
             raise ValueError(f"unknown unit {spelled!r} in {text!r}; the units are {UNITS}")
-        try:
-            value = float(number)
-        except ValueError:
-            raise ValueError(f"expected a number and a unit, like 20ep, 500step or 10min, found {text!r}") from None
         if not 0 < value < float("inf"):
             raise ValueError(f"a duration must be above 0, found {text!r}")
         if unit in _SECONDS:
@@ -51,6 +47,20 @@ class Duration:
         if value != int(value):
             raise ValueError(f"{unit} counts whole {'epochs' if unit == 'ep' else 'steps'}, found {text!r}")
         return cls(int(value), unit)
+
+    @classmethod
+    def parse_time(cls, text: object) -> Duration:
+        """The same for a key that is a time."""
+        if not (length := cls.parse(text)).is_time:
+            raise ValueError(f"expected a time like 10min, found {length}")
+        return length
+
+    @classmethod
+    def parse_count(cls, text: object) -> Duration:
+        """The same for a key that counts epochs or steps."""
+        if (length := cls.parse(text)).is_time:
+            raise ValueError(f"expected epochs or steps, like 5ep or 500step, found {length}")
+        return length
 
     @property
     def is_time(self) -> bool:

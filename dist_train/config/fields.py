@@ -1,50 +1,39 @@
-"""The kinds of value that the schema is made of: how each is checked, named in messages, and written out again."""
+"""The kinds of value that the schema is made of: how each is checked, and written out again."""
 
 from __future__ import annotations
 
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
+from pydantic.fields import FieldInfo
 
 from .durations import Duration
-from .errors import describe
+from .errors import describe, did_you_mean
 
 
-def _declare(change: str, default: Any, description: str, **limits: Any) -> Any:
-    extra: Any = {"change": change}
-    if isinstance(default, list):
-        return Field(default_factory=lambda: list(default), description=description, json_schema_extra=extra, **limits)
-    return Field(default, description=description, json_schema_extra=extra, **limits)
+def _declare(change: str, default: Any, description: str) -> Any:
+    extra: Any = {"change": change} if default is ... else {"change": change, "default": plain(default)}
+    return Field(default, description=description, json_schema_extra=extra)
 
 
-def harmless(default: Any, description: str, **limits: Any) -> Any:
+def harmless(default: Any, description: str) -> Any:
     """A key that a run may be continued with under another value; the difference is logged."""
-    return _declare("harmless", default, description, **limits)
+    return _declare("harmless", default, description)
 
 
-def consent(default: Any, description: str, **limits: Any) -> Any:
+def consent(default: Any, description: str) -> Any:
     """A key whose change needs `checkpoint.accept_changes=true` (or another `run.name`)."""
-    return _declare("consent", default, description, **limits)
+    return _declare("consent", default, description)
 
 
-def refused(default: Any, description: str, **limits: Any) -> Any:
+def refused(default: Any, description: str) -> Any:
     """A key that can't change within one run."""
-    return _declare("refused", default, description, **limits)
+    return _declare("refused", default, description)
 
 
 # The metrics that have a name; tests hold this equal to dist_train.engine.metrics.NAMED.
 METRICS = ("accuracy", "top5", "binary_accuracy", "mae", "mse", "rmse", "r2")
-
-
-class Says:
-    """What a type is called in messages and in the reference: `expected <text>, found ...`."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-
-_OTHER_SPELLINGS = ("target", "class_path", "_component_", "class", "type", "name")
 
 
 def _component(value: Any) -> Any:
@@ -55,16 +44,16 @@ def _component(value: Any) -> Any:
                 f"this was an object made in Python ({value['_live_']}), which a file can't hold: continue from Python "
                 "with the same object, or name it by _target_"
             )
-        target = value.get("_target_")
-        if target is None:
-            other = next((key for key in _OTHER_SPELLINGS if key in value), None)
-            raise ValueError(f"_target_ is missing; {f'{other} is called _target_ here' if other else form}")
-        if not isinstance(target, str) and not callable(target):
-            raise ValueError(f"_target_ must be a dotted path, found {describe(target)}; {form}")
+        if "_target_" not in value:
+            other = next(
+                (f"; {key} is called _target_ here" for key in ("target", "class_path", "class") if key in value), ""
+            )
+            raise ValueError(f"_target_ is missing{other or f'; {form}'}")
+        if not isinstance(value["_target_"], str) and not callable(value["_target_"]):
+            raise ValueError(f"_target_ must be a dotted path, found {describe(value['_target_'])}; {form}")
         if not isinstance(value.get("_args_", []), list):
             raise ValueError(f"_args_ must be a list of positional arguments, found {describe(value['_args_'])}")
-        return value
-    if value is None or isinstance(value, str | bool | int | float | list):
+    elif value is None or isinstance(value, str | bool | int | float | list):
         if isinstance(value, str) and "." in value:
             form = f"write {{_target_: {value}}}, with its arguments beside it"
         raise ValueError(f"expected a component, found {describe(value)}; {form}")
@@ -72,14 +61,13 @@ def _component(value: Any) -> Any:
 
 
 def _metric(value: Any) -> Any:
-    return value if isinstance(value, str) and value else _component(value)
+    if isinstance(value, str) and value not in METRICS:
+        known = f"; those with a name are {', '.join(METRICS)}, any class goes by {{_target_: ...}}"
+        raise ValueError(f"no metric is called {value}{did_you_mean(value, METRICS) or known}")
+    return value if isinstance(value, str) else _component(value)
 
 
-def _one_or_more(value: Any) -> Any:
-    return value if isinstance(value, list) else [value]
-
-
-_COMPONENT_SCHEMA = {
+_COMPONENT_SCHEMA: dict[str, Any] = {
     "type": "object",
     "required": ["_target_"],
     "properties": {
@@ -88,49 +76,32 @@ _COMPONENT_SCHEMA = {
     },
     "additionalProperties": True,
 }
-_DURATION_SCHEMA = {
-    "type": "string",
-    "pattern": r"^\s*[0-9.eE+]+\s*[A-Za-z]+\s*$",
-    "examples": ["20ep", "500step"],
-}
-_NAMED_OR_COMPONENT = {"anyOf": [{"type": "string", "enum": list(METRICS)}, _COMPONENT_SCHEMA]}
+_LENGTH_SCHEMA = {"type": "string", "pattern": r"^\s*[0-9.eE+]+\s*[A-Za-z]+\s*$", "examples": ["20ep", "500step"]}
+_METRIC_SCHEMA = {"anyOf": [{"type": "string", "enum": list(METRICS)}, _COMPONENT_SCHEMA]}
+_AS_TEXT = (PlainSerializer(str, return_type=str), WithJsonSchema(_LENGTH_SCHEMA))
 
-Component = Annotated[Any, BeforeValidator(_component), WithJsonSchema(_COMPONENT_SCHEMA), Says("a component")]
-Metric = Annotated[
-    Any, BeforeValidator(_metric), WithJsonSchema(_NAMED_OR_COMPONENT), Says("the name of a metric or a component")
-]
-Length = Annotated[
-    Duration,
-    BeforeValidator(Duration.parse),
-    PlainSerializer(str, return_type=str),
-    WithJsonSchema(_DURATION_SCHEMA),
-    Says("a duration like 20ep, 500step or 10min"),
-]
-Lengths = Annotated[
-    list[Length],
-    BeforeValidator(_one_or_more),
-    WithJsonSchema({"anyOf": [_DURATION_SCHEMA, {"type": "array", "items": _DURATION_SCHEMA}]}),
-    Says("a duration or a list of durations"),
-]
-Patterns = Annotated[
-    list[Annotated[str, Field(min_length=1), Says("a name pattern")]],
-    BeforeValidator(_one_or_more),
-    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
-    Says("a name pattern or a list of them"),
-]
-Whole = Annotated[int, Says("a whole number")]
-Count = Annotated[int, Field(ge=1), Says("a whole number of at least 1")]
-NonNegative = Annotated[int, Field(ge=0), Says("a whole number of at least 0")]
-Seed = Annotated[int, Field(ge=0, lt=2**63), Says("a whole number from 0 to 2**63 - 1")]
-Number = Annotated[float, Field(allow_inf_nan=False), Says("a number (like 0.1)")]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), Says("a number above 0 (like 0.1)")]
-AtLeastZero = Annotated[float, Field(ge=0, allow_inf_nan=False), Says("a number of at least 0 (like 0.1)")]
-Decay = Annotated[float, Field(gt=0, lt=1), Says("a number between 0 and 1 (like 0.999)")]
-Text = Annotated[str, Field(min_length=1), Says("a string")]
+
+def _one_or_more(item: Any) -> BeforeValidator:
+    return BeforeValidator(lambda v: v if isinstance(v, list) else [v], json_schema_input_type=item | list[item])
+
+
+Component = Annotated[Any, BeforeValidator(_component), WithJsonSchema(_COMPONENT_SCHEMA)]
+Metric = Annotated[Any, BeforeValidator(_metric), WithJsonSchema(_METRIC_SCHEMA)]
+Length = Annotated[Duration, BeforeValidator(Duration.parse), *_AS_TEXT]
+Time = Annotated[Duration, BeforeValidator(Duration.parse_time), *_AS_TEXT]
+EpochsOrSteps = Annotated[Duration, BeforeValidator(Duration.parse_count), *_AS_TEXT]
+Lengths = Annotated[list[Length], _one_or_more(Length)]
+Text = Annotated[str, Field(min_length=1)]
+Patterns = Annotated[list[Text], _one_or_more(Text)]
 # A name may look like a number: run.name=2024.
-Name = Annotated[
-    str, BeforeValidator(lambda v: str(v) if type(v) in (int, float) else v), Field(min_length=1), Says("a string")
-]
+Name = Annotated[Text, BeforeValidator(lambda value: str(value) if type(value) in (int, float) else value)]
+Count = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+AtLeastZero = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Decay = Annotated[float, Field(gt=0, lt=1)]
 Auto = Literal["auto"]
 
 
@@ -140,8 +111,23 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, arbitrary_types_allowed=True)
 
 
+def section_of(field: FieldInfo) -> type[Section] | None:
+    """The section that a field holds (or may hold), or None for a leaf."""
+    kinds = (field.annotation, *get_args(field.annotation))
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
+
+
+def walk(section: type[Section], above: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every dotted key of a section and of the sections in it, with its field."""
+    for name, field in section.model_fields.items():
+        yield above + name, field
+        inner = section_of(field)
+        if inner is not None:
+            yield from walk(inner, f"{above}{name}.")
+
+
 def plain(value: Any) -> Any:
-    """The YAML-safe copy of any value of a config."""
+    """The YAML-safe copy of any value of a config; a live object is {"_live_": its class}."""
     if isinstance(value, Section):
         return {name: plain(getattr(value, name)) for name in type(value).model_fields}
     if isinstance(value, Duration):
@@ -152,68 +138,12 @@ def plain(value: Any) -> Any:
         return [plain(item) for item in value]
     if value is None or type(value) in (bool, int, float, str):
         return value
-    named = value if isinstance(value, type) or hasattr(value, "__qualname__") else type(value)
+    named = value if hasattr(value, "__qualname__") else type(value)
     return {"_live_": f"{named.__module__}.{named.__qualname__}"}
 
 
 def any_live(value: Any) -> bool:
     """Whether a plain value holds a live object."""
     if isinstance(value, dict):
-        return "_live_" in value or any(any_live(item) for item in value.values())
-    return isinstance(value, list) and any(any_live(item) for item in value)
-
-
-# --- reading the schema itself ----------------------------------------------------------------------------------------
-
-
-def bare(annotation: Any) -> tuple[Any, tuple[Any, ...]]:
-    """An annotation without Annotated, and its metadata."""
-    metadata: tuple[Any, ...] = ()
-    while get_origin(annotation) is Annotated:
-        metadata = (*annotation.__metadata__, *metadata)
-        annotation = annotation.__origin__
-    return annotation, metadata
-
-
-def section_of(annotation: Any) -> type[Section] | None:
-    """The section that a field holds (or may hold), or None for a leaf."""
-    annotation = bare(annotation)[0]
-    for branch in get_args(annotation) if is_union(annotation) else (annotation,):
-        if isinstance(branch, type) and issubclass(branch, Section):
-            return branch
-    return None
-
-
-def is_union(annotation: Any) -> bool:
-    """Whether an annotation is a union."""
-    return get_origin(annotation) in (Union, UnionType)
-
-
-def choices(annotation: Any) -> list[str]:
-    """The words that a type allows: of a Literal, `true` and `false`, `null`."""
-    annotation = bare(annotation)[0]
-    if is_union(annotation):
-        return [word for branch in get_args(annotation) for word in choices(branch)]
-    if get_origin(annotation) is Literal:
-        return [str(value) for value in get_args(annotation)]
-    words: dict[Any, list[str]] = {bool: ["true", "false"], type(None): ["null"]}
-    return words.get(annotation, []) if isinstance(annotation, type) else []
-
-
-def says(annotation: Any) -> str:
-    """What a type is called, for messages and the reference: `a whole number of at least 1 or auto`."""
-    annotation, metadata = bare(annotation)
-    for mark in reversed(metadata):
-        if isinstance(mark, Says):
-            return mark.text
-    if is_union(annotation):
-        branches = [says(branch) for branch in get_args(annotation)]
-        return ", ".join(branches[:-1]) + " or " + branches[-1]
-    if get_origin(annotation) is Literal:
-        values = [str(value) for value in get_args(annotation)]
-        return values[0] if len(values) == 1 else ", ".join(values[:-1]) + " or " + values[-1]
-    if get_origin(annotation) is list:
-        return "a list, each entry " + says(get_args(annotation)[0])
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return "a mapping of keys"
-    return {type(None): "null", bool: "true or false", str: "a string"}.get(annotation, str(annotation))
+        return "_live_" in value or any(map(any_live, value.values()))
+    return isinstance(value, list) and any(map(any_live, value))

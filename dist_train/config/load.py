@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import os
-import typing
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from . import checks, slots
-from .errors import describe, did_you_mean
-from .fields import Section, bare, choices, says, section_of
+from .errors import ConfigError, describe, did_you_mean
+from .fields import walk
 from .foreign import FOREIGN, SYNONYMS, example_of
 from .schema import Config
-from .source import COMMAND_LINE, DICT, Key, Tree, apply_overrides, dotted, read_file, read_mapping
+from .secrets import found_in
+from .source import COMMAND_LINE, DICT, Key, Place, Reader, as_problems, dotted, keyed, nearest
 
 DEFAULT = Path(__file__).with_name("default.yaml")
+KEYS = dict(walk(Config))  # every key of the schema
 
 
 def load_config(
     source: str | os.PathLike[str] | Mapping[str, Any] | None = None, overrides: Sequence[str] = ()
 ) -> Config:
-    """Read, merge and check a config. torch isn't imported, and no component either (see `check_components`).
+    """Read, merge and check a config. torch isn't imported, and no component either (see `slots.check_components`).
 
     Args:
         source: a YAML file; a mapping, in which any component may be a live object (kept as it is, never copied); None
@@ -33,207 +37,163 @@ def load_config(
     Raises:
         ConfigError: with every mistake, sorted by place.
     """
-    if isinstance(source, Mapping):
-        path, tree = None, read_mapping(source)
-    else:
-        path = None if source is None else os.fspath(source)
-        tree = read_file(path if path is not None else str(DEFAULT))
-    apply_overrides(tree, overrides)
-    return _finish(tree, path, "digits" if source is None else "run")
+    reader = Reader()
+    path = os.fspath(source) if source is not None and not isinstance(source, Mapping) else None
+    root = reader.mapping(source) if isinstance(source, Mapping) else reader.file(path or str(DEFAULT))
+    reader.overrides(root, overrides)
+    data, places = root.plain(), dict(root.places())
+    for name, message in found_in(data):
+        reader.note(nearest(places, keyed(name)), keyed(name), message)
 
-
-def _finish(tree: Tree, path: str | None, default_name: str) -> Config:
-    _rename(tree, ("data", "multiprocessing_context"), ("data", "worker_start_method"))
-    config: Config | None = None
+    config: Config | None
     broken: list[Key] = []
     try:
-        config = Config.model_validate(tree.data)
+        config = Config.model_validate(data)
     except ValidationError as error:
-        broken = list(_translate(tree, error))
-        config = _without(tree, broken)
+        said = {key for _, key, _ in reader.noted}  # of a key whose text is wrong, nothing more needs saying
+        for key, message in _translate(data, error, reader.incomplete):
+            broken.append(key)
+            if dotted(key) not in said:
+                reader.note(nearest(places, key), key, message)
+        config = _repaired(data)
     if config is not None:
-        config = _resolve(config, tree, path, default_name)
-        findings = [] if tree.incomplete else list(checks.cross_checks(config))
-        if tree.problems or findings:
+        config = _resolve(config, places, path, "digits" if source is None else "run")
+        findings = [] if reader.incomplete else [(keyed(key), text) for key, text in checks.cross_checks(config)]
+        if reader.noted or findings:
             findings += slots.check_sources(config)
         for key, message in findings:
             if not any(key[: len(bad)] == bad or bad[: len(key)] == key for bad in broken):
-                tree.report(key, message)
-    tree.raise_problems()
+                reader.note(nearest(places, key), key, message)
+    if reader.noted:
+        raise ConfigError(as_problems(reader.noted))
     assert config is not None
     return config
 
 
-def _rename(tree: Tree, old: Key, new: Key) -> None:
-    section = tree.data.get(str(old[0]))
-    if not isinstance(section, dict) or old[1] not in section:
-        return
-    if new[1] in section:
-        tree.report(old, f"this is another spelling of {dotted(new)}, which is given too; keep one")
-        del section[old[1]]
-        return
-    section[new[1]] = section.pop(old[1])
-    tree.places[new] = tree.places.pop(old, tree.place(old))
-
-
-def _resolve(config: Config, tree: Tree, path: str | None, default_name: str) -> Config:
+def _resolve(config: Config, places: dict[Key, Place], path: str | None, default_name: str) -> Config:
     """Fill in what depends on where the config came from: the run's name, and where user code is looked for."""
-    base = os.path.dirname(os.path.abspath(path)) if path is not None else os.getcwd()
     name = config.run.name or (Path(path).stem if path is not None else default_name)
     paths: Sequence[str] = config.run.code_paths
     if paths:
-        written = tree.place(("run", "code_paths")).source
-        origin = os.getcwd() if written in (COMMAND_LINE, DICT) else os.path.dirname(os.path.abspath(written))
-        paths = [os.path.normpath(os.path.join(origin, os.path.expanduser(entry))) for entry in paths]
+        written = nearest(places, ("run", "code_paths")).source
+        origin = "" if written in (COMMAND_LINE, DICT) else os.path.dirname(written)
+        paths = [os.path.abspath(os.path.join(origin, os.path.expanduser(entry))) for entry in paths]
     else:
-        paths = list(dict.fromkeys([base, os.getcwd()]))
+        paths = list(dict.fromkeys([os.path.abspath(os.path.dirname(path or "")), os.getcwd()]))
     where = {"name": name, "dir": os.path.expanduser(config.run.dir), "code_paths": paths}
     config = config.model_copy(update={"run": config.run.model_copy(update=where)})
-    config._source = path
-    config._places = tree.places
+    config._source, config._places = path, places
     return config
 
 
-def _without(tree: Tree, broken: list[Key]) -> Config | None:
-    """The config with its broken keys left out and missing components stood in for, so that other checks can go on."""
-
-    absent = {"_target_": "builtins.object"}
-
-    def copy(value: Any, key: Key) -> Any:
-        if key in broken:  # only asked of what other rules look at
-            return absent
-        if isinstance(value, dict):
-            inside = {name: (*key, name) for name in value}
-            return {n: copy(value[n], k) for n, k in inside.items() if k not in broken or k == ("data", "val")}
-        if isinstance(value, list):
-            inside = {index: (*key, index) for index in range(len(value))}
-            return [copy(value[i], k) for i, k in inside.items() if k not in broken or k[0] == "metrics"]
-        return value
-
-    for _ in range(3):
-        data = copy(tree.data, ())
-        if isinstance(data.setdefault("data", {}), dict):
-            data["data"].setdefault("train", absent)
-        for name in ("model", "optimizer", "loss"):
-            data.setdefault(name, absent)
+def _repaired(data: Any) -> Config | None:
+    """The config with something harmless in place of what is wrong, so that the other checks can go on."""
+    data = _containers(data)
+    tried: Counter[Key] = Counter()
+    for _ in range(4):
         try:
             return Config.model_validate(data)
-        except ValidationError as error:  # a key that is missing can't be left out: leave out what lacks it
-            broken = broken + [_find(item["loc"])[0][:-1] for item in error.errors()]
-            if () in broken:
-                return None
+        except ValidationError as error:
+            for key in {_key(data, item) for item in error.errors()}:
+                tried[key] += 1
+                while key and (tried[key] > 2 or (tried[key] == 2 and type(key[-1]) is int)):
+                    key = key[:-1]  # it can't be mended alone: leave out what holds it
+                holder = data
+                for part in key[:-1]:
+                    holder = holder[part]
+                if not key:
+                    return None
+                if tried[key] == 1:
+                    holder[key[-1]] = {"_target_": "builtins.object"}  # right wherever a component may stand
+                else:
+                    holder.pop(key[-1], None)
     return None
 
 
-# --- pydantic's errors in the words of this project ------------------------------------------------------------------
+def _containers(value: Any) -> Any:
+    """A copy of dicts and lists; what is in them stays the same object."""
+    if type(value) is dict:
+        return {key: _containers(item) for key, item in value.items()}
+    return [_containers(item) for item in value] if type(value) is list else value
 
 
-def _translate(tree: Tree, error: ValidationError) -> Iterator[Key]:
-    """Note each mistake once, at its key; yields the keys that are wrong."""
-    known = {name for _, name, _ in tree.problems}
-    seen: set[Key] = set()
-    for item in sorted(error.errors(include_url=False), key=lambda item: item["type"] != "value_error"):
-        key, annotation, section = _find(item["loc"])
-        if key in seen:
-            continue  # the other branches of a union
-        seen.add(key)
-        if dotted(key) in known or (item["type"] == "missing" and tree.incomplete):
-            pass  # what was wrong with its text has been said; or it may be in the part that couldn't be read
-        elif item["type"] in ("extra_forbidden", "invalid_key"):
-            tree.report(key, f"unknown key{_advice(key, item['input'], section)}")
-        elif item["type"] == "missing":
-            tree.report(key, f"this key is missing; give it {says(annotation)}")
-        elif item["type"] == "value_error":
-            tree.report(key, str(item["ctx"]["error"]))
-        else:
-            tree.report(key, mismatch(annotation, _at(tree.data, key)))
-        yield key
+# --- pydantic's errors, each once, at its key, with what to do --------------------------------------------------------
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "a string",
+    "string_too_short": "a string that isn't empty",
+    "list_type": "a list",
+    "model_type": "a mapping of keys",
+    "literal_error": "{expected}",
+    "greater_than": "a number above {gt:g}",
+    "greater_than_equal": "a number of at least {ge:g}",
+    "less_than": "a number below {lt:g}",
+}
 
 
-def mismatch(annotation: Any, value: Any) -> str:
-    """`expected X, found Y`, with a hint for the slips that YAML invites."""
-    expected, words = says(annotation), choices(annotation)
+def _translate(data: Any, error: ValidationError, incomplete: bool) -> Iterator[tuple[Key, str]]:
+    by_key: dict[Key, list[ErrorDetails]] = {}
+    for item in error.errors(include_url=False):
+        by_key.setdefault(_key(data, item), []).append(item)
+    for key, items in by_key.items():
+        ours = [item for item in items if item["type"] == "value_error"]
+        kinds = {item["type"] for item in items}
+        if ours:
+            yield key, str(ours[0]["ctx"]["error"])
+        elif kinds & {"extra_forbidden", "invalid_key"}:
+            yield key, f"unknown key{_advice(key, items[0]['input'])}"
+        elif "missing" not in kinds:
+            yield key, _mismatch(key, items)
+        elif not incomplete:  # else it may be in the part that couldn't be read
+            yield key, f"this key is missing: {KEYS[dotted(key)].description}"
+
+
+def _key(data: Any, item: ErrorDetails) -> Key:
+    """The key that an error is about: its loc goes on into the branches of unions."""
+    key: Key = ()
+    for part in item["loc"]:
+        inside = part in data if type(data) is dict else type(data) is list and type(part) is int
+        if not inside:
+            return (*key, part) if item["type"] == "missing" and type(data) is dict else key
+        key, data = (*key, part), data[part]
+    return key
+
+
+def _mismatch(key: Key, items: list[ErrorDetails]) -> str:
+    """`expected X, found Y`, with a hint for the slips that YAML invites. `items` are the branches of a union."""
+    value, kinds = items[0]["input"], {item["type"] for item in items}
+    wanted = [_EXPECTED.get(item["type"], item["msg"]).format(**item.get("ctx", {})) for item in items]
+    words = re.findall("'([^']*)'", " ".join(wanted)) + ["true", "false"] * ("bool_type" in kinds)
+    if type(None) in get_args(KEYS[dotted(key)].annotation if dotted(key) in KEYS else None):
+        wanted, words = [*wanted, "null"], [*words, "null"]
     hint = ""
     if isinstance(value, str):
-        text, lower = value.strip().replace("_", ""), value.lower()
-        if "number" in expected and text.count(",") == 1 and text.replace(",", "").lstrip("+-").isdigit():
-            hint = f"; the decimal sign is a point: {text.replace(',', '.')}"
-        elif "number" in expected and _is_number(text):
-            hint = f"; write it without quotes or underscores: {text}"
-        elif "true" in words and lower in ("yes", "no", "on", "off", "y", "n"):
-            hint = f"; write {'true' if lower in ('yes', 'on', 'y') else 'false'}"
-        elif lower in ("none", "nil") and "null" in words:
-            hint = "; write null"
-        elif SYNONYMS.get(lower) in words:
-            hint = f"; write {SYNONYMS[lower]}"
+        number = value.replace("_", "").replace(",", ".").strip()
+        word = SYNONYMS.get(value.lower())
+        if kinds & {"int_type", "float_type"} and re.fullmatch(r"[-+]?[0-9]*\.?[0-9]+(e[-+]?[0-9]+)?", number.lower()):
+            hint = f"; write it as a number: {number}"
         else:
-            hint = did_you_mean(value, words)
-    elif isinstance(value, dict) and "a string" in expected and None in value.values():
-        hint = "; braces make a mapping in YAML: put the text in quotes"
-    elif isinstance(value, bool | int | float) and "a string" in expected:
-        hint = "; put it in quotes"
-    return f"expected {expected}, found {describe(value)}{hint}"
+            hint = f"; write {word}" if word in words else did_you_mean(value, words)
+    elif "string_type" in kinds:
+        braces = isinstance(value, dict) and None in value.values()
+        hint = "; braces make a mapping in YAML: put the text in quotes" if braces else ""
+        hint = "; put it in quotes" if isinstance(value, bool | int | float) else hint
+    return f"expected {' or '.join(wanted)}, found {describe(value)}{hint}"
 
 
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _find(loc: tuple[int | str, ...]) -> tuple[Key, Any, type[Section]]:
-    """The key that an error is about (its loc goes on into union branches), its annotation and its section."""
-    section: type[Section] = Config
-    annotation: Any = Config
-    key: Key = ()
-    for part in loc:
-        model = section_of(annotation)
-        if model is not None:
-            section = model
-            key = (*key, part)
-            known = model.model_fields.get(str(part))
-            if known is None:
-                break
-            annotation = known.rebuild_annotation()
-        elif isinstance(part, int) and _item_of(annotation) is not None:
-            key, annotation = (*key, part), _item_of(annotation)
-        else:
-            break
-    return key, annotation, section
-
-
-def _item_of(annotation: Any) -> Any:
-    annotation = bare(annotation)[0]
-    return typing.get_args(annotation)[0] if typing.get_origin(annotation) is list else None
-
-
-def _at(data: Any, key: Key) -> Any:
-    for part in key:
-        if type(data) not in (dict, list):
-            break  # the short form of a section, as in `head: 10`
-        data = data[part]
-    return data
-
-
-def _advice(key: Key, value: Any, section: type[Section]) -> str:
+def _advice(key: Key, value: Any) -> str:
     """What to write instead of an unknown key."""
-    name = str(key[-1])
+    name, above = str(key[-1]), dotted((*key[:-1], ""))
     if name in FOREIGN:
         named = FOREIGN[name].replace("{key}", name)
         simple = isinstance(value, int | float | str) and not isinstance(value, bool) and str(value).strip()
         return "; " + (named.replace("{value}", str(value)) if simple else example_of(named))
-    homes = [path for path in _leaves(Config, ()) if path[-1] == name]
+    homes = [path for path in KEYS if path.rpartition(".")[2] == name]
     if homes:
-        return f"; {name} belongs to another section: {'.'.join(homes[0])}"
-    near = did_you_mean(name, section.model_fields, prefix="".join(f"{part}." for part in key[:-1]))
-    return near or f"; the keys here are {', '.join(section.model_fields)}"
-
-
-def _leaves(section: type[Section], above: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    for name, known in section.model_fields.items():
-        inner = section_of(known.annotation)
-        if inner is not None:
-            yield from _leaves(inner, (*above, name))
-        yield (*above, name)
+        return f"; {name} belongs to another section: {homes[0]}"
+    beside = [path[len(above) :] for path in KEYS if path.startswith(above) and "." not in path[len(above) :]]
+    return did_you_mean(name, beside, prefix=above) or f"; the keys here are {', '.join(beside)}"

@@ -17,6 +17,7 @@ from .fields import (
     Component,
     Count,
     Decay,
+    EpochsOrSteps,
     Length,
     Lengths,
     Metric,
@@ -25,17 +26,17 @@ from .fields import (
     Number,
     Patterns,
     Positive,
-    Says,
     Section,
     Seed,
     Text,
+    Time,
     any_live,
     consent,
     harmless,
     plain,
     refused,
 )
-from .source import Key, Place, dump, nearest
+from .source import Key, Place, dump, keyed, nearest
 
 
 class RunConfig(Section):
@@ -91,8 +92,7 @@ class DataConfig(Section):
     )
     timeout: AtLeastZero = harmless(0.0, "Seconds to wait for a loader process before failing; 0: no limit.")
     worker_start_method: Literal["auto", "fork", "spawn", "forkserver"] = harmless(
-        "auto",
-        "How loader processes are started (`multiprocessing_context` is another spelling). `auto`: Python's default.",
+        "auto", "How loader processes are started. `auto`: Python's default."
     )
 
 
@@ -131,8 +131,9 @@ class TransferConfig(Section):
     )
     head: Annotated[
         HeadConfig | None,
-        BeforeValidator(lambda v: {"classes": v} if type(v) is int else v),
-        Says("a number of classes, a mapping of keys or null"),
+        BeforeValidator(
+            lambda v: {"classes": v} if type(v) is int else v, json_schema_input_type=Count | HeadConfig | None
+        ),
     ] = refused(None, HeadConfig.__doc__ or "")
     append: AppendConfig | None = refused(None, AppendConfig.__doc__ or "")
     freeze: Patterns = consent(
@@ -142,13 +143,16 @@ class TransferConfig(Section):
     )
 
 
+_null_is_default = BeforeValidator(lambda v: {} if v is None else v, json_schema_input_type=TransferConfig | None)
+
+
 class StopWhenConfig(Section):
     """Ends training early: at a threshold, and/or when a metric stops improving."""
 
     metric: Text = harmless(..., "What is watched, e.g. `val/accuracy` or `val/loss`.")
     above: Number | None = harmless(None, "Stop once the metric is above this.")
     below: Number | None = harmless(None, "Stop once the metric is below this.")
-    patience: Length | None = harmless(None, "Stop when the metric hasn't improved for so long.")
+    patience: EpochsOrSteps | None = harmless(None, "Stop when the metric hasn't improved for so long.")
     min_delta: AtLeastZero = harmless(0.0, "With patience: a smaller change is no improvement.")
     mode: Literal["auto", "min", "max"] = harmless(
         "auto",
@@ -212,7 +216,7 @@ class DistributedConfig(Section):
     deterministic: bool | Auto = harmless(
         "auto", "Deterministic kernels only (torch.use_deterministic_algorithms). `auto`: no."
     )
-    hang_timeout: Length = harmless(
+    hang_timeout: Time = harmless(
         Duration(600.0, "s"), "A step or collective that makes no progress for so long ends the run, by name."
     )
 
@@ -290,7 +294,7 @@ class Config(Section):
         "patterns of parameters as in transfer.freeze: {match: Conv2d.weight, _target_: "
         "torch.nn.init.kaiming_normal_}.",
     )
-    transfer: Annotated[TransferConfig, BeforeValidator(lambda v: {} if v is None else v)] = Field(
+    transfer: Annotated[TransferConfig, _null_is_default] = Field(
         default_factory=TransferConfig, description=TransferConfig.__doc__
     )
     task: Component | None = consent(
@@ -338,7 +342,7 @@ class Config(Section):
 
     def where(self, key: str) -> str:
         """Where a dotted key, or what holds it, was written: `file:line`, `command line` or `dict`."""
-        return str(nearest(self._places, tuple(int(part) if part.isdigit() else part for part in key.split("."))))
+        return str(nearest(self._places, keyed(key)))
 
     @property
     def has_live_objects(self) -> bool:

@@ -1,13 +1,9 @@
-"""Whether every component of a config can be made: it is found, its arguments fit, and it is of its slot's kind.
-
-This imports what the config names (so torch too) and builds nothing.
-"""
+"""Whether every component of a config can be made: it is found, its arguments fit, and it is of its slot's kind."""
 
 from __future__ import annotations
 
 import inspect
-import types
-import typing
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,14 +11,16 @@ from typing import Any
 from . import components
 from .errors import ConfigError, Problem, describe, did_you_mean
 from .schema import Config
-from .source import Key, Place, as_problems, dotted, nearest
+from .source import Key, as_problems, dotted, nearest
+from .static import read_signature
 
 Finding = tuple[Key, str]
+_Kind = inspect.Parameter
 
 
 @dataclass(frozen=True)
 class Slot:
-    """What a slot wants: how many positional arguments it gives, its own keys, and a test of kind.
+    """What a slot wants: a test of kind, how many positional arguments it gives, and its own keys.
 
     `late` slots (loss, collate) take functions that are called later with more arguments.
     `fits` gets the class of the component, or the live object's class; functions are taken as they are.
@@ -86,181 +84,128 @@ SLOTS: dict[str, Slot] = {
 }
 
 
-def specs(config: Config) -> Iterator[tuple[Key, Slot, Any]]:
-    """Every component of a config with its key and slot; metrics given by name are left out."""
+_ANYTHING = Slot("anything", lambda kind: True)  # an argument of a component
+
+
+def check_components(config: Config) -> list[Problem]:
+    """Every problem of every component, with its place: not found, wrong arguments, wrong kind for its slot.
+
+    Imports what the config names (and torch), looking for user code in run.code_paths; builds nothing.
+    """
+    components.add_code_paths(config.run.code_paths)
+    findings: list[Finding] = []
+    for key, slot, spec in _specs(config):
+        findings += _imported(key, slot, spec) if components.is_spec(spec) else _live(key, slot, spec)
+    return as_problems([(nearest(config.places, key), dotted(key), message) for key, message in findings])
+
+
+def check_sources(config: Config) -> Iterator[Finding]:
+    """The wrong arguments that can be seen without importing anything: see `static.py`."""
+    for key, slot, spec in _specs(config):
+        form = read_signature(str(spec["_target_"]), config.run.code_paths) if components.is_spec(spec) else None
+        if form is not None:
+            yield from _arguments(key, slot, spec, *form)
+
+
+def _specs(config: Config) -> Iterator[tuple[Key, Slot, Any]]:
+    """Every component of a config, the specs in arguments too; metrics given by name are left out."""
     for name, slot in SLOTS.items():
         value: Any = config
         for part in name.split("."):
             value = getattr(value, part, None)
         key: Key = tuple(name.split("."))
-        for item_key, item in (
-            [((*key, i), v) for i, v in enumerate(value)] if isinstance(value, list) else [(key, value)]
-        ):
+        for place, item in [((*key, i), v) for i, v in enumerate(value)] if isinstance(value, list) else [(key, value)]:
             if item is not None and not isinstance(item, str):
-                yield item_key, slot, item
+                yield place, slot, item
+                own, _ = components.reserved(item, slot.own)
+                yield from _nested(place, own)
 
 
-def check(config: Config) -> list[Problem]:
-    """Every problem of every component, by place. User code is looked for in run.code_paths."""
-    components.add_code_paths(config.run.code_paths)
-    noted: list[tuple[Place, str, str]] = []
-    for key, slot, spec in specs(config):
-        findings = _spec(key, slot, spec) if components.is_spec(spec) else _live(key, slot, spec)
-        noted += [(nearest(config.places, where), dotted(where), message) for where, message in findings]
-    return as_problems(noted)
-
-
-def check_sources(config: Config) -> Iterator[Finding]:
-    """The wrong arguments that can be seen without importing anything: see `static.py`."""
-    from .static import read_signature
-
-    def look(key: Key, slot: Slot | None, spec: Any) -> Iterator[Finding]:
-        if components.is_spec(spec):
-            own, _ = components.reserved(spec, slot.own if slot else ())
-            found = read_signature(str(spec["_target_"]), config.run.code_paths)
-            if found is not None:
-                yield from _arguments(key, slot, str(spec["_target_"]), *found, own)
-        if isinstance(spec, dict | list):
-            for name, item in spec.items() if isinstance(spec, dict) else enumerate(spec):
-                yield from look((*key, name), None, item)
-
-    for key, slot, spec in specs(config):
-        yield from look(key, slot, spec)
+def _nested(key: Key, value: Any) -> Iterator[tuple[Key, Slot, Any]]:
+    if isinstance(value, dict | list):
+        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+            if components.is_spec(item):
+                yield (*key, name), _ANYTHING, item
+            yield from _nested((*key, name), item)
 
 
 def _live(key: Key, slot: Slot, value: Any) -> Iterator[Finding]:
     """An object from Python is of the right kind; where the slot gives arguments, a factory will do."""
-    if isinstance(value, type):
-        if not slot.gives:
-            name = value.__name__
-            yield (
-                key,
-                f"expected {slot.wants}, found the class {name} itself: write {name}(...) or {{'_target_': {name}}}",
-            )
-        elif not slot.fits(value):
-            yield key, f"expected {slot.wants}, found the class {value.__name__}"
-    elif slot.gives:
-        if not callable(value):
-            given = ", ".join(slot.gives)
-            yield key, f"expected a factory called with ({given}), such as functools.partial, found {describe(value)}"
-    elif not slot.fits(type(value)):
-        yield key, f"expected {slot.wants}, found {describe(value)}"
+    kind = value if isinstance(value, type) else type(value)
+    if slot.gives and not callable(value):
+        given = ", ".join(slot.gives)
+        yield key, f"expected a factory called with ({given}), such as functools.partial, found {describe(value)}"
+    elif isinstance(value, type) and not slot.gives:
+        yield key, f"expected {slot.wants}, found the class {kind.__name__} itself: write {kind.__name__}(...)"
+    elif (isinstance(value, type) or not slot.gives) and not slot.fits(kind):
+        found = f"the class {kind.__name__}" if isinstance(value, type) else describe(value)
+        yield key, f"expected {slot.wants}, found {found}"
 
 
-def _spec(key: Key, slot: Slot | None, spec: dict[str, Any]) -> Iterator[Finding]:
-    """A spec's target, arguments and kind, then the specs inside its arguments."""
-    own, extra = components.reserved(spec, slot.own if slot else ())
-    for name, value in own.items():
-        if name != "_target_":
-            yield from _nested((*key, name), value)
+def _imported(key: Key, slot: Slot, spec: dict[str, Any]) -> Iterator[Finding]:
+    """A spec's target, kind and arguments."""
     try:
         target = components.locate(spec["_target_"])
     except ConfigError as error:
         yield (*key, "_target_"), error.problems[0].message
         return
-    name = spec["_target_"] if isinstance(spec["_target_"], str) else target.__name__
+    name, form = _name(spec), components.signature(target)
     if not callable(target):
         yield (*key, "_target_"), f"{name} is {describe(target)}, which can't be called; expected a class or function"
-        return
-    if slot is not None and isinstance(target, type) and not slot.fits(target):
-        yield (*key, "_target_"), f"expected {slot.wants}; {name} is a class of another kind{_belongs(target, slot)}"
-        return
-    form = components.signature(target)
-    if form is not None:
-        yield from _arguments(key, slot, name, form, isinstance(target, type), own)
-    if slot is not None and "groups" in extra:
-        yield from _groups(key, name, target, extra["groups"])
+    elif isinstance(target, type) and not slot.fits(target):
+        yield (*key, "_target_"), f"expected {slot.wants}; {name} is a class of another kind"
+    elif form is not None:
+        yield from _arguments(key, slot, spec, form, isinstance(target, type))
 
 
-def _nested(key: Key, value: Any) -> Iterator[Finding]:
-    if components.is_spec(value):
-        yield from _spec(key, None, value)
-    elif isinstance(value, dict | list):
-        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _nested((*key, name), item)
-
-
-def _belongs(target: type, slot: Slot) -> str:
-    """The slot that a misplaced component would fit, for those that can be told apart."""
-    for name in ("optimizer", "scheduler", "model"):
-        if SLOTS[name] is not slot and SLOTS[name].fits(target):
-            return f"; it belongs to {name}"
-    return ""
+def _name(spec: dict[str, Any]) -> str:
+    return str(getattr(spec["_target_"], "__qualname__", spec["_target_"]))
 
 
 def _arguments(
-    key: Key, slot: Slot | None, name: str, form: inspect.Signature, is_class: bool, own: dict[str, Any]
+    key: Key, slot: Slot, spec: dict[str, Any], form: inspect.Signature, is_class: bool
 ) -> Iterator[Finding]:
-    given = [*(slot.gives if slot else ()), *own.get("_args_", [])]
-    keywords = {name: value for name, value in own.items() if name not in ("_target_", "_args_")}
-    kinds = inspect.Parameter
-    places = [p for p in form.parameters.values() if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)]
-    named = {p.name: p for p in form.parameters.values() if p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)}
-    open_ended = {p.kind for p in form.parameters.values()}
-    if len(given) > len(places) and kinds.VAR_POSITIONAL not in open_ended:
+    """What doesn't fit a signature, all of it (`Signature.bind` stops at the first)."""
+    name = _name(spec)
+    keywords, extra = components.reserved(spec, ("_target_", "_args_", *slot.own))
+    given = [*slot.gives, *spec.get("_args_", [])]
+    parameters = list(form.parameters.values())
+    kinds = {p.kind for p in parameters}
+    places = [p.name for p in parameters if p.kind in (_Kind.POSITIONAL_ONLY, _Kind.POSITIONAL_OR_KEYWORD)]
+    named = {p.name: p for p in parameters if p.kind in (_Kind.POSITIONAL_OR_KEYWORD, _Kind.KEYWORD_ONLY)}
+    filled = places[: len(given)]
+    ours = filled[: len(slot.gives)]  # what the engine gives
+    if len(given) > len(places) and _Kind.VAR_POSITIONAL not in kinds:
         yield (*key, "_args_"), f"{name} takes {len(places)} positional arguments, found {len(given)}"
-    filled = {parameter.name for parameter in places[: len(given)]}
-    engine_given = {parameter.name for parameter in places[: len(slot.gives) if slot else 0]}
     for argument, value in keywords.items():
         if argument in filled and argument in named:
-            by = "the engine gives it" if argument in engine_given else "it is in _args_ too"
+            by = "the engine gives it" if argument in ours else "it is in _args_ too"
             yield (*key, argument), f"{name} gets {argument} twice: {by}; leave it out here"
-        elif argument not in named and kinds.VAR_KEYWORD not in open_ended:
-            free = [p for p in named if p not in filled]
-            hint = did_you_mean(argument, free) or f"; it takes {', '.join(free) or 'no arguments'}"
-            yield (*key, argument), f"{name} has no argument {argument}{hint}"
-        elif argument in named:
+        elif argument in named and not (key == ("scheduler",) and value in ("total_steps", "steps_per_epoch")):
             yield from _value((*key, argument), name, named[argument], value)
-    needed = [p.name for p in (*places, *named.values()) if p.default is kinds.empty and p.name not in filled]
-    missing = [p for p in dict.fromkeys(needed) if p not in keywords]
-    if missing and not (slot and slot.late and not is_class):
-        yield key, f"{name} needs {_listed(missing)}; it is called as {name.rpartition('.')[2]}{_shown(form)}"
-
-
-def _listed(words: list[str]) -> str:
-    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
+    groups = [(("groups", i), group) for i, group in enumerate(extra.get("groups") or []) if isinstance(group, dict)]
+    for where, options in (((), keywords), *groups):  # torch itself ignores unknown options of groups
+        for argument in options if _Kind.VAR_KEYWORD not in kinds else ():
+            if argument not in named and not (where and argument == "match"):
+                free = [p for p in named if p not in (ours if where else filled)]
+                hint = did_you_mean(argument, free) or f"; it takes {', '.join(free) or 'no arguments'}"
+                yield (*key, *where, argument), f"{name} has no argument {argument}{hint}"
+    required = [p.name for p in parameters if p.default is p.empty and p.name in (*places, *named)]
+    missing = [p for p in required if p not in filled and p not in keywords]
+    if missing and not (slot.late and not is_class):
+        yield key, f"{name} needs {', '.join(missing)}; it is called as {name.rpartition('.')[2]}{_shown(form)}"
 
 
 def _shown(form: inspect.Signature) -> str:
     """A signature without its annotations, cut where it is long."""
-    bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in form.parameters.values()]
-    text = str(inspect.Signature(bare))
-    return text if len(text) <= 120 else text[:116] + "...)"
-
-
-_NUMBERS = {"int", "float", "bool", "complex", "Tensor", "None", "NoneType"}
+    bare = [parameter.replace(annotation=_Kind.empty) for parameter in form.parameters.values()]
+    return textwrap.shorten(str(inspect.Signature(bare)), 120, placeholder=" ...)")
 
 
 def _value(key: Key, name: str, parameter: inspect.Parameter, value: Any) -> Iterator[Finding]:
     """A string where the signature wants numbers, or the other way round; anything less clear is left to the target."""
-    kinds = _names(parameter.annotation)
-    if isinstance(value, str) and kinds and kinds <= _NUMBERS:
-        if key[0] == "scheduler" and value in ("total_steps", "steps_per_epoch"):
-            return
-        yield key, f"{name} expects a number for {parameter.name}, found {describe(value)}"
-    elif isinstance(value, bool | int | float) and kinds and kinds <= {"str", "None", "NoneType"}:
-        yield key, f"{name} expects a string for {parameter.name}, found {describe(value)}"
-
-
-def _names(annotation: Any) -> set[str]:
-    """The names of the types in an annotation or a union of them; empty where there is none."""
-    if annotation is inspect.Parameter.empty:
-        return set()
-    if isinstance(annotation, str):
-        return {part.strip().rpartition(".")[2] for part in annotation.split("|")}
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return set().union(*(_names(part) for part in typing.get_args(annotation)))
-    return {getattr(annotation, "__name__", str(annotation))}
-
-
-def _groups(key: Key, name: str, target: Any, groups: Any) -> Iterator[Finding]:
-    """The options of parameter groups are arguments of the optimizer: torch itself ignores unknown ones."""
-    form = components.signature(target)
-    if form is None or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in form.parameters.values()):
-        return
-    known = [p for p in form.parameters if p != "params"]
-    for index, group in enumerate(groups or []):
-        for option in group:
-            if option != "match" and option not in known:
-                hint = did_you_mean(option, known) or f"; it takes {', '.join(known)}"
-                yield (*key, "groups", index, option), f"{name} has no argument {option}{hint}"
+    kinds = components.type_names(parameter.annotation) - {"None", "NoneType"}
+    wanted = "a number" if kinds <= {"int", "float", "bool", "complex", "Tensor"} else "a string"
+    wrong = isinstance(value, str) if wanted == "a number" else kinds == {"str"} and isinstance(value, int | float)
+    if kinds and wrong:
+        yield key, f"{name} expects {wanted} for {parameter.name}, found {describe(value)}"

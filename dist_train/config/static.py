@@ -11,108 +11,72 @@ import inspect
 import sys
 from collections.abc import Sequence
 from functools import cache
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 
 def read_signature(path: str, search: Sequence[str]) -> tuple[inspect.Signature, bool] | None:
     """The call signature at an import path and whether it is a class's; None where the source doesn't tell.
 
-    `search` are directories that come before those of sys.path.
+    `search` are directories that come before those of sys.path. Defaults other than constants are shown as `...`.
     """
     module, _, name = path.rpartition(".")
     for _ in range(6):  # re-exports of re-exports
-        found = _module(module, (*search, *sys.path))
-        if found is None:
-            return None
-        tree, is_package = found
-        for node in tree.body:
+        body, package = _source(module, (*search, *sys.path))
+        for node in body:
             if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
                 return _signature(node)
-        source = _imported_from(tree, name)
-        if source is None:
+        imports = [(node, alias) for node in body if isinstance(node, ast.ImportFrom) for alias in node.names]
+        named = [(node, alias.name) for node, alias in imports if (alias.asname or alias.name) == name]
+        found = named or [(node, name) for node, alias in imports if alias.name == "*"]
+        if len(found) != 1:
             return None
-        level, target, name = source
-        if level:  # relative: the package itself, or one above for each further dot
-            parts = module.split(".")
-            keep = len(parts) - level + (1 if is_package else 0)
-            target = ".".join([*parts[:keep], *([target] if target else [])])
-        module = target
+        node, name = found[0]
+        # Relative: one dot is the package itself, each further one the package above.
+        above = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+        module = ".".join([*above, *([node.module] if node.module else [])])
     return None
 
 
-def _imported_from(tree: ast.Module, name: str) -> tuple[int, str, str] | None:
-    """Where a module takes a name from, by `from x import name` (or its one `import *`): (dots, x, its name there)."""
-    stars = []
-    for node in tree.body:
-        if isinstance(node, ast.ImportFrom):
-            for alias in node.names:
-                if (alias.asname or alias.name) == name:
-                    return node.level, node.module or "", alias.name
-                if alias.name == "*":
-                    stars.append((node.level, node.module or "", name))
-    return stars[0] if len(stars) == 1 else None
-
-
 @cache
-def _module(name: str, search: tuple[str, ...]) -> tuple[ast.Module, bool] | None:
-    """The syntax tree of a module, and whether it is a package's __init__."""
+def _source(module: str, search: tuple[str, ...]) -> tuple[list[ast.stmt], str]:
+    """The statements of a module (none, if it isn't found or isn't Python), and the package that it counts from."""
     places: Sequence[str] | None = search
-    spec: ModuleSpec | None = None
-    done = ""
-    for part in name.split("."):
-        if places is None:
-            return None
-        done = f"{done}.{part}" if done else part
-        spec = PathFinder.find_spec(done, list(places))
-        if spec is None:
-            return None
-        places = spec.submodule_search_locations
-    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
-        return None
+    spec = None
+    for depth in range(1, module.count(".") + 2):
+        spec = PathFinder.find_spec(".".join(module.split(".")[:depth]), places) if places is not None else None
+        places = spec.submodule_search_locations if spec is not None else None
+    if spec is None or not str(spec.origin).endswith(".py"):
+        return [], ""
     try:
-        return ast.parse(Path(spec.origin).read_bytes()), spec.submodule_search_locations is not None
+        body = ast.parse(Path(str(spec.origin)).read_bytes()).body
     except (OSError, SyntaxError, ValueError):
-        return None
+        body = []
+    return body, module if places is not None else module.rpartition(".")[0]
 
 
 def _signature(node: ast.ClassDef | ast.FunctionDef) -> tuple[inspect.Signature, bool] | None:
+    is_class = isinstance(node, ast.ClassDef)
+    if isinstance(node, ast.ClassDef):
+        makers = [item for item in node.body if getattr(item, "name", "") in ("__init__", "__new__")]
+        maker = makers[0] if len(makers) == 1 and not node.keywords and not node.decorator_list else None
+        if not isinstance(maker, ast.FunctionDef) or maker.name != "__init__":
+            return None
+        node = maker
     if node.decorator_list:
         return None
-    if isinstance(node, ast.FunctionDef):
-        return _parameters(node.args, skip=0), False
-    makers = [item for item in node.body if isinstance(item, ast.FunctionDef) and item.name in ("__init__", "__new__")]
-    if node.keywords or len(makers) != 1 or makers[0].name != "__init__" or makers[0].decorator_list:
-        return None
-    return _parameters(makers[0].args, skip=1), True
+    # A lambda with the same parameters; nothing of the user's is evaluated, since constants stand for defaults.
+    args = node.args
+    for arg in (*args.posonlyargs, *args.args, *args.kwonlyargs, args.vararg, args.kwarg):
+        if arg is not None:
+            arg.annotation = None
+    args.defaults = [_constant(default) for default in args.defaults]
+    args.kw_defaults = [default and _constant(default) for default in args.kw_defaults]
+    body = ast.copy_location(ast.Constant(None), node)
+    code = compile(ast.fix_missing_locations(ast.Expression(ast.Lambda(args, body))), "<signature>", "eval")
+    form = inspect.signature(eval(code))
+    return form.replace(parameters=list(form.parameters.values())[is_class:]), is_class
 
 
-class _Source:
-    """A default value as its source says."""
-
-    def __init__(self, node: ast.expr) -> None:
-        self.node = node
-
-    def __repr__(self) -> str:
-        return ast.unparse(self.node)
-
-
-def _parameters(args: ast.arguments, skip: int) -> inspect.Signature:
-    def parameter(arg: ast.arg, kind: inspect._ParameterKind, default: ast.expr | None) -> inspect.Parameter:
-        empty = inspect.Parameter.empty
-        annotation = ast.unparse(arg.annotation) if arg.annotation else empty
-        return inspect.Parameter(arg.arg, kind, default=_Source(default) if default else empty, annotation=annotation)
-
-    kinds = inspect.Parameter
-    split = len(args.posonlyargs)
-    positional = [
-        (arg, kinds.POSITIONAL_ONLY if index < split else kinds.POSITIONAL_OR_KEYWORD)
-        for index, arg in enumerate((*args.posonlyargs, *args.args))
-    ]
-    defaults = [None] * (len(positional) - len(args.defaults)) + list(args.defaults)
-    result = [parameter(arg, kind, default) for (arg, kind), default in zip(positional, defaults, strict=True)][skip:]
-    result += [parameter(args.vararg, kinds.VAR_POSITIONAL, None)] if args.vararg else []
-    keyword_only = zip(args.kwonlyargs, args.kw_defaults, strict=True)
-    result += [parameter(arg, kinds.KEYWORD_ONLY, default) for arg, default in keyword_only]
-    result += [parameter(args.kwarg, kinds.VAR_KEYWORD, None)] if args.kwarg else []
-    return inspect.Signature(result)
+def _constant(default: ast.expr) -> ast.expr:
+    return default if isinstance(default, ast.Constant) else ast.Constant(...)

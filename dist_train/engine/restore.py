@@ -18,12 +18,12 @@ from torch import nn
 
 from dist_train.checkpoint.manifest import CheckpointError, DamagedError
 from dist_train.checkpoint.store import CheckpointStore, Found
-from dist_train.config.components import add_code_paths, build, build_callable, check_components
+from dist_train.config.components import add_code_paths, build
 from dist_train.config.errors import ConfigError
 from dist_train.config.load import load_config
+from dist_train.config.slots import check_components
 from dist_train.data.loader import EvalLoader
-from dist_train.data.workers import resolve_workers
-from dist_train.engine.build import build_dataset, build_model, build_objective, move_batch, place_model
+from dist_train.engine.build import build_dataset, build_model, build_objective, move_batch, place_model, reading_of
 from dist_train.engine.evaluate import Evaluator
 from dist_train.engine.precision import resolve_precision
 from dist_train.engine.rundir import RunDir
@@ -175,19 +175,7 @@ def attribute_of(dataset: Any, name: str) -> Any:
 
 def eval_loader(config: Config, world: World, dataset: Any) -> EvalLoader:
     """The loader of this rank for a dataset that isn't trained on."""
-    collate = build_callable(config.data.collate) if config.data.collate is not None else None
-    workers = resolve_workers(config.data.num_workers, dataset, collate=collate, local_ranks=world.placement.local_size)
-    return EvalLoader(
-        dataset,
-        config.data.eval_batch_size,
-        rank=world.rank,
-        world_size=world.size,
-        seed=config.seed,
-        config=config.data,
-        num_workers=workers,
-        device=world.device,
-        collate=collate,
-    )
+    return EvalLoader(dataset, config.data.eval_batch_size, reading_of(config, world))
 
 
 def find_weights(run: RunDir, checkpoint: str | None) -> Found:

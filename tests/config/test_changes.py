@@ -1,12 +1,10 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from dist_train.config import Config, load_config
 from dist_train.config.changes import Change, compare, refusal_message
-from dist_train.config.fields import Section, section_of
+from dist_train.config.fields import section_of, walk
 
 
 def changes(*overrides: str) -> list[tuple[str, str]]:
@@ -85,16 +83,7 @@ def test_the_refusal_shows_every_difference_and_the_cures() -> None:
     ]
 
 
-def leaves(section: type[Section]) -> Iterator[tuple[str, object]]:
-    for name, known in section.model_fields.items():
-        inner = section_of(known.annotation)
-        if inner is not None:
-            yield from leaves(inner)
-        else:
-            yield f"{section.__name__}.{name}", known
-
-
 def test_every_key_is_described_and_of_a_known_kind() -> None:
-    for name, known in leaves(Config):
-        assert known.description, name  # type: ignore[attr-defined]
-        assert known.json_schema_extra["change"] in ("harmless", "consent", "refused"), name  # type: ignore[attr-defined]
+    for key, field in walk(Config):
+        assert field.description, key
+        assert section_of(field) or field.json_schema_extra["change"] in ("harmless", "consent", "refused"), key  # type: ignore[index, call-overload]

@@ -13,12 +13,12 @@ from dist_train.config.components import (
     add_code_paths,
     build,
     build_callable,
-    check_components,
     locate,
     reserved,
-    wants_tensor,
+    type_names,
 )
 from dist_train.config.errors import ConfigError
+from dist_train.config.slots import check_components
 from dist_train.config.static import read_signature
 
 
@@ -94,7 +94,7 @@ def test_lists_become_tensors_where_the_signature_wants_one() -> None:
     ],
 )
 def test_only_a_tensor_or_a_union_with_it_wants_one(annotation: object, wanted: bool) -> None:
-    assert wants_tensor(annotation) is wanted
+    assert ("Tensor" in type_names(annotation)) is wanted
 
 
 def test_live_objects_are_returned_as_they_are_and_live_factories_called() -> None:
@@ -141,7 +141,7 @@ def test_live_objects_are_checked_for_their_slot() -> None:
     assert complaints(optimizer=functools.partial(torch.optim.SGD, lr=0.1), loss=torch.nn.functional.mse_loss) == []
     assert complaints(optimizer=torch.optim.SGD) == []
     assert complaints(model=torch.nn.ReLU) == [
-        "dict: model: expected a torch.nn.Module, found the class ReLU itself: write ReLU(...) or {'_target_': ReLU}"
+        "dict: model: expected a torch.nn.Module, found the class ReLU itself: write ReLU(...)"
     ]
     assert complaints(optimizer=torch.optim.SGD(weights)) == [
         "dict: optimizer: expected a factory called with (params), such as functools.partial, found an object of class "

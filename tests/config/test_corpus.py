@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from dist_train.config import load_config
-from dist_train.config.components import check_components
 from dist_train.config.errors import ConfigError, Problem
+from dist_train.config.slots import check_components
 
 BLOCKS = [
     block.partition("\n")[::2]

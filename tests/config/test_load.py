@@ -13,7 +13,7 @@ from dist_train.config import load_config
 from dist_train.config.durations import Duration
 from dist_train.config.errors import ConfigError
 from dist_train.config.load import DEFAULT
-from dist_train.config.source import _parse, dump, read_file
+from dist_train.config.source import Place, Reader, dump
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,7 +35,7 @@ def minimal(**more: object) -> dict[str, object]:
 
 
 def test_every_shipped_config_loads_and_its_components_fit() -> None:
-    from dist_train.config.components import check_components
+    from dist_train.config.slots import check_components
 
     for path in [*sorted((ROOT / "configs").glob("*.yaml")), None]:
         assert check_components(load_config(path)) == []
@@ -75,16 +75,18 @@ LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) 
 @settings(deadline=None)
 @given(st.recursive(LEAVES, st.lists, max_leaves=5))
 def test_whatever_is_written_reads_back_equal(value: object) -> None:
-    data, tree = _parse(dump({"x": value}), 0, "x")
-    assert tree.problems == []
-    assert data == {"x": value}
+    reader = Reader()
+    node = reader.parse(dump({"x": value}), Place(0, "x", 1))
+    assert reader.noted == []
+    assert node is not None
+    assert node.plain() == {"x": value}
 
 
 def test_yaml_is_read_by_the_rules_of_version_1_2(folder: Path) -> None:
     (folder / "x.yaml").write_text(
         "{a: 1e-3, b: off, c: yes, d: 12:30, e: 0o17, f: .inf, h: 017, i: 2024-01-01, j: 1_000, k: true, l: -.5, m: }"
     )
-    assert read_file("x.yaml").data == {
+    assert Reader().file("x.yaml").plain() == {
         "a": 0.001, "b": "off", "c": "yes", "d": "12:30", "e": 15, "f": float("inf"), "h": 17,
         "i": "2024-01-01", "j": "1_000", "k": True, "l": -0.5, "m": None,
     }  # fmt: skip
@@ -147,7 +149,7 @@ def test_overrides_reach_lists_and_make_what_is_missing(folder: Path) -> None:
 
 def test_a_missing_file_names_the_nearest_one(folder: Path) -> None:
     assert error_of("bass.yaml") == "bass.yaml: no such file; did you mean base.yaml?"
-    assert error_of("none/x.yaml").startswith("none/x.yaml: no such file; there is no directory none in ")
+    assert error_of("none/x.yaml").startswith(f"none/x.yaml: no such file; there is no directory {folder}/none")
 
 
 def test_an_empty_file_says_so(folder: Path) -> None:
@@ -172,10 +174,6 @@ def test_whole_numbers_stay_numbers_as_keys_of_an_argument(folder: Path) -> None
 def test_anchors_work(folder: Path) -> None:
     (folder / "x.yaml").write_text("extends: base.yaml\ndata:\n  train: &d {_target_: a.B, split: x}\n  test: *d\n")
     assert load_config("x.yaml").data.test == {"_target_": "a.B", "split": "x"}
-
-
-def test_multiprocessing_context_is_another_spelling(folder: Path) -> None:
-    assert load_config("base.yaml", ["data.multiprocessing_context=spawn"]).data.worker_start_method == "spawn"
 
 
 def test_user_code_is_looked_for_beside_the_config_and_where_the_config_says(folder: Path) -> None:

@@ -12,11 +12,10 @@ import pytest
 import yaml
 from runs import ROOT, environment, result
 
-from dist_train.config.changes import Config
-from dist_train.config.docs import section_of
-from dist_train.config.fields import Section
+from dist_train.config.fields import section_of, walk
 from dist_train.config.load import load_config
 from dist_train.config.names import expand_name
+from dist_train.config.schema import Config
 from dist_train.main import COMMANDS
 
 PAGES = ("from-notebook-to-cluster", "your-own", "coming-from", "batch-size", "limits", "sweeps")
@@ -36,14 +35,6 @@ def shell(folder: Path, text: str) -> str:
     done = subprocess.run(command, cwd=folder, env=environment(PATH=path), text=True, capture_output=True, timeout=500)
     assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
     return done.stdout
-
-
-def leaves(section: type[Section], above: str) -> set[str]:
-    found = set()
-    for name, known in section.model_fields.items():
-        inner = section_of(known.annotation)
-        found |= {above + name} | (leaves(inner, f"{above}{name}.") if inner is not None else set())
-    return found
 
 
 def test_the_files_of_a_project_of_ones_own_run_as_they_stand(tmp_path: Path) -> None:
@@ -98,8 +89,8 @@ def test_pieces_of_configs_are_right(page: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_keys_commands_and_links_exist(page: str) -> None:
-    known = leaves(Config, "")
-    sections = "|".join(name for name in Config.model_fields if section_of(Config.model_fields[name].annotation))
+    known = dict(walk(Config))
+    sections = "|".join(name for name in Config.model_fields if section_of(Config.model_fields[name]))
     text = re.sub(r"^```python.*?^```$", "", TEXTS[page], flags=re.MULTILINE | re.DOTALL)
     for key in re.findall(rf"(?<![\w./])((?:{sections})\.[a-z_.]*[a-z_])(?![\w(/])", text):
         assert any(key == leaf or key.startswith(leaf + ".") for leaf in known) or key.endswith(".py"), key
