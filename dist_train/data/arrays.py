@@ -18,51 +18,6 @@ from dist_train.data.plan import Indices
 Transform = Callable[[Any], Any]
 
 
-def _file(path: Path, what: str) -> Any:
-    """What a .npy, .npz or .pt file holds: an array, or several by name."""
-    if not path.is_file():
-        raise DataError(f"Arrays: {what}: no file {path} (looked in {path.absolute().parent})")
-    if path.suffix not in (".npy", ".npz", ".pt", ".pth"):
-        raise DataError(f"Arrays: {what}: expected a .npy, .npz or .pt file, found {path}")
-    try:
-        if path.suffix == ".npy":
-            return np.load(path, mmap_mode="r", allow_pickle=False)
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as archive:
-                return {name: archive[name] for name in archive.files}
-        held = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # each format has errors of its own, and all mean that the file can't be read
-        raise DataError(f"Arrays: {what}: {path} can't be read: {type(error).__name__}: {error}") from error
-    return dict(zip(("inputs", "targets"), held)) if isinstance(held, tuple | list) else held
-
-
-def _open(value: Any, what: str) -> dict[str, Any]:
-    """What an argument stands for, by name; a bare array is named `what`."""
-    held = _file(Path(value), what) if isinstance(value, str | os.PathLike) else value
-    if not isinstance(held, dict):
-        return {what: held}
-    if what not in held:
-        raise DataError(f"Arrays: {value} holds no {what!r}; it holds {', '.join(map(repr, held)) or 'nothing'}")
-    return held
-
-
-def _rows(value: Any) -> Any:
-    """An array or a tensor of numbers with a sample in each row; a list of anything else stays a list."""
-    if isinstance(value, Tensor | np.ndarray):
-        return value
-    try:
-        array = np.asarray(value)
-    except ValueError:  # images of different sizes
-        return list(value)
-    return array if array.dtype.kind in "biuf" else list(value)
-
-
-def _tensor(value: Any) -> Tensor:
-    """Numbers as a tensor; double precision becomes torch's default dtype, as models have it."""
-    tensor = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
-    return tensor.to(torch.get_default_dtype()) if tensor.dtype == torch.float64 else tensor
-
-
 class Arrays(Dataset[Any]):
     """Images or features with their labels, from files or from lists: the `CustomDataset` of a PyTorch course.
 
@@ -75,7 +30,7 @@ class Arrays(Dataset[Any]):
         as_image: hand the transform a PIL image (made of uint8 arrays (H, W) or (H, W, 3)).
         classes: names of the classes, for reports.
 
-    Without transforms a batch is read at once.
+    Without transforms items are tensors (double precision becomes torch's default dtype), and a batch is read at once.
 
     Raises:
         DataError: a file is missing or can't be read, or there are not as many targets as inputs.
@@ -110,26 +65,73 @@ class Arrays(Dataset[Any]):
             from PIL import Image
 
             row = Image.fromarray(np.asarray(row))
-        if self.transform is not None:
-            row = self.transform(row)
-        elif isinstance(row, Tensor | np.ndarray | np.generic):
-            row = _tensor(row)
+        row = _tensor(row) if self.transform is None else self.transform(row)
         if self.targets is None:
             return row
         target = self.targets[index]
-        if self.target_transform is not None:
-            target = self.target_transform(target)
-        elif isinstance(target, Tensor | np.ndarray | np.generic):
-            target = _tensor(target)
-        return row, target
+        return row, _tensor(target) if self.target_transform is None else self.target_transform(target)
 
     @property
     def read_batch(self) -> Callable[[Indices], Any] | None:
         """Reads a whole batch, where nothing has to be done sample by sample."""
         plain = self.transform is None and self.target_transform is None and not self.as_image
-        held = [self.inputs] if self.targets is None else [self.inputs, self.targets]
-        return self._read if plain and not any(isinstance(part, list) for part in held) else None
+        return (
+            self._read if plain and not isinstance(self.inputs, list) and not isinstance(self.targets, list) else None
+        )
 
     def _read(self, indices: Indices) -> Any:
-        inputs = _tensor(self.inputs[indices])
-        return inputs if self.targets is None else (inputs, _tensor(self.targets[indices]))
+        inputs = _batch(self.inputs, indices)
+        return inputs if self.targets is None else (inputs, _batch(self.targets, indices))
+
+
+def _open(value: Any, what: str) -> dict[str, Any]:
+    """What an argument stands for, by name; a bare array is named `what`."""
+    held = _file(Path(value), what) if isinstance(value, str | os.PathLike) else value
+    if not isinstance(held, dict):
+        return {what: held}
+    if what not in held:
+        raise DataError(f"Arrays: {value} holds no {what!r}; it holds {', '.join(map(repr, held)) or 'nothing'}")
+    return held
+
+
+def _file(path: Path, what: str) -> Any:
+    """What a .npy, .npz or .pt file holds: an array, or several by name."""
+    if not path.is_file():
+        raise DataError(f"Arrays: {what}: no file {path} (looked in {path.absolute().parent})")
+    if path.suffix not in (".npy", ".npz", ".pt", ".pth"):
+        raise DataError(f"Arrays: {what}: expected a .npy, .npz or .pt file, found {path}")
+    try:
+        if path.suffix == ".npy":
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as archive:
+                return dict(archive)
+        held = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # each format has errors of its own, and all mean that the file can't be read
+        raise DataError(f"Arrays: {what}: {path} can't be read: {type(error).__name__}: {error}") from error
+    return dict(zip(("inputs", "targets"), held)) if isinstance(held, tuple | list) else held
+
+
+def _rows(value: Any) -> Any:
+    """An array or a tensor of numbers with a sample in each row; a list of anything else stays a list."""
+    if isinstance(value, Tensor | np.ndarray):
+        return value
+    try:
+        array = np.asarray(value)
+    except ValueError:  # images of different sizes
+        return list(value)
+    return array if array.dtype.kind in "biuf" else list(value)
+
+
+def _tensor(value: Any) -> Any:
+    """Numbers as a tensor, as models take them; anything else as it is."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = torch.from_numpy(np.array(value))
+    if isinstance(value, Tensor) and value.dtype == torch.float64:
+        return value.to(torch.get_default_dtype())
+    return value
+
+
+def _batch(rows: Any, indices: Indices) -> Any:
+    chosen = rows.index_select(0, torch.from_numpy(indices)) if isinstance(rows, Tensor) else rows[indices]
+    return _tensor(chosen)

@@ -22,86 +22,57 @@ from dist_train.data.errors import DataError
 from dist_train.data.plan import Indices
 from dist_train.runtime.seeding import AUGMENT, mix
 
-Keys = NDArray[np.uint64]
+Keys = NDArray[np.int64]
 
-# splitmix64 (see runtime/seeding.py). numpy for what is drawn on the host, where it is five times as fast on small
-# arrays as torch; torch for what is drawn on the device.
-_GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-_U30, _U27, _U31, _U40 = (np.uint64(bits) for bits in (30, 27, 31, 40))
-_UFIRST, _USECOND = np.uint64(_FIRST), np.uint64(_SECOND)
+# splitmix64 (see runtime/seeding.py), its constants as the int64 that both numpy and torch compute with.
+_GOLDEN, _FIRST, _SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
 
 
-def _host_finalise(z: Keys) -> Keys:
-    """The finaliser on uint64, in place."""
-    z ^= z >> _U30
-    z *= _UFIRST
-    z ^= z >> _U27
-    z *= _USECOND
-    z ^= z >> _U31
-    return z
-
-
-def _signed(value: int) -> int:
-    """64 unsigned bits as the int64 that torch computes with."""
-    return value - (1 << 64) if value >> 63 else value
-
-
-def _device_finalise(z: Tensor) -> Tensor:
-    """The finaliser on int64, in place: products wrap on every device, shifts are made logical by a mask."""
+def _finalise(z: Any) -> Any:
+    """The finaliser, in place, on an array or a tensor: products wrap, and shifts are made logical by a mask."""
     z ^= (z >> 30) & 0x3FFFFFFFF
-    z *= _signed(_FIRST)
+    z *= _FIRST
     z ^= (z >> 27) & 0x1FFFFFFFFF
-    z *= _signed(_SECOND)
+    z *= _SECOND
     z ^= (z >> 31) & 0x1FFFFFFFF
     return z
 
 
 def sample_keys(seed: int, epoch: int, indices: Indices) -> Keys:
-    """One 64-bit key per sample: (B,) uint64."""
-    return _host_finalise(indices.astype(np.uint64) ^ np.uint64(mix(AUGMENT, seed, epoch)))
+    """One 64-bit key per sample: (B,) int64."""
+    return _finalise(indices ^ np.uint64(mix(AUGMENT, seed, epoch)).astype(np.int64))  # type: ignore[no-any-return]
 
 
 class Draws:
     """The random numbers of one augmentation for the samples of a batch.
 
     Args:
-        keys: (B,) uint64 from `sample_keys`.
+        keys: (B,) int64 from `sample_keys`.
         op: place of the augmentation in the list.
         device: where the images are.
+        drawn: how many numbers were drawn before.
 
     Each call draws anew: the numbers depend on how many were drawn before, as with any generator.
     """
 
-    def __init__(self, keys: Keys, op: int, device: torch.device) -> None:
+    def __init__(self, keys: Keys, op: int, device: torch.device, drawn: int = 0) -> None:
         self.device = device
-        self._keys = keys
-        self._op = op
-        self._drawn = 0
-
-    def __len__(self) -> int:
-        return len(self._keys)
+        self._keys, self._op, self._drawn = keys, op, drawn
 
     def head(self, rows: int) -> Draws:
         """Draws for the first `rows` samples, going on where these stand."""
-        draws = Draws(self._keys[:rows], self._op, self.device)
-        draws._drawn = self._drawn
-        return draws
+        return Draws(self._keys[:rows], self._op, self.device, self._drawn)
 
     def host(self, n: int) -> Tensor:
         """Uniform numbers in [0, 1): (B, n) float32 on the CPU."""
-        counters = np.arange(n, dtype=np.uint64)
-        counters += np.uint64(self._advance(n))
-        counters *= np.uint64(_GOLDEN)
-        bits = _host_finalise(self._keys[:, None] + counters) >> _U40
-        return torch.from_numpy(bits.astype(np.float32)).mul_(2.0**-24)  # 24 bits: exact in float32, never 1
+        # numpy: on small arrays it is five times as fast as torch
+        return torch.from_numpy(self._bits(self._keys, np.arange(n), n).astype(np.float32)).mul_(2.0**-24)
 
     def uniform(self, n: int) -> Tensor:
         """The same numbers made on the device, for large n: (B, n) float32."""
-        begin = self._advance(n)
-        counters = torch.arange(begin, begin + n, dtype=torch.int64, device=self.device)
-        counters *= _signed(_GOLDEN)
-        bits = _device_finalise(self.send(torch.from_numpy(self._keys.view(np.int64)))[:, None] + counters)
-        return ((bits >> 40) & 0xFFFFFF).to(torch.float32).mul_(2.0**-24)
+        keys = self.send(torch.from_numpy(self._keys))
+        bits: Tensor = self._bits(keys, torch.arange(n, device=self.device), n)
+        return bits.to(torch.float32).mul_(2.0**-24)
 
     def send(self, values: Tensor) -> Tensor:
         """A small host tensor on the device, without waiting for it."""
@@ -109,11 +80,12 @@ class Draws:
             return values.pin_memory().to(self.device, non_blocking=True)
         return values.to(self.device)
 
-    def _advance(self, n: int) -> int:
-        """The counter that the next n numbers begin at; each augmentation of a list counts in a range of its own."""
-        begin = (self._op << 40) + self._drawn + 1
+    def _bits(self, keys: Any, counters: Any, n: int) -> Any:
+        """24 bits each, exact in float32; each augmentation of a list counts in a range of its own."""
+        counters += (self._op << 40) + self._drawn + 1
+        counters *= _GOLDEN
         self._drawn += n
-        return begin
+        return (_finalise(keys[:, None] + counters) >> 40) & 0xFFFFFF
 
 
 class Augment:
@@ -135,11 +107,6 @@ class Augment:
         raise TypeError(f"{type(self).__name__} must define __call__(inputs, targets, draws)")
 
 
-def neighbours(augments: Sequence[Augment]) -> int:
-    """Rows that the loader must read beyond each micro-batch for a list of augmentations."""
-    return sum(getattr(augment, "neighbours", 0) for augment in augments)
-
-
 class Augmentation:
     """A list of augmentations, applied in order to (inputs, targets) batches.
 
@@ -149,7 +116,7 @@ class Augmentation:
 
     def __init__(self, augments: Sequence[Augment]) -> None:
         self.augments = list(augments)
-        self.neighbours = neighbours(self.augments)
+        self.neighbours = sum(getattr(augment, "neighbours", 0) for augment in self.augments)
 
     def __call__(self, batch: Any, *, seed: int, epoch: int, indices: Indices) -> tuple[Tensor, Tensor]:
         """Augment one micro-batch.
@@ -194,10 +161,12 @@ def _probability(name: str, p: float) -> float:
     return p
 
 
-def _within(size: int, begin: Tensor, end: Tensor) -> Tensor:
-    """(B, size) bool: begin <= place < end."""
-    place = torch.arange(size, device=begin.device)
-    return (place >= begin[:, None]) & (place < end[:, None])
+def _inside(box: Tensor, height: int, width: int) -> Tensor:
+    """(B, 1, H, W) bool: the pixels of each sample's box; the first rows of `box` are top, bottom, left and right."""
+    rows, columns = torch.arange(height, device=box.device), torch.arange(width, device=box.device)
+    top, bottom, left, right = (edge[:, None] for edge in box[:4])
+    tall, wide = (rows >= top) & (rows < bottom), (columns >= left) & (columns < right)
+    return (tall[:, :, None] & wide[:, None, :])[:, None]
 
 
 class RandomShift(Augment):
@@ -268,8 +237,7 @@ class RandomErasing(Augment):
         top = (u[:, 3] * (height - box_h + 1)).floor()
         left = (u[:, 4] * (width - box_w + 1)).floor()
         bottom = torch.where(u[:, 0] < self.p, top + box_h, top)  # an empty box erases nothing
-        box = draws.send(torch.stack((top, bottom, left, left + box_w)))
-        erased = (_within(height, box[0], box[1])[:, :, None] & _within(width, box[2], box[3])[:, None, :])[:, None]
+        erased = _inside(draws.send(torch.stack((top, bottom, left, left + box_w))), height, width)
         if self.value == "random":
             noise = _normal(draws.uniform(2 * channels * height * width)).view_as(inputs).to(inputs.dtype)
             return torch.where(erased, noise, inputs), targets
@@ -306,7 +274,7 @@ class _Mix(Augment):
 
     neighbours = 1
 
-    def __init__(self, classes: int, alpha: float, p: float) -> None:
+    def __init__(self, classes: int, alpha: float = 1.0, p: float = 1.0) -> None:
         name = type(self).__name__
         if alpha <= 0 or classes < 2:
             raise DataError(f"{name}: expected alpha > 0 and classes >= 2, found {alpha} and {classes}")
@@ -351,9 +319,6 @@ class CutMix(_Mix):
         p: probability for each image.
     """
 
-    def __init__(self, classes: int, alpha: float = 1.0, p: float = 1.0) -> None:
-        super().__init__(classes, alpha, p)
-
     def __call__(self, inputs: Tensor, targets: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         _, _, height, width = _images("CutMix", inputs)
         u = draws.host(4)[:-1]
@@ -363,8 +328,7 @@ class CutMix(_Mix):
         left, right = ((middle_x + sign * half * width).round().clamp_(0, width) for sign in (-1, 1))
         kept = 1.0 - (bottom - top) * (right - left) / (height * width)
         box = draws.send(torch.stack((top, bottom, left, right, kept)))
-        cut = _within(height, box[0], box[1])[:, :, None] & _within(width, box[2], box[3])[:, None, :]
-        mixed = torch.where(cut[:, None], inputs[1:], inputs[:-1])
+        mixed = torch.where(_inside(box, height, width), inputs[1:], inputs[:-1])
         return mixed, self._targets(targets, box[4].float())
 
 

@@ -5,47 +5,19 @@ from __future__ import annotations
 import gzip
 import importlib.util
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Subset
 
+from dist_train.data.arrays import Arrays
 from dist_train.data.errors import DataError
-from dist_train.data.plan import Indices
-from dist_train.data.reading import batch_reader, dataset_length, read_part
-from dist_train.data.splits import cut_indices, part_sizes, split_place
+from dist_train.data.reading import dataset_length
+from dist_train.data.splits import split_indices, split_place
 from dist_train.runtime.seeding import SPLIT
-
-
-class TensorData(Dataset[Any]):
-    """Samples that lie in memory as tensors; read a batch at a time.
-
-    Attributes:
-        inputs: (N, ...).
-        targets: (N, ...), or None: items are then inputs alone, for prediction.
-    """
-
-    def __init__(self, inputs: Tensor, targets: Tensor | None) -> None:
-        self.inputs, self.targets = inputs, targets
-
-    def __len__(self) -> int:
-        return len(self.inputs)
-
-    def __getitem__(self, index: int) -> Any:
-        if self.targets is None:
-            return self.inputs[index]
-        target = self.targets[index]
-        return self.inputs[index], target if target.is_floating_point() else target.item()
-
-    def read_batch(self, indices: Indices) -> Any:
-        """The collated batch of the samples `indices`, (n,) int64."""
-        where = torch.from_numpy(indices)
-        inputs = self.inputs.index_select(0, where)
-        return inputs if self.targets is None else (inputs, self.targets.index_select(0, where))
 
 
 @cache
@@ -54,19 +26,18 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
     # Importing scikit-learn takes a second on every rank, reading its data file 20 ms: so the file is read directly
     # where it lies as it has for ten years, and through the library otherwise.
     spec = importlib.util.find_spec("sklearn")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        path = Path(folder) / "datasets" / "data" / "digits.csv.gz"
-        if path.is_file():
-            with gzip.open(path, "rt", encoding="ascii") as file:
-                table = np.loadtxt(file, delimiter=",", dtype=np.float32)
-            return table[:, :-1], table[:, -1].astype(np.int64)
-    from sklearn.datasets import load_digits
+    path = Path(spec.origin if spec and spec.origin else "").parent / "datasets/data/digits.csv.gz"
+    if not path.is_file():
+        from sklearn.datasets import load_digits
 
-    bunch = load_digits()
-    return bunch.data.astype(np.float32), bunch.target.astype(np.int64)
+        bunch = load_digits()
+        return bunch.data.astype(np.float32), bunch.target.astype(np.int64)
+    with gzip.open(path, "rt", encoding="ascii") as file:
+        table = np.loadtxt(file, delimiter=",", dtype=np.float32)
+    return table[:, :-1], table[:, -1].astype(np.int64)
 
 
-class Digits(TensorData):
+class Digits(Arrays):
     """Real handwritten digits: 1,797 grey images of 8x8 pixels in ten classes, shipped with scikit-learn.
 
     Source: UCI "Optical Recognition of Handwritten Digits" (E. Alpaydin, C. Kaynak, 1998), its test part.
@@ -75,19 +46,18 @@ class Digits(TensorData):
         split: "train" (1257), "val" (180) or "test" (360): disjoint, stratified by class, fixed.
         flat: items are (64,) instead of (1, 8, 8).
 
-    Items are (float32 in [0, 1], int label). Raises DataError for another split.
+    Items are (float32 in [0, 1], int64 label). Raises DataError for another split.
     """
-
-    classes = [str(digit) for digit in range(10)]
 
     def __init__(self, split: str = "train", *, flat: bool = False) -> None:
         pixels, labels = _digits()
-        part = cut_indices([1257, 180, 360], seed=0, labels=labels)[split_place("Digits", split)]
+        part = split_indices("Digits", split, len(labels), [1257, 180, 360], labels=labels)
         images = torch.from_numpy(pixels[part] / 16.0)
-        super().__init__(images if flat else images.view(-1, 1, 8, 8), torch.from_numpy(labels[part]))
+        shaped = images if flat else images.view(-1, 1, 8, 8)
+        super().__init__(shaped, torch.from_numpy(labels[part]), classes=[str(digit) for digit in range(10)])
 
 
-class Gaussians(TensorData):
+class Gaussians(Arrays):
     """Two clouds of points for logistic regression: class 0 around +mean + bias, class 1 around -mean + bias.
 
     Args:
@@ -99,8 +69,6 @@ class Gaussians(TensorData):
 
     Items are ((dimensions,) float32, float32 0 or 1), as BCELoss wants them.
     """
-
-    classes = ["0", "1"]
 
     def __init__(
         self,
@@ -118,10 +86,11 @@ class Gaussians(TensorData):
         noise = random.standard_normal((2, samples, dimensions))
         points = noise + bias + np.array([mean, -mean])[:, None, None]
         targets = np.repeat(np.array([0, 1], dtype=np.float32), samples)
-        super().__init__(torch.from_numpy(points.reshape(-1, dimensions)).float(), torch.from_numpy(targets))
+        inputs = torch.from_numpy(points.reshape(-1, dimensions)).float()
+        super().__init__(inputs, torch.from_numpy(targets), classes=["0", "1"])
 
 
-class RandomSplit(Dataset[Any]):
+class RandomSplit(Subset[Any]):
     """One part of a dataset that has no splits of its own: name it three times, with another `split` each.
 
     Args:
@@ -143,28 +112,12 @@ class RandomSplit(Dataset[Any]):
         stratify: bool = False,
     ) -> None:
         total = dataset_length(dataset, "RandomSplit")
-        place = split_place("RandomSplit", split)
-        sizes = [*part_sizes(total, parts), 0, 0][:3]
         labels = _labels(dataset, total) if stratify else None
-        rest = total - sum(sizes)
-        self.dataset = dataset
-        self.indices = cut_indices([*sizes, rest], seed=seed, labels=labels)[place]
-        if not len(self.indices):
+        indices = split_indices("RandomSplit", split, total, parts, seed=seed, labels=labels)
+        if not len(indices):
             raise DataError(f"RandomSplit: no sample is left for {split}: {list(parts)} of {total} samples")
+        super().__init__(dataset, indices.tolist())
         self.classes = getattr(dataset, "classes", None)
-        self.deterministic_items = bool(getattr(dataset, "deterministic_items", False))
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.dataset[int(self.indices[index])]
-
-    @property
-    def read_batch(self) -> Any:
-        """Reads whole batches, where the dataset can; else None."""
-        read = batch_reader(self.dataset)
-        return partial(read_part, read, self.indices) if read is not None else None
 
 
 def _labels(dataset: Any, total: int) -> np.ndarray:

@@ -7,7 +7,6 @@ and numpy arrays, so that its tests are exact and take milliseconds.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -91,32 +90,12 @@ class Plan:
         """The samples of global step `step`: (n,) int64, n = global_batch_size except in a smaller last step."""
         epoch, k = divmod(step, self.steps_per_epoch)
         start = k * self.global_batch_size
-        return _order(self.seed, epoch, self.length, self.shuffle)[start : start + self.global_batch_size]
+        return self.order(epoch)[start : start + self.global_batch_size]
 
     def batch_samples(self, step: int) -> int:
         """How many samples global step `step` takes, without making the order."""
         start = (step % self.steps_per_epoch) * self.global_batch_size
         return min(self.global_batch_size, self.length - start)
-
-    def samples_before(self, step: int) -> int:
-        """Samples consumed before global step `step` begins: the position of a run."""
-        epoch, k = divmod(step, self.steps_per_epoch)
-        return epoch * self.samples_per_epoch + k * self.global_batch_size
-
-    def step_at(self, samples: int) -> int:
-        """The global step that begins when `samples` have been consumed; the inverse of `samples_before`.
-
-        Raises:
-            DataError: no step begins there.
-        """
-        epoch, rest = divmod(samples, self.samples_per_epoch)
-        k, odd = divmod(rest, self.global_batch_size)
-        if samples < 0 or odd:
-            raise DataError(
-                f"no optimizer step begins after {samples} samples: an epoch has {self.samples_per_epoch} samples in "
-                f"{self.steps_per_epoch} steps of {self.global_batch_size}"
-            )
-        return epoch * self.steps_per_epoch + k
 
     def fingerprint(self) -> str:
         """16 hex digits that tell whether another machine makes the same order (of epoch 0's beginning)."""
@@ -131,27 +110,24 @@ def share(n: int, rank: int, world_size: int) -> slice:
     return slice(start, start + size + (rank < extra))
 
 
-def split(n: int, micro: int) -> list[slice]:
-    """n items in ceil(n / micro) near-equal contiguous parts, none larger than `micro`."""
-    count = -(-n // micro)
-    return [share(n, k, count) for k in range(count)]
-
-
 @lru_cache(maxsize=64)
 def parts(n: int, rank: int, world_size: int, micro: int) -> tuple[slice, ...]:
-    """The micro-batches of `rank` in a global batch of n samples, as slices of that batch; empty without samples."""
+    """The micro-batches of `rank` in a global batch of n samples, as slices of that batch; empty without samples.
+
+    Its share is cut into as few as possible of near-equal size, none larger than `micro`.
+    """
     mine = share(n, rank, world_size)
-    return tuple(
-        slice(mine.start + part.start, mine.start + part.stop) for part in split(mine.stop - mine.start, micro)
-    )
+    size = mine.stop - mine.start
+    count = -(-size // micro)
+    cuts = (share(size, k, count) for k in range(count))
+    return tuple(slice(mine.start + cut.start, mine.start + cut.stop) for cut in cuts)
 
 
 def smallest_part(plan: Plan, world_size: int, micro: int) -> int:
     """The fewest samples that any forward of training gets (BatchNorm can't train on one), weightless ones apart."""
-    last = plan.batch_samples(plan.steps_per_epoch - 1)
     return min(
         part.stop - part.start
-        for n in {plan.batch_samples(0), last}
+        for n in {plan.batch_samples(0), plan.batch_samples(plan.steps_per_epoch - 1)}
         for rank in range(world_size)
         for part in parts(n, rank, world_size, micro)
     )
@@ -167,13 +143,7 @@ class EvalPlan:
     def __len__(self) -> int:
         return -(-self.length // self.batch_size)
 
-    def cut(self, k: int) -> range:
-        """The samples of cut `k`."""
-        return range(k * self.batch_size, min(self.length, (k + 1) * self.batch_size))
-
-    def cuts(self, rank: int, world_size: int) -> list[range]:
+    def cuts(self, rank: int = 0, world_size: int = 1) -> list[range]:
         """The cuts that `rank` evaluates: every world_size-th, whole."""
-        return [self.cut(k) for k in range(rank, len(self), world_size)]
-
-    def __iter__(self) -> Iterator[range]:
-        return iter(self.cuts(0, 1))
+        starts = range(rank * self.batch_size, self.length, world_size * self.batch_size)
+        return [range(start, min(self.length, start + self.batch_size)) for start in starts]

@@ -20,22 +20,26 @@ def split_place(name: str, split: str) -> int:
     return SPLITS.index(split)
 
 
-def cut_indices(counts: Sequence[int], *, seed: int, labels: np.ndarray | None = None) -> list[Indices]:
-    """Disjoint random parts of range(sum(counts)), each sorted, the same for ever for the same arguments.
+def split_indices(
+    name: str, split: str, total: int, parts: Sequence[float], *, seed: int = 0, labels: np.ndarray | None = None
+) -> Indices:
+    """The samples of one split of `total`: disjoint from the others, sorted, the same for ever for the same arguments.
 
     Args:
-        counts: samples of each part.
+        name: of the dataset, for messages.
+        split: train, val or test.
+        parts: sizes of train, val and test, see `part_sizes`.
         seed: 32 bits.
-        labels: (sum(counts),) classes; each part then has each class in its share, to within one sample.
+        labels: (total,) classes; each split then has each class in its share, to within one sample.
     """
-    random = np.random.RandomState([SPLIT, seed & 0xFFFFFFFF])
-    total = sum(counts)
+    place = split_place(name, split)
+    sizes = [*part_sizes(total, parts), 0, 0]
     order = np.arange(total, dtype=np.int64)
-    random.shuffle(order)
+    np.random.RandomState([SPLIT, seed & 0xFFFFFFFF]).shuffle(order)
     if labels is not None:
         order = _stratified(order, labels)
-    ends = np.cumsum(counts)
-    return [np.sort(order[end - count : end]) for count, end in zip(counts, ends)]
+    start = sum(sizes[:place])
+    return np.sort(order[start : start + sizes[place]])
 
 
 def _stratified(order: Indices, labels: np.ndarray) -> Indices:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from torch.utils.data import Dataset, IterableDataset, default_collate, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from dist_train.data.errors import DataError, SampleError
-from dist_train.data.reading import Collate, collated, dataset_name, told
+from dist_train.data.reading import Collate, Seeded, dataset_name, told
 from dist_train.data.sampler import Request
 from dist_train.runtime.seeding import seed_sample
 
@@ -18,22 +18,14 @@ def is_stream(dataset: Any) -> bool:
     return isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__")
 
 
-def stream_length(dataset: Any, steps_per_epoch: int | None, global_batch_size: int) -> int:
-    """Samples that count as one epoch of a stream: `data.steps_per_epoch` steps, else its own length."""
-    if steps_per_epoch is not None:
-        return steps_per_epoch * global_batch_size
-    try:
-        return len(dataset)
-    except TypeError as error:
-        raise DataError(
-            f"data.train: {dataset_name(dataset)} is an IterableDataset without a length: give it a __len__ (samples "
-            f"of one pass), or set data.steps_per_epoch"
-        ) from error
+def shards_itself(dataset: Any) -> bool:
+    """Whether each reader of a stream gets a part of its own from it."""
+    return callable(getattr(dataset, "shard", None))
 
 
 def stream_notes(dataset: Any) -> list[str]:
     """What a stream can't promise, to be said at the start of a run."""
-    if callable(getattr(dataset, "shard", None)):
+    if shards_itself(dataset):
         return [
             "the dataset shards its own stream: the samples of a step depend on the number of ranks and workers, and a "
             "resumed run begins its current pass anew"
@@ -44,7 +36,7 @@ def stream_notes(dataset: Any) -> list[str]:
     ]
 
 
-class StreamReader(Dataset[Any]):
+class StreamReader(Seeded):
     """Answers a `Request` from an IterableDataset, whose samples are numbered as they come.
 
     The stream is taken to be endless: when it ends it is iterated over again, after `set_epoch(pass)` if the dataset
@@ -57,37 +49,26 @@ class StreamReader(Dataset[Any]):
 
     Args:
         dataset: the stream.
-        length: samples of an epoch, the unit of the requests' indices.
         seed: the run's seed.
-        rank, world_size: of this process.
         collate: list of samples -> batch; None is torch's `default_collate`.
+        length: samples of an epoch, the unit of the requests' indices.
+        rank, world_size: of this process.
         exact: read the whole stream also where the dataset could shard it, as evaluation must.
     """
 
     def __init__(
-        self,
-        dataset: Any,
-        length: int,
-        seed: int,
-        *,
-        rank: int,
-        world_size: int,
-        collate: Collate | None = None,
-        exact: bool = False,
+        self, dataset: Any, seed: int, collate: Collate | None, *, length: int, rank: int, world_size: int, exact: bool
     ) -> None:
-        self.dataset, self.length, self.seed = dataset, length, seed
-        self.rank, self.world_size = rank, world_size
-        self.collate: Collate = default_collate if collate is None else collate
-        self.sharded = not exact and callable(getattr(dataset, "shard", None))
+        super().__init__(dataset, seed, collate)
+        self.read = None
+        self.length, self.rank, self.world_size = length, rank, world_size
+        self.sharded = not exact and shards_itself(dataset)
         self._iterator: Iterator[Any] | None = None
         self._pass, self._place = 0, 0  # of the sample that comes next
         self._next = 0  # its number, counted over all passes
 
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitems__(self, request: Request) -> tuple[Request, Any]:
-        """The batch of a request; requests that come in order are read in one go."""
+    def samples(self, request: Request) -> list[Any]:
+        """The samples of a request; requests that come in order are read in one go."""
         if self._iterator is None:
             self._begin(request)
         samples = []
@@ -95,14 +76,7 @@ class StreamReader(Dataset[Any]):
             if not self.sharded:
                 self._go_to(max(0, request.epoch) * self.length + index)
             samples.append(self._advance())
-        return request, collated(self.collate, self.dataset, request, samples)
-
-    def _go_to(self, number: int) -> None:
-        if number < self._next:  # another evaluation, or another start
-            self._pass, self._next = 0, 0
-            self._open()
-        while self._next < number:
-            self._advance()
+        return samples
 
     def _begin(self, request: Request) -> None:
         if self.sharded:
@@ -110,9 +84,16 @@ class StreamReader(Dataset[Any]):
             count, mine = (worker.num_workers, worker.id) if worker is not None else (1, 0)
             self.dataset.shard(self.rank * count + mine, self.world_size * count)
             self._pass = max(0, request.epoch)
-        elif callable(getattr(self.dataset, "shard", None)):
+        elif shards_itself(self.dataset):
             self.dataset.shard(0, 1)
         self._open()
+
+    def _go_to(self, number: int) -> None:
+        if number < self._next:  # another evaluation, or another start
+            self._pass, self._next = 0, 0
+            self._open()
+        while self._next < number:
+            self._advance()
 
     def _open(self) -> None:
         if callable(getattr(self.dataset, "set_epoch", None)):

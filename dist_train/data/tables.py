@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import math
 import os
 from collections.abc import Sequence
@@ -15,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dist_train.data.datasets import TensorData
+from dist_train.config.errors import did_you_mean
+from dist_train.data.arrays import Arrays
 from dist_train.data.errors import DataError
-from dist_train.data.splits import cut_indices, part_sizes, split_place
+from dist_train.data.splits import split_indices
 
 _MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "?", "-"})
 
@@ -28,6 +28,52 @@ class _Table(NamedTuple):
     cells: list[list[str]]
     lines: list[int]
     """The line of the file that each row ends in."""
+
+    def places(self, names: Sequence[str]) -> list[int]:
+        for name in names:
+            if name not in self.header:
+                near = did_you_mean(name, self.header)
+                raise DataError(f"{self.path} has no column {name!r}; it has {', '.join(self.header)}{near}")
+        return [self.header.index(name) for name in names]
+
+    def words(self, names: Sequence[str]) -> np.ndarray:
+        """(rows, names) str, empty where the cell counts as missing."""
+        places = self.places(names)
+        rows = [["" if row[k].strip().lower() in _MISSING else row[k].strip() for k in places] for row in self.cells]
+        return np.array(rows, dtype=object).reshape(len(rows), len(places))
+
+    def numbers(self, names: Sequence[str]) -> np.ndarray:
+        """(rows, names) float64, NaN where the cell counts as missing."""
+        words = self.words(names)
+        values = np.array([_number(word) for word in words.flat]).reshape(words.shape)
+        for r, c in np.argwhere(np.isinf(values)):
+            cure = "a column of words can be left out by ignore, or be the target with kind: classification"
+            raise self.error(r, names[c], f"expected a number, found {words[r, c]!r}; {cure}")
+        return values
+
+    def refuse(self, names: Sequence[str], empty: np.ndarray, cure: str) -> None:
+        """DataError for the first empty cell."""
+        for r, c in np.argwhere(empty):
+            others = f" (and {empty.sum() - 1} more empty cells)" if empty.sum() > 1 else ""
+            raise self.error(r, names[c], f"no value{others}; {cure}")
+
+    def error(self, row: int, name: str, message: str) -> DataError:
+        return DataError(f"{self.path} line {self.lines[row]}, column {name!r}: {message}")
+
+
+def _number(word: str) -> float:
+    """NaN for nothing, infinity for what is no number."""
+    try:
+        return float(word or "nan")
+    except ValueError:
+        return math.inf
+
+
+def _open(path: str | os.PathLike[str], delimiter: str) -> _Table:
+    where = Path(path)
+    if not where.is_file():
+        raise DataError(f"CSV: no file {where} (looked in {where.absolute().parent})")
+    return _read(where.resolve(), delimiter, where.stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=4)  # train, val and test are usually parts of one file
@@ -59,14 +105,7 @@ def _read(path: Path, delimiter: str, changed: int) -> _Table:
     return _Table(path, header, cells, lines)
 
 
-def _open(path: str | os.PathLike[str], delimiter: str) -> _Table:
-    where = Path(path)
-    if not where.is_file():
-        raise DataError(f"CSV: no file {where} (looked in {where.absolute().parent})")
-    return _read(where.resolve(), delimiter, where.stat().st_mtime_ns)
-
-
-class CSV(TensorData):
+class CSV(Arrays):
     """A table with a header line: numbers in, one or more numbers or a class out.
 
     Give `train_path` wherever something is learned from the training rows (a split, standardising, means, classes):
@@ -133,23 +172,30 @@ class CSV(TensorData):
             )
         table = _open(path, delimiter)
         training = table if train_path is None else _open(train_path, delimiter)
-        self.features = _features(training, self.targets_named, features, ignore)
+        training.places([*self.targets_named, *(features or ()), *ignore])
+        left_out = {*self.targets_named, *ignore}
+        self.features = [name for name in features or training.header if name not in left_out]
+        if not self.features:
+            raise DataError(f"{training.path}: no feature is left of the columns {', '.join(training.header)}")
 
-        x, y, lines = self._rows(training, training=True)
+        x, y, rows = self._rows(training, training=True)
         assert y is not None
-        whole = [np.arange(len(x))]
-        cut = whole if split is None else _cut(len(x), parts, seed, y[:, 0] if self._classify else None)
-        self._learn(x[cut[0]], y[cut[0]], standardize, standardize_target)
+        mine = learned = np.arange(len(x))
+        if split is not None:
+            labels = y[:, 0] if self._classify else None
+            cut = {s: split_indices("CSV", s, len(x), parts, seed=seed, labels=labels) for s in ("train", split)}
+            mine, learned = cut[split], cut["train"]
+        self._learn(x[learned], y[learned], standardize, standardize_target)
         if table.path == training.path:
-            place = 0 if split is None else split_place("CSV", split)
-            x, y, lines = x[cut[place]], y[cut[place]], lines[cut[place]]
+            x, y, rows = x[mine], y[mine], rows[mine]
         else:
-            x, y, lines = self._rows(table, training=False)
+            x, y, rows = self._rows(table, training=False)
         if not len(x):
             raise DataError(f"CSV: {path}: no row is left for {split or 'training'}")
-        self.lines: list[int] = lines.tolist()
+        self.lines = [table.lines[row] for row in rows]
         x = (np.where(np.isnan(x), self._fill, x) - self._x_mean) / self._x_std
-        super().__init__(torch.from_numpy(x).to(torch.get_default_dtype()), self._as_targets(table.path, y))
+        targets = None if y is None else self._places(table, y, rows) if self._classify else self._scaled(y)
+        super().__init__(torch.from_numpy(x).to(torch.get_default_dtype()), targets, classes=self.classes)
 
     def original_units(self, values: Tensor) -> Tensor:
         """Standardised targets or predictions, (N,), (N, 1) or (N, k), in the units of the file."""
@@ -158,64 +204,47 @@ class CSV(TensorData):
         return values * std.view(shape) + mean.view(shape)
 
     def _rows(self, table: _Table, training: bool) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
-        """Features (N, F) with NaN where a mean is to go, targets (N, k) or None, and lines, of the rows to keep."""
-        x = _numbers(table, self.features)
+        """Features (N, F) with NaN where a mean is to go, targets (N, k) or None, and the places of the rows to keep."""
+        x = table.numbers(self.features)
         empty = np.isnan(x)
         keep = np.ones(len(x), dtype=bool)
         if self._missing == "error":
-            _refuse(table, self.features, empty, "set missing: drop or mean, or ignore the column")
+            table.refuse(self.features, empty, "set missing: drop or mean, or ignore the column")
         elif self._missing == "drop":
             keep &= ~empty.any(axis=1)
         y = None
         if training or set(self.targets_named) <= set(table.header):
-            y = _words(table, self.targets_named) if self._classify else _numbers(table, self.targets_named)
+            y = table.words(self.targets_named) if self._classify else table.numbers(self.targets_named)
             none = y == "" if self._classify else np.isnan(y)
             if none.all() and not training:
                 y = None
             elif self._missing == "error":
-                _refuse(table, self.targets_named, none, "set missing: drop; to predict, leave out the whole column")
+                table.refuse(self.targets_named, none, "set missing: drop; to predict, leave out the whole column")
             else:
                 keep &= ~none.any(axis=1)
-        return x[keep], None if y is None else y[keep], np.asarray(table.lines)[keep]
+        return x[keep], None if y is None else y[keep], np.flatnonzero(keep)
 
     def _learn(self, x: np.ndarray, y: np.ndarray, standardize: bool, standardize_target: bool) -> None:
         """What later rows are treated by, from the training rows."""
-        count = np.maximum((~np.isnan(x)).sum(axis=0), 1)
-        self._fill = np.nansum(x, axis=0) / count
+        self._fill = np.nansum(x, axis=0) / np.maximum((~np.isnan(x)).sum(axis=0), 1)
         self._x_mean, self._x_std = _moments(np.where(np.isnan(x), self._fill, x), standardize)
-        self.classes: list[str] | None = None
+        self.classes = None
         if self._classify:
-            self.classes = sorted(set(y[:, 0].tolist()), key=_natural)
+            self.classes = sorted(set(y[:, 0].tolist()), key=lambda word: (_number(word), word))
         else:
             self._y_mean, self._y_std = _moments(y, standardize_target)
 
-    def _as_targets(self, path: Path, y: np.ndarray | None) -> Tensor | None:
-        if y is None:
-            return None
-        if self.classes is None:
-            scaled = torch.from_numpy((y - self._y_mean) / self._y_std).to(torch.get_default_dtype())
-            return scaled[:, 0] if scaled.shape[1] == 1 else scaled
-        place = {name: k for k, name in enumerate(self.classes)}
-        for line, name in zip(self.lines, y[:, 0]):
-            if name not in place:
-                raise DataError(
-                    f"{path} line {line}, column {self.targets_named[0]!r}: class {name!r} is in no training row; "
-                    f"known are {', '.join(self.classes)}"
-                )
-        return torch.tensor([place[name] for name in y[:, 0]])
+    def _scaled(self, y: np.ndarray) -> Tensor:
+        scaled = torch.from_numpy((y - self._y_mean) / self._y_std).to(torch.get_default_dtype())
+        return scaled[:, 0] if scaled.shape[1] == 1 else scaled
 
-
-def _natural(name: str) -> tuple[float, str]:
-    """Sorts numbers by value, before words."""
-    try:
-        return float(name), name
-    except ValueError:
-        return math.inf, name
-
-
-def _cut(total: int, parts: Sequence[float], seed: int, labels: np.ndarray | None) -> list[np.ndarray]:
-    sizes = [*part_sizes(total, parts), 0, 0][:3]
-    return cut_indices([*sizes, total - sum(sizes)], seed=seed, labels=labels)[:3]
+    def _places(self, table: _Table, y: np.ndarray, rows: np.ndarray) -> Tensor:
+        place = {word: k for k, word in enumerate(self.classes or ())}
+        for row, word in zip(rows, y[:, 0]):
+            if word not in place:
+                known = f"class {word!r} is in no training row; known are {', '.join(place)}"
+                raise table.error(row, self.targets_named[0], known)
+        return torch.tensor([place[word] for word in y[:, 0]])
 
 
 def _moments(values: np.ndarray, wanted: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -224,56 +253,3 @@ def _moments(values: np.ndarray, wanted: bool) -> tuple[np.ndarray, np.ndarray]:
         return np.zeros(values.shape[1]), np.ones(values.shape[1])
     deviation = values.std(axis=0)
     return values.mean(axis=0), np.where(deviation > 0, deviation, 1.0)
-
-
-def _features(table: _Table, targets: list[str], chosen: Sequence[str] | None, ignore: Sequence[str]) -> list[str]:
-    for name in [*targets, *(chosen or ()), *ignore]:
-        if name not in table.header:
-            near = difflib.get_close_matches(name, table.header, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise DataError(f"{table.path} has no column {name!r}; it has {', '.join(table.header)}{hint}")
-    left_out = {*targets, *ignore}
-    names = [name for name in (chosen or table.header) if name not in left_out]
-    if not names:
-        raise DataError(f"{table.path}: no feature is left of the columns {', '.join(table.header)}")
-    return names
-
-
-def _words(table: _Table, names: Sequence[str]) -> np.ndarray:
-    """(rows, names) str, empty where the cell counts as missing."""
-    places = _places(table, names)
-    rows = [[("" if (word := row[k].strip()).lower() in _MISSING else word) for k in places] for row in table.cells]
-    return np.array(rows, dtype=object).reshape(len(rows), len(places))
-
-
-def _numbers(table: _Table, names: Sequence[str]) -> np.ndarray:
-    """(rows, names) float64, NaN where the cell counts as missing."""
-    words = _words(table, names)
-    empty = words == ""
-    try:
-        values = np.where(empty, "nan", words).astype(np.float64)
-        wrong = ~np.isfinite(values) & ~empty
-    except ValueError:
-        wrong = np.vectorize(lambda word: not math.isfinite(_natural(word)[0]), otypes=[bool])(words) & ~empty
-    if wrong.any():
-        r, c = np.argwhere(wrong)[0]
-        raise DataError(
-            f"{table.path} line {table.lines[r]}, column {names[c]!r}: expected a number, found {words[r, c]!r}; "
-            f"a column of words can be left out by ignore, or be the target with kind: classification"
-        )
-    return values
-
-
-def _places(table: _Table, names: Sequence[str]) -> list[int]:
-    for name in names:
-        if name not in table.header:
-            raise DataError(f"{table.path} has no column {name!r}, which the training rows have")
-    return [table.header.index(name) for name in names]
-
-
-def _refuse(table: _Table, names: Sequence[str], empty: np.ndarray, cure: str) -> None:
-    if empty.any():
-        r, c = np.argwhere(empty)[0]
-        more = int(empty.sum()) - 1
-        others = f" (and {more} more empty cells)" if more else ""
-        raise DataError(f"{table.path} line {table.lines[r]}, column {names[c]!r}: no value{others}; {cure}")

@@ -11,11 +11,11 @@ import threading
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
 from multiprocessing.util import Finalize
-from pathlib import Path
 from typing import Any
 
 from dist_train.data.reading import Collate, batch_reader
-from dist_train.data.stream import is_stream
+from dist_train.data.stream import is_stream, shards_itself
+from dist_train.runtime.world import usable_cpus
 
 # Sent to whole process groups by terminals, torchrun and Slurm, to ask for a clean stop. A worker that died of one
 # would take the batch with it that the last save waits for.
@@ -23,18 +23,6 @@ _RUN_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, si
 
 _STOP_GRACE = 3.0  # seconds for a worker to finish the sample that it is reading
 _MOST_WORKERS = 8  # per rank, when chosen here: beyond that the parent process is the limit, not the reading
-
-
-def usable_cpus() -> int:
-    """CPUs that this process may use: its affinity, cut to the quota of its cgroup (containers)."""
-    try:
-        count = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS
-        count = os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        count = min(count, max(1, int(quota) // int(period)))  # "max" is no number: no quota
-    return count
 
 
 def resolve_workers(setting: int | str, dataset: Any, *, collate: Collate | None = None, local_ranks: int = 1) -> int:
@@ -48,7 +36,7 @@ def resolve_workers(setting: int | str, dataset: Any, *, collate: Collate | None
     mine = usable_cpus() // max(1, local_ranks)
     if mine < 3 or (collate is None and batch_reader(dataset) is not None):
         return 0
-    if is_stream(dataset) and not hasattr(dataset, "shard"):
+    if is_stream(dataset) and not shards_itself(dataset):
         return 1
     return min(mine - 1, _MOST_WORKERS)
 

@@ -18,9 +18,8 @@ from dist_train.config.components import build, build_callable, reserved
 from dist_train.config.errors import ConfigError
 from dist_train.data.augment import Augmentation
 from dist_train.data.errors import DataError
-from dist_train.data.loader import EvalLoader, TrainLoader, build_plan, build_train_loader
+from dist_train.data.loader import EvalLoader, Reading, TrainLoader, build_plan
 from dist_train.data.plan import Plan, smallest_part
-from dist_train.data.workers import resolve_workers
 from dist_train.engine.boundary import BoundaryFrames
 from dist_train.engine.callbacks import Callback
 from dist_train.engine.ema import EMA
@@ -122,9 +121,7 @@ def draw_blueprint(config: Config, world: World, *, fresh: bool, fits: int | Non
     with building("callbacks"):
         callbacks = [*(build(spec) for spec in config.callbacks), BoundaryFrames()]
     with building("data"):
-        plan = build_plan(
-            datasets["train"], seed=config.seed, config=config.data, steps_per_epoch=config.data.steps_per_epoch
-        )
+        plan = build_plan(datasets["train"], seed=config.seed, config=config.data)
     share = -(-plan.global_batch_size // world.size)
     wanted = config.trainer.micro_batch_size
     micro = min(share, fits or share) if wanted == "auto" else min(int(wanted), share)
@@ -310,37 +307,30 @@ def schedule_horizon(blueprint: Blueprint) -> int | None:
     return in_steps(horizon, blueprint.steps_per_epoch)
 
 
+def reading_of(config: Config, world: World) -> Reading:
+    """How this rank reads its datasets."""
+    collate = build_callable(config.data.collate) if config.data.collate is not None else None
+    return Reading(config.data, config.seed, world.device, world.rank, world.size, world.placement.local_size, collate)
+
+
 def build_loaders(blueprint: Blueprint, neighbours: int) -> tuple[TrainLoader, dict[str, EvalLoader]]:
     """The loaders of this rank; `neighbours` are the rows beyond each micro-batch that augmentations mix in."""
-    config, world = blueprint.config, blueprint.world
-    collate = build_callable(config.data.collate) if config.data.collate is not None else None
-    workers = {
-        split: resolve_workers(
-            config.data.num_workers, dataset, collate=collate, local_ranks=world.placement.local_size
-        )
-        for split, dataset in blueprint.datasets.items()
-    }
-    shared: dict[str, Any] = {
-        "rank": world.rank, "world_size": world.size, "seed": config.seed, "config": config.data,
-        "device": world.device, "collate": collate,
-    }  # fmt: skip
+    config, datasets = blueprint.config, dict(blueprint.datasets)
+    reading = reading_of(config, blueprint.world)
     with building("data"):
-        train = build_train_loader(
-            blueprint.datasets["train"],
+        train = TrainLoader(
+            datasets.pop("train"),
             blueprint.plan,
+            reading,
             micro_batch_size=blueprint.micro_batch_size,
-            num_workers=workers["train"],
             neighbours=neighbours,
-            **shared,
         )
     evaluation = {}
-    for split, dataset in blueprint.datasets.items():
-        if split == "train":
-            continue
+    for split, dataset in datasets.items():
         if hasattr(dataset, "__len__") and len(dataset) == 0:
             raise ConfigError.single(f"data.{split}", "expected at least 1 sample, found 0")
         with building(f"data.{split}"):
-            evaluation[split] = EvalLoader(dataset, config.data.eval_batch_size, num_workers=workers[split], **shared)
+            evaluation[split] = EvalLoader(dataset, config.data.eval_batch_size, reading)
     return train, evaluation
 
 

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_train.config.errors import ConfigError, Problem
@@ -110,10 +111,12 @@ def _tasks_of_node(spec: str, node: int) -> int:
 
 
 def usable_cpus() -> int:
-    """CPUs that this process may run on (its affinity mask, where the system has one)."""
-    if hasattr(os, "sched_getaffinity"):
-        return max(1, len(os.sched_getaffinity(0)))
-    return os.cpu_count() or 1
+    """CPUs that this process may use: its affinity (where the system has one), cut to the quota of its cgroup."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        count = min(count, int(quota) // int(period))  # "max" is no number: no quota
+    return max(1, count)
 
 
 def die_with_parent() -> None:

@@ -157,7 +157,7 @@ EARLY: list[tuple[dict[str, Any], str]] = [
     (table("infinite.csv"), "infinite.csv line 2, column 'y': expected a number, found 'inf'"),
     (table("latin.csv"), "latin.csv: expected UTF-8 text"),
     (table("quote.csv"), "quote.csv line 2: unexpected end of data"),
-    (table("words.csv", "yy"), "words.csv has no column 'yy'; it has a, y; did you mean 'y'?"),
+    (table("words.csv", "yy"), "words.csv has no column 'yy'; it has a, y; did you mean y?"),
     (table("words.csv", ignore=["a"]), "words.csv: no feature is left of the columns a, y"),
     (table("words.csv", kind="ranking"), "expected kind to be regression or classification, found 'ranking'"),
     (table("words.csv", missing="zero"), "expected missing to be error, drop or mean, found 'zero'"),

@@ -8,19 +8,18 @@ import torch
 from torch import Tensor
 
 from dist_train.data import (
-    Augmentation,
     CutMix,
     DataError,
     Digits,
     Draws,
     Mixup,
     OneOf,
-    Plan,
     RandomErasing,
     RandomHorizontalFlip,
     RandomShift,
 )
-from dist_train.data.augment import Augment, sample_keys
+from dist_train.data.augment import Augment, Augmentation, sample_keys
+from dist_train.data.plan import Plan
 from dist_train.data.sampler import requests
 
 CPU = torch.device("cpu")

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_train.data import CSV, Arrays, DataError, Digits, Gaussians, RandomSplit
-from dist_train.data.splits import cut_indices, part_sizes
+from dist_train.data.reading import batch_reader
+from dist_train.data.splits import SPLITS, part_sizes, split_indices
 
 
 def test_the_digits_are_scikit_learns_each_in_one_split() -> None:
@@ -49,18 +50,20 @@ def test_an_unknown_split_is_an_error_that_names_the_known_ones() -> None:
         Digits("valid")
 
 
-@given(st.lists(st.integers(0, 30), min_size=1, max_size=4), st.integers(0, 9), st.booleans())
+@given(st.lists(st.integers(0, 30), min_size=3, max_size=3), st.integers(0, 9), st.booleans())
 def test_parts_are_disjoint_and_cover_everything(counts: list[int], seed: int, stratify: bool) -> None:
-    labels = np.arange(sum(counts)) % 3 if stratify else None
-    parts = cut_indices(counts, seed=seed, labels=labels)
+    counts = [count + 2 for count in counts]
+    total = sum(counts)
+    labels = np.arange(total) % 3 if stratify else None
+    parts = [split_indices("X", split, total, counts, seed=seed, labels=labels) for split in SPLITS]
     assert [len(part) for part in parts] == counts
-    assert sorted(np.concatenate(parts).tolist()) == list(range(sum(counts)))
+    assert sorted(np.concatenate(parts).tolist()) == list(range(total))
 
 
 def test_stratified_parts_have_each_class_in_its_share_even_rare_ones() -> None:
     labels = np.repeat([0, 1, 2], [900, 90, 10])
-    parts = cut_indices([600, 200, 200], seed=4, labels=labels)
-    for part, share in zip(parts, (0.6, 0.2, 0.2)):
+    for split, share in zip(SPLITS, (0.6, 0.2, 0.2)):
+        part = split_indices("X", split, 1000, [600, 200, 200], seed=4, labels=labels)
         counts = np.bincount(labels[part], minlength=3)
         assert np.abs(counts - share * np.array([900, 90, 10])).max() <= 1
 
@@ -114,10 +117,10 @@ def test_a_random_split_cuts_any_dataset_into_disjoint_parts() -> None:
     values = [int(part[i][0]) for part in parts for i in range(len(part))]
     assert sorted(values) == list(range(100))
     for part in parts:
-        inputs, targets = part.read_batch(np.arange(len(part)))
+        inputs, targets = batch_reader(part)(np.arange(len(part)))
         assert torch.bincount(torch.as_tensor(targets)).tolist() == [len(part) // 4] * 4
         assert inputs.equal(torch.stack([part[i][0] for i in range(len(part))]))
-    assert RandomSplit(range(10), "val", parts=[7, 2]).read_batch is None
+    assert batch_reader(RandomSplit(range(10), "val", parts=[7, 2])) is None
     assert [RandomSplit(range(10), "val", parts=[7, 2])[i] for i in range(2)] != [0, 1]
 
 

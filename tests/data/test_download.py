@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_train.data import DataError, downloads, missing_data, once_per_node
-from dist_train.data.download import expected_files
+from dist_train.data import DataError
+from dist_train.data.download import downloads, expected_files, missing_data, once_per_node
 
 
 def together(world: list[int], fail: int = -1) -> tuple[list[str], list[object]]:

@@ -3,7 +3,6 @@ from __future__ import annotations
 import os
 import random
 import time
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,22 +10,19 @@ import pytest
 import torch
 from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
 
-from dist_train.data import DataError, Digits, EvalLoader, Plan, SampleError, build_train_loader
-from dist_train.data.loader import TrainLoader
+from dist_train.config.schema import DataConfig
+from dist_train.data import DataError, Digits
+from dist_train.data.errors import SampleError
+from dist_train.data.loader import EvalLoader, Reading, TrainLoader
+from dist_train.data.plan import Plan
 from dist_train.data.reading import batch_reader
 
 CPU = torch.device("cpu")
 
 
-def data_config(**changes: Any) -> Any:
-    values = {
-        "pin_memory": "auto",
-        "persistent_workers": "auto",
-        "prefetch_factor": 2,
-        "timeout": 0.0,
-        "worker_start_method": "auto",
-    }
-    return SimpleNamespace(**{**values, **changes})
+def reading(seed: int = 5, rank: int = 0, world_size: int = 1, collate: Any = None, **changes: Any) -> Reading:
+    """What a rank reads by; `changes` are keys of the config's `data` section."""
+    return Reading(DataConfig(train=object(), **{"num_workers": 0, **changes}), seed, CPU, rank, world_size, 1, collate)
 
 
 class Noisy(Dataset[Any]):
@@ -77,11 +73,8 @@ class Dying(Noisy):
         os._exit(1)
 
 
-def loader_of(dataset: Any, **given: Any) -> TrainLoader:
-    options: dict[str, Any] = {"rank": 0, "world_size": 1, "micro_batch_size": 8, "seed": 5, "num_workers": 0}
-    config = data_config(**given.pop("config", {}))
-    plan = given.pop("plan", None) or Plan(5, len(dataset), 8)
-    return build_train_loader(dataset, plan, config=config, device=CPU, **{**options, **given})
+def loader_of(dataset: Any, plan: Plan | None = None, micro_batch_size: int = 8, **given: Any) -> TrainLoader:
+    return TrainLoader(dataset, plan or Plan(5, len(dataset), 8), reading(**given), micro_batch_size=micro_batch_size)
 
 
 def read(loader: TrainLoader, stop: int) -> None:
@@ -139,8 +132,8 @@ def test_ranks_and_micro_batches_cut_the_batch_and_every_rank_has_something_to_r
     "other",
     [
         {"num_workers": 2},
-        {"num_workers": 2, "config": {"persistent_workers": False}},
-        {"num_workers": 1, "config": {"worker_start_method": "spawn"}},
+        {"num_workers": 2, "persistent_workers": False},
+        {"num_workers": 1, "worker_start_method": "spawn"},
         {"micro_batch_size": 3},
         {"rank": 1, "world_size": 2, "num_workers": 1},
     ],
@@ -180,7 +173,7 @@ def test_a_step_left_early_does_not_shift_the_next_one() -> None:
 
 def test_workers_stay_over_epochs_unless_told_otherwise_and_are_gone_after_closing() -> None:
     for persistent, expected in [("auto", 1), (False, 2)]:
-        loader = loader_of(Noisy(), num_workers=1, config={"persistent_workers": persistent})
+        loader = loader_of(Noisy(), num_workers=1, persistent_workers=persistent)
         pids = {int(m.batch[0][0, 3]) for work in loader.steps(0, 10) for m in work.micro_batches}
         assert len(pids) == expected
         assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
@@ -191,10 +184,7 @@ def test_loading_leaves_the_global_generators_alone_when_nothing_is_read_sample_
     before = torch.get_rng_state()
     for work in loader_of(Digits("val"), plan=Plan(0, 180, 20)).steps(0, 12):
         list(work.micro_batches)
-    evaluation = EvalLoader(
-        Digits("val"), 64, rank=0, world_size=1, seed=0, config=data_config(), num_workers=0, device=CPU
-    )
-    list(evaluation)
+    list(EvalLoader(Digits("val"), 64, reading()))
     assert torch.get_rng_state().equal(before)
 
 
@@ -217,12 +207,12 @@ def test_an_error_in_a_dataset_names_the_sample_and_keeps_the_users_traceback(nu
 
 
 def test_samples_that_do_not_fit_into_a_batch_are_named() -> None:
-    with pytest.raises(SampleError, match=r"sample 7 is \['Tensor of shape \(3,\)', 'int'\]\).*data.collate"):
+    with pytest.raises(SampleError, match=r"samples 0 and 7 alone: .*\[2\] .*\[3\].*data.collate"):
         read(loader_of(Uneven(), plan=Plan(0, 40, 8, shuffle=False)), 1)
 
 
 def test_a_hanging_dataset_is_an_error_after_the_timeout() -> None:
-    loader = loader_of(Slow(), num_workers=1, config={"timeout": 1.0})
+    loader = loader_of(Slow(), num_workers=1, timeout=1.0)
     with pytest.raises(DataError, match=r"no batch came within data.timeout=1 s"):
         read(loader, 1)
     began = time.monotonic()
@@ -282,10 +272,7 @@ def test_evaluation_reads_every_sample_once_and_draws_the_same_each_time(num_wor
     for _ in range(2):
         found: dict[int, list[float]] = {}
         for rank in range(world_size):
-            loader = EvalLoader(
-                Noisy(), 6, rank=rank, world_size=world_size, seed=5, config=data_config(),
-                num_workers=num_workers, device=CPU,
-            )  # fmt: skip
+            loader = EvalLoader(Noisy(), 6, reading(rank=rank, world_size=world_size, num_workers=num_workers))
             assert len(loader) <= loader.rounds == -(-7 // world_size)
             for cut, (values, indices) in loader:
                 assert indices.tolist() == list(cut)
@@ -298,7 +285,7 @@ def test_evaluation_reads_every_sample_once_and_draws_the_same_each_time(num_wor
 
 
 def test_evaluation_workers_are_kept_between_passes_even_after_one_left_early() -> None:
-    loader = EvalLoader(Noisy(), 6, rank=0, world_size=1, seed=5, config=data_config(), num_workers=1, device=CPU)
+    loader = EvalLoader(Noisy(), 6, reading(num_workers=1))
     next(iter(loader))
     pids = [{int(batch[0][0, 3]) for _, batch in loader} for _ in range(2)]
     assert pids[0] == pids[1]

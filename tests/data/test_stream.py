@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,13 +9,22 @@ import pytest
 import torch
 from torch.utils.data import IterableDataset
 
-from dist_train.data import DataError, EvalLoader, Plan, SampleError, TrainLoader, build_plan, is_stream, stream_notes
+from dist_train.config.schema import DataConfig
+from dist_train.data import DataError
+from dist_train.data.errors import SampleError
+from dist_train.data.loader import EvalLoader, Reading, TrainLoader, build_plan
+from dist_train.data.plan import Plan
+from dist_train.data.stream import is_stream, stream_notes
 
 CPU = torch.device("cpu")
-CONFIG: Any = SimpleNamespace(
-    pin_memory=False, persistent_workers="auto", prefetch_factor=2, timeout=0.0, worker_start_method="auto",
-    global_batch_size=8, shuffle=True, drop_last=True,
-)  # fmt: skip
+
+
+def config(**changes: Any) -> DataConfig:
+    return DataConfig(train=object(), **{"global_batch_size": 8, "num_workers": 0, **changes})
+
+
+def reading(rank: int = 0, world_size: int = 1, num_workers: int = 0) -> Reading:
+    return Reading(config(num_workers=num_workers), 3, CPU, rank, world_size)
 
 
 class Stream(IterableDataset[Any]):
@@ -60,9 +68,8 @@ class Empty(Known):
         return iter(())
 
 
-def loader_of(dataset: Any, plan: Plan, **given: Any) -> TrainLoader:
-    options = {"rank": 0, "world_size": 1, "micro_batch_size": 8, "num_workers": 0, **given}
-    return TrainLoader(dataset, plan, seed=3, config=CONFIG, device=CPU, **options)
+def loader_of(dataset: Any, plan: Plan, micro_batch_size: int = 8, neighbours: int = 0, **given: int) -> TrainLoader:
+    return TrainLoader(dataset, plan, reading(**given), micro_batch_size=micro_batch_size, neighbours=neighbours)
 
 
 def batches(dataset: Any, plan: Plan, start: int, stop: int, world_size: int = 1, **given: Any) -> list[torch.Tensor]:
@@ -106,11 +113,7 @@ def test_a_dataset_that_shards_itself_is_asked_once_per_reader_and_read_once() -
 
 def test_evaluation_reads_each_sample_of_a_stream_once_each_time() -> None:
     for world_size, num_workers in [(1, 0), (3, 0), (2, 1)]:
-        loaders = [
-            EvalLoader(Sharding(), 3, rank=rank, world_size=world_size, seed=3, config=CONFIG, num_workers=num_workers,
-                       device=CPU)
-            for rank in range(world_size)
-        ]  # fmt: skip
+        loaders = [EvalLoader(Sharding(), 3, reading(rank, world_size, num_workers)) for rank in range(world_size)]
         for _ in range(2):
             rows = torch.cat([batch for loader in loaders for _, batch in loader])
             assert sorted(rows[:, 0].tolist()) == list(range(20))
@@ -119,15 +122,15 @@ def test_evaluation_reads_each_sample_of_a_stream_once_each_time() -> None:
 
 
 def test_the_plan_of_a_stream_has_its_length_or_the_steps_that_were_asked_for() -> None:
-    assert build_plan(Known(), seed=3, config=CONFIG) == Plan(3, 20, 8, shuffle=False)
-    assert build_plan(Stream(), seed=3, config=CONFIG, steps_per_epoch=100) == Plan(3, 800, 8, shuffle=False)
-    assert build_plan(range(20), seed=3, config=CONFIG) == Plan(3, 20, 8)
-    whole = SimpleNamespace(**{**vars(CONFIG), "global_batch_size": "all"})
-    assert build_plan(range(20), seed=3, config=whole).global_batch_size == 20  # type: ignore[arg-type]
+    assert build_plan(Known(), seed=3, config=config()) == Plan(3, 20, 8, shuffle=False)
+    assert build_plan(Stream(), seed=3, config=config(steps_per_epoch=100)) == Plan(3, 800, 8, shuffle=False)
+    assert build_plan(range(20), seed=3, config=config()) == Plan(3, 20, 8)
+    whole = config(global_batch_size="all")
+    assert build_plan(range(20), seed=3, config=whole).global_batch_size == 20
     with pytest.raises(DataError, match=r"without a length.*data.steps_per_epoch"):
-        build_plan(Stream(), seed=3, config=CONFIG)
+        build_plan(Stream(), seed=3, config=config())
     with pytest.raises(DataError, match=r"all needs a map-style dataset"):
-        build_plan(Known(), seed=3, config=whole)  # type: ignore[arg-type]
+        build_plan(Known(), seed=3, config=whole)
 
 
 def test_what_a_stream_cannot_do_is_said() -> None:

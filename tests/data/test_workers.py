@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from torch.utils.data import IterableDataset
 
-from dist_train.data import Digits, resolve_workers, usable_cpus
-from dist_train.data.workers import run_signals_blocked
+from dist_train.data import Digits
+from dist_train.data.workers import resolve_workers, run_signals_blocked
+from dist_train.runtime.world import usable_cpus
 
 JOB = Path(__file__).with_name("worker_job.py")
 METHODS = ["fork", "spawn", "forkserver"]

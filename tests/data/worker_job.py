@@ -11,8 +11,6 @@ import os
 import signal
 import sys
 import time
-from types import SimpleNamespace
-from typing import Any
 
 if __name__ == "__main__":  # as the engine does: handlers come first
     for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"):
@@ -22,7 +20,9 @@ if __name__ == "__main__":  # as the engine does: handlers come first
 import torch
 
 import dist_train.data.loader
-from dist_train.data import Plan, build_train_loader
+from dist_train.config.schema import DataConfig
+from dist_train.data.loader import Reading, TrainLoader
+from dist_train.data.plan import Plan
 
 
 class Items:
@@ -40,13 +40,9 @@ class Items:
 def main(method: str, action: str) -> None:
     if action == "bare":
         dist_train.data.loader.run_signals_blocked = contextlib.nullcontext
-    config: Any = SimpleNamespace(
-        pin_memory=False, persistent_workers=True, prefetch_factor=2, timeout=0.0, worker_start_method=method
-    )
-    loader = build_train_loader(
-        Items(action == "hang"), Plan(0, 80, 2), rank=0, world_size=1, micro_batch_size=2, seed=0, config=config,
-        num_workers=2, device=torch.device("cpu"),
-    )  # fmt: skip
+    config = DataConfig(train=object(), num_workers=2, worker_start_method=method)
+    reading = Reading(config, seed=0, device=torch.device("cpu"))
+    loader = TrainLoader(Items(action == "hang"), Plan(0, 80, 2), reading, micro_batch_size=2)
     if action == "hang":
         steps = loader.steps(0, 40)
         import threading

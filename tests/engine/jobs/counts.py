@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import TensorDataset
 
 from dist_train.config.schema import DataConfig, DistributedConfig
-from dist_train.data.loader import build_train_loader
+from dist_train.data.loader import Reading, TrainLoader
 from dist_train.data.plan import Plan
 from dist_train.engine.losses import Loss
 from dist_train.engine.precision import Precision
@@ -75,10 +75,8 @@ def main() -> None:
             net, torch.optim.SGD(net.parameters(), lr=0.1), reducer, scaler=None, device=world.device, seed=0, summed=False,
             prepare=lambda batch, epoch, indices: batch, indices_of=lambda step: range(BATCH), clip_norm=1.0,
         )  # fmt: skip
-        loader = build_train_loader(
-            TensorDataset(INPUTS, LABELS), Plan(0, BATCH, BATCH), rank=world.rank, world_size=world.size, micro_batch_size=4,
-            seed=0, config=DataConfig(train=object()), num_workers=0, device=world.device,
-        )  # fmt: skip
+        reading = Reading(DataConfig(train=object(), num_workers=0), 0, world.device, world.rank, world.size)
+        loader = TrainLoader(TensorDataset(INPUTS, LABELS), Plan(0, BATCH, BATCH), reading, micro_batch_size=4)
         work = loader.steps(0, 9)
         for _ in range(3):  # the layout of buckets, first checks of targets
             stepper(next(work), want_norm=False)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from dist_train.config.schema import DataConfig, DistributedConfig
-from dist_train.data.loader import build_train_loader
+from dist_train.data.loader import Reading, TrainLoader
 from dist_train.data.plan import Plan
 from dist_train.engine.losses import Loss
 from dist_train.engine.precision import Precision
@@ -78,11 +78,9 @@ def gradient(world: World, function: nn.Module, targets: Tensor, micro: int, sam
         net, optimizer, reducer, scaler=None, device=world.device, seed=0, summed=task.summed,
         prepare=lambda batch, epoch, indices: batch, indices_of=lambda step: range(BATCH),
     )  # fmt: skip
-    loader = build_train_loader(
-        TensorDataset(INPUTS[:samples], targets[:samples]), Plan(0, samples, BATCH, drop_last=False), rank=world.rank,
-        world_size=world.size, micro_batch_size=micro, seed=0, num_workers=0, device=world.device,
-        config=DataConfig(train=object()),
-    )  # fmt: skip
+    reading = Reading(DataConfig(train=object(), num_workers=0), 0, world.device, world.rank, world.size)
+    dataset, plan = TensorDataset(INPUTS[:samples], targets[:samples]), Plan(0, samples, BATCH, drop_last=False)
+    loader = TrainLoader(dataset, plan, reading, micro_batch_size=micro)
     for work in loader.steps(0, 1):
         stepper(work, want_norm=False)
     return [old - new.detach() for old, new in zip(before, net.parameters(), strict=True)]
