@@ -22,6 +22,9 @@ def cross_checks(config: Config) -> Iterator[Finding]:
     yield from _optimizer(config)
     yield from _scheduler(config)
     yield from _watched(config)
+    for name in ("images", "histograms", "graph"):
+        if getattr(config.tracking, name) and not config.tracking.tensorboard:
+            yield f"tracking.{name}", "this goes to TensorBoard, which is off: set tracking.tensorboard=true"
 
 
 def _name(config: Config) -> Iterator[Finding]:

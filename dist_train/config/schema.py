@@ -262,10 +262,31 @@ class WandbConfig(Section):
     tags: list[Text] = harmless([], "Words to find the run by.")
 
 
+class ImagesConfig(Section):
+    """What the network sees, in TensorBoard: batches as they go into it, and what its layers make of them."""
+
+    every: Length = harmless(Duration(1, "ep"), "How often; also before training (step 0) and when it is completed.")
+    samples: Count = harmless(
+        8, "The first samples of rank 0's batch that are shown; each feature map is a picture of one."
+    )
+    modules: Patterns = harmless(
+        [],
+        "Whose outputs are shown too: patterns of the modules' names (`conv1`, `features.*`) or classes (`ReLU`). The "
+        "channels of a sample are a grid of grey pictures, each from its least value (black) to its largest.",
+    )
+
+
 class TrackingConfig(Section):
     """Views of metrics.jsonl, which is always written."""
 
     tensorboard: bool = harmless(True, "Write TensorBoard files.")
+    images: ImagesConfig | None = harmless(None, ImagesConfig.__doc__ or "")
+    histograms: Length | None = harmless(
+        None,
+        "How often TensorBoard gets histograms of the weights that are trained, and of their gradients as the optimizer "
+        "gets them; also before training (step 0). null: never.",
+    )
+    graph: bool = harmless(False, "Show TensorBoard the model's graph (torch.jit.trace, on a copy), before training.")
     wandb: WandbConfig | None = harmless(None, WandbConfig.__doc__ or "")
     report: bool = harmless(
         True,

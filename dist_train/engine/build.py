@@ -26,6 +26,7 @@ from dist_train.engine.ema import EMA
 from dist_train.engine.losses import Loss
 from dist_train.engine.metrics import Metric, build_metrics
 from dist_train.engine.optim import Schedule, build_optimizer
+from dist_train.engine.pictures import Pictures
 from dist_train.engine.precision import Precision, resolve_precision
 from dist_train.engine.prepare import fetch_dataset, fetch_model, prepare_model
 from dist_train.engine.reduce import DataParallel, Reducer, SingleProcess
@@ -120,6 +121,8 @@ def draw_blueprint(config: Config, world: World, *, fresh: bool, fits: int | Non
     loss, task, metrics = build_objective(config, world.device)
     with building("callbacks"):
         callbacks = [*(build(spec) for spec in config.callbacks), BoundaryFrames()]
+    if config.tracking.tensorboard:
+        callbacks.append(Pictures(config.tracking, model))
     with building("data"):
         plan = build_plan(datasets["train"], seed=config.seed, config=config.data)
     share = -(-plan.global_batch_size // world.size)

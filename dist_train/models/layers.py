@@ -48,15 +48,27 @@ def layer_table(model: nn.Module, *, full: bool = False, shapes: dict[str, str] 
     return [*aligned(rows[:_MOST], right=3), f"and {len(rows) - _MOST} more; debug.layers=true shows all"]
 
 
-@torch.no_grad()
 def output_shapes(model: nn.Module, run: Callable[[], object]) -> dict[str, str]:
     """The shape that each layer gives while `run()` calls the model, in eval mode."""
     shapes: dict[str, str] = {}
+
+    def note(name: str, output: Any) -> None:
+        shapes.setdefault(name, str(tuple(output.shape)) if isinstance(output, Tensor) else type(output).__name__)
+
+    watch(model, run, note)
+    return shapes
+
+
+@torch.no_grad()
+def watch(model: nn.Module, run: Callable[[], object], note: Callable[[str, Any], None]) -> None:
+    """Call `note(name, output)` for each layer that gives something while `run()` calls the model, in eval mode.
+
+    Of several outputs the first is noted. The model is as it was afterwards.
+    """
     names = {module: name for name, module in model.named_modules()}
 
     def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-        first = output[0] if isinstance(output, tuple | list) and output else output
-        shapes.setdefault(names[module], str(tuple(first.shape)) if isinstance(first, Tensor) else type(first).__name__)
+        note(names[module], output[0] if isinstance(output, tuple | list) and output else output)
 
     handles = [module.register_forward_hook(hook) for module in names]
     training = model.training
@@ -67,4 +79,3 @@ def output_shapes(model: nn.Module, run: Callable[[], object]) -> dict[str, str]
         model.train(training)
         for handle in handles:
             handle.remove()
-    return shapes

@@ -159,7 +159,7 @@ def _near(word: str, known: Iterable[str]) -> str:
     return ", ".join(difflib.get_close_matches(word, names, n=3, cutoff=0.4) or names[:5])
 
 
-# --- parameters by name ----------------------------------------------------------------------------------------------
+# --- parameters and modules by name ----------------------------------------------------------------------------------
 
 
 def match_parameters(model: nn.Module, patterns: Sequence[str], key: str) -> list[str]:
@@ -178,11 +178,25 @@ def match_parameters(model: nn.Module, patterns: Sequence[str], key: str) -> lis
         for leaf, _ in module.named_parameters(recurse=False):
             name = f"{place}.{leaf}" if place else leaf
             words[name] = [name, *around, kind, f"{kind}.{leaf}"]
+    return _match(words, patterns, key, f"parameter of {type(model).__name__}")
+
+
+def match_modules(model: nn.Module, patterns: Sequence[str], key: str) -> list[str]:
+    """Names of the modules that the patterns mean, in the model's order; a pattern says a module's name or its class.
+
+    Raises:
+        ConfigError: a pattern means no module.
+    """
+    words = {name: [name, type(module).__name__] for name, module in model.named_modules() if name}
+    return _match(words, patterns, key, f"module of {type(model).__name__}")
+
+
+def _match(words: Mapping[str, list[str]], patterns: Sequence[str], key: str, what: str) -> list[str]:
+    """The names that some pattern finds among their words."""
     for pattern in patterns:
         if not any(fnmatch.filter(found, pattern) for found in words.values()):
             near = _near(pattern, dict.fromkeys(word for found in words.values() for word in found))
-            message = f"{pattern} matches no parameter of {type(model).__name__}; names look like {near}"
-            raise ConfigError.single(key, message)
+            raise ConfigError.single(key, f"{pattern} matches no {what}; names look like {near}")
     return [name for name, found in words.items() if any(fnmatch.filter(found, pattern) for pattern in patterns)]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -37,7 +36,7 @@ class NullLogger:
     def histogram(self, name: str, step: int, values: Any) -> None:
         """Takes values to bin."""
 
-    def graph(self, model: Any, inputs: Any, timeout: float = 60.0) -> None:
+    def graph(self, model: Any, inputs: Any, timeout: float = 600.0) -> None:
         """Takes a model."""
 
     def flush(self, wait: float = 0.0) -> None:
@@ -100,10 +99,12 @@ class Logger(NullLogger):
         """A NumPy array of any shape (weights, gradients), that nobody writes to afterwards."""
         self._put("histogram", name, step, values)
 
-    def graph(self, model: Any, inputs: Any, timeout: float = 60.0) -> None:
-        """The model's graph, traced on an example of its inputs (call it before training: this waits for the trace)."""
-        self._put("graph", model, inputs)
-        self.flush(wait=timeout)
+    def graph(self, model: Any, inputs: Any, timeout: float = 600.0) -> None:
+        """The model's graph, traced on an example of its inputs.
+
+        This waits for it: the trace meddles with torch's random numbers, in the view's thread.
+        """
+        self._put("graph", model, inputs, wait=timeout)
 
     def flush(self, wait: float = 0.0) -> None:
         """Returns when the rows so far would survive a power failure: call it before a checkpoint is published.
@@ -112,12 +113,7 @@ class Logger(NullLogger):
         for how many seconds that is waited for (before their files are uploaded).
         """
         self._record.sync()
-        waiting = [threading.Event() for _ in self._views]
-        for view, done in zip(self._views, waiting, strict=True):
-            view.put("flush", done=done)
-        end = time.monotonic() + wait
-        for done in waiting:
-            done.wait(max(0.0, end - time.monotonic()))
+        self._put("flush", wait=wait)
 
     def close(self, outcome: str, timeout: float = 15.0) -> None:
         """The end of this start: outcome is completed, preempted or failed.
@@ -129,6 +125,8 @@ class Logger(NullLogger):
         for view in self._views:
             view.close(outcome, end - time.monotonic())
 
-    def _put(self, method: str, *args: Any) -> None:
-        for view in self._views:
-            view.put(method, *args)
+    def _put(self, method: str, *args: Any, wait: float | None = None) -> None:
+        waiting = [view.put(method, *args, hurry=wait is not None) for view in self._views]
+        end = time.monotonic() + (wait or 0.0)
+        for done in waiting if wait else ():
+            done.wait(max(0.0, end - time.monotonic()))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -62,7 +64,7 @@ class SinkThread:
 
     def __init__(self, name: str, make: Callable[[], Sink], warn: Note) -> None:
         self.name, self._make, self._warn = name, make, warn
-        self._queue: deque[tuple[str, tuple[Any, ...], threading.Event | None]] = deque()
+        self._queue: deque[tuple[str, tuple[Any, ...], threading.Event]] = deque()
         self._sink: Sink | None = None
         self._hurry = threading.Event()  # don't wait for the next look into the queue
         self._thread: threading.Thread | None = None
@@ -74,20 +76,21 @@ class SinkThread:
         """Whether the sink still takes calls."""
         return not self._off.locked()
 
-    def put(self, method: str, *args: Any, done: threading.Event | None = None) -> None:
-        """Queues `sink.method(*args)`; `done` is set afterwards. Costs microseconds, never raises."""
+    def put(self, method: str, *args: Any, hurry: bool = False) -> threading.Event:
+        """Queues `sink.method(*args)`; what it returns is set afterwards. Costs microseconds, never raises."""
+        done = threading.Event()
         if not self.on or (self._thread is None and method == "flush"):
-            if done is not None:
-                done.set()
-            return
+            done.set()
+            return done
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name=f"tracking-{self.name}", daemon=True)
             self._thread.start()
         self._queue.append((method, args, done))
-        if done is not None:
+        if hurry:
             self._hurry.set()
         elif len(self._queue) > BACKLOG and time.monotonic() - self._since > STUCK:
             self.switch_off(f"it has taken nothing for {time.monotonic() - self._since:.0f} s")
+        return done
 
     def switch_off(self, why: str) -> None:
         """Ends the sink's part in the run, with one warning."""
@@ -100,9 +103,7 @@ class SinkThread:
         """Closes the sink after all that was queued; one that takes longer than `timeout` seconds is switched off."""
         if self._thread is None or not self.on:
             return
-        done = threading.Event()
-        self.put("close", outcome, done=done)
-        if not done.wait(max(0.0, timeout)):
+        if not self.put("close", outcome, hurry=True).wait(max(0.0, timeout)):
             self.switch_off(f"it did not end within {timeout:.0f} s")
 
     def _run(self) -> None:
@@ -121,11 +122,9 @@ class SinkThread:
             except Exception as error:
                 self.switch_off(str(error) if type(error) is RuntimeError else f"{type(error).__name__}: {error}")
             finally:
-                if done is not None:
-                    done.set()
-        for _, _, done in self._queue:  # nobody waits for a sink that is off
-            if done is not None:
                 done.set()
+        for _, _, done in self._queue:  # nobody waits for a sink that is off
+            done.set()
 
 
 class TensorBoard(Sink):
@@ -167,10 +166,16 @@ class TensorBoard(Sink):
             self._writer.add_histogram(name, values, step)
 
     def graph(self, model: Any, inputs: Any) -> None:
-        """The model's graph, traced."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # TensorBoard's graphs come from torch.jit.trace
-            self._writer.add_graph(model, inputs)
+        """The model's graph, traced; a model that can't be is told in a warning, and the rest goes on."""
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # it prints its errors too
+            warnings.simplefilter("ignore")
+            try:
+                self._writer.add_graph(model, inputs, use_strict_trace=False)
+            except Exception as error:
+                text = "TensorBoard has no graph, torch.jit.trace failed: %s: %s"
+                logging.getLogger("dist_train").warning(
+                    text, type(error).__name__, str(error).strip().partition("\n")[0]
+                )
 
     def flush(self) -> None:
         """Writes the event file to disk."""
