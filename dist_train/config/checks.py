@@ -57,16 +57,12 @@ def _data(config: Config) -> Iterator[Finding]:
     if isinstance(data.global_batch_size, int) and isinstance(micro, int) and micro > data.global_batch_size:
         most = f"data.global_batch_size={data.global_batch_size}, which all ranks share"
         yield "trainer.micro_batch_size", f"expected at most {most}, found {micro}"
-    if data.global_batch_size == "all" and not data.drop_last:
-        yield "data.drop_last", "with data.global_batch_size=all there is no smaller last batch; leave it out"
 
 
 def _model(config: Config) -> Iterator[Finding]:
     for index, rule in enumerate(config.model_init):
         if isinstance(rule, dict):
             yield from _patterns(f"model_init.{index}.match", rule.get("match"))
-    if config.transfer.weights is None and not config.transfer.strict:
-        yield "transfer.strict", "this counts only with transfer.weights, which isn't given"
     if config.loss is None and config.task is None:
         cure = "give it a component such as {_target_: torch.nn.CrossEntropyLoss}"
         yield "loss", f"a loss is needed, unless there is a task; {cure}"
@@ -122,9 +118,6 @@ def _watched(config: Config) -> Iterator[Finding]:
             yield "trainer.stop_when", "it never stops: give above, below or patience"
         if rule.above is not None and rule.below is not None:
             yield "trainer.stop_when.below", "above is given too; keep one of them"
-        if rule.patience is None and (rule.min_delta or rule.mode != "auto"):
-            name = "min_delta" if rule.min_delta else "mode"
-            yield f"trainer.stop_when.{name}", "this counts only with patience, which isn't given"
         yield from _is_computed(config, "trainer.stop_when.metric", rule.metric)
     if best not in (None, "auto"):
         direction, _, metric = best.rpartition(" ")

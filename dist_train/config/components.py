@@ -9,11 +9,12 @@ import functools
 import importlib
 import inspect
 import os
+import pkgutil
 import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from .errors import ConfigError, did_you_mean
@@ -38,14 +39,13 @@ def locate(path: Any) -> Any:
     if not isinstance(path, str):
         return path
     parts = path.split(".")
-    if not all(part.isidentifier() for part in parts):
-        hint = f"; write {path.replace(':', '.')}" if ":" in path else ""
-        raise ConfigError.single("", f"{path!r} is not an import path like package.module.Name{hint}")
-    if len(parts) == 1:
-        raise ConfigError.single("", f"{path!r} names no module; write module.{path}" + _beside(path))
+    if len(parts) == 1 or not all(part.isidentifier() for part in parts):
+        raise ConfigError.single("", f"{path!r} is not an import path like torch.nn.Linear")
     found: Any = _import(parts[0])
     if found is None:
-        raise ConfigError.single("", f"no module named {parts[0]}" + _nearest_module(parts[0]))
+        places = f"{', '.join(map(_short, sys.path[:2]))} and among what is installed (run.code_paths adds directories)"
+        hint = did_you_mean(parts[0], {module.name for module in pkgutil.iter_modules()}) or f"; looked in {places}"
+        raise ConfigError.single("", f"no module named {parts[0]}{hint}")
     for depth, part in enumerate(parts[1:], start=1):
         if not hasattr(found, part) and hasattr(found, "__path__"):
             _import(".".join(parts[: depth + 1]))
@@ -87,25 +87,8 @@ def _import_failure(name: str, error: BaseException) -> str:
 
 
 def _short(path: str) -> str:
-    relative = os.path.relpath(path)
+    relative = os.path.relpath(path or ".")
     return path if relative.startswith("..") else relative
-
-
-def _nearest_module(name: str) -> str:
-    import pkgutil
-
-    hint = did_you_mean(name, {module.name for module in pkgutil.iter_modules()})
-    places = [_short(path or ".") for path in sys.path[:2]]
-    return hint or f"; looked in {', '.join(places)} and among what is installed (run.code_paths adds directories)"
-
-
-def _beside(name: str) -> str:
-    """The likely full path of a bare class name, for those that people use most."""
-    for module in ("torch.nn", "torch.optim", "torch.optim.lr_scheduler", "dist_train.data", "dist_train.models"):
-        loaded = sys.modules.get(module)
-        if loaded is not None and hasattr(loaded, name):
-            return f", for example {module}.{name}"
-    return ""
 
 
 def is_spec(value: Any) -> bool:
@@ -117,11 +100,8 @@ def reserved(spec: Any, names: Iterable[str]) -> tuple[Any, dict[str, Any]]:
     """The spec without the keys `names`, and those keys; a live object has none."""
     if not isinstance(spec, dict):
         return spec, {}
-    taken = set(names)
-    return (
-        {key: value for key, value in spec.items() if key not in taken},
-        {key: value for key, value in spec.items() if key in taken},
-    )
+    taken = {key: spec[key] for key in names if key in spec}
+    return {key: value for key, value in spec.items() if key not in taken}, taken
 
 
 def build(spec: Any, *args: Any, **kwargs: Any) -> Any:
@@ -146,20 +126,12 @@ def build_callable(spec: Any) -> Callable[..., Any]:
         return typing.cast(Callable[..., Any], spec() if isinstance(spec, type) else spec)
     target = locate(spec["_target_"])
     given, keywords = arguments(target, spec)
-    if isinstance(target, type) or _has_all(target, given, keywords):
-        return typing.cast(Callable[..., Any], target(*given, **keywords))
-    return functools.partial(target, *given, **keywords) if given or keywords else target
-
-
-def _has_all(target: Any, given: Sequence[Any], keywords: dict[str, Any]) -> bool:
-    form = signature(target)
-    if form is None:
-        return False
     try:
-        form.bind(*given, **keywords)
-    except TypeError:
-        return False
-    return True
+        whole = isinstance(target, type) or inspect.signature(target).bind(*given, **keywords) is not None
+    except (TypeError, ValueError):
+        whole = False
+    maker = functools.partial(target, *given, **keywords) if given or keywords else target
+    return typing.cast(Callable[..., Any], maker() if whole else maker)
 
 
 def signature(target: Any) -> inspect.Signature | None:

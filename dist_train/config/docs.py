@@ -32,16 +32,7 @@ def json_schema() -> dict[str, Any]:
     # With `extends`, everything may stand in the base; what is missing in the end is found when the config is read.
     for part in (schema, schema["$defs"]["DataConfig"]):
         part.pop("required", None)
-    result: dict[str, Any] = _tidy(schema)
-    return result
-
-
-def _tidy(value: Any) -> Any:
-    """Without pydantic's titles and our own marks, which editors would only show as noise."""
-    if isinstance(value, dict):
-        named = "description" in value or "type" in value  # not the mapping of a section's keys
-        return {key: _tidy(item) for key, item in value.items() if not (named and key in ("change", "title"))}
-    return [_tidy(item) for item in value] if isinstance(value, list) else value
+    return schema
 
 
 def reference() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
@@ -17,20 +18,11 @@ def _declare(change: str, default: Any, description: str) -> Any:
     return Field(default, description=description, json_schema_extra=extra)
 
 
-def harmless(default: Any, description: str) -> Any:
-    """A key that a run may be continued with under another value; the difference is logged."""
-    return _declare("harmless", default, description)
-
-
-def consent(default: Any, description: str) -> Any:
-    """A key whose change needs `checkpoint.accept_changes=true` (or another `run.name`)."""
-    return _declare("consent", default, description)
-
-
-def refused(default: Any, description: str) -> Any:
-    """A key that can't change within one run."""
-    return _declare("refused", default, description)
-
+# What happens when the value differs from the one that a run was begun with. harmless: taken, the difference is logged;
+# consent: needs `checkpoint.accept_changes=true` (or another `run.name`); refused: can't change within one run.
+harmless = partial(_declare, "harmless")
+consent = partial(_declare, "consent")
+refused = partial(_declare, "refused")
 
 # The metrics that have a name; tests hold this equal to dist_train.engine.metrics.NAMED.
 METRICS = ("accuracy", "top5", "binary_accuracy", "mae", "mse", "rmse", "r2")
@@ -45,10 +37,7 @@ def _component(value: Any) -> Any:
                 "with the same object, or name it by _target_"
             )
         if "_target_" not in value:
-            other = next(
-                (f"; {key} is called _target_ here" for key in ("target", "class_path", "class") if key in value), ""
-            )
-            raise ValueError(f"_target_ is missing{other or f'; {form}'}")
+            raise ValueError(f"_target_ is missing; {form}")
         if not isinstance(value["_target_"], str) and not callable(value["_target_"]):
             raise ValueError(f"_target_ must be a dotted path, found {describe(value['_target_'])}; {form}")
         if not isinstance(value.get("_args_", []), list):

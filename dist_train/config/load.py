@@ -40,7 +40,7 @@ def load_config(
     reader = Reader()
     path = os.fspath(source) if source is not None and not isinstance(source, Mapping) else None
     root = reader.mapping(source) if isinstance(source, Mapping) else reader.file(path or str(DEFAULT))
-    reader.overrides(root, overrides)
+    root = reader.overrides(root, overrides)
     data, places = root.plain(), dict(root.places())
     for name, message in found_in(data):
         reader.note(nearest(places, keyed(name)), keyed(name), message)
@@ -55,7 +55,7 @@ def load_config(
             broken.append(key)
             if dotted(key) not in said:
                 reader.note(nearest(places, key), key, message)
-        config = _repaired(data)
+        config = _repaired(root.plain())
     if config is not None:
         config = _resolve(config, places, path, "digits" if source is None else "run")
         findings = [] if reader.incomplete else [(keyed(key), text) for key, text in checks.cross_checks(config)]
@@ -88,7 +88,6 @@ def _resolve(config: Config, places: dict[Key, Place], path: str | None, default
 
 def _repaired(data: Any) -> Config | None:
     """The config with something harmless in place of what is wrong, so that the other checks can go on."""
-    data = _containers(data)
     tried: Counter[Key] = Counter()
     for _ in range(4):
         try:
@@ -108,13 +107,6 @@ def _repaired(data: Any) -> Config | None:
                 else:
                     holder.pop(key[-1], None)
     return None
-
-
-def _containers(value: Any) -> Any:
-    """A copy of dicts and lists; what is in them stays the same object."""
-    if type(value) is dict:
-        return {key: _containers(item) for key, item in value.items()}
-    return [_containers(item) for item in value] if type(value) is list else value
 
 
 # --- pydantic's errors, each once, at its key, with what to do --------------------------------------------------------

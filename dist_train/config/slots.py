@@ -47,17 +47,8 @@ def _is_callable(kind: type) -> bool:
 
 
 def _is_dataset(kind: type) -> bool:
-    if issubclass(kind, components.locate("torch.nn.Module")):
-        return False  # torch.nn.Sequential has __getitem__ and __len__ too
-    return (hasattr(kind, "__getitem__") and hasattr(kind, "__len__")) or hasattr(kind, "__iter__")
-
-
-def _is_callback(kind: type) -> bool:
-    return any(name.startswith("on_") for name in dir(kind))
-
-
-def _is_metric(kind: type) -> bool:
-    return hasattr(kind, "sums") or (hasattr(kind, "update") and hasattr(kind, "compute"))
+    readable = _has("__getitem__", "__len__")(kind) or hasattr(kind, "__iter__")
+    return readable and not _is("torch.nn.Module")(kind)  # torch.nn.Sequential can be read like a list
 
 
 _DATASET = Slot("a dataset, with __getitem__ and __len__", _is_dataset)
@@ -72,7 +63,10 @@ SLOTS: dict[str, Slot] = {
     "transfer.append.module": Slot("a torch.nn.Module", _is("torch.nn.Module")),
     "task": Slot("a task, with step(model, batch) and predict(model, batch)", _has("step", "predict")),
     "loss": Slot("a loss, called with (output, target)", _is_callable, late=True),
-    "metrics": Slot("a metric, with sums and result (dist_train.metrics.Metric) or update and compute", _is_metric),
+    "metrics": Slot(
+        "a metric, with sums and result (dist_train.metrics.Metric) or update and compute",
+        lambda kind: hasattr(kind, "sums") or _has("update", "compute")(kind),
+    ),
     "optimizer": Slot("a torch.optim.Optimizer", _is("torch.optim.Optimizer"), ("params",), ("groups",)),
     "scheduler": Slot(
         "a scheduler of torch.optim.lr_scheduler",
@@ -80,7 +74,10 @@ SLOTS: dict[str, Slot] = {
         ("optimizer",),
         ("every", "metric", "horizon"),
     ),
-    "callbacks": Slot("a callback, with on_... hooks (dist_train.callbacks.Callback)", _is_callback),
+    "callbacks": Slot(
+        "a callback, with on_... hooks (dist_train.callbacks.Callback)",
+        lambda kind: any(name.startswith("on_") for name in dir(kind)),
+    ),
 }
 
 

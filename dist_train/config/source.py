@@ -56,12 +56,13 @@ def as_problems(noted: Sequence[Noted]) -> list[Problem]:
     return list(dict.fromkeys(Problem(str(place), key, message) for place, key, message in sorted(noted)))
 
 
-@dataclass
+@dataclass(frozen=True)
 class Node:
     """A value and its place. `value` is a dict of nodes, a list of nodes, or anything that is neither dict nor list."""
 
     value: Any
     place: Place
+    is_path: bool = False  # a mapping of one key, on the way to what an override sets
 
     def plain(self) -> Any:
         """The value without places."""
@@ -76,23 +77,32 @@ class Node:
         for name, node in inside.items() if type(inside) is dict else enumerate(inside):
             yield from node.places((*key, name))
 
-    def merge(self, above: Node) -> None:
-        """Lay another mapping over this one: mappings deeply, all else is replaced.
+    def over(self, below: Node | None) -> Node:
+        """This node laid over another one: mappings deeply, all else is replaced, by an override also a mapping.
 
-        Another `_target_` drops the arguments of the old one.
+        Another `_target_` drops the arguments of the old one. Raises ValueError where an override misses a list's entry.
         """
-        self.place = above.place
-        for name, new in above.value.items():
-            old = self.value.get(name)
-            both = old is not None and type(old.value) is dict and type(new.value) is dict
-            if both and ("_target_" not in new.value or new.target() == old.target()):
-                old.merge(new)
-            else:
-                self.value[name] = new
+        if below is not None and type(below.value) is list and self.is_path:
+            return self._into_list(below)
+        deep = self.is_path or self.place.source != COMMAND_LINE
+        if below is None or not deep or type(below.value) is not dict or type(self.value) is not dict:
+            return self
+        if "_target_" in self.value and self._target() != below._target():
+            return self
+        merged = {name: node.over(below.value.get(name)) for name, node in self.value.items()}
+        return Node(below.value | merged, below.place if self.is_path else self.place)
 
-    def target(self) -> Any:
-        """The `_target_` of a mapping, if it has one."""
+    def _target(self) -> Any:
         return self.value["_target_"].value if "_target_" in self.value else None
+
+    def _into_list(self, below: Node) -> Node:
+        ((name, node),) = self.value.items()
+        items, size = list(below.value), len(below.value)
+        index = int(name) if name.isdigit() else size + 1
+        if index > size:
+            raise ValueError(f"this is a list of {size}; its entries are numbered from 0, and {size} appends one")
+        items[index : index + 1] = [node.over(items[index] if index < size else None)]
+        return Node(items, below.place)
 
 
 # --- YAML ------------------------------------------------------------------------------------------------------------
@@ -194,8 +204,7 @@ class Reader:
             if name in result:
                 self.note(place, (*key, name), f"this key is given twice (first in line {result[name].place.line})")
                 continue
-            result[name] = self._build(value_node, start, (*key, name), above)
-            result[name].place = place
+            result[name] = Node(self._build(value_node, start, (*key, name), above).value, place)
         return result
 
     def file(self, path: str, chain: tuple[str, ...] = ()) -> Node:
@@ -233,16 +242,15 @@ class Reader:
                 self.note(extends.place, ("extends",), f"files extend each other in a circle: {circle}")
                 continue
             try:
-                merged.merge(self.file(path, chain))
+                merged = self.file(path, chain).over(merged)
             except ConfigError as error:
                 for problem in error.problems:
                     self.note(extends.place, ("extends",), f"{problem.where}: {problem.message}")
         self.incomplete |= any(key == "extends" for _, key, _ in self.noted[before:])
-        merged.merge(root)
-        return merged
+        return root.over(merged)
 
-    def overrides(self, root: Node, overrides: Sequence[str]) -> None:
-        """Set `a.b.c=value` keys in order, but a `_target_` before the arguments beside it. Values are YAML."""
+    def overrides(self, root: Node, overrides: Sequence[str]) -> Node:
+        """`a.b.c=value` laid over it in order, but a `_target_` before the arguments beside it. Values are YAML."""
         numbered = enumerate(overrides, start=1)
         for number, override in sorted(numbered, key=lambda item: not item[1].partition("=")[0].endswith("_target_")):
             place = Place(1, COMMAND_LINE, number)
@@ -251,36 +259,16 @@ class Reader:
             if not equals or not all(key):
                 example = "write key.path=value, for example optimizer.lr=0.05"
                 self.note(place, (), f"expected key=value, found {override!r}; {example}")
-            elif re.search(r"\{[\w.]+\}", text):  # a template such as {time}, not a YAML mapping
-                self._assign(root, key, Node(text, place))
-            elif (value := self.parse(text, place, key)) is not None:
-                self._assign(root, key, value)
-
-    def _assign(self, root: Node, key: Key, new: Node) -> None:
-        holder = root
-        for depth, part in enumerate(key, start=1):
-            last, walked = depth == len(key), dotted(key[: depth - 1])
-            if holder.value is None:
-                holder.value, holder.place = {}, new.place
-            inside = holder.value
-            if type(inside) is list:
-                index, size = int(part) if str(part).isdigit() else -1, len(inside)
-                if not 0 <= index < size + last:
-                    entries = f"a list of {size}; its entries are numbered from 0, and {size} appends one"
-                    return self.note(new.place, key, f"{walked} is {entries}")
-                if last:
-                    inside[index : index + 1] = [new]
-                holder = inside[index]
-            elif type(inside) is dict:
-                if last and part == "_target_" and holder.target() not in (None, new.value):
-                    inside.clear()
-                    holder.place = new.place
-                if last:
-                    inside[part] = new
-                holder = inside.setdefault(part, Node(None, new.place))
-            else:
-                return self.note(new.place, key, f"{walked} is {describe(inside)}, it has no key {part}")
-        return None
+                continue
+            template = re.search(r"\{[\w.]+\}", text)  # such as {time}: not a YAML mapping
+            node = Node(text, place) if template else self.parse(text, place, key)
+            for part in reversed(key if node is not None else ()):
+                node = Node({part: node}, place, is_path=True)
+            try:
+                root = node.over(root) if node is not None else root
+            except ValueError as error:
+                self.note(place, key, str(error))
+        return root
 
 
 def _at(start: Place, mark: yaml.Mark | None) -> Place:
@@ -307,7 +295,7 @@ def _from_python(value: Any) -> Node:
     if isinstance(value, Mapping) and type(value).__module__ in ("builtins", "collections", "types"):
         result = {key if type(key) is int else str(key): _from_python(item) for key, item in value.items()}
         if "_target_" in result:
-            result["_target_"].value = _import_path(result["_target_"].value)
+            result["_target_"] = Node(_import_path(result["_target_"].value), place)
         return Node(result, place)
     if type(value) in (list, tuple):
         return Node([_from_python(item) for item in value], place)

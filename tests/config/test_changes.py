@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from dist_train.config import Config, load_config
 from dist_train.config.changes import Change, compare, refusal_message
 from dist_train.config.fields import section_of, walk
+from dist_train.config.load import load_config
+from dist_train.config.schema import Config
 
 
 def changes(*overrides: str) -> list[tuple[str, str]]:

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_train.config import load_config
 from dist_train.config.components import (
     add_code_paths,
     build,
@@ -18,6 +17,7 @@ from dist_train.config.components import (
     type_names,
 )
 from dist_train.config.errors import ConfigError
+from dist_train.config.load import load_config
 from dist_train.config.slots import check_components
 from dist_train.config.static import read_signature
 

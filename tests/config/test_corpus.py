@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_train.config import load_config
 from dist_train.config.errors import ConfigError, Problem
+from dist_train.config.load import load_config
 from dist_train.config.slots import check_components
 
 BLOCKS = [

@@ -9,10 +9,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_train.config import load_config
 from dist_train.config.durations import Duration
 from dist_train.config.errors import ConfigError
-from dist_train.config.load import DEFAULT
+from dist_train.config.load import DEFAULT, load_config
 from dist_train.config.source import Place, Reader, dump
 
 ROOT = Path(__file__).parents[2]
@@ -232,7 +231,7 @@ def test_schema_errors_come_without_torch_numpy_or_user_code(folder: Path) -> No
     (folder / "mynet.py").write_text("raise SystemExit('imported')\n")
     (folder / "x.yaml").write_text("extends: base.yaml\nmodel: {_target_: mynet.Net}\nseed: x\noptimizer: {lrr: 3}\n")
     code = (
-        "import sys\nfrom dist_train.config import load_config\nfrom dist_train.config.errors import ConfigError\n"
+        "import sys\nfrom dist_train.config.load import load_config\nfrom dist_train.config.errors import ConfigError\n"
         "try:\n    load_config('x.yaml')\nexcept ConfigError as error:\n    print(len(error.problems))\n"
         "print([name for name in ('torch', 'numpy', 'mynet') if name in sys.modules])\n"
     )

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from dist_train.config import load_config
+from dist_train.config.load import load_config
 from dist_train.config.names import expand_name
 
 
