@@ -40,8 +40,8 @@ class Loss(nn.Module):
 
     Attributes:
         summed: the loss asks for the plain sum (`reduction="sum"`): gradients aren't divided, logs show the mean over samples.
-        exact: None until the first call, then whether the denominator is known, so that the gradient of several micro-batches
-            is that of one big batch.
+        exact: whether the denominator is known, so that the gradient of several micro-batches is that of one big batch; None
+            until the first call of a loss that isn't torch's own.
     """
 
     def __init__(self, function: Callable[..., Any]):
@@ -52,7 +52,6 @@ class Loss(nn.Module):
         self.name = getattr(function, "__name__", None) or getattr(base, "__name__", type(function).__name__)
         reduction = getattr(function, "reduction", None) if isinstance(function, nn.Module) else None
         self.summed = reduction == "sum"
-        self.exact: bool | None = None
         self._checked = False
         self._fit: Callable[[Tensor, Tensor], Fitted] | None = None  # what fits a batch to one of torch's losses
         if type(function).__module__.startswith("torch.nn"):
@@ -67,6 +66,7 @@ class Loss(nn.Module):
             function = copy.copy(function)
             function.reduction = reduction  # type: ignore[attr-defined]
         self.function: Any = function
+        self.exact: bool | None = None if self._fit is None else True
 
     def forward(self, outputs: Any, targets: Any) -> tuple[Tensor, Tensor | float]:
         """The loss summed over this micro-batch (0-dim, float32 or float64), and its weight (a number or a 0-dim tensor).
@@ -84,7 +84,7 @@ class Loss(nn.Module):
                     "return their numbers from the dataset, for anything else name a `task`"
                 )
         outputs, targets, weight = self._fit(outputs, targets)
-        self._checked = self.exact = True
+        self._checked = True
         total = self.function.forward(outputs, targets)
         return total, (len(outputs) if self.summed else weight)
 
