@@ -38,8 +38,8 @@ def load_config(
         ConfigError: with every mistake, sorted by place.
     """
     reader = Reader()
-    path = os.fspath(source) if source is not None and not isinstance(source, Mapping) else None
-    root = reader.mapping(source) if isinstance(source, Mapping) else reader.file(path or str(DEFAULT))
+    path = None if source is None or isinstance(source, Mapping) else os.fspath(source)
+    root = reader.mapping(source) if isinstance(source, Mapping) else reader.file(str(DEFAULT) if path is None else path)
     root = reader.overrides(root, overrides)
     data, places = root.plain(), dict(root.places())
     for name, message in found_in(data):
@@ -89,23 +89,22 @@ def _resolve(config: Config, places: dict[Key, Place], path: str | None, default
 def _repaired(data: Any) -> Config | None:
     """The config with something harmless in place of what is wrong, so that the other checks can go on."""
     tried: Counter[Key] = Counter()
-    for _ in range(4):
+    for _ in range(5):
         try:
             return Config.model_validate(data)
         except ValidationError as error:
-            for key in {_key(data, item) for item in error.errors()}:
-                tried[key] += 1
-                while key and (tried[key] > 2 or (tried[key] == 2 and type(key[-1]) is int)):
-                    key = key[:-1]  # it can't be mended alone: leave out what holds it
-                holder = data
-                for part in key[:-1]:
-                    holder = holder[part]
-                if not key:
-                    return None
-                if tried[key] == 1:
-                    holder[key[-1]] = {"_target_": "builtins.object"}  # right wherever a component may stand
-                else:
-                    holder.pop(key[-1], None)
+            broken = {_key(data, item) for item in error.errors()}
+        tried.update(broken)
+        # First a stand-in that is right wherever a component may stand; then the key is left out, then what holds it.
+        keys = {key[:-1] if tried[key] > 2 or (tried[key] == 2 and type(key[-1]) is int) else key for key in broken}
+        for key in sorted(keys, key=len, reverse=True):
+            holder = data
+            for part in key[:-1]:
+                holder = holder[part]
+            if tried[key] == 1:
+                holder[key[-1]] = {"_target_": "builtins.object"}
+            elif key:
+                holder.pop(key[-1], None)
     return None
 
 

@@ -47,9 +47,7 @@ class RunConfig(Section):
         "The run's directory inside `run.dir`. `{time}`, `{job}` and any key, like `{optimizer.lr}`, are filled in. "
         "null: the name of the config file without its ending; from a Python dict: `run`.",
     )
-    dir: Text = harmless(
-        "runs", "Where runs are kept: a directory (`~` is your home), or any fsspec URL such as `s3://bucket/runs`."
-    )
+    dir: Text = harmless("runs", "Where runs are kept: a directory, or any fsspec URL such as `s3://bucket/runs`.")
     code_paths: list[Text] = harmless(
         [],
         "Directories that are searched for your own code before what is installed; relative ones count from the "
@@ -74,22 +72,16 @@ class DataConfig(Section):
         "where CPUs are few; else the CPUs that this process may use, shared by the ranks of the machine.",
     )
     pin_memory: bool | Auto = harmless("auto", "Page-locked batches, for faster copies. `auto`: on CUDA only.")
-    steps_per_epoch: Count | None = refused(
-        None, "For an IterableDataset without a length: the optimizer steps that count as an epoch."
-    )
-    drop_last: bool = refused(
-        True, "Leave out an epoch's last, smaller batch. false: train on it, with the exact mean over its samples."
-    )
+    steps_per_epoch: Count | None = refused(None, "The length of an epoch, for an IterableDataset that has none.")
+    drop_last: bool = refused(True, "Leave out an epoch's last, smaller batch. false: train on it, by its exact mean.")
     augment: list[Component] = consent(
-        [], "Augmentations of whole batches, run on the device, with random numbers of each sample's own."
+        [], "Augmentations of batches, on the device, random by each sample's own numbers."
     )
     collate: Component | None = consent(None, "Makes a batch from a list of samples. null: torch's default_collate.")
     persistent_workers: bool | Auto = harmless(
-        "auto", "Keep loader processes from epoch to epoch. `auto`: yes, where there are any."
+        "auto", "Keep loader processes over epochs. `auto`: where there are any."
     )
-    prefetch_factor: Count | None = harmless(
-        None, "Batches that each loader process reads ahead. null: torch's own default, 2."
-    )
+    prefetch_factor: Count | None = harmless(None, "Batches that each loader process reads ahead. null: two.")
     timeout: AtLeastZero = harmless(0.0, "Seconds to wait for a loader process before failing; 0: no limit.")
     worker_start_method: Literal["auto", "fork", "spawn", "forkserver"] = harmless(
         "auto", "How loader processes are started. `auto`: Python's default."
@@ -100,9 +92,7 @@ class HeadConfig(Section):
     """The last layer, replaced for another number of classes. `head: 10` is short for `head: {classes: 10}`."""
 
     classes: Count = refused(..., "Outputs of the new layer.")
-    at: Text | None = refused(
-        None, "Name of the layer, such as `fc` or `classifier.6`. null: the model's last linear layer."
-    )
+    at: Text | None = refused(None, "Name of the layer, such as `fc` or `classifier.6`. null: the last linear layer.")
 
 
 class AppendConfig(Section):
@@ -170,30 +160,22 @@ class TrainerConfig(Section):
         "Arithmetic of forward and backward; weights stay fp32. `auto`: bf16 on CUDA from compute capability 8.0, fp16 "
         "(with loss scaling) on 7.x, fp32 otherwise and on CPU; ACCELERATE_MIXED_PRECISION decides where it is set.",
     )
-    stop_at: Length | None = harmless(
-        None, "End this start early, saved and to be continued, without touching the schedule's horizon."
-    )
+    stop_at: Length | None = harmless(None, "End this start early, to be continued; the schedule's horizon stays.")
     micro_batch_size: Count | Auto = harmless(
         "auto",
         "Samples of one forward on one rank; the rest of its share is gradient accumulation. `auto`: the whole share.",
     )
     clip_grad_norm: Positive | None = consent(None, "Scale the gradient down to this 2-norm if it is longer.")
     clip_grad_value: Positive | None = consent(None, "Clamp each gradient entry to [-value, value].")
-    ema_decay: Decay | None = consent(
-        None, "Keep an exponential moving average of the weights with this decay, and evaluate it instead."
-    )
+    ema_decay: Decay | None = consent(None, "Evaluate an exponential moving average of the weights, with this decay.")
     compile: bool = harmless(False, "Compile the model with torch.compile (dynamic=False).")
     channels_last: bool | Auto = harmless(
         "auto", "Memory format of 4-d inputs and weights. `auto`: on CUDA, for models with 2-d convolutions."
     )
-    evaluate_every: Length | None = harmless(
-        Duration(1, "ep"), "How often `data.val` is evaluated. null: only at the end."
-    )
+    evaluate_every: Length | None = harmless(Duration(1, "ep"), "When `data.val` is evaluated. null: only at the end.")
     evaluate_at_start: bool = harmless(False, "Evaluate `data.val` before the first step too.")
     log_every: Length = harmless(Duration(50, "step"), "How often a train row is logged: the mean since the last one.")
-    stop_when: StopWhenConfig | None = harmless(
-        None, "Ends training early: at a threshold, and/or without improvement."
-    )
+    stop_when: StopWhenConfig | None = harmless(None, StopWhenConfig.__doc__ or "")
     on_nonfinite: Literal["stop", "skip"] = harmless(
         "stop", "An infinite or NaN loss or gradient ends the run before the update (stop), or the update is left out."
     )
@@ -211,22 +193,16 @@ class DistributedConfig(Section):
     bucket_mb: Positive = harmless(25.0, "MiB of gradients in one all-reduce.")
     threads: Count | Auto = harmless(
         "auto",
-        "Intra-op threads of each process. `auto`: OMP_NUM_THREADS, else a fair share of the CPUs (one on CUDA).",
+        "Intra-op threads of a process. `auto`: OMP_NUM_THREADS, else its share of the CPUs (one on CUDA).",
     )
-    deterministic: bool | Auto = harmless(
-        "auto", "Deterministic kernels only (torch.use_deterministic_algorithms). `auto`: no."
-    )
-    hang_timeout: Time = harmless(
-        Duration(600.0, "s"), "A step or collective that makes no progress for so long ends the run, by name."
-    )
+    deterministic: bool | Auto = harmless("auto", "torch.use_deterministic_algorithms. `auto`: no.")
+    hang_timeout: Time = harmless(Duration(600.0, "s"), "A step or collective that hangs for so long ends the run.")
 
 
 class CheckpointConfig(Section):
     """When the state is saved, how much of it is kept, and how a run goes on."""
 
-    every: Lengths = harmless(
-        [Duration(1, "ep"), Duration(900.0, "s")], "When to save: one duration or several, each counted by itself."
-    )
+    every: Lengths = harmless([Duration(1, "ep"), Duration(900.0, "s")], "When to save: one duration or several.")
     keep_last: Count = harmless(3, "How many of the newest checkpoints stay.")
     keep_best: Text | None = harmless(
         "auto",
@@ -324,7 +300,7 @@ class Config(Section):
         "and `predict(model, batch)`.",
     )
     loss: Component | None = consent(
-        None, "Class, function or factory; called with (output, target). Needed unless `task` is given."
+        None, "Class, function or factory; called with (output, target). Needed without `task`."
     )
     metrics: list[Metric] = harmless([], "Names of built-in metrics, or components (torchmetrics classes, say).")
     optimizer: Component = consent(

@@ -180,7 +180,8 @@ def _arguments(
             yield (*key, argument), f"{name} gets {argument} twice: {by}; leave it out here"
         elif argument in named and not (key == ("scheduler",) and value in ("total_steps", "steps_per_epoch")):
             yield from _value((*key, argument), name, named[argument], value)
-    groups = [(("groups", i), group) for i, group in enumerate(extra.get("groups") or []) if isinstance(group, dict)]
+    groups = extra["groups"] if isinstance(extra.get("groups"), list) else []
+    groups = [(("groups", index), group) for index, group in enumerate(groups) if isinstance(group, dict)]
     for where, options in (((), keywords), *groups):  # torch itself ignores unknown options of groups
         for argument in options if _Kind.VAR_KEYWORD not in kinds else ():
             if argument not in named and not (where and argument == "match"):

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import pytest
 import yaml
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 
 from dist_train.config.durations import Duration
 from dist_train.config.errors import ConfigError
-from dist_train.config.load import DEFAULT, load_config
+from dist_train.config.load import DEFAULT, KEYS, load_config
 from dist_train.config.source import Place, Reader, dump
 
 ROOT = Path(__file__).parents[2]
@@ -244,3 +246,43 @@ def test_the_metrics_with_names_are_those_of_the_engine() -> None:
     from dist_train.engine.metrics import NAMED
 
     assert list(NAMED) == list(METRICS)
+
+
+def test_whatever_stands_in_a_config_is_read_or_refused_by_a_config_error() -> None:
+    values = [
+        None,
+        True,
+        -1,
+        3.5,
+        float("nan"),
+        "x",
+        "0,1",
+        "5ep",
+        "{time}",
+        [],
+        [[1]],
+        {},
+        {3: 4},
+        {"a": 1},
+        {"_target_": 3},
+    ]
+    keys = [
+        *KEYS,
+        "trainer.x",
+        "model.z",
+        "optimizer.groups",
+        "optimizer._target_",
+        "scheduler.every",
+        "metrics.7",
+        "3",
+    ]
+    random = Random(0)
+    refused = 0
+    for _ in range(300):
+        picked = [(random.choice(keys), random.choice(values)) for _ in range(random.randint(1, 4))]
+        written = {key: value for key, value in picked[:2] if "." not in key}
+        try:
+            load_config({**minimal(), **written}, [f"{key}={json.dumps(value)}" for key, value in picked])
+        except ConfigError as error:
+            refused += bool(str(error))
+    assert refused > 200
