@@ -6,7 +6,6 @@ import json
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -33,7 +32,7 @@ class CheckpointManager:
         keep_last: how many of the newest to keep.
         keep_best: name of a metric and ``min`` or ``max``: the best by it is kept too.
         asynchronous: ``False`` writes in :meth:`save` itself, and keeps no buffer.
-        log: takes one line; called from the thread that calls the manager.
+        log: takes one line, from any thread.
         lease: checked right before anything is published or deleted.
         on_error: ``warn`` logs that a save failed where ``fail`` raises, unless the run has another owner by now.
         before_publish: called with the step when all files are written, in the writing thread; may raise.
@@ -52,8 +51,7 @@ class CheckpointManager:
         before_publish: Callable[[int], None] | None = None,
     ) -> None:
         self._log = log
-        self._lines: deque[str] = deque()
-        self._store = OwnedStore(storage, self._note, lease)
+        self._store = OwnedStore(storage, log, lease)
         self._lease = lease
         self._keep_last = keep_last
         self._keep_best = keep_best
@@ -68,8 +66,6 @@ class CheckpointManager:
         self._swept = False
         self.published: int | None = None
         """Step of the last checkpoint that this process published or went on from."""
-        self.blocked = 0.0
-        """Seconds for which the last :meth:`save` held its caller up."""
 
     def assure_owner(self) -> None:
         """To be called before something is written that a successor writes too: a zombie's records must not mix in.
@@ -119,7 +115,6 @@ class CheckpointManager:
             self._write(*arguments)
             if not self._asynchronous:
                 self._copier.release()
-        self.blocked = time.monotonic() - started
         self.poll()
 
     def poll(self) -> None:
@@ -131,8 +126,6 @@ class CheckpointManager:
         if self._thread is not None and not self._thread.is_alive():
             self._thread.join()
             self._thread = None
-        while self._lines:
-            self._log(self._lines.popleft())
         error, self._error = self._error, None
         if error is not None:
             if not self._tolerant or isinstance(error.__cause__, LeaseLostError):
@@ -168,38 +161,18 @@ class CheckpointManager:
         return self._store.best(*self._keep_best) if self._keep_best else None
 
     def find(self, name: str) -> Found:
-        """``best``, ``last`` or ``step-N``, verified. Changes nothing, so any process may ask.
-
-        Raises:
-            CheckpointError: there is no such one, or it is damaged.
-        """
-        reader = CheckpointStore(self._store.storage, self._log)
-        if name != "best":
-            return reader.find(name)
-        found = reader.best(*self._keep_best) if self._keep_best else None
-        if found is None:
-            metric = self._keep_best[0] if self._keep_best else "checkpoint.keep_best"
-            raise CheckpointError(f"no best checkpoint: none in {reader.storage.location} has {metric}")
-        return found
+        """``last`` or ``step-N``, verified; raises as :meth:`CheckpointStore.find`. Any process may ask: it changes nothing."""
+        return CheckpointStore(self._store.storage, self._log).find(name)
 
     def resume_from(self, found: Found | None) -> None:
         """Say which one the run goes on from (``None``: from none). What lies after it is kept, out of the way."""
         self._sweep_once()
         self._store.supersede(after=found.step if found else -1)
         self.published = found.step if found else None
-        if found is not None:
-            self._store.mine.add(found.manifest.attempt)
 
     def verify_all(self) -> list[Row]:
         """Every checkpoint with its state; changes nothing."""
         return self._store.verify_all()
-
-    def _note(self, line: str) -> None:
-        """Log a line; one from the writing thread waits for the next :meth:`poll`."""
-        if threading.current_thread() is self._thread:
-            self._lines.append(line)
-        else:
-            self._log(line)
 
     def _sweep_once(self) -> None:
         if not self._swept:
@@ -234,7 +207,7 @@ class CheckpointManager:
             self._retain(step)
         except Exception as error:
             # The checkpoint is there. What couldn't be deleted is tried again after the next save.
-            self._note(f"an older checkpoint could not be deleted: {error}")
+            self._log(f"an older checkpoint could not be deleted: {error}")
 
     def _retain(self, step: int) -> None:
         found = list(self._store.published())

@@ -15,6 +15,7 @@ from typing import Any
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+_FIELDS = ("step", "attempt", "created_at", "lease", "metrics")
 
 
 class CheckpointError(Exception):
@@ -65,20 +66,18 @@ class Manifest:
         Raises:
             TypeError, ValueError: ``meta`` is not JSON (a NaN in it isn't).
         """
-        files = {name: {"bytes": e.bytes, "sha256": e.sha256} for name, e in self.files.items()}
+        files: dict[str, dict[str, Any]] = {}
         for name, entry in self.files.items():
+            files[name] = {"bytes": entry.bytes, "sha256": entry.sha256}
             if entry.key != name:
                 files[name]["key"] = entry.key
         content = {
             "format": FORMAT,
-            "step": self.step,
-            "attempt": self.attempt,
-            "created_at": self.created_at,
-            "lease": self.lease,
-            "metrics": {name: float(value) for name, value in self.metrics.items() if math.isfinite(value)},
+            **{name: getattr(self, name) for name in _FIELDS},
             "files": files,
             "meta": self.meta,
         }
+        content["metrics"] = {name: float(value) for name, value in self.metrics.items() if math.isfinite(value)}
         return _dump({**content, "sha256": _own_hash(content)})
 
     @classmethod
@@ -109,15 +108,7 @@ class Manifest:
         if _dump({**content, "sha256": claimed}) != raw:
             raise DamagedError(MANIFEST, "its bytes aren't those that were written")
         files = {n: FileEntry(e["bytes"], e["sha256"], e.get("key", n)) for n, e in content["files"].items()}
-        return cls(
-            step=content["step"],
-            files=files,
-            attempt=content["attempt"],
-            metrics=content["metrics"],
-            meta=content["meta"],
-            created_at=content["created_at"],
-            lease=content["lease"],
-        )
+        return cls(files=files, meta=content["meta"], **{name: content[name] for name in _FIELDS})
 
 
 def _own_hash(content: Mapping[str, Any]) -> str:

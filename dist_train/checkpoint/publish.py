@@ -29,7 +29,7 @@ class Writing:
         self.step = step
         self.files: dict[str, FileEntry] = {}
         self.sent = False
-        """Whether a store may have got the manifest, whatever it answered: then the data must stay."""
+        """Whether a store may have got the manifest, whatever it answered: then the data stay, at least until a sweep."""
         self._storage = storage
         self._prefix = "" if storage.is_local else f"{self.attempt}/"
         self.directory = f".tmp-{step_name(step)}-{self.attempt}" if storage.is_local else step_name(step)
@@ -61,15 +61,12 @@ class OwnedStore(CheckpointStore):
     """The checkpoints of a run, for the process that trains it.
 
     Args:
-        lease: looked up before anything is published or deleted; without one, a step that another process published
-            is never replaced.
+        lease: looked up before anything is published or deleted.
     """
 
     def __init__(self, storage: Storage, log: Callable[[str], None] = print, lease: Lease | None = None) -> None:
         super().__init__(storage, log)
         self._lease = lease
-        self.mine: set[str] = set()
-        """Attempts that this process made or went on from: it may replace them."""
 
     def check(self) -> int | None:
         """The number of the lease; raises if the run has another owner by now."""
@@ -79,12 +76,10 @@ class OwnedStore(CheckpointStore):
         """Make what was written visible, all at once.
 
         Raises:
-            CheckpointError: another process published this step.
             LeaseLostError: another process owns the run.
         """
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         manifest = Manifest(writing.step, writing.files, writing.attempt, dict(metrics), meta, now, self.check())
-        self.mine.add(writing.attempt)
         if isinstance(self.storage, LocalStorage):
             self._publish_directory(self.storage, writing, manifest.to_bytes())
         else:
@@ -130,81 +125,63 @@ class OwnedStore(CheckpointStore):
         else:
             self._sweep_objects()
 
-    def newest(self) -> Found | None:
-        """As the base, but damaged ones are set aside, and the one that is found may be replaced."""
-        found = super().newest()
-        if found is not None:
-            self.mine.add(found.manifest.attempt)
-        return found
-
     def _meet_damage(self, step: int, error: DamagedError) -> None:
         name = self.set_aside(step, "damaged", str(error))
         self.log(f"checkpoint {step_name(step)} is damaged ({error}): set aside as {name}")
 
-    def _give_way(self, step: int) -> Found | None:
-        """The one of this step that is there already, if it may be replaced; damage is set aside."""
+    def _to_replace(self, step: int) -> Found | None:
+        """The one of this step that is there already; damage is set aside."""
         try:
-            found = self.open(step)
+            return self.open(step)
         except DamagedError as error:
             self._meet_damage(step, error)
             return None
-        if found is not None and self._lease is None and found.manifest.attempt not in self.mine:
-            raise CheckpointError(
-                f"{found.location} was published by another process (lease {found.manifest.lease}, at "
-                f"{found.manifest.created_at}): two jobs train this run; stop one"
-            )
-        return found
 
     # Local disks
     def _publish_directory(self, storage: LocalStorage, writing: Writing, body: bytes) -> None:
-        name = step_name(writing.step)
+        name, aside = step_name(writing.step), f".replaced-{step_name(writing.step)}-{writing.attempt}"
         storage.write_stream(f"{writing.directory}/{MANIFEST}", lambda file: file.write(body))
         storage.fsync(writing.directory)
         self.check()
         # A directory can't be replaced in one step; `sweep` puts the old one back after a kill between the two.
-        aside = f".replaced-{name}-{writing.attempt}" if self._give_way(writing.step) else None
-        if aside:
+        replaced = self._to_replace(writing.step)
+        if replaced:
             storage.rename(name, aside)
         try:
             storage.rename(writing.directory, name)
         except Exception as error:
             if not isinstance(error, FileNotFoundError) or not self._has_manifest(name, body):
-                if aside and not storage.exists(name):
+                if replaced:
                     storage.rename(aside, name)
                 raise
             storage.fsync()  # NFS did it, lost its answer, and found nothing to rename when it was asked again
-        if aside:
+        if replaced:
             with contextlib.suppress(StorageError):
                 storage.delete(aside)
 
     def _sweep_directory(self, storage: LocalStorage) -> None:
         for name in storage.list():
-            if name.startswith(".replaced-"):
-                step = name.removeprefix(".replaced-").rsplit("-", 1)[0]
-                if not storage.exists(step):
-                    storage.rename(name, step)
-                    continue
-            elif name.startswith(".tmp-"):
+            kind, _, rest = name.partition("-")
+            if kind == ".replaced" and not storage.exists(step := rest.rpartition("-")[0]):
+                storage.rename(name, step)
+            elif kind == ".tmp":
                 # Renamed first: a process that still writes there can't publish it any more.
-                trash = f".trash-{name.removeprefix('.tmp-')}"
                 with contextlib.suppress(FileNotFoundError):
-                    storage.rename(name, trash)
-                name = trash
-            elif not name.startswith(".trash-"):
-                continue
-            storage.delete(name)
+                    storage.rename(name, f".trash-{rest}")
+                storage.delete(f".trash-{rest}")
+            elif kind in (".replaced", ".trash"):
+                storage.delete(name)
 
     # URLs
     def _publish_object(self, writing: Writing, body: bytes) -> None:
-        name = step_name(writing.step)
-        replaced = None
+        name, replaced = step_name(writing.step), None
         self.check()
         writing.sent = True
-        if not self.storage.create_exclusive(f"{name}/{MANIFEST}", body):
-            writing.sent = False
-            replaced = self._give_way(writing.step)
+        created = self.storage.create_exclusive(f"{name}/{MANIFEST}", body)
+        # It may be this very one: clients' libraries ask again by themselves when an answer is lost.
+        if not created and not self._has_manifest(name, body):
+            replaced = self._to_replace(writing.step)
             self.check()
-            writing.sent = True
             self.storage.write_atomic(f"{name}/{MANIFEST}", body)
         try:
             self.check()
@@ -212,7 +189,6 @@ class OwnedStore(CheckpointStore):
             # It slept between the check and the PUT, and a successor may have swept its data.
             if self._has_manifest(name, body):
                 self.storage.delete(f"{name}/{MANIFEST}")
-            writing.sent = False
             raise
         if replaced:
             with contextlib.suppress(StorageError):

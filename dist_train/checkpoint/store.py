@@ -16,7 +16,7 @@ import pickle
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -24,14 +24,15 @@ from dist_train.checkpoint.manifest import (
     MANIFEST,
     CheckpointError,
     DamagedError,
-    FileEntry,
     Manifest,
     NewerFormatError,
 )
 from dist_train.runtime.storage import Storage
 
+T = TypeVar("T")
+
 _STEP = re.compile(r"step-(\d{8,})")
-ASIDE = re.compile(r"(damaged|superseded)-step-(\d{8,})-(\d+)(\.json)?")
+_ASIDE = re.compile(r"(damaged|superseded)-step-\d{8,}-\d+(\.json)?")
 
 
 def step_name(step: int) -> str:
@@ -50,40 +51,22 @@ class Row:
 
 
 class Found:
-    """A published checkpoint."""
+    """A published checkpoint.
+
+    Attributes:
+        name: of its directory.
+        location: path or URL of its directory.
+        step, meta, metrics: those of its manifest.
+        parts: names that :meth:`load` takes.
+    """
 
     def __init__(self, storage: Storage, name: str, manifest: Manifest) -> None:
         self._storage = storage
         self.name = name
+        self.location = storage.join(name)
         self.manifest = manifest
-
-    def __repr__(self) -> str:
-        return f"Found({self.location!r})"
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps done when it was saved."""
-        return self.manifest.step
-
-    @property
-    def meta(self) -> dict[str, Any]:
-        """What the engine saved beside the parts."""
-        return self.manifest.meta
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """Metrics that were measured at this step."""
-        return self.manifest.metrics
-
-    @property
-    def parts(self) -> list[str]:
-        """Names that :meth:`load` takes."""
-        return [name.removesuffix(".pt") for name in self.manifest.files if name.endswith(".pt")]
-
-    @property
-    def location(self) -> str:
-        """Path or URL of its directory."""
-        return self._storage.join(self.name)
+        self.step, self.meta, self.metrics = manifest.step, manifest.meta, manifest.metrics
+        self.parts = [file.removesuffix(".pt") for file in manifest.files if file.endswith(".pt")]
 
     def load(self, part: str, map_location: Any = "cpu") -> Any:
         """The state tree of a part, from bytes that were checked just before. Runs no code from the file.
@@ -93,14 +76,10 @@ class Found:
             DamagedError: its bytes aren't those that were published.
             StorageError: it can't be read now.
         """
-        entry = self.manifest.files.get(f"{part}.pt")
-        if entry is None:
+        if part not in self.parts:
             raise CheckpointError(f"{self.location} has no part {part!r}; it has {', '.join(self.parts)}")
-        try:
-            raw = self._storage.read_bytes(f"{self.name}/{entry.key}")
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-            raise DamagedError(f"{part}.pt", "missing") from None
-        _compare(f"{part}.pt", entry, len(raw), hashlib.sha256(raw).hexdigest())
+        raw = self._read(f"{part}.pt", self._storage.read_bytes)
+        self._compare(f"{part}.pt", len(raw), hashlib.sha256(raw).hexdigest())
         try:
             return torch.load(io.BytesIO(raw), map_location=map_location, weights_only=True)
         except pickle.UnpicklingError as error:
@@ -115,19 +94,21 @@ class Found:
         Raises:
             DamagedError: naming the first file that isn't as it was published.
         """
-        for name, entry in self.manifest.files.items():
-            try:
-                length, digest = self._storage.digest(f"{self.name}/{entry.key}")
-            except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-                raise DamagedError(name, "missing") from None
-            _compare(name, entry, length, digest)
+        for file in self.manifest.files:
+            self._compare(file, *self._read(file, self._storage.digest))
 
+    def _read(self, file: str, how: Callable[[str], T]) -> T:
+        try:
+            return how(f"{self.name}/{self.manifest.files[file].key}")
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            raise DamagedError(file, "missing") from None
 
-def _compare(name: str, entry: FileEntry, length: int, digest: str) -> None:
-    if length != entry.bytes:
-        raise DamagedError(name, f"{length} bytes, but {entry.bytes} were published")
-    if digest != entry.sha256:
-        raise DamagedError(name, f"its sha256 is {digest[:12]}..., but {entry.sha256[:12]}... was published")
+    def _compare(self, file: str, length: int, digest: str) -> None:
+        entry = self.manifest.files[file]
+        if length != entry.bytes:
+            raise DamagedError(file, f"{length} bytes, but {entry.bytes} were published")
+        if digest != entry.sha256:
+            raise DamagedError(file, f"its sha256 is {digest[:12]}..., but {entry.sha256[:12]}... was published")
 
 
 class CheckpointStore:
@@ -148,7 +129,7 @@ class CheckpointStore:
 
     def asides(self) -> list[str]:
         """Names of what was set aside."""
-        return [name for name in self.storage.list() if ASIDE.fullmatch(name)]
+        return [name for name in self.storage.list() if _ASIDE.fullmatch(name)]
 
     def open(self, step: int) -> Found | None:
         """The published checkpoint of a step with its manifest checked, its other files not yet; ``None`` if none.
@@ -193,10 +174,8 @@ class CheckpointStore:
     def ranked(self, metric: str, mode: str) -> list[int]:
         """Steps from the best to the worst by ``metric`` (``mode`` is ``min`` or ``max``); of equal ones the first."""
         sign = {"min": 1.0, "max": -1.0}[mode]
-        return [
-            step
-            for _, step in sorted((sign * f.metrics[metric], f.step) for f in self.published() if metric in f.metrics)
-        ]
+        measured = [found for found in self.published() if metric in found.metrics]
+        return [found.step for found in sorted(measured, key=lambda found: (sign * found.metrics[metric], found.step))]
 
     def best(self, metric: str, mode: str) -> Found | None:
         """The best of the whole ones, or ``None`` if none has the metric."""
@@ -224,19 +203,20 @@ class CheckpointStore:
         """Check every file of every checkpoint, the oldest first; then what was set aside."""
         rows = []
         for step in self.steps():
-            state, reason = "good", ""
             try:
                 found = self.open(step)
                 if found is None:
                     continue
                 found.verify()
+                rows.append(Row(step, found.name, "good"))
             except DamagedError as error:
-                state, reason = "damaged", str(error)
+                rows.append(Row(step, step_name(step), "damaged", str(error)))
             except NewerFormatError as error:
-                state, reason = "newer", str(error)
-            rows.append(Row(step, step_name(step), state, reason))
-        asides = [(name, match) for name in self.asides() if (match := ASIDE.fullmatch(name))]
-        return rows + [Row(int(match[2]), name, "set aside", match[1]) for name, match in asides]
+                rows.append(Row(step, step_name(step), "newer", str(error)))
+        for name in self.asides():
+            kind, step_text = name.split("-")[0], name.split("-")[2]
+            rows.append(Row(int(step_text), name, "set aside", kind))
+        return rows
 
     def records(self, step: int) -> Iterator[dict[str, Any]]:
         """What was written about manifests of a step when they were set aside (under a URL)."""
@@ -280,7 +260,7 @@ class CheckpointStore:
         self.log(f"checkpoint {step_name(step)} is damaged ({error}): passed over")
 
 
-def find_at(location: str, log: Callable[[str], None] = print, **options: Any) -> Found:
+def find_at(location: str, log: Callable[[str], None] = print) -> Found:
     """The checkpoint at a path or URL: of a checkpoint itself, of a ``checkpoints`` directory or of a run.
 
     Raises:
@@ -288,8 +268,8 @@ def find_at(location: str, log: Callable[[str], None] = print, **options: Any) -
     """
     parent, _, name = location.rstrip("/").rpartition("/")
     if _STEP.fullmatch(name):
-        return CheckpointStore(Storage(parent or ".", **options), log).find(name)
-    storage = Storage(location, **options)
+        return CheckpointStore(Storage(parent or "."), log).find(name)
+    storage = Storage(location)
     if not any(_STEP.fullmatch(entry) for entry in storage.list()):
         storage = storage.sub("checkpoints")
     return CheckpointStore(storage, log).find("last")

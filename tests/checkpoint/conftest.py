@@ -71,6 +71,8 @@ class Cable:
     def heal(self) -> None:
         """Let connections through (on the same port as before)."""
         self.budget = None
+        if self._listener is not None:
+            return  # a slow machine: it has not been cut yet
         listener = socket.create_server(("127.0.0.1", self.port))
         self.port = listener.getsockname()[1]
         self._listener = listener

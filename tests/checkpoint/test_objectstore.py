@@ -152,6 +152,22 @@ def test_a_publication_whose_answer_is_lost_for_good_is_whole_all_the_same(
     assert_whole(manager_at(Storage(s3_url)).newest(), 2)
 
 
+def test_a_publication_that_the_clients_library_sent_twice_keeps_its_data(
+    s3_url: str, manager_at: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """botocore and gcsfs try again by themselves: where the first answer was lost, the second is that it is there."""
+    storage = Storage(s3_url)
+    real = storage._create
+
+    def create(name: str, data: bytes) -> None:
+        real(name, data)
+        real(name, data)
+
+    monkeypatch.setattr(storage, "_create", create)
+    save(manager_at(storage), 1)
+    assert_whole(CheckpointStore(storage).newest(), 1)
+
+
 def test_a_replaced_one_that_cannot_be_deleted_does_not_undo_its_successor(
     s3_url: str, manager_at: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
