@@ -28,7 +28,7 @@ from dist_train.engine.trace import Trace
 from dist_train.engine.trainer import Parts, Progress, Trainer
 from dist_train.runtime.control import SAVE, STOP, Control, watch_file
 from dist_train.runtime.world import World
-from dist_train.tracking.logger import Logger, NullLogger
+from dist_train.tracking.logger import Logger, open_logger
 
 if TYPE_CHECKING:
     from dist_train.checkpoint.manager import CheckpointManager
@@ -80,10 +80,10 @@ def assemble(
     config, world = blueprint.config, blueprint.world
     progress, state = _restore(pieces, console, checkpoints, decision)
     control = Control(world.rank, world.size, world.clone_store(), _file_sources(run, world))
-    logger = NullLogger()
+    logger = Logger()
     if world.is_main:
         pending = ("val", "test") if progress.evaluation_due else ("test",)
-        logger = Logger(run, config, console=console, start_step=progress.step, attempt=attempt, pending=pending)
+        logger = open_logger(run.root, config, console, start_step=progress.step, pending=pending)
     parts = Parts(
         config=config,
         world=world,

@@ -61,7 +61,7 @@ class Pictures(Callback):
                 batch = prepare(batch, epoch, indices)
                 if self._seen != trainer.step:
                     self._seen = trainer.step
-                    if show is not None and show.due():
+                    if images is not None and show is not None and show.due():
                         self._rows = first_rows(batch, images.samples)
                         self._try("images", self._show_images, trainer)
                     if self.config.graph and trainer.step == 0:
@@ -122,7 +122,7 @@ class Pictures(Callback):
 
     def _show_graph(self, trainer: Trainer, batch: Any) -> None:
         got: list[Any] = []
-        _look(trainer, first_rows(batch, 1), got.append, lambda *_: None)
+        _look(trainer, first_rows(batch, 1), got.append, lambda name, output: None)
         inputs = got[0] if isinstance(got[0], tuple) else (got[0],)
         if not all(isinstance(part, Tensor) for part in inputs):
             raise ValueError("only a model whose inputs are tensors by position can be traced")
@@ -158,7 +158,7 @@ class _Every:
 
 
 def _look(
-    trainer: Trainer, batch: Any, on_inputs: Callable[[Any], object], on_layer: Callable[[str, Any], object]
+    trainer: Trainer, batch: Any, on_inputs: Callable[[Any], object], on_layer: Callable[[str, Any], None]
 ) -> None:
     """Run a batch through the model, in eval mode, and hand over what goes in and what each layer gives."""
     model, parts = trainer.model, trainer.parts

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from dist_train.engine.trace import Trace
     from dist_train.runtime.world import World
     from dist_train.tracking.console import Console
-    from dist_train.tracking.logger import NullLogger
+    from dist_train.tracking.logger import Logger
 
 STATUS_SECONDS = 10.0
 
@@ -43,7 +43,7 @@ class Parts:
     world: World
     run: RunDir
     console: Console
-    logger: NullLogger
+    logger: Logger
     control: Control
     plan: Plan
     model: nn.Module

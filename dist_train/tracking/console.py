@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from dist_train.config.secrets import mask
@@ -21,56 +22,35 @@ __all__ = ["Console", "setup_logging"]
 
 
 class _Stream:
-    """A text stream whose reader may go away (`| head`, a closed terminal): from then on it is quiet."""
+    """A text stream without secrets, whose reader may go away (`| head`, a closed terminal): from then on it is quiet."""
 
     def __init__(self, stream: TextIO | None) -> None:
-        self._stream = stream  # pythonw and some services have no stdout at all
+        # Some services have no stdout at all.
+        self._stream: Any = _nowhere() if stream is None or stream.closed else stream
+        if hasattr(self._stream, "reconfigure"):
+            self._stream.reconfigure(errors="replace")  # a C locale
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        text = mask(text)
-        try:
-            if self._stream is not None:
-                try:
-                    self._stream.write(text)
-                except UnicodeEncodeError:  # a C locale
-                    code = self._stream.encoding or "ascii"
-                    self._stream.write(text.encode(code, "replace").decode(code))
-        except (OSError, ValueError):  # gone, or closed
-            self._lost()
+        self._quietly(lambda: self._stream.write(mask(text)))
         return len(text)
 
     def flush(self) -> None:
+        self._quietly(lambda: self._stream.flush())
+
+    def _quietly(self, act: Callable[[], object]) -> None:
         try:
-            if self._stream is not None:
-                self._stream.flush()
-        except (OSError, ValueError):
-            self._lost()
+            act()
+        except (OSError, ValueError):  # gone, or closed
+            lost, self._stream = self._stream, _nowhere()
+            with contextlib.suppress(OSError, ValueError):  # Python flushes what is left when it exits (docs: SIGPIPE)
+                os.dup2(self._stream.fileno(), lost.fileno())
 
-    def isatty(self) -> bool:
-        try:
-            return self._stream is not None and self._stream.isatty()
-        except (OSError, ValueError):
-            return False
 
-    def fileno(self) -> int:
-        if self._stream is None:
-            raise OSError("no such stream")
-        return self._stream.fileno()
-
-    @property
-    def encoding(self) -> str:
-        return getattr(self._stream, "encoding", None) or "utf-8"
-
-    def _lost(self) -> None:
-        """Without the second half Python would fail at exit, when it flushes what is left (docs: SIGPIPE)."""
-        stream, self._stream = self._stream, None
-        try:
-            if stream in (sys.__stdout__, sys.__stderr__) and stream is not None:
-                null = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(null, stream.fileno())
-                os.close(null)
-        except (OSError, ValueError):
-            pass
+def _nowhere() -> TextIO:
+    return open(os.devnull, "w")
 
 
 def wants_live(stream: Any) -> bool:
@@ -99,7 +79,10 @@ class Console:
 
     def start_block(self, lines: Sequence[tuple[str, str]]) -> None:
         """The block at the start: (label, value) pairs in two columns."""
-        self._block(lines)
+        text = "\n".join(two_columns(lines))
+        for line in text.splitlines():
+            self._log.info("%s", line)
+        self._print(text + "\n")
 
     def begin(self, step: int, total_steps: int | None, epoch: int = 0, epochs: int | None = None) -> None:
         """Starts the clock that the time left is told by, and the live bar. `step`: done so far (resumed runs)."""
@@ -109,7 +92,7 @@ class Console:
         try:
             from dist_train.tracking.live import Live
 
-            self._live = Live(self, self._out, step, total_steps, epoch, epochs)
+            self._live = Live(self._out, lambda: self.step, total_steps, self._epoch(epoch))
         except Exception as error:  # a broken rich or terminal: plain lines do as well
             self._log.warning("no live bar: %r", error, extra={"shown": True})
 
@@ -128,13 +111,23 @@ class Console:
         self.step = step
         if not self.rank0:
             return
-        left = self._seconds_left(step, total_steps) if left is None else left
-        line = self._line(step, total_steps, epoch, metrics, left)
-        self._log.info("%s", line)
+        first, since = self._began = self._began or (step, time.monotonic())
+        if left is None and total_steps is not None and step > first:
+            left = (time.monotonic() - since) / (step - first) * (total_steps - step)
+        of = "" if total_steps is None else f"/{total_steps}"
+        line = f"{self._epoch(epoch)}  step {step:>{max(0, len(of) - 1)}}{of}"
+        rate = metrics.get("samples_per_s")
+        tail = "" if rate is None else f"  {format_number('samples_per_s', rate)} samples/s"
+        tail += "" if left is None else f"  eta {format_seconds(left)}"
+        for name, value in metrics.items():
+            piece = f"  {name} {format_number(name, value)}"
+            if name != "samples_per_s" and len(line) + len(piece) + len(tail) <= WIDTH:
+                line += piece
+        self._log.info("%s", line + tail)
         if self._live is not None:
-            self._live.update(total_steps, epoch, metrics, left)
+            self._live.show(total_steps, self._epoch(epoch), metrics, left)
         else:
-            self._print(line)
+            self._print(line + tail)
 
     def evaluation(self, split: str, step: int, metrics: Mapping[str, float]) -> None:
         """After an evaluation: a table on a terminal, a line in a log. `eval_samples` is the count of its samples."""
@@ -154,73 +147,43 @@ class Console:
     def note(self, text: str) -> None:
         """A line for the person; in the log file as well."""
         self._log.info("%s", text)
-        if self.rank0:
-            self._print(text)
+        self._print(text)
 
     def warn(self, text: str) -> None:
         """A warning: on stderr (above the live bar where there is one) and in the log file."""
         self._log.warning("%s", text, extra={"shown": True})
-        if self.rank0:
-            self._show_warning(text)
+        self._show_warning(text)
 
     def end_block(self, lines: Sequence[tuple[str, str]]) -> None:
         """The block at the end; the live bar goes."""
         if self._live is not None:
             self._stop_live()
             self._print("")
-        self._block(lines)
+        self.start_block(lines)
 
     def close(self) -> None:
         """Leaves the terminal and Python's logging as they were found; a second call does nothing."""
         self._stop_live()
         self._capture.close()
 
-    def _block(self, lines: Sequence[tuple[str, str]]) -> None:
-        text = "\n".join(two_columns(lines))
-        for line in text.splitlines():
-            self._log.info("%s", line)
-        if self.rank0:
-            self._print(text + "\n")
-
     def _stop_live(self) -> None:
         live, self._live = self._live, None
         if live is not None:
             live.stop()
 
-    def _seconds_left(self, step: int, total: int | None) -> float | None:
-        if self._began is None:
-            self._began = (step, time.monotonic())
-        first, since = self._began
-        if total is None or step <= first:
-            return None
-        return (time.monotonic() - since) / (step - first) * (total - step)
-
-    def _line(self, step: int, total: int | None, epoch: int, metrics: Mapping[str, float], left: float | None) -> str:
-        of = "" if total is None else f"/{total}"
-        ages = "" if self._epochs is None else f"/{self._epochs}"
-        line = f"epoch {epoch:>{max(0, len(ages) - 1)}}{ages}  step {step:>{max(0, len(of) - 1)}}{of}"
-        rate = metrics.get("samples_per_s")
-        tail = "" if rate is None else f"  {format_number('samples_per_s', rate)} samples/s"
-        tail += "" if left is None else f"  eta {format_seconds(left)}"
-        for name, value in metrics.items():
-            piece = f"  {name} {format_number(name, value)}"
-            if name != "samples_per_s" and len(line) + len(piece) + len(tail) <= WIDTH:
-                line += piece
-        return line + tail
+    def _epoch(self, epoch: int) -> str:
+        of = "" if self._epochs is None else f"/{self._epochs}"
+        return f"epoch {epoch:>{max(0, len(of) - 1)}}{of}"
 
     def _show_warning(self, text: str) -> None:
+        self._print(f"warning: {text}", self._err, "yellow")
+
+    def _print(self, text: str, stream: _Stream | None = None, style: str | None = None) -> None:
         live = self._live  # another thread may end it meanwhile
         if live is not None:
-            live.print(f"warning: {text}", style="yellow")
-        else:
-            self._print(f"warning: {text}", self._err)
-
-    def _print(self, text: str, stream: _Stream | None = None) -> None:
-        live = self._live
-        if live is not None:
-            live.print(text)
-            return
-        with self._lock:
-            stream = stream or self._out
-            stream.write(text + "\n")
-            stream.flush()
+            live.say(text, style)
+        elif self.rank0:
+            with self._lock:
+                stream = stream or self._out
+                stream.write(text + "\n")
+                stream.flush()

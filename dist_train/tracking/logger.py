@@ -2,80 +2,44 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from dist_train.tracking.console import Console
 from dist_train.tracking.records import RecordFile, cut_back, make_row
-from dist_train.tracking.sinks import SinkThread, TensorBoard, Wandb
+from dist_train.tracking.sinks import SinkThread, TensorBoard
+from dist_train.tracking.wandb_run import Wandb
+
+if TYPE_CHECKING:
+    from dist_train.config.schema import Config
+    from dist_train.tracking.console import Console
 
 
-class RunDirectory(Protocol):
-    """What the logger needs of a run's directory."""
+def open_logger(
+    folder: Path, config: Config, console: Console, *, start_step: int = 0, pending: Collection[str] = ()
+) -> Logger:
+    """Rank 0's logger of a run, whose metrics.jsonl is cut back to `start_step`, the step that the run goes on from.
 
-    def path(self, name: str) -> str | os.PathLike[str]:
-        """A local path for `name`."""
-        ...
-
-
-class NullLogger:
-    """The logger of ranks other than 0: takes everything, keeps nothing."""
-
-    def row(self, split: str, step: int, epoch: int | float, samples: int, metrics: Mapping[str, Any]) -> None:
-        """Takes a row."""
-
-    def text(self, name: str, text: str) -> None:
-        """Takes a text."""
-
-    def image(self, name: str, step: int, picture: Any) -> None:
-        """Takes a picture."""
-
-    def histogram(self, name: str, step: int, values: Any) -> None:
-        """Takes values to bin."""
-
-    def graph(self, model: Any, inputs: Any, timeout: float = 600.0) -> None:
-        """Takes a model."""
-
-    def flush(self, wait: float = 0.0) -> None:
-        """Nothing to bring to disk."""
-
-    def close(self, outcome: str, timeout: float = 15.0) -> None:
-        """Nothing to close."""
-
-
-class Logger(NullLogger):
-    """Rank 0's logger. Creating it cuts metrics.jsonl back to `start_step`, the step that the run goes on from.
-
-    run: gives local paths (`run.path("metrics.jsonl")`). config: the run's config; `config.tracking` chooses the views.
-    start_step: 0 for a new run. attempt: the number of this start. pending: splits that will be evaluated again at
-    start_step (see records.cut_back).
+    Args:
+        folder: the run's directory on this host. config: its `tracking` chooses the views.
+        pending: splits that will be evaluated again at `start_step` (see records.cut_back).
     """
+    cut_back(folder / "metrics.jsonl", start_step, pending)
+    views = []
+    if config.tracking.tensorboard:
+        views.append(SinkThread("tensorboard", lambda: TensorBoard(folder / "tensorboard", start_step), console.warn))
+    if config.tracking.wandb is not None and config.tracking.wandb.mode != "disabled":
+        settings, known = config.tracking.wandb.model_dump(exclude_none=True), config.to_dict()
+        views.append(SinkThread("wandb", lambda: Wandb(folder, settings, known, console.note), console.warn))
+    return Logger(RecordFile(folder / "metrics.jsonl"), views)
 
-    def __init__(
-        self,
-        run: RunDirectory,
-        config: Any,
-        *,
-        console: Console,
-        start_step: int = 0,
-        attempt: int = 0,
-        pending: Collection[str] = (),
-    ) -> None:
-        path = Path(run.path("metrics.jsonl"))
-        cut_back(path, start_step, pending)
-        self._record = RecordFile(path)
-        self._views: list[SinkThread] = []
-        if config.tracking.tensorboard:
-            folder = Path(run.path("tensorboard"))
-            self._views.append(SinkThread("tensorboard", lambda: TensorBoard(folder, start_step), console.warn))
-        wandb: Any = getattr(config.tracking, "wandb", None)
-        settings = wandb.model_dump(exclude_none=True) if hasattr(wandb, "model_dump") else dict(wandb or {})
-        if settings and settings.get("mode") != "disabled":
-            root, known = path.parent, config.to_dict()
-            self._views.append(SinkThread("wandb", lambda: Wandb(root, settings, known, console.note), console.warn))
+
+class Logger:
+    """What is recorded. Ranks other than 0 have one without a file and without views, which keeps nothing."""
+
+    def __init__(self, record: RecordFile | None = None, views: Collection[SinkThread] = ()) -> None:
+        self._record, self._views = record, views
 
     def row(self, split: str, step: int, epoch: int | float, samples: int, metrics: Mapping[str, Any]) -> None:
         """One row: {"time", "step", "epoch", "samples", "split", **metrics}, flushed before this returns.
@@ -83,13 +47,10 @@ class Logger(NullLogger):
         split: train, val or test. step: from 1. samples: consumed since the run's beginning. metrics: numbers.
         Raises ValueError for a metric named like a field, OSError when metrics.jsonl can't be written.
         """
-        row = make_row(split, step, epoch, samples, metrics)
-        self._record.append(row)
-        self._put("row", row)
-
-    def text(self, name: str, text: str) -> None:
-        """A text (markdown) for the views that show one, such as the config."""
-        self._put("text", name, text)
+        if self._record is not None:
+            row = make_row(split, step, epoch, samples, metrics)
+            self._record.append(row)
+            self._put("row", row)
 
     def image(self, name: str, step: int, picture: Any) -> None:
         """A picture: a NumPy array (H, W) or (H, W, 3), uint8 or float in [0, 1], that nobody writes to afterwards."""
@@ -112,15 +73,17 @@ class Logger(NullLogger):
         It costs an fsync, and may be called from the thread that publishes. The views are told to flush too; `wait` is
         for how many seconds that is waited for (before their files are uploaded).
         """
-        self._record.sync()
-        self._put("flush", wait=wait)
+        if self._record is not None:
+            self._record.sync()
+            self._put("flush", wait=wait)
 
     def close(self, outcome: str, timeout: float = 15.0) -> None:
         """The end of this start: outcome is completed, preempted or failed.
 
         Takes at most `timeout` seconds; a view that isn't done by then is given up with a warning.
         """
-        self._record.close()
+        if self._record is not None:
+            self._record.close()
         end = time.monotonic() + timeout
         for view in self._views:
             view.close(outcome, end - time.monotonic())

@@ -85,56 +85,43 @@ def cut_back(path: str | os.PathLike[str], step: int, pending: Collection[str] =
     follows. Rows stand in the order of their steps, so what goes is the file's end: one truncation, which is atomic and
     costs the same however long the file is. Synced. Returns the number of bytes dropped; 0 where there is no file.
     """
-    path = Path(path)
-    if not path.exists():
+    if not Path(path).exists():
         return 0
     with open(path, "r+b") as file:
-        size = file.seek(0, os.SEEK_END)
-        start, end = size, size
-        while start > 0:
-            start = max(0, size - max(_BLOCK, 2 * (size - start)))
-            file.seek(start)
-            lines = file.read(size - start).splitlines(keepends=True)
-            at = start
-            if start > 0:  # the first piece is the end of a line
+        size = end = file.seek(0, os.SEEK_END)
+        back, settled = 0, False
+        while back < size and not settled:
+            back = min(size, max(_BLOCK, 2 * back))
+            at, end, seen = file.seek(size - back), size, 0
+            lines = file.read().splitlines(keepends=True)
+            if back < size:  # the first piece is the end of a line
                 at += len(lines.pop(0))
-            end, found = _first_to_drop(lines, at, step, pending)
-            if found:
-                break
+            for line in lines:
+                row = _parse(line)
+                # Only train rows show that nothing before goes: a test row has the step of the best checkpoint.
+                if row is not None and row["step"] < step and row.get("split") == "train":
+                    end, settled = size, True
+                elif end == size and (row is None or row["step"] > step or _again(row, step, seen, pending)):
+                    end = at
+                seen = max(seen, row["step"]) if row is not None else seen
+                at += len(line)
         if end < size:
             file.truncate(end)
             os.fsync(file.fileno())
     return size - end
 
 
-def _first_to_drop(lines: list[bytes], at: int, step: int, pending: Collection[str]) -> tuple[int, bool]:
-    """Offset of the first line to drop (else the end), and whether an earlier row shows that nothing before it goes.
-
-    Only train rows show that: a test row stands at the end, with the step of the best checkpoint.
-    """
-    end, found, seen = None, False, 0
-    for line in lines:
-        row = _parse(line)
-        if row is not None and row["step"] < step and row.get("split") == "train":
-            end, found = None, True
-        elif end is None and (row is None or row["step"] > step or _is_pending(row, step, seen, pending)):
-            end = at
-        seen = max(seen, row["step"]) if row is not None else seen
-        at += len(line)
-    return (at if end is None else end), found
-
-
-def _is_pending(row: Row, step: int, seen: int, pending: Collection[str]) -> bool:
+def _again(row: Row, step: int, seen: int, pending: Collection[str]) -> bool:
     return row.get("split") in pending and (row["step"] == step or row["step"] < seen)
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[Row]:
     """All whole rows in the order of the file, null metrics as NaN; [] where there is no file."""
-    path = Path(path)
-    if not path.exists():
+    try:
+        with open(path, "rb") as file:
+            rows = [row for row in map(_parse, file) if row is not None]
+    except FileNotFoundError:
         return []
-    with open(path, "rb") as file:
-        rows = [row for row in map(_parse, file) if row is not None]
     for row in rows:
         row.update({key: math.nan for key, value in row.items() if value is None})
     return rows

@@ -213,6 +213,24 @@ def test_a_terminal_gets_a_live_bar_and_a_table_for_each_evaluation(tmp_path: Pa
     assert got.rfind("\x1b[?25h") > got.rfind("\x1b[?25l")  # the cursor is back
 
 
+@pytest.mark.parametrize("columns", [40, 60, 80])
+def test_a_narrow_terminal_leaves_out_figures_and_cuts_none(columns: int) -> None:
+    from dist_train.tracking.live import Live
+
+    out = io.StringIO()
+    live = Live(out, lambda: 190, 380, "epoch 1/20")
+    live.console.width = columns
+    live.evaluation("val", 190, {"loss": 0.5, "accuracy": 0.97}, "")
+    live.show(380, "epoch 3/20", {"loss": 0.432, "samples_per_s": 12345.6}, 75.0)
+    live.stop()
+    last = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue()).splitlines()[-1]
+    assert len(last) <= columns
+    assert re.match("epoch 3/20  \u2501{6}", last)
+    assert last.split("  ", 2)[2].startswith("190/380")
+    assert ("0.9700" in last) == (columns == 80)
+    assert "\u2026" not in last
+
+
 @pytest.mark.parametrize("name", ["NO_COLOR", "CI"])
 def test_a_terminal_with_no_color_or_ci_gets_plain_lines(tmp_path: Path, name: str) -> None:
     code, got = on_terminal(tmp_path, **{name: "1"})

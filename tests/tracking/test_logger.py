@@ -18,17 +18,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dist_train.tracking import logger as logger_module
-from dist_train.tracking.logger import Logger, NullLogger
+from dist_train.tracking.logger import Logger, open_logger
 from dist_train.tracking.records import read_rows
-from dist_train.tracking.sinks import Sink, SinkThread
-
-
-class Run:
-    def __init__(self, root: Path) -> None:
-        self.root = root
-
-    def path(self, name: str) -> Path:
-        return self.root / name
+from dist_train.tracking.sinks import SinkThread
 
 
 class Warnings(list[str]):
@@ -39,7 +31,7 @@ class Warnings(list[str]):
 def make(root: Path, tensorboard: bool = True, **more: Any) -> tuple[Logger, Warnings]:
     said = Warnings()
     config = SimpleNamespace(tracking=SimpleNamespace(tensorboard=tensorboard, wandb=None))
-    return Logger(Run(root), config, console=said, **more), said  # type: ignore[arg-type]
+    return open_logger(root, config, said, **more), said  # type: ignore[arg-type]
 
 
 def scalars(root: Path, tag: str) -> list[tuple[int, float]]:
@@ -56,7 +48,6 @@ def test_rows_reach_the_record_at_once_and_tensorboard_in_the_end(tmp_path: Path
         "train",
         "val",
     ]
-    log.text("config", "seed: 0")
     log.close("completed", timeout=60)
     assert said == []
     assert scalars(tmp_path, "train/loss") == [(50, 0.5)]
@@ -69,7 +60,7 @@ def test_a_resumed_run_has_every_step_once_in_record_and_tensorboard(tmp_path: P
     for step in (10, 20, 30, 40):
         log.row("train", step, 1, step, {"loss": 1.0 * step})
     log.close("failed", timeout=60)
-    log, said = make(tmp_path, start_step=20, attempt=1)
+    log, said = make(tmp_path, start_step=20)
     for step in (30, 40, 50):
         log.row("train", step, 1, step, {"loss": 100.0 * step})
     log.close("completed", timeout=60)
@@ -91,13 +82,11 @@ def test_tensorboard_is_imported_only_when_the_first_row_arrives_and_never_if_it
     script = """
 import sys, pathlib, types
 from dist_train.tracking.console import Console
-from dist_train.tracking.logger import Logger
-class Run:
-    def path(self, name): return pathlib.Path(sys.argv[1], name)
+from dist_train.tracking.logger import open_logger
 def heavy(): return sorted({"torch", "tensorboard", "rich", "matplotlib", "wandb"} & set(sys.modules))
 for on in (False, True):
     config = types.SimpleNamespace(tracking=types.SimpleNamespace(tensorboard=on, wandb=None))
-    log = Logger(Run(), config, console=Console(True))
+    log = open_logger(pathlib.Path(sys.argv[1]), config, Console(True))
     if not on: log.row("train", 1, 1, 1, {"loss": 1.0})
     print(heavy())
 log.row("train", 1, 1, 1, {"loss": 1.0})
@@ -108,7 +97,7 @@ print("tensorboard" in sys.modules)
     assert done.stdout.splitlines() == ["[]", "[]", "True"], done.stderr
 
 
-class Broken(Sink):
+class Broken:
     def row(self, row: Any) -> None:
         raise RuntimeError("no space left on device")
 
@@ -141,7 +130,7 @@ def test_a_sink_that_hangs_costs_a_bounded_time_and_one_warning(
 ) -> None:
     never = threading.Event()
 
-    class Hanging(Sink):
+    class Hanging:
         def row(self, row: Any) -> None:
             never.wait()
 
@@ -192,14 +181,31 @@ def test_a_record_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
         log.row("train", 1, 1, 1, {"loss": 1.0})
 
 
-def test_other_ranks_have_a_logger_that_keeps_nothing() -> None:
-    log = NullLogger()
+def test_other_ranks_have_a_logger_that_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    log = Logger()
     log.row("train", 1, 1, 1, {"loss": 1.0})
-    log.text("config", "x")
+    log.image("inputs", 0, np.zeros((2, 2)))
     log.flush()
     log.close("completed")
-    public = {name for name in dir(Logger) if not name.startswith("_")}
-    assert public == {name for name in dir(NullLogger) if not name.startswith("_")}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_graph_that_cannot_be_traced_is_told_and_the_rest_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Strange(torch.nn.Module):
+        def forward(self, x: Any) -> Any:
+            raise RuntimeError("not today")
+
+    log, said = make(tmp_path)
+    log.graph(Strange(), torch.zeros(1, 4))
+    log.row("train", 1, 1, 1, {"loss": 1.0})
+    log.close("completed", timeout=60)
+    assert said == []
+    assert "TensorBoard has no graph, torch.jit.trace failed: RuntimeError: not today" in caplog.text
+    assert capsys.readouterr() == ("", "")
+    assert scalars(tmp_path, "train/loss") == [(1, 1.0)]
 
 
 def test_pictures_histograms_and_graph_are_read_back_by_tensorboard(tmp_path: Path) -> None:

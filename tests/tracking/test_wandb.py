@@ -15,19 +15,21 @@ from typing import Any
 import pytest
 from wandb.proto.wandb_internal_pb2 import Record
 
-from dist_train.tracking import wandb_child
-from dist_train.tracking.logger import Logger
+from dist_train.config.schema import WandbConfig
+from dist_train.tracking import wandb_run
+from dist_train.tracking.logger import Logger, open_logger
 from dist_train.tracking.records import read_rows
 
 SCRIPT = """
 import os, pathlib, signal, sys, types
 from dist_train.tracking.console import Console
-from dist_train.tracking.logger import Logger
+from dist_train.tracking.logger import open_logger
+from dist_train.config.schema import WandbConfig
 root, first, last, end = pathlib.Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-tracking = types.SimpleNamespace(tensorboard=False, wandb={"project": "p", "mode": "offline", "tags": ["a"]})
+wandb = WandbConfig(project="p", mode="offline", tags=["a"])
+tracking = types.SimpleNamespace(tensorboard=False, wandb=wandb)
 config = types.SimpleNamespace(tracking=tracking, to_dict=lambda: {"optimizer": {"lr": 0.1}})
-run = types.SimpleNamespace(path=lambda name: root / name)
-log = Logger(run, config, console=Console(True), start_step=first)
+log = open_logger(root, config, Console(True), start_step=first)
 for step in range(first + 1, last + 1):
     log.row("train", step, 1, step * 64, {"loss": 1 / step, "bad": float("nan")})
     if step % 5 == 0:
@@ -78,7 +80,7 @@ def summaries(path: Path) -> dict[str, str]:
 
 
 def points(root: Path, name: str) -> list[int]:
-    rows = [row for path in files(root) for row in wandb_child.read_offline(path)]
+    rows = [row for path in files(root) for row in wandb_run.read_offline(path)]
     return [row["global_step"] for row in rows if name in row]
 
 
@@ -115,9 +117,9 @@ def test_points_that_never_reached_wandb_come_from_the_record(tmp_path: Path) ->
 
 def logger(root: Path, wandb: dict[str, Any] | None) -> tuple[Logger, list[str]]:
     said: list[str] = []
-    config = SimpleNamespace(tracking=SimpleNamespace(tensorboard=False, wandb=wandb), to_dict=dict)
-    run = SimpleNamespace(path=lambda name: root / name)
-    return Logger(run, config, console=SimpleNamespace(warn=said.append, note=said.append)), said  # type: ignore[arg-type]
+    settings = WandbConfig(**wandb) if wandb is not None else None
+    config = SimpleNamespace(tracking=SimpleNamespace(tensorboard=False, wandb=settings), to_dict=dict)
+    return open_logger(root, config, SimpleNamespace(warn=said.append, note=said.append)), said  # type: ignore[arg-type]
 
 
 def test_a_wandb_that_is_not_logged_in_costs_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Weights & Biases, in a process of its own (python -m dist_train.tracking.wandb_child) that reads JSON lines.
+"""Weights & Biases, in a process of its own that reads JSON lines: `Wandb` starts it, `main` is it.
 
 Why a process: a wandb that hangs can then be ended (inside the training its exit hook would hold up the exit for ever),
 its threads don't compete with the training loop for the GIL, and when the training is killed, what was logged is still
@@ -14,17 +14,77 @@ import os
 import secrets
 import signal
 import struct
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from dist_train.tracking.records import FIELDS, Row, read_rows
+from dist_train.tracking.records import FIELDS, Row, encode, read_rows
 
 LEAVE = 60.0  # seconds to finish in once the training is gone
-KEY = tuple[str, int]
+
+
+class Wandb:
+    """The training's end: a sink that writes lines into the process's stdin, and says with wandb's words what failed."""
+
+    def __init__(
+        self, folder: Path, settings: Mapping[str, Any], config: Mapping[str, Any], note: Callable[[str], None]
+    ) -> None:
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        with open(folder / "logs" / "wandb.log", "ab") as log:
+            self._child = subprocess.Popen(
+                [sys.executable, "-P", "-m", "dist_train.tracking.wandb_run"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True,
+                env=os.environ | {"WANDB_SILENT": "true", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            )  # fmt: skip
+        assert self._child.stdin is not None
+        assert self._child.stdout is not None
+        self._to, self._from, self._note = self._child.stdin, self._child.stdout, note
+        os.set_blocking(self._from.fileno(), False)
+        init = {"name": folder.name, "config": dict(config), **settings}
+        self._say("open", {"folder": str(folder), "trainer": os.getpid(), "init": init})
+
+    def row(self, row: Row) -> None:
+        """Sends a row; raises RuntimeError with wandb's message once it has failed."""
+        self._say("row", json.loads(encode(row)))
+
+    def flush(self) -> None:
+        """Only hears what it says: the process writes as it goes."""
+        self._listen()
+
+    def close(self, outcome: str) -> None:
+        """Waits until wandb has written or uploaded everything."""
+        self._say("close", outcome)
+        os.set_blocking(self._from.fileno(), True)
+        self._listen()
+        self._child.wait()
+
+    def abandon(self) -> None:
+        """Ends a process that hangs."""
+        with contextlib.suppress(ProcessLookupError):  # its process group: it started a session
+            os.killpg(self._child.pid, signal.SIGKILL)
+
+    def _say(self, *message: Any) -> None:
+        self._listen()
+        try:
+            self._to.write(json.dumps(message).encode() + b"\n")
+            self._to.flush()
+        except BrokenPipeError:
+            code = self._child.wait()
+            self._listen()
+            raise RuntimeError(f"wandb's process ended with code {code}; see logs/wandb.log") from None
+
+    def _listen(self) -> None:
+        """What the process has said: its address once, or what went wrong."""
+        for line in self._from:
+            said = json.loads(line)
+            if "error" in said:
+                raise RuntimeError(said["error"])
+            if said.get("url"):
+                self._note(f"wandb: {said['url']}")
 
 
 def main() -> None:
@@ -71,16 +131,19 @@ class View:
     when it starts; what it lacks comes from metrics.jsonl.
     """
 
-    def __init__(self, folder: str, mode: str, init: dict[str, Any], trainer: int) -> None:
+    def __init__(self, folder: str, trainer: int, init: dict[str, Any]) -> None:
         import wandb
 
         root = Path(folder)
         self._lock = _alone(root / "wandb")
-        run_id = _run_id(root / "wandb" / "run_id", secrets.token_hex(4))
+        kept = root / "wandb" / "run_id"  # in the run's directory, so that a restart goes on with the same wandb run
+        if not kept.exists() or not kept.read_text():
+            kept.write_text(secrets.token_hex(4))
+        run_id = kept.read_text()
         self._have = set(_offline(root / "wandb", run_id))
         settings = wandb.Settings(silent=True, console="off", init_timeout=60, x_stats_pid=trainer)
-        again = {"resume": "allow"} if mode == "online" else {}  # offline, resume is refused with a warning
-        self._run = wandb.init(dir=folder, id=run_id, mode=mode, settings=settings, **again, **init)  # type: ignore[arg-type]
+        again: Any = {"resume": "allow"} if init.get("mode") != "offline" else {}  # it is refused there with a warning
+        self._run = wandb.init(dir=folder, id=run_id, settings=settings, **again, **init)
         self._run.define_metric("global_step")
         self._run.define_metric("*", step_metric="global_step")
         self._from = int(self._run.summary.get("global_step", -1)) if self._run.resumed else -1
@@ -118,16 +181,7 @@ def _alone(folder: Path) -> IO[str]:
     return lock
 
 
-def _run_id(path: Path, new: str) -> str:
-    """The run's id, kept in the run's directory, so that a restart goes on with the same wandb run."""
-    if not path.exists():
-        part = path.with_suffix(".part")
-        part.write_text(new)
-        os.replace(part, path)
-    return path.read_text().strip()
-
-
-def _offline(folder: Path, run_id: str) -> Iterator[KEY]:
+def _offline(folder: Path, run_id: str) -> Iterator[tuple[str, int]]:
     """The (split, step) that earlier offline starts have written."""
     for path in sorted(folder.glob(f"offline-run-*/run-{run_id}*.wandb")):
         for values in read_offline(path):
