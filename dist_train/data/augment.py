@@ -209,7 +209,7 @@ class RandomErasing(Augment):
         p: probability for each image.
         scale: range of the box's share of the area.
         ratio: range of its height over its width, drawn evenly in the logarithm.
-        value: what to write, or "random" for normal noise per pixel.
+        value: what to write.
     """
 
     def __init__(
@@ -217,17 +217,15 @@ class RandomErasing(Augment):
         p: float = 0.5,
         scale: tuple[float, float] = (0.02, 0.33),
         ratio: tuple[float, float] = (0.3, 3.3),
-        value: float | str = 0.0,
+        value: float = 0.0,
     ) -> None:
         if not 0 <= scale[0] <= scale[1] <= 1 or not 0 < ratio[0] <= ratio[1]:
             raise DataError(f"RandomErasing: expected rising ranges, scale within 0..1, found {scale} and {ratio}")
-        if isinstance(value, str) and value != "random":
-            raise DataError(f'RandomErasing: expected value to be a number or "random", found {value!r}')
         self.p = _probability("RandomErasing", p)
-        self.scale, self.ratio, self.value = tuple(scale), tuple(ratio), value
+        self.scale, self.ratio, self.value = tuple(scale), tuple(ratio), float(value)
 
     def __call__(self, inputs: Tensor, targets: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-        _, channels, height, width = _images("RandomErasing", inputs)
+        _, _, height, width = _images("RandomErasing", inputs)
         u = draws.host(5).double()
         area = (self.scale[0] + u[:, 1] * (self.scale[1] - self.scale[0])) * height * width
         low, high = np.log(self.ratio[0]), np.log(self.ratio[1])
@@ -238,16 +236,7 @@ class RandomErasing(Augment):
         left = (u[:, 4] * (width - box_w + 1)).floor()
         bottom = torch.where(u[:, 0] < self.p, top + box_h, top)  # an empty box erases nothing
         erased = _inside(draws.send(torch.stack((top, bottom, left, left + box_w))), height, width)
-        if self.value == "random":
-            noise = _normal(draws.uniform(2 * channels * height * width)).view_as(inputs).to(inputs.dtype)
-            return torch.where(erased, noise, inputs), targets
-        return inputs.masked_fill(erased, float(self.value)), targets
-
-
-def _normal(uniform: Tensor) -> Tensor:
-    """Standard normal numbers from twice as many uniform ones (Box and Muller 1958)."""
-    first, second = uniform.chunk(2, dim=1)
-    return torch.sqrt(-2.0 * torch.log(1.0 - first)) * torch.cos(2.0 * torch.pi * second)
+        return inputs.masked_fill(erased, self.value), targets
 
 
 @lru_cache(maxsize=8)

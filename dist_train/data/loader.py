@@ -6,7 +6,8 @@ import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from multiprocessing.util import Finalize
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,9 +16,9 @@ from torch.utils.data import DataLoader
 from dist_train.data.errors import DataError
 from dist_train.data.plan import EvalPlan, Indices, Plan, share
 from dist_train.data.reading import Collate, Seeded, dataset_length, dataset_name
-from dist_train.data.sampler import Request, StepSampler
+from dist_train.data.sampler import MicroBatch, StepSampler
 from dist_train.data.stream import StreamReader, is_stream
-from dist_train.data.workers import init_worker, resolve_workers, run_signals_blocked, stop_at_exit
+from dist_train.data.workers import init_worker, resolve_workers, run_signals_blocked, stop_workers
 from dist_train.runtime.seeding import mix
 
 if TYPE_CHECKING:
@@ -25,23 +26,6 @@ if TYPE_CHECKING:
 
 # Evaluation reads under an epoch of its own, so that a random transform there draws the same in every evaluation.
 _EVAL_EPOCH = -1
-
-
-class MicroBatch(NamedTuple):
-    """What one forward takes."""
-
-    batch: Any
-    """The collated batch, on the CPU (pinned if so configured)."""
-    indices: Indices
-    """Its rows' samples in the dataset: (n + neighbours,) int64, as `Augmentation` wants them."""
-    position: int
-    """Place of its first sample in the global batch."""
-    samples: int
-    """Samples that count: n, or 0 if weightless."""
-    weightless: bool
-    """Run the forward for the collectives' sake, with weight 0."""
-    last: bool
-    """The rank's last micro-batch of this step: gradients are exchanged after it."""
 
 
 @dataclass(frozen=True)
@@ -120,21 +104,10 @@ class _Loader:
                 world_size=reading.world_size, exact=evaluates,
             )  # fmt: skip
         workers = resolve_workers(config.num_workers, dataset, collate=reading.collate, local_ranks=reading.local_ranks)
-        self.num_workers = min(workers, len(requests)) if evaluates else workers
-        self._persistent = self.num_workers > 0 and config.persistent_workers in ("auto", True)
+        self.num_workers = workers = min(workers, len(requests)) if evaluates else workers
+        self._persistent = workers > 0 and config.persistent_workers in ("auto", True)
         self._timeout = config.timeout
         self._at_exit: Any = None
-        options: dict[str, Any] = {}
-        if self.num_workers > 0:
-            method = config.worker_start_method
-            options = {
-                "num_workers": self.num_workers,
-                "worker_init_fn": init_worker,
-                "prefetch_factor": config.prefetch_factor,
-                "timeout": config.timeout,
-                "multiprocessing_context": None if method == "auto" else method,
-                "persistent_workers": self._persistent and evaluates,
-            }
         self._loader: DataLoader[Any] = DataLoader(
             reader,
             batch_sampler=requests,
@@ -142,7 +115,14 @@ class _Loader:
             pin_memory=reading.device.type == "cuda" if config.pin_memory == "auto" else bool(config.pin_memory),
             # Of its own: each iterator draws a base seed, by default from the global generator.
             generator=torch.Generator().manual_seed(mix(reading.seed)),
-            **options,
+            num_workers=workers,
+            worker_init_fn=init_worker,
+            prefetch_factor=config.prefetch_factor if workers else None,
+            timeout=self._timeout if workers else 0,
+            multiprocessing_context=config.worker_start_method
+            if workers and config.worker_start_method != "auto"
+            else None,
+            persistent_workers=self._persistent and evaluates,
         )
 
     def _begin(self) -> Iterator[Any]:
@@ -151,10 +131,11 @@ class _Loader:
         with run_signals_blocked():
             iterator = iter(self._loader)
         if self._at_exit is None:
-            self._at_exit = stop_at_exit(iterator)
+            # multiprocessing would send them SIGTERM at exit, which they block, and wait for ever
+            self._at_exit = Finalize(None, stop_workers, args=(iterator,), exitpriority=10)
         return iterator
 
-    def _next(self, iterator: Iterator[Any]) -> Any:
+    def _next(self, iterator: Iterator[MicroBatch]) -> MicroBatch:
         """The next batch, with torch's messages about lost workers completed by what to do."""
         try:
             return next(iterator)
@@ -246,11 +227,10 @@ class TrainLoader(_Loader):
         last = False
         while not last:
             began = time.perf_counter()
-            request, batch = self._next(iterator)
+            micro = self._next(iterator)
             self.waited += time.perf_counter() - began
-            samples = 0 if request.weightless else len(request.indices) - self.sampler.neighbours
-            last = request.last
-            yield MicroBatch(batch, request.indices, request.position, samples, request.weightless, last)
+            last = micro.last
+            yield micro
 
 
 class EvalLoader(_Loader):
@@ -273,7 +253,7 @@ class EvalLoader(_Loader):
         self.cuts = self.plan.cuts(reading.rank, reading.world_size)
         self.rounds = -(-len(self.plan) // reading.world_size)
         requests = [
-            Request(_EVAL_EPOCH, k, np.arange(cut.start, cut.stop, dtype=np.int64), cut.start, False, True)
+            MicroBatch(_EVAL_EPOCH, k, np.arange(cut.start, cut.stop), cut.start, len(cut), True)
             for k, cut in enumerate(self.cuts)
         ]
         super().__init__(dataset, self.plan.length, requests, reading, evaluates=True)
@@ -286,7 +266,7 @@ class EvalLoader(_Loader):
         iterator = self._begin()
         try:
             for cut in self.cuts:
-                yield cut, self._next(iterator)[1]
+                yield cut, self._next(iterator).batch
         finally:
             if not self._persistent:
                 self.close()

@@ -1,4 +1,4 @@
-"""Reading the samples of a request: seeded one by one, or a whole batch at once where the dataset says it can."""
+"""Reading the samples of a micro-batch: seeded one by one, or a whole batch at once where the dataset says it can."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
 
 from dist_train.data.errors import DataError, SampleError
 from dist_train.data.plan import Indices
-from dist_train.data.sampler import Request
+from dist_train.data.sampler import MicroBatch
 from dist_train.runtime.seeding import seed_sample
 
 Collate = Callable[[list[Any]], Any]
@@ -64,7 +64,7 @@ def _read_part(read: BatchReader, part: Indices, indices: Indices) -> Any:
 
 
 class Seeded(Dataset[Any]):
-    """A dataset whose reads depend on (seed, epoch, sample index) alone; answers a `Request` with (request, batch).
+    """A dataset whose reads depend on (seed, epoch, sample index) alone; fills in the batch of a `MicroBatch`.
 
     A dataset whose items draw nothing at random may have `read_batch(indices) -> batch`, with indices (n,) int64 numpy,
     which returns the collated batch itself; it is used unless there is a collate of the user's own. All others are read
@@ -81,18 +81,18 @@ class Seeded(Dataset[Any]):
         self.collate: Collate = default_collate if collate is None else collate
         self.read = batch_reader(dataset) if collate is None else None
 
-    def __getitems__(self, request: Request) -> tuple[Request, Any]:
+    def __getitems__(self, request: MicroBatch) -> MicroBatch:
         """Called once per micro-batch by torch's DataLoader, with what the batch sampler yielded."""
         name = dataset_name(self.dataset)
         if self.read is not None:
             try:
-                return request, self.read(request.indices)
+                return request._replace(batch=self.read(request.indices))
             except Exception as error:
                 what = f"reading samples {_listed(request.indices)} of {name} at once in epoch {request.epoch}"
                 raise SampleError(f"{what} failed: {told(error)}") from error
         samples = self.samples(request)
         try:
-            return request, self.collate(samples)
+            return request._replace(batch=self.collate(samples))
         except Exception as error:
             raise SampleError(
                 f"making a batch of samples {_listed(request.indices)} of {name} failed: {told(error)}"
@@ -100,7 +100,7 @@ class Seeded(Dataset[Any]):
                 f"data.collate"
             ) from error
 
-    def samples(self, request: Request) -> list[Any]:
+    def samples(self, request: MicroBatch) -> list[Any]:
         """The samples of a request, in its order."""
         samples = []
         for index in request.indices.tolist():
@@ -112,7 +112,7 @@ class Seeded(Dataset[Any]):
                 raise SampleError(f"{what} failed: {told(error)}") from error
         return samples
 
-    def _odd_one(self, request: Request, samples: list[Any]) -> str:
+    def _odd_one(self, request: MicroBatch, samples: list[Any]) -> str:
         """Names the first sample that doesn't go into a batch with the first one."""
         for index, sample in zip(request.indices[1:], samples[1:]):
             try:

@@ -10,24 +10,31 @@ from torch.utils.data import DistributedSampler
 from dist_train.data.plan import Indices, Plan, parts
 
 
-class Request(NamedTuple):
-    """One micro-batch of one rank, as it is handed to the dataset (and sent to workers, which keep no state)."""
+class MicroBatch(NamedTuple):
+    """What one forward of one rank takes: first without its batch, as it is handed to workers, which keep no state."""
 
     epoch: int
     step: int
     """Global optimizer step, from 0."""
     indices: Indices
-    """Samples to read: (n + neighbours,) int64, a copy, so that nobody can harm the plan's order."""
+    """Its rows' samples in the dataset: (n + neighbours,) int64, a copy, so that nobody can harm the plan's order."""
     position: int
-    """Place of the first sample in the global batch."""
-    weightless: bool
-    """This rank has no sample in the step and only runs the forward; its result counts nothing."""
+    """Place of its first sample in the global batch."""
+    samples: int
+    """Samples that count: n, or 0 if this rank has none in the step and runs the forward for the collectives' sake."""
     last: bool
-    """The last micro-batch of this rank in the step."""
+    """The rank's last micro-batch of this step: gradients are exchanged after it."""
+    batch: Any = None
+    """The collated batch, on the CPU (pinned if so configured)."""
+
+    @property
+    def weightless(self) -> bool:
+        """Whether its result counts nothing."""
+        return self.samples == 0
 
 
-def requests(plan: Plan, step: int, rank: int, world_size: int, micro: int, neighbours: int = 0) -> list[Request]:
-    """What `rank` reads in global step `step`, at least one request.
+def requests(plan: Plan, step: int, rank: int, world_size: int, micro: int, neighbours: int = 0) -> list[MicroBatch]:
+    """What `rank` reads in global step `step`, at least one micro-batch.
 
     `neighbours` more samples are read behind each micro-batch: those that follow it in the global batch, whose end is
     followed by its beginning. A rank without samples gets the batch's first two (BatchNorm needs two; one if the
@@ -42,13 +49,15 @@ def requests(plan: Plan, step: int, rank: int, world_size: int, micro: int, neig
         return batch.take(range(start, stop + neighbours), mode="wrap") if neighbours else batch[start:stop].copy()
 
     if not mine:
-        return [Request(epoch, step, read(0, min(2, n)), 0, True, True)]
-    end = len(mine) - 1
-    return [Request(epoch, step, read(p.start, p.stop), p.start, False, k == end) for k, p in enumerate(mine)]
+        return [MicroBatch(epoch, step, read(0, min(2, n)), 0, 0, True)]
+    return [
+        MicroBatch(epoch, step, read(part.start, part.stop), part.start, part.stop - part.start, part is mine[-1])
+        for part in mine
+    ]
 
 
 class StepSampler(DistributedSampler[Any]):
-    """A `DistributedSampler` for use as the `batch_sampler` of a DataLoader: yields a `Request` per micro-batch.
+    """A `DistributedSampler` for use as the `batch_sampler` of a DataLoader: yields each `MicroBatch`, to be read.
 
     Unlike its parent it neither pads nor repeats samples, and it can begin at any optimizer step. `set_epoch` selects
     one epoch, as its users expect; `set_steps` any range of global steps, without an end if `stop` is None.

@@ -9,7 +9,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from dist_train.data.errors import DataError, SampleError
 from dist_train.data.reading import Collate, Seeded, dataset_name, told
-from dist_train.data.sampler import Request
+from dist_train.data.sampler import MicroBatch
 from dist_train.runtime.seeding import seed_sample
 
 
@@ -37,7 +37,7 @@ def stream_notes(dataset: Any) -> list[str]:
 
 
 class StreamReader(Seeded):
-    """Answers a `Request` from an IterableDataset, whose samples are numbered as they come.
+    """Fills in a `MicroBatch` from an IterableDataset, whose samples are numbered as they come.
 
     The stream is taken to be endless: when it ends it is iterated over again, after `set_epoch(pass)` if the dataset
     has that. Sample k is read with torch, numpy and `random` seeded by (seed, pass, place in the pass), so that the
@@ -67,7 +67,7 @@ class StreamReader(Seeded):
         self._pass, self._place = 0, 0  # of the sample that comes next
         self._next = 0  # its number, counted over all passes
 
-    def samples(self, request: Request) -> list[Any]:
+    def samples(self, request: MicroBatch) -> list[Any]:
         """The samples of a request; requests that come in order are read in one go."""
         if self._iterator is None:
             self._begin(request)
@@ -78,7 +78,7 @@ class StreamReader(Seeded):
             samples.append(self._advance())
         return samples
 
-    def _begin(self, request: Request) -> None:
+    def _begin(self, request: MicroBatch) -> None:
         if self.sharded:
             worker = get_worker_info()
             count, mine = (worker.num_workers, worker.id) if worker is not None else (1, 0)

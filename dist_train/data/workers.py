@@ -10,7 +10,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
-from multiprocessing.util import Finalize
 from typing import Any
 
 from dist_train.data.reading import Collate, batch_reader
@@ -19,7 +18,7 @@ from dist_train.runtime.world import usable_cpus
 
 # Sent to whole process groups by terminals, torchrun and Slurm, to ask for a clean stop. A worker that died of one
 # would take the batch with it that the last save waits for.
-_RUN_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+RUN_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 _STOP_GRACE = 3.0  # seconds for a worker to finish the sample that it is reading
 _MOST_WORKERS = 8  # per rank, when chosen here: beyond that the parent process is the limit, not the reading
@@ -50,12 +49,12 @@ def run_signals_blocked() -> Iterator[None]:
     if sys.platform == "win32":
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _RUN_SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, RUN_SIGNALS)
     try:
         # Starting the resource tracker unblocks SIGINT and SIGTERM in the caller (CPython), so it is started first;
         # under the block, since it ignores only those two and would die of the others.
         resource_tracker.ensure_running()
-        signal.pthread_sigmask(signal.SIG_BLOCK, _RUN_SIGNALS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, RUN_SIGNALS)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -68,7 +67,7 @@ def init_worker(worker: int) -> None:
     parent behind a fork server, and all of them during a long read.
     """
     if sys.platform != "win32":  # they are blocked already, unless a fork server was running before
-        signal.pthread_sigmask(signal.SIG_BLOCK, _RUN_SIGNALS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, RUN_SIGNALS)
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
@@ -77,14 +76,6 @@ def init_worker(worker: int) -> None:
 def _end_with(parent: Any) -> None:
     parent.join()  # waits on a pipe that the kernel closes, whatever the parent died of
     os._exit(1)
-
-
-def stop_at_exit(iterator: Any) -> Finalize:
-    """Stop the workers of a DataLoader iterator when the process exits without having closed it.
-
-    multiprocessing would send them SIGTERM, which they block, and wait for ever.
-    """
-    return Finalize(None, stop_workers, args=(iterator,), exitpriority=10)
 
 
 def stop_workers(iterator: Any) -> None:

@@ -29,7 +29,6 @@ KINDS: dict[str, list[Augment]] = {
     "shift": [RandomShift(2)],
     "flip": [RandomHorizontalFlip()],
     "erase": [RandomErasing(p=0.7)],
-    "noise": [RandomErasing(p=0.7, value="random")],
     "mixup": [Mixup(10, alpha=0.4, p=0.8)],
     "cutmix": [CutMix(10)],
     "one": [OneOf([Mixup(10), CutMix(10), RandomHorizontalFlip(1.0)])],
@@ -99,10 +98,7 @@ def test_cuda_draws_and_augments_as_the_cpu_does(kind: str) -> None:
     assert Draws(keys, 2, device).uniform(50).cpu().equal(Draws(keys, 2, CPU).host(50))
     inputs, targets = augmented(KINDS[kind], list(range(50)), device=device)
     expected = augmented(KINDS[kind], list(range(50)))
-    if kind == "noise":  # its logarithm and cosine are rounded by each device in its own way
-        torch.testing.assert_close(inputs.cpu(), expected[0], rtol=1e-4, atol=1e-5)
-    else:
-        assert inputs.cpu().equal(expected[0])
+    assert inputs.cpu().equal(expected[0])
     assert targets.cpu().equal(expected[1])
 
 
@@ -158,12 +154,6 @@ def test_erasing_writes_one_box_of_the_asked_size_in_all_channels() -> None:
         box = (rows[-1] - rows[0] + 1) * (columns[-1] - columns[0] + 1)
         assert mask.sum() == box
         assert 0.07 < box / 1024 < 0.24
-    noisy, _ = Augmentation([RandomErasing(1.0, value="random")])(
-        (images, images), seed=0, epoch=0, indices=np.arange(500)
-    )
-    noise = noisy[noisy != 1]
-    assert abs(noise.mean().item()) < 0.02
-    assert abs(noise.std().item() - 1) < 0.02
 
 
 def test_mixup_blends_each_sample_with_the_next_and_its_target_alike() -> None:
@@ -230,7 +220,6 @@ def test_the_memory_layout_of_images_is_kept() -> None:
         (lambda: RandomShift(-1), "pixels >= 0"),
         (lambda: RandomHorizontalFlip(1.5), "p between 0 and 1"),
         (lambda: RandomErasing(scale=(0.5, 0.2)), "rising ranges"),
-        (lambda: RandomErasing(value="noise"), 'a number or "random"'),
         (lambda: Mixup(10, alpha=0.0), "alpha > 0"),
         (lambda: OneOf([]), "at least one"),
         (lambda: augmented([Mixup(10)], [0, 1]) and Mixup(10)((COLOUR * 9).long(), LABELS, None), "floating point"),

@@ -1,6 +1,6 @@
-"""A process with loader workers, for test_workers: reads 40 steps and says what happens; run as a script.
+"""A process with loader workers, for test_workers: reads 41 steps and says what happens; run as a script.
 
-Arguments: start method, and what to do: read | hang (in a sample) | leave (without closing) | bare (read, but start
+Arguments: start method, and what to do: read (then leave without closing) | hang (in a sample) | bare (read, but start
 the workers without protection: the negative control).
 """
 
@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import time
 
 if __name__ == "__main__":  # as the engine does: handlers come first
@@ -20,9 +21,9 @@ if __name__ == "__main__":  # as the engine does: handlers come first
 import torch
 
 import dist_train.data.loader
-from dist_train.config.schema import DataConfig
 from dist_train.data.loader import Reading, TrainLoader
 from dist_train.data.plan import Plan
+from dist_train.data.workers import RUN_SIGNALS
 
 
 class Items:
@@ -38,27 +39,22 @@ class Items:
 
 
 def main(method: str, action: str) -> None:
+    from dist_train.config.schema import DataConfig  # not at the top: workers that are spawned read this file as well
+
     if action == "bare":
         dist_train.data.loader.run_signals_blocked = contextlib.nullcontext
-    config = DataConfig(train=object(), num_workers=2, worker_start_method=method)
-    reading = Reading(config, seed=0, device=torch.device("cpu"))
+    reading = Reading(DataConfig(train=object(), num_workers=1, worker_start_method=method), 0, torch.device("cpu"))
     loader = TrainLoader(Items(action == "hang"), Plan(0, 80, 2), reading, micro_batch_size=2)
     if action == "hang":
-        steps = loader.steps(0, 40)
-        import threading
-
-        threading.Timer(1.0, lambda: print("WORKERS", *children(), flush=True)).start()
-        list(next(steps).micro_batches)
-    for work in loader.steps(0, 40):
+        threading.Timer(0.5, lambda: print("WORKERS", *children(), flush=True)).start()
+    for work in loader.steps():
         pids = {pid for m in work.micro_batches for pid in m.batch.tolist()}
-        if work.step == 1:
-            print("WORKERS", *children(), flush=True)
         assert len(pids) == 1
-        if action == "leave" and work.step == 4:
+        if work.step == 40:
+            for number in RUN_SIGNALS:  # a Python that ends takes its signal handlers away first
+                signal.signal(number, signal.SIG_IGN)
+            print("WORKERS", *children(), flush=True)
             sys.exit(0)
-    loader.close()
-    print("DONE", flush=True)
-    os._exit(0)  # a Python that ends takes its signal handlers away first
 
 
 def children() -> list[int]:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.config.errors import ConfigError
-from dist_train.data.loader import MicroBatch, StepWork
+from dist_train.data.loader import StepWork
+from dist_train.data.sampler import MicroBatch
 from dist_train.engine.ema import EMA
 from dist_train.engine.finite import FiniteGuard, NonFiniteError
 from dist_train.engine.losses import Loss
@@ -34,7 +35,7 @@ def work(step: int, inputs: Tensor = INPUTS, parts: int = 1) -> StepWork:
     def micro_batches() -> Iterator[MicroBatch]:
         for k in range(parts):
             part = slice(k * size, (k + 1) * size)
-            yield MicroBatch((inputs[part], TARGETS[part]), np.arange(8)[part], k * size, size, False, k == parts - 1)
+            yield MicroBatch(0, step, np.arange(8)[part], k * size, size, k == parts - 1, (inputs[part], TARGETS[part]))
 
     return StepWork(step, 0, len(inputs), np.arange(len(inputs)), np.arange(len(inputs)), micro_batches())
 

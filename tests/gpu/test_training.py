@@ -13,7 +13,8 @@ import runs
 import torch
 from torch import nn
 
-from dist_train.data.loader import MicroBatch, StepWork
+from dist_train.data.loader import StepWork
+from dist_train.data.sampler import MicroBatch
 from dist_train.engine.finite import NonFiniteError
 from dist_train.engine.losses import Loss
 from dist_train.engine.precision import Precision, resolve_precision
@@ -30,7 +31,7 @@ def work(step: int, inputs: torch.Tensor, targets: torch.Tensor) -> StepWork:
     """A step of one micro-batch that is on the device already."""
 
     def micro() -> Iterator[MicroBatch]:
-        yield MicroBatch((inputs, targets), np.arange(len(inputs)), 0, len(inputs), False, True)
+        yield MicroBatch(0, step, np.arange(len(inputs)), 0, len(inputs), True, (inputs, targets))
 
     return StepWork(step, 0, len(inputs), np.arange(len(inputs)), np.arange(len(inputs)), micro())
 
