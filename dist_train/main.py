@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from dist_train.config.errors import ConfigError, Problem, did_you_mean
+from dist_train.config.errors import ConfigError, did_you_mean
 from dist_train.runtime import failure, signals
 from dist_train.runtime.peers import Peers
 
+# Each is a module of dist_train.commands, imported when it is asked for.
+COMMANDS = {
+    "train": "train, or go on with the run of that name (when no command is given)",
+    "evaluate": "metrics of a run's checkpoint: --run DIR [--checkpoint best|last|step-N] [--split val|test]",
+    "predict": "predictions of each sample as a table: --run DIR [--checkpoint ...] [--split ...] [--output FILE.csv]",
+    "export": "a run's weights: --run DIR [--format state_dict|module|safetensors|torch_export] [--output FILE]",
+    "report": "write a run's report.html again: --run DIR; several --run lay their curves over each other",
+    "runs": "the runs below a directory or URL, and where their configs differ: [DIR] [--watch] [--json]",
+    "verify": "check every file of every checkpoint of a run: --run DIR",
+    "doctor": "whether all hosts are fit for a job, and a rehearsal: [--config FILE] [--min-bandwidth GB/s] [--json FILE]",
+    "new": "a folder with a model, a dataset, a config and a batch script to begin from: DIR",
+    "config": "print the resolved config; --get KEY one value, --schema its JSON Schema",
+}
 USAGE = """\
 usage: python -m dist_train.main [COMMAND] [--config FILE] [key.path=value ...]
    or: torchrun --nproc_per_node=4 -m dist_train.main [COMMAND] [--config FILE] [key.path=value ...]
 
 commands:
-  train      train, or go on with the run of that name (when no command is given)
-  evaluate   metrics of a run's checkpoint: --run DIR [--checkpoint best|last|step-N] [--split val|test]
-  predict    predictions of each sample as a table: --run DIR [--checkpoint ...] [--split ...] [--output FILE.csv]
-  export     a run's weights: --run DIR [--format state_dict|module|safetensors|torch_export] [--output FILE]
-  report     write a run's report.html again: --run DIR; several --run lay their curves over each other
-  runs       the runs in a directory, and where their configs differ: [DIR] [--json]
-  verify     check every file of every checkpoint of a run: --run DIR
-  doctor     whether all hosts are fit for a job, and a rehearsal: [--config FILE] [--min-bandwidth GB/s] [--json FILE]
-  new        a folder with a model, a dataset, a config and a batch script to begin from: DIR
-  config     print the resolved config; --get KEY one value, --schema its JSON Schema
+{commands}
 
 A run is its directory: `--run DIR` or just DIR (torchrun takes --run for its own). Keys of its config can be set behind it:
 predict runs/digits data.test.path=new.csv.
@@ -35,115 +40,25 @@ exit codes: 0 done, 1 failed, 2 the config or the command is wrong (nothing was 
 run it again to go on (0 under torchrun, which would restart it)."""
 
 
-def train(arguments: Sequence[str]) -> int:
-    """Train, or go on with the run of that name."""
-    from dist_train.commands.train import main
-
-    return main(arguments)
-
-
-def evaluate(arguments: Sequence[str]) -> int:
-    """Metrics of a run's checkpoint."""
-    from dist_train.commands.evaluate import main
-
-    return main(arguments)
-
-
-def predict(arguments: Sequence[str]) -> int:
-    """Predictions of each sample of a dataset."""
-    from dist_train.commands.predict import main
-
-    return main(arguments)
-
-
-def export(arguments: Sequence[str]) -> int:
-    """A run's weights, in a form that others read."""
-    from dist_train.commands.export import main
-
-    return main(arguments)
-
-
-def report(arguments: Sequence[str]) -> int:
-    """Write a run's report, or compare several."""
-    from dist_train.commands.report import main
-
-    return main(arguments)
-
-
-def runs(arguments: Sequence[str]) -> int:
-    """The runs in a directory."""
-    from dist_train.commands.runs import main
-
-    return main(arguments)
-
-
-def verify(arguments: Sequence[str]) -> int:
-    """Check every file of every checkpoint of a run."""
-    from dist_train.commands.verify import main
-
-    return main(arguments)
-
-
-def doctor(arguments: Sequence[str]) -> int:
-    """Whether all hosts are fit for a job."""
-    from dist_train.commands.doctor import main
-
-    return main(arguments)
-
-
-def new(arguments: Sequence[str]) -> int:
-    """A project to begin from."""
-    from dist_train.commands.new import main
-
-    return main(arguments)
-
-
-def config(arguments: Sequence[str]) -> int:
-    """Print the resolved config."""
-    from dist_train.commands.config import main
-
-    return main(arguments)
-
-
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    "train": train,
-    "evaluate": evaluate,
-    "predict": predict,
-    "export": export,
-    "report": report,
-    "runs": runs,
-    "verify": verify,
-    "doctor": doctor,
-    "new": new,
-    "config": config,
-}
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] in ("-h", "--help", "help"):
-        print(USAGE)
+        print(USAGE.format(commands="\n".join(f"  {name:<9}  {text}" for name, text in COMMANDS.items())))
         return 0
-    name = "train"
-    if arguments and not arguments[0].startswith("-") and "=" not in arguments[0]:
-        name = arguments.pop(0)
+    named = arguments and not arguments[0].startswith("-") and "=" not in arguments[0]
+    name = arguments.pop(0) if named else "train"
     if name == "train":  # the others have nothing to save: a signal ends them
         signals.install()
     try:
         if name not in COMMANDS:
-            known = ", ".join(COMMANDS)
-            raise ConfigError(
-                [
-                    Problem(
-                        "command line",
-                        "",
-                        f"there is no command {name!r}{did_you_mean(name, COMMANDS)}; commands: {known}",
-                    )
-                ]
+            guess = (
+                f"; did you mean --config {name}?" if name.endswith((".yaml", ".yml")) else did_you_mean(name, COMMANDS)
             )
+            known = f"{guess}; commands: {', '.join(COMMANDS)}"
+            raise ConfigError.single("", f"there is no command {name!r}{known}", where="command line")
         Peers.may_exit = True
-        return COMMANDS[name](arguments)
+        return importlib.import_module(f"dist_train.commands.{name}").main(arguments)
     except ConfigError as error:
         failure.tell_config_error(str(error))
         return 2

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from dist_train.config.errors import ConfigError, Problem
+from dist_train.config.errors import ConfigError
 
 
 class Parser(argparse.ArgumentParser):
@@ -20,7 +20,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of exiting."""
-        raise ConfigError([Problem("command line", "", f"{message}; see {self.prog} --help")])
+        raise ConfigError.single("", f"{message}; see {self.prog} --help", where="command line")
 
 
 def with_config(parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
@@ -30,15 +30,15 @@ def with_config(parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(list(arguments))
 
 
-def with_runs(parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
-    """Parse which runs are meant (`runs`), with which weights (`checkpoint`), and `overrides` of their configs.
+def with_run(parser: Parser, arguments: Sequence[str], *, several: bool = False) -> argparse.Namespace:
+    """Parse which run is meant (`run`, all of them in `runs`), with which weights (`checkpoint`), and `overrides` of its config.
 
     A run is given by `--run DIR` or by DIR alone: torchrun takes `--run` for one of its own options (before Python 3.12).
     """
-    help_run = "the run's directory (--run may be left out, and must be behind torchrun)"
-    parser.add_argument("--run", action="append", default=[], metavar="DIR", help=help_run)
-    help_checkpoint = "best, last or step-N; by default best if it is kept, else last"
-    parser.add_argument("--checkpoint", metavar="NAME", help=help_checkpoint)
+    about = "the run's directory or URL (--run may be left out, and must be behind torchrun)"
+    parser.add_argument("--run", action="append", default=[], metavar="DIR", help=about)
+    about = "best, last or step-N; by default best if it is kept, else last"
+    parser.add_argument("--checkpoint", metavar="NAME", help=about)
     parser.add_argument(
         "rest", nargs="*", metavar="DIR | key.path=value", help="values that go before the run's config"
     )
@@ -47,22 +47,18 @@ def with_runs(parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
     options.runs = options.run + [word for word in options.rest if word not in options.overrides]
     if not options.runs:
         parser.error("which run? give its directory: --run DIR")
-    return options
-
-
-def with_run(parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
-    """The same for a command that takes one run (`run`)."""
-    options = with_runs(parser, arguments)
-    if len(options.runs) > 1:
+    if len(options.runs) > 1 and not several:
         parser.error(f"expected one run, found {', '.join(options.runs)}")
     options.run = options.runs[0]
+    if getattr(options, "output", None) is not None:
+        _part_of(options.output).unlink()
     return options
 
 
 def add_split(parser: Parser) -> None:
     """Add `--split`."""
-    text = "which data; by default test where the run has it, else val"
-    parser.add_argument("--split", choices=("val", "test", "train"), help=text)
+    about = "which data; by default test where the run has it, else val"
+    parser.add_argument("--split", choices=("val", "test", "train"), help=about)
 
 
 @contextlib.contextmanager
@@ -70,17 +66,27 @@ def whole_file(path: str) -> Iterator[Path]:
     """A path to write to, which becomes `path` when all is written and vanishes after an error.
 
     Raises:
-        ConfigError: `path` can't be written.
+        ConfigError: `path` can't be written. (`with_run` finds that before anything starts.)
     """
-    target = Path(path)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    part = _part_of(path)
     try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _part_of(path: str) -> Path:
+    """An empty file beside `path`, which is there now."""
+    target = Path(path)
+    try:
+        if "://" in path:
+            raise OSError("expected a path on this machine, found a URL")
+        if target.is_dir():
+            raise OSError("it is a directory")
         target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f".{target.name}.{os.getpid()}.part")
         part.touch()
     except OSError as error:
         raise ConfigError.single("--output", f"{path} can't be written: {error}") from None
-    try:
-        yield part
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
+    return part

@@ -25,17 +25,15 @@ def main(arguments: Sequence[str]) -> int:
     config = load_config(options.config, options.overrides)
     if options.get is None:
         print(config.to_yaml(), end="")
-        return 0
-    if options.get == "run.path":
+    elif options.get == "run.path":
         from dist_train.engine.rundir import run_location
 
         print(run_location(config))
-        return 0
-    try:
-        value = config.get(options.get)
-    except KeyError:
-        raise ConfigError.single(
-            "--get", f"there is no key {options.get!r}{did_you_mean(options.get, ['run.path'])}"
-        ) from None
-    print(value if isinstance(value, str) else json.dumps(value))
+    else:
+        try:
+            value = config.get(options.get)
+        except KeyError:
+            guess = did_you_mean(options.get, ["run.path"])
+            raise ConfigError.single("--get", f"there is no key {options.get!r}{guess}") from None
+        print(value if isinstance(value, str) else json.dumps(value))
     return 0

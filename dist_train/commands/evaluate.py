@@ -23,19 +23,10 @@ def main(arguments: Sequence[str]) -> int:
         if not restored.world.is_main:
             return 0
         found = restored.found
-        record = {
-            "run": restored.run.location,
-            "checkpoint": found.name,
-            "step": found.step,
-            "ema": "ema" in found.parts,
-            "split": split,
-            "metrics": figures,
-        }
-        lines = [("run", restored.run.location), ("checkpoint", found.name), ("split", split)]
-        lines += [(name, format_number(name, value)) for name, value in figures.items()]
-        print(*two_columns(lines), sep="\n")
-        line = json.dumps(record)
-        print(line, flush=True)
+        said = {"run": restored.run.location, "checkpoint": found.name, "split": split}
+        numbers = {name: format_number(name, value) for name, value in figures.items()}
+        line = json.dumps({**said, "step": found.step, "ema": "ema" in found.parts, "metrics": figures})
+        print(*two_columns([*said.items(), *numbers.items()]), line, sep="\n", flush=True)
         if options.output is not None:
             with whole_file(options.output) as path:
                 path.write_text(line + "\n", encoding="utf-8")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from dist_train.engine.restore import Restored
 
 ENDINGS = {"state_dict": ".pt", "module": ".module.pt", "safetensors": ".safetensors", "torch_export": ".pt2"}
+PICKLE = (
+    "warning: this is a pickle: loading it (torch.load(..., weights_only=False)) runs code that the file names, so take it from "
+    "nobody you don't trust; it needs the code of {home} as it is now. state_dict and safetensors need neither"
+)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -33,50 +37,43 @@ def main(arguments: Sequence[str]) -> int:
 
     plain = ["trainer.compile=false", "trainer.channels_last=false", "distributed.device=cpu"]
     with open_run(options.run, options.checkpoint, [*plain, *options.overrides], alone=True) as restored:
+        model, note = restored.evaluator.model, ""
         output = options.output or restored.run.name + ENDINGS[options.format]
         with whole_file(output) as path:
-            notes = WRITERS[options.format](restored, path)
+            if options.format == "torch_export":
+                note = _export_graph(restored, path)
+            else:
+                _write_weights(options.format, model, path)
         print(f"{output}: {restored.found.name} of {restored.run.location} as {options.format}, read back and compared")
-        for note in notes:
+        note = PICKLE.format(home=type(model).__module__) if options.format == "module" else note
+        if note:
             print(note, file=sys.stderr)
     return 0
 
 
-def _state_dict(restored: Restored, path: Path) -> list[str]:
-    """model.load_state_dict(torch.load(FILE, weights_only=True)) is all that its user needs."""
+def _write_weights(form: str, model: nn.Module, path: Path) -> None:
+    """Raises RuntimeError where the file doesn't hold what was written."""
     import torch
+    from safetensors.torch import load_file, save_file
 
-    state = _plain_state(restored.evaluator.model)
-    torch.save(state, path)
-    _compare(torch.load(path, weights_only=True), state)
-    return []
-
-
-def _module(restored: Restored, path: Path) -> list[str]:
-    """The whole module, pickled."""
-    import torch
-
-    model = restored.evaluator.model
-    torch.save(model, path)
-    _compare(_plain_state(torch.load(path, weights_only=False)), _plain_state(model))
-    home = type(model).__module__
-    return [
-        f"warning: this is a pickle: loading it (torch.load(..., weights_only=False)) runs code that the file names, so take it "
-        f"from nobody you don't trust; it needs the code of {home} as it is now. state_dict and safetensors need neither"
-    ]
+    # Each entry with memory of its own, which safetensors insists on and which keeps a file small.
+    state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
+    if form == "state_dict":
+        torch.save(state, path)
+        read = torch.load(path, weights_only=True)
+    elif form == "module":
+        torch.save(model, path)
+        read = torch.load(path, weights_only=False).state_dict()
+    else:
+        save_file(state, path, metadata={"format": "pt"})
+        read = load_file(path)
+    wrong = [name for name in state if name not in read or not torch.equal(read[name], state[name])]
+    if wrong or len(read) != len(state):
+        raise RuntimeError(f"the file that was written doesn't read back to the same weights: {', '.join(wrong[:5])}")
 
 
-def _safetensors(restored: Restored, path: Path) -> list[str]:
-    from safetensors.torch import load_file, save
-
-    state = _plain_state(restored.evaluator.model)
-    path.write_bytes(save(state, metadata={"format": "pt"}))
-    _compare(load_file(path), state)
-    return []
-
-
-def _torch_export(restored: Restored, path: Path) -> list[str]:
-    """The graph with its weights, for any batch size where the model allows that; run against the module itself."""
+def _export_graph(restored: Restored, path: Path) -> str:
+    """The graph with its weights, for any batch size where the model allows that (else it says so); run against the module."""
     import torch
     from torch.utils.data import default_collate
 
@@ -94,50 +91,25 @@ def _torch_export(restored: Restored, path: Path) -> list[str]:
             return (), value
         return (tuple(value) if isinstance(value, list | tuple) else (value,)), {}
 
+    def batched(value: Any) -> dict[int, Any] | None:
+        return {0: size} if hasattr(value, "dim") else None
+
     args, kwargs = inputs(2)
-    notes: list[str] = []
-    sizes: tuple[int, ...] = (2, 3, 1)
     size = torch.export.Dim("batch", min=1)
-    shapes = tuple(_batched(arg, size) for arg in args) or {name: _batched(arg, size) for name, arg in kwargs.items()}
+    shapes = tuple(batched(value) for value in args) or {name: batched(value) for name, value in kwargs.items()}
+    note, counts = "", [2, 3, 1]
     try:
         program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0]
-        notes.append(f"note: exported for batches of 2 samples only: {type(error).__name__}: {reason}")
+        note, counts = f"note: exported for batches of 2 samples only: {type(error).__name__}: {reason}", [2]
         program = torch.export.export(model, args, kwargs)
-        sizes = (2,)
     content = io.BytesIO()  # by name, torch wants an ending of its own
     torch.export.save(program, content)
     path.write_bytes(content.getvalue())
     reread = torch.export.load(io.BytesIO(path.read_bytes())).module()
-    for count in sizes:
+    for count in counts:
         args, kwargs = inputs(count)
         with torch.no_grad():
             torch.testing.assert_close(reread(*args, **kwargs), model(*args, **kwargs))
-    return notes
-
-
-def _batched(value: Any, size: Any) -> Any:
-    return {0: size} if hasattr(value, "dim") else None
-
-
-def _plain_state(model: nn.Module) -> dict[str, Any]:
-    """The state_dict with memory of its own for each entry."""
-    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
-
-
-def _compare(read: dict[str, Any], state: dict[str, Any]) -> None:
-    """Raises RuntimeError where a file doesn't hold what was written."""
-    import torch
-
-    wrong = [name for name in state if name not in read or not torch.equal(read[name], state[name])]
-    if wrong or len(read) != len(state):
-        raise RuntimeError(f"the file that was written doesn't read back to the same weights: {', '.join(wrong[:5])}")
-
-
-WRITERS: dict[str, Callable[[Restored, Path], list[str]]] = {
-    "state_dict": _state_dict,
-    "module": _module,
-    "safetensors": _safetensors,
-    "torch_export": _torch_export,
-}
+    return note

@@ -15,24 +15,22 @@ OF_THE_REPOSITORY = {"launch/slurm/train.sbatch": "train.sbatch", "configs/digit
 def main(arguments: Sequence[str]) -> int:
     """Write the files; none that is there already is touched."""
     parser = Parser("new", "A folder with a model, a dataset, a config and a batch script to begin from.")
-    parser.add_argument("dir", metavar="DIR", help="the folder, which may exist")
-    options = parser.parse_args(list(arguments))
+    parser.add_argument("dir", metavar="DIR", type=Path, help="the folder, which may exist")
+    folder = parser.parse_args(list(arguments)).dir
     from dist_train.config.errors import ConfigError
 
-    folder = Path(options.dir)
     there = [name for name in FILES if (folder / name).exists()]
     if there:
-        raise ConfigError.single(
-            "DIR", f"{folder} has {', '.join(there)} already; nothing was written: name another folder"
-        )
+        cure = "nothing was written: name another folder"
+        raise ConfigError.single("DIR", f"{folder} has {', '.join(there)} already; {cure}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            text = (TEMPLATES / name).read_text(encoding="utf-8")
+            for theirs, here in OF_THE_REPOSITORY.items():
+                text = text.replace(theirs, here)
+            (folder / name).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise ConfigError.single("DIR", f"{folder} can't be made: {error}") from None
-    for name in FILES:
-        text = (TEMPLATES / name).read_text(encoding="utf-8")
-        for theirs, here in OF_THE_REPOSITORY.items():
-            text = text.replace(theirs, here)
-        (folder / name).write_text(text, encoding="utf-8")
+        raise ConfigError.single("DIR", f"{folder} can't be written: {error}") from None
     print(f"{folder}: {', '.join(FILES)}; begin with\n  cd {folder} && dist-train --config config.yaml")
     return 0

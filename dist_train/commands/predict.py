@@ -24,19 +24,20 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--output", metavar="FILE.csv", help="where to write; by default the table is printed")
     options = with_run(parser, arguments)
     from dist_train.engine.predict import gathered, read_meaning
-    from dist_train.engine.restore import attribute_of, open_run
+    from dist_train.engine.restore import open_run
 
     with open_run(options.run, options.checkpoint, options.overrides) as restored:
         split = restored.split(options.split)
         loader = restored.loader(split)
         table: Table | None = None
         with _opened(options.output if restored.world.is_main else None) as file:
+            writer = csv.writer(file, lineterminator="\n")
             for part in gathered(restored.evaluator, loader):
-                if table is None:
-                    meaning = read_meaning(restored.evaluator, part.outputs, part.targets)
-                    table = Table(file, loader.dataset, meaning, attribute_of)
-                    table.head(part)
-                table.rows(part)
+                first = table is None
+                table = table or Table(read_meaning(restored.evaluator, part.outputs, part.targets), loader.dataset)
+                columns = table.columns(part)
+                writer.writerows([columns] if first else [])
+                writer.writerows(zip(*columns.values(), strict=True))
         if table is not None and options.output is not None:
             name, count = restored.found.name, loader.plan.length
             print(f"{options.output}: {count:,} predictions of {split} by {name} of {restored.run.location}")
@@ -59,48 +60,39 @@ def _opened(output: str | None) -> Iterator[TextIO]:
 class Table:
     """index, prediction, probabilities or further values, target: numbers of classes with their names beside them."""
 
-    def __init__(self, file: TextIO, dataset: Any, meaning: Meaning, attribute_of: Any):
+    def __init__(self, meaning: Meaning, dataset: Any):
+        from dist_train.engine.restore import attribute_of
+
         self.meaning = meaning
         self.classes = [str(name) for name in attribute_of(dataset, "classes") or []]
         self.named = attribute_of(dataset, "targets_named")
-        self.original = attribute_of(dataset, "original_units") if meaning.kind == "values" else None
-        self._writer = csv.writer(file, lineterminator="\n")
+        self.original = attribute_of(dataset, "original_units")
 
-    def head(self, part: Predicted) -> None:
-        """The names of the columns."""
-        columns = ["index", *self._columns("prediction", part.outputs)]
-        if self.meaning.kind == "classes":
-            columns += [f"probability_{k}" for k in range(part.outputs.shape[1])]
-        elif self.meaning.kind == "binary":
-            columns.append("probability")
-        self._writer.writerow(columns + (self._columns("target", part.targets) if part.targets is not None else []))
-
-    def _columns(self, word: str, values: Tensor) -> list[str]:
-        if self.meaning.kind != "values":
-            return [word, f"{word}_name"] if self.classes else [word]
-        if values.dim() == 1:
-            return [word]
-        names = self.named if self.named and len(self.named) == values.shape[1] else range(values.shape[1])
-        return [f"{word}_{name}" for name in names]
-
-    def rows(self, part: Predicted) -> None:
-        """A row for each sample of a stretch of the dataset."""
-        columns = self._cells(part.outputs)
+    def columns(self, part: Predicted) -> dict[str, Sequence[Any]]:
+        """The columns of a stretch of the dataset, by name."""
+        columns: dict[str, Sequence[Any]] = {"index": range(part.start, part.start + len(part.outputs))}
+        columns |= self._answers("prediction", self.meaning.predictions(part.outputs))
         if self.meaning.kind in ("classes", "binary"):
-            columns += _texts(self.meaning.probabilities(part.outputs))
+            likely = _texts(self.meaning.probabilities(part.outputs))
+            columns |= {
+                f"probability_{k}" if len(likely) > 1 else "probability": texts for k, texts in enumerate(likely)
+            }
         if part.targets is not None:
-            columns += self._cells(part.targets, truth=True)
-        indices = range(part.start, part.start + len(part.outputs))
-        self._writer.writerows(zip(indices, *columns, strict=True))
+            columns |= self._answers("target", self.meaning.truths(part.targets))
+        return columns
 
-    def _cells(self, values: Tensor, truth: bool = False) -> list[list[Any]]:
-        """The columns of a prediction or a target, a list each."""
+    def _answers(self, word: str, values: Tensor) -> dict[str, Sequence[Any]]:
         if self.meaning.kind == "values":
-            values = self.meaning.truths(values) if truth else self.meaning.probabilities(values)
-            return _texts(self.original(values) if self.original is not None else values)
-        numbers = (self.meaning.truths(values) if truth else self.meaning.predictions(values)).tolist()
+            texts = _texts(self.original(values) if self.original is not None else values)
+            if values.dim() == 1:
+                return {word: texts[0]}
+            names = self.named if self.named and len(self.named) == len(texts) else range(len(texts))
+            return {f"{word}_{name}": column for name, column in zip(names, texts, strict=True)}
+        numbers = values.tolist()
+        if not self.classes:
+            return {word: numbers}
         names = [self.classes[k] if 0 <= k < len(self.classes) else "" for k in numbers]
-        return [numbers, names] if self.classes else [numbers]
+        return {word: numbers, f"{word}_name": names}
 
 
 def _texts(values: Tensor) -> list[list[str]]:

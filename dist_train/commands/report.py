@@ -5,21 +5,23 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from dist_train.commands.arguments import Parser, whole_file, with_runs
+from dist_train.commands.arguments import Parser, whole_file, with_run
 
 
 def main(arguments: Sequence[str]) -> int:
     """One run: its report, with pictures by the model that is kept. Several: one page with all of them."""
     parser = Parser("report", "Write a run's report.html again, or compare several runs.")
     parser.add_argument("--output", metavar="FILE.html", help="of a comparison; by default comparison.html, here")
-    options = with_runs(parser, arguments)
+    options = with_run(parser, arguments, several=True)
     if len(options.runs) > 1:
+        if options.checkpoint is not None or options.overrides:
+            parser.error("a comparison reads records only: it takes no --checkpoint and no keys of a config")
         return compare(options.runs, options.output or "comparison.html")
     if options.output is not None:
         parser.error("--output is for a comparison; the report of one run is the report.html in its directory")
     from dist_train.engine.showing import report_again
 
-    path = report_again(options.runs[0], options.checkpoint, options.overrides)
+    path = report_again(options.run, options.checkpoint, options.overrides)
     if path is not None:
         print(path)
     return 0
@@ -34,13 +36,11 @@ def compare(runs: Sequence[str], output: str) -> int:
 
     if read_placement(os.environ).rank != 0:
         return 0
-    folders = []
-    for location in runs:
-        run = RunDir(location)
+    opened = [RunDir(location) for location in runs]
+    for run in opened:
         if not run.storage.exists("config.yaml"):
             raise ConfigError.single("--run", f"{run.location} holds no run: config.yaml isn't there")
-        folders.append(run.records())
     with whole_file(output) as path:
-        write_comparison(folders, path)
+        write_comparison([run.records() for run in opened], path)
     print(output)
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +18,7 @@ def main(arguments: Sequence[str]) -> int:
 
     options = with_config(Parser("train", "Train, or go on with the run of that name."), arguments)
     result = train(options.config, *options.overrides)
-    if result["state"] == "completed":
-        return 0
-    import os
-
-    return 0 if read_placement(os.environ).under_torchrun else 75
+    return 0 if result["state"] == "completed" or read_placement(os.environ).under_torchrun else 75
 
 
 def train(config: str | Mapping[str, Any] | None = None, *overrides: str) -> dict[str, Any]:
@@ -33,7 +30,16 @@ def train(config: str | Mapping[str, Any] | None = None, *overrides: str) -> dic
     Raises:
         ConfigError: the config is wrong; nothing was started, nothing written.
     """
-    return run(checked(config, overrides))
+    from dist_train.config.errors import ConfigError, Problem
+
+    whole = checked(config, overrides)
+    from dist_train.engine.run import train_config
+
+    try:
+        return train_config(whole)
+    except ConfigError as error:  # found when the pieces were put together: tell the place of the key
+        told = [Problem(p.where or (whole.where(p.key) if p.key else ""), p.key, p.message) for p in error.problems]
+        raise ConfigError(told) from error
 
 
 def checked(source: str | Mapping[str, Any] | None, overrides: Sequence[str]) -> Config:
@@ -53,15 +59,3 @@ def checked(source: str | Mapping[str, Any] | None, overrides: Sequence[str]) ->
     if problems:
         raise ConfigError(problems)
     return config
-
-
-def run(config: Config) -> dict[str, Any]:
-    """Train by a checked config."""
-    from dist_train.config.errors import ConfigError, Problem
-    from dist_train.engine.run import train_config
-
-    try:
-        return train_config(config)
-    except ConfigError as error:  # found when the pieces were put together: tell the place of the key
-        told = [Problem(p.where or (config.where(p.key) if p.key else ""), p.key, p.message) for p in error.problems]
-        raise ConfigError(told) from error

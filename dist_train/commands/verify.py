@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dist_train.commands.arguments import Parser
+from dist_train.commands.arguments import Parser, with_run
 
 
 def main(arguments: Sequence[str]) -> int:
     """Print a line for each checkpoint; 1 if any is damaged."""
     parser = Parser("verify", "Check every file of every checkpoint of a run.")
-    parser.add_argument("--run", required=True, metavar="DIR", help="the run's directory or URL")
-    options = parser.parse_args(list(arguments))
+    options = with_run(parser, arguments)
+    if options.checkpoint is not None or options.overrides:
+        parser.error("all checkpoints of a run are checked: --run DIR is all that verify takes")
     from dist_train.checkpoint.manager import CheckpointManager
     from dist_train.config.errors import ConfigError
     from dist_train.runtime.storage import Storage
 
     storage = Storage(options.run)
     if not storage.exists("checkpoints"):
-        raise ConfigError.single(
-            "--run", f"{storage.location} holds no checkpoints directory; expected a run's directory"
-        )
+        found = f"{storage.location} holds no checkpoints directory; expected a run's directory"
+        raise ConfigError.single("--run", found)
     rows = CheckpointManager(storage.sub("checkpoints")).verify_all()
     for row in rows:
         print(f"{row.name:<24} {row.state:<10} {row.reason}".rstrip())
