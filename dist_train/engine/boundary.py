@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
 import os
 from collections.abc import Sequence
@@ -15,6 +13,7 @@ import torch
 
 from dist_train.data.stream import is_stream
 from dist_train.engine.callbacks import Callback
+from dist_train.engine.metrics import without_one_column
 from dist_train.engine.predict import read_meaning
 
 if TYPE_CHECKING:
@@ -37,55 +36,51 @@ class BoundaryFrames(Callback):
 
     def __init__(self) -> None:
         self._extent: Extent | None = None
-        self._off = False
+        self._on = True
 
     def on_evaluation_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         """One more frame, if it is time for one."""
         # A compiled model would be compiled once more, for the size of the grid.
-        if self._off or not trainer.world.is_main or trainer.config.trainer.compile:
+        if not self._on or not trainer.world.is_main or trainer.config.trainer.compile:
             return
         try:
-            self._keep(trainer)
+            self._on = self._keep(trainer)
         except Exception as error:  # a picture less is no reason to end a run
-            self._off = True
+            self._on = False
             logging.getLogger("dist_train").warning("no decision boundary: %s: %s", type(error).__name__, error)
 
-    def _keep(self, trainer: Trainer) -> None:
+    def _keep(self, trainer: Trainer) -> bool:
+        """Whether there is a boundary to keep."""
         if self._extent is None:
             points = plane(trainer.parts.eval_loaders["val"].dataset)
             if points is None:
-                self._off = True
-                return
+                return False
             self._extent = around(points[0])
         folder = trainer.parts.run.path(FOLDER)
         before = [step for step in kept_steps(folder) if step < trainer.step]
         if before and trainer.step < GROWTH * before[-1]:
-            return
+            return True
         classes = classes_on(trainer.parts.evaluator, self._extent)
         if classes is None:
-            self._off = True
-            return
-        content = io.BytesIO()
-        np.savez_compressed(content, classes=classes, extent=np.array(self._extent))
+            return False
         folder.mkdir(exist_ok=True)
-        part = folder / ".part"
-        part.write_bytes(content.getvalue())
-        os.replace(part, folder / f"step-{trainer.step:08d}.npz")
+        with open(folder / ".part", "wb") as file:
+            np.savez_compressed(file, classes=classes, extent=np.array(self._extent))
+        os.replace(folder / ".part", folder / f"step-{trainer.step:08d}.npz")
+        return True
 
 
 def plane(dataset: Any) -> tuple[Array, Array] | None:
     """The first points (N, 2) of a dataset and their labels (N,); None if its inputs are no points with a label."""
     if is_stream(dataset) or not len(dataset):
         return None
-    samples = [dataset[0]]
-    if not isinstance(samples[0], tuple | list) or len(samples[0]) != 2:
+    sample = dataset[0]
+    if not isinstance(sample, tuple | list) or len(sample) != 2 or not isinstance(sample[0], torch.Tensor):
         return None
-    inputs = samples[0][0]
-    if not isinstance(inputs, torch.Tensor) or inputs.shape != (2,) or not inputs.is_floating_point():
+    if sample[0].shape != (2,) or not sample[0].is_floating_point():
         return None
-    samples += [dataset[k] for k in range(1, min(len(dataset), POINTS))]
-    labels = [round(float(target)) for _, target in samples]
-    return torch.stack([point for point, _ in samples]).numpy(), np.array(labels)
+    samples = [sample, *(dataset[k] for k in range(1, min(len(dataset), POINTS)))]
+    return torch.stack([point for point, _ in samples]).numpy(), np.array([round(float(t)) for _, t in samples])
 
 
 def around(points: Array) -> Extent:
@@ -96,20 +91,13 @@ def around(points: Array) -> Extent:
     return x0, x1, y0, y1
 
 
-@torch.no_grad()
 def classes_on(evaluator: Evaluator, extent: Extent) -> Array | None:
     """The predicted class on a grid, (SIDE, SIDE) uint8 with row 0 at y0; None for a model that gives values."""
     x0, x1, y0, y1 = extent
     y, x = torch.meshgrid(torch.linspace(y0, y1, SIDE), torch.linspace(x0, x1, SIDE), indexing="ij")
     grid = torch.stack([x.reshape(-1), y.reshape(-1)], dim=1).to(evaluator.world.device)
-    model, training = evaluator.model, evaluator.model.training
-    model.eval()
-    try:
-        with evaluator.ema.applied() if evaluator.ema is not None else contextlib.nullcontext():
-            outputs = evaluator.task.predict(model, grid).float().cpu()
-    finally:
-        model.train(training)
-    outputs = outputs.squeeze(1) if outputs.dim() == 2 and outputs.shape[1] == 1 else outputs
+    with evaluator.serving():
+        outputs = without_one_column(evaluator.task.predict(evaluator.model, grid).float().cpu())
     meaning = read_meaning(evaluator, outputs, None)
     if meaning.kind not in ("classes", "binary"):
         return None
@@ -124,12 +112,9 @@ def kept_steps(folder: Path) -> list[int]:
 def read_frames(folder: Path, most: int) -> tuple[Extent, Sequence[tuple[int, Array]]] | None:
     """The extent and at most so many (step, classes), spread over all that were kept; None without any."""
     steps = kept_steps(folder)
-    if not steps:
-        return None
-    chosen = sorted({steps[round(k)] for k in np.linspace(0, len(steps) - 1, min(most, len(steps)))})
     frames, extent = [], (0.0, 1.0, 0.0, 1.0)
-    for step in chosen:
+    for step in sorted({steps[round(k)] for k in np.linspace(0, len(steps) - 1, min(most, len(steps)))}):
         with np.load(folder / f"step-{step:08d}.npz", allow_pickle=False) as archive:
             frames.append((step, archive["classes"]))
             extent = tuple(archive["extent"].tolist())
-    return extent, frames
+    return (extent, frames) if frames else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 from dist_train.engine.buffers import take_from_rank_zero
 from dist_train.engine.losses import batch_length
-from dist_train.engine.metrics import Metric
+from dist_train.engine.metrics import Metric, Whole
 from dist_train.engine.precision import Precision
 from dist_train.engine.task import Task, as_step_output
 from dist_train.runtime.here import EVALUATION, MEETING, here
@@ -26,6 +26,26 @@ if TYPE_CHECKING:
 
 class EvaluationInterruptedError(Exception):
     """A stop was agreed inside an evaluation: it is dropped, and run again after the resume."""
+
+
+def in_rounds(loader: EvalLoader, control: Control | None = None) -> Iterator[tuple[range, Any] | None]:
+    """This rank's cuts of a dataset with their batches; None for a last round without one, so that all ranks have as many."""
+    batches = iter(loader)
+    for _ in range(loader.rounds):
+        if control is not None:
+            control.begin()
+        here.phase, here.item = EVALUATION, here.item + 1
+        yield next(batches, None)
+
+
+def on_rank_zero(world: World, value: Any) -> list[Any]:
+    """Every rank's value, in order of rank, on rank 0; nothing on the others. Every rank calls it."""
+    if world.size == 1:
+        return [value]
+    every: list[Any] = [None] * world.size
+    here.phase = MEETING
+    torch.distributed.gather_object(value, every if world.is_main else None, dst=0)
+    return every if world.is_main else []
 
 
 class Evaluator:
@@ -56,44 +76,54 @@ class Evaluator:
         Raises:
             EvaluationInterruptedError: all ranks agreed to stop between two rounds of it.
         """
-        if self.ema is None:
-            return self._run(loader)
-        with self.ema.applied():
+        with self.serving():
             figures = self._run(loader)
+        if self.ema is None:
+            return figures
         samples = figures.pop("eval_samples")
-        raw = {f"raw_{name}": value for name, value in self._run(loader).items() if name != "eval_samples"}
+        with self.serving(average=False):
+            raw = {f"raw_{name}": value for name, value in self._run(loader).items() if name != "eval_samples"}
         return {**figures, **raw, "eval_samples": samples}
 
-    @torch.no_grad()
+    @contextlib.contextmanager
+    def serving(self, average: bool = True) -> Iterator[None]:
+        """The model as it is used after training: in eval mode, with the average of the weights where there is one."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            with self.ema.applied() if self.ema is not None and average else contextlib.nullcontext(), torch.no_grad():
+                yield
+        finally:
+            self.model.train(training)
+
     def _run(self, loader: EvalLoader) -> dict[str, float]:
         here.phase = MEETING
         take_from_rank_zero(self.model.buffers(), self.world.size)
         size = 3 + sum(metric.size for metric in self.metrics)
+        whole = [metric for metric in self.metrics if isinstance(metric, Whole)]
+        for metric in whole:
+            metric.metric.reset()
         # A row a cut, added up in the order of the dataset: the bits are those of one process. (Metrics of many numbers count.)
         rows = len(loader.plan) if size <= 64 else 1
         sums = torch.zeros(rows, size, dtype=torch.float64, device=self.world.device)
-        training = self.model.training
-        self.model.eval()
-        try:
-            batches = iter(loader)
-            for _ in range(loader.rounds):  # the same on all ranks; one without a cut in the last round sits it out
-                if self.control is not None:
-                    self.control.begin()
-                here.phase = EVALUATION
-                here.item += 1
-                with contextlib.suppress(StopIteration):
-                    cut, batch = next(batches)
-                    sums[cut.start // loader.plan.batch_size % rows] += self._batch(cut.start, batch)
-                if self.control is not None and self.control.stop_due():
-                    raise EvaluationInterruptedError
-        finally:
-            self.model.train(training)
+        for mine in in_rounds(loader, self.control):
+            seen = None
+            if mine is not None:
+                cut, batch = mine
+                row, seen = self._batch(cut.start, batch)
+                sums[cut.start // loader.plan.batch_size % rows] += row
+            for outputs, targets in filter(None, on_rank_zero(self.world, seen) if whole else []):
+                for metric in whole:
+                    metric.update(outputs, targets)
+            if self.control is not None and self.control.stop_due():
+                raise EvaluationInterruptedError
         here.phase = MEETING
         if self.world.size > 1:
             torch.distributed.all_reduce(sums)
         return self._figures(torch.from_numpy(sums.cpu().numpy().sum(axis=0)))
 
-    def _batch(self, start: int, batch: Any) -> torch.Tensor:
+    def _batch(self, start: int, batch: Any) -> tuple[torch.Tensor, tuple[Any, ...]]:
+        """What a cut adds to the sums, and its outputs and targets for the metrics that aren't sums."""
         batch = self.prepare(batch)
         seed_forward(self.seed, 0, start, self.world.device)
         with self.precision.autocast():
@@ -103,13 +133,18 @@ class Evaluator:
         head = torch.zeros(3, dtype=torch.float64, device=self.world.device)
         head[0], head[1], head[2] = output.loss, output.weight, batch_length(batch)
         outputs = output.outputs.float() if isinstance(output.outputs, torch.Tensor) else output.outputs
-        return torch.cat([head, *(metric.sums(outputs, output.targets) for metric in self.metrics)])
+        sums = [metric.sums(outputs, output.targets) for metric in self.metrics if metric.size]
+        seen = (outputs, output.targets) if len(sums) < len(self.metrics) else ()
+        return torch.cat([head, *sums]), tuple(v.cpu() if isinstance(v, torch.Tensor) else v for v in seen)
 
     def _figures(self, sums: torch.Tensor) -> dict[str, float]:
         loss, weight, samples = sums[:3].tolist()
         figures = {"loss": loss / weight if weight else float("nan")}
         start = 3
         for metric in self.metrics:
-            figures[metric.name] = metric.result(sums[start : start + metric.size])
+            if isinstance(metric, Whole):
+                figures |= self.world.on_main(metric.figures)
+            else:
+                figures[metric.name] = metric.result(sums[start : start + metric.size])
             start += metric.size
         return {**figures, "eval_samples": int(samples)}

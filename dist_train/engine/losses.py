@@ -114,7 +114,9 @@ class Loss(nn.Module):
         """On the first batch only: it reads values."""
         low, high = (float(values.min()), float(values.max())) if values.numel() else (0.0, 1.0)
         if low < 0 or high > 1:
-            raise ValueError(f"{self.name} expects {what} between 0 and 1, but they go from {low:g} to {high:g}: {cure}")
+            raise ValueError(
+                f"{self.name} expects {what} between 0 and 1, but they go from {low:g} to {high:g}: {cure}"
+            )
 
     def _classes(self, outputs: Tensor, targets: Tensor) -> Fitted:
         if targets.is_floating_point():

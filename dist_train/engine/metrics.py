@@ -1,10 +1,12 @@
 """Metrics as small sums: each batch adds a few float64 numbers, and one division at the end gives the figure.
 
-Sums of all metrics travel in one all-reduce, so the figure is that of one process on any number of them.
+Sums of all metrics travel in one all-reduce, so the figure is that of one process on any number of them. Metrics that aren't
+sums (torchmetrics) see every batch on rank 0, which comes to the same at the price of carrying the outputs there.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -74,8 +76,8 @@ class BinaryAccuracy(Metric):
     def sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """(correct, counted)."""
         outputs, targets = _flat(self.name, outputs, targets)
-        hit = (outputs > self.threshold) == (targets > 0.5)
-        return torch.stack([hit.sum().double(), hit.new_full((), 1, dtype=torch.float64) * hit.numel()])
+        hit = ((outputs > self.threshold) == (targets > 0.5)).double()
+        return torch.stack([hit.sum(), torch.full_like(hit.sum(), hit.numel())])
 
 
 class MeanError(Metric):
@@ -115,6 +117,42 @@ class R2(Metric):
         return 1.0 - residual / spread if spread > 0 else float("nan")
 
 
+class Whole(Metric):
+    """A class with `update(outputs, targets)`, `compute` and `reset`, as all of torchmetrics have; in the records under its
+    class's name (`multiclass_f1_score`), a MetricCollection's under theirs.
+    """
+
+    size = 0
+
+    def __init__(self, metric: Any):
+        self.metric = metric
+        parts: Any = metric.modules() if isinstance(metric, nn.Module) else ()
+        for part in parts:
+            part.distributed_available_fn = lambda: False  # rank 0 has seen everything, and computes alone
+        snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(metric).__name__).lower()
+        self.name = next(iter(metric)) if isinstance(metric, nn.ModuleDict) else snake
+
+    def update(self, outputs: Any, targets: Any) -> None:
+        """Take in a batch; (N, 1) goes as (N,)."""
+        self.metric.update(*(without_one_column(v) if isinstance(v, Tensor) else v for v in (outputs, targets)))
+
+    def figures(self) -> dict[str, float]:
+        """What it comes to.
+
+        Raises:
+            TypeError: to more than one number.
+        """
+        value = self.metric.compute()
+        values = value if isinstance(value, dict) else {self.name: value}
+        for name, number in values.items():
+            if isinstance(number, Tensor) and number.numel() != 1:
+                shape = tuple(number.shape)
+                raise TypeError(
+                    f"metric {name} gives {shape} numbers, expected one: average=macro, or a class of your own"
+                )
+        return {name: float(number) for name, number in values.items()}
+
+
 NAMED: dict[str, Any] = {
     "accuracy": Accuracy,
     "top5": lambda: Accuracy(top=5),
@@ -133,8 +171,14 @@ def build_metrics(specs: Sequence[Any], loss: Loss | None) -> list[Metric]:
         if spec == "binary_accuracy" and loss is not None and isinstance(loss.function, nn.BCEWithLogitsLoss):
             metrics.append(BinaryAccuracy(threshold=0.0))
         else:
-            metrics.append(NAMED[spec]() if isinstance(spec, str) else build(spec))
+            metric = NAMED[spec]() if isinstance(spec, str) else build(spec)
+            metrics.append(metric if hasattr(metric, "sums") else Whole(metric))
     return metrics
+
+
+def without_one_column(values: Tensor) -> Tensor:
+    """(n, 1) as (n,); others as they are."""
+    return values.squeeze(1) if values.dim() == 2 and values.shape[1] == 1 else values
 
 
 def _flat(name: str, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

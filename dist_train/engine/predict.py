@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from dist_train.config.errors import ConfigError
-from dist_train.engine.metrics import Accuracy, BinaryAccuracy
-from dist_train.runtime.here import EVALUATION, MEETING, here
+from dist_train.engine.evaluate import in_rounds, on_rank_zero
+from dist_train.engine.losses import HALF
+from dist_train.engine.metrics import Accuracy, BinaryAccuracy, without_one_column
 from dist_train.runtime.seeding import seed_forward
 
 if TYPE_CHECKING:
@@ -44,17 +43,16 @@ class Meaning(NamedTuple):
 
     def probabilities(self, outputs: Tensor) -> Tensor:
         """Outputs on the scale that people read."""
-        if self.scale == "softmax":
-            return outputs.softmax(1)
-        return outputs.exp() if self.scale == "exp" else outputs.sigmoid() if self.scale == "sigmoid" else outputs
+        scales = {"softmax": lambda: outputs.softmax(1), "exp": outputs.exp, "sigmoid": outputs.sigmoid}
+        return scales[self.scale]() if self.scale in scales else outputs
 
     def predictions(self, outputs: Tensor) -> Tensor:
-        """(n,) class numbers; values as they are."""
+        """(n,) class numbers; values on the scale that people read."""
         if self.kind == "classes":
             return outputs.argmax(1)
         if self.kind == "binary":
             return (outputs > self.threshold).long()
-        return outputs.long() if self.kind == "labels" else outputs
+        return outputs.long() if self.kind == "labels" else self.probabilities(outputs)
 
     def truths(self, targets: Tensor) -> Tensor:
         """Targets in the form of `predictions`."""
@@ -90,46 +88,28 @@ def read_meaning(evaluator: Evaluator, outputs: Tensor, targets: Tensor | None) 
     return Meaning("values")
 
 
-@torch.no_grad()
 def predict(evaluator: Evaluator, loader: EvalLoader) -> Iterator[Predicted | None]:
     """This rank's cuts of a dataset, in order; None for a round in which it has none, so that all have as many.
 
     Raises:
         ConfigError: the task's `predict` doesn't give one tensor with a row a sample.
     """
-    model, device = evaluator.model, evaluator.world.device
-    training = model.training
-    model.eval()
-    try:
-        with evaluator.ema.applied() if evaluator.ema is not None else contextlib.nullcontext():
-            batches = iter(loader)
-            for k in range(loader.rounds):
-                here.phase = EVALUATION
-                here.item += 1
-                if k >= len(loader):
-                    yield None
-                    continue
-                cut, batch = next(batches)
-                seed_forward(evaluator.seed, 0, cut.start, device)
-                with evaluator.precision.autocast():
-                    outputs = evaluator.task.predict(model, evaluator.prepare(batch))
-                targets = _targets(batch, len(cut))
-                yield Predicted(cut.start, _rows(outputs, len(cut)), targets)
-    finally:
-        model.train(training)
+    with evaluator.serving():
+        for mine in in_rounds(loader):
+            if mine is None:
+                yield None
+                continue
+            cut, batch = mine
+            seed_forward(evaluator.seed, 0, cut.start, evaluator.world.device)
+            with evaluator.precision.autocast():
+                outputs = evaluator.task.predict(evaluator.model, evaluator.prepare(batch))
+            yield Predicted(cut.start, _rows(outputs, len(cut)), _targets(batch, len(cut)))
 
 
 def gathered(evaluator: Evaluator, loader: EvalLoader) -> Iterator[Predicted]:
     """Every sample once, in dataset order, on rank 0; the other ranks take part and get nothing. See `predict`."""
-    world = evaluator.world
     for mine in predict(evaluator, loader):
-        if world.size == 1:
-            every: list[Any] = [mine]
-        else:
-            every = [None] * world.size
-            here.phase = MEETING
-            torch.distributed.gather_object(mine, every if world.is_main else None, dst=0)
-        yield from (part for part in every if part is not None)
+        yield from (part for part in on_rank_zero(evaluator.world, mine) if part is not None)
 
 
 def _rows(outputs: Any, samples: int) -> Tensor:
@@ -142,9 +122,7 @@ def _rows(outputs: Any, samples: int) -> Tensor:
             f"{samples} samples, (n,) or (n, k), found {found}; name a task whose predict does, or use dist_train.load",
         )
     outputs = outputs.detach().cpu()
-    if outputs.is_floating_point() and outputs.dtype != torch.float64:
-        outputs = outputs.float()
-    return outputs.squeeze(1) if outputs.dim() == 2 and outputs.shape[1] == 1 else outputs
+    return without_one_column(outputs.float() if outputs.dtype in HALF else outputs)
 
 
 def _targets(batch: Any, samples: int) -> Tensor | None:
@@ -152,6 +130,4 @@ def _targets(batch: Any, samples: int) -> Tensor | None:
     if not isinstance(batch, list | tuple) or len(batch) != 2 or not isinstance(batch[1], Tensor):
         return None
     targets = batch[1]
-    if targets.dim() not in (1, 2) or len(targets) != samples:
-        return None
-    return targets.squeeze(1) if targets.dim() == 2 and targets.shape[1] == 1 else targets
+    return without_one_column(targets) if targets.dim() in (1, 2) and len(targets) == samples else None

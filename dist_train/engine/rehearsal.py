@@ -33,8 +33,7 @@ def look_at(config: Config, split: str) -> str:
     dataset = build_dataset(config, split)
     collate = build_callable(config.data.collate) if config.data.collate is not None else default_collate
     if is_stream(dataset):
-        samples = list(itertools.islice(iter(dataset), SAMPLES))
-        return f"a stream; {_form(collate(samples))}"
+        return f"a stream; {_form(collate(list(itertools.islice(iter(dataset), SAMPLES))))}"
     samples = [dataset[index] for index in range(min(SAMPLES, len(dataset)))]
     return f"{len(dataset):,} samples; {_form(collate(samples))}"
 
@@ -42,10 +41,10 @@ def look_at(config: Config, split: str) -> str:
 def _form(value: Any) -> str:
     if isinstance(value, torch.Tensor | np.ndarray):
         tensor = torch.as_tensor(value)
-        kind = str(tensor.dtype).removeprefix("torch.")
+        form = f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
         if not tensor.numel() or tensor.dtype == torch.bool or tensor.is_complex():
-            return f"{tuple(tensor.shape)} {kind}"
-        return f"{tuple(tensor.shape)} {kind} {float(tensor.min()):.4g} ... {float(tensor.max()):.4g}"
+            return form
+        return f"{form} {float(tensor.min()):.4g} ... {float(tensor.max()):.4g}"
     if isinstance(value, dict):
         return ", ".join(f"{key}: {_form(item)}" for key, item in value.items())
     if isinstance(value, list | tuple):
@@ -60,44 +59,39 @@ def rehearse(config: Config, world: World, where: Path) -> list[str]:
     """
     out = io.StringIO()
     train_in(world, _shortened(config, where, STEPS), Console(world.is_main, out=out, err=out))
-    start = [line for line in out.getvalue().splitlines() if line.startswith("  ")]
-    shown = list(itertools.takewhile(lambda line: not line.lstrip().startswith("state "), start))
     train_in(world, _shortened(config, where, STEPS + 1), Console(world.is_main, out=io.StringIO(), err=io.StringIO()))
     if not world.is_main:
         return []
+    block = [line for line in out.getvalue().splitlines() if line.startswith("  ")]
+    shown = list(itertools.takewhile(lambda line: not line.lstrip().startswith("state "), block))
     place = where / "rehearsal"
-    rows = list(read_rows(place / "metrics.jsonl"))
-    losses = ", ".join(f"{row['loss']:.4f}" for row in rows if row["split"] == "train")
-    seen = ", ".join(f"{row['loss']:.4f}" for row in rows if row["split"] == "val")
+    losses = {"train": "", "val": ""}
+    for row in read_rows(place / "metrics.jsonl"):
+        losses[row["split"]] += f" {row['loss']:.4f}"
     size = sum(file.stat().st_size for file in sorted((place / "checkpoints").glob("step-*/*")))
-    shown.append(f"  loss of {STEPS} steps, and of one more after going on from their checkpoint: {losses}")
-    if seen:
-        shown.append(f"  loss in evaluation: {seen}")
+    shown.append(f"  loss of {STEPS} steps, and of one more after going on from their checkpoint:{losses['train']}")
+    shown += [f"  loss in evaluation:{losses['val']}"] if losses["val"] else []
     return [*shown, f"  saved: {size / 1e6:.1f} MB"]
 
 
 def _shortened(config: Config, where: Path, steps: int) -> Config:
     """The config, with an end after so many steps and little to evaluate; a schedule keeps its span."""
-    duration = config.trainer.duration
-    length = Duration(steps, "step")
-    trainer = {"duration": length, "stop_at": None, "stop_when": None, "evaluate_every": Duration(STEPS, "step")}
+    once, every, whole = Duration(1, "step"), Duration(STEPS, "step"), config.trainer.duration
     data: dict[str, Any] = {"test": None}
     if config.data.val is not None:
-        data["val"] = _some(build_dataset(config, "val"), config.data.eval_batch_size)
-    changes: dict[str, Any] = {
-        "trainer": config.trainer.model_copy(update={**trainer, "log_every": Duration(1, "step")}),
-        "data": config.data.model_copy(update=data),
-        "run": config.run.model_copy(update={"dir": str(where), "name": "rehearsal"}),
-        "checkpoint": config.checkpoint.model_copy(
-            update={"every": [Duration(STEPS, "step")], "keep_best": None, "resume": "auto"}
-        ),
-        "tracking": config.tracking.model_copy(update={"tensorboard": False, "wandb": None}),
+        val = build_dataset(config, "val")
+        some = range(0) if is_stream(val) else range(min(len(val), 2 * config.data.eval_batch_size))
+        data["val"] = Subset(val, some) if some else None
+    changes: dict[str, dict[str, Any]] = {
+        "trainer": {"duration": Duration(steps, "step"), "stop_at": None, "stop_when": None, "log_every": once},
+        "data": data,
+        "run": {"dir": str(where), "name": "rehearsal"},
+        "checkpoint": {"every": [every], "keep_best": None, "resume": "auto"},
+        "tracking": {"tensorboard": False, "wandb": None},
     }
+    changes["trainer"]["evaluate_every"] = every
+    sections: dict[str, Any] = {name: getattr(config, name).model_copy(update=new) for name, new in changes.items()}
     scheduler = config.scheduler
-    if isinstance(scheduler, dict) and is_spec(scheduler) and not duration.is_time and "horizon" not in scheduler:
-        changes["scheduler"] = {**scheduler, "horizon": str(duration)}
-    return config.model_copy(update=changes)
-
-
-def _some(dataset: Any, batch: int) -> Any:
-    return None if is_stream(dataset) else Subset(dataset, range(min(len(dataset), 2 * batch)))
+    if isinstance(scheduler, dict) and is_spec(scheduler) and not whole.is_time and "horizon" not in scheduler:
+        sections["scheduler"] = {**scheduler, "horizon": str(whole)}
+    return config.model_copy(update=sections)

@@ -23,7 +23,15 @@ from dist_train.config.errors import ConfigError
 from dist_train.config.load import load_config
 from dist_train.config.slots import check_components
 from dist_train.data.loader import EvalLoader
-from dist_train.engine.build import build_dataset, build_model, build_objective, move_batch, place_model, reading_of
+from dist_train.engine.build import (
+    build_dataset,
+    build_model,
+    build_objective,
+    building,
+    move_batch,
+    place_model,
+    reading_of,
+)
 from dist_train.engine.evaluate import Evaluator
 from dist_train.engine.precision import resolve_precision
 from dist_train.engine.rundir import RunDir
@@ -61,8 +69,14 @@ class Restored:
         return split
 
     def loader(self, split: str) -> EvalLoader:
-        """Every sample of a split once, over all ranks."""
-        return eval_loader(self.config, self.world, build_dataset(self.config, split, self.world))
+        """Every sample of a split once, over all ranks.
+
+        Raises:
+            ConfigError: its data can't be had, or there are none.
+        """
+        dataset = build_dataset(self.config, split, self.world)
+        with building(f"data.{split}"):
+            return eval_loader(self.config, self.world, dataset)
 
 
 @contextlib.contextmanager

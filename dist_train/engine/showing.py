@@ -17,10 +17,10 @@ from dist_train.checkpoint.manifest import CheckpointError
 from dist_train.config.errors import ConfigError
 from dist_train.data.stream import is_stream
 from dist_train.engine.boundary import FOLDER, around, classes_on, plane, read_frames
+from dist_train.engine.evaluate import on_rank_zero
 from dist_train.engine.predict import Meaning, Predicted, predict, read_meaning
 from dist_train.engine.restore import attribute_of, eval_loader, open_run
 from dist_train.engine.rundir import RunDir
-from dist_train.runtime.here import MEETING, here
 from dist_train.runtime.seeding import seed_sample
 from dist_train.runtime.world import read_placement
 from dist_train.tracking.figures import Boundary, Confusion, Example, Regression, write_boundary
@@ -51,21 +51,20 @@ def report_again(location: str, checkpoint: str | None, overrides: Sequence[str]
     """
     run = RunDir(location)
     is_main = read_placement(os.environ).rank == 0
+
+    def warn(text: str) -> None:
+        if is_main:
+            print(f"warning: {text}", file=sys.stderr)
+
     try:
         with open_run(location, checkpoint, overrides) as restored:
-            loader = restored.loader(restored.split(None))
-            meta, step = restored.found.meta, restored.found.step
-            return make_report(run, restored.config, restored.evaluator, loader, step, meta, _warn if is_main else None)
+            loader, found = restored.loader(restored.split(None)), restored.found
+            return make_report(run, restored.config, restored.evaluator, loader, found.step, found.meta, warn)
     except (ConfigError, CheckpointError) as error:
         if checkpoint is not None or overrides or not run.storage.exists("config.yaml"):
             raise
-        if is_main:
-            _warn(f"the report has no pictures: {error}")
+        warn(f"the report has no pictures: {error}")
         return _written(run) if is_main else None
-
-
-def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)
 
 
 def make_report(
@@ -75,7 +74,7 @@ def make_report(
     loader: EvalLoader | None,
     step: int,
     record: Mapping[str, Any],
-    warn: Callable[[str], None] | None,
+    warn: Callable[[str], None],
 ) -> Path | None:
     """Write report.html with pictures; all ranks call it, rank 0 writes and gets its path. It raises nothing.
 
@@ -90,15 +89,18 @@ def make_report(
         if loader is not None:
             pictures = pictures_of(run, config, evaluator, loader, step)
     except Exception as error:
-        if warn is not None:
-            warn(f"the report has no pictures: {type(error).__name__}: {error}")
+        warn(f"the report has no pictures: {type(error).__name__}: {error}")
     if not evaluator.world.is_main:
         return None
     try:
-        return _written(run, pictures=pictures, environment=_environment(evaluator, record))
+        device = evaluator.world.device
+        environment = {name: str(version) for name, version in dict(record.get("versions") or {}).items()}
+        environment |= {name: str(record[name]) for name in ("host", "commit") if record.get(name)}
+        environment["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        environment["precision"] = evaluator.precision.name
+        return _written(run, pictures=pictures, environment=environment)
     except Exception as error:
-        if warn is not None:
-            warn(f"there is no report.html: {type(error).__name__}: {error}")
+        warn(f"there is no report.html: {type(error).__name__}: {error}")
         return None
 
 
@@ -106,14 +108,6 @@ def _written(run: RunDir, **shown: Any) -> Path:
     path = write_report(run.records(), **shown)
     run.send(path.name)
     return path
-
-
-def _environment(evaluator: Evaluator, record: Mapping[str, Any]) -> dict[str, str]:
-    device = evaluator.world.device
-    facts = {name: str(version) for name, version in dict(record.get("versions") or {}).items()}
-    facts |= {name: str(record[name]) for name in ("host", "commit") if record.get(name)}
-    facts["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    return facts | {"precision": evaluator.precision.name}
 
 
 def pictures_of(run: RunDir, config: Config, evaluator: Evaluator, loader: EvalLoader, step: int) -> list[Picture]:
@@ -126,18 +120,14 @@ def pictures_of(run: RunDir, config: Config, evaluator: Evaluator, loader: EvalL
         if len(where) > SAMPLES:
             if is_stream(dataset):
                 return []
-            where = np.linspace(0, len(where) - 1, SAMPLES).round().astype(np.int64)
+            where = _spread(len(where), SAMPLES)
             loader = eval_loader(config, world, Subset(dataset, where.tolist()))
         mine = [part for part in predict(evaluator, loader) if part is not None]
     except ConfigError:
         pass  # outputs that are no table: there is nothing to show
     except Exception as error:
         problem = f"rank {world.rank}: {type(error).__name__}: {error}"
-    every: list[Any] = [(mine, problem)]
-    if world.size > 1:
-        every = [None] * world.size
-        here.phase = MEETING
-        torch.distributed.gather_object((mine, problem), every if world.is_main else None, dst=0)
+    every = on_rank_zero(world, (mine, problem))
     if not world.is_main:
         return []
     if any(problem for _, problem in every):
@@ -145,37 +135,40 @@ def pictures_of(run: RunDir, config: Config, evaluator: Evaluator, loader: EvalL
     parts = sorted((part for theirs, _ in every for part in theirs), key=lambda part: part.start)
     if not parts or any(part.targets is None for part in parts):
         return []
-    outputs = torch.cat([part.outputs for part in parts])
-    targets = torch.cat([part.targets for part in parts if part.targets is not None])
+    outputs, targets = (torch.cat([part[k] for part in parts]) for k in (1, 2))
     meaning = read_meaning(evaluator, outputs, targets)
     if meaning.kind == "values":
-        return list(_regressions(meaning.probabilities(outputs), targets, dataset))
+        return list(_regressions(meaning.predictions(outputs), targets, dataset))
     shown: list[Picture] = [_confusion(evaluator, meaning, outputs, meaning.truths(targets), dataset, where)]
     boundary = _boundary(run, evaluator, dataset, step)
     return shown if boundary is None else [*shown, boundary]
+
+
+def _spread(length: int, most: int) -> np.ndarray[Any, Any]:
+    """At most so many indices, evenly over all."""
+    return np.linspace(0, length - 1, min(most, length)).round().astype(np.int64)
 
 
 def _confusion(
     evaluator: Evaluator, meaning: Meaning, outputs: Tensor, truths: Tensor, dataset: Any, where: Any
 ) -> Confusion:
     predictions = meaning.predictions(outputs)
-    classes = [str(name) for name in attribute_of(dataset, "classes") or []]
+    names = [str(name) for name in attribute_of(dataset, "classes") or []]
+    known = outputs.shape[1] if meaning.kind == "classes" else 2
+    count = max(len(names), known, int(truths.max()) + 1, int(predictions.max()) + 1)
+    names += [str(k) for k in range(len(names), count)]
     counted = truths >= 0  # ignore_index is negative
-    known = [len(classes), outputs.shape[1] if meaning.kind == "classes" else 2]
-    count = max(*known, int(truths.max()) + 1, int(predictions.max()) + 1)
     pairs = (truths * count + predictions)[counted]
     counts = torch.bincount(pairs, minlength=count * count).reshape(count, count).numpy()
-    worst = []
+    worst: list[Example] = []
     if meaning.kind != "labels":
         likely = meaning.probabilities(outputs)
         likely = likely.max(1).values if likely.dim() == 2 else torch.where(predictions == 1, likely, 1 - likely)
         wrong = torch.nonzero(counted & (predictions != truths)).flatten()
-        order = wrong[likely[wrong].argsort(descending=True, stable=True)][:WORST]
-        for k in order.tolist():
-            truth, guess = (classes[n] if n < len(classes) else str(n) for n in (int(truths[k]), int(predictions[k])))
-            index = int(where[k])
-            worst.append(Example(index, truth, guess, float(likely[k]), _picture(evaluator.seed, dataset, index)))
-    return Confusion(counts, classes if len(classes) == count else [], worst)
+        for k in wrong[likely[wrong].argsort(descending=True, stable=True)][:WORST].tolist():
+            index, picture = int(where[k]), _picture(evaluator.seed, dataset, int(where[k]))
+            worst.append(Example(index, names[truths[k]], names[predictions[k]], float(likely[k]), picture))
+    return Confusion(counts, names, worst)
 
 
 def _picture(seed: int, dataset: Any, index: int) -> Any:
@@ -185,17 +178,14 @@ def _picture(seed: int, dataset: Any, index: int) -> Any:
     seed_sample(seed, -1, index)  # as evaluation reads it
     sample = dataset[index]
     image = sample[0] if isinstance(sample, tuple | list) else sample
-    if (
-        not isinstance(image, Tensor)
-        or image.dim() not in (2, 3)
-        or (image.dim() == 3 and image.shape[0] not in (1, 3))
-    ):
+    if isinstance(image, Tensor) and image.dim() == 3 and image.shape[0] in (1, 3):
+        image = image.permute(1, 2, 0)
+    elif not isinstance(image, Tensor) or image.dim() != 2:
         return None
-    array = image.numpy() if image.dim() == 2 else image.permute(1, 2, 0).numpy()
-    if array.dtype == np.uint8:
+    array = image.numpy()
+    if array.dtype == np.uint8 or (array.min() >= 0 and array.max() <= 1):
         return array
-    low, high = float(array.min()), float(array.max())
-    return array if low >= 0 and high <= 1 else (array - low) / max(high - low, 1e-12)
+    return (array - array.min()) / max(float(array.max() - array.min()), 1e-12)
 
 
 def _regressions(outputs: Tensor, targets: Tensor, dataset: Any) -> list[Regression]:
@@ -204,7 +194,7 @@ def _regressions(outputs: Tensor, targets: Tensor, dataset: Any) -> list[Regress
     original = attribute_of(dataset, "original_units")
     if original is not None:
         outputs, targets = original(outputs), original(targets)
-    kept = np.linspace(0, len(outputs) - 1, min(DOTS, len(outputs))).round().astype(np.int64)
+    kept = _spread(len(outputs), DOTS)
     columns = [(outputs, targets)] if outputs.dim() == 1 else list(zip(outputs.T, targets.T, strict=True))[:TARGETS]
     names = attribute_of(dataset, "targets_named") or []
     return [
@@ -220,10 +210,11 @@ def _boundary(run: RunDir, evaluator: Evaluator, dataset: Any, step: int) -> Bou
         return None
     kept = read_frames(run.path(FOLDER), FRAMES)
     if kept is None:
-        classes = classes_on(evaluator, around(points[0]))
+        extent = around(points[0])
+        classes = classes_on(evaluator, extent)
         if classes is None:
             return None
-        kept = around(points[0]), [(step, classes)]
+        kept = extent, [(step, classes)]
     boundary = Boundary(*points, *kept)
     write_boundary(boundary, run.path(FOLDER))
     return boundary

@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.data import default_collate
 
+from dist_train.config.components import build_callable
 from dist_train.data.stream import is_stream, stream_notes
-from dist_train.engine.layers import layer_lines
+from dist_train.engine.build import move_batch
+from dist_train.models.layers import layer_table, output_shapes
 from dist_train.tracking.text import format_seconds
 
 if TYPE_CHECKING:
@@ -16,58 +19,62 @@ if TYPE_CHECKING:
     from dist_train.engine.trainer import Trainer
 
 Lines = list[tuple[str, str]]
+LIVE = (
+    "parts of this config are Python objects: the run can be continued only from Python, with the same objects. For more devices "
+    "name them in a file: torchrun --nproc_per_node=N -m dist_train.main --config FILE"
+)
 
 
 def start_lines(blueprint: Blueprint, trainer: Trainer, run: RunDir, resumed: int) -> Lines:
     """Model, world, precision, data, batch arithmetic, run directory."""
-    config, world, plan = blueprint.config, blueprint.world, blueprint.plan
-    total = sum(parameter.numel() for parameter in blueprint.model.parameters())
-    frozen = sum(parameter.numel() for parameter in blueprint.model.parameters() if not parameter.requires_grad)
-    sizes = ", ".join(
+    config, world, plan, train = blueprint.config, blueprint.world, blueprint.plan, blueprint.datasets["train"]
+    parameters = list(blueprint.model.parameters())
+    frozen = sum(parameter.numel() for parameter in parameters if not parameter.requires_grad)
+    model = f"{type(blueprint.model).__name__}, {sum(parameter.numel() for parameter in parameters):,} parameters"
+    data = ", ".join(
         f"{split} {len(dataset):,}" if hasattr(dataset, "__len__") else f"{split} (a stream)"
         for split, dataset in blueprint.datasets.items()
     )
-    batches = f"{plan.steps_per_epoch:,} steps an epoch"
+    data += f"; {plan.steps_per_epoch:,} steps an epoch"
     if plan.samples_per_epoch < plan.length:
-        batches += f", {plan.length - plan.samples_per_epoch} samples of each epoch left out (data.drop_last)"
+        data += f", {plan.length - plan.samples_per_epoch} samples of each epoch left out (data.drop_last)"
+    total = f" = {trainer.total_steps:,} steps" if trainer.total_steps else ""
     lines = [
-        ("run", f"{run.location}" + (f", going on from step {resumed:,}" if resumed else "")),
-        (
-            "model",
-            f"{type(blueprint.model).__name__}, {total:,} parameters"
-            + (f", {frozen:,} of them frozen" if frozen else ""),
-        ),
+        ("run", run.location + (f", going on from step {resumed:,}" if resumed else "")),
+        ("model", model + (f", {frozen:,} of them frozen" if frozen else "")),
+        ("transfer", "\n".join(blueprint.notes)),
         ("layers", "\n".join(layer_lines(blueprint))),
         ("world", _world(blueprint)),
         ("precision", blueprint.precision.name),
-        ("data", f"{sizes}; {batches}"),
+        ("data", data),
         ("batch", batch_arithmetic(blueprint)),
-        (
-            "training",
-            f"{config.trainer.duration}" + (f" = {trainer.total_steps:,} steps" if trainer.total_steps else ""),
-        ),
+        ("training", f"{config.trainer.duration}{total}"),
+        *(("note", note) for note in (stream_notes(train) if is_stream(train) else [])),
+        ("note", LIVE if config.has_live_objects else ""),
+        ("note", blueprint.precision.note or ""),
     ]
-    if blueprint.notes:
-        lines.insert(2, ("transfer", "\n".join(blueprint.notes)))
-    lines += [
-        ("note", note) for note in stream_notes(blueprint.datasets["train"]) if is_stream(blueprint.datasets["train"])
-    ]
-    if config.has_live_objects:
-        lines.append(
-            (
-                "note",
-                "parts of this config are Python objects: the run can be continued only from Python, with the same objects. For "
-                "more devices name them in a file: torchrun --nproc_per_node=N -m dist_train.main --config FILE",
-            )
-        )
-    if blueprint.precision.note:
-        lines.append(("note", blueprint.precision.note))
-    if world.size == 1 and world.device.type == "cuda" and torch.cuda.device_count() > 1:
-        count = torch.cuda.device_count()
-        lines.append(
-            ("note", f"{count} GPUs are here: torchrun --nproc_per_node={count} -m dist_train.main uses them all")
-        )
-    return lines
+    count = torch.cuda.device_count() if world.size == 1 and world.device.type == "cuda" else 1
+    if count > 1:
+        command = f"torchrun --nproc_per_node={count} -m dist_train.main"
+        lines.append(("note", f"{count} GPUs are here: {command} uses them all"))
+    return [(label, text) for label, text in lines if text]
+
+
+def layer_lines(blueprint: Blueprint) -> list[str]:
+    """The layers in short, or all of them with their output shapes (`debug.layers`; rank 0 runs one sample for it)."""
+    model, config = blueprint.model, blueprint.config
+    if not config.debug.layers or not blueprint.world.is_main:
+        return layer_table(model)
+    try:
+        collate = build_callable(config.data.collate) if config.data.collate is not None else default_collate
+        memory = torch.channels_last if blueprint.channels_last else None
+        batch = move_batch(collate([blueprint.datasets["train"][0]]), blueprint.world.device, memory)
+        with blueprint.precision.autocast():
+            shapes = output_shapes(model, lambda: blueprint.task.predict(model, batch))
+    except Exception as error:  # a stream, or a model that can't take one sample: no reason not to train
+        note = f"(shapes are those of the weights: one sample couldn't be run: {error})"
+        return [*layer_table(model, full=True), note]
+    return layer_table(model, full=True, shapes=shapes)
 
 
 def _world(blueprint: Blueprint) -> str:
@@ -86,14 +93,10 @@ def _world(blueprint: Blueprint) -> str:
 def batch_arithmetic(blueprint: Blueprint) -> str:
     """`64 = 4 ranks x 16; for 64 a GPU: data.global_batch_size=256, and raise lr`."""
     size, ranks, micro = blueprint.plan.global_batch_size, blueprint.world.size, blueprint.micro_batch_size
-    if ranks == 1:
-        text = f"{size}"
-    elif size % ranks == 0:
-        text = f"{size} = {ranks} ranks x {size // ranks}"
-    else:
-        text = f"{size} = {ranks} ranks x {size // ranks} or {size // ranks + 1}"
-    share = -(-size // ranks)
-    if micro < share:
+    text = str(size)
+    if ranks > 1:
+        text += f" = {ranks} ranks x {size // ranks}" + (f" or {size // ranks + 1}" if size % ranks else "")
+    if micro < -(-size // ranks):
         text += f", in micro-batches of {micro} at most"
     if ranks > 1:
         unit = "GPU" if blueprint.world.device.type == "cuda" else "process"
@@ -109,17 +112,10 @@ def end_lines(result: dict[str, Any], run: RunDir, seconds: float | None = None)
         lines.append((split, f"{figures}  ({metrics.get('eval_samples', 0):,} samples)"))
     if seconds is not None:
         lines.append(("time", format_seconds(seconds)))
-    if result["state"] == "completed":
-        lines.append(
-            (
-                "model",
-                f"{run.location}/model.pt"
-                + (f" (step {result['kept_step']:,})" if result["kept_step"] != result["step"] else ""),
-            )
-        )
-        if run.path("report.html").exists():
-            lines.append(("report", f"{run.location}/report.html"))
-        lines.append(("curves", f"{run.location}/curves.png, and tensorboard --logdir {run.location}/tensorboard"))
-    else:
-        lines.append(("next", "the same command goes on from here"))
-    return lines
+    if result["state"] != "completed":
+        return [*lines, ("next", "the same command goes on from here")]
+    kept = f" (step {result['kept_step']:,})" if result["kept_step"] != result["step"] else ""
+    lines.append(("model", f"{run.location}/model.pt{kept}"))
+    if run.path("report.html").exists():
+        lines.append(("report", f"{run.location}/report.html"))
+    return [*lines, ("curves", f"{run.location}/curves.png, and tensorboard --logdir {run.location}/tensorboard")]

@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from dist_train.engine.losses import Loss
+from dist_train.engine.losses import Loss, tensors_in
 
 
 @dataclass(slots=True)
@@ -66,17 +66,15 @@ class Supervised:
         """
         inputs, targets = split_batch(batch)
         outputs = call_model(model, inputs)
-        if torch.is_autocast_enabled(_device_type(outputs)):
-            with torch.autocast(_device_type(outputs), enabled=False):
-                total, weight = self.loss.forward(outputs, targets)
-        else:
-            total, weight = self.loss.forward(outputs, targets)
-        return StepOutput(total, weight, outputs, targets)
+        device = next((tensor.device.type for tensor in tensors_in(outputs)), "cpu")
+        if not torch.is_autocast_enabled(device):
+            return StepOutput(*self.loss.forward(outputs, targets), outputs, targets)
+        with torch.autocast(device, enabled=False):
+            return StepOutput(*self.loss.forward(outputs, targets), outputs, targets)
 
     def predict(self, model: nn.Module, batch: Any) -> Any:
         """`model(inputs)`; the batch may be (inputs, target) or the inputs alone."""
-        inputs = batch[0] if isinstance(batch, list | tuple) and len(batch) == 2 else batch
-        return call_model(model, inputs)
+        return call_model(model, batch[0] if _is_pair(batch) else batch)
 
 
 def split_batch(batch: Any) -> tuple[Any, Any]:
@@ -85,13 +83,17 @@ def split_batch(batch: Any) -> tuple[Any, Any]:
     Raises:
         ValueError: it isn't a pair.
     """
-    if isinstance(batch, list | tuple) and len(batch) == 2:
+    if _is_pair(batch):
         return batch[0], batch[1]
     kind = f"a {type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else f"a {type(batch).__name__}"
     raise ValueError(
         f"the default task expects a batch of (inputs, target), but the dataset's samples collate to {kind}; return "
         "(inputs, target) from __getitem__, or name a `task` with step(model, batch) and predict(model, batch)"
     )
+
+
+def _is_pair(batch: Any) -> bool:
+    return isinstance(batch, list | tuple) and len(batch) == 2
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:
@@ -117,12 +119,3 @@ def as_step_output(value: StepOutput | tuple[Any, ...]) -> StepOutput:
         "a task's step must return (loss summed over the batch, weight), followed by outputs and targets if metrics need them; "
         f"got {type(value).__name__}"
     )
-
-
-def _device_type(outputs: Any) -> str:
-    if isinstance(outputs, Tensor):
-        return outputs.device.type
-    values = outputs.values() if isinstance(outputs, dict) else outputs if isinstance(outputs, list | tuple) else ()
-    for value in values:
-        return _device_type(value)
-    return "cpu"
