@@ -78,7 +78,7 @@ def _export_graph(restored: Restored, path: Path) -> str:
     from torch.utils.data import default_collate
 
     from dist_train.config.components import build_callable
-    from dist_train.engine.build import build_dataset
+    from dist_train.engine.prepare import build_dataset
 
     config, model = restored.config, restored.evaluator.model
     dataset = build_dataset(config, restored.split(None))

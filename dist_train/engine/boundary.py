@@ -56,7 +56,7 @@ class BoundaryFrames(Callback):
             if points is None:
                 return False
             self._extent = around(points[0])
-        folder = trainer.parts.run.path(FOLDER)
+        folder = trainer.run.path(FOLDER)
         before = [step for step in kept_steps(folder) if step < trainer.step]
         if before and trainer.step < GROWTH * before[-1]:
             return True

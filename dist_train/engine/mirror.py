@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import os
 import shutil
-import tempfile
 import threading
 from collections.abc import Collection
 from pathlib import Path
@@ -26,16 +25,12 @@ COPIES = ("config.yaml", "status.json", "result.json", "attempts.jsonl")
 
 def mirror_root(url: str) -> Path:
     """The directory of this host for a run's URL: the same at each start, in the user's cache (`XDG_CACHE_HOME`)."""
-    name = Path(hashlib.sha256(url.encode()).hexdigest()[:16], url.rstrip("/").rsplit("/", 1)[-1])
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "dist_train", "runs")
-    for base in (cache, Path(tempfile.gettempdir(), f"dist_train-{os.getuid()}")):
-        with contextlib.suppress(OSError):
-            base.mkdir(parents=True, exist_ok=True, mode=0o700)
-            if base.stat().st_uid == os.getuid() and os.access(base, os.W_OK):
-                return base / name
-    raise StorageError(
-        f"{cache} can't be written: set XDG_CACHE_HOME to a directory of this host for the files of {url}"
-    )
+    try:
+        cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise StorageError(f"set XDG_CACHE_HOME to a directory of this host for the files of {url}: {error}") from error
+    return cache / hashlib.sha256(url.encode()).hexdigest()[:16] / url.rstrip("/").rsplit("/", 1)[-1]
 
 
 class Mirror:
@@ -101,7 +96,7 @@ def _copy(file: BinaryIO, sink: BinaryIO) -> None:
 
 
 class Watch:
-    """Looks for files in a store every few seconds, in a thread of its own: whoever asks doesn't wait for the store."""
+    """Looks for files (STOP, SAVE) every few seconds, in a thread of its own: whoever asks doesn't wait for the storage."""
 
     def __init__(self, storage: Storage, names: Collection[str]):
         self._storage = Storage(storage.location, patience=0.0, options=storage.options)
@@ -121,8 +116,9 @@ class Watch:
         self._over.set()
 
     def _run(self) -> None:
-        while not self._over.wait(POLL_SECONDS):
-            with contextlib.suppress(StorageError):  # a store that is away holds up saves, not this
-                for name in set(self._storage.list()) & set(self._names):
-                    self._storage.delete(name)
-                    self._seen.add(name)
+        while not self._over.wait(0.2 if self._storage.is_local else POLL_SECONDS):
+            with contextlib.suppress(StorageError, OSError):  # a store that is away holds up saves, not this
+                for name in self._names:
+                    if self._storage.exists(name):
+                        self._storage.delete(name)
+                        self._seen.add(name)

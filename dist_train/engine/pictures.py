@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dist_train.config.durations import Duration
 from dist_train.engine.callbacks import Callback
-from dist_train.engine.stopping import is_due
+from dist_train.engine.stopping import NEVER, in_steps
 from dist_train.models.layers import watch
 from dist_train.models.transfer import match_modules
 
@@ -118,7 +118,7 @@ class Pictures(Callback):
                 self._try(f"images of {name}", _not_called, name)
         for name, arrays in shown.items():
             for k, array in enumerate(arrays):
-                trainer.parts.logger.image(name if len(arrays) == 1 else f"{name}/{k}", trainer.step, array)
+                trainer.logger.image(name if len(arrays) == 1 else f"{name}/{k}", trainer.step, array)
 
     def _show_graph(self, trainer: Trainer, batch: Any) -> None:
         got: list[Any] = []
@@ -127,14 +127,14 @@ class Pictures(Callback):
         if not all(isinstance(part, Tensor) for part in inputs):
             raise ValueError("only a model whose inputs are tensors by position can be traced")
         on_cpu = copy.deepcopy(trainer.model).cpu().eval()  # another thread traces it: it shares nothing with training
-        trainer.parts.logger.graph(on_cpu, tuple(part.cpu() for part in inputs))
+        trainer.logger.graph(on_cpu, tuple(part.cpu() for part in inputs))
 
     def _show_histograms(self, trainer: Trainer) -> None:
         for name, parameter in trainer.model.named_parameters():
             if parameter.requires_grad:
-                trainer.parts.logger.histogram(f"weights/{name}", trainer.step, _values(parameter))
+                trainer.logger.histogram(f"weights/{name}", trainer.step, _values(parameter))
             if parameter.grad is not None:
-                trainer.parts.logger.histogram(f"gradients/{name}", trainer.step, _values(parameter.grad))
+                trainer.logger.histogram(f"gradients/{name}", trainer.step, _values(parameter.grad))
 
 
 def _not_called(name: str) -> None:
@@ -154,7 +154,7 @@ class _Every:
         if seconds >= self._next:
             self._next = (seconds // self.every.value + 1) * self.every.value
             return True
-        return step == 0 or is_due(self.every, step, self.trainer.steps_per_epoch)
+        return step % (in_steps(self.every, self.trainer.plan.steps_per_epoch) or NEVER) == 0
 
 
 def _look(

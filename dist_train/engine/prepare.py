@@ -1,19 +1,26 @@
-"""Between a config and its model and datasets: what is fetched once per node, and what is changed before training."""
+"""From a config to its model and datasets: what is fetched once per node, and what is changed before training."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator
+import random
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
+import torch
 from torch import nn
 
 from dist_train.checkpoint.manifest import CheckpointError
 from dist_train.checkpoint.store import find_at
-from dist_train.config.components import build, is_spec, locate, reserved
+from dist_train.config.components import build, build_callable, is_spec, locate, reserved
 from dist_train.config.errors import ConfigError
 from dist_train.data.download import downloads, expected_files, missing_data, once_per_node
+from dist_train.data.errors import DataError
+from dist_train.data.loader import EvalLoader, Reading
 from dist_train.models import transfer
 from dist_train.models.weights import is_folder, is_torchvision_name, read_file, read_torchvision
 from dist_train.runtime.storage import Storage, StorageError
@@ -25,36 +32,134 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def in_turns(make: Callable[[], T], world: World | None) -> T:
+@contextlib.contextmanager
+def building(key: str) -> Iterator[None]:
+    """Errors of a component's own code, while it is being built, as errors of its key in the config.
+
+    Raises:
+        ConfigError: naming key, exception and the line that raised.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except DataError as error:
+        head, _, rest = str(error).partition(": ")
+        named = head.startswith("data.") and " " not in head  # it says its own key
+        raise ConfigError.single(head if named else key, rest if named else str(error)) from error
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        message = f"could not be built: {type(error).__name__}: {error} ({place.filename}:{place.lineno})"
+        raise ConfigError.single(key, message) from error
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch, numpy and `random`: whatever a constructor draws follows from the run's seed alone."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def build_dataset(config: Config, split: str, world: World | None = None) -> Any:
+    """The dataset of a split that the config has; with a `world`, one process per node downloads it (`download: true`).
+
+    Raises:
+        ConfigError: it can't be built, or its files aren't there; with their names and place.
+    """
+    spec = getattr(config.data, split)
+    seed_everything(config.seed)
+    with building(f"data.{split}"):
+        try:
+            return _in_turns(lambda: build(spec), world if downloads(spec) else None)
+        except (OSError, RuntimeError) as error:
+            for inner in _specs(spec):
+                root, dataset = inner.get("root"), locate(inner["_target_"])
+                if isinstance(root, str):
+                    files = [root, *expected_files(dataset, root)]
+                    if not all(map(os.path.exists, files)):
+                        raise missing_data(split, dataset, root, error) from error
+            raise
+
+
+def reading_of(config: Config, world: World) -> Reading:
+    """How this rank reads its datasets."""
+    with building("data.collate"):
+        collate = build_callable(config.data.collate) if config.data.collate is not None else None
+    return Reading(config.data, config.seed, world.device, world.rank, world.size, world.placement.local_size, collate)
+
+
+def eval_loader(config: Config, world: World, dataset: Any, split: str = "val") -> EvalLoader:
+    """The loader of this rank for a dataset that isn't trained on.
+
+    Raises:
+        ConfigError: it is empty, or can't be read.
+    """
+    if hasattr(dataset, "__len__") and len(dataset) == 0:
+        raise ConfigError.single(f"data.{split}", "expected at least 1 sample, found 0")
+    with building(f"data.{split}"):
+        return EvalLoader(dataset, config.data.eval_batch_size, reading_of(config, world))
+
+
+def build_model(
+    config: Config, world: World | None = None, *, fresh: bool = False, notes: list[str] | None = None
+) -> nn.Module:
+    """The model with its first weights, a function of the run's seed, with what `transfer` and `model_init` change.
+
+    Args:
+        world: one process per node fetches what the model needs; None for a process alone.
+        fresh: load `transfer.weights`; otherwise a checkpoint's weights follow.
+        notes: gets lines for the person, on what `transfer` did.
+
+    Raises:
+        ConfigError: it can't be built, or something doesn't fit it.
+    """
+    spec, wanted, notes = config.model, config.transfer, [] if notes is None else notes
+    fetches = is_spec(spec) and str(spec["_target_"]).startswith("torchvision.") and spec.get("weights") is not None
+    seed_everything(config.seed)
+    with building("model"):
+        model = _in_turns(lambda: build(spec), world if fetches else None)
+    if not isinstance(model, nn.Module):
+        message = f"expected a torch.nn.Module, but {config.get('model._target_')} gave {type(model).__name__}"
+        raise ConfigError.single("model", message)
+    head = transfer.find_head(model, wanted.head.at) if wanted.head is not None else None
+    if wanted.weights is not None and fresh:
+        content = _read_weights(wanted.weights, config, world)
+        notes += transfer.load_weights(model, content, wanted.weights, strict=wanted.strict, replaced=head)
+    if head is not None and wanted.head is not None:
+        notes.append(transfer.replace_head(model, head, wanted.head.classes))
+    if wanted.append is not None:
+        with building("transfer.append.module"):
+            module = build(wanted.append.module)
+        notes.append(transfer.append_module(model, wanted.append.at, wanted.append.name, module))
+    for index, rule in enumerate(config.model_init):
+        fill, extra = reserved(rule, {"match"})
+        patterns = [extra["match"]] if isinstance(extra["match"], str) else extra["match"]
+        transfer.initialise(model, patterns, functools.partial(build, fill), f"model_init.{index}")
+    if wanted.freeze:
+        transfer.freeze(model, wanted.freeze)
+    return model
+
+
+def move_batch(batch: Any, device: torch.device, memory_format: torch.memory_format | None = None) -> Any:
+    """The batch on the device (without waiting), its images in the memory format."""
+    if device.type == "cpu" and memory_format is None:
+        return batch
+    if isinstance(batch, torch.Tensor):
+        form = memory_format if memory_format is not None and batch.dim() == 4 else torch.preserve_format
+        return batch.to(device, non_blocking=True, memory_format=form)
+    if isinstance(batch, Mapping):
+        return {key: move_batch(item, device, memory_format) for key, item in batch.items()}
+    if isinstance(batch, list | tuple):
+        items = [move_batch(item, device, memory_format) for item in batch]
+        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
+    return batch
+
+
+def _in_turns(make: Callable[[], T], world: World | None) -> T:
     """`make()` in one process per node while the others wait, and then in these, which find on disk what was fetched."""
     if world is None or world.size == 1:
         return make()
     return once_per_node(make, rank=world.rank, local_rank=world.placement.local_rank, barrier=world.barrier)
-
-
-def fetch_model(spec: Any, world: World | None) -> Any:
-    """The model of a spec; one of torchvision's that brings `weights` of its own is built by one process per node first."""
-    fetches = is_spec(spec) and str(spec["_target_"]).startswith("torchvision.") and spec.get("weights") is not None
-    return in_turns(lambda: build(spec), world) if fetches else build(spec)
-
-
-def fetch_dataset(spec: Any, split: str, world: World | None) -> Any:
-    """The dataset of a split; one that says `download: true` is downloaded by one process per node.
-
-    Raises:
-        DataError: its files aren't there, with their names and place.
-        Exception: what else its class raises.
-    """
-    try:
-        return in_turns(lambda: build(spec), world) if downloads(spec) else build(spec)
-    except (OSError, RuntimeError) as error:
-        for inner in _specs(spec):
-            root = inner.get("root")
-            if isinstance(root, str):
-                dataset = locate(inner["_target_"])
-                if not os.path.isdir(root) or any(not os.path.exists(file) for file in expected_files(dataset, root)):
-                    raise missing_data(split, dataset, root, error) from error
-        raise
 
 
 def _specs(value: Any) -> Iterator[dict[str, Any]]:
@@ -65,56 +170,17 @@ def _specs(value: Any) -> Iterator[dict[str, Any]]:
         yield from _specs(item)
 
 
-def prepare_model(model: nn.Module, config: Config, world: World | None) -> list[str]:
-    """Apply `transfer` and `model_init` to a new model, in place: weights, head, appended module, first values, freezing.
-
-    Args:
-        world: None where the weights come from a checkpoint later: `transfer.weights` isn't read then.
-
-    Returns:
-        Lines for the person.
-
-    Raises:
-        ConfigError: something doesn't fit this model.
-    """
-    wanted, notes = config.transfer, []
-    head = transfer.find_head(model, wanted.head.at) if wanted.head is not None else None
-    if wanted.weights is not None and world is not None:
-        content = _read_weights(wanted.weights, config, world)
-        notes += transfer.load_weights(model, content, wanted.weights, strict=wanted.strict, replaced=head)
-    if head is not None and wanted.head is not None:
-        notes.append(transfer.replace_head(model, head, wanted.head.classes))
-    if wanted.append is not None:
-        try:
-            module = build(wanted.append.module)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ConfigError.single("transfer.append.module", f"could not be built: {error}") from error
-        notes.append(transfer.append_module(model, wanted.append.at, wanted.append.name, module))
-    for index, rule in enumerate(config.model_init):
-        fill, extra = reserved(rule, {"match"})
-        patterns = [extra["match"]] if isinstance(extra["match"], str) else extra["match"]
-        transfer.initialise(model, patterns, functools.partial(build, fill), f"model_init.{index}")
-    if wanted.freeze:
-        transfer.freeze(model, wanted.freeze)
-    return notes
-
-
-def _read_weights(weights: str, config: Config, world: World) -> Any:
-    if is_folder(weights):
-        return _read_run(weights)
+def _read_weights(weights: str, config: Config, world: World | None) -> Any:
+    """What is at `transfer.weights`: torchvision's, a file, or a run's final weights (a checkpoint's where it has none yet)."""
+    location = os.path.expanduser(weights)
     if is_torchvision_name(weights) and not os.path.exists(weights):
         builder = str(config.model["_target_"]).rpartition(".")[2] if is_spec(config.model) else ""
-        return in_turns(lambda: read_torchvision(weights, builder), world)
-    return read_file(os.path.expanduser(weights))
-
-
-def _read_run(location: str) -> Any:
-    """The final weights of a run, or those of a checkpoint where it has none yet or is one."""
-    storage = Storage(os.path.expanduser(location))
+        return _in_turns(lambda: read_torchvision(weights, builder), world)
+    if not is_folder(weights):
+        return read_file(location)
+    storage = Storage(location)
     try:
-        if storage.exists("model.pt"):
-            return read_file(storage.join("model.pt"))
-        return find_at(storage.location).load("model")
+        return read_file(storage.join("model.pt")) if storage.exists("model.pt") else find_at(location).load("model")
     except (CheckpointError, StorageError) as error:
-        message = f"{location} holds neither a model.pt nor a whole checkpoint: {error}"
+        message = f"{weights} holds neither a model.pt nor a whole checkpoint: {error}"
         raise ConfigError.single("transfer.weights", message) from error

@@ -23,18 +23,11 @@ from dist_train.config.errors import ConfigError
 from dist_train.config.load import load_config
 from dist_train.config.slots import check_components
 from dist_train.data.loader import EvalLoader
-from dist_train.engine.build import (
-    build_dataset,
-    build_model,
-    build_objective,
-    building,
-    move_batch,
-    place_model,
-    reading_of,
-)
 from dist_train.engine.evaluate import Evaluator
-from dist_train.engine.precision import resolve_precision
+from dist_train.engine.parts import Parts
+from dist_train.engine.prepare import build_dataset, build_model, eval_loader
 from dist_train.engine.rundir import RunDir
+from dist_train.engine.state import load_weights
 from dist_train.runtime.world import Placement, World, open_world, read_placement
 
 if TYPE_CHECKING:
@@ -69,14 +62,8 @@ class Restored:
         return split
 
     def loader(self, split: str) -> EvalLoader:
-        """Every sample of a split once, over all ranks.
-
-        Raises:
-            ConfigError: its data can't be had, or there are none.
-        """
-        dataset = build_dataset(self.config, split, self.world)
-        with building(f"data.{split}"):
-            return eval_loader(self.config, self.world, dataset)
+        """Every sample of a split once, over all ranks."""
+        return eval_loader(self.config, self.world, build_dataset(self.config, split, self.world), split)
 
 
 @contextlib.contextmanager
@@ -98,23 +85,11 @@ def open_run(
     run = RunDir(location)
     config = _checked(run, overrides)
     with open_world(config.distributed, Placement() if alone else read_placement(os.environ)) as world:
-        store = CheckpointStore(run.storage.sub("checkpoints"), lambda line: print(line, file=sys.stderr))
         step = world.on_main(lambda: find_weights(run, checkpoint).step)
-        found = store.open(step)
+        found = _store(run).open(step)
         assert found is not None  # rank 0 has read all of it
-        model, channels_last = place_model(build_model(config), config, world)
-        load_weights(model, found)
-        _, task, metrics = build_objective(config, world.device)
-        memory = torch.channels_last if channels_last else None
-        evaluator = Evaluator(
-            model.eval(),
-            task,
-            metrics,
-            world=world,
-            precision=resolve_precision(config.trainer.precision, world.device),
-            prepare=lambda batch: move_batch(batch, world.device, memory),
-            seed=config.seed,
-        )
+        evaluator = Parts(config, world).evaluator
+        load_averaged(evaluator.model.eval(), found)
         yield Restored(run, config, world, found, evaluator)
 
 
@@ -139,7 +114,7 @@ def load(run: str | os.PathLike[str], checkpoint: str | None = None, model: nn.M
         with _undisturbed_generators():
             model = build_model(config)
     found = find_weights(directory, checkpoint)
-    load_weights(model, found)
+    load_averaged(model, found)
     model.dist_train_run = LoadedRun(directory.location, found.step)  # type: ignore[assignment]
     return model.eval()
 
@@ -187,11 +162,6 @@ def attribute_of(dataset: Any, name: str) -> Any:
     return None
 
 
-def eval_loader(config: Config, world: World, dataset: Any) -> EvalLoader:
-    """The loader of this rank for a dataset that isn't trained on."""
-    return EvalLoader(dataset, config.data.eval_batch_size, reading_of(config, world))
-
-
 def find_weights(run: RunDir, checkpoint: str | None) -> Found:
     """The checkpoint that is asked for, verified.
 
@@ -199,7 +169,7 @@ def find_weights(run: RunDir, checkpoint: str | None) -> Found:
         ConfigError: there is no such one; says which there are.
         DamagedError: it isn't whole.
     """
-    store = CheckpointStore(run.storage.sub("checkpoints"), lambda line: print(line, file=sys.stderr))
+    store = _store(run)
     if not store.steps():
         raise ConfigError.single("--run", f"{run.location} holds no checkpoint{_near(run)}")
     try:
@@ -220,22 +190,23 @@ def find_weights(run: RunDir, checkpoint: str | None) -> Found:
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, found: Found) -> None:
+def load_averaged(model: nn.Module, found: Found) -> None:
     """Put a checkpoint's weights into a model, then the averages that it holds for some or all of them.
 
     Raises:
         ConfigError: they don't fit.
         DamagedError: the bytes aren't those that were saved.
     """
-    try:
-        model.load_state_dict(found.load("model"))
-    except RuntimeError as error:
-        raise ConfigError.single("model", f"the weights in {found.location} don't fit this model: {error}") from None
+    load_weights(model, found)
     if "ema" in found.parts:
         averages = found.load("ema")
         for name, parameter in model.named_parameters():
             if name in averages:
                 parameter.copy_(averages[name])
+
+
+def _store(run: RunDir) -> CheckpointStore:
+    return CheckpointStore(run.storage.sub("checkpoints"), lambda line: print(line, file=sys.stderr))
 
 
 def _checked(run: RunDir, overrides: Sequence[str] = ()) -> Config:

@@ -10,7 +10,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from dist_train.config.errors import ConfigError
 from dist_train.config.names import expand_name
 from dist_train.engine.mirror import COPIES, Mirror, Watch
+from dist_train.runtime.control import SAVE, STOP, Source, watch_file
 from dist_train.runtime.storage import Storage, StorageError
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class RunDir:
         self.location = self.storage.location
         self.mirror = None if self.storage.is_local else Mirror(self.storage.sub(""))
         self.root = Path(self.location) if self.mirror is None else self.mirror.root
-        self._shared: Collection[str] | None = ()
+        self._shared: Collection[str] | None = ()  # what this process uploads for its host; None is everything
         self._sending: threading.Thread | None = None
         self._watch: Watch | None = None
 
@@ -86,10 +87,9 @@ class RunDir:
 
     def records(self) -> Path:
         """A local directory with the records of the run: of copies, where it lives under a URL."""
-        if self.mirror is not None:
-            for name in ("metrics.jsonl", *COPIES):
-                with contextlib.suppress(FileNotFoundError):
-                    self.mirror.fetch(name)
+        for name in ("metrics.jsonl", *COPIES):
+            with contextlib.suppress(FileNotFoundError):
+                self.readable(name)
         return self.root
 
     def send(self, name: str) -> None:
@@ -113,34 +113,26 @@ class RunDir:
         Raises:
             StorageError: the store can't be written.
         """
-        if self.mirror is not None and (self._shared is None or self._shared):
+        if self.mirror is not None and self._shared != ():
             self.mirror.upload(self._shared)
 
     def upload_meanwhile(self) -> None:
         """The same in the background, for hosts other than rank 0's: a store that is away is rank 0's to tell."""
+
+        def send() -> None:
+            try:
+                self.upload()
+            except StorageError as error:
+                log.warning("%s", error)
+
         if self._shared and (self._sending is None or not self._sending.is_alive()):
-            self._sending = threading.Thread(target=self._send, name="upload", daemon=True)
+            self._sending = threading.Thread(target=send, name="upload", daemon=True)
             self._sending.start()
 
-    def _send(self) -> None:
-        try:
-            self.upload()
-        except StorageError as error:
-            log.warning("%s", error)
-
-    def wishes(self) -> Callable[[str], bool]:
-        """What tells whether a file (STOP, SAVE) has been put here since it was asked last; the file is taken away."""
-        if self.mirror is not None:
-            self._watch = Watch(self.storage, ("STOP", "SAVE"))
-            return self._watch.take
-
-        def take(name: str) -> bool:
-            if not self.path(name).exists():
-                return False
-            self.path(name).unlink(missing_ok=True)
-            return True
-
-        return take
+    def wishes(self) -> list[Source]:
+        """What asks for a stop or a save when somebody has put the file STOP or SAVE here; the file is taken away."""
+        self._watch = watch = Watch(self.storage, ("STOP", "SAVE"))
+        return [watch_file(watch.take, STOP, "STOP"), watch_file(watch.take, SAVE, "SAVE")]
 
     def hurry(self) -> None:
         """The run has failed: its last words don't wait for a store as long as its saves did."""
@@ -171,15 +163,8 @@ class RunDir:
         Raises:
             StorageError: it can't be written.
         """
-        status = {
-            "state": state,
-            "step": step,
-            "epoch": epoch,
-            "world_size": world_size,
-            "updated_at": utc_now(),
-            "error": error,
-        }
-        self.write_json("status.json", status)
+        stand = {"state": state, "step": step, "epoch": epoch, "world_size": world_size}
+        self.write_json("status.json", {**stand, "updated_at": utc_now(), "error": error})
 
     @contextlib.contextmanager
     def only_a_view(self) -> Iterator[None]:
@@ -192,17 +177,16 @@ class RunDir:
         finally:
             self.storage.patience = patience
 
-    def record_attempt(self, event: str, **facts: Any) -> None:
+    def record_attempt(self, event: str, **told: Any) -> None:
         """A line in attempts.jsonl."""
-        self.storage.append_line("attempts.jsonl", json.dumps({"time": utc_now(), "event": event, **facts}))
+        self.storage.append_line("attempts.jsonl", json.dumps({"time": utc_now(), "event": event, **told}))
 
     def claim_attempt(self) -> int:
         """The number of this start, from 0: the first that nobody has claimed, by exclusive creation."""
-        self.storage.makedirs("trace/.attempts")
-        number = len(self.storage.list("trace/.attempts"))
-        while not self.storage.create_exclusive(
-            f"trace/.attempts/{number}", f"{socket.gethostname()} {os.getpid()}\n".encode()
-        ):
+        claims = self.storage.sub("trace/.attempts")
+        claims.makedirs()
+        number = len(claims.list())
+        while not claims.create_exclusive(str(number), f"{socket.gethostname()} {os.getpid()}\n".encode()):
             number += 1
         return number
 
@@ -215,15 +199,13 @@ def check_shared(run: RunDir, world: World) -> None:
     """
     if world.size == 1:
         return
-    nonce = f".nonce-{secrets.token_hex(8)}" if world.is_main else ""
+    nonce = world.share(f".nonce-{secrets.token_hex(8)}")
     if world.is_main:
         run.storage.write_atomic(nonce, b"nonce")
-    nonce = world.share(nonce)
-    seen = True
-    if world.placement.local_rank == 0:
-        deadline = time.monotonic() + 10  # a network file system may show it late
-        while not (seen := run.storage.exists(nonce)) and time.monotonic() < deadline:
-            time.sleep(0.2)
+    world.barrier()
+    deadline = time.monotonic() + 10  # a network file system may show it late
+    while not (seen := run.storage.exists(nonce)) and time.monotonic() < deadline:
+        time.sleep(0.2)
     answers = world.gather([seen, socket.gethostname()])
     if world.is_main:
         run.storage.delete(nonce)

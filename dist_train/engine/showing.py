@@ -19,7 +19,8 @@ from dist_train.data.stream import is_stream
 from dist_train.engine.boundary import FOLDER, around, classes_on, plane, read_frames
 from dist_train.engine.evaluate import on_rank_zero
 from dist_train.engine.predict import Meaning, Predicted, predict, read_meaning
-from dist_train.engine.restore import attribute_of, eval_loader, open_run
+from dist_train.engine.prepare import eval_loader
+from dist_train.engine.restore import attribute_of, open_run
 from dist_train.engine.rundir import RunDir
 from dist_train.runtime.seeding import seed_sample
 from dist_train.runtime.world import read_placement
@@ -40,7 +41,7 @@ def report_at_end(trainer: Trainer) -> None:
     """Write the report of a run that is completed, with the model as it stands; all ranks call it."""
     parts = trainer.parts
     loader = parts.eval_loaders.get("test") or parts.eval_loaders.get("val")
-    make_report(parts.run, parts.config, parts.evaluator, loader, trainer.step, parts.record, parts.console.warn)
+    make_report(trainer.run, parts.config, parts.evaluator, loader, trainer.step, trainer.record, trainer.console.warn)
 
 
 def report_again(location: str, checkpoint: str | None, overrides: Sequence[str]) -> Path | None:

@@ -1,13 +1,15 @@
-"""When something is due: intervals in epochs and steps, and the rule that ends a run early."""
+"""When something is due: durations in steps and by the clock, and the rule that ends a run early."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from dist_train.config.durations import Duration
+from dist_train.runtime.control import EVALUATE, FINISH, LOG, SAVE, STOP, Source, watch_clock
 
 if TYPE_CHECKING:
-    from dist_train.config.schema import StopWhenConfig
+    from dist_train.config.schema import Config, StopWhenConfig
 
 
 def in_steps(duration: Duration | None, steps_per_epoch: int) -> int | None:
@@ -17,10 +19,54 @@ def in_steps(duration: Duration | None, steps_per_epoch: int) -> int | None:
     return int(duration.value) * (steps_per_epoch if duration.unit == "ep" else 1)
 
 
-def is_due(every: Duration | None, step: int, steps_per_epoch: int) -> bool:
-    """Whether `every` (epochs or steps) ends with optimizer step `step` (from 1)."""
-    steps = in_steps(every, steps_per_epoch)
-    return steps is not None and step > 0 and step % steps == 0
+NEVER = 1 << 62  # steps
+
+
+class Due:
+    """What is due after which optimizer step (from 1); what goes by the clock comes from `clocks`.
+
+    Attributes:
+        end, stop: the steps of `trainer.duration` and `trainer.stop_at`; None for a time or nothing.
+    """
+
+    def __init__(self, config: Config, steps_per_epoch: int, schedule: Duration | None):
+        trainer = config.trainer
+        self.end = in_steps(trainer.duration, steps_per_epoch)
+        self.stop = in_steps(trainer.stop_at, steps_per_epoch)
+        log, evaluate, step_schedule, *saves = (
+            in_steps(every, steps_per_epoch) or NEVER
+            for every in (trainer.log_every, trainer.evaluate_every, schedule, *config.checkpoint.every)
+        )
+        self._log, self._evaluate, self._schedule, self._saves = log, evaluate, step_schedule, saves
+
+    def log(self, step: int) -> bool:
+        """A train row."""
+        return step % self._log == 0 or step == self.end
+
+    def evaluate(self, step: int) -> bool:
+        """An evaluation."""
+        return step % self._evaluate == 0
+
+    def save(self, step: int) -> bool:
+        """A checkpoint."""
+        return any(step % every == 0 for every in self._saves)
+
+    def schedule(self, step: int) -> bool:
+        """A step of the schedule."""
+        return step % self._schedule == 0
+
+
+def clocks(config: Config, seconds: Callable[[], float]) -> Iterator[Source]:
+    """What tells when a duration in time is over, by `seconds()` trained, over all starts of a run."""
+    trainer = config.trainer
+    for duration, action, key in ((trainer.duration, FINISH, "duration"), (trainer.stop_at, STOP, "stop_at")):
+        if duration is not None and duration.is_time:
+            yield watch_clock(seconds, duration.value, None, action, f"trainer.{key}={duration}")
+    repeated = [(trainer.log_every, LOG), (trainer.evaluate_every, EVALUATE)]
+    for every, action in repeated + [(every, SAVE) for every in config.checkpoint.every]:
+        if every is not None and every.is_time:
+            first = (seconds() // every.value + 1) * every.value
+            yield watch_clock(seconds, first, every.value, action, f"every {every}")
 
 
 def better_is_lower(metric: str) -> bool:

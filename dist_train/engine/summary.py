@@ -9,12 +9,11 @@ from torch.utils.data import default_collate
 
 from dist_train.config.components import build_callable
 from dist_train.data.stream import is_stream, stream_notes
-from dist_train.engine.build import move_batch
 from dist_train.models.layers import layer_table, output_shapes
 from dist_train.tracking.text import format_seconds
 
 if TYPE_CHECKING:
-    from dist_train.engine.build import Blueprint
+    from dist_train.engine.parts import Parts
     from dist_train.engine.rundir import RunDir
     from dist_train.engine.trainer import Trainer
 
@@ -25,15 +24,15 @@ LIVE = (
 )
 
 
-def start_lines(blueprint: Blueprint, trainer: Trainer, run: RunDir, resumed: int) -> Lines:
+def start_lines(parts: Parts, trainer: Trainer, run: RunDir, resumed: int) -> Lines:
     """Model, world, precision, data, batch arithmetic, run directory."""
-    config, world, plan, train = blueprint.config, blueprint.world, blueprint.plan, blueprint.datasets["train"]
-    parameters = list(blueprint.model.parameters())
+    config, world, plan, train = parts.config, parts.world, parts.plan, parts.datasets["train"]
+    parameters = list(parts.model.parameters())
     frozen = sum(parameter.numel() for parameter in parameters if not parameter.requires_grad)
-    model = f"{type(blueprint.model).__name__}, {sum(parameter.numel() for parameter in parameters):,} parameters"
+    model = f"{type(parts.model).__name__}, {sum(parameter.numel() for parameter in parameters):,} parameters"
     data = ", ".join(
         f"{split} {len(dataset):,}" if hasattr(dataset, "__len__") else f"{split} (a stream)"
-        for split, dataset in blueprint.datasets.items()
+        for split, dataset in parts.datasets.items()
     )
     data += f"; {plan.steps_per_epoch:,} steps an epoch"
     if plan.samples_per_epoch < plan.length:
@@ -42,16 +41,16 @@ def start_lines(blueprint: Blueprint, trainer: Trainer, run: RunDir, resumed: in
     lines = [
         ("run", run.location + (f", going on from step {resumed:,}" if resumed else "")),
         ("model", model + (f", {frozen:,} of them frozen" if frozen else "")),
-        ("transfer", "\n".join(blueprint.notes)),
-        ("layers", "\n".join(layer_lines(blueprint))),
-        ("world", _world(blueprint)),
-        ("precision", blueprint.precision.name),
+        ("transfer", "\n".join(parts.notes)),
+        ("layers", "\n".join(layer_lines(parts))),
+        ("world", _world(parts)),
+        ("precision", parts.precision.name),
         ("data", data),
-        ("batch", batch_arithmetic(blueprint)),
+        ("batch", batch_arithmetic(parts)),
         ("training", f"{config.trainer.duration}{total}"),
         *(("note", note) for note in (stream_notes(train) if is_stream(train) else [])),
         ("note", LIVE if config.has_live_objects else ""),
-        ("note", blueprint.precision.note or ""),
+        ("note", parts.precision.note or ""),
     ]
     count = torch.cuda.device_count() if world.size == 1 and world.device.type == "cuda" else 1
     if count > 1:
@@ -60,25 +59,24 @@ def start_lines(blueprint: Blueprint, trainer: Trainer, run: RunDir, resumed: in
     return [(label, text) for label, text in lines if text]
 
 
-def layer_lines(blueprint: Blueprint) -> list[str]:
+def layer_lines(parts: Parts) -> list[str]:
     """The layers in short, or all of them with their output shapes (`debug.layers`; rank 0 runs one sample for it)."""
-    model, config = blueprint.model, blueprint.config
-    if not config.debug.layers or not blueprint.world.is_main:
+    model, config = parts.model, parts.config
+    if not config.debug.layers or not parts.world.is_main:
         return layer_table(model)
     try:
         collate = build_callable(config.data.collate) if config.data.collate is not None else default_collate
-        memory = torch.channels_last if blueprint.channels_last else None
-        batch = move_batch(collate([blueprint.datasets["train"][0]]), blueprint.world.device, memory)
-        with blueprint.precision.autocast():
-            shapes = output_shapes(model, lambda: blueprint.task.predict(model, batch))
+        batch = parts.move(collate([parts.datasets["train"][0]]))
+        with parts.precision.autocast():
+            shapes = output_shapes(model, lambda: parts.task.predict(model, batch))
     except Exception as error:  # a stream, or a model that can't take one sample: no reason not to train
         note = f"(shapes are those of the weights: one sample couldn't be run: {error})"
         return [*layer_table(model, full=True), note]
     return layer_table(model, full=True, shapes=shapes)
 
 
-def _world(blueprint: Blueprint) -> str:
-    world = blueprint.world
+def _world(parts: Parts) -> str:
+    world = parts.world
     place = f"{world.size} process" + ("es" if world.size > 1 else "")
     nodes = -(-world.size // world.placement.local_size)
     if nodes > 1:
@@ -90,16 +88,16 @@ def _world(blueprint: Blueprint) -> str:
     return f"{place}, CPU, {torch.get_num_threads()} thread(s) each"
 
 
-def batch_arithmetic(blueprint: Blueprint) -> str:
+def batch_arithmetic(parts: Parts) -> str:
     """`64 = 4 ranks x 16; for 64 a GPU: data.global_batch_size=256, and raise lr`."""
-    size, ranks, micro = blueprint.plan.global_batch_size, blueprint.world.size, blueprint.micro_batch_size
+    size, ranks, micro = parts.plan.global_batch_size, parts.world.size, parts.micro_batch_size
     text = str(size)
     if ranks > 1:
         text += f" = {ranks} ranks x {size // ranks}" + (f" or {size // ranks + 1}" if size % ranks else "")
     if micro < -(-size // ranks):
         text += f", in micro-batches of {micro} at most"
     if ranks > 1:
-        unit = "GPU" if blueprint.world.device.type == "cuda" else "process"
+        unit = "GPU" if parts.world.device.type == "cuda" else "process"
         text += f"; for {size} a {unit}: data.global_batch_size={size * ranks}, and raise lr"
     return text
 

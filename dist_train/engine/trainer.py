@@ -3,86 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
-
-from dist_train.config.durations import Duration
 from dist_train.engine.buffers import take_from_rank_zero
-from dist_train.engine.callbacks import Callback
-from dist_train.engine.ema import EMA
-from dist_train.engine.evaluate import EvaluationInterruptedError, Evaluator
-from dist_train.engine.optim import Schedule
-from dist_train.engine.step import Stepper
-from dist_train.engine.stopping import StopWhen, in_steps, is_due
-from dist_train.runtime.control import EVALUATE, FINISH, LOG, SAVE, STOP, Control, watch_clock
+from dist_train.engine.evaluate import EvaluationInterruptedError
+from dist_train.engine.rows import TrainRows
+from dist_train.engine.state import Progress, facts, meta, snapshot
+from dist_train.engine.stopping import Due, clocks
+from dist_train.engine.trace import Trace
+from dist_train.runtime.control import EVALUATE, FINISH, LOG, SAVE, STOP, Control
 from dist_train.runtime.here import CALLBACK, LOGGING, MEETING, SAVING, here
+from dist_train.tracking.logger import Logger, open_logger
 
 if TYPE_CHECKING:
     from dist_train.checkpoint.manager import CheckpointManager
-    from dist_train.config.schema import Config
-    from dist_train.data.loader import EvalLoader, StepWork, TrainLoader
-    from dist_train.data.plan import Plan
+    from dist_train.data.loader import StepWork
+    from dist_train.engine.parts import Parts
     from dist_train.engine.rundir import RunDir
-    from dist_train.engine.trace import Trace
-    from dist_train.runtime.world import World
     from dist_train.tracking.console import Console
-    from dist_train.tracking.logger import Logger
 
 STATUS_SECONDS = 10.0
-
-
-@dataclass
-class Parts:
-    """What `engine.build` makes of a config, for the trainer to run."""
-
-    config: Config
-    world: World
-    run: RunDir
-    console: Console
-    logger: Logger
-    control: Control
-    plan: Plan
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    stepper: Stepper
-    evaluator: Evaluator
-    train_loader: TrainLoader
-    eval_loaders: dict[str, EvalLoader]
-    checkpoints: CheckpointManager | None  # rank 0's
-    schedule: Schedule | None = None
-    ema: EMA | None = None
-    stop_when: StopWhen | None = None
-    trace: Trace | None = None
-    callbacks: Sequence[Callback] = ()
-    keep_best: tuple[str, str] | None = None  # metric, "min" or "max"
-    once_trained: list[Callable[[], None]] = field(default_factory=list)  # called after the first step of this start
-    record: dict[str, Any] = field(default_factory=dict)  # config, versions, commit: goes into every manifest
-
-
-@dataclass
-class Progress:
-    """Where a run stands; all of it is in every checkpoint.
-
-    Attributes:
-        step: optimizer steps committed. samples: samples consumed by them. seconds: time trained, over all starts.
-        evaluated_step: the step of the last complete evaluation, -1 before the first. evaluation_due: a stop broke one off.
-        best, best_step: the best value of the metric that is kept.
-        finished: why training is over, once it is.
-    """
-
-    step: int = 0
-    samples: int = 0
-    seconds: float = 0.0
-    evaluated_step: int = -1
-    evaluation_due: bool = False
-    best: float | None = None
-    best_step: int = 0
-    finished: str | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
 
 
 class Trainer:
@@ -92,24 +32,44 @@ class Trainer:
         outcome: None while training; `completed` when the run's duration is reached or `stop_when` has ended it; `preempted`
             when it was asked to stop.
         reason: why, in words.
+        record: what goes into every manifest.
     """
 
-    def __init__(self, parts: Parts, progress: Progress):
-        self.parts, self.progress = parts, progress
-        self.config, self.world = parts.config, parts.world
-        self.model, self.optimizer = parts.model, parts.optimizer
-        self.steps_per_epoch = parts.plan.steps_per_epoch
-        self.total_steps = in_steps(self.config.trainer.duration, self.steps_per_epoch)
-        self.stop_step = in_steps(self.config.trainer.stop_at, self.steps_per_epoch)
+    def __init__(
+        self,
+        parts: Parts,
+        run: RunDir,
+        console: Console,
+        checkpoints: CheckpointManager,
+        progress: Progress,
+        attempt: int,
+    ):
+        self.parts, self.run, self.console, self.progress = parts, run, console, progress
+        self.config, self.world, self.plan = parts.config, parts.world, parts.plan
+        self.model, self.optimizer, self.stepper = parts.model, parts.optimizer, parts.stepper
         self.outcome: str | None = None
         self.reason = ""
-        self._lr = 0.0
-        self._extra: dict[str, float] = {}
-        now = time.monotonic()
-        self._began = now - progress.seconds
-        self._status_at = now
-        self._saved_step = progress.step if progress.step else -1
-        self._interval = (progress.samples, now, 0.0)
+        self.record = {"horizon": parts.horizon, **facts(self.config)}
+        self.rows = TrainRows(parts, progress)
+        self.logger = Logger()
+        self.checkpoints: CheckpointManager | None = None
+        sources = []
+        self._began = time.monotonic() - progress.seconds
+        if self.world.is_main:
+            pending = ("val", "test") if progress.evaluation_due else ("test",)
+            self.logger = open_logger(run.root, self.config, console, start_step=self.step, pending=pending)
+            self.checkpoints = checkpoints
+            sources = [*run.wishes(), *clocks(self.config, lambda: self.seconds)]
+        self.control = Control(self.world.rank, self.world.size, self.world.clone_store(), sources)
+        parts.evaluator.ema, parts.evaluator.control = parts.ema, self.control
+        self.trace: Trace | None = None
+        if self.config.debug.trace_samples:
+            self.trace = Trace(run.path("trace"), attempt, self.world.rank)
+        schedule = parts.schedule.every if parts.schedule is not None and not parts.schedule.on_plateau else None
+        self.due = Due(self.config, self.plan.steps_per_epoch, schedule)
+        self.total_steps = self.due.end
+        self._saved_step = self.step or -1
+        self._status_at = time.monotonic()
 
     @property
     def step(self) -> int:
@@ -119,7 +79,7 @@ class Trainer:
     @property
     def epoch(self) -> int:
         """The epoch (from 1) that the last committed step belongs to; 0 before the first."""
-        return 0 if self.step == 0 else self.parts.plan.epoch_of(self.step - 1) + 1
+        return 0 if self.step == 0 else self.plan.epoch_of(self.step - 1) + 1
 
     @property
     def seconds(self) -> float:
@@ -128,269 +88,175 @@ class Trainer:
 
     def log(self, name: str, value: float) -> None:
         """Put a figure of one's own into the next train row (rank 0's is kept)."""
-        self._extra[name] = value
+        self.rows.extra[name] = value
 
     def fit(self) -> str:
         """Train until the end, or until all ranks agree to stop; returns the outcome, with everything saved."""
-        parts = self.parts
-        self._watch_clocks()
-        parts.control.start()
-        for callback in parts.callbacks:
+        self.control.start()
+        for callback in self.parts.callbacks:
             callback.on_start(self)
-        ends = [step for step in (self.total_steps, self.stop_step) if step is not None]
-        parts.console.begin(self.step, self.total_steps, self.epoch, self._epochs())
+        epochs = None if self.total_steps is None else -(-self.total_steps // self.plan.steps_per_epoch)
+        self.console.begin(self.step, self.total_steps, self.epoch, epochs)
 
-        self._resume_boundary()
-        if self.outcome is None:
-            for work in parts.train_loader.steps(self.step, min(ends) if ends else None):
-                here.step = work.step + 1
-                parts.control.begin()
-                self._run_step(work)
-                self._boundary(parts.control.due())
-                if self.outcome is not None:
-                    break
+        progress = self.progress
+        if self.step == 0 and self.config.trainer.evaluate_at_start and progress.evaluated_step < 0:
+            progress.evaluation_due = "val" in self.parts.eval_loaders
+        self._check_end()  # the duration may be shorter by now
+        self._settle()  # what a stop has left undone at this step
+        ends = [step for step in (self.total_steps, self.due.stop) if step is not None]
+        steps = self.parts.train_loader.steps(self.step, min(ends) if ends else None)
+        while self.outcome is None:
+            work = next(steps)
+            here.step = work.step + 1
+            self.control.begin()
+            self._run_step(work)
+            self._boundary(self.control.due())
 
-        for callback in parts.callbacks:
+        for callback in self.parts.callbacks:
             callback.on_end(self)
         if self._saved_step != self.step:
             self._save()
         self.world.barrier()  # nobody stops listening while another may still have to agree on something
-        parts.control.close()
-        if parts.checkpoints is not None:
+        self.control.close()
+        if self.checkpoints is not None:
             here.phase = SAVING
-            parts.checkpoints.wait()
-            if self.outcome == "preempted" and parts.checkpoints.tolerated is not None:
-                raise parts.checkpoints.tolerated
-        assert self.outcome is not None
+            self.checkpoints.wait()
+            if self.outcome == "preempted" and self.checkpoints.tolerated is not None:
+                raise self.checkpoints.tolerated
         return self.outcome
 
     def _run_step(self, work: StepWork) -> None:
         """One optimizer step, then schedule and EMA."""
         parts, number = self.parts, work.step + 1
         here.began = time.perf_counter()
-        if parts.trace is not None:
-            parts.trace.write(number, work.local_indices)
-        self._lr = parts.optimizer.param_groups[0]["lr"]
-        parts.stepper(work, want_norm=self._logs_at(number))
-        self.progress.step = parts.console.step = number
+        if self.trace is not None:
+            self.trace.write(number, work.local_indices)
+        self.rows.lr = self.optimizer.param_groups[0]["lr"]
+        self.stepper(work, want_norm=self.due.log(number))
+        self.progress.step = self.console.step = number
         self.progress.samples += work.samples
-        schedule = parts.schedule
-        if schedule is not None and not schedule.on_plateau and is_due(schedule.every, number, self.steps_per_epoch):
-            schedule.step()
+        if parts.schedule is not None and self.due.schedule(number):
+            parts.schedule.step()
         if parts.ema is not None:
             parts.ema.update()
 
     def _boundary(self, actions: set[str]) -> None:
-        """What is due after a step, in this order: log, evaluate, stop_when, save."""
+        """What is due after a step: callbacks and the log, then what `_settle` does."""
         parts, progress, step = self.parts, self.progress, self.step
         here.phase, here.steps, here.waited = CALLBACK, here.steps + 1, parts.train_loader.waited
-        if parts.once_trained:
-            parts.once_trained.pop()()
+        if here.steps == 1 and (warning := parts.inexactness()):
+            self.console.warn(warning)
         for callback in parts.callbacks:
             callback.on_step_end(self)
-        if step % self.steps_per_epoch == 0:
+        if step % self.plan.steps_per_epoch == 0:
             for callback in parts.callbacks:
                 callback.on_epoch_end(self)
-        if step == self.total_steps or FINISH in actions:
-            progress.finished = f"trainer.duration={self.config.trainer.duration} reached"
-        asked = STOP in actions
-        if progress.finished or LOG in actions or self._logs_at(step):
+        self._check_end(FINISH in actions)
+        if progress.finished or LOG in actions or self.due.log(step):
             self._log()
-        if progress.finished or EVALUATE in actions or self._is_due(self.config.trainer.evaluate_every):
+        if progress.finished or EVALUATE in actions or self.due.evaluate(step):
             progress.evaluation_due = "val" in parts.eval_loaders
-        save = SAVE in actions or any(self._is_due(every) for every in self.config.checkpoint.every)
+        self._settle(save=SAVE in actions or self.due.save(step), asked=STOP in actions)
+        if self.checkpoints is not None:
+            self.checkpoints.poll()
+
+    def _check_end(self, over: bool = False) -> None:
+        if over or (self.total_steps is not None and self.step >= self.total_steps):
+            self.progress.finished = (
+                self.progress.finished or f"trainer.duration={self.config.trainer.duration} reached"
+            )
+
+    def _settle(self, *, save: bool = False, asked: bool = False) -> None:
+        """Evaluate if that is due, find out whether this is the end, and save; `asked`: all ranks agreed to stop here."""
+        progress, trainer = self.progress, self.config.trainer
         if progress.evaluation_due and not asked:
             improved, asked = self._evaluate()
             save = save or improved
-        if asked or (step == self.stop_step and not progress.finished):
-            self._end("preempted", parts.control.reasons.get(STOP, f"trainer.stop_at={self.config.trainer.stop_at}"))
+        if asked or (self.due.stop is not None and self.step >= self.due.stop and not progress.finished):
+            self.outcome = "preempted"
+            self.reason = self.control.reasons.get(STOP, f"trainer.stop_at={trainer.stop_at}")
         elif progress.finished:
-            self._end("completed", progress.finished)
-        if save or self.outcome is not None:
+            self.outcome, self.reason = "completed", progress.finished
+        if self.step and (save or (self.outcome is not None and self._saved_step != self.step)):
             self._save()
-        if parts.checkpoints is not None:
-            parts.checkpoints.poll()
-
-    def _resume_boundary(self) -> None:
-        """What a stop left undone at this step, or an evaluation before the first."""
-        progress = self.progress
-        if self.step == 0 and self.config.trainer.evaluate_at_start and progress.evaluated_step < 0:
-            progress.evaluation_due = "val" in self.parts.eval_loaders
-        if progress.evaluation_due:
-            improved, asked = self._evaluate()
-            if asked:
-                self._end("preempted", self.parts.control.reasons[STOP])
-            if self.step and (improved or progress.finished or asked):
-                self._save()
-        if self.outcome is None and progress.finished is not None:
-            self._end("completed", progress.finished)
-        elif self.outcome is None and self.stop_step is not None and self.step >= self.stop_step:
-            self._end("preempted", f"trainer.stop_at={self.config.trainer.stop_at}")
-
-    def _end(self, outcome: str, reason: str) -> None:
-        self.outcome, self.reason = outcome, reason
 
     def _evaluate(self) -> tuple[bool, bool]:
         """Evaluate on val; (the kept metric is better than ever, all ranks agreed to stop meanwhile)."""
         parts, progress = self.parts, self.progress
-        self._check_finite()
+        self.stepper.guard.read()
         try:
             figures = parts.evaluator.run(parts.eval_loaders["val"])
         except EvaluationInterruptedError:
             return False, True
         progress.evaluation_due = False
         progress.evaluated_step = self.step
+        self._saved_step = -1  # there is more to save by now
         here.phase = CALLBACK
         progress.metrics = metrics = {f"val/{name}": value for name, value in figures.items()}
-        self._record("val", figures)
-        parts.console.evaluation("val", self.step, figures)
+        self._write_row("val", figures)
+        self.console.evaluation("val", self.step, figures)
         if parts.schedule is not None and parts.schedule.on_plateau:
             parts.schedule.step(metrics)
         for callback in parts.callbacks:
             callback.on_evaluation_end(self, metrics)
         if parts.stop_when is not None and self.step:
             progress.finished = progress.finished or parts.stop_when.judge(metrics, self.step)
-        return self._improved(metrics), False
-
-    def _improved(self, metrics: dict[str, float]) -> bool:
-        if self.parts.keep_best is None or not self.step:
-            return False
-        name, mode = self.parts.keep_best
-        value, best = metrics[name], self.progress.best
+        if parts.keep_best is None or not self.step:
+            return False, False
+        name, mode = parts.keep_best
+        value, best = metrics[name], progress.best
         better = value == value and (best is None or (value < best if mode == "min" else value > best))
         if better:
-            self.progress.best, self.progress.best_step = value, self.step
-        return better
+            progress.best, progress.best_step = value, self.step
+        return better, False
 
     def _log(self) -> None:
-        """A train row: the mean over the samples since the row before."""
-        parts, progress = self.parts, self.progress
+        """A train row, for the records and for the person."""
         here.phase = LOGGING
-        self._check_finite()
-        loss, weight = parts.stepper.totals.tolist()
-        parts.stepper.totals.zero_()
-        samples, began, waited = self._interval
-        now = time.monotonic()
-        elapsed = max(now - began, 1e-9)
-        row: dict[str, float] = {"loss": loss / weight if weight else float("nan"), "lr": self._lr}
-        if parts.stepper.grad_norm is not None:
-            row["grad_norm"] = float(parts.stepper.grad_norm)
-        if parts.stepper.guard.skipped:
-            row["skipped"] = parts.stepper.guard.skipped
-        row["samples_per_s"] = (progress.samples - samples) / elapsed
-        row["data_wait"] = (parts.train_loader.waited - waited) / elapsed
-        row.update(self.world.peers.pace())
-        row.update(self._extra)
-        self._extra.clear()
-        self._interval = (progress.samples, now, parts.train_loader.waited)
-        self._record("train", row)
-        parts.console.progress(self.step, self.total_steps, self.epoch, row, self._seconds_left())
-        slow = self.world.peers.slow_rank()
-        if slow is not None:
-            parts.console.warn(slow)
-        if self.world.is_main and now - self._status_at > STATUS_SECONDS:
-            self._status_at = now
-            with self.parts.run.only_a_view():
+        self.stepper.guard.read()
+        row = self.rows.take()
+        self._write_row("train", row)
+        duration = self.config.trainer.duration
+        left = max(0.0, duration.value - self.seconds) if duration.is_time else None
+        self.console.progress(self.step, self.total_steps, self.epoch, row, left)
+        if slow := self.world.peers.slow_rank():
+            self.console.warn(slow)
+        if self.world.is_main and time.monotonic() - self._status_at > STATUS_SECONDS:
+            self._status_at = time.monotonic()
+            with self.run.only_a_view():
                 self.write_status("running")
 
-    def _record(self, split: str, figures: dict[str, float]) -> None:
-        if self.parts.checkpoints is not None:
-            self.parts.checkpoints.assure_owner()
-        self.parts.logger.row(split, self.step, self.epoch, self.progress.samples, figures)
-
-    def bring_home(self) -> None:
-        """What has been recorded so far is made as durable as the checkpoint that is about to be published (rank 0)."""
-        self.parts.logger.flush(wait=0.0 if self.parts.run.storage.is_local else 5.0)
-        self.parts.run.upload()
-
-    def write_status(self, state: str, error: str | None = None) -> None:
-        """status.json as it should be now (rank 0)."""
-        self.parts.run.write_status(state, step=self.step, epoch=self.epoch, world_size=self.world.size, error=error)
+    def _write_row(self, split: str, figures: dict[str, float]) -> None:
+        if self.checkpoints is not None:
+            self.checkpoints.assure_owner()
+        self.logger.row(split, self.step, self.epoch, self.progress.samples, figures)
 
     def _save(self) -> None:
         """Save a checkpoint of this step; all ranks call it, rank 0 writes."""
-        parts, progress = self.parts, self.progress
         here.phase = MEETING
-        self._check_finite()
+        self.stepper.guard.read()
         take_from_rank_zero(self.model.buffers(), self.world.size)
         here.phase = SAVING
+        progress = self.progress
         self._saved_step = self.step
         progress.seconds = self.seconds
-        if parts.checkpoints is None:
-            parts.run.upload_meanwhile()
+        if self.checkpoints is None:
+            self.run.upload_meanwhile()
             return
-        states: dict[str, Any] = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        if parts.ema is not None:
-            states["ema"] = parts.ema.state_dict()
-        states["trainer"] = self._state()
         metrics = progress.metrics if progress.evaluated_step == self.step else None
-        parts.checkpoints.save(self.step, states, self._meta(), metrics)
+        self.checkpoints.save(self.step, snapshot(self.parts, progress), meta(self), metrics)
 
-    def _state(self) -> dict[str, Any]:
-        parts = self.parts
-        return {
-            "progress": asdict(self.progress),
-            "stepper": parts.stepper.state_dict(),
-            "schedule": parts.schedule.state_dict() if parts.schedule is not None else None,
-            "stop_when": parts.stop_when.state_dict() if parts.stop_when is not None else None,
-            "callbacks": [callback.state_dict() for callback in parts.callbacks],
-        }
+    def bring_home(self) -> None:
+        """What has been recorded so far is made as durable as the checkpoint that is about to be published (rank 0)."""
+        self.logger.flush(wait=0.0 if self.run.storage.is_local else 5.0)
+        self.run.upload()
 
-    def _meta(self) -> dict[str, Any]:
-        return {
-            "epoch": self.epoch,
-            "samples": self.progress.samples,
-            "world_size": self.world.size,
-            "plan": {"length": self.parts.plan.length, "fingerprint": self.parts.plan.fingerprint()},
-            **self.parts.record,
-        }
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on from what `_state` gave (the progress itself was handed to the constructor)."""
-        parts = self.parts
-        parts.stepper.load_state_dict(state["stepper"])
-        if parts.stop_when is not None and state["stop_when"] is not None:
-            parts.stop_when.load_state_dict(state["stop_when"])
-        for callback, saved in zip(parts.callbacks, state["callbacks"], strict=False):
-            callback.load_state_dict(saved)
+    def write_status(self, state: str, error: str | None = None) -> None:
+        """status.json as it should be now (rank 0)."""
+        self.run.write_status(state, step=self.step, epoch=self.epoch, world_size=self.world.size, error=error)
 
     def close(self) -> None:
         """End loader workers and files, whatever happened."""
-        self.parts.train_loader.close()
-        for loader in self.parts.eval_loaders.values():
-            loader.close()
-        if self.parts.trace is not None:
-            self.parts.trace.close()
-
-    def _check_finite(self) -> None:
-        self.parts.stepper.guard.read()
-
-    def _is_due(self, every: Duration | None) -> bool:
-        return is_due(every, self.step, self.steps_per_epoch)
-
-    def _logs_at(self, step: int) -> bool:
-        return step == self.total_steps or is_due(self.config.trainer.log_every, step, self.steps_per_epoch)
-
-    def _epochs(self) -> int | None:
-        return None if self.total_steps is None else -(-self.total_steps // self.steps_per_epoch)
-
-    def _seconds_left(self) -> float | None:
-        duration = self.config.trainer.duration
-        return max(0.0, duration.value - self.seconds) if duration.is_time else None
-
-    def _watch_clocks(self) -> None:
-        """Durations in time go by rank 0's clock, summed over all starts."""
-        if not self.world.is_main:
-            return
-        trainer, sources = self.config.trainer, self.parts.control.sources
-        for duration, action, key in (
-            (trainer.duration, FINISH, "trainer.duration"),
-            (trainer.stop_at, STOP, "trainer.stop_at"),
-        ):
-            if duration is not None and duration.is_time:
-                sources.append(watch_clock(lambda: self.seconds, duration.value, None, action, f"{key}={duration}"))
-        repeated = [(trainer.log_every, LOG), (trainer.evaluate_every, EVALUATE)]
-        for every, action in repeated + [(every, SAVE) for every in self.config.checkpoint.every]:
-            if every is not None and every.is_time:
-                first = (self.seconds // every.value + 1) * every.value
-                sources.append(watch_clock(lambda: self.seconds, first, every.value, action, f"every {every}"))
+        for loader in (self.parts.train_loader, *self.parts.eval_loaders.values(), self.trace):
+            if loader is not None:
+                loader.close()

@@ -1,0 +1,168 @@
+"""What is saved of a run, and how it is put back."""
+
+from __future__ import annotations
+
+import platform
+import socket
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+import dist_train
+from dist_train.config.errors import ConfigError
+from dist_train.engine.stopping import in_steps
+
+if TYPE_CHECKING:
+    from dist_train.checkpoint.store import Found
+    from dist_train.config.schema import Config
+    from dist_train.engine.parts import Parts
+    from dist_train.engine.trainer import Trainer
+
+
+@dataclass
+class Progress:
+    """Where a run stands; all of it is in every checkpoint.
+
+    Attributes:
+        step: optimizer steps committed. samples: samples consumed by them. seconds: time trained, over all starts.
+        evaluated_step: the step of the last complete evaluation, -1 before the first. evaluation_due: a stop broke one off.
+        metrics: those of the last evaluation.
+        best, best_step: the best value of the metric that is kept.
+        finished: why training is over, once it is.
+    """
+
+    step: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+    evaluated_step: int = -1
+    evaluation_due: bool = False
+    best: float | None = None
+    best_step: int = 0
+    finished: str | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def snapshot(parts: Parts, progress: Progress) -> dict[str, Any]:
+    """Everything that a run goes on from, as trees of tensors and plain values; `model` and `ema` are weights by name."""
+    states = {"model": parts.model.state_dict(), "optimizer": parts.optimizer.state_dict()}
+    if parts.ema is not None:
+        states["ema"] = parts.ema.state_dict()
+    rest = {name: part.state_dict() for name, part in _small_parts(parts).items()}
+    callbacks = [callback.state_dict() for callback in parts.callbacks]
+    return {
+        **states,
+        "trainer": {"progress": asdict(progress), **rest, "callbacks": callbacks, "best": parts.keep_best},
+    }
+
+
+def _small_parts(parts: Parts) -> dict[str, Any]:
+    named = {"stepper": parts.stepper, "schedule": parts.schedule, "stop_when": parts.stop_when}
+    return {name: part for name, part in named.items() if part is not None}
+
+
+def facts(config: Config) -> dict[str, Any]:
+    """What a run is trained with: goes into every manifest, and is shown in the report."""
+    versions = {"dist_train": dist_train.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    found: dict[str, Any] = {"config": config.to_dict(), "versions": versions, "host": socket.gethostname()}
+    for folder in config.run.code_paths[:1]:
+        command = ["git", "-C", folder, "rev-parse", "HEAD"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+            found["commit"] = done.stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            pass  # not a repository, or no git
+    return found
+
+
+def meta(trainer: Trainer) -> dict[str, Any]:
+    """What the manifest of a checkpoint says about the run."""
+    plan = trainer.plan
+    return {
+        "epoch": trainer.epoch,
+        "samples": trainer.progress.samples,
+        "world_size": trainer.world.size,
+        "plan": {"length": plan.length, "fingerprint": plan.fingerprint()},
+        **trainer.record,
+    }
+
+
+def load_weights(model: nn.Module, found: Found) -> None:
+    """Put the saved weights into a model.
+
+    Raises:
+        ConfigError: they don't fit it.
+        DamagedError: the bytes aren't those that were saved.
+    """
+    try:
+        model.load_state_dict(found.load("model"))
+    except RuntimeError as error:
+        raise ConfigError.single("model", f"the weights in {found.location} don't fit this model: {error}") from None
+
+
+def restore(parts: Parts, found: Found, changed: Sequence[str], note: Callable[[str], None]) -> Progress:
+    """Put a checkpoint into the parts of a config, of which the keys `changed` are to have their new values.
+
+    Raises:
+        ConfigError: the model or the data aren't those that were trained.
+    """
+    _check_data(parts, found)
+    load_weights(parts.model, found)
+    parts.keep_horizon(found.meta["horizon"])
+    state = found.load("trainer")
+    progress = Progress(**state["progress"])
+    _restore_optimizer(parts, found, changed, note)
+    schedule = parts.schedule
+    if any(key.startswith(("optimizer", "scheduler", "transfer.freeze")) for key in changed):
+        state.pop("schedule", None)
+        if schedule is not None and not schedule.on_plateau:  # a new one is brought to where it would stand by now
+            for _ in range(progress.step // (in_steps(schedule.every, parts.plan.steps_per_epoch) or 1)):
+                schedule.step()
+    if any(key.startswith("trainer.stop_when") for key in changed):
+        state.pop("stop_when", None)
+    if parts.ema is not None and "ema" in found.parts:
+        parts.ema.load_state_dict(found.load("ema"))
+    elif parts.ema is not None:
+        note("the average of the weights begins at this step")
+        parts.ema.restart()
+    for name, part in _small_parts(parts).items():
+        if name in state:
+            part.load_state_dict(state[name])
+    for callback, saved in zip(parts.callbacks, state["callbacks"], strict=False):
+        callback.load_state_dict(saved)
+    if state["best"] != parts.keep_best:
+        progress.best = None  # it is that of another metric
+    if any(key.startswith(("trainer.duration", "trainer.stop_when")) for key in changed):
+        progress.finished = None  # a run that had reached its end goes on where another end is asked for now
+    return progress
+
+
+def _check_data(parts: Parts, found: Found) -> None:
+    """The dataset must still be the one that the position counts in."""
+    old, plan = found.meta["plan"], parts.plan
+    if old["length"] != plan.length:
+        raise ConfigError.single(
+            "data.train",
+            f"this run has trained on {old['length']} samples, but the dataset now has {plan.length}: a position in it means "
+            "something else. Give the run another run.name, or restore the dataset",
+        )
+    if old["fingerprint"] != plan.fingerprint():
+        message = "the order of samples has changed (numpy's RandomState gives other numbers here)"
+        raise ConfigError.single("data.train", message)
+
+
+def _restore_optimizer(parts: Parts, found: Found, changed: Sequence[str], note: Callable[[str], None]) -> None:
+    for key in changed:
+        if key in ("optimizer", "optimizer.groups") or ".match" in key or key.startswith("transfer.freeze"):
+            note("another optimizer, or other parameters for it: its state begins anew")
+            return
+    groups = parts.optimizer.param_groups
+    fresh = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+    parts.optimizer.load_state_dict(found.load("optimizer"))
+    if any(key.startswith(("optimizer", "scheduler")) for key in changed):
+        # The saved groups would silently bring the old values back.
+        for group, values in zip(parts.optimizer.param_groups, fresh, strict=True):
+            group.update(values)
