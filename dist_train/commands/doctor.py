@@ -12,13 +12,14 @@ import socket
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_train.commands.arguments import Parser, with_config
 from dist_train.config.errors import ConfigError
+from dist_train.config.secrets import mask
 from dist_train.runtime.failure import write_error_file
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ SHARED_MEMORY = 64 << 20  # bytes: loader workers hand batches over in it
 FILES = 1024
 CLOCKS = 2.0  # seconds
 SLOW_LINK = 0.25  # of the usual link
-SIZES = ("B", "kB", "MB", "GB", "TB")
 
 
 @dataclass
@@ -45,6 +45,17 @@ class Check:
     text: str
     hosts: list[str] = field(default_factory=list)
 
+    @classmethod
+    def of(cls, name: str, complaints: Iterable[tuple[str, str]], fine: str) -> Check:
+        """The check that fails for each host with a complaint, and says the first one."""
+        bad = [(host, text) for host, text in complaints if text]
+        if not bad:
+            return cls(name, "ok", fine)
+        hosts = list(dict.fromkeys(host for host, _ in bad))
+        return cls(
+            name, "FAIL", f"{bad[0][0]}{bad[0][1]}" + (f" (so too {', '.join(hosts[1:])})" if hosts[1:] else ""), hosts
+        )
+
 
 def main(arguments: Sequence[str]) -> int:
     """Look at everything; 0 if a job may start, 1 if not, 2 if the config is wrong."""
@@ -52,35 +63,30 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--min-bandwidth", type=float, metavar="GB/s", help="fail below this all-reduce bus bandwidth")
     parser.add_argument("--json", metavar="FILE", help="write what was found")
     options = with_config(parser, arguments)
-    config, problem = _load(options.config, options.overrides)
 
+    from dist_train.commands.train import checked
     from dist_train.config.durations import Duration
     from dist_train.config.schema import DistributedConfig
     from dist_train.runtime.world import open_world, read_placement
 
+    config, problem = None, None
+    try:
+        config = checked(options.config, options.overrides)
+    except ConfigError as error:
+        problem = error
     distributed = config.distributed if config is not None else DistributedConfig()
     patience = Duration(min(60.0, distributed.hang_timeout.value), "s")
     began = time.monotonic()
-    placement = read_placement(os.environ)
-    with open_world(distributed.model_copy(update={"hang_timeout": patience}), placement) as world:
+    with open_world(distributed.model_copy(update={"hang_timeout": patience}), read_placement(os.environ)) as world:
         checks, ranks = _examine(world, config, problem, options)
         if config is not None and options.config is not None:
             _write(world, options.json, [*checks, Check("rehearsal", "FAIL", "it didn't come to its end")], ranks)
-            checks += _rehearsal(world, config)
+            checks.append(_rehearsal(world, config))
         checks = [Check(**check) for check in world.share([asdict(check) for check in checks])]
         _write(world, options.json, checks, ranks)
         if world.is_main:
             _print(checks, ranks, time.monotonic() - began)
         return int(any(check.state == "FAIL" for check in checks))
-
-
-def _load(source: str | None, overrides: Sequence[str]) -> tuple[Config | None, ConfigError | None]:
-    from dist_train.commands.train import checked
-
-    try:
-        return checked(source, overrides), None
-    except ConfigError as error:
-        return None, error
 
 
 def _examine(
@@ -89,107 +95,97 @@ def _examine(
     """Every check but the rehearsal (rank 0's list counts), and the facts of each rank."""
     from dist_train.runtime import probes
 
-    mine: dict[str, Any] = {**probes.resources(world.device), "versions": probes.versions()}
-    mine["problem"] = str(problem) if problem is not None else ""
+    mine = {**probes.resources(world.device), "versions": probes.versions(), "problem": str(problem or "")}
     if config is not None:
-        text = json.dumps(_without_paths(config.to_dict()), sort_keys=True, default=str)
-        mine["versions"]["config"] = hashlib.sha256(text.encode()).hexdigest()[:12]
+        plain = config.to_dict()
+        del plain["run"]["code_paths"]  # the user's code may lie elsewhere on each host
+        mine["versions"]["config"] = hashlib.sha256(
+            json.dumps(plain, sort_keys=True, default=str).encode()
+        ).hexdigest()[:12]
     ranks = world.gather(mine)
-    hosts = [rank["host"] for rank in ranks]
-    wrong = [rank["host"] for rank in ranks if rank["problem"]]
-    if len(wrong) == world.size and problem is not None:
+    if problem is not None and all(rank["problem"] for rank in ranks):
         raise problem
-    checks = [_same(name, [rank["versions"].get(name, "none") for rank in ranks], hosts) for name in mine["versions"]]
-    if wrong:
-        text = next(rank["problem"] for rank in ranks if rank["problem"])
-        checks.append(Check("config", "FAIL", f"wrong on {_names(wrong)} only: {text}", _unique(wrong)))
+    for rank, offset in zip(ranks, probes.clock_offsets(world)):
+        rank["clock_offset"] = round(offset, 4)
+    checks = [
+        _same(name, [(rank["host"], rank["versions"].get(name, "none")) for rank in ranks]) for name in mine["versions"]
+    ]
+    if any(rank["problem"] for rank in ranks):
+        wrong = [(rank["host"], rank["problem"] and f" only: {rank['problem']}") for rank in ranks]
+        checks.append(Check.of("config", wrong, ""))
     checks += [
         _room("/dev/shm", "shm", SHARED_MEMORY, ranks, "loader workers need it: empty it, or docker run --shm-size=8g"),
         _room("open files", "files", FILES, ranks, f"ulimit -n {FILES} or more: loader workers and sockets need them"),
+        _clocks(ranks),
+        _storage(world, config.run.dir if config is not None else "runs"),
     ]
-    offsets = probes.clock_offsets(world)
-    late = [host for host, offset in zip(hosts, offsets) if abs(offset - sorted(offsets)[len(offsets) // 2]) > CLOCKS]
-    spread = max(offsets) - min(offsets)
-    text = (
-        f"{_names(late)} differ by up to {spread:.1f} s: start NTP there" if late else f"within {spread * 1e3:.0f} ms"
-    )
-    checks.append(Check("clocks", "FAIL" if late else "ok", text, _unique(late)))
-    for rank, offset in zip(ranks, offsets):
-        rank["clock_offset"] = round(offset, 4)
-    checks += _storage(world, config)
     if world.size > 1:
         checks += _network(world, options.min_bandwidth)
     if config is not None and options.config is not None:
-        checks += _samples(world, config)
+        splits = [split for split in ("train", "val", "test") if getattr(config.data, split) is not None]
+        checks += [_samples(world, config, split) for split in splits]
     return checks, ranks
 
 
-def _without_paths(config: dict[str, Any]) -> dict[str, Any]:
-    """Without the directories of the user's code, which may lie elsewhere on each host."""
-    return {**config, "run": {key: value for key, value in config["run"].items() if key != "code_paths"}}
-
-
-def _same(name: str, values: Sequence[str], hosts: Sequence[str]) -> Check:
-    counts = Counter(values)
-    usual = values[0] if counts[values[0]] == max(counts.values()) else counts.most_common(1)[0][0]
-    if len(counts) == 1:
-        return Check(name, "ok", usual)
-    bad = _unique(host for host, value in zip(hosts, values) if value != usual)
-    told = "; ".join(f"{host} has {values[list(hosts).index(host)]}" for host in bad)
-    return Check(name, "FAIL", f"{told}, the others have {usual}: make them the same", bad)
+def _same(name: str, values: list[tuple[str, str]]) -> Check:
+    (usual, _), *_ = Counter(value for _, value in values).most_common(1)  # of equally many, rank 0's
+    told = [
+        (host, f" has {value}, the others have {usual}: make them the same") for host, value in values if value != usual
+    ]
+    return Check.of(name, told, usual)
 
 
 def _room(name: str, key: str, least: int, ranks: list[dict[str, Any]], cure: str) -> Check:
+    def amount(value: float) -> str:
+        return f"{size(value)} free" if key == "shm" else str(value)
+
     known = [rank for rank in ranks if key in rank]
-    bad = [rank for rank in known if 0 <= rank[key] < least]
-    amount = (lambda value: size(value) + " free") if key == "shm" else str
-    if bad:
-        told = _names(_unique(rank["host"] for rank in bad))
-        return Check(
-            name, "FAIL", f"{told}: {amount(bad[0][key])}, expected {amount(least)} at least; {cure}",
-            _unique(rank["host"] for rank in bad),
-        )  # fmt: skip
-    return Check(name, "ok", f"{amount(min(rank[key] for rank in known))} at least" if known else "not on this system")
+    told = [
+        (rank["host"], f": {amount(rank[key])}, expected {amount(least)} at least; {cure}")
+        for rank in known
+        if 0 <= rank[key] < least
+    ]
+    return Check.of(
+        name, told, f"{amount(min(rank[key] for rank in known))} at least" if known else "not on this system"
+    )
 
 
-def _storage(world: World, config: Config | None) -> list[Check]:
+def _clocks(ranks: list[dict[str, Any]]) -> Check:
+    offsets = sorted(rank["clock_offset"] for rank in ranks)
+    spread, usual = offsets[-1] - offsets[0], offsets[len(offsets) // 2]
+    late = [rank["host"] for rank in ranks if abs(rank["clock_offset"] - usual) > CLOCKS]
+    told = [(host, f"'s clock is apart by up to {spread:.1f} s: start NTP there") for host in late]
+    return Check.of("clocks", told, f"within {spread * 1e3:.0f} ms")
+
+
+def _storage(world: World, where: str) -> Check:
     """Write, read and delete in the directory of the runs, from each host; whether all see the same one."""
     from dist_train.runtime.storage import Storage
 
-    where = config.run.dir if config is not None else "runs"
     name = world.share(f".doctor-{secrets.token_hex(6)}")
-    error, seen = "", True
-    leads = world.placement.local_rank == 0
+    mine, error, leads = f"{name}-{world.rank}", "", world.placement.local_rank == 0
     if leads:
         try:
             storage = Storage(where, patience=2.0)
             new = not storage.exists("")
-            mine = f"{name}-{world.rank}"
             storage.makedirs()
             storage.write_atomic(mine, b"doctor")
             if storage.read_bytes(mine) != b"doctor":
-                error = "what was read isn't what was written"
+                error = ": what was read isn't what was written"
         except Exception as failed:
-            error = str(failed)
+            error = f": {failed}; give run.dir a place that every host may write to"
     world.barrier()
     if leads and not error:
         with contextlib.suppress(Exception):
-            seen = storage.exists(f"{name}-0")
-    found = world.gather([socket.gethostname(), error, seen])
-    if leads and not error:
-        with contextlib.suppress(Exception):
-            storage.delete(f"{name}-{world.rank}")
+            if not storage.exists(f"{name}-0"):
+                error = f" has another {where} than rank 0's host: a shared file system is needed"
+    found = world.gather([socket.gethostname(), error])
+    if leads:
+        with contextlib.suppress(Exception):  # what couldn't be opened, too
+            storage.delete(mine)
             if new and storage.is_local and not storage.list():
                 os.rmdir(where)
-    bad = [(host, text) for host, text, _ in found if text]
-    if bad:
-        text = f"{bad[0][0]}: {bad[0][1]}; give run.dir a place that every host may write to"
-        return [Check("run.dir", "FAIL", text, _unique(host for host, _ in bad))]
-    blind = _unique(host for host, _, saw in found if not saw)
-    if blind:
-        text = f"{where} on {_names(blind)} isn't the directory that {found[0][0]} writes to: a shared file system is needed"
-        return [Check("run.dir", "FAIL", text, blind)]
-    return [Check("run.dir", "ok", f"{where}: written, read and deleted")]
+    return Check.of("run.dir", [(host, text) for host, text in found], f"{where}: written, read and deleted")
 
 
 def _network(world: World, floor: float | None) -> list[Check]:
@@ -197,75 +193,60 @@ def _network(world: World, floor: float | None) -> list[Check]:
 
     right, speed = probes.all_reduce(world)
     links = probes.links(world)
-    hosts = _unique(host for host, _ in world.gather([socket.gethostname(), 0]))
-    checks = [Check("all-reduce", "ok" if right else "FAIL", "right on all ranks" if right else "the sum is wrong")]
+    hosts = list(dict.fromkeys(world.gather(socket.gethostname())))
     usual = sorted(links.values())[len(links) // 2] if links else 0.0
-    limit = max(SLOW_LINK * usual, floor or 0.0) if links else 0.0
-    fast = {host for pair, value in links.items() if value >= limit for host in pair}
+    limit = max(SLOW_LINK * usual, floor or 0.0)
     slow = {pair: value for pair, value in links.items() if value < limit}
-    bad = [host for host in hosts if any(host in pair for pair in slow) and host not in fast]
-    bad = bad or _unique(host for pair in slow for host in pair)
+    fast = {host for pair in links.keys() - slow.keys() for host in pair}
+    bad = [host for host in hosts if any(host in pair for pair in slow)]
+    bad = [host for host in bad if host not in fast] or bad
     told = "; ".join(f"{one} - {other} {_speed(value)}" for (one, other), value in slow.items())
     text = f"{_speed(speed)} bus bandwidth" + (f"; slow: {told}" if told else "")
+    state = "warn" if slow else "ok"
     if floor is not None and speed < floor:
-        bad = bad or hosts
-        text += f"; expected {_speed(floor)} at least (--min-bandwidth): look at the network of {_names(bad)}"
-        return [*checks, Check("bandwidth", "FAIL", text, bad)]
-    return [*checks, Check("bandwidth", "warn" if slow else "ok", text, bad if slow else [])]
+        state, bad = "FAIL", bad or hosts
+        text += f"; expected {_speed(floor)} at least (--min-bandwidth): look at the network of {', '.join(bad)}"
+    sums = Check("all-reduce", "ok" if right else "FAIL", "right on all ranks" if right else "the sum is wrong")
+    return [sums, Check("bandwidth", state, text, bad)]
 
 
-def _samples(world: World, config: Config) -> list[Check]:
-    """The first samples of each split, read on each host."""
+def _samples(world: World, config: Config, split: str) -> Check:
+    """The first samples of a split, read on each host."""
     from dist_train.engine.rehearsal import look_at
 
-    checks = []
-    for split in ("train", "val", "test"):
-        if getattr(config.data, split) is None:
-            continue
-        text, failed = "", False
-        if world.placement.local_rank == 0:
-            try:
-                text = look_at(config, split)
-            except Exception as error:
-                text, failed = f"{type(error).__name__}: {error}", True
-        found = world.gather([socket.gethostname(), text, failed])
-        bad = [(host, told) for host, told, wrong in found if wrong]
-        if bad:
-            told = f"{bad[0][0]} can't read it: {bad[0][1]}"
-            checks.append(Check(f"data.{split}", "FAIL", told, _unique(host for host, _ in bad)))
-        else:
-            checks.append(Check(f"data.{split}", "ok", found[0][1]))
-    return checks
+    text, error = "", ""
+    if world.placement.local_rank == 0:
+        try:
+            text = look_at(config, split)
+        except Exception as failed:
+            error = f" can't read it: {type(failed).__name__}: {failed}"
+    found = world.gather([socket.gethostname(), error, text])
+    return Check.of(f"data.{split}", [(host, wrong) for host, wrong, _ in found], found[0][2])
 
 
-def _rehearsal(world: World, config: Config) -> list[Check]:
+def _rehearsal(world: World, config: Config) -> Check:
     from dist_train.engine.rehearsal import rehearse
 
     with _scratch(world, config) as where:
         if where is None:
-            return [Check("rehearsal", "warn", "left out: several hosts need a run.dir on a shared file system for it")]
+            return Check("rehearsal", "warn", "left out: several hosts need a run.dir on a shared file system for it")
         try:
             lines = rehearse(config, world, where)
         except ConfigError:
             raise
         except Exception as error:  # with several processes it has ended them, and was told
-            return [Check("rehearsal", "FAIL", f"{type(error).__name__}: {error}", [socket.gethostname()])]
-    return [Check("rehearsal", "ok", "\n".join(["two steps, evaluation, save, resume", *lines]))]
+            return Check("rehearsal", "FAIL", f"{type(error).__name__}: {error}", [socket.gethostname()])
+    return Check("rehearsal", "ok", "\n".join(["two steps, evaluation, save, resume", *lines]))
 
 
 @contextlib.contextmanager
 def _scratch(world: World, config: Config) -> Iterator[Path | None]:
     """A directory that all ranks share for a moment; None if there is none."""
-    from dist_train.runtime.storage import is_url
-
     one_host = world.size == world.placement.local_size
-    above = None if one_host else config.run.dir
-    if above is not None and (is_url(above) or not os.path.isdir(above)):
-        above = ""
     place = None
-    if above != "" and world.is_main:
+    if world.is_main and (one_host or os.path.isdir(config.run.dir)):
         with contextlib.suppress(OSError):
-            place = tempfile.mkdtemp(prefix=".doctor-", dir=above)
+            place = tempfile.mkdtemp(prefix=".doctor-", dir=None if one_host else config.run.dir)
     place = world.share(place)
     try:
         yield None if place is None else Path(place)
@@ -277,58 +258,46 @@ def _scratch(world: World, config: Config) -> Iterator[Path | None]:
 def _write(world: World, path: str | None, checks: list[Check], ranks: list[dict[str, Any]]) -> None:
     if path is None or not world.is_main:
         return
-    bad = _unique(host for check in checks if check.state == "FAIL" for host in check.hosts)
-    content = {
-        "ok": all(check.state != "FAIL" for check in checks),
-        "world_size": world.size,
-        "bad_hosts": bad,
-        "checks": [asdict(check) for check in checks],
-        "ranks": ranks,
-    }
-    Path(path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    failed, hosts = _blamed(checks)
+    content = {"ok": not failed, "world_size": world.size, "bad_hosts": hosts}
+    content |= {"checks": [asdict(check) for check in checks], "ranks": ranks}
+    Path(path).write_text(mask(json.dumps(content, indent=2)) + "\n", encoding="utf-8")
+
+
+def _blamed(checks: list[Check]) -> tuple[list[str], list[str]]:
+    """The names of the checks that failed, and the hosts that are to blame."""
+    failed = [check for check in checks if check.state == "FAIL"]
+    return [check.name for check in failed], list(dict.fromkeys(host for check in failed for host in check.hosts))
 
 
 def _print(checks: list[Check], ranks: list[dict[str, Any]], seconds: float) -> None:
     width = max(4, *(len(rank["host"]) for rank in ranks))
     print(f"rank  {'host':<{width}}  {'free memory':<20}  {'/dev/shm':<9}  {'clock':<8}  device")
     for number, rank in enumerate(ranks):
-        memory = f"{size(rank['free'])} of {size(rank['total'])}"
-        shm = size(rank["shm"]) if "shm" in rank else "-"
-        print(
-            f"{number:>4}  {rank['host']:<{width}}  {memory:<20}  {shm:<9}  {rank['clock_offset']:+.3f} s  {rank['device']}"
-        )
+        memory, shm = f"{size(rank['free'])} of {size(rank['total'])}", size(rank["shm"]) if "shm" in rank else "-"
+        place = f"{number:>4}  {rank['host']:<{width}}  {memory:<20}  {shm:<9}"
+        print(f"{place}  {rank['clock_offset']:+.3f} s  {rank['device']}")
     print()
     left = max(len(check.name) for check in checks)
     for check in checks:
-        first, *rest = check.text.splitlines() or [""]
-        print(
-            "\n".join([f"{check.state:<4}  {check.name:<{left}}  {first}", *(" " * (left + 8) + line for line in rest)])
-        )
-    bad = _unique(host for check in checks if check.state == "FAIL" for host in check.hosts)
-    failed = [check.name for check in checks if check.state == "FAIL"]
-    verdict = (
-        f"not fit: {', '.join(failed)}" + (f"; look at {_names(bad)}" if bad else "") if failed else "fit for a job"
-    )
+        text = mask(check.text).replace("\n", "\n" + " " * (left + 8))
+        print(f"{check.state:<4}  {check.name:<{left}}  {text}")
+    failed, hosts = _blamed(checks)
+    verdict = f"not fit: {', '.join(failed)}" if failed else "fit for a job"
+    verdict += f"; look at {', '.join(hosts)}" if hosts else ""
     print(f"\ndoctor: {verdict} ({len(ranks)} rank(s), {seconds:.1f} s)", flush=True)
     if failed:
         write_error_file(f"doctor: {verdict}", "")
 
 
 def _speed(value: float) -> str:
-    return f"{value:.3g} GB/s" if value >= 0.1 else f"{value * 1e3:.3g} MB/s"
+    return f"{size(value * 1e9)}/s"
 
 
 def size(value: float) -> str:
     """`12.3 GB`."""
-    power = 0
-    while value >= 1000 and power < len(SIZES) - 1:
-        value, power = value / 1000, power + 1
-    return f"{value:.3g} {SIZES[power]}"
-
-
-def _unique(values: Any) -> list[str]:
-    return list(dict.fromkeys(values))
-
-
-def _names(hosts: Sequence[str]) -> str:
-    return ", ".join(_unique(hosts))
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"

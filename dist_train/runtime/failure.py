@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -11,7 +12,7 @@ import sys
 import sysconfig
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dist_train.config.secrets import mask
@@ -26,16 +27,24 @@ _PEER_GONE = re.compile(
     r"Timed out waiting \d+ms for (recv|send)|wait timeout after"
 )
 _PATIENCE = 10.0
-_FRAME = re.compile(r'^\s*File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<name>\S+)', re.MULTILINE)
+_FRAME = re.compile(r'^ *File "([^"]+)", line (\d+), in (\S+)(?:\n +(?!File "|[~^])(.+))?', re.MULTILINE)
 _OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError", "can't allocate memory", "CUDA out of memory")
+_HINTS = {
+    "NonFiniteError": "optimizer.lr lower, trainer.clip_grad_norm=1, or trainer.on_nonfinite=skip; look at those samples",
+    "SampleError": "read that sample by hand: its dataset class, its index; data.num_workers=0 makes it debuggable",
+    "DataLoader worker (pid": "data.num_workers=0 shows an error in the dataset itself; more /dev/shm, or more memory",
+    "shapes cannot be multiplied": "the layer's in_features must be what comes out of the layer before it",
+    "IndexError: Target": "labels must be 0 ... classes - 1, and the model's last layer must have that many outputs",
+    "device-side assert": "the same with CUDA_LAUNCH_BLOCKING=1, or distributed.device=cpu, names the true line",
+    "CheckpointError": "the directory's space and permissions (df -h; touch a file there); what was saved before is whole",
+    "": "the same command with one process and data.num_workers=0 is the shortest way to see it again, in a debugger too",
+}
 
 
 def rank_of_this_process() -> int:
     """The rank as the environment tells it, before anything was set up."""
-    for name in ("RANK", "SLURM_PROCID"):
-        if os.environ.get(name, "").isdigit():
-            return int(os.environ[name])
-    return 0
+    values = (os.environ.get(name, "") for name in ("RANK", "SLURM_PROCID"))
+    return next((int(value) for value in values if value.isdigit()), 0)
 
 
 def tell_config_error(text: str) -> None:
@@ -52,32 +61,37 @@ def tell_config_error(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def describe(error: BaseException, rank: int = 0, samples: Sequence[int] = ()) -> Record:
-    """The record of an exception on this rank: where it stood, what was raised in whose line, what to try."""
-    details = mask("".join(traceback.format_exception(error)))
-    record: Record = {
-        "kind": "raised",
+def standing(rank: int) -> Record:
+    """Who this process is, and where its main thread stands."""
+    return {
         "rank": rank,
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "step": here.step,
         "phase": here.phase,
-        "samples": [int(sample) for sample in samples[:16]],
-        "count": len(samples),
-        "error": one_line(error, details),
-        "line": user_line(details),
-        "details": details,
+        "step": here.step,
     }
-    record["try"] = advice(error, record["error"])
-    return record
 
 
-def one_line(error: BaseException, details: str) -> str:
+def record_of(kind: str, stands: Mapping[str, Any], samples: Sequence[int] = ()) -> Record:
+    """The record of a failure (`raised`, `gone` or `hang`) of the rank that stands there, with these samples of its step."""
+    place = {name: stands[name] for name in ("rank", "host", "pid", "phase", "step")}
+    return {"kind": kind, **place, "samples": [int(sample) for sample in samples[:16]], "count": len(samples)}
+
+
+def describe(error: BaseException, rank: int = 0, samples: Sequence[int] = ()) -> Record:
+    """The record of an exception on this rank: where it stood, what was raised in whose line, what to try."""
+    details = mask("".join(traceback.format_exception(error)))
+    text = one_line(error)
+    told = {"error": text, "line": user_line(details), "details": details, "try": advice(error, text)}
+    return {**record_of("raised", standing(rank), samples), **told}
+
+
+def one_line(error: BaseException) -> str:
     """Type and message on one line; of an exception that a loader worker raised, its own and not the wrapping."""
     text = str(error)
     if "Original Traceback" in text:
         return mask(text.strip().splitlines()[-1].strip())
-    return mask(f"{type(error).__name__}: {' '.join(text.split())}")[:1000] if text else type(error).__name__
+    return mask(f"{type(error).__name__}: {' '.join(text.split())}"[:1000] if text else type(error).__name__)
 
 
 def user_line(details: str) -> str:
@@ -88,18 +102,13 @@ def user_line(details: str) -> str:
     import dist_train
 
     package = os.path.dirname(os.path.abspath(dist_train.__file__)) + os.sep
-    standard = sysconfig.get_path("stdlib") + os.sep
-    ours = [match for match in _FRAME.finditer(details) if not match["file"].startswith((package, "<"))]
-    installed = ("site-packages", "dist-packages")
-    own = [m for m in ours if not m["file"].startswith(standard) and not any(f"/{i}/" in m["file"] for i in installed)]
-    blocks = [found.start() for found in re.finditer("Traceback \\(most recent call last\\)", details)]
-    for begin, end in zip(blocks, [*blocks[1:], len(details)]):
-        inside = [match for match in own if begin <= match.start() < end]
-        if inside:
-            match = inside[-1]
-            code = details[match.end() :].lstrip("\n").split("\n")[0].strip()
-            shown = "" if code.startswith(("File ", "^", "~")) or not code else f": {code}"
-            return f"{match['file']}:{match['line']}, in {match['name']}{shown}"
+    others = (package, sysconfig.get_path("stdlib") + os.sep, "<")
+    for block in details.split("Traceback (most recent call last)"):
+        frames = [frame.groups() for frame in _FRAME.finditer(block)]
+        own = [frame for frame in frames if not frame[0].startswith(others) and "-packages" + os.sep not in frame[0]]
+        if own:
+            file, line, name, code = own[-1]
+            return f"{file}:{line}, in {name}" + (f": {code}" if code else "")
     return ""
 
 
@@ -111,10 +120,9 @@ def is_out_of_memory(text: str) -> bool:
 def less_memory(micro: int, changes: str) -> str:
     """What to try when a forward or backward of `micro` samples needed too much; `changes`: beside the memory, if anything."""
     if micro == 1:
-        return "not even one sample at a time fits: a smaller model or input, trainer.precision=bf16"
-    return f"trainer.micro_batch_size={micro // 2} (it was {micro}): " + (
-        f"less memory, but {changes}" if changes else "the same gradient in less memory"
-    )
+        return "not even one sample at a time fits: a smaller model or input, or trainer.precision=bf16"
+    effect = f"less memory, but {changes}" if changes else "the same gradient in less memory"
+    return f"trainer.micro_batch_size={micro // 2} (it was {micro}): {effect}"
 
 
 def advice(error: BaseException | None, text: str) -> str:
@@ -125,37 +133,27 @@ def advice(error: BaseException | None, text: str) -> str:
         return "a smaller model or input, trainer.precision=bf16; data.num_workers=0 if it is the host's memory"
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text:
         return "make room (df -h), or keep less: checkpoint.keep_last=1, and every checkpoint.every less often"
-    hints = {
-        "NonFiniteError": "optimizer.lr lower, trainer.clip_grad_norm=1, or trainer.on_nonfinite=skip; look at those samples",
-        "SampleError": "read that sample by hand: its dataset class, its index; data.num_workers=0 makes it debuggable",
-        "DataLoader worker (pid": "data.num_workers=0 shows an error in the dataset itself; more /dev/shm, or more memory",
-        "shapes cannot be multiplied": "the layer's in_features must be what comes out of the layer before it",
-        "IndexError: Target": "labels must be 0 ... classes - 1, and the model's last layer must have that many outputs",
-        "device-side assert": "the same with CUDA_LAUNCH_BLOCKING=1, or distributed.device=cpu, names the true line",
-        "CheckpointError": "the directory's space and permissions (df -h; touch a file there); what was saved before is whole",
-    }
-    for part, hint in hints.items():
-        if part in text:
-            return hint
-    return "the same command with one process and data.num_workers=0 is the shortest way to see it again, in a debugger too"
+    return next(hint for part, hint in _HINTS.items() if part in text)
 
 
 def summary(record: Record, size: int = 1, logs: str = "") -> str:
     """The few lines that say everything once."""
     rank = f"rank {record['rank']}" + (f" of {size}" if size > 1 else "")
     verb = {"raised": "failed", "gone": "has gone", "hang": "hangs"}[record["kind"]]
-    lines = [f"dist_train: {rank} on {record['host']} {verb} {_place(record)}"]
+    samples = ", ".join(str(sample) for sample in record["samples"])
+    if record["count"] > len(record["samples"]):
+        samples += f", ... ({record['count']} in all)"
     facts = {
         "pid": str(record["pid"]),
         "error": record["error"],
         "your code": record.get("line", ""),
-        "samples": _shown(record["samples"], record["count"]) if record["count"] else "",
+        "samples": samples,
         "ranks": record.get("ranks", ""),
         "try": record.get("try", ""),
         "logs": logs,
     }
-    lines += [f"  {name:<10} {value}" for name, value in facts.items() if value]
-    return "\n".join(lines)
+    lines = [f"dist_train: {rank} on {record['host']} {verb} {_place(record)}"]
+    return "\n".join([*lines, *(f"  {name:<10} {value}" for name, value in facts.items() if value)])
 
 
 def cause(record: Record) -> str:
@@ -170,18 +168,11 @@ def _place(record: Record) -> str:
     return f"in step {record['step']} ({phase})" if record["step"] else f"in {phase}"
 
 
-def _shown(samples: Sequence[int], count: int) -> str:
-    more = f", ... ({count} in all)" if count > len(samples) else ""
-    return ", ".join(str(sample) for sample in samples) + more
-
-
 def tell(record: Record, size: int = 1, logs: str = "") -> None:
     """Say it on the terminal and to torchrun."""
-    text = summary(record, size, logs)
-    write_error_file(text, record.get("details", ""))
-    if record.get("details"):
-        print(record["details"], file=sys.stderr)
-    print(text, file=sys.stderr, flush=True)
+    text, details = summary(record, size, logs), record.get("details", "")
+    write_error_file(text, details)
+    print(*filter(None, [details, text]), sep="\n", file=sys.stderr, flush=True)
 
 
 def tell_crash(error: BaseException) -> None:
@@ -201,14 +192,8 @@ def write_error_file(message: str, details: str) -> None:
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path:
         return
-    record = {
-        "message": {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))}}
-    }
-    if details:
-        record["message"]["extraInfo"]["traceback"] = details  # type: ignore[index]
-    try:
+    extra = {"py_callstack": message, "timestamp": str(int(time.time())), **({"traceback": details} if details else {})}
+    with contextlib.suppress(OSError):  # the terminal has it
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path, "w") as file:
-            json.dump(record, file)
-    except OSError:
-        pass  # the terminal has it
+            json.dump({"message": {"message": message, "extraInfo": extra}}, file)

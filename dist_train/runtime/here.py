@@ -43,15 +43,8 @@ class Here(ctypes.Structure):
         steps: optimizer steps that `busy` and `waited` are sums over.
     """
 
-    _fields_ = [
-        ("phase", ctypes.c_int64),
-        ("step", ctypes.c_int64),
-        ("item", ctypes.c_int64),
-        ("bytes", ctypes.c_int64),
-        ("steps", ctypes.c_int64),
-        ("began", ctypes.c_double),
-        ("busy", ctypes.c_double),
-        ("waited", ctypes.c_double),
+    _fields_ = [(name, ctypes.c_int64) for name in ("phase", "step", "item", "bytes", "steps")] + [
+        (name, ctypes.c_double) for name in ("began", "busy", "waited")
     ]
     phase: int
     step: int

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
+from dist_train.runtime.processes import machine, process_state, started
 from dist_train.runtime.storage import Storage, StorageError
 
 _MISSED = 3  # renewals, after which an owner on another machine counts as dead
@@ -31,13 +32,15 @@ class LeaseLostError(Exception):
 
 
 class Lease:
-    """The ownership of a run, from :meth:`acquire` to :meth:`release`."""
+    """The ownership of a run, from :meth:`acquire` to :meth:`release`.
+
+    Attributes:
+        lost: whether the last renewal or check found another owner.
+    """
 
     def __init__(self, storage: Storage, number: int, record: dict[str, Any]) -> None:
-        self.number = number
-        self._storage = storage
-        self._record = record
-        self._lost = False
+        self.number, self.lost = number, False
+        self._storage, self._record = storage, record
         self._looked = time.monotonic()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
@@ -58,14 +61,15 @@ class Lease:
         """
         storage = storage.sub(".lease")
         storage.makedirs()
+        record: dict[str, Any] = {"host": socket.gethostname(), "machine": machine(), "pid": os.getpid()}
+        record |= {"started": started(os.getpid()), "interval": interval, "renewals": 0, "released": False}
         while True:
             numbers = _numbers(storage)
-            last = numbers[-1] if numbers else 0
-            if last:
-                _wait_for_end(storage, last, log)
-            number = last + 1
-            record = {**_identity(), "acquired_at": _now(), "interval": interval, "renewals": 0, "released": False}
-            if not storage.create_exclusive(_name(number), _encode(record)):
+            if numbers:
+                _wait_for_end(storage, numbers[-1], log)
+            number = numbers[-1] + 1 if numbers else 1
+            record["acquired_at"] = datetime.now(UTC).isoformat(timespec="milliseconds")
+            if not storage.create_exclusive(_name(number), json.dumps(record).encode()):
                 continue  # another one that waited was faster
             if _numbers(storage)[-1] > number:
                 storage.delete(_name(number))  # this one slept while others came and went
@@ -83,8 +87,8 @@ class Lease:
             LeaseLostError: another process owns the run by now.
         """
         numbers = _numbers(self._storage)
-        if self._lost or (numbers and numbers[-1] > self.number):
-            self._lost = True
+        if self.lost or (numbers and numbers[-1] > self.number):
+            self.lost = True
             owner = "gone again"
             with contextlib.suppress(FileNotFoundError, StorageError):
                 owner = _describe(_decode(self._storage.read_bytes(_name(numbers[-1]))))
@@ -98,13 +102,8 @@ class Lease:
         Raises:
             LeaseLostError: another process owns the run by now.
         """
-        if self._lost or time.monotonic() - self._looked > 2 * self._record["interval"]:
+        if self.lost or time.monotonic() - self._looked > 2 * self._record["interval"]:
             self.check()
-
-    @property
-    def lost(self) -> bool:
-        """Whether the last renewal or check found another owner. Looks at nothing itself."""
-        return self._lost
 
     def release(self) -> None:
         """Let the next start take the run at once. May be called twice; a store that fails now is no matter."""
@@ -112,10 +111,11 @@ class Lease:
             return
         self._over.set()
         self._thread.join(timeout=2.0)  # it may be trying again to reach a store that is away
-        if not self._lost:
-            self._storage.patience = min(self._storage.patience, 5.0)
+        self._storage.patience = min(self._storage.patience, 5.0)
+        self._record["released"] = True
+        if not self.lost:
             with contextlib.suppress(StorageError):
-                self._storage.write_atomic(_name(self.number), _encode({**self._record, "released": True}))
+                self._write()
 
     def __enter__(self) -> Lease:
         return self
@@ -124,14 +124,36 @@ class Lease:
         self.release()
 
     def _renew(self) -> None:
-        while not self._over.wait(self._record["interval"]):
+        while not self.lost and not self._over.wait(self._record["interval"]):
             # An outage is no loss: whoever takes the run over meanwhile is found by its number.
             with contextlib.suppress(StorageError, LeaseLostError):
                 self.check()
                 self._record["renewals"] += 1
-                self._storage.write_atomic(_name(self.number), _encode(self._record))
-            if self._lost:
-                return
+                self._record["renewed_at"] = datetime.now(UTC).isoformat(timespec="milliseconds")
+                self._write()
+
+    def _write(self) -> None:
+        self._storage.write_atomic(_name(self.number), json.dumps(self._record).encode())
+
+
+def look_at_owner(storage: Storage) -> tuple[bool, str | None]:
+    """For people to see: whether the owner of the run in ``storage`` seems alive, and when it last said so (ISO 8601).
+
+    On this machine its process tells; elsewhere the age of its last renewal does, as far as both clocks agree.
+    """
+    storage = storage.sub(".lease")
+    numbers = _numbers(storage)
+    try:
+        record = _decode(storage.read_bytes(_name(numbers[-1])))
+    except (IndexError, FileNotFoundError):
+        return False, None
+    seen = record.get("renewed_at") or record.get("acquired_at")
+    if record["released"]:
+        return False, seen
+    if record["machine"] == machine():
+        return _is_alive(record["pid"], record["started"]), seen
+    age = (datetime.now(UTC) - datetime.fromisoformat(seen)).total_seconds() if seen else 0.0
+    return age < 2 * _MISSED * record["interval"], seen
 
 
 def _wait_for_end(storage: Storage, number: int, log: Callable[[str], None]) -> None:
@@ -140,32 +162,33 @@ def _wait_for_end(storage: Storage, number: int, log: Callable[[str], None]) -> 
     Raises:
         LeaseHeldError: its owner is alive.
     """
-    seen, since, told = None, time.monotonic(), False
+    seen, since = None, time.monotonic()
     while True:
         try:
             raw = storage.read_bytes(_name(number))
         except FileNotFoundError:
             return
         record = _decode(raw)
-        held = f"{storage.location.removesuffix('/.lease')} is being trained by {_describe(record)}"
-        cure = "stop that job first, or give this one another run.name"
-        if record["released"]:
-            return
-        if record["machine"] == _identity()["machine"]:
-            if not _is_alive(record["pid"], record["started"]):
-                return
-            raise LeaseHeldError(f"{held}; {cure}")
-        if seen is not None and raw != seen:
-            raise LeaseHeldError(f"{held}, which has just renewed its lease; {cure}")
-        seen = raw
+        owner, near = _describe(record), record["machine"] == machine()
+        held = f"{storage.location.removesuffix('/.lease')} is being trained by {owner}"
         patience = _MISSED * record["interval"]
-        if time.monotonic() - since > patience:
-            log(f"took the run over from {_describe(record)}: no sign of life for {patience:g} s")
+        if record["released"] or (near and not _is_alive(record["pid"], record["started"])):
             return
-        if not told:
+        if near or (seen is not None and raw != seen):
+            renewed = "" if near else ", which has just renewed its lease"
+            raise LeaseHeldError(f"{held}{renewed}; stop that job first, or give this one another run.name")
+        if time.monotonic() - since > patience:
+            log(f"took the run over from {owner}: no sign of life for {patience:g} s")
+            return
+        if seen is None:
             log(f"{held}: waiting up to {patience:g} s for a sign of life")
-            told = True
+        seen = raw
         time.sleep(min(1.0, record["interval"] / 4))
+
+
+def _is_alive(pid: int, since: str) -> bool:
+    """Whether that process is there, and no later one of its number."""
+    return process_state(pid) != "gone" and started(pid) in ("", since)
 
 
 def _numbers(storage: Storage) -> list[int]:
@@ -176,55 +199,16 @@ def _name(number: int) -> str:
     return f"{number:08d}.json"
 
 
-def _encode(record: dict[str, Any]) -> bytes:
-    return json.dumps(record).encode()
-
-
 def _decode(raw: bytes) -> dict[str, Any]:
     """A lease's record. One that can't be read has an owner that may be alive, and gets the usual time to show it."""
-    unknown = {"host": "an unknown host", "machine": None, "pid": 0, "started": "", "acquired_at": _now()}
-    try:
-        return {**unknown, "interval": 10.0, "released": False, **json.loads(raw)}
-    except (ValueError, TypeError):
-        return {**unknown, "interval": 10.0, "released": False}
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
+    record = {"host": "an unknown host", "machine": None, "pid": 0, "interval": 10.0, "released": False}
+    with contextlib.suppress(ValueError, TypeError):
+        record.update(json.loads(raw))
+    return record
 
 
 def _describe(record: dict[str, Any]) -> str:
-    age = (datetime.now(UTC) - datetime.fromisoformat(record["acquired_at"])).total_seconds()
-    return f"process {record['pid']} on {record['host']}, for {max(age, 0):.0f} s (since {record['acquired_at']})"
-
-
-def _identity() -> dict[str, Any]:
-    """Who this process is. ``machine`` is where its pid means something: a boot of a kernel and a pid namespace."""
-    host = socket.gethostname()
-    try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            machine = f"{file.read().strip()}/{os.stat('/proc/self/ns/pid').st_ino}"
-    except OSError:  # not Linux
-        machine = host
-    return {"host": host, "machine": machine, "pid": os.getpid(), "started": _started(os.getpid())}
-
-
-def _started(pid: int) -> str:
-    """State and start time (in clock ticks after the boot) of a process; empty if they can't be read."""
-    try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-            fields = file.read().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "ended" if fields[0] in "ZX" else fields[19]
-
-
-def _is_alive(pid: int, started: str) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # another user's, and there
-    now = _started(pid)
-    return not now or now == started
+    now = datetime.now(UTC)
+    since = record.get("acquired_at", now.isoformat())
+    age = (now - datetime.fromisoformat(since)).total_seconds()
+    return f"process {record['pid']} on {record['host']}, for {max(age, 0):.0f} s (since {since})"

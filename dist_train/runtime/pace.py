@@ -40,15 +40,12 @@ class Pace:
     def slow(self) -> tuple[int | None, str]:
         """A rank that was slow at the last few calls, and how slow; each rank is told once."""
         known = dict(self._known)
-        if len(known) < self.size or self.size == 1:
+        if not self.spread():
             return None, ""
         usual = statistics.median_low(own for own, _ in known.values())
-        rank = max(known, key=lambda rank: known[rank][0])
-        own, waited = known[rank]
-        if own <= SLOW * usual or own - usual <= NOTICEABLE:
-            self._candidate = -1
-            return None, ""
-        self._times = self._times + 1 if rank == self._candidate else 1
+        rank, (own, waited) = max(known.items(), key=lambda item: item[1][0])
+        slow = own > SLOW * usual and own - usual > NOTICEABLE
+        self._times = 0 if not slow else self._times + 1 if rank == self._candidate else 1
         self._candidate = rank
         if self._times < IN_A_ROW or rank in self._told:
             return None, ""

@@ -9,11 +9,9 @@ leave without a word. All leave by `os._exit`: with peers gone, an ordinary exit
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import logging
 import os
-import socket
 import sys
 import threading
 import time
@@ -22,23 +20,12 @@ from typing import Any, NoReturn
 
 from dist_train.config.errors import ConfigError
 from dist_train.runtime import failure
+from dist_train.runtime import here as place
 from dist_train.runtime.failure import Record
-from dist_train.runtime.here import (
-    BACKWARD,
-    CALLBACK,
-    CONFIG,
-    DATA,
-    DONE,
-    FORWARD,
-    PHASES,
-    STARTING,
-    Here,
-    descriptor,
-    here,
-    of_process,
-)
+from dist_train.runtime.heartbeat import Seat, heartbeat
+from dist_train.runtime.here import CONFIG, DONE, PHASES, STARTING, here
 from dist_train.runtime.pace import Pace
-from dist_train.runtime.processes import machine, process_state, stacks, start_again
+from dist_train.runtime.processes import stacks, start_again
 
 LOOK_SECONDS = 0.5
 POST_SECONDS = 1.0
@@ -83,21 +70,14 @@ class Peers:
         self.micro_batch_size: int | None = None
         self.may_halve = False
         self.changes: Callable[[], str] = str
-        self.closing: Callable[[Record], None] | None = None
+        self.closing: Callable[[Record], object] | None = None
         self.parting: Callable[[], object] | None = None
-        self.beats: dict[int, dict[str, Any]] = {}
-        self._machine = machine()
-        self._heard: dict[int, float] = {}  # when each rank's heartbeat last changed, by this rank's clock
-        self._moved: dict[int, float] = {}  # when its position last changed
-        self._near: dict[int, Here | None] = {}
         self._pace = Pace(size)
-        self._posts = 0
+        self._me = Seat(heartbeat(self.rank))
+        self._seats = {rank: self._me}
         self._posted_at = 0.0
-        self._stand: list[int] = []
-        self._still_since = time.monotonic()
         self._store_lost: float | None = None
         self._watches = size <= 2 * WATCHERS or rank % (size // WATCHERS) == 0
-        self._all_here = False
         self._stop = threading.Event()
         self._leaving = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="dist_train-peers", daemon=True)
@@ -107,8 +87,7 @@ class Peers:
     def start(self) -> None:
         """Begin to post and to look."""
         here.reset()
-        if self.store is not None:
-            self._post()
+        self._post()
         self._thread.start()
 
     def close(self, phase: int = DONE) -> None:
@@ -125,7 +104,7 @@ class Peers:
             deadline = time.monotonic() + 5  # the store may live in rank 0's own process
             while self.rank == 0 and phase == DONE and time.monotonic() < deadline:
                 self._read()
-                if all(beat["phase"] in (DONE, CONFIG) for beat in self.beats.values()):
+                if all(seat.beat["phase"] in (DONE, CONFIG) for seat in self._others().values()):
                     return
                 time.sleep(0.02)
 
@@ -139,15 +118,16 @@ class Peers:
             return
         if getattr(error, "dist_train_record", None) is not None:
             return
-        record = failure.describe(error, self.rank, self._samples(here.step, here.phase, self.rank))
+        record = failure.describe(error, self.rank, self._samples_of(failure.standing(self.rank)))
         record["logs"] = self._logs(self.rank)
         micro = self.micro_batch_size
-        if micro is not None and here.phase in (FORWARD, BACKWARD) and failure.is_out_of_memory(record["error"]):
+        if micro and here.phase in (place.FORWARD, place.BACKWARD) and failure.is_out_of_memory(record["error"]):
             changes = self.changes()
             record["try"] = failure.less_memory(micro, changes)
             if self.may_halve and self.may_exit and not changes and micro > 1:
                 record["halved"] = micro // 2
-        _note("failed in step %d (%s)\n%s", here.step, PHASES[here.phase], record["details"].rstrip())
+        if not self._leaving.locked():  # else the log is being closed
+            _note("failed in step %d (%s)\n%s", here.step, PHASES[here.phase], record["details"].rstrip())
         if self.store is None and "halved" not in record:
             self._stop.set()
             error.dist_train_record = record  # type: ignore[attr-defined]
@@ -163,7 +143,7 @@ class Peers:
     def slow_rank(self) -> str | None:
         """Names a rank that has been slow at the last few calls, once (rank 0, at each log interval)."""
         rank, text = self._pace.slow()
-        return None if rank is None else f"rank {rank} on {self.beats[rank]['host']} is slow: {text}"
+        return None if rank is None else f"rank {rank} on {self._seats[rank].beat['host']} is slow: {text}"
 
     # The watching thread's side.
 
@@ -178,121 +158,81 @@ class Peers:
                 self._without_store(error)
 
     def _look(self) -> None:
-        now = time.monotonic()
-        stand = here.position()
-        if stand != self._stand:
-            self._stand, self._still_since = stand, now
+        self._hear(heartbeat(self.rank))
         if self.store is not None:
-            if now - self._posted_at >= POST_SECONDS:
+            if time.monotonic() - self._posted_at >= POST_SECONDS:
                 self._post()
             if self.store.check(["failure"]):
                 self._leave(json.loads(self.store.get("failure")), mine=False)
             if self._watches:
                 self._read()
             self._look_for_the_dead()
-        self._look_for_a_hang(now)
+        self._look_for_a_hang()
 
     def _post(self) -> None:
-        assert self.store is not None
-        self._posts += 1
-        self._posted_at = time.monotonic()
-        self.store.set(f"beat/{self.rank}", json.dumps(self._mine()))
-
-    def _mine(self) -> dict[str, Any]:
-        return {
-            "n": self._posts,
-            "host": socket.gethostname(),
-            "machine": self._machine,
-            "pid": os.getpid(),
-            "descriptor": descriptor,
-            "phase": here.phase,
-            "step": here.step,
-            "at": here.position(),
-            "sums": [here.steps, here.busy, here.waited],
-        }
+        if self.store is not None:
+            self._posted_at = time.monotonic()
+            self.store.set(f"beat/{self.rank}", json.dumps(heartbeat(self.rank)))
 
     def _read(self) -> None:
         assert self.store is not None
         keys = [f"beat/{rank}" for rank in range(self.size)]
-        if not self._all_here:
-            self._all_here = self.store.check(keys)
-            if not self._all_here:
-                return
-        now = time.monotonic()
-        for rank, value in enumerate(self.store.multi_get(keys)):
-            beat, before = json.loads(value), self.beats.get(rank)
-            if before is None or beat["n"] != before["n"]:
-                self._heard[rank] = now
-                self._pace.hear(rank, beat["sums"], None if before is None else before["sums"])
-            if before is None or beat["at"] != before["at"]:
-                self._moved[rank] = now
-            self.beats[rank] = beat
-            if before is None and rank != self.rank and beat["machine"] == self._machine:
-                self._near[rank] = of_process(beat["pid"], beat["descriptor"])
+        if len(self._seats) == self.size or self.store.check(keys):
+            for value in self.store.multi_get(keys[: self.rank] + keys[self.rank + 1 :]):
+                self._hear(json.loads(value))
+
+    def _hear(self, beat: Record) -> None:
+        rank = beat["rank"]
+        if rank not in self._seats:
+            self._seats[rank] = Seat(beat)
+        self._pace.hear(rank, beat["sums"], self._seats[rank].beat["sums"])
+        self._seats[rank].hear(beat)
+
+    def _others(self) -> dict[int, Seat]:
+        return {rank: seat for rank, seat in self._seats.items() if rank != self.rank}
 
     def _look_for_the_dead(self) -> None:
-        now = time.monotonic()
-        for rank, beat in list(self.beats.items()):
-            if rank == self.rank or beat["phase"] == DONE:
+        assert self.store is not None
+        for rank, seat in self._others().items():
+            still = time.monotonic() - self._me.moved
+            gone = seat.state() == "gone" or (not seat.near and min(seat.silence(), still) > LOST_SECONDS)
+            if not gone or seat.beat["phase"] == DONE:
                 continue
-            if beat["machine"] == self._machine:
-                gone = process_state(beat["pid"]) == "gone"
-            else:
-                gone = min(now - self._heard[rank], now - self._still_since) > LOST_SECONDS
-            if not gone:
-                continue
-            assert self.store is not None
-            beat = self.beats[rank] = self._latest(rank, json.loads(self.store.get(f"beat/{rank}")))
-            if beat["phase"] == CONFIG:
+            seat.hear(json.loads(self.store.get(f"beat/{rank}")))
+            phase = seat.stands()["phase"]
+            if phase == CONFIG:
                 os._exit(2)  # it has told what is wrong with its config
-            if beat["phase"] != DONE and not self.store.check(["failure"]):
-                self._conclude(self._gone(rank, beat))
+            if phase != DONE and not self.store.check(["failure"]):
+                self._conclude(self._gone(seat))
 
-    def _latest(self, rank: int, beat: dict[str, Any]) -> dict[str, Any]:
-        """Where a rank stands: on this machine to the moment, else as of its last heartbeat."""
-        near = self._near.get(rank)
-        return beat if near is None else {**beat, "phase": near.phase, "step": near.step}
-
-    def _gone(self, rank: int, beat: dict[str, Any]) -> Record:
-        near = beat["machine"] == self._machine
-        how = "its process has ended" if near else f"no sign of life for {LOST_SECONDS:.0f} s"
+    def _gone(self, seat: Seat) -> Record:
+        how = "its process has ended" if seat.near else f"no sign of life for {LOST_SECONDS:.0f} s"
         return {
-            **self._record("gone", rank, beat),
+            **self._record("gone", seat.stands()),
             "error": f"{how} without a word: killed, or left by os._exit"
-            + ("" if near else ", or its host or network is down"),
+            + ("" if seat.near else ", or its host or network is down"),
             "try": "look for the kernel's out-of-memory killer on that host (dmesg -T | grep -i kill) and the scheduler's "
             "memory limit: fewer data.num_workers and a smaller trainer.micro_batch_size need less",
         }
 
-    def _record(self, kind: str, rank: int, beat: dict[str, Any]) -> Record:
-        samples = self._samples(beat["step"], beat["phase"], rank)
-        return {
-            "kind": kind,
-            "rank": rank,
-            "host": beat["host"],
-            "pid": beat["pid"],
-            "step": beat["step"],
-            "phase": beat["phase"],
-            "samples": [int(sample) for sample in samples[:16]],
-            "count": len(samples),
-        }
+    def _record(self, kind: str, stands: Record) -> Record:
+        return failure.record_of(kind, stands, self._samples_of(stands))
 
-    def _look_for_a_hang(self, now: float) -> None:
-        limit = self.hang_timeout
-        if limit is None or now - self._still_since < limit or here.phase in (STARTING, DONE):
+    def _look_for_a_hang(self) -> None:
+        limit, now = self.hang_timeout, time.monotonic()
+        if limit is None or now - self._me.moved < limit or here.phase in (STARTING, DONE):
             return
-        beats = {**self.beats, self.rank: self._mine()}
-        alive = {rank: self._latest(rank, beat) for rank, beat in beats.items() if beat["phase"] != DONE}
-        if any(now - self._moved.get(rank, now) < limit - 2 for rank in alive if rank != self.rank):
+        if any(now - seat.moved < limit - 2 and seat.beat["phase"] != DONE for seat in self._others().values()):
             return
-        if len(beats) < self.size:
+        if len(self._seats) < self.size:
             return  # not one of those who watch
-        behind = self._behind(alive, now)
-        told = ", ".join(self._stands(rank, alive[rank], now) for rank in behind[:4])
+        stand = {rank: seat.stands() for rank, seat in sorted(self._seats.items()) if seat.beat["phase"] != DONE}
+        behind = self._behind(stand)
+        told = ", ".join(self._told(stand[rank]) for rank in behind[:4])
         told += f", and {len(behind) - 4} more" if len(behind) > 4 else ""
-        rest = "" if len(behind) == len(alive) else "; the others wait for " + ("it" if len(behind) == 1 else "them")
+        rest = "" if len(behind) == len(stand) else "; the others wait for " + ("it" if len(behind) == 1 else "them")
         record = {
-            **self._record("hang", behind[0], alive[behind[0]]),
+            **self._record("hang", stand[behind[0]]),
             "error": f"nothing has moved for {limit:g} s (distributed.hang_timeout)",
             "ranks": told + rest,
             "try": "the stacks of all threads are in the logs; a longer distributed.hang_timeout if this is only slow",
@@ -300,43 +240,41 @@ class Peers:
         if self.size > 1 or self.may_exit:
             self._conclude(record)
         log.error("%s\n%s", failure.summary(record), stacks())
-        self._still_since = float("inf")  # said once
+        self._me.moved = float("inf")  # said once
 
-    def _behind(self, alive: dict[int, dict[str, Any]], now: float) -> list[int]:
+    def _behind(self, stand: dict[int, Record]) -> list[int]:
         """The ranks that the others wait for: those without a sign of life, else those that have come the least far."""
-        silent = [rank for rank in alive if rank != self.rank and now - self._heard.get(rank, now) > LOST_SECONDS / 2]
-        if silent:
-            return sorted(silent)
-        far = {rank: (beat["step"], beat["phase"]) for rank, beat in alive.items()}
-        return sorted(rank for rank in far if far[rank] == min(far.values()))
+        silent = [rank for rank in stand if self._is_silent(rank)]
+        least = min((stands["step"], stands["phase"]) for stands in stand.values())
+        return silent or [rank for rank in stand if (stand[rank]["step"], stand[rank]["phase"]) == least]
 
-    def _stands(self, rank: int, beat: dict[str, Any], now: float) -> str:
-        silence = now - self._heard.get(rank, now)
-        state = ""
-        if rank != self.rank and silence > LOST_SECONDS / 2:
-            stopped = beat.get("machine") == self._machine and process_state(beat["pid"]) == "stopped"
-            state = f", no sign of life for {silence:.0f} s" + (" (stopped by a signal)" if stopped else "")
-        return f"rank {rank} on {beat['host']} (pid {beat['pid']}): {PHASES[beat['phase']]}, step {beat['step']}{state}"
+    def _is_silent(self, rank: int) -> bool:
+        return rank != self.rank and self._seats[rank].silence() > LOST_SECONDS / 2
+
+    def _told(self, stands: Record) -> str:
+        seat, state = self._seats[stands["rank"]], ""
+        if self._is_silent(stands["rank"]):
+            stopped = " (stopped by a signal)" if seat.state() == "stopped" else ""
+            state = f", no sign of life for {seat.silence():.0f} s{stopped}"
+        who = f"rank {stands['rank']} on {stands['host']} (pid {stands['pid']})"
+        return f"{who}: {PHASES[stands['phase']]}, step {stands['step']}{state}"
 
     def _without_store(self, error: Exception) -> None:
         """The store has gone, and with it the process that held it: rank 0 (srun) or an agent of torchrun."""
-        now = time.monotonic()
-        self._store_lost = self._store_lost or now
-        dead = [rank for rank, beat in self.beats.items() if rank != self.rank and self._is_dead(beat)]
-        if not dead and now - self._store_lost < LOST_SECONDS:
+        self._store_lost = self._store_lost or time.monotonic()
+        others = self._others()
+        dead = [rank for rank in others if others[rank].state() == "gone" and others[rank].beat["phase"] != DONE]
+        if not dead and time.monotonic() - self._store_lost < LOST_SECONDS:
             return
         record = {
-            **self._record("gone", self.rank, self._mine()),
-            "error": f"the store that connects the ranks has gone: {failure.one_line(error, '')}",
+            **self._record("gone", heartbeat(self.rank)),
+            "error": f"the store that connects the ranks has gone: {failure.one_line(error)}",
             "try": "the process that held it has ended: torchrun on the first host, or rank 0; look at its log",
         }
         if dead:
-            record = self._gone(dead[0], self._latest(dead[0], self.beats[dead[0]]))
-        speaker = min((rank for rank in range(self.size) if rank not in dead), default=self.rank)
-        self._leave(record, mine=self.rank == speaker or not self.beats)
-
-    def _is_dead(self, beat: dict[str, Any]) -> bool:
-        return beat["phase"] != DONE and beat["machine"] == self._machine and process_state(beat["pid"]) == "gone"
+            record = self._gone(others[dead[0]])
+        speaker = min(rank for rank in range(self.size) if rank not in dead)
+        self._leave(record, mine=self.rank == speaker or not others)
 
     # Leaving, from either thread.
 
@@ -357,14 +295,16 @@ class Peers:
             time.sleep(LEAVE_SECONDS)  # the other thread is at it, and ends this process
             os._exit(1)
         deadline = time.monotonic() + LEAVE_SECONDS
-        threading.Thread(target=_exit_at, args=(deadline,), daemon=True).start()
+        alarm = threading.Timer(LEAVE_SECONDS, os._exit, [1])
+        alarm.daemon = True
+        alarm.start()
         try:
             _note("leaving\n%s", failure.summary(record, self.size))
             if record["kind"] == "hang" or record["rank"] != self.rank:
                 _note("where the threads of this rank stand\n%s", stacks())
                 self._flight_recorder()
             _bounded(self.parting, 2.0)
-            if mine or not self._wait_until_told(record, deadline - 1.5):
+            if mine or not self._wait_until_told(deadline - 1.5):
                 self._speak(record)
             if mine and record["kind"] == "hang":
                 self._end_stopped()
@@ -377,7 +317,10 @@ class Peers:
             os._exit(1)
 
     def _speak(self, record: Record) -> None:
-        _bounded(self.closing and functools.partial(self.closing, record), LEAVE_SECONDS - 1)
+        _bounded(self.closing, LEAVE_SECONDS - 1, record)
+        with contextlib.suppress(Exception):
+            if self.store is not None and self.store.add("words", 1) > 1:
+                return  # a slow speaker and its stand-in: one of them is enough
         if self.rank and sys.stderr.isatty():
             time.sleep(LOOK_SECONDS)  # rank 0 takes its live bar away
         if "halved" in record:
@@ -385,73 +328,57 @@ class Peers:
             print(f"warning: {text}", file=sys.stderr, flush=True)
         else:
             failure.tell(record, self.size, self._logs(record["rank"]))
-        if self.store is not None:
-            with contextlib.suppress(Exception):
-                self.store.set("told", str(os.getpid()))
+        with contextlib.suppress(Exception):
+            if self.store is not None:
+                self.store.set("told", "")
 
-    def _wait_until_told(self, record: Record, deadline: float) -> bool:
-        """Whether the rank that speaks has spoken; then it leaves first, so that torchrun takes its word for the cause."""
+    def _wait_until_told(self, deadline: float) -> bool:
+        """Whether the rank that speaks has spoken; it then leaves first, so that torchrun takes its word for the cause."""
         assert self.store is not None
-        try:
-            while not self.store.check(["told"]):
-                if time.monotonic() > deadline:
-                    return self.store.add("stand-ins", 1) > 1
+        with contextlib.suppress(Exception):
+            while time.monotonic() < deadline:
+                if self.store.check(["told"]):
+                    time.sleep(1.0)  # torchrun goes by the earliest time, in whole seconds
+                    return True
                 time.sleep(0.05)
-            speaker = int(self.store.get("told"))
-        except Exception:
-            return False
-        near = any(beat["pid"] == speaker and beat["machine"] == self._machine for beat in self.beats.values())
-        end = time.monotonic() + 1
-        while time.monotonic() < end and (not near or process_state(speaker) != "gone"):
-            time.sleep(0.05)
-        return True
+        return False
 
     def _end_stopped(self) -> None:
         """A stopped process would take SIGTERM only when it goes on: torchrun would wait 30 s for it."""
-        for rank, beat in self.beats.items():
-            if rank != self.rank and beat["machine"] == self._machine and process_state(beat["pid"]) == "stopped":
+        for seat in self._others().values():
+            if seat.state() == "stopped":
                 with contextlib.suppress(OSError):
-                    os.kill(beat["pid"], 9)
+                    os.kill(seat.beat["pid"], 9)
 
     def _flight_recorder(self) -> None:
         """NCCL's record of the last collectives, where there is one, beside the log."""
-        if not self.logs:
-            return
         with contextlib.suppress(Exception):
             import torch
 
-            if torch.distributed.is_nccl_available() and torch.cuda.is_initialized():
+            if self.logs and torch.distributed.is_nccl_available() and torch.cuda.is_initialized():
                 content = torch._C._distributed_c10d._dump_nccl_trace_json()  # type: ignore[attr-defined]
-                path = os.path.join(self.logs, f"nccl-rank-{self.rank}.json")
-                with open(path, "wb") as file:
+                with open(os.path.join(self.logs, f"nccl-rank-{self.rank}.json"), "wb") as file:
                     file.write(content if isinstance(content, bytes) else str(content).encode())
 
-    def _samples(self, step: int, phase: int, rank: int) -> Sequence[int]:
-        if self.samples is None or not DATA <= phase <= CALLBACK:
-            return ()
-        try:
-            return self.samples(step, rank)
-        except Exception:
-            return ()
+    def _samples_of(self, stands: Record) -> Sequence[int]:
+        """The samples of the step in which it stands."""
+        with contextlib.suppress(Exception):
+            if self.samples is not None and place.DATA <= stands["phase"] <= place.CALLBACK:
+                return self.samples(stands["step"], stands["rank"])
+        return ()
 
     def _logs(self, rank: int) -> str:
         return f"{self.logs}/rank-{rank}.log, and the other ranks' beside it" if self.logs else ""
 
 
-def _bounded(action: Callable[[], object] | None, seconds: float) -> None:
+def _bounded(action: Callable[..., object] | None, seconds: float, *arguments: object) -> None:
     """Do it, whatever it raises, and wait for it so long at most."""
 
     def run() -> None:
         with contextlib.suppress(Exception):
-            assert action is not None
-            action()
+            if action is not None:
+                action(*arguments)
 
-    if action is not None:
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        thread.join(timeout=seconds)
-
-
-def _exit_at(deadline: float) -> None:
-    time.sleep(max(0.0, deadline - time.monotonic()))
-    os._exit(1)
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(timeout=seconds)

@@ -6,17 +6,20 @@ import contextlib
 import hashlib
 import os
 import platform
+import resource
 import socket
 import statistics
 import time
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
+import torch
+import torch.distributed as dist
 
-    from dist_train.runtime.world import World
+import dist_train
+from dist_train.runtime.world import World
 
 LONG_ENOUGH = 0.15  # seconds of one transfer that are measured well
 LARGEST = {"cpu": 1 << 25, "cuda": 1 << 29}  # bytes
@@ -24,10 +27,6 @@ LARGEST = {"cpu": 1 << 25, "cuda": 1 << 29}  # bytes
 
 def versions() -> dict[str, str]:
     """What has to be the same everywhere."""
-    import torch
-
-    import dist_train
-
     found = {"python": platform.python_version(), "torch": torch.__version__, "CUDA": str(torch.version.cuda or "none")}
     with contextlib.suppress(OSError):
         found["driver"] = Path("/proc/driver/nvidia/version").read_text().split("Module")[1].split()[0]
@@ -44,10 +43,6 @@ def versions() -> dict[str, str]:
 
 def resources(device: torch.device) -> dict[str, Any]:
     """This rank's device and the room on its host; bytes."""
-    import resource
-
-    import torch
-
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         name = torch.cuda.get_device_name(device)
@@ -61,43 +56,38 @@ def resources(device: torch.device) -> dict[str, Any]:
     with contextlib.suppress(OSError):
         shared = os.statvfs("/dev/shm")
         found["shm"] = shared.f_bavail * shared.f_frsize
-    found["files"] = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return found
+    return {**found, "files": resource.getrlimit(resource.RLIMIT_NOFILE)[0]}
 
 
 def clock_offsets(world: World) -> list[float]:
     """Seconds by which each rank's clock is ahead of rank 0's, to a few milliseconds: all read theirs as one all-reduce ends."""
-    import torch
-
-    if world.size == 1:
-        return [0.0]
     token, mine = torch.zeros(1, device=world.device), []
-    for _ in range(7):
-        torch.distributed.all_reduce(token)
-        token.item()
+    for _ in range(7 if world.size > 1 else 1):
+        if world.size > 1:
+            dist.all_reduce(token)
+            token.item()
         mine.append(time.time())
     read = world.gather(mine)
-    return [statistics.median(theirs - first for theirs, first in zip(times, read[0], strict=True)) for times in read]
+    return [statistics.median(theirs - first for theirs, first in zip(times, read[0])) for times in read]
 
 
 def all_reduce(world: World) -> tuple[bool, float]:
     """Whether sums over all ranks are right on every rank, and the bus bandwidth in GB/s, counted as by nccl-tests."""
-    import torch
+    right = True
 
-    size = 1 << 16
-    while True:
+    def transfer(size: int) -> float:
+        nonlocal right
         tensor = torch.full((size // 4,), float(world.rank + 1), device=world.device)
-        torch.distributed.all_reduce(tensor)
-        right = bool((tensor == world.size * (world.size + 1) / 2).all())
+        dist.all_reduce(tensor)
+        right = right and bool((tensor == world.size * (world.size + 1) / 2).all())
         world.barrier()
         began = time.perf_counter()
-        torch.distributed.all_reduce(tensor)
+        dist.all_reduce(tensor)
         tensor[0].item()
-        seconds = world.share(time.perf_counter() - began)
-        if seconds > LONG_ENOUGH or size >= LARGEST[world.device.type]:
-            rights = world.gather(right)
-            return all(rights), 2 * (world.size - 1) / world.size * size / seconds / 1e9
-        size *= 4 if seconds > LONG_ENOUGH / 20 else 16
+        return world.share(time.perf_counter() - began)
+
+    speed = _bandwidth(transfer, LARGEST[world.device.type])
+    return all(world.gather(right)), 2 * (world.size - 1) / world.size * speed
 
 
 def links(world: World) -> dict[tuple[str, str], float]:
@@ -116,25 +106,24 @@ def links(world: World) -> dict[tuple[str, str], float]:
 
 
 def _link(world: World, peer: int, leads: bool) -> float:
-    import torch
-    import torch.distributed as dist
-
-    size = 1 << 14
-    while True:
-        tensor = torch.zeros(size // 4, device=world.device)
-        took = torch.zeros(1, device=world.device)
+    def transfer(size: int) -> float:
+        tensor, took = torch.zeros(size // 4, device=world.device), torch.zeros(1, device=world.device)
         began = time.perf_counter()
         for sends in (leads, not leads):
-            if sends:
-                dist.send(tensor, peer)
-            else:
-                dist.recv(tensor, peer)
+            (dist.send if sends else dist.recv)(tensor, peer)
         if leads:
             took.fill_(float(tensor[0]) + time.perf_counter() - began)
-            dist.send(took, peer)
-        else:
-            dist.recv(took, peer)
-        seconds = float(took)
-        if seconds > LONG_ENOUGH or size >= LARGEST[world.device.type] // 2:
-            return 2 * size / seconds / 1e9
+        (dist.send if leads else dist.recv)(took, peer)
+        return float(took)
+
+    return 2 * _bandwidth(transfer, LARGEST[world.device.type] // 2)
+
+
+def _bandwidth(transfer: Callable[[int], float], largest: int) -> float:
+    """GB/s of `transfer(bytes)`, which says its seconds, the same on all that take part: of one that is long enough."""
+    size = 1 << 14
+    while True:
+        seconds = transfer(size)
+        if seconds > LONG_ENOUGH or size >= largest:
+            return size / seconds / 1e9
         size *= 4 if seconds > LONG_ENOUGH / 20 else 16

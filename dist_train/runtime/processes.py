@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import functools
 import os
 import socket
 import sys
@@ -13,6 +14,7 @@ from typing import NoReturn
 AGAIN = "DIST_TRAIN_STARTED_AGAIN"  # how often this process has begun anew
 
 
+@functools.cache
 def machine() -> str:
     """What two processes share that can look each other up by pid: host, boot and pid namespace."""
     parts = [socket.gethostname()]
@@ -25,20 +27,30 @@ def machine() -> str:
 
 def process_state(pid: int) -> str:
     """`running`, `stopped` (by a signal or a debugger) or `gone` (a zombie has gone)."""
+    fields = _stat(pid)
+    if fields:
+        return {"Z": "gone", "X": "gone", "T": "stopped", "t": "stopped"}.get(fields[0], "running")
     try:
-        with open(f"/proc/{pid}/stat") as file:
-            state = file.read().rpartition(")")[2].split()[0]
-        return {"Z": "gone", "X": "gone", "T": "stopped", "t": "stopped"}.get(state, "running")
-    except OSError:
-        if os.path.exists("/proc/self/stat"):
-            return "gone"
-    try:  # no /proc (macOS)
-        os.kill(pid, 0)
+        os.kill(pid, 0)  # no /proc (macOS), or not to be read
     except ProcessLookupError:
         return "gone"
     except OSError:
-        pass
+        pass  # another user's, and there
     return "running"
+
+
+def started(pid: int) -> str:
+    """When that process began (in clock ticks after the boot), which tells it from a later one with its pid; "" if unknown."""
+    return (_stat(pid) or [""] * 20)[19]
+
+
+def _stat(pid: int) -> list[str]:
+    """State, parent, ... of a process: `man proc_pid_stat` from its third field on."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()
+    except OSError:
+        return []
 
 
 def stacks() -> str:

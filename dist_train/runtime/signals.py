@@ -8,6 +8,7 @@ the control thread (`runtime.control`) reads it there.
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import signal
 import socket
@@ -18,6 +19,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)
 
 _reader: socket.socket | None = None
 _previous: dict[int, object] = {}
+_previous_fd = -1  # an event loop's, in a notebook
 
 
 def _keep_going(signum: int, frame: object) -> None:
@@ -30,7 +32,7 @@ def install() -> socket.socket | None:
     Called first thing, so that a signal that arrives while torch is still being imported isn't lost: it waits in the socket.
     Calling it again returns the same socket.
     """
-    global _reader
+    global _reader, _previous_fd
     if _reader is not None:
         return _reader
     if threading.current_thread() is not threading.main_thread():
@@ -38,7 +40,7 @@ def install() -> socket.socket | None:
     reader, writer = socket.socketpair()
     reader.setblocking(False)
     writer.setblocking(False)
-    signal.set_wakeup_fd(writer.detach(), warn_on_full_buffer=False)
+    _previous_fd = signal.set_wakeup_fd(writer.detach(), warn_on_full_buffer=False)
     for number in STOP_SIGNALS:
         _previous[number] = signal.signal(number, _keep_going)
     _reader = reader
@@ -59,7 +61,7 @@ def restore() -> None:
     global _reader
     if _reader is None:
         return
-    signal.set_wakeup_fd(-1)
+    os.close(signal.set_wakeup_fd(_previous_fd))
     for number, handler in _previous.items():
         with contextlib.suppress(TypeError, ValueError):
             signal.signal(number, handler)  # type: ignore[arg-type]

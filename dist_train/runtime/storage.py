@@ -28,9 +28,8 @@ T = TypeVar("T")
 
 _CHUNK = 4 << 20
 # Errors that waiting doesn't cure. Anything else that an operating system or a store reports may be a passing one.
-_FINAL = {"ENOSPC", "EDQUOT", "EROFS", "ENAMETOOLONG", "EFBIG", "EMFILE", "ENOTEMPTY"} | {
-    *("NoCredentialsError", "PartialCredentialsError", "ParamValidationError", "ProfileNotFound")
-}
+_FINAL = {"ENOSPC", "EDQUOT", "EROFS", "ENAMETOOLONG", "EFBIG", "EMFILE", "ENOTEMPTY"}
+_FINAL |= {"NoCredentialsError", "PartialCredentialsError", "ParamValidationError", "ProfileNotFound"}
 _FINAL_TYPES = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
 _CLIENT_LIBRARIES = {"botocore", "aiobotocore", "aiohttp", "s3fs", "gcsfs", "google", "adlfs", "azure", "urllib3"}
 
@@ -53,7 +52,7 @@ class HashingWriter:
 
     def __init__(self, sink: BinaryIO) -> None:
         self._sink = sink
-        self._hash = hashlib.sha256()
+        self.hash = hashlib.sha256()
         self.bytes = 0
         self.failure: Exception | None = None
 
@@ -66,7 +65,7 @@ class HashingWriter:
             for start in range(0, len(view), _CHUNK):
                 piece = view[start : start + _CHUNK]
                 self._sink.write(piece)
-                self._hash.update(piece)
+                self.hash.update(piece)
                 here.bytes += len(piece)  # a save that moves is no hang
         except Exception as error:
             self.failure = error
@@ -76,10 +75,6 @@ class HashingWriter:
 
     def flush(self) -> None:
         """Nothing is held back here; the sink is flushed when it is closed."""
-
-    def hexdigest(self) -> str:
-        """sha256 of everything written so far."""
-        return self._hash.hexdigest()
 
 
 class Storage:
@@ -180,7 +175,7 @@ class Storage:
                 finally:
                     if writer.failure is not None:
                         raise writer.failure from None
-            return writer.bytes, writer.hexdigest()
+            return writer.bytes, writer.hash.hexdigest()
 
         return self._retry("write", name, action)
 
@@ -257,12 +252,10 @@ class Storage:
                 give_up = give_up or now + self.patience
                 final = _FINAL & {errno.errorcode.get(getattr(error, "errno", None) or 0), type(error).__name__}
                 if final or now + pause > give_up:
-                    cause = f"{type(error).__name__}: {error}"
-                    raise StorageError(f"cannot {what} {self.join(name)}: {cause}") from error
+                    raise StorageError(f"cannot {what} {self.join(name)}: {type(error).__name__}: {error}") from error
             time.sleep(pause)  # no jitter: it would draw from a generator that training may use
             pause = min(pause * 2, 8.0)
 
-    # None of these tries again.
     def _at(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root
 
@@ -292,8 +285,7 @@ class Storage:
             with contextlib.suppress(AttributeError):
                 file.closed = True
             raise
-        held = self.fs.info(self._at(name))["size"]
-        if held != size:
+        if (held := self.fs.info(self._at(name))["size"]) != size:
             raise OSError(errno.EIO, f"the store holds {held} bytes where {size} were written", name)
 
     def _append(self, name: str, line: bytes) -> None:
@@ -336,11 +328,10 @@ class LocalStorage(Storage):
 
     def sweep_temporaries(self, older_than: float = 600.0) -> None:
         """Delete what killed writers left here, if older (in seconds) than a live one's can be."""
-        for name in self.list():
-            if name.startswith(".tmp-"):
-                with contextlib.suppress(FileNotFoundError):
-                    if time.time() - os.stat(self.join(name)).st_mtime >= older_than:
-                        self.delete(name)
+        for path in self.path().glob(".tmp-*"):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime >= older_than:
+                    self.delete(path.name)
 
     @contextlib.contextmanager
     def _temporary(self, name: str, data: bytes) -> Iterator[Path]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import json
 import os
+import signal
 import socket
 import subprocess
 import uuid
@@ -36,6 +38,7 @@ _NOT_TAKEN = {
     "ACCELERATE_MIXED_PRECISION": "a mixed_precision beside no, fp16 and bf16",
 }
 _TAKEN = ("", "no", "false", "fp16", "bf16")
+_PARENT = os.getppid()  # in a container the launcher may well be process 1
 _GROUPS = itertools.count(1000 * int(os.environ.get(AGAIN, "0")))  # process groups that this process has joined
 
 
@@ -66,19 +69,12 @@ def read_placement(env: Mapping[str, str]) -> Placement:
         size = int(env["WORLD_SIZE"])
         local_size = int(env.get("LOCAL_WORLD_SIZE", size))
         rank = int(env["RANK"])
-        local_rank = int(env.get("LOCAL_RANK", rank % local_size))
-        return Placement(rank, size, local_rank, local_size, int(env.get("GROUP_RANK", rank // local_size)), launcher)
+        local_rank, node = int(env.get("LOCAL_RANK", rank % local_size)), int(env.get("GROUP_RANK", rank // local_size))
+        return Placement(rank, size, local_rank, local_size, node, launcher)
     if "SLURM_STEP_ID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        size = int(env["SLURM_STEP_NUM_TASKS"])
-        node = int(env.get("SLURM_NODEID", "0"))
-        return Placement(
-            rank=int(env["SLURM_PROCID"]),
-            size=size,
-            local_rank=int(env["SLURM_LOCALID"]),
-            local_size=_tasks_of_node(env.get("SLURM_STEP_TASKS_PER_NODE", str(size)), node),
-            node=node,
-            launcher="srun",
-        )
+        size, node = int(env["SLURM_STEP_NUM_TASKS"]), int(env.get("SLURM_NODEID", "0"))
+        local_size = _tasks_of_node(env.get("SLURM_STEP_TASKS_PER_NODE", str(size)), node)
+        return Placement(int(env["SLURM_PROCID"]), size, int(env["SLURM_LOCALID"]), local_size, node, "srun")
     return Placement(launcher="accelerate" if "ACCELERATE_MIXED_PRECISION" in env else "none")
 
 
@@ -88,17 +84,11 @@ def check_launcher(env: Mapping[str, str]) -> None:
     Raises:
         ConfigError: naming each such setting.
     """
-    problems = [
-        Problem(
-            "accelerate launch",
-            f"{name}={env[name]}",
-            f"asks for {what}, which isn't taken here: leave it out, as launch/accelerate/ddp.yaml does",
-        )
-        for name, what in _NOT_TAKEN.items()
-        if env.get(name, "").lower() not in _TAKEN
-    ]
-    if problems:
-        raise ConfigError(problems)
+    asked = {name: what for name, what in _NOT_TAKEN.items() if env.get(name, "").lower() not in _TAKEN}
+    advice = "which isn't taken here: leave it out, as launch/accelerate/ddp.yaml does"
+    if asked:
+        told = [(f"{name}={env[name]}", f"asks for {what}, {advice}") for name, what in asked.items()]
+        raise ConfigError([Problem("accelerate launch", *problem) for problem in told])
 
 
 def _tasks_of_node(spec: str, node: int) -> int:
@@ -122,11 +112,8 @@ def usable_cpus() -> int:
 def die_with_parent() -> None:
     """Ask the kernel to kill this process when its launcher dies, so that a killed torchrun leaves no orphans (Linux)."""
     with contextlib.suppress(OSError, AttributeError):
-        import ctypes
-        import signal
-
         ctypes.CDLL(None, use_errno=True).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
-        if os.getppid() == 1:  # the parent was gone before the call
+        if os.getppid() != _PARENT:  # it was gone before the call
             os._exit(1)
 
 
@@ -160,20 +147,19 @@ def pick_device(choice: str, placement: Placement) -> torch.device:
 def _why_no_cuda(hidden: bool) -> str:
     import torch
 
-    cure = "; or train on the CPU with distributed.device=cpu"
     if hidden:
-        return "a GPU is asked for, but CUDA_VISIBLE_DEVICES hides all of them: unset it" + cure
-    if torch.version.cuda is None and torch.version.hip is None:
-        return f"torch {torch.__version__} is built without CUDA: install a CUDA build of torch" + cure
-    try:
-        torch.cuda.init()
+        why = "a GPU is asked for, but CUDA_VISIBLE_DEVICES hides all of them: unset it"
+    elif torch.version.cuda is None and torch.version.hip is None:
+        why = f"torch {torch.__version__} is built without CUDA: install a CUDA build of torch"
+    else:
         reason = "no usable GPU was found"
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-    return (
-        f"torch {torch.__version__} (CUDA {torch.version.cuda}) can't use the GPU: {reason}. Update the NVIDIA driver, or "
-        f"install a torch build for an older CUDA" + cure
-    )
+        try:
+            torch.cuda.init()
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).strip().splitlines()[0]
+        cure = "update the NVIDIA driver, or install a torch build for an older CUDA"
+        why = f"torch {torch.__version__} (CUDA {torch.version.cuda}) can't use the GPU: {reason}; {cure}"
+    return f"{why}; or train on the CPU with distributed.device=cpu"
 
 
 class World:
@@ -182,14 +168,9 @@ class World:
     Objects are shared through the rendezvous store, never by collectives, so that nothing of this disturbs the GPU streams.
     """
 
-    def __init__(
-        self, placement: Placement, device: torch.device, store: Any | None = None, backend: str | None = None
-    ):
-        self.placement = placement
-        self.rank, self.size = placement.rank, placement.size
-        self.device = device
-        self.backend = backend
-        self.store = store
+    def __init__(self, placement: Placement, device: torch.device, store: Any = None, backend: str | None = None):
+        self.placement, self.rank, self.size = placement, placement.rank, placement.size
+        self.device, self.store, self.backend = device, store, backend
         self.peers = Peers(self.rank, self.size)
         self._sequence = 0
 
@@ -200,13 +181,7 @@ class World:
 
     def share(self, value: Any = None) -> Any:
         """Give rank 0's `value` (anything JSON can hold) to all ranks; every rank must call it."""
-        if self.store is None:
-            return value
-        key = self._next_key("share")
-        if self.is_main:
-            self.store.set(key, json.dumps(value))
-            return value
-        return self._get(key)
+        return self._exchange(value, 1)[0]
 
     def on_main(self, action: Callable[[], Any]) -> Any:
         """Rank 0's answer (anything JSON can hold) on all ranks, its ConfigError as well; every rank must call it."""
@@ -223,11 +198,7 @@ class World:
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's `value` (anything JSON can hold), in order of rank, on all ranks; every rank must call it."""
-        if self.store is None:
-            return [value]
-        key = self._next_key("gather")
-        self.store.set(f"{key}/{self.rank}", json.dumps(value))
-        return [self._get(f"{key}/{rank}") for rank in range(self.size)]
+        return self._exchange(value, self.size)
 
     def barrier(self) -> None:
         """Wait until every rank has come here."""
@@ -237,18 +208,20 @@ class World:
         """A store client of its own for another thread (a client serves one caller at a time)."""
         return None if self.store is None else self.store.clone()
 
-    def _get(self, key: str) -> Any:
-        assert self.store is not None
+    def _exchange(self, value: Any, givers: int) -> list[Any]:
+        """The values of the first so many ranks."""
+        if self.store is None:
+            return [value]
+        self._sequence += 1
+        key = f"exchange/{self._sequence}"
+        if self.rank < givers:
+            self.store.set(f"{key}/{self.rank}", json.dumps(value))
         phase = here.phase
         if phase != STARTING:
             here.phase = MEETING
-        value = json.loads(self.store.get(key))
+        values = [json.loads(self.store.get(f"{key}/{rank}")) for rank in range(givers)]
         here.phase = phase
-        return value
-
-    def _next_key(self, kind: str) -> str:
-        self._sequence += 1
-        return f"{kind}/{self._sequence}"
+        return values
 
 
 @contextlib.contextmanager
@@ -324,19 +297,17 @@ def _threads(choice: int | str, placement: Placement, device: torch.device) -> i
 
 def _name_master() -> None:
     """Under a bare `srun` nobody says where rank 0 lives: the step's first host, and a port that follows from the job."""
-    if "MASTER_ADDR" not in os.environ:
-        nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_JOB_NODELIST", ""))
-        try:
-            listed = subprocess.run(
-                ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
-            )
-        except (OSError, subprocess.CalledProcessError) as error:
-            raise ConfigError.single(
-                "MASTER_ADDR",
-                f"can't tell the first host of {nodes!r} (scontrol failed: {error}); export MASTER_ADDR in the batch script",
-            ) from None
-        os.environ["MASTER_ADDR"] = listed.stdout.split()[0]
-    if "MASTER_PORT" not in os.environ:
-        job = int(os.environ.get("SLURM_JOB_ID", "0"))
-        step = int(os.environ.get("SLURM_STEP_ID", "0"))
-        os.environ["MASTER_PORT"] = str(20000 + (job * 7 + step) % 20000)
+    env = os.environ
+    job, step = int(env.get("SLURM_JOB_ID", "0")), int(env.get("SLURM_STEP_ID", "0"))
+    env.setdefault("MASTER_PORT", str(20000 + (job * 7 + step) % 20000))
+    if "MASTER_ADDR" in env:
+        return
+    nodes = env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", ""))
+    try:
+        listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        message = (
+            f"can't tell the first host of {nodes!r} (scontrol failed: {error}); export MASTER_ADDR in the batch script"
+        )
+        raise ConfigError.single("MASTER_ADDR", message) from None
+    env["MASTER_ADDR"] = listed.stdout.split()[0]

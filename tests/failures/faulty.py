@@ -44,7 +44,7 @@ class Model(MLP):
         if mark(late and KIND == "hang-evaluation"):
             time.sleep(1000)
         if self.training:
-            if HERE and KIND == "slow":
+            if HERE and "slow" in KIND:
                 time.sleep(0.06)
             if due("model"):
                 raise RuntimeError("a model that fails")
@@ -62,7 +62,7 @@ class Model(MLP):
                 raise OSError(f"https://user:{secret}@host/x?X-Amz-Signature={secret} denied ({token})")
             if due("memory"):
                 raise MemoryError
-            if KIND == "large" and len(inputs) > 16 and mark(HERE):
+            if "large" in KIND and len(inputs) > 16 and mark(HERE):
                 raise MemoryError
             if due("allocation"):
                 torch.empty(1 << 58)

@@ -14,12 +14,12 @@ from test_failures import CONFIG
 
 
 @pytest.fixture
-def hosts(tmp_path: Path) -> Iterator[Hosts]:
-    """Three hosts."""
+def hosts(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Hosts]:
+    """Two hosts, or as many as `request` says."""
     reason = missing()
     if reason is not None:
         pytest.skip(reason)
-    hosts = Hosts(3, tmp_path)
+    hosts = Hosts(getattr(request, "param", 2), tmp_path)
     yield hosts
     hosts.close()
 
@@ -29,7 +29,7 @@ def examine(hosts: Hosts, *arguments: str, before: str = "", **env: str) -> dict
     extra = {2: {"before": before, **env}}
     jobs = [
         hosts.torchrun(i, "doctor", "--json", "found.json", *arguments, **extra.get(i, {}))  # type: ignore[arg-type]
-        for i in (1, 2, 3)
+        for i in range(1, hosts.count + 1)
     ]
     told = ["\n".join(job.communicate(timeout=120)) for job in jobs]
     found = json.loads((hosts.folder / "found.json").read_text())
@@ -62,6 +62,7 @@ def test_another_version_a_full_shared_memory_and_a_directory_that_cannot_be_wri
 
 
 @pytest.mark.chaos
+@pytest.mark.parametrize("hosts", [3], indirect=True)
 def test_a_slow_link_is_found_against_a_floor(hosts: Hosts) -> None:
     hosts.slow(3, "20mbit")
     found = examine(hosts, "--min-bandwidth", "0.03")
@@ -69,14 +70,15 @@ def test_a_slow_link_is_found_against_a_floor(hosts: Hosts) -> None:
     assert found["states"]["bandwidth"]["state"] == "FAIL"
 
 
-def test_hosts_that_are_fit_rehearse_a_config_and_leave_nothing_behind(tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.chaos)])
+def test_hosts_that_are_fit_rehearse_a_config_and_leave_nothing_behind(tmp_path: Path, processes: int) -> None:
     arguments = ("doctor", "--config", str(CONFIGS / "digits.yaml"), "--json", "found.json")
-    done = run(tmp_path, 2, *arguments)
+    done = run(tmp_path, processes, *arguments)
     for part in ("DigitsCNN", "(8, 1, 8, 8) float32 0 ... 1", "loss of 2 steps", "loss in evaluation", "fit for a job"):
         assert part in done.stdout
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["ok"]
-    assert found["world_size"] == len(found["ranks"]) == 2
+    assert found["world_size"] == len(found["ranks"]) == processes
     assert {check["state"] for check in found["checks"]} == {"ok"}
     assert [path.name for path in tmp_path.iterdir()] == ["found.json"]
 

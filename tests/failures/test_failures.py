@@ -52,10 +52,7 @@ FULL = [
     for rank, processes in ((0, 1), (0, 2), (1, 2))
     if not (rank and kind in ONLY_RANK_ZERO) and not (processes == 1 and kind in KILLED)
 ]
-QUICK = [
-    *(("model", 1, 2), ("dataset", 0, 2), ("worker", 0, 1), ("optimizer", 0, 1), ("callback", 0, 2), ("kill", 0, 2)),
-    *(("kill", 1, 2), ("memory", 1, 2), ("nan", 0, 2), ("evaluation", 1, 2), ("save", 0, 2), ("loss", 0, 1)),
-]
+QUICK = [("model", 1, 2), ("kill", 0, 2), ("worker", 0, 1)]
 
 
 @pytest.fixture
@@ -78,8 +75,10 @@ def fail(
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         raise AssertionError("it never ended\n" + "\n".join(process.communicate())) from None
-    seconds = time.time() - float((folder / "happened").read_text())
-    print(out, err, f"{kind} on rank {rank} of {processes}: all gone after {seconds:.1f} s", sep="\n")
+    ended = time.time()
+    print(out, err, sep="\n")
+    seconds = ended - float((folder / "happened").read_text())
+    print(f"{kind} on rank {rank} of {processes}: all gone after {seconds:.1f} s")
     lines = [line for line in err.splitlines() if not line.startswith(("W1", "E1", "W0", "E0", "[rank"))]
     report = next((k for k, line in enumerate(lines) if "torch/distributed/run.py" in line), len(lines) + 4) - 4
     return seconds, process.returncode, lines[:report] if processes > 1 else lines, lines[report:]
@@ -128,18 +127,26 @@ def test_a_crash_of_any_kind_anywhere_ends_all(folder: Path, kind: str, rank: in
 
 
 @pytest.mark.parametrize(("rank", "processes"), [pytest.param(0, 1, marks=pytest.mark.chaos), (1, 2)])
-def test_out_of_memory_halves_the_micro_batches_of_all_ranks_and_goes_on(
+def test_out_of_memory_halves_the_micro_batches_of_all_and_goes_on_and_a_slow_rank_is_named_once(
     folder: Path, rank: int, processes: int
 ) -> None:
-    options = ("--config", "faulty.yaml", "loss._target_=torch.nn.CrossEntropyLoss", "trainer.duration=6step")
-    done = run(folder, processes, *options, env={"FAIL": f"large@{rank}"})
+    options = ("loss._target_=torch.nn.CrossEntropyLoss", "trainer.log_every=4step", "checkpoint.every=1000step")
+    duration, fails = "trainer.duration=60step", {"FAIL": f"large+slow@{rank}"}
+    done = run(folder, processes, "--config", "faulty.yaml", *options, duration, env=fails)
     assert done.stderr.count("MemoryError; all ranks start again with micro-batches of 16") == 1
     assert "without a word" not in done.stderr
     place = folder / "runs/run"
     assert json.loads((place / "micro_batches.json").read_text())["micro_batch_size"] == 16
     assert json.loads((place / "status.json").read_text())["state"] == "completed"
-    again = run(folder, processes, *options, "trainer.duration=8step", env={"FAIL": f"large@{rank}"})
+    again = run(folder, 1, "--config", "faulty.yaml", *options, "trainer.duration=61step", env=fails)
     assert "start again" not in again.stderr, "it is kept on resume"
+    if processes > 1:
+        told = [line for line in done.stderr.splitlines() if " is slow: " in line]
+        assert len(told) == 1
+        assert told[0].startswith(f"warning: rank {rank} on {os.uname().nodename} is slow: ")
+        spread = [row for row in rows(place, "train", clock=True) if "step_s_max" in row]
+        assert spread
+        assert all(row["step_s_max"] > 0.06 > row["step_s_min"] >= row["data_wait_s_min"] for row in spread[2:])
 
 
 def test_what_a_process_killed_alone_could_not_say_the_next_start_does(folder: Path) -> None:
@@ -150,8 +157,6 @@ def test_what_a_process_killed_alone_could_not_say_the_next_start_does(folder: P
     assert "attempt 0" in done.stderr
     assert "ended without a word" in done.stderr
     assert "out-of-memory killer" in done.stderr
-    again = run(folder, 1, "--config", "faulty.yaml", "trainer.duration=6step")
-    assert "without a word" not in again.stderr
 
 
 HANGS = {
@@ -183,7 +188,7 @@ def check_hang(folder: Path, kind: str, rank: int, processes: int) -> None:
     assert "nothing has moved" in status["error"]
 
 
-@pytest.mark.parametrize(("kind", "rank", "processes"), [("hang-model", 1, 2), ("hang-dataset", 0, 1), ("stop", 0, 2)])
+@pytest.mark.parametrize(("kind", "rank", "processes"), [("hang-dataset", 0, 1), ("stop", 0, 2)])
 def test_a_hang_names_the_rank_that_the_others_wait_for(folder: Path, kind: str, rank: int, processes: int) -> None:
     check_hang(folder, kind, rank, processes)
 
@@ -192,20 +197,9 @@ def test_a_hang_names_the_rank_that_the_others_wait_for(folder: Path, kind: str,
 @pytest.mark.parametrize(
     ("kind", "rank", "processes"),
     [
-        *(("hang-dataset", 1, 2), ("hang-save", 0, 2), ("stop", 1, 2)),
+        *(("hang-model", 1, 2), ("hang-dataset", 1, 2), ("hang-save", 0, 2), ("stop", 1, 2)),
         *(("hang-evaluation", 0, 2), ("hang-evaluation", 1, 2), ("hang-model", 0, 1), ("hang-model", 0, 2)),
     ],
 )
 def test_a_hang_anywhere_is_named(folder: Path, kind: str, rank: int, processes: int) -> None:
     check_hang(folder, kind, rank, processes)
-
-
-def test_a_slow_rank_is_in_the_metrics_and_is_named_once(folder: Path) -> None:
-    options = ("trainer.duration=90step", "trainer.log_every=4step", "checkpoint.every=1000step")
-    done = run(folder, 2, "--config", "faulty.yaml", *options, env={"FAIL": "slow@1"})
-    told = [line for line in done.stderr.splitlines() if " is slow: " in line]
-    assert len(told) == 1
-    assert told[0].startswith(f"warning: rank 1 on {os.uname().nodename} is slow: ")
-    spread = [row for row in rows(folder / "runs/run", "train", clock=True) if "step_s_max" in row]
-    assert spread
-    assert all(row["step_s_max"] > 0.06 > row["step_s_min"] >= row["data_wait_s_min"] for row in spread[2:])

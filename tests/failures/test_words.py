@@ -16,8 +16,8 @@ import torch
 from faulty import Loss
 from runs import environment
 
-from dist_train.engine.build import what_splitting_changes
 from dist_train.engine.losses import Loss as EngineLoss
+from dist_train.engine.parts import Parts
 from dist_train.runtime import failure
 from dist_train.runtime.here import EVALUATION, FORWARD, PHASES, Here, descriptor, here, of_process
 from dist_train.runtime.pace import IN_A_ROW, Pace
@@ -71,7 +71,7 @@ def test_an_exception_of_a_loader_worker_is_told_by_its_own_last_line() -> None:
     ],
 )
 def test_what_to_try_follows_from_the_error(error: Exception, hint: str) -> None:
-    assert hint in failure.advice(error, failure.one_line(error, ""))
+    assert hint in failure.advice(error, failure.one_line(error))
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_memory_that_runs_out_is_halved_where_that_changes_nothing_and_else_it_i
 ) -> None:
     peers, ended = Peers(0, 1), []
     peers.micro_batch_size, peers.may_halve, peers.may_exit = micro, True, True
-    peers.changes = lambda: what_splitting_changes(SimpleNamespace(model=model, loss=EngineLoss(loss)))  # type: ignore[arg-type]
+    peers.changes = lambda: Parts.what_splitting_changes(SimpleNamespace(model=model, loss=EngineLoss(loss)))  # type: ignore[arg-type]
     monkeypatch.setattr(peers, "_conclude", ended.append)
     monkeypatch.setattr(here, "phase", FORWARD)
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
