@@ -47,15 +47,16 @@ def locate(path: Any) -> Any:
         hint = did_you_mean(parts[0], {module.name for module in pkgutil.iter_modules()}) or f"; looked in {places}"
         raise ConfigError.single("", f"no module named {parts[0]}{hint}")
     for depth, part in enumerate(parts[1:], start=1):
-        if not hasattr(found, part) and hasattr(found, "__path__"):
-            _import(".".join(parts[: depth + 1]))
-        if not hasattr(found, part):
+        if hasattr(found, part):
+            found = getattr(found, part)
+        elif hasattr(found, "__path__") and (inner := _import(".".join(parts[: depth + 1]))) is not None:
+            found = inner
+        else:
             holder = ".".join(parts[:depth])
             kind = "module" if isinstance(found, types.ModuleType) else "object"
             hint = did_you_mean(part, (name for name in dir(found) if not name.startswith("_")), prefix=holder + ".")
             where = f" ({_short(found.__file__)})" if not hint and getattr(found, "__file__", None) else ""
             raise ConfigError.single("", f"{kind} {holder}{where} has no {part}{hint}")
-        found = getattr(found, part)
     return found
 
 

@@ -42,6 +42,7 @@ def test_locate_finds_classes_methods_and_reexports() -> None:
     assert locate("torch.nn.Linear") is torch.nn.Linear
     assert locate("torch.nn.functional.cross_entropy") is torch.nn.functional.cross_entropy
     assert locate("torch.Tensor.numpy") is torch.Tensor.numpy
+    assert locate("torch.optim.sgd.SGD") is torch.optim.SGD  # a module that its package deletes from itself
     assert locate(torch.nn.Linear) is torch.nn.Linear
 
 
