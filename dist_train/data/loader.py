@@ -106,7 +106,7 @@ class _Loader:
         workers = resolve_workers(config.num_workers, dataset, collate=reading.collate, local_ranks=reading.local_ranks)
         self.num_workers = workers = min(workers, len(requests)) if evaluates else workers
         self._persistent = workers > 0 and config.persistent_workers in ("auto", True)
-        self._timeout = config.timeout
+        self._timeout, method = config.timeout, config.worker_start_method
         self._at_exit: Any = None
         self._loader: DataLoader[Any] = DataLoader(
             reader,
@@ -119,9 +119,7 @@ class _Loader:
             worker_init_fn=init_worker,
             prefetch_factor=config.prefetch_factor if workers else None,
             timeout=self._timeout if workers else 0,
-            multiprocessing_context=config.worker_start_method
-            if workers and config.worker_start_method != "auto"
-            else None,
+            multiprocessing_context=method if workers and method != "auto" else None,
             persistent_workers=self._persistent and evaluates,
         )
 

@@ -75,7 +75,7 @@ def _state_dict(content: object, source: str, own: Mapping[str, Tensor]) -> dict
         found = describe(dict(content)) if isinstance(content, Mapping) else describe(content)
         message = f"expected a state_dict (names and tensors) in {source}, found {found}"
         raise ConfigError.single("transfer.weights", f"{message}; save one with torch.save(model.state_dict(), FILE)")
-    state = dict(content)
+    state = {str(name): value for name, value in content.items()}
     while not own.keys() & state.keys():
         prefix = next(iter(state)).partition(".")[0] + "."
         if not all(name.startswith(prefix) for name in state):
