@@ -15,7 +15,7 @@ set -euo pipefail
 
 python=${PYTHON:-$(command -v python || command -v python3)}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-if [ $# -gt 0 ] && [[ $1 != *=* ]]; then set -- --config "$@"; fi
+if [ $# -gt 0 ] && [[ $1 != *=* && $1 != -* ]]; then set -- --config "$@"; fi
 
 if [ -z "${NPROC_PER_NODE:-}" ]; then
     if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then

@@ -16,7 +16,7 @@ set -euo pipefail
 
 python=${PYTHON:-$(command -v python || command -v python3)}
 # The first argument is a config, unless it is an override; without any, the built-in default is trained.
-if [ $# -gt 0 ] && [[ $1 != *=* ]]; then set -- --config "$@"; fi
+if [ $# -gt 0 ] && [[ $1 != *=* && $1 != -* ]]; then set -- --config "$@"; fi
 
 if [ -z "${NPROC_PER_NODE:-}" ]; then
     if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then

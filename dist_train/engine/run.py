@@ -232,6 +232,8 @@ class Start:
         cause = failure.cause(record)
 
         def tell() -> None:
+            if run.storage.exists(f"trace/.attempts/{self.attempt + 1}"):
+                return  # cut off for a while, and succeeded by a start whose records these are by now
             stand = run.read_json("status.json") or {"step": 0, "epoch": 0}
             step, epoch = (stand["step"], stand["epoch"]) if trainer is None else (trainer.step, trainer.epoch)
             run.write_status("failed", step=step, epoch=epoch, world_size=self.world.size, error=cause)

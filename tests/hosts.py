@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -46,31 +47,46 @@ class Hosts:
             self._ip("-n", host, "link", "set", "eth0", "up")
             self._ip("-n", host, "link", "set", "lo", "up")
 
-    def torchrun(self, i: int, *arguments: str, before: str = "", **env: str) -> subprocess.Popen[str]:
-        """One process of a job of `count` nodes on host i; `before` is a shell command run there first."""
+    def run(self, i: int, *command: str, before: str = "", **env: str) -> subprocess.Popen[str]:
+        """A command on host i; `before` is a shell command run there first."""
         prepare = (
             f"hostname h{i} && mount --bind {self.folder}/hosts /etc/hosts && "
             f'mount --bind {self.folder}/nsswitch.conf /etc/nsswitch.conf && {before or "true"} && exec "$@"'
         )
+        inside = ["ip", "netns", "exec", f"{self._name}{i}", "unshare", "--uts", "--mount", "sh", "-c", prepare, "sh"]
+        return subprocess.Popen(
+            [*inside, *command],
+            cwd=self.folder, env=environment(**env), text=True, start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    def torchrun(self, i: int, *arguments: str, before: str = "", **env: str) -> subprocess.Popen[str]:
+        """One process of a job of `count` nodes on host i."""
         job = [
             *(sys.executable, "-m", "torch.distributed.run", f"--nnodes={self.count}", "--nproc_per_node=1"),
             *(f"--node_rank={i - 1}", "--rdzv_backend=c10d", "--rdzv_endpoint=h1:29400", "--rdzv_id=job"),
             *("-m", "dist_train.main", *arguments),
         ]
-        return subprocess.Popen(
-            ["ip", "netns", "exec", f"{self._name}{i}", "unshare", "--uts", "--mount", "sh", "-c", prepare, "sh", *job],
-            cwd=self.folder, env=environment(**env), text=True, start_new_session=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
+        return self.run(i, *job, before=before, **env)
 
     def pids(self, i: int) -> list[int]:
         """The processes on host i."""
         listed = subprocess.run(["ip", "netns", "pids", f"{self._name}{i}"], capture_output=True, text=True)
         return [int(pid) for pid in listed.stdout.split()]
 
+    def crash(self, i: int) -> None:
+        """Kill all processes of host i at once."""
+        for pid in self.pids(i):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, 9)
+
     def cut(self, i: int) -> None:
-        """Pull host i's cable."""
+        """Pull host i's cable: its packets vanish, and nobody is told."""
         self._ip("-n", self._name + "0", "link", "set", f"port{i}", "down")
+
+    def heal(self, i: int) -> None:
+        """Plug it in again."""
+        self._ip("-n", self._name + "0", "link", "set", f"port{i}", "up")
 
     def slow(self, i: int, rate: str) -> None:
         """Let host i's link carry no more than `rate`."""
@@ -85,18 +101,14 @@ class Hosts:
                 "tbf",
                 "rate",
                 rate,
-                "burst",
-                "64kb",
-                "latency",
-                "1s",
+                *("burst", "64kb", "latency", "1s"),
             ]
             subprocess.run(["ip", "netns", "exec", space, *limit], check=True, capture_output=True)
 
     def close(self) -> None:
         """End what runs on them, and take them away."""
         for i in range(self.count + 1):
-            for pid in self.pids(i):
-                os.kill(pid, 9)
+            self.crash(i)
             subprocess.run(["ip", "netns", "del", f"{self._name}{i}"], capture_output=True)
 
     @staticmethod

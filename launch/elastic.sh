@@ -1,0 +1,153 @@
+#!/usr/bin/env bash
+# Train on hosts that come and go, also where torchrun alone would end: the host at which all meet crashes, a cable is cut, agents give
+# up. The same line on each host, at any time; it starts torchrun.sh, and starts it again. Copy and change it as you like.
+#
+#   launch/elastic.sh configs/digits.yaml [key.path=value ...]
+#
+#   NNODES        least and most hosts (default 1:100)
+#   NPROC_PER_NODE, RDZV_CONF, RDZV_ID     as in torchrun.sh
+#   HOST          the name or address by which the others reach this host (default: its hostname)
+#   MAX_CRASHES   starts in a row without a new checkpoint, after which it gives up (default 3); a config error ends it at once
+#   MEETINGS      a directory that all hosts see (default RUN/.meetings; needed where run.dir is a URL)
+#
+# Hosts meet in rounds: the file MEETINGS/N says at which host and port. A newcomer joins the newest round; when torchrun ends before the
+# run does, the next round begins at a host that lives, in a new store.
+#
+# Watch: RUN/status.json, RUN/attempts.jsonl. Stop: touch RUN/STOP; it saves first. A signal to this script (Ctrl-C, SIGTERM, SIGUSR1)
+# takes away this host: the run is saved, and the others go on. Go on, or train longer: as with torchrun.sh.
+set -uo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+python=${PYTHON:-$(command -v python || command -v python3)}
+HOST=${HOST:-$(hostname)}
+# torchrun restarts nothing by itself: it would repeat a config error, and wait for hosts that are gone.
+export NNODES=${NNODES:-1:100} RDZV_ID=${RDZV_ID:-dist_train} MAX_CRASHES=${MAX_CRASHES:-3} MAX_RESTARTS=0
+lost=30 # seconds without a sign of life, after which a round is over
+
+say() { printf '%s %s: %s\n' "$(date '+%F %T')" "$HOST" "$*"; }
+
+if [ $# -gt 0 ] && [[ $1 != *=* && $1 != -* ]]; then set -- --config "$@"; fi
+RUN=$("$python" -m dist_train.main config --get run.path "$@") || exit
+if [[ $RUN == *://* ]]; then : "${MEETINGS:?run.dir is a URL: set it to a directory that all hosts see}"; fi
+MEETINGS=${MEETINGS:-$RUN/.meetings}
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+mkdir -p "$MEETINGS" || exit
+export RUN scratch
+
+newest() { find "$MEETINGS" -name '[1-9]*' -printf '%f\n' | sort -n | tail -n 1 | grep . || echo 0; }
+place() { cat "$MEETINGS/$1"; }
+here_is() { [[ $(place "$1") == "$HOST":* ]]; }
+answers() { # whether somebody listens there
+    local at
+    at=$(place "$1")
+    timeout 3 bash -c "exec 3<>'/dev/tcp/${at%:*}/${at##*:}'" 2>/dev/null
+}
+lives() { [ -n "$(find "$MEETINGS/$1" -newermt "-$lost seconds")" ]; }
+make_round() { # one host wins: a link to a file that is written already appears whole, or not at all
+    local mine="$MEETINGS/.$HOST.$$" at
+    at=$HOST:$((20000 + ($(printf '%s' "$RDZV_ID" | cksum | cut -d' ' -f1) + $1) % 12000))
+    echo "$at" >"$mine" && ln "$mine" "$MEETINGS/$1" 2>/dev/null && say "round $1 is at $at"
+    rm -f "$mine"
+}
+
+# look: how many starts there have been. look BEFORE RC: `WORD explanation`, from the run's own records, since torchrun's exit code is 1
+# after nearly everything.
+look() {
+    "$python" - "$@" <<'PYTHON'
+import glob, json, os, sys
+import fsspec
+
+def read(name):
+    try:
+        with fsspec.open(os.environ["RUN"].rstrip("/") + "/" + name) as file:
+            return file.read().decode()
+    except FileNotFoundError:
+        return ""
+
+ledger = [json.loads(line) for line in read("attempts.jsonl").splitlines() if line.endswith("}")]  # else torn by a kill
+starts = [line for line in ledger if line["event"] == "start"]
+if len(sys.argv) == 1:
+    sys.exit(print(len(starts)))
+before, rc = int(sys.argv[1]), int(sys.argv[2])
+status = json.loads(read("status.json") or "{}")
+state, step = status.get("state"), status.get("step")
+ends = {line["attempt"]: line for line in ledger if line["event"] == "end"}
+told = [json.load(open(name))["message"]["message"] for name in glob.glob(os.environ["scratch"] + "/log/**/error.json", recursive=True)]
+if any(not text.startswith("dist_train: ") for text in told):  # as the summaries of crashes do
+    print("config: another start would find the same error; see above")
+elif state == "completed" and (rc == 0 or len(starts) > before):
+    print(f"done: completed at step {step}")
+elif len(starts) == before:
+    print(f"idle: training didn't begin (exit {rc})")
+elif state == "preempted" and ends[starts[-1]["attempt"]]["cause"].startswith("file"):
+    print(f"rest: stopped on request at step {step}")
+else:
+    # Starts in a row from the same checkpoint, without those that were stopped on request.
+    crashes = 0
+    for line in reversed(starts):
+        if line["resumed_from"] != starts[-1]["resumed_from"]:
+            break
+        crashes += ends.get(line["attempt"], {}).get("state") != "preempted"
+    verb = "again" if crashes <= int(os.environ["MAX_CRASHES"]) else "stop"
+    print(f"{verb}: {state} at step {step} ({status['error']}); {crashes} crash(es) since the checkpoint at step {starts[-1]['resumed_from']}")
+PYTHON
+}
+
+leaving=0
+trap 'leaving=1' INT TERM HUP USR1
+
+train_in() { # round N, until torchrun ends; it is asked to save and end where a further round has begun, or this host leaves
+    local round=$1 torchrun deadline=''
+    shift
+    rm -rf "$scratch/log"
+    PET_LOG_DIR=$scratch/log RDZV_ENDPOINT=$(place "$round") "$here/torchrun.sh" "$@" </dev/null &
+    torchrun=$!
+    while kill -0 "$torchrun" 2>/dev/null; do
+        touch -c "$MEETINGS/$round"
+        if [ -n "$deadline" ]; then
+            # Behind a cut cable it would wait for ever. Its processes die with it.
+            [ "$SECONDS" -le "$deadline" ] || kill -KILL "$torchrun"
+        elif [ "$leaving" = 1 ] || [ "$(newest)" -gt "$round" ]; then
+            say "leaving round $round$([ "$leaving" = 1 ] || echo " for round $(newest)")"
+            deadline=$((SECONDS + ${PET_SHUTDOWN_TIMEOUT:-300}))
+            kill -TERM "$torchrun"
+        fi
+        sleep 1 &
+        wait $! # a trap ends it early
+    done
+    wait "$torchrun"
+    rc=$?
+}
+
+over=0 idle=0 # the newest round that is over for this host; how many rounds in a row saw no training
+n=$(newest)
+if [ "$n" != 0 ] && here_is "$n"; then over=$n; fi # from an earlier life
+while [ "$leaving" = 0 ]; do
+    n=$(newest)
+    if [ "$n" -le "$over" ]; then
+        # The host of the last round goes first, if it lives: one that is cut off must not draw the others to itself.
+        [ "$n" = 0 ] || here_is "$n" || sleep 5
+        [ "$(newest)" -gt "$over" ] || make_round $((over + 1))
+    elif here_is "$n" || answers "$n"; then
+        before=$(look)
+        train_in "$n" "$@"
+        verdict=$(look "$before" "$rc")
+        say "round $n: $verdict"
+        case $verdict in
+        done:*) exit 0 ;;
+        rest:*) exit 75 ;;
+        config:*) exit 2 ;;
+        again:*) idle=0 ;;
+        idle:*) idle=$((idle + 1)) ;;
+        *) exit 1 ;;
+        esac
+        [ "$idle" -le "$MAX_CRASHES" ] || exit 1
+        over=$n
+    elif lives "$n"; then
+        sleep 2 # its host has just begun, or this one is cut off
+    else
+        over=$n
+    fi
+done
+exit 75
