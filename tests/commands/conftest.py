@@ -2,21 +2,79 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from runs import CONFIGS, run
+from runs import CONFIGS, environment
+
+from dist_train import train
 
 QUICK = ["tracking.tensorboard=false", "trainer.log_every=20step"]
+F1 = "metrics=[{_target_: torchmetrics.classification.MulticlassF1Score, num_classes: 10}, accuracy]"
+# Starting costs seconds, so the commands that several processes are to carry out follow each other in one start.
+COMMANDS = """
+import json, sys
+from dist_train.main import main
+for arguments in json.loads(sys.argv[1]):
+    assert main(arguments) == 0, arguments
+"""
+MUTE = """
+import torch.distributed as dist
+from torch import nn
+from dist_train.engine.losses import Loss
+from dist_train.engine.task import Supervised
+
+class Mute(Supervised):
+    def __init__(self):
+        super().__init__(Loss(nn.CrossEntropyLoss()))
+
+    def predict(self, model, batch):
+        if dist.get_rank() == 1:  # the other one must not wait for it for ever
+            raise LookupError("nothing to say")
+        return super().predict(model, batch)
+"""
 
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Digits by an MLP, with an average of its weights; evaluated in cuts of 50, so that three processes share them."""
-    folder = tmp_path_factory.mktemp("digits")
+    folder = tmp_path_factory.mktemp("digits") / "runs"
     overrides = ["trainer.duration=3ep", "trainer.ema_decay=0.9", "data.eval_batch_size=50", *QUICK]
-    run(folder, 1, "--config", str(CONFIGS / "digits_mlp.yaml"), *overrides)
-    return folder / "runs" / "digits_mlp"
+    train(str(CONFIGS / "digits_mlp.yaml"), f"run.dir={folder}", *overrides)
+    return folder / "digits_mlp"
+
+
+@pytest.fixture(scope="session")
+def together(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two and three processes make of the digits run: a folder for each, `2` and `3`, with what they printed."""
+    folder = tmp_path_factory.mktemp("together")
+    (folder / "commands.py").write_text(COMMANDS)
+    shutil.copytree(digits, folder / "2" / "copy")
+    (folder / "2" / "copy" / "report.html").unlink()
+    (folder / "2" / "mute.py").write_text(MUTE)
+    mute = ["--config", str(CONFIGS / "digits_mlp.yaml"), "trainer.duration=5step", "task._target_=mute.Mute"]
+    mute += ["data.eval_batch_size=50", "tracking.tensorboard=false", "run.name=mute"]
+    evaluate, predict = ["evaluate", str(digits), "--output"], ["predict", str(digits), "--output", "out.csv"]
+    run_commands(folder, 2, [predict, ["report", "copy"], mute])
+    run_commands(folder, 3, [predict, [*evaluate, "out.json"], [*evaluate, "f1.json", F1]])
+    return folder
+
+
+def run_commands(folder: Path, processes: int, commands: list[list[str]]) -> None:
+    place = folder / str(processes)
+    place.mkdir(exist_ok=True)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    done = subprocess.run(
+        [*torchrun, str(folder / "commands.py"), json.dumps(commands)], cwd=place, env=environment(), timeout=120,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    (place / "stdout").write_text(done.stdout)
+    (place / "stderr").write_text(done.stderr)
 
 
 @pytest.fixture(scope="session")
@@ -47,5 +105,7 @@ trainer: {{duration: 20ep, evaluate_every: 20ep}}
 checkpoint: {{every: 20ep}}
 """
     )
-    run(folder, 1, "--config", "price.yaml", *QUICK)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train("price.yaml", *QUICK)
     return folder / "runs" / "price"

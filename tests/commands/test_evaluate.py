@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from runs import result, run
+from conftest import F1
+from runs import result
 
 from dist_train.main import main
 
@@ -40,11 +42,26 @@ def test_the_average_of_the_weights_is_what_is_evaluated(digits: Path) -> None:
     assert ended["loss"] != ended["raw_loss"]
 
 
-def test_three_processes_give_the_same_bits(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_three_processes_give_the_same_bits(digits: Path, together: Path, capsys: pytest.CaptureFixture[str]) -> None:
     alone = figures(capsys, str(digits))
-    done = run(digits, 3, "evaluate", str(digits))
-    assert json.loads(done.stdout.splitlines()[-1]) == alone
-    assert len([line for line in done.stdout.splitlines() if line.startswith("{")]) == 1
+    assert json.loads((together / "3" / "out.json").read_text()) == alone
+    printed = (together / "3" / "stdout").read_text().splitlines()
+    assert len([line for line in printed if line.startswith("{")]) == 2  # one for each evaluate, not for each rank
+
+
+def test_a_class_of_torchmetrics_gives_the_figure_of_one_process_on_three(
+    digits: Path, together: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sklearn.metrics import f1_score
+
+    alone = figures(capsys, str(digits), F1)["metrics"]
+    assert json.loads((together / "3" / "f1.json").read_text())["metrics"] == alone
+    with open(together / "3" / "out.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    truth, guess = ([int(row[name]) for row in rows] for name in ("target", "prediction"))
+    assert alone["multiclass_f1_score"] == pytest.approx(f1_score(truth, guess, average="macro"), abs=1e-6)
+    assert main(["evaluate", str(digits), F1.replace("10}", "10, average: null}")]) == 1
+    assert "multiclass_f1_score gives (10,) numbers, expected one" in capsys.readouterr().err
 
 
 def test_other_data_can_be_named(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,6 +84,10 @@ def test_nothing_in_the_run_is_touched(digits: Path, capsys: pytest.CaptureFixtu
         (["model.hidden=[64]"], "don't fit this model"),
         (["data.test.spilt=val"], "spilt"),
         (["another"], "expected one run"),
+        (["--output", "s3://bucket/out.json"], "a URL"),
+        (["--output", "."], "it is a directory"),
+        (["--output", "pyproject.toml/out.json"], "can't be written"),
+        (["data.test={_target_: dist_train.data.Arrays, inputs: [], targets: []}"], "no samples"),
     ],
 )
 def test_a_wrong_command_says_what_is_wrong(

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import result, run
+from runs import result
 from torch import nn
 
 import dist_train
@@ -27,15 +27,13 @@ def predicted(folder: Path, *arguments: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_any_number_of_processes_writes_the_same_bytes(digits: Path, tmp_path: Path) -> None:
-    for processes in (2, 3):
-        run(tmp_path, processes, "predict", str(digits), "--output", f"{processes}.csv")
+def test_any_number_of_processes_writes_the_same_bytes(digits: Path, together: Path, tmp_path: Path) -> None:
     rows = predicted(tmp_path, "--run", str(digits))
     one = (tmp_path / "out.csv").read_bytes()
-    assert (tmp_path / "2.csv").read_bytes() == one
-    assert (tmp_path / "3.csv").read_bytes() == one
+    for processes in ("2", "3"):
+        assert (together / processes / "out.csv").read_bytes() == one
+        assert not list((together / processes).glob(".*"))
     assert [row["index"] for row in rows] == [str(k) for k in range(360)]
-    assert not list(tmp_path.glob(".*"))
 
 
 def test_the_table_holds_what_the_model_says(digits: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import CONFIGS, result, run
+from runs import result
 
 from dist_train.engine.restore import Restored, open_run
 from dist_train.engine.showing import pictures_of
@@ -38,11 +38,9 @@ def test_a_completed_run_has_a_report_with_its_errors(digits: Path) -> None:
     assert "state completed" in page(digits)  # the end of this very run is in it
 
 
-def test_two_processes_make_the_same_report(digits: Path, tmp_path: Path) -> None:
-    copy = shutil.copytree(digits, tmp_path / "run")
-    (copy / "report.html").unlink()
-    done = run(tmp_path, 2, "report", str(copy))
-    assert done.stdout.strip() == str(copy / "report.html")
+def test_two_processes_make_the_same_report(digits: Path, together: Path) -> None:
+    copy = together / "2" / "copy"
+    assert (together / "2" / "stdout").read_text().count(f"{copy / 'report.html'}\n") == 1
     assert captions(copy) == captions(digits)
 
 
@@ -87,24 +85,10 @@ def test_a_regression_is_shown_in_original_units(table: Path, monkeypatch: pytes
     assert "<h2>Predicted against true</h2>" in page(table)
 
 
-def test_a_report_that_fails_costs_one_warning(tmp_path: Path) -> None:
-    (tmp_path / "mute.py").write_text(
-        "from dist_train.engine.task import Supervised\n"
-        "from dist_train.engine.losses import Loss\n"
-        "from torch import nn\n"
-        "import torch.distributed as dist\n"
-        "class Mute(Supervised):\n"
-        "    def __init__(self):\n"
-        "        super().__init__(Loss(nn.CrossEntropyLoss()))\n"
-        "    def predict(self, model, batch):\n"
-        "        if dist.get_rank() == 1:\n"  # the other one must not wait for it for ever
-        "            raise LookupError('nothing to say')\n"
-        "        return super().predict(model, batch)\n"
-    )
-    overrides = ["trainer.duration=5step", "task._target_=mute.Mute", "data.eval_batch_size=50"]
-    done = run(tmp_path, 2, "--config", str(CONFIGS / "digits_mlp.yaml"), *overrides, "tracking.tensorboard=false")
-    assert done.stderr.count("the report has no pictures: RuntimeError: rank 1: LookupError: nothing to say") == 1
-    folder = tmp_path / "runs" / "digits_mlp"
+def test_a_report_that_fails_costs_one_warning(together: Path) -> None:
+    told = (together / "2" / "stderr").read_text()
+    assert told.count("the report has no pictures: RuntimeError: rank 1: LookupError: nothing to say") == 1
+    folder = together / "2" / "runs" / "mute"
     assert result(folder)["state"] == "completed"
     assert "<h2>Confusion matrix</h2>" not in page(folder)
     assert "<h2>Curves</h2>" in page(folder)
@@ -134,3 +118,5 @@ def test_several_runs_are_compared_on_one_page(
     text = html.unescape((tmp_path / "comparison.html").read_text())
     assert "<td>optimizer.momentum</td><td>0.9</td><td>0.5</td>" in text
     assert main(["report", str(digits), str(tmp_path / "none")]) == 2
+    assert main(["report", str(digits), str(other), "--checkpoint", "last"]) == 2
+    assert main(["report", str(digits), "--output", "one.html"]) == 2
