@@ -1,11 +1,13 @@
-"""`runs`: the runs in a directory or under a URL, how far they are, and where their configs differ; imports no torch."""
+"""`runs`: the runs below a directory or URL, how far they are, and where their configs differ; imports no torch."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+import sys
+import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -14,99 +16,123 @@ from dist_train.commands.arguments import Parser
 if TYPE_CHECKING:
     from dist_train.runtime.storage import Storage
 
-DEPTH = 3  # a run's name may hold slashes
+DEPTH = 8  # a run's name may hold slashes; links that go round in circles have an end
 COLUMNS = 6  # keys that are shown side by side
+TAIL = 8192  # characters of metrics.jsonl in which the last train row is looked for
+REASON = 60  # characters of it that a table shows
+PAUSE = 2.0  # seconds between two looks with --watch, at least
 UNTOLD = ("run.", "checkpoint.resume", "checkpoint.accept_changes")
+HEAD = ("run", "state", "step", "epoch", "best", "samples/s", "age", "attempts", "reason")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print a table of runs and one of the keys in which they differ, or both as JSON."""
-    parser = Parser("runs", "The runs in a directory: state, step, best metric, age, starts; and where they differ.")
+    """Print a table of runs and one of the keys in which they differ, or both as JSON; with --watch again and again."""
+    parser = Parser("runs", "The runs below a directory or URL, how each one is, and where their configs differ.")
     parser.add_argument("dir", nargs="?", default="runs", metavar="DIR", help="by default runs")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--watch", action="store_true", help="look again every two seconds, until Ctrl-C")
     options = parser.parse_args(list(arguments))
     from dist_train.config.errors import ConfigError
     from dist_train.runtime.storage import Storage
 
     root = Storage(options.dir)
-    if root.is_local and not os.path.isdir(options.dir):
+    if root.is_local and not os.path.isdir(root.location):
         raise ConfigError.single("DIR", f"expected a directory with runs, found no directory {options.dir}")
-    runs = [read_run(root, name) for name in find_runs(root)]
-    differing = _differing(runs)
-    if options.json:
-        print(json.dumps({"runs": [run["shown"] for run in runs], "differences": differing}, indent=2))
+    if not options.watch:
+        print(_page(root, options.json))
         return 0
-    if not runs:
-        print(f"{options.dir} holds no runs")
-        return 0
-    head = ("run", "state", "step", "epoch", "best", "age", "starts")
-    print(*_aligned([head, *(_cells(run["shown"]) for run in runs)]), sep="\n")
-    if differing:
-        print("", *_aligned(_by_run(differing) if len(differing) <= COLUMNS else _by_key(differing)), sep="\n")
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            began = time.monotonic()
+            page = _page(root, options.json)
+            print("\x1b[H\x1b[2J" + page if sys.stdout.isatty() else page + "\n", flush=True)
+            time.sleep(max(PAUSE, 5 * (time.monotonic() - began)))  # a store with many runs isn't kept busy by this
     return 0
 
 
-def _by_run(differing: dict[str, dict[str, str]]) -> list[list[str]]:
-    """A line a run, as for a sweep."""
-    runs = next(iter(differing.values()))
-    return [["run", *differing], *([run, *(values[run] for values in differing.values())] for run in runs)]
-
-
-def _by_key(differing: dict[str, dict[str, str]]) -> list[list[str]]:
-    """A line a key with each of its values, for runs that have little in common."""
-    lines = []
-    for key, values in differing.items():
-        groups = {value: [run for run in values if values[run] == value] for value in values.values()}
-        lines.append([key, "   ".join(f"{value} ({', '.join(runs)})" for value, runs in groups.items())])
-    return lines
+def _page(root: Storage, as_json: bool) -> str:
+    runs = [read_run(root, name) for name in find_runs(root)]
+    differing = _differing(runs)
+    if as_json:
+        return json.dumps({"runs": [run["shown"] for run in runs], "differences": differing}, indent=2)
+    if not runs:
+        return f"{root.location} holds no runs"
+    lines = _aligned([HEAD, *(_cells(run["shown"]) for run in runs)])
+    if differing:
+        lines += ["", *_aligned(_by_run(differing) if len(differing) <= COLUMNS else _by_key(differing))]
+    return "\n".join(lines)
 
 
 def find_runs(root: Storage) -> list[str]:
     """Names of the directories that hold a run, sorted; an empty one where `root` itself does."""
+    from dist_train.runtime.storage import StorageError
+
     found: list[str] = []
 
-    def look(name: str, depth: int) -> None:
-        try:
-            inside = root.list(name)
-        except NotADirectoryError:
-            return
-        if "config.yaml" in inside or "status.json" in inside:
+    def look(name: str) -> None:
+        inside = set(root.list(name))
+        if inside & {"status.json", ".lease"}:
             found.append(name)
-        elif depth < DEPTH:
-            for inner in inside:
+        elif name.count("/") < DEPTH:
+            for inner in sorted(inside):
                 if not inner.startswith("."):
-                    look(f"{name}/{inner}".lstrip("/"), depth + 1)
+                    with contextlib.suppress(
+                        NotADirectoryError, StorageError
+                    ):  # a file, or a directory of somebody else
+                        look(f"{name}/{inner}".lstrip("/"))
 
-    look("", 0)
+    look("")
     return found
 
 
 def read_run(root: Storage, name: str) -> dict[str, Any]:
     """`shown`, what is told of a run, and `config`, its config."""
+    shown = {
+        "run": name or root.location.rpartition("/")[2],
+        "state": "unreadable",
+        "step": 0,
+        "epoch": 0,
+        "best": None,
+    }
+    shown |= {"samples_per_s": None, "age_seconds": None, "attempts": 0, "reason": ""}
+    try:
+        facts, config = _read(root.sub(name))
+    except Exception as error:  # a run that can't be read doesn't hide the others
+        facts, config = {"reason": f"{type(error).__name__}: {error}"}, {}
+    return {"shown": shown | facts, "config": config}
+
+
+def _read(run: Storage) -> tuple[dict[str, Any], dict[str, Any]]:
     import yaml
+
+    from dist_train.runtime.lease import look_at_owner
 
     def text(file: str) -> str:
         with contextlib.suppress(FileNotFoundError):
-            return root.read_bytes(f"{name}/{file}".lstrip("/")).decode()
+            return run.read_bytes(file).decode()
         return ""
 
     config = yaml.safe_load(text("config.yaml")) or {}
     status = json.loads(text("status.json") or "{}")
-    starts = [line for line in _lines(text("attempts.jsonl")) if line.get("event") == "start"]
-    age = None
-    if status.get("updated_at"):
-        age = round((datetime.now(UTC) - datetime.fromisoformat(status["updated_at"])).total_seconds())
-    shown = {
-        "run": name or root.location.rstrip("/").rpartition("/")[2],
-        "state": status.get("state", "never started"),
-        "step": status.get("step", 0),
+    attempts, records = _lines(text("attempts.jsonl")), text("metrics.jsonl")
+    tail = ("\n" + records)[-TAIL:].partition("\n")[2]
+    last = (_lines(tail, holding='"train"') or [{}])[-1]
+    alive, renewed = look_at_owner(run)
+    state = status.get("state") or ("starting" if alive else "never started")
+    reason = status.get("error") or next((line["cause"] for line in reversed(attempts) if line.get("cause")), "")
+    if state == "running":
+        state, reason = ("running", "") if alive else ("dead", "killed, or its host went down: run it again to go on")
+    signs = [datetime.fromisoformat(time) for time in (status.get("updated_at"), last.get("time"), renewed) if time]
+    return {
+        "state": state,
+        "step": max(status.get("step", 0), last.get("step", 0)),  # a status is written every few seconds only
         "epoch": status.get("epoch", 0),
-        "best": best_of(_lines(text("metrics.jsonl"), holding='"val"'), config),
-        "age_seconds": age,
-        "starts": len(starts),
-        "error": status.get("error"),
-    }
-    return {"shown": shown, "config": config}
+        "best": best_of(_lines(records, holding='"val"'), config),
+        "samples_per_s": last.get("samples_per_s"),
+        "age_seconds": max(0, round((datetime.now(UTC) - max(signs)).total_seconds())) if signs else None,
+        "attempts": sum(line.get("event") == "start" for line in attempts),
+        "reason": reason,
+    }, config
 
 
 def best_of(rows: Sequence[dict[str, Any]], config: dict[str, Any]) -> dict[str, Any] | None:
@@ -116,11 +142,10 @@ def best_of(rows: Sequence[dict[str, Any]], config: dict[str, Any]) -> dict[str,
 
     choice = str((config.get("checkpoint") or {}).get("keep_best") or "auto")
     mode, _, metric = choice.rpartition(" ")
-    evaluated = [row for row in rows if row.get("split") == "val"]
     if metric == "auto":
-        metric = f"val/{next(iter(metric_names(evaluated)), 'loss')}"
+        metric = f"val/{next(iter(metric_names(rows)), 'loss')}"
     name = metric.removeprefix("val/")
-    values = [(row[name], row["step"]) for row in evaluated if row.get(name) is not None]  # null: it wasn't finite
+    values = [(row[name], row["step"]) for row in rows if row.get(name) is not None]  # null: it wasn't finite
     if not values:
         return None
     lower = mode == "min" if mode else better_is_lower(metric)
@@ -140,19 +165,42 @@ def _differing(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, str]]:
     return {key: every | dict(zip(names, row, strict=True)) for key, row in values.items()}
 
 
-def _cells(shown: dict[str, Any]) -> tuple[str, ...]:
+def _by_run(differing: dict[str, dict[str, str]]) -> list[list[str]]:
+    """A line a run, as for a sweep."""
+    runs = next(iter(differing.values()))
+    return [["run", *differing], *([run, *(values[run] for values in differing.values())] for run in runs)]
+
+
+def _by_key(differing: dict[str, dict[str, str]]) -> list[list[str]]:
+    """A line a key with each of its values, for runs that have little in common."""
+    lines = []
+    for key, values in differing.items():
+        groups = {value: [run for run in values if values[run] == value] for value in values.values()}
+        lines.append([key, "   ".join(f"{value} ({', '.join(runs)})" for value, runs in groups.items())])
+    return lines
+
+
+def _cells(shown: dict[str, Any]) -> list[str]:
     from dist_train.tracking.text import format_number, format_seconds
 
-    best, age = shown["best"], shown["age_seconds"]
-    figure = f"{best['metric']} {format_number(best['metric'], best['value'])} (step {best['step']:,})" if best else ""
-    step, epoch, starts = (f"{shown[key]:,}" for key in ("step", "epoch", "starts"))
-    return shown["run"], shown["state"], step, epoch, figure, format_seconds(age) if age is not None else "", starts
+    best, speed, age = shown["best"], shown["samples_per_s"], shown["age_seconds"]
+    reason = " ".join(shown["reason"].split())
+    return [
+        shown["run"],
+        shown["state"],
+        f"{shown['step']:,}",
+        f"{shown['epoch']:,}",
+        f"{best['metric']} {format_number(best['metric'], best['value'])} (step {best['step']:,})" if best else "-",
+        f"{speed:,.0f}" if speed is not None else "-",
+        format_seconds(age) if age is not None else "-",
+        f"{shown['attempts']:,}",
+        reason if len(reason) <= REASON else reason[: REASON - 3] + "...",
+    ]
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> Iterable[str]:
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
-    for row in rows:
-        yield "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _lines(text: str, holding: str = "") -> list[dict[str, Any]]:

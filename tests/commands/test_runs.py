@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
@@ -14,59 +15,128 @@ import yaml
 from runs import environment
 
 from dist_train.main import main
+from dist_train.runtime.lease import Lease
+from dist_train.runtime.storage import Storage
 
 
-def write_run(folder: Path, lr: float, figures: list[float], *, metric: str = "accuracy", **config: object) -> None:
-    folder.mkdir(parents=True)
-    whole = {"run": {"name": folder.name}, "metrics": [metric], "optimizer": {"lr": lr, "momentum": 0.9}, **config}
-    (folder / "config.yaml").write_text(yaml.safe_dump(whole))
-    then = (datetime.now(UTC) - timedelta(seconds=90)).isoformat()
-    status = {"state": "completed", "step": 30, "epoch": 3, "updated_at": then, "error": None}
-    (folder / "status.json").write_text(json.dumps(status))
+def ago(seconds: float) -> str:
+    return (datetime.now(UTC) - timedelta(seconds=seconds)).isoformat()
+
+
+def write_run(
+    place: Path | Storage,
+    lr: float,
+    figures: list[float],
+    *,
+    metric: str = "accuracy",
+    state: str = "completed",
+    **config: object,
+) -> Storage:
+    run = place if isinstance(place, Storage) else Storage(place)
+    name = run.location.rpartition("/")[2]
+    whole = {"run": {"name": name}, "metrics": [metric], "optimizer": {"lr": lr, "momentum": 0.9}, **config}
+    status = {"state": state, "step": 30, "epoch": 3, "updated_at": ago(90), "error": None}
     rows = [
-        {"time": then, "step": 10 * k, "epoch": k, "samples": 10, "split": "val", "loss": 1.0, metric: value}
+        {"time": ago(95), "step": 10 * k, "epoch": k, "samples": 10, "split": "val", "loss": 1.0, metric: value}
         for k, value in enumerate(figures, start=1)
     ]
-    rows.append({"time": then, "step": 30, "epoch": 3, "samples": 10, "split": "train", "loss": 0.1, "lr": lr})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    starts = [{"event": "start", "attempt": 0}, {"event": "end"}, {"event": "start", "attempt": 1}]
-    (folder / "attempts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in starts) + '{"event": "sta')
+    last = {"step": 31, "epoch": 3, "samples": 10, "split": "train", "loss": 0.1, "lr": lr, "samples_per_s": 1234.5}
+    rows.append({"time": ago(92), **last})
+    starts = [{"event": "start", "attempt": 0}, {"event": "end", "cause": "SIGTERM"}, {"event": "start", "attempt": 1}]
+    files = {
+        "config.yaml": yaml.safe_dump(whole),
+        "status.json": json.dumps(status),
+        "metrics.jsonl": "".join(json.dumps(row) + "\n" for row in rows),
+        "attempts.jsonl": "".join(json.dumps(row) + "\n" for row in starts) + '{"event": "sta',
+    }
+    for file, text in files.items():
+        run.write_atomic(file, text.encode())
+    return run
 
 
-def test_runs_with_their_best_their_age_and_where_they_differ(
+def told(capsys: pytest.CaptureFixture[str], place: object) -> dict[str, dict[str, object]]:
+    assert main(["runs", str(place), "--json"]) == 0
+    return {run["run"]: run for run in json.loads(capsys.readouterr().out)["runs"]}
+
+
+def test_runs_with_all_that_one_wants_to_know_and_where_they_differ(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_run(tmp_path / "a", 0.1, [0.5, 0.75, 0.7])
-    write_run(tmp_path / "sweep" / "b", 0.2, [8.0, 7.5, 9.0], metric="mae")
+    write_run(tmp_path / "sweep" / "b" / "seed" / "1", 0.2, [8.0, 7.5, 9.0], metric="mae")
     write_run(tmp_path / "c", 0.1, [0.3, 0.2], checkpoint={"keep_best": "min val/loss"})
     (tmp_path / ".jobs").mkdir()
     (tmp_path / "notes.txt").touch()
+    assert main(["new", str(tmp_path / "project")]) == 0  # its config.yaml makes it no run
+    capsys.readouterr()
     assert main(["runs", str(tmp_path), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    runs = {run["run"]: run for run in told["runs"]}
-    assert list(runs) == ["a", "c", "sweep/b"]
-    assert runs["a"]["best"] == {"metric": "val/accuracy", "value": 0.75, "step": 20}
-    assert runs["sweep/b"]["best"] == {"metric": "val/mae", "value": 7.5, "step": 20}
+    page = json.loads(capsys.readouterr().out)
+    runs = {run["run"]: run for run in page["runs"]}
+    assert list(runs) == ["a", "c", "sweep/b/seed/1"]
+    assert runs["sweep/b/seed/1"]["best"] == {"metric": "val/mae", "value": 7.5, "step": 20}
     assert runs["c"]["best"] == {"metric": "val/loss", "value": 1.0, "step": 10}
-    assert runs["a"]["starts"] == 2
-    assert 90 <= runs["a"]["age_seconds"] < 600
-    assert told["differences"] == {
-        "metrics.0": {"a": "accuracy", "c": "accuracy", "sweep/b": "mae"},
-        "optimizer.lr": {"a": "0.1", "c": "0.1", "sweep/b": "0.2"},
-        "checkpoint.keep_best": {"a": "-", "c": "min val/loss", "sweep/b": "-"},
+    age = runs["a"].pop("age_seconds")
+    assert 90 <= age < 600
+    assert runs["a"] == {
+        "run": "a", "state": "completed", "step": 31, "epoch": 3, "best": {"metric": "val/accuracy", "value": 0.75, "step": 20},
+        "samples_per_s": 1234.5, "attempts": 2, "reason": "SIGTERM",
+    }  # fmt: skip
+    assert page["differences"] == {
+        "metrics.0": {"a": "accuracy", "c": "accuracy", "sweep/b/seed/1": "mae"},
+        "optimizer.lr": {"a": "0.1", "c": "0.1", "sweep/b/seed/1": "0.2"},
+        "checkpoint.keep_best": {"a": "-", "c": "min val/loss", "sweep/b/seed/1": "-"},
     }
     assert main(["runs", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in lines[:2]] == [["run", "state"], ["a", "completed"]]
+    assert lines[0].split() == ["run", "state", "step", "epoch", "best", "samples/s", "age", "attempts", "reason"]
+    assert lines[1].split()[:4] == ["a", "completed", "31", "3"]
     assert "val/accuracy 0.7500 (step 20)" in lines[1]
-    assert lines[-1].split() == ["sweep/b", "mae", "0.2", "-"]
+    assert lines[-1].split() == ["sweep/b/seed/1", "mae", "0.2", "-"]
+
+
+def test_runs_below_a_url_are_listed_too(s3_port: int, capsys: pytest.CaptureFixture[str]) -> None:
+    root = Storage("s3://bucket/listed")
+    write_run(root.sub("a"), 0.1, [0.5])
+    write_run(root.sub("sweep/b"), 0.2, [0.6])
+    runs = told(capsys, "s3://bucket/listed/")
+    assert [(name, run["state"], run["attempts"]) for name, run in runs.items()] == [
+        ("a", "completed", 2), ("sweep/b", "completed", 2),
+    ]  # fmt: skip
+    assert list(told(capsys, "s3://bucket/listed/sweep/b")) == ["b"]
+
+
+def test_a_run_whose_process_is_gone_is_not_running(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = {
+        name: write_run(tmp_path / name, 0.1, [0.5], state="running") for name in ("here", "gone", "near", "silent")
+    }
+    take = "import os, sys; from dist_train.runtime.lease import *; Lease.acquire(Storage(sys.argv[1])); os._exit(0)"
+    subprocess.run([sys.executable, "-c", take, str(tmp_path / "gone")], env=environment(), check=True)
+    for name, silent in (("near", 5), ("silent", 100)):
+        owner = {"host": name, "machine": "another", "pid": 1, "acquired_at": ago(1000), "interval": 10.0}
+        runs[name].write_atomic(".lease/00000001.json", json.dumps({**owner, "renewed_at": ago(silent)}).encode())
+    with Lease.acquire(runs["here"]):
+        found = told(capsys, tmp_path)
+    assert {name: run["state"] for name, run in found.items()} == {
+        "gone": "dead", "here": "running", "near": "running", "silent": "dead",
+    }  # fmt: skip
+    assert 5 <= found["near"]["age_seconds"] < 60  # type: ignore[operator]
+    assert 90 <= found["silent"]["age_seconds"] < 600  # type: ignore[operator]
+    assert "killed, or its host went down" in str(found["gone"]["reason"])
+    assert told(capsys, tmp_path)["here"]["state"] == "dead"  # released, and its status says nothing else
 
 
 def test_a_run_that_has_only_begun_is_listed_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "x").mkdir()
-    (tmp_path / "x" / "config.yaml").write_text("seed: 1\n")
+    with Lease.acquire(Storage(tmp_path / "x")):
+        assert told(capsys, tmp_path)["x"]["state"] == "starting"
+    assert told(capsys, tmp_path)["x"]["state"] == "never started"
+
+
+def test_a_run_that_cannot_be_read_does_not_hide_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "good", 0.1, [0.5])
+    write_run(tmp_path / "bad", 0.1, [0.5]).write_atomic("config.yaml", b"a: [")
+    found = told(capsys, tmp_path)
+    assert [found[name]["state"] for name in ("bad", "good")] == ["unreadable", "completed"]
     assert main(["runs", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.splitlines()[1].split() == ["x", "never", "started", "0", "0", "0"]
 
 
 def test_a_directory_that_is_not_there_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,8 +146,19 @@ def test_a_directory_that_is_not_there_is_an_error(tmp_path: Path, capsys: pytes
     assert "holds no runs" in capsys.readouterr().out
 
 
-def test_it_does_not_wait_for_torch(tmp_path: Path) -> None:
-    write_run(tmp_path / "a", 0.1, [0.5])
-    code = f"import sys; from dist_train.main import main; main(['runs', {os.fspath(tmp_path)!r}]); print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "False"
+def test_watching_shows_what_changes_until_it_is_interrupted_and_never_waits_for_torch(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a", 0.1, [0.5])
+    code = "import sys; from dist_train.main import main; main(['runs', sys.argv[1], '--watch']); print('torch' in sys.modules)"
+    watching = subprocess.Popen(
+        [sys.executable, "-u", "-c", code, os.fspath(tmp_path)], env=environment(), stdout=subprocess.PIPE, text=True
+    )
+    assert watching.stdout is not None
+    lines = iter(watching.stdout)
+    assert next(line for line in lines if line.startswith("a ")).split()[1] == "completed"
+    run.write_atomic("status.json", json.dumps({"state": "failed", "step": 40, "error": "out of memory"}).encode())
+    changed = next(line for line in lines if line.startswith("a ") and "failed" in line)
+    assert changed.split()[2] == "40"
+    assert changed.endswith("out of memory\n")
+    watching.send_signal(signal.SIGINT)
+    assert list(lines)[-1] == "False\n"
+    assert watching.wait(timeout=30) == 0
