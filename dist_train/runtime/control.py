@@ -21,6 +21,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch.distributed as dist
+
 from dist_train.runtime import signals
 from dist_train.runtime.here import MEETING, here
 
@@ -39,7 +41,7 @@ class Control:
     """
 
     def __init__(self, rank: int, size: int, store: Any | None, sources: Sequence[Source] = ()):
-        self.rank, self.size, self.store = rank, size, store
+        self.rank, self.size, self.store = rank, size, dist.HashStore() if store is None else store
         self.sources = list(sources)
         self.reasons: dict[str, str] = {}
         self._reader: socket.socket | None = signals.install()
@@ -103,8 +105,7 @@ class Control:
                     wish = source()
                     if wish is not None:
                         self._propose(*wish)
-                if self.store is not None:
-                    self._answer()
+                self._answer()
         except BaseException as error:
             if not self._closing.is_set():
                 log.error("control thread: %s: %s", type(error).__name__, error)
@@ -138,17 +139,10 @@ class Control:
     def _propose(self, action: str, reason: str) -> None:
         if action in self.reasons and action == STOP:
             return  # a signal may come twice; one stop is enough
-        if self.store is None:
-            with self._lock:
-                self.reasons[action] = reason
-                # Not the tick begun last: the main thread may have asked what was due at its end already.
-                self._actions.setdefault(self._tick + 1, set()).add(action)
-            return
         number = self.store.add("requests", 1)
         self.store.set(f"request/{number}", json.dumps([action, reason]))
 
     def _answer(self) -> None:
-        assert self.store is not None
         while self._handled < self.store.add("requests", 0):
             number = self._handled + 1
             action, reason = json.loads(self.store.get(f"request/{number}"))
