@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .fields import plain, section_of, walk
+from .fields import section_of, walk
 from .schema import Config
 
 Kind = Literal["harmless", "consent", "refused"]
@@ -36,11 +36,10 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
     """
     found: list[Change] = []
     for key, field in walk(Config):
+        marks: Any = field.json_schema_extra  # see fields._declare
         if section_of(field) is None and key not in IGNORED and not key.startswith("run."):
-            default = None if field.is_required() else plain(field.get_default(call_default_factory=True))
-            extra = field.json_schema_extra
-            kind = extra["change"] if isinstance(extra, dict) else "harmless"
-            found += _value(key, _get(old, key, default), _get(new, key, default), kind)
+            default = marks.get("default")
+            found += _value(key, _get(old, key, default), _get(new, key, default), marks["change"])
     return found
 
 

@@ -10,14 +10,12 @@ from .errors import describe, did_you_mean
 from .fields import METRICS
 from .names import PLACEHOLDER
 from .schema import Config
-from .secrets import found_in
 
 Finding = tuple[str, str]  # the dotted key, what is wrong
 
 
 def cross_checks(config: Config) -> Iterator[Finding]:
     """Every broken rule."""
-    yield from found_in(config.to_dict())
     yield from _name(config)
     yield from _data(config)
     yield from _model(config)

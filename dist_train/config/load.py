@@ -15,7 +15,6 @@ from pydantic_core import ErrorDetails
 from . import checks, slots
 from .errors import ConfigError, describe, did_you_mean
 from .fields import walk
-from .foreign import FOREIGN, SYNONYMS, example_of
 from .schema import Config
 from .secrets import found_in
 from .source import COMMAND_LINE, DICT, Key, Place, Reader, as_problems, dotted, keyed, nearest
@@ -39,7 +38,9 @@ def load_config(
     """
     reader = Reader()
     path = None if source is None or isinstance(source, Mapping) else os.fspath(source)
-    root = reader.mapping(source) if isinstance(source, Mapping) else reader.file(str(DEFAULT) if path is None else path)
+    root = (
+        reader.mapping(source) if isinstance(source, Mapping) else reader.file(str(DEFAULT) if path is None else path)
+    )
     root = reader.overrides(root, overrides)
     data, places = root.plain(), dict(root.places())
     for name, message in found_in(data):
@@ -156,6 +157,8 @@ def _key(data: Any, item: ErrorDetails) -> Key:
 
 def _mismatch(key: Key, items: list[ErrorDetails]) -> str:
     """`expected X, found Y`, with a hint for the slips that YAML invites. `items` are the branches of a union."""
+    from .foreign import SYNONYMS  # a file that only errors need
+
     value, kinds = items[0]["input"], {item["type"] for item in items}
     wanted = [_EXPECTED.get(item["type"], item["msg"]).format(**item.get("ctx", {})) for item in items]
     words = re.findall("'([^']*)'", " ".join(wanted)) + ["true", "false"] * ("bool_type" in kinds)
@@ -178,6 +181,8 @@ def _mismatch(key: Key, items: list[ErrorDetails]) -> str:
 
 def _advice(key: Key, value: Any) -> str:
     """What to write instead of an unknown key."""
+    from .foreign import FOREIGN, example_of
+
     name, above = str(key[-1]), dotted((*key[:-1], ""))
     if name in FOREIGN:
         named = FOREIGN[name].replace("{key}", name)
