@@ -16,7 +16,8 @@ CURE = (
     "leave it out: the code can read it from the environment (os.environ), and fsspec takes credentials from the environment "
     "or from its own file (AWS_ACCESS_KEY_ID, FSSPEC_S3_KEY, ~/.config/fsspec)"
 )
-SHORTEST = 8  # characters of a variable's value: a shorter one may be an ordinary word
+SHORTEST = 8  # characters of a variable's value that is masked; a shorter one may be an ordinary word
+REFUSED = 16  # and of one that is refused: a weak password may well be a part of a path
 _ARGUMENT = re.compile(
     r"(^|_)(password|passwd|passphrase|secret|api_?key|(access|account|secret|private)_key)$"
     r"|^((auth|access|api|bearer|hf|use_auth)_)?token$",
@@ -33,12 +34,17 @@ _IN_URL = re.compile(
 )
 
 
-def mask(text: str) -> str:
+def mask(text: str, shortest: int = SHORTEST) -> str:
     """The text with `***` in place of what looks like a secret, or is the value of an environment variable that holds one."""
     for name, value in os.environ.items():
-        if len(value) >= SHORTEST and value in text and _VARIABLE.search(name):
+        if len(value) >= shortest and value in text and _VARIABLE.search(name):
             text = text.replace(value, MASK)
     return _IN_URL.sub(lambda found: (found[1] or "") + MASK, text)
+
+
+def holds_secret(text: str) -> bool:
+    """Whether such a thing is in a text that would be recorded."""
+    return mask(text, REFUSED) != text
 
 
 def found_in(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
@@ -46,7 +52,7 @@ def found_in(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
     if isinstance(value, dict | list):
         for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
             yield from found_in(inner, f"{key}.{name}" if key else str(name))
-    elif isinstance(value, str) and mask(value) != value:
+    elif isinstance(value, str) and holds_secret(value):
         yield key, f"{mask(value)} holds a secret, which would be written into the run's records; {CURE}"
     elif isinstance(value, str) and value and _ARGUMENT.search(key.rpartition(".")[2]):
         yield key, f"a secret would be written into the run's records; {CURE}"

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, TypeVar
 import fsspec
 
 from dist_train.config.errors import ConfigError
-from dist_train.config.secrets import CURE, mask
+from dist_train.config.secrets import CURE, holds_secret
 from dist_train.runtime.here import here
 
 T = TypeVar("T")
@@ -104,7 +104,7 @@ class Storage:
         patience: float | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        if mask(os.fspath(location)) != os.fspath(location):
+        if holds_secret(os.fspath(location)):
             raise ConfigError.single("", f"{location} holds a secret, and a place is named in many records; {CURE}")
         self.options = dict(options or {})
         self.patience = (3.0 if self.is_local else 60.0) if patience is None else patience

@@ -81,6 +81,14 @@ def test_a_place_on_the_command_line_with_a_password_is_refused() -> None:
         Storage("s3://key:planted@bucket")
 
 
+def test_a_weak_password_that_is_part_of_a_path_is_masked_and_not_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DATABASE_PASSWORD", "postgres")
+    assert mask("/home/postgres/runs") == "/home/***/runs"
+    assert Storage(tmp_path / "postgres").list() == []
+
+
 @pytest.mark.parametrize(
     "text",
     [
