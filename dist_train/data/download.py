@@ -25,19 +25,13 @@ def once_per_node(build: Callable[[], T], *, rank: int, local_rank: int, barrier
     takes part in all barriers, also one whose build failed.
     """
     turn = 0 if rank == 0 else 1 if local_rank == 0 else 2
-    made: list[T] = []
-    failure: Exception | None = None
-    for now in range(3):
-        if now == turn:
-            try:
-                made.append(build())
-            except Exception as error:  # raised below, when nobody waits for this rank any more
-                failure = error
-        if now < 2:
+    for _ in range(turn):
+        barrier()
+    try:
+        return build()
+    finally:
+        for _ in range(2 - turn):
             barrier()
-    if failure is not None:
-        raise failure
-    return made[0]
 
 
 def expected_files(dataset: Any, root: str | os.PathLike[str]) -> list[str]:

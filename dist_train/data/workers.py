@@ -6,7 +6,6 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
@@ -46,9 +45,6 @@ def run_signals_blocked() -> Iterator[None]:
 
     Blocking them in `worker_init_fn` would be too late under spawn, whose child imports torch for seconds before.
     """
-    if sys.platform == "win32":
-        yield
-        return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, RUN_SIGNALS)
     try:
         # Starting the resource tracker unblocks SIGINT and SIGTERM in the caller (CPython), so it is started first;
@@ -66,8 +62,7 @@ def init_worker(worker: int) -> None:
     torch's own watch compares parent process ids, which misses a parent that died while the worker was starting, any
     parent behind a fork server, and all of them during a long read.
     """
-    if sys.platform != "win32":  # they are blocked already, unless a fork server was running before
-        signal.pthread_sigmask(signal.SIG_BLOCK, RUN_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, RUN_SIGNALS)  # as they are, unless a fork server was running before
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
@@ -86,18 +81,14 @@ def stop_workers(iterator: Any) -> None:
 
     def kill() -> None:
         for worker in workers:
-            if worker.is_alive():
-                worker.kill()
+            worker.kill()
 
     timer = threading.Timer(_STOP_GRACE, kill)
     timer.daemon = True
     timer.start()
-    try:
-        # torch's SIGCHLD handler turns a killed worker into a RuntimeError in the main thread
-        with contextlib.suppress(RuntimeError):
-            iterator._shutdown_workers()
-    finally:
-        timer.cancel()
-        kill()
-        for worker in workers:
-            worker.join()
+    with contextlib.suppress(RuntimeError):  # which torch's SIGCHLD handler makes of a worker that was killed
+        iterator._shutdown_workers()
+    timer.cancel()
+    kill()
+    for worker in workers:
+        worker.join()

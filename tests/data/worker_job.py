@@ -10,7 +10,6 @@ import contextlib
 import os
 import signal
 import sys
-import threading
 import time
 
 if __name__ == "__main__":  # as the engine does: handlers come first
@@ -34,6 +33,8 @@ class Items:
         return 80
 
     def __getitem__(self, index: int) -> int:
+        if self.hang:
+            print("WORKERS", os.getpid(), flush=True)
         time.sleep(60 if self.hang else 0.02)
         return os.getpid()
 
@@ -45,23 +46,14 @@ def main(method: str, action: str) -> None:
         dist_train.data.loader.run_signals_blocked = contextlib.nullcontext
     reading = Reading(DataConfig(train=object(), num_workers=1, worker_start_method=method), 0, torch.device("cpu"))
     loader = TrainLoader(Items(action == "hang"), Plan(0, 80, 2), reading, micro_batch_size=2)
-    if action == "hang":
-        threading.Timer(0.5, lambda: print("WORKERS", *children(), flush=True)).start()
     for work in loader.steps():
         pids = {pid for m in work.micro_batches for pid in m.batch.tolist()}
         assert len(pids) == 1
         if work.step == 40:
             for number in RUN_SIGNALS:  # a Python that ends takes its signal handlers away first
                 signal.signal(number, signal.SIG_IGN)
-            print("WORKERS", *children(), flush=True)
+            print("WORKERS", *pids, flush=True)
             sys.exit(0)
-
-
-def children() -> list[int]:
-    """Loader workers of this process (their resource tracker and fork server apart)."""
-    import multiprocessing
-
-    return [child.pid for child in multiprocessing.active_children() if child.pid]
 
 
 if __name__ == "__main__":
