@@ -85,11 +85,8 @@ def open_run(
     run = RunDir(location)
     config = _checked(run, overrides)
     with open_world(config.distributed, Placement() if alone else read_placement(os.environ)) as world:
-        step = world.on_main(lambda: find_weights(run, checkpoint).step)
-        found = _store(run).open(step)
-        assert found is not None  # rank 0 has read all of it
         evaluator = Parts(config, world).evaluator
-        load_averaged(evaluator.model.eval(), found)
+        found = _restore(evaluator.model.eval(), run, checkpoint, world)
         yield Restored(run, config, world, found, evaluator)
 
 
@@ -113,8 +110,7 @@ def load(run: str | os.PathLike[str], checkpoint: str | None = None, model: nn.M
         config = _checked(directory)
         with _undisturbed_generators():
             model = build_model(config)
-    found = find_weights(directory, checkpoint)
-    load_averaged(model, found)
+    found = _restore(model, directory, checkpoint)
     model.dist_train_run = LoadedRun(directory.location, found.step)  # type: ignore[assignment]
     return model.eval()
 
@@ -160,6 +156,37 @@ def attribute_of(dataset: Any, name: str) -> Any:
             return value
         dataset = getattr(dataset, "dataset", None)
     return None
+
+
+def _restore(model: nn.Module, run: RunDir, checkpoint: str | None, world: World | None = None) -> Found:
+    """Put the weights that are asked for into a model, the same on all ranks, and say where they were.
+
+    A run that is training deletes checkpoints, perhaps the one that is being read here: then it is looked up again.
+    """
+    store = _store(run)
+
+    def find() -> int:
+        while True:
+            before = store.steps()
+            try:
+                return find_weights(run, checkpoint).step
+            except DamagedError:
+                if store.steps() == before:
+                    raise
+
+    while True:
+        step = world.on_main(find) if world is not None else find()
+        try:
+            found = store.open(step)
+            if found is not None:
+                load_averaged(model, found)
+        except DamagedError:
+            found = None
+            if step in store.steps():
+                raise
+        missed = [found is None] if world is None else world.gather(found is None)
+        if found is not None and not any(missed):
+            return found
 
 
 def find_weights(run: RunDir, checkpoint: str | None) -> Found:

@@ -87,7 +87,7 @@ def test_nothing_in_the_run_is_touched(digits: Path, capsys: pytest.CaptureFixtu
         (["--output", "s3://bucket/out.json"], "a URL"),
         (["--output", "."], "it is a directory"),
         (["--output", "pyproject.toml/out.json"], "can't be written"),
-        (["data.test={_target_: dist_train.data.Arrays, inputs: [], targets: []}"], "no samples"),
+        (["data.test={_target_: dist_train.data.Arrays, inputs: [], targets: []}"], "expected at least 1 sample"),
     ],
 )
 def test_a_wrong_command_says_what_is_wrong(
@@ -113,6 +113,25 @@ def test_damaged_weights_are_not_evaluated(digits: Path, capsys: pytest.CaptureF
     weights.write_bytes(content)
     assert main(["evaluate", str(copy), "--checkpoint", f"step-{step}"]) == 1
     assert "model.pt" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_training_deletes_while_it_is_read_gives_way_to_the_next(
+    digits: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dist_train.engine import restore
+
+    copy, load = shutil.copytree(digits, tmp_path / "run"), restore.load_averaged
+    gone: list[str] = []
+
+    def deleted_first(model: torch.nn.Module, found: restore.Found) -> None:
+        if not gone:
+            gone.append(found.name)
+            shutil.rmtree(found.location)
+        load(model, found)
+
+    monkeypatch.setattr(restore, "load_averaged", deleted_first)
+    assert figures(capsys, str(copy), "--checkpoint", "last")["step"] == 38
+    assert gone == ["step-00000057"]
 
 
 def test_the_best_checkpoint_is_the_one_that_the_run_kept(digits: Path, tmp_path: Path) -> None:
