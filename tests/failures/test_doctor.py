@@ -12,6 +12,10 @@ from hosts import Hosts, missing
 from runs import CONFIGS, ROOT, run
 from test_failures import CONFIG
 
+from dist_train.commands import doctor
+from dist_train.config.errors import ConfigError
+from dist_train.runtime import signals
+
 
 @pytest.fixture
 def hosts(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Hosts]:
@@ -83,14 +87,21 @@ def test_hosts_that_are_fit_rehearse_a_config_and_leave_nothing_behind(tmp_path:
     assert [path.name for path in tmp_path.iterdir()] == ["found.json"]
 
 
-def test_a_rehearsal_fails_as_training_would(tmp_path: Path) -> None:
+def test_a_rehearsal_fails_as_training_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copy(Path(__file__).parent / "faulty.py", tmp_path)
     (tmp_path / "faulty.yaml").write_text(
         CONFIG.replace("faulty.Model, in_features: 64", "faulty.Model, in_features: 65")
     )
-    done = run(tmp_path, 1, "doctor", "--config", "faulty.yaml", "--json", "found.json", expect=1)
-    assert "mat1 and mat2 shapes cannot be multiplied" in done.stdout
-    assert "not fit: rehearsal" in done.stdout
+    monkeypatch.chdir(tmp_path)
+    try:
+        assert doctor.main(["--config", "faulty.yaml", "--json", "found.json"]) == 1
+    finally:
+        signals.restore()
+    told = capsys.readouterr().out
+    assert "mat1 and mat2 shapes cannot be multiplied" in told
+    assert "not fit: rehearsal" in told
     assert not json.loads((tmp_path / "found.json").read_text())["ok"]
-    wrong = run(tmp_path, 1, "doctor", "--config", "faulty.yaml", "optimizer.lr=fast", expect=2)
-    assert "optimizer.lr" in wrong.stderr
+    with pytest.raises(ConfigError, match=r"optimizer\.lr"):
+        doctor.main(["--config", "faulty.yaml", "optimizer.lr=fast"])
