@@ -40,11 +40,7 @@ def metric_names(rows: Sequence[Row]) -> list[str]:
     """The metrics to draw beside the loss: those that an evaluation gave (else the train rows'), in order."""
     evaluated = [row for row in rows if row.get("split") in ("val", "test")]
     names = dict.fromkeys(key for row in evaluated or rows for key in row)
-    return [
-        n
-        for n in names
-        if n not in FIELDS and n != "loss" and n not in (*ASIDE, "eval_samples") and not n.startswith("raw_")
-    ]
+    return [n for n in names if n not in (*FIELDS, *ASIDE, "loss", "eval_samples") and not n.startswith("raw_")]
 
 
 def draw_curves(rows: Sequence[Row], path: str | os.PathLike[str], title: str = "") -> None:
@@ -98,17 +94,20 @@ def draw_panel(axis: Axes, rows: Sequence[Row], name: str) -> None:
         steps, values = series(rows, split, name)
         good = [value for value in values if math.isfinite(value)]
         if len(good) < len(values):
-            _mark_not_finite(axis, next(s for s, v in zip(steps, values, strict=True) if not math.isfinite(v)))
+            step = next(s for s, v in zip(steps, values, strict=True) if not math.isfinite(v))
+            style: dict[str, Any] = {"color": "#b91c1c", "fontsize": 8.5, "ha": "right"}
+            axis.axvline(step, color=style["color"], linewidth=1, linestyle=":")
+            axis.text(step, 0.03, f"not finite at {step} ", transform=axis.get_xaxis_transform(), **style)
         if not good:
             continue
         drawn += good
         label = split if split == "train" else f"{split}  {good[-1]:.4g}"
-        style: dict[str, Any] = {"color": COLORS["lr" if name in ASIDE else split], "label": label}
+        style = {"color": COLORS["lr" if name in ASIDE else split], "label": label, "linewidth": 1.4}
         if split == "test" or len(good) == 1:
-            style.update(marker="D" if split == "test" else "o", linestyle="none", zorder=5)
+            style |= {"marker": "D" if split == "test" else "o", "linestyle": "none", "zorder": 5}
         elif split == "val":
-            style.update(linewidth=1.8, marker="o" if len(values) <= 40 else "", markersize=3.5)
-        axis.plot(steps, values, **{"linewidth": 1.4, **style})
+            style |= {"linewidth": 1.8, "marker": "o" if len(values) <= 40 else "", "markersize": 3.5}
+        axis.plot(steps, values, **style)
     dress(axis, TITLES.get(name, name))
     if not drawn:
         axis.text(0.5, 0.5, "no values", ha="center", va="center", color="#9ca3af", transform=axis.transAxes)
@@ -118,14 +117,6 @@ def draw_panel(axis: Axes, rows: Sequence[Row], name: str) -> None:
         axis.legend(frameon=False, fontsize=9)
     if name == "loss" and drawn and min(drawn) > 0 and max(drawn) > 50 * min(drawn):
         axis.set_yscale("log")
-
-
-def _mark_not_finite(axis: Axes, step: int) -> None:
-    axis.axvline(step, color="#b91c1c", linewidth=1, linestyle=":")
-    place = (step, 0.03)
-    axis.annotate(
-        f"not finite at {step} ", place, ha="right", xycoords=axis.get_xaxis_transform(), color="#b91c1c", fontsize=8.5
-    )
 
 
 def dress(axis: Axes, title: str, x: str = "step") -> None:

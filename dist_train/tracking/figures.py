@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,8 @@ from dist_train.tracking.curves import dress, new_figure, plain, render
 if TYPE_CHECKING:
     import numpy
     from matplotlib.figure import Figure
-    from PIL import Image
 
 NUMBERED = 20  # up to so many classes a confusion matrix carries its numbers
-SHADES = ("#9ecae9", "#ffbf79", "#88d27a", "#ff9d98", "#b9b0e0", "#d8b5a5", "#fcbfd2", "#bab0ac", "#d7d35c", "#83bcb6")
-DOTS = ("#1f5a94", "#c45a00", "#2a7a1f", "#b3262a", "#5b4aa8", "#7a4a35", "#c2417f", "#5c5552", "#7d7a13", "#1f6f69")
 
 
 @dataclass
@@ -65,13 +63,11 @@ class Boundary:
     labels: numpy.ndarray[Any, Any]
     extent: tuple[float, float, float, float]
     frames: Sequence[tuple[int, numpy.ndarray[Any, Any]]]
-    _drawn: dict[int, bytes] = field(default_factory=dict, repr=False, compare=False)
 
-    def png(self, frame: int) -> bytes:
-        """A frame as a PNG, drawn once."""
-        if frame not in self._drawn:
-            self._drawn[frame] = render(draw_boundary(self, frame), "png")
-        return self._drawn[frame]
+    @functools.cached_property
+    def pngs(self) -> list[bytes]:
+        """Each frame as a PNG."""
+        return [render(draw_boundary(self, step, classes), "png") for step, classes in self.frames]
 
 
 def draw_confusion(confusion: Confusion) -> Figure:
@@ -81,7 +77,7 @@ def draw_confusion(confusion: Confusion) -> Figure:
     counts = numpy.asarray(confusion.counts)
     names = [plain(str(name)) for name in confusion.classes] or [str(i) for i in range(len(counts))]
     shares = counts / numpy.maximum(1, counts.sum(axis=1, keepdims=True))
-    side = min(9.0, max(4.2, 2.2 + 0.45 * len(counts)))
+    side = min(9.0, max(3.2, 1.6 + 0.32 * len(counts)))  # small: on a phone the numbers shrink with it
     figure = new_figure(side, side)
     axis = figure.subplots()
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
@@ -117,31 +113,30 @@ def draw_regression(regression: Regression) -> Figure:
     return figure
 
 
-def draw_boundary(boundary: Boundary, frame: int = -1) -> Figure:
-    """The points on the classes that the model predicted at one frame's step."""
+def draw_boundary(boundary: Boundary, step: int, classes: numpy.ndarray[Any, Any]) -> Figure:
+    """The points on the classes that the model predicted at a step."""
     import numpy
-    from matplotlib.colors import ListedColormap
 
-    step, classes = boundary.frames[frame]
     figure = new_figure(5.0, 4.4)
     axis = figure.subplots()
-    x0, x1, y0, y1 = boundary.extent
+    pairs: dict[str, Any] = {"cmap": "tab20", "vmin": -0.5, "vmax": 19.5}  # ten colors, each dark and light
+    light, dark = numpy.asarray(classes) % 10 * 2 + 1, numpy.asarray(boundary.labels) % 10 * 2
     axis.imshow(
-        numpy.asarray(classes) % len(SHADES), extent=(x0, x1, y0, y1), origin="lower", aspect="auto", alpha=0.55,
-        cmap=ListedColormap(list(SHADES)), vmin=-0.5, vmax=len(SHADES) - 0.5, interpolation="nearest",
-    )  # fmt: skip
-    colors = [DOTS[int(label) % len(DOTS)] for label in boundary.labels]
-    points = numpy.asarray(boundary.points)
-    axis.scatter(points[:, 0], points[:, 1], c=colors, s=16, edgecolor="white", linewidth=0.4)
+        light, extent=boundary.extent, origin="lower", aspect="auto", alpha=0.6, interpolation="nearest", **pairs
+    )
+    x, y = numpy.asarray(boundary.points).T
+    axis.scatter(x, y, c=dark, s=16, edgecolor="white", linewidth=0.4, **pairs)
     dress(axis, f"step {step:,}", "")
-    axis.set_xlim(x0, x1)
-    axis.set_ylim(y0, y1)
+    axis.set_xlim(boundary.extent[:2])
+    axis.set_ylim(boundary.extent[2:])
     return figure
 
 
 def boundary_gif(boundary: Boundary, milliseconds: int = 400) -> bytes:
     """All frames as an animated GIF; the last one stays three times as long."""
-    frames = [_open(boundary.png(i)) for i in range(len(boundary.frames))]
+    from PIL import Image
+
+    frames = [Image.open(io.BytesIO(png)).convert("RGB") for png in boundary.pngs]
     out = io.BytesIO()
     times = [milliseconds] * (len(frames) - 1) + [3 * milliseconds]
     frames[0].save(out, "GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)
@@ -152,8 +147,8 @@ def write_boundary(boundary: Boundary, folder: str | os.PathLike[str]) -> None:
     """boundary-STEP.png for each frame, and boundary.gif."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for i, (step, _) in enumerate(boundary.frames):
-        (folder / f"boundary-{step:08d}.png").write_bytes(boundary.png(i))
+    for (step, _), png in zip(boundary.frames, boundary.pngs, strict=True):
+        (folder / f"boundary-{step:08d}.png").write_bytes(png)
     (folder / "boundary.gif").write_bytes(boundary_gif(boundary))
 
 
@@ -173,9 +168,3 @@ def picture_png(picture: numpy.ndarray[Any, Any], side: int = 112) -> bytes:
     out = io.BytesIO()
     image.save(out, "PNG")
     return out.getvalue()
-
-
-def _open(png: bytes) -> Image.Image:
-    from PIL import Image
-
-    return Image.open(io.BytesIO(png)).convert("RGB")

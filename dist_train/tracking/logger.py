@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_train.tracking.records import RecordFile, cut_back, make_row
+from dist_train.tracking.records import cut_back, encode, make_row
 from dist_train.tracking.sinks import SinkThread, TensorBoard
 from dist_train.tracking.wandb_run import Wandb
 
@@ -32,25 +33,33 @@ def open_logger(
     if config.tracking.wandb is not None and config.tracking.wandb.mode != "disabled":
         settings, known = config.tracking.wandb.model_dump(exclude_none=True), config.to_dict()
         views.append(SinkThread("wandb", lambda: Wandb(folder, settings, known, console.note), console.warn))
-    return Logger(RecordFile(folder / "metrics.jsonl"), views)
+    return Logger(folder / "metrics.jsonl", views)
 
 
 class Logger:
-    """What is recorded. Ranks other than 0 have one without a file and without views, which keeps nothing."""
+    """What is recorded: into a file, opened for appending, and to the views.
 
-    def __init__(self, record: RecordFile | None = None, views: Collection[SinkThread] = ()) -> None:
-        self._record, self._views = record, views
+    Ranks other than 0 have one without a file and without views, which keeps nothing.
+    """
+
+    def __init__(self, path: Path | None = None, views: Collection[SinkThread] = ()) -> None:
+        self._path, self._views = path or Path(os.devnull), views
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self._path, "ab", buffering=0) if path is not None else None  # noqa: SIM115
 
     def row(self, split: str, step: int, epoch: int | float, samples: int, metrics: Mapping[str, Any]) -> None:
-        """One row: {"time", "step", "epoch", "samples", "split", **metrics}, flushed before this returns.
+        """One row: {"time", "step", "epoch", "samples", "split", **metrics}; the kernel has it when this returns.
 
         split: train, val or test. step: from 1. samples: consumed since the run's beginning. metrics: numbers.
-        Raises ValueError for a metric named like a field, OSError when metrics.jsonl can't be written.
+        Raises ValueError for a metric named like a field, OSError naming the file when it can't be written whole.
         """
-        if self._record is not None:
-            row = make_row(split, step, epoch, samples, metrics)
-            self._record.append(row)
-            self._put("row", row)
+        if self._file is None:
+            return
+        row = make_row(split, step, epoch, samples, metrics)
+        line = encode(row)
+        if self._file.write(line) != len(line):
+            raise OSError(f"{self._path}: a row could not be written whole; is the disk full?")
+        self._put("row", row)
 
     def image(self, name: str, step: int, picture: Any) -> None:
         """A picture: a NumPy array (H, W) or (H, W, 3), uint8 or float in [0, 1], that nobody writes to afterwards."""
@@ -73,17 +82,18 @@ class Logger:
         It costs an fsync, and may be called from the thread that publishes. The views are told to flush too; `wait` is
         for how many seconds that is waited for (before their files are uploaded).
         """
-        if self._record is not None:
-            self._record.sync()
-            self._put("flush", wait=wait)
+        if self._file is not None and not self._file.closed:
+            os.fsync(self._file.fileno())
+        self._put("flush", wait=wait)
 
     def close(self, outcome: str, timeout: float = 15.0) -> None:
         """The end of this start: outcome is completed, preempted or failed.
 
         Takes at most `timeout` seconds; a view that isn't done by then is given up with a warning.
         """
-        if self._record is not None:
-            self._record.close()
+        if self._file is not None and not self._file.closed:
+            os.fsync(self._file.fileno())
+            self._file.close()
         end = time.monotonic() + timeout
         for view in self._views:
             view.close(outcome, end - time.monotonic())

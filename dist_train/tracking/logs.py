@@ -36,12 +36,6 @@ class _Shown(logging.Handler):
             self._show(record.getMessage().strip())
 
 
-def _one_line(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
-) -> str:
-    return f"{filename}:{lineno}: {category.__name__}: {message}"
-
-
 class Capture:
     """Collects log records and Python warnings of this process, from its creation until `close`.
 
@@ -50,7 +44,9 @@ class Capture:
 
     def __init__(self, show: Callable[[str], None] | None) -> None:
         self._format = warnings.formatwarning
-        warnings.formatwarning = _one_line
+        warnings.formatwarning = lambda message, category, filename, lineno, line=None: (
+            f"{filename}:{lineno}: {category.__name__}: {message}"
+        )
         logging.captureWarnings(True)
         self._handlers: list[logging.Handler] = [logging.handlers.MemoryHandler(EARLY, logging.CRITICAL + 1)]
         if show is not None:

@@ -42,31 +42,6 @@ def encode(row: Row) -> bytes:
     return _encode(clean).encode() + b"\n"
 
 
-class RecordFile:
-    """metrics.jsonl, open for appending. The kernel has a row when `append` returns: SIGKILL loses none."""
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115  (lives as long as the run)
-
-    def append(self, row: Row) -> None:
-        """Writes one line. Raises OSError naming the file when it can't be written whole (a full disk)."""
-        line = encode(row)
-        if self._file.write(line) != len(line):
-            raise OSError(f"{self.path}: a row could not be written whole; is the disk full?")
-
-    def sync(self) -> None:
-        """Returns when the rows so far would survive a power failure."""
-        if not self._file.closed:
-            os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Syncs and closes; a second call does nothing."""
-        self.sync()
-        self._file.close()
-
-
 def _parse(line: bytes) -> Row | None:
     """The row in `line`, or None for one that a crash has torn."""
     if not line.endswith(b"\n"):

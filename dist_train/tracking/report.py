@@ -7,11 +7,12 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from math import nan
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from dist_train.tracking.curves import ASIDE, TITLES, draw_panel, dress, metric_names, new_figure, render, series
+from dist_train.tracking.curves import ASIDE, TITLES, draw_panel, dress, metric_names, new_figure, plain, render, series
 from dist_train.tracking.figures import (
     Boundary,
     Confusion,
@@ -41,10 +42,10 @@ img{max-width:100%;height:auto;display:block}.panels img{width:100%}
 figure{margin:0}.worst img{image-rendering:pixelated;background:#000}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem}
 th,td{text-align:left;padding:3px 14px 3px 0;border-bottom:1px solid #e5e7eb;vertical-align:top}
-td{overflow-wrap:anywhere;min-width:5em}th{color:#6b7280;font-weight:600}
+td{overflow-wrap:anywhere;min-width:5em}td:first-child{white-space:nowrap}th{color:#6b7280;font-weight:600}
 pre{font-size:.82rem;overflow-x:auto;background:#f9fafb;padding:10px;border-radius:6px;margin:0;white-space:pre-wrap}
 .completed{border-color:#2a9d5c}.failed{border-color:#b91c1c}.preempted,.running{border-color:#d97706}
-h2{break-after:avoid}img,tr{break-inside:avoid}section>img{max-height:34rem;width:auto}.scroll+.scroll{margin-top:12px}
+h2{break-after:avoid}img,tr{break-inside:avoid}section>img{max-height:34rem;width:auto}
 @media print{body{background:#fff;font-size:11pt}section{border:none;padding:0}pre{overflow:visible}}
 """
 PAGE = """<!DOCTYPE html>
@@ -71,16 +72,21 @@ def write_report(
     root = Path(root)
     rows = read_rows(root / "metrics.jsonl")
     status, result = _json(root / "status.json"), _json(root / "result.json")
-    attempts = [json.loads(line) for line in _text(root / "attempts.jsonl").splitlines() if line.endswith("}")]
+    kept = {key: value for key, value in result.items() if not isinstance(value, dict | list)}
+    for split, metrics in (result.get("metrics") or {}).items():
+        kept |= {f"{split} {name}": text for name, text in _figures(metrics)}
+    panels = (
+        ["loss", *metric_names(rows), *(name for name in ASIDE if any(name in row for row in rows))] if rows else []
+    )
     body = [
-        _tiles(rows, status, result),
-        _section("Error", f"<pre>{escape(str(status['error']))}</pre>") if status.get("error") else "",
-        _curves(rows),
-        _best(result),
+        f'<section><div class="tiles">{_tiles(rows, {**result, **status})}</div></section>',
+        _section("Error", _code(status.get("error"))),
+        _section("Curves", _panels(_image(_panel(rows, name), f"{name} over the steps") for name in panels)),
+        _section("The model that was kept", _table(("", ""), kept.items())),
         *(_picture(picture) for picture in pictures),
-        _section("Starts and ends", _records(attempts)) if attempts else "",
-        _section("Config", f"<pre>{escape(_text(root / 'config.yaml'))}</pre>") if _text(root / "config.yaml") else "",
-        _section("Environment", _table(("", ""), environment.items())) if environment else "",
+        _section("Starts and ends", _table(("time (UTC)", ""), _attempts(_text(root / "attempts.jsonl")))),
+        _section("Config", _code(_text(root / "config.yaml"))),
+        _section("Environment", _table(("", ""), (environment or {}).items())),
     ]
     return _write(root / "report.html", root.resolve().name, body)
 
@@ -95,13 +101,18 @@ def write_comparison(roots: Sequence[str | os.PathLike[str]], path: str | os.Pat
         names = [str(root) for root in paths]
     every = [read_rows(root / "metrics.jsonl") for root in paths]
     panels = ["loss", *dict.fromkeys(name for rows in every for name in metric_names(rows)), "lr"]
-    shown = "".join(_image(_overlay(every, names, name), f"{name} of all runs") for name in panels)
     configs = [yaml.safe_load(_text(root / "config.yaml") or "{}") for root in paths]
-    results = [_json(root / "result.json") for root in paths]
-    outcome = [(name, *_result_cells(result, rows)) for name, result, rows in zip(names, results, every, strict=True)]
+    outcome = []
+    for name, root, rows in zip(names, paths, every, strict=True):
+        result = _json(root / "result.json")
+        metrics = result.get("metrics") or {}
+        step, time = result.get("step") or max((row["step"] for row in rows), default=0), result.get("seconds")
+        figures = (", ".join(map(" ".join, _figures(metrics.get(split) or {}))) for split in ("val", "test"))
+        spent = format_seconds(time) if time is not None else ""
+        outcome.append((name, result.get("state", "not completed"), f"{step:,}", spent, *figures))
     body = [
         _section("Results", _table(("run", "state", "step", "time", "val", "test"), outcome)),
-        _section("Curves", f'<div class="panels">{shown}</div>'),
+        _section("Curves", _panels(_image(_overlay(every, names, name), f"{name} of all runs") for name in panels)),
         _section("Where the configs differ", _table(("key", *names), differences(configs)) or "nowhere"),
     ]
     return _write(Path(path), " / ".join(names), body)
@@ -124,38 +135,32 @@ def _flatten(value: Any, key: str = "") -> Iterable[tuple[str, Any]]:
         yield from _flatten(part, f"{key}.{name}" if key else str(name))
 
 
-def _tiles(rows: list[Row], status: dict[str, Any], result: dict[str, Any]) -> str:
+def _tiles(rows: list[Row], known: dict[str, Any]) -> str:
     """The figures that a person looks for first."""
-    state = str(result.get("state") or status.get("state") or "unknown")
-    tiles = [("state", state)]
+    state = str(known.get("state") or "unknown")
+    tiles = {"state": state}
     for split in ("test", "val"):
-        values = (result.get("metrics") or {}).get(split) or {}
-        tiles += [(f"{split} {name}", format_number(name, value)) for name, value in values.items() if _real(value)]
-    step, epoch = (result.get(key, status.get(key)) for key in ("step", "epoch"))
-    tiles += [
-        ("step", f"{step:,}" if isinstance(step, int) else ""),
-        ("epoch", str(epoch if epoch is not None else "")),
-    ]
-    tiles.append(("processes", str(result.get("world_size", status.get("world_size", "")))))
-    if _real(result.get("seconds")):
-        tiles.append(("time", format_seconds(result["seconds"])))
+        metrics = (known.get("metrics") or {}).get(split) or {}
+        tiles |= {f"{split} {name}": text for name, text in _figures(metrics) if name != "eval_samples"}
+    for name, label in (("step", "step"), ("epoch", "epoch"), ("world_size", "processes")):
+        if known.get(name) is not None:
+            tiles[label] = format_number(name, known[name])
+    if "seconds" in known:
+        tiles["time"] = format_seconds(known["seconds"])
     for name, label, mean in (("samples_per_s", "samples/s", median), ("data_wait", "waiting for data", fmean)):
-        values = [row[name] for row in rows if _real(row.get(name)) and row[name] == row[name]]
+        values = [row[name] for row in rows if row.get(name, nan) == row.get(name, nan)]
         if values:
-            tiles.append((label, f"{mean(values):.0%}" if name == "data_wait" else format_number(name, mean(values))))
+            tiles[label] = f"{mean(values):.0%}" if name == "data_wait" else format_number(name, mean(values))
     css = state if state in ("completed", "failed", "preempted", "running") else ""
-    cells = [f'<div class="tile {css}"><span>{escape(k)}</span><b>{escape(v)}</b></div>' for k, v in tiles if v]
-    return f'<section><div class="tiles">{"".join(cells)}</div></section>'
+    return "".join(
+        f'<div class="tile {css}"><span>{escape(k)}</span><b>{escape(v)}</b></div>' for k, v in tiles.items()
+    )
 
 
-def _curves(rows: list[Row]) -> str:
-    names = ["loss", *metric_names(rows), *(name for name in ASIDE if any(name in row for row in rows))]
-    pictures = []
-    for name in names if rows else ():
-        figure = new_figure(4.4, 3.1)
-        draw_panel(figure.subplots(), rows, name)
-        pictures.append(_image(render(figure, "svg"), f"{name} over the steps"))
-    return _section("Curves", f'<div class="panels">{"".join(pictures)}</div>') if pictures else ""
+def _panel(rows: list[Row], name: str) -> bytes:
+    figure = new_figure(4.4, 3.1)
+    draw_panel(figure.subplots(), rows, name)
+    return render(figure, "svg")
 
 
 def _overlay(every: Sequence[list[Row]], names: Sequence[str], metric: str) -> bytes:
@@ -166,7 +171,7 @@ def _overlay(every: Sequence[list[Row]], names: Sequence[str], metric: str) -> b
         split = "val" if metric != "lr" and series(rows, "val", metric)[0] else "train"
         steps, values = series(rows, split, metric)
         if steps:
-            label = name.replace("$", r"\$").lstrip("_") + (f"  {values[-1]:.4g}" if metric != "lr" else "")
+            label = plain(name).lstrip("_") + (f"  {values[-1]:.4g}" if metric != "lr" else "")
             axis.plot(steps, values, color=RUN_COLORS[i % len(RUN_COLORS)], linewidth=1.6, label=label)
     dress(axis, TITLES.get(metric, metric))
     if axis.lines:
@@ -174,72 +179,54 @@ def _overlay(every: Sequence[list[Row]], names: Sequence[str], metric: str) -> b
     return render(figure, "svg")
 
 
-def _best(result: dict[str, Any]) -> str:
-    """The checkpoint that was kept, and its metrics."""
-    metrics = result.get("metrics") or {}
-    rows = [(split, n, format_number(n, v)) for split, values in metrics.items() for n, v in values.items() if _real(v)]
-    if not rows:
-        return ""
-    facts = [(k, str(v)) for k, v in result.items() if k != "metrics" and not isinstance(v, dict | list)]
-    return _section("The model that was kept", _table(("split", "metric", "value"), rows) + _table(("", ""), facts))
-
-
 def _picture(picture: Picture) -> str:
-    if isinstance(picture, Confusion):
-        cells = []
-        for example in picture.worst:
-            shown = (
-                ""
-                if example.picture is None
-                else _image(picture_png(example.picture), f"sample {example.index}", "png")
-            )
-            caption = (
-                f"{example.truth} taken for {example.prediction}, {example.probability:.0%}; sample {example.index}"
-            )
-            cells.append(f"<figure>{shown}<figcaption>{escape(caption)}</figcaption></figure>")
-        worst = f'<h2>Most wrong</h2><div class="worst">{"".join(cells)}</div>' if cells else ""
-        return _section("Confusion matrix", _image(render(draw_confusion(picture), "svg"), "confusion matrix") + worst)
     if isinstance(picture, Regression):
         return _section(
             "Predicted against true", _image(render(draw_regression(picture), "svg"), "predicted over true")
         )
-    stills = sorted({0, len(picture.frames) // 3, 2 * len(picture.frames) // 3, len(picture.frames) - 1})
-    frames = [_image(boundary_gif(picture), "the decision boundary as it moved", "gif")]
-    frames += [_image(picture.png(i), f"boundary, frame {i}", "png") for i in stills]
-    return _section("Decision boundary", f'<div class="panels">{"".join(frames)}</div>')
+    if isinstance(picture, Boundary):
+        stills = sorted({round(k * (len(picture.pngs) - 1) / 3) for k in range(4)})
+        frames = [_image(boundary_gif(picture), "the decision boundary as it moved", "gif")]
+        frames += [_image(picture.pngs[i], f"boundary, frame {i}", "png") for i in stills]
+        return _section("Decision boundary", _panels(frames))
+    cells = ""
+    for one in picture.worst:
+        shown = _image(picture_png(one.picture), f"sample {one.index}", "png") if one.picture is not None else ""
+        caption = f"{one.truth} taken for {one.prediction}, {one.probability:.0%}; sample {one.index}"
+        cells += f"<figure>{shown}<figcaption>{escape(caption)}</figcaption></figure>"
+    worst = f'<h2>Most wrong</h2><div class="worst">{cells}</div>' if cells else ""
+    return _section("Confusion matrix", _image(render(draw_confusion(picture), "svg"), "confusion matrix") + worst)
 
 
-def _records(records: Sequence[Mapping[str, Any]]) -> str:
-    """attempts.jsonl as a table."""
-    rows = []
-    for record in records:
-        rest = {key: value for key, value in record.items() if key not in ("time", "event")}
-        text = ", ".join(f"{key} {value}" for key, value in rest.items() if value not in (None, ""))
-        rows.append((str(record.get("time", ""))[:19].replace("T", " "), str(record.get("event", "")), text))
-    return _table(("time (UTC)", "", ""), rows)
+def _attempts(lines: str) -> Iterable[tuple[str, str]]:
+    """attempts.jsonl as rows of a table; a line that a crash has torn is left out."""
+    for record in (json.loads(line) for line in lines.splitlines() if line.endswith("}")):
+        time, event = str(record.pop("time", ""))[:19].replace("T", " "), record.pop("event", "")
+        yield time, ", ".join(f"{key} {value}" for key, value in {event: "", **record}.items() if value is not None)
 
 
-def _result_cells(result: dict[str, Any], rows: list[Row]) -> tuple[str, ...]:
-    metrics = result.get("metrics") or {}
-
-    def cell(split: str) -> str:
-        values = metrics.get(split) or {}
-        return ", ".join(f"{name} {format_number(name, value)}" for name, value in values.items() if _real(value))
-
-    step = result.get("step") or max((row["step"] for row in rows), default=0)
-    seconds = result.get("seconds")
-    time = format_seconds(seconds) if isinstance(seconds, int | float) else ""
-    return str(result.get("state", "not completed")), f"{step:,}", time, cell("val"), cell("test")
+def _figures(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The numbers among them, as people read them."""
+    return [(name, format_number(name, value)) for name, value in metrics.items() if type(value) in (int, float)]
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     top = "".join(f"<th>{escape(name)}</th>" for name in head) if any(head) else ""
     lines = ["<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows]
     return f'<div class="scroll"><table><tr>{top}</tr>{"".join(lines)}</table></div>' if lines else ""
 
 
+def _panels(images: Iterable[str]) -> str:
+    inside = "".join(images)
+    return f'<div class="panels">{inside}</div>' if inside else ""
+
+
+def _code(text: str | None) -> str:
+    return f"<pre>{escape(text)}</pre>" if text else ""
+
+
 def _section(title: str, content: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{content}</section>"
+    return f"<section><h2>{escape(title)}</h2>{content}</section>" if content else ""
 
 
 def _image(data: bytes, text: str, kind: str = "svg+xml") -> str:
@@ -259,7 +246,3 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.exists() else ""
-
-
-def _real(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

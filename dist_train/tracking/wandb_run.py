@@ -17,14 +17,13 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from dist_train.tracking.records import FIELDS, Row, encode, read_rows
 
-LEAVE = 60.0  # seconds to finish in once the training is gone
+LEAVE = 60.0  # seconds to finish in once the training has ended
 
 
 class Wandb:
@@ -45,11 +44,11 @@ class Wandb:
         self._to, self._from, self._note = self._child.stdin, self._child.stdout, note
         os.set_blocking(self._from.fileno(), False)
         init = {"name": folder.name, "config": dict(config), **settings}
-        self._say("open", {"folder": str(folder), "trainer": os.getpid(), "init": init})
+        self._say({"folder": str(folder), "trainer": os.getpid(), "init": init})
 
     def row(self, row: Row) -> None:
         """Sends a row; raises RuntimeError with wandb's message once it has failed."""
-        self._say("row", json.loads(encode(row)))
+        self._say(("row", json.loads(encode(row))))
 
     def flush(self) -> None:
         """Only hears what it says: the process writes as it goes."""
@@ -57,7 +56,7 @@ class Wandb:
 
     def close(self, outcome: str) -> None:
         """Waits until wandb has written or uploaded everything."""
-        self._say("close", outcome)
+        self._say(("close", outcome))
         os.set_blocking(self._from.fileno(), True)
         self._listen()
         self._child.wait()
@@ -67,7 +66,7 @@ class Wandb:
         with contextlib.suppress(ProcessLookupError):  # its process group: it started a session
             os.killpg(self._child.pid, signal.SIGKILL)
 
-    def _say(self, *message: Any) -> None:
+    def _say(self, message: Any) -> None:
         self._listen()
         try:
             self._to.write(json.dumps(message).encode() + b"\n")
@@ -98,30 +97,21 @@ def main() -> None:
             print(json.dumps(what), file=answers, flush=True)
 
     try:
-        _serve(answer)
+        view = View(**json.loads(sys.stdin.readline()))
+        answer(url=view.url)
+        outcome = "killed"
+        for line in sys.stdin:
+            what, value = json.loads(line)
+            if what == "close":
+                outcome = value
+                break
+            view.row(value)
+        threading.Timer(LEAVE, os._exit, [1]).start()
+        view.close(outcome)
     except Exception as error:
         answer(error=f"{type(error).__name__}: {error}")
         os._exit(1)
     os._exit(0)  # past wandb's own exit hook
-
-
-def _serve(answer: Callable[..., None]) -> None:
-    view: View | None = None
-    outcome = "killed"
-    for line in sys.stdin:
-        what, *args = json.loads(line)
-        if what == "open":
-            view = View(**args[0])
-            answer(url=view.url)
-        elif what == "close":
-            outcome = args[0]
-            break
-        elif view is not None:
-            getattr(view, what)(*args)
-    if outcome == "killed":
-        threading.Timer(LEAVE, os._exit, [1]).start()
-    if view is not None:
-        view.close(outcome)
 
 
 class View:
@@ -135,7 +125,10 @@ class View:
         import wandb
 
         root = Path(folder)
-        self._lock = _alone(root / "wandb")
+        (root / "wandb").mkdir(parents=True, exist_ok=True)
+        # The process of a killed start finishes first, so that what it writes is seen, not doubled.
+        self._lock = open(root / "wandb" / "lock", "w")  # noqa: SIM115  (held as long as this process)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
         kept = root / "wandb" / "run_id"  # in the run's directory, so that a restart goes on with the same wandb run
         if not kept.exists() or not kept.read_text():
             kept.write_text(secrets.token_hex(4))
@@ -167,18 +160,6 @@ class View:
         if outcome == "preempted":
             self._run.mark_preempting()
         self._run.finish(exit_code=0 if outcome == "completed" else 1)
-
-
-def _alone(folder: Path) -> IO[str]:
-    """Waits until the child of a killed start has finished, so that what it writes is seen, not doubled."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock, end = open(folder / "lock", "w"), time.monotonic() + LEAVE  # noqa: SIM115  (held as long as this process)
-    while time.monotonic() < end:
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        time.sleep(0.1)
-    return lock
 
 
 def _offline(folder: Path, run_id: str) -> Iterator[tuple[str, int]]:

@@ -176,7 +176,7 @@ def test_one_hanging_sink_does_not_hold_up_another() -> None:
 
 def test_a_record_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     log, _ = make(tmp_path, tensorboard=False)
-    log._record._file.close()
+    log._file.close()  # type: ignore[union-attr]
     with pytest.raises((OSError, ValueError)):
         log.row("train", 1, 1, 1, {"loss": 1.0})
 

@@ -11,14 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_train.tracking import records
-from dist_train.tracking.records import RecordFile, cut_back, make_row, read_rows
+from dist_train.tracking.logger import Logger
+from dist_train.tracking.records import cut_back, make_row, read_rows
 
 
 def write(path: Path, *rows: tuple[str, int]) -> None:
-    file = RecordFile(path)
+    log = Logger(path)
     for split, step in rows:
-        file.append(make_row(split, step, 1, step * 64, {"loss": 1 / step if step else 3.0}))
-    file.close()
+        log.row(split, step, 1, step * 64, {"loss": 1 / step if step else 3.0})
+    log.close("completed")
 
 
 def steps(path: Path) -> list[tuple[str, int]]:
@@ -26,10 +27,10 @@ def steps(path: Path) -> list[tuple[str, int]]:
 
 
 def test_a_row_has_the_fields_of_the_contract_in_their_order(tmp_path: Path) -> None:
-    file = RecordFile(tmp_path / "metrics.jsonl")
-    file.append(make_row("train", 7, 2, 448, {"loss": 0.5, "lr": 0.1, "skipped": 3}))
+    log = Logger(tmp_path / "metrics.jsonl")
+    log.row("train", 7, 2, 448, {"loss": 0.5, "lr": 0.1, "skipped": 3})
     row = json.loads((tmp_path / "metrics.jsonl").read_text())  # readable before the file is closed
-    file.close()
+    log.close("completed")
     assert list(row) == ["time", "step", "epoch", "samples", "split", "loss", "lr", "skipped"]
     assert row["time"].endswith("Z")
     assert len(row["time"]) == len("2026-03-01T12:00:00.123Z")
@@ -40,9 +41,9 @@ def test_a_row_has_the_fields_of_the_contract_in_their_order(tmp_path: Path) -> 
 
 def test_what_is_not_finite_is_null_in_the_file_and_nan_when_read(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    file = RecordFile(path)
-    file.append(make_row("train", 1, 1, 64, {"loss": math.nan, "grad_norm": math.inf, "lr": 0.1}))
-    file.close()
+    log = Logger(path)
+    log.row("train", 1, 1, 64, {"loss": math.nan, "grad_norm": math.inf, "lr": 0.1})
+    log.close("completed")
 
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} is not JSON")
@@ -57,9 +58,9 @@ def test_what_is_not_finite_is_null_in_the_file_and_nan_when_read(tmp_path: Path
 
 
 def test_floats_come_back_to_the_bit(tmp_path: Path) -> None:
-    file = RecordFile(tmp_path / "m")
-    file.append(make_row("val", 1, 1, 1, {"loss": 0.1 + 0.2, "tiny": 5e-324}))
-    file.close()
+    log = Logger(tmp_path / "m")
+    log.row("val", 1, 1, 1, {"loss": 0.1 + 0.2, "tiny": 5e-324})
+    log.close("completed")
     assert read_rows(tmp_path / "m")[0]["loss"] == 0.1 + 0.2
     assert read_rows(tmp_path / "m")[0]["tiny"] == 5e-324
 

@@ -111,6 +111,7 @@ def test_a_report_shows_everything_and_runs_nothing(tmp_path: Path) -> None:
     assert page.text.count(EVIL) >= 6
     assert "seed: 0" in page.text
     assert [p.name for p in path.parent.iterdir() if p.name.startswith(".")] == []
+    assert '<div class="tile failed"><span>state</span>' in path.read_text(), "it was completed, and went on"
 
 
 def test_a_run_that_has_only_begun_has_a_report_too(tmp_path: Path) -> None:
