@@ -7,15 +7,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-_ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "relu": nn.ReLU,
-    "leaky_relu": nn.LeakyReLU,
-    "sigmoid": nn.Sigmoid,
-    "tanh": nn.Tanh,
-    "gelu": nn.GELU,
-    "silu": nn.SiLU,
-    "elu": nn.ELU,
-}
+_KINDS: tuple[type[nn.Module], ...] = (nn.ReLU, nn.LeakyReLU, nn.Sigmoid, nn.Tanh, nn.GELU, nn.SiLU, nn.ELU)
+_ACTIVATIONS = {kind.__name__.lower(): kind for kind in _KINDS}
 
 
 class _Named(nn.Sequential):
@@ -32,7 +25,7 @@ class MLP(_Named):
         in_features: numbers per sample.
         hidden: width of each hidden layer; empty for a linear model.
         out_features: outputs, without an activation.
-        activation: relu, leaky_relu, sigmoid, tanh, gelu, silu or elu.
+        activation: relu, leaky_relu, sigmoid, tanh, gelu, silu or elu (with or without capitals and underscore).
         dropout: probability after each hidden layer.
         batchnorm: BatchNorm before each activation.
     """
@@ -46,7 +39,7 @@ class MLP(_Named):
         dropout: float = 0.0,
         batchnorm: bool = False,
     ) -> None:
-        kind = _ACTIVATIONS.get(activation.lower())
+        kind = _ACTIVATIONS.get(activation.lower().replace("_", ""))
         if kind is None:
             raise ValueError(f"MLP: expected activation to be one of {', '.join(_ACTIVATIONS)}, found {activation!r}")
         layers: list[nn.Module] = [nn.Flatten()]
