@@ -18,7 +18,16 @@ from dist_train.config.names import expand_name
 from dist_train.config.schema import Config
 from dist_train.main import COMMANDS
 
-PAGES = ("from-notebook-to-cluster", "your-own", "coming-from", "batch-size", "limits", "sweeps")
+PAGES = (
+    "from-notebook-to-cluster",
+    "your-own",
+    "coming-from",
+    "batch-size",
+    "limits",
+    "sweeps",
+    "clusters",
+    "troubleshooting",
+)
 TEXTS = {name: (ROOT / "docs" / f"{name}.md").read_text() for name in PAGES}
 # A fenced block: its language, what follows that in the line (a file's name, or `run`), its text.
 BLOCK = re.compile(r"^```(\w+) ?(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -50,22 +50,23 @@ def ledger(place: Path) -> list[dict[str, Any]]:
 
 
 class Cluster(Hosts):
-    """Hosts that run elastic.sh on one run, and what that run's records say."""
+    """Hosts that run a script of launch/ on one run, and what that run's records say."""
 
-    def __init__(self, count: int, folder: Path):
+    def __init__(self, count: int, folder: Path, script: str):
         super().__init__(count, folder)
+        self.script = str(ROOT / "launch" / script)
         self.jobs: dict[int, subprocess.Popen[str]] = {}
         self.crashed: set[int] = set()
         self.place = folder / "runs" / "elastic"
 
-    def join(self, *hosts: int, arguments: tuple[str, ...] = (), **env: str) -> None:
+    def join(self, *hosts: int, **env: str) -> None:
         """Start the script on these hosts."""
         self.crashed -= set(hosts)
         for i in hosts:
             output = f"{self.folder}/output-{i}.txt"
             self.jobs[i] = self.run(
-                i, str(ROOT / "launch" / "elastic.sh"), "elastic.yaml", *arguments, before=f"exec >>{output} 2>&1",
-                NNODES=f"1:{self.count}", NPROC_PER_NODE="1", **env,
+                i, self.script, "elastic.yaml", before=f"exec >>{output} 2>&1",
+                NNODES=f"1:{self.count}", NPROC_PER_NODE="1", PET_SHUTDOWN_TIMEOUT="20", **env,
             )  # fmt: skip
 
     def crash(self, i: int) -> None:
@@ -98,6 +99,10 @@ class Cluster(Hosts):
         print(f"{what}: {seconds:.0f} s")
         return seconds
 
+    def ends(self, i: int) -> int:
+        """How often torchrun has ended on host i."""
+        return (self.folder / f"output-{i}.txt").read_text().count(": again: ")
+
     def told(self) -> str:
         """What the hosts have printed."""
         texts = [path.read_text() for path in sorted(self.folder.glob("output-*.txt"))]
@@ -127,15 +132,15 @@ def project(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def cluster(project: Path) -> Iterator[Callable[[int], Cluster]]:
+def cluster(project: Path) -> Iterator[Callable[..., Cluster]]:
     """Makes a cluster of so many hosts."""
     reason = missing()
     if reason is not None:
         pytest.skip(reason)
     made: list[Cluster] = []
 
-    def make(count: int) -> Cluster:
-        made.append(Cluster(count, project))
+    def make(count: int, script: str = "elastic.sh") -> Cluster:
+        made.append(Cluster(count, project, script))
         return made[-1]
 
     yield make
@@ -143,7 +148,7 @@ def cluster(project: Path) -> Iterator[Callable[[int], Cluster]]:
         one.close()
 
 
-def test_a_host_that_crashes_is_left_behind_and_the_run_completes(cluster: Callable[[int], Cluster]) -> None:
+def test_a_host_that_crashes_is_left_behind_and_the_run_completes(cluster: Callable[..., Cluster]) -> None:
     hosts = cluster(2)
     hosts.join(1, RDZV_CONF="last_call_timeout=4")
     wait_for("the first host's round", (hosts.place / ".meetings" / "1").exists, 60)
@@ -156,7 +161,7 @@ def test_a_host_that_crashes_is_left_behind_and_the_run_completes(cluster: Calla
 
 @pytest.mark.chaos
 def test_three_hosts_crash_join_leave_and_lose_their_cable_and_the_run_completes(
-    cluster: Callable[[int], Cluster],
+    cluster: Callable[..., Cluster],
 ) -> None:
     hosts = cluster(3)
     hosts.join(1, 2)
@@ -172,15 +177,32 @@ def test_three_hosts_crash_join_leave_and_lose_their_cable_and_the_run_completes
     hosts.until("the host at which all meet crashes", 2)
     hosts.join(where)
     hosts.until("it comes back", 3)
+    ends = hosts.ends(3)
     hosts.cut(3)
     hosts.until("a cable is cut", 2)
-    time.sleep(5)
+    wait_for("the host without a cable has given its round up", lambda: hosts.ends(3) > ends, 120)
     hosts.heal(3)
     hosts.until("it is plugged in", 3)
     hosts.jobs[2].terminate()
     assert hosts.jobs[2].wait(120) == 75, hosts.told()
     hosts.crashed.add(2)
     hosts.until("a host leaves", 2)
+    hosts.finish(1, 3)
+
+
+@pytest.mark.chaos
+def test_torchrun_alone_goes_on_without_a_host_and_takes_it_in_again(cluster: Callable[..., Cluster]) -> None:
+    """Any host but the one at which all meet."""
+    hosts = cluster(3, "torchrun.sh")
+    hosts.join(1, 2, 3, RDZV_ENDPOINT="h1")
+    hosts.until("three hosts start", 3)
+    hosts.crash(3)
+    hosts.until("a host crashes", 2)
+    hosts.join(3, RDZV_ENDPOINT="h1")
+    hosts.until("it comes back", 3)
+    hosts.cut(2)
+    hosts.crashed.add(2)
+    hosts.until("a cable is cut", 2)
     hosts.finish(1, 3)
 
 
