@@ -14,6 +14,8 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
+from cable import Cable
+
 
 @pytest.fixture(scope="session")
 def s3_port() -> Iterator[int]:
@@ -68,3 +70,11 @@ def gs_server() -> Iterator[None]:
         finally:
             server.kill()
             patch.undo()
+
+
+@pytest.fixture
+def cable(s3_port: int) -> Iterator[Cable]:
+    """A cable to the S3 server."""
+    relay = Cable(s3_port)
+    yield relay
+    relay.cut()

@@ -48,7 +48,7 @@ optimizer: {{_target_: torch.optim.Adam, lr: 0.003}}
 scheduler: {{_target_: dist_train.schedules.WarmupCosine, total_steps: total_steps, warmup_steps: 5, every: 1step}}
 trainer: {{duration: 24step, precision: bf16, ema_decay: 0.9, clip_grad_norm: 1.0, log_every: 5step, evaluate_every: 6step}}
 checkpoint: {{every: 4step, keep_last: 2}}
-tracking: {{tensorboard: false}}
+tracking: {{tensorboard: false, report: false}}
 debug: {{trace_samples: true}}
 """
 LENGTH, BATCH = 140, 25

@@ -30,7 +30,7 @@ data:
 optimizer: {{_target_: torch.optim.Adam, lr: 0.003}}
 trainer: {{duration: 240step, precision: bf16, ema_decay: 0.9, log_every: 7step, evaluate_every: 15step}}
 checkpoint: {{every: 2step, keep_last: 2}}
-tracking: {{tensorboard: false}}
+tracking: {{tensorboard: false, report: false}}
 debug: {{trace_samples: true}}
 """
 # For each of two worlds; fewer for a first look: CHAOS_KILLS=5 CHAOS_SIGNALS=5 make chaos

@@ -27,7 +27,7 @@ def wired(cable: Any, s3_url: str) -> Storage:
     """The store at the far end of the cable."""
     fsspec.filesystem("s3").clear_instance_cache()
     options = {
-        "client_kwargs": {"endpoint_url": f"http://127.0.0.1:{cable.port}"},
+        "client_kwargs": {"endpoint_url": cable.url},
         "config_kwargs": {"retries": {"max_attempts": 0}, "connect_timeout": 2, "read_timeout": 2},
         "default_block_size": 5 << 20,
     }
