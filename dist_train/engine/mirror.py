@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import shutil
 import threading
@@ -18,7 +19,9 @@ from typing import BinaryIO
 
 from dist_train.runtime.storage import LocalStorage, Storage, StorageError
 
+log = logging.getLogger("dist_train")
 POLL_SECONDS = 5.0
+LAST_PATIENCE = 5.0
 # Written to the store directly; what the mirror has of these are copies to read.
 COPIES = ("config.yaml", "status.json", "result.json", "attempts.jsonl")
 
@@ -34,13 +37,28 @@ def mirror_root(url: str) -> Path:
 
 
 class Mirror:
-    """The local side of a run's directory under a URL. Threads may share it."""
+    """The files of a run on this host: those of its directory itself, or under a URL those that grow, and copies of others.
 
-    def __init__(self, storage: Storage):
-        self.storage = storage
-        self.root = mirror_root(storage.location)
+    Threads may share it. Where the run's directory is local, there is nothing to fetch and nothing to upload.
+
+    Attributes:
+        storage: the run's directory. location: its path or URL. root: where its files are on this host.
+        shared: the files and folders that this process uploads for its host; None is all of them.
+    """
+
+    def __init__(self, location: str):
+        self.storage = Storage(location)
+        self.location = self.storage.location
+        self.root = Path(self.location) if self.storage.is_local else mirror_root(self.location)
+        self.shared: Collection[str] | None = None
+        self._store = self.storage.sub("")  # with a patience of its own
         self._sent: dict[str, tuple[int, int]] = {}
         self._lock = threading.Lock()
+        self._sending: threading.Thread | None = None
+
+    def path(self, name: str) -> Path:
+        """The local path of `name`."""
+        return self.root / name
 
     def fetch(self, name: str) -> Path:
         """The local path of a file, with the store's content; what this host had of it is dropped.
@@ -48,18 +66,19 @@ class Mirror:
         Raises:
             FileNotFoundError: the store doesn't hold it.
         """
-        LocalStorage(self.root).write_atomic(name, self.storage.read_bytes(name))
-        return self.root / name
+        if not self.storage.is_local:
+            LocalStorage(self.root).write_atomic(name, self._store.read_bytes(name))
+        return self.path(name)
 
     def go_on_with(self, *names: str) -> None:
         """Begin with what the store holds of files that will be appended to; where it holds none, with none.
 
         A log that this host has more of than the store is kept: a start that was killed wrote its end.
         """
-        for name in names:
-            path = self.root / name
+        for name in names if not self.storage.is_local else ():
+            path = self.path(name)
             try:
-                held = self.storage.read_bytes(name)
+                held = self._store.read_bytes(name)
             except FileNotFoundError:
                 path.unlink(missing_ok=True)
                 continue
@@ -67,26 +86,51 @@ class Mirror:
                 LocalStorage(self.root).write_atomic(name, held)
 
     def upload(self, only: Collection[str] | None = None) -> None:
-        """Send what has changed since it was sent last: of all files, or of some files and folders.
+        """Send what has changed since it was sent last: of what is `shared`, or of some files and folders.
 
         Raises:
             StorageError: the store can't be written.
         """
+        wanted = self.shared if only is None else only
+        if self.storage.is_local or wanted == ():
+            return
         with self._lock:
             for path in sorted(self.root.rglob("*")):
                 name = path.relative_to(self.root).as_posix()
                 if not path.is_file() or path.name.startswith(".tmp-") or name in COPIES:
                     continue
-                if only is not None and name.split("/")[0] not in only:
-                    continue
-                with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-                    self._send(name, file)
+                if wanted is None or name.split("/")[0] in wanted:
+                    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+                        self._send(name, file)
+
+    def upload_meanwhile(self) -> None:
+        """The same in the background, for hosts other than rank 0's: a store that is away is rank 0's to tell."""
+
+        def send() -> None:
+            try:
+                self.upload()
+            except StorageError as error:
+                log.warning("%s", error)
+
+        if not self.storage.is_local and (self._sending is None or not self._sending.is_alive()):
+            self._sending = threading.Thread(target=send, name="upload", daemon=True)
+            self._sending.start()
+
+    def hurry(self) -> None:
+        """The run has failed: its last words don't wait for a store as long as its saves did."""
+        for storage in (self.storage, self._store):
+            storage.patience = min(storage.patience, LAST_PATIENCE)
+
+    def close(self) -> None:
+        """Wait for an upload that is under way."""
+        if self._sending is not None:
+            self._sending.join()
 
     def _send(self, name: str, file: BinaryIO) -> None:
         state = os.fstat(file.fileno())
         mark = (state.st_size, state.st_mtime_ns)
         if state.st_size and self._sent.get(name) != mark:
-            self.storage.write_stream(name, lambda sink: _copy(file, sink))
+            self._store.write_stream(name, lambda sink: _copy(file, sink))
             self._sent[name] = mark
 
 

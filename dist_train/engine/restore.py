@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -203,13 +202,10 @@ def find_weights(run: RunDir, checkpoint: str | None) -> Found:
         if checkpoint not in (None, "best"):
             return store.find(str(checkpoint))
         newest = store.find("last")
-        progress = newest.load("trainer")["progress"]
-        best = progress["best_step"] if progress["best"] is not None else None
+        best = store.best(*newest.meta["best"]) if newest.meta["best"] is not None else None
         if best is None and checkpoint == "best":
             raise ConfigError.single("--checkpoint", f"{run.location} keeps no best checkpoint; use last or step-N")
-        if best in (None, newest.step) or (checkpoint is None and best not in store.steps()):
-            return newest
-        return store.find(f"step-{best}")
+        return best or newest
     except DamagedError:
         raise
     except CheckpointError as error:
@@ -240,7 +236,7 @@ def _checked(run: RunDir, overrides: Sequence[str] = ()) -> Config:
     """The run's config under `overrides`, with its components looked up; without what only training needs."""
     if not run.storage.exists("config.yaml"):
         raise ConfigError.single("--run", f"{run.location} holds no run: config.yaml isn't there{_near(run)}")
-    config = load_config(run.readable("config.yaml"), overrides)
+    config = load_config(run.fetch("config.yaml"), overrides)
     add_code_paths(config.run.code_paths)
     problems = check_components(config)
     if problems:
@@ -254,10 +250,8 @@ def _checked(run: RunDir, overrides: Sequence[str] = ()) -> Config:
 
 def _near(run: RunDir) -> str:
     """`; runs are in ...`: runs beside or inside a directory that is none."""
-    if run.mirror is not None:
-        return ""
-    for folder in (run.root, run.root.parent, Path("runs")):
-        names = sorted(str(path.parent) for path in folder.glob("*/config.yaml")) if folder.is_dir() else []
+    for folder in (run.root, run.root.parent) if run.storage.is_local else ():
+        names = sorted(str(path.parent) for path in folder.glob("*/config.yaml"))
         if names:
             return f"; runs that are there: {', '.join(names[:5])}"
     return ""

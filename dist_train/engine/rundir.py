@@ -8,9 +8,8 @@ import logging
 import os
 import secrets
 import socket
-import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from dist_train.config.schema import Config
     from dist_train.runtime.world import World
 
-LAST_PATIENCE = 5.0
 log = logging.getLogger("dist_train")
 
 
@@ -57,19 +55,15 @@ def run_location(config: Config) -> str:
     return f"{config.run.dir.rstrip('/')}/{name}"
 
 
-class RunDir:
+class RunDir(Mirror):
     """One run's directory. Rank 0 writes status, results and the ledger; each rank its own log and trace.
 
     Under a URL, what grows is kept in a directory of this host (`engine.mirror`); the rest goes to the store directly.
     """
 
     def __init__(self, location: str):
-        self.storage = Storage(location)
-        self.location = self.storage.location
-        self.mirror = None if self.storage.is_local else Mirror(self.storage.sub(""))
-        self.root = Path(self.location) if self.mirror is None else self.mirror.root
-        self._shared: Collection[str] | None = ()  # what this process uploads for its host; None is everything
-        self._sending: threading.Thread | None = None
+        super().__init__(location)
+        self.shared = ()
         self._watch: Watch | None = None
 
     @property
@@ -77,74 +71,31 @@ class RunDir:
         """The run's name."""
         return self.root.name
 
-    def path(self, name: str) -> Path:
-        """The local path of `name`."""
-        return self.root / name
-
-    def readable(self, name: str) -> Path:
-        """A local path to read `name` from: of a copy, where the run lives under a URL."""
-        return self.path(name) if self.mirror is None else self.mirror.fetch(name)
-
     def records(self) -> Path:
         """A local directory with the records of the run: of copies, where it lives under a URL."""
         for name in ("metrics.jsonl", *COPIES):
             with contextlib.suppress(FileNotFoundError):
-                self.readable(name)
+                self.fetch(name)
         return self.root
-
-    def send(self, name: str) -> None:
-        """Under a URL: upload one file or folder that was written to its local path."""
-        if self.mirror is not None:
-            self.mirror.upload((name,))
 
     def begin(self, world: World) -> None:
         """Under a URL: go on with the files that earlier starts uploaded, on whatever host they ran."""
-        if self.mirror is None:
-            return
         # Each host sends what its ranks write; only rank 0's has the records.
         if world.placement.local_rank == 0:
-            self._shared = None if world.is_main else ("logs", "trace")
+            self.shared = None if world.is_main else ("logs", "trace")
         records = ("metrics.jsonl", "wandb/run_id") if world.is_main else ()
-        self.mirror.go_on_with(*records, f"logs/rank-{world.rank}.log")
-
-    def upload(self) -> None:
-        """Under a URL: bring the store up to date with what this host has written.
-
-        Raises:
-            StorageError: the store can't be written.
-        """
-        if self.mirror is not None and self._shared != ():
-            self.mirror.upload(self._shared)
-
-    def upload_meanwhile(self) -> None:
-        """The same in the background, for hosts other than rank 0's: a store that is away is rank 0's to tell."""
-
-        def send() -> None:
-            try:
-                self.upload()
-            except StorageError as error:
-                log.warning("%s", error)
-
-        if self._shared and (self._sending is None or not self._sending.is_alive()):
-            self._sending = threading.Thread(target=send, name="upload", daemon=True)
-            self._sending.start()
+        self.go_on_with(*records, f"logs/rank-{world.rank}.log")
 
     def wishes(self) -> list[Source]:
         """What asks for a stop or a save when somebody has put the file STOP or SAVE here; the file is taken away."""
         self._watch = watch = Watch(self.storage, ("STOP", "SAVE"))
         return [watch_file(watch.take, STOP, "STOP"), watch_file(watch.take, SAVE, "SAVE")]
 
-    def hurry(self) -> None:
-        """The run has failed: its last words don't wait for a store as long as its saves did."""
-        for storage in (self.storage, self.mirror.storage if self.mirror is not None else self.storage):
-            storage.patience = min(storage.patience, LAST_PATIENCE)
-
     def close(self) -> None:
         """Stop watching for files, and wait for an upload that is under way."""
         if self._watch is not None:
             self._watch.close()
-        if self._sending is not None:
-            self._sending.join()
+        super().close()
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """A JSON file's content; None if it isn't there."""

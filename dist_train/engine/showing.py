@@ -107,7 +107,7 @@ def make_report(
 
 def _written(run: RunDir, **shown: Any) -> Path:
     path = write_report(run.records(), **shown)
-    run.send(path.name)
+    run.upload((path.name,))
     return path
 
 

@@ -53,10 +53,7 @@ def snapshot(parts: Parts, progress: Progress) -> dict[str, Any]:
         states["ema"] = parts.ema.state_dict()
     rest = {name: part.state_dict() for name, part in _small_parts(parts).items()}
     callbacks = [callback.state_dict() for callback in parts.callbacks]
-    return {
-        **states,
-        "trainer": {"progress": asdict(progress), **rest, "callbacks": callbacks, "best": parts.keep_best},
-    }
+    return {**states, "trainer": {"progress": asdict(progress), **rest, "callbacks": callbacks}}
 
 
 def _small_parts(parts: Parts) -> dict[str, Any]:
@@ -85,6 +82,7 @@ def meta(trainer: Trainer) -> dict[str, Any]:
         "epoch": trainer.epoch,
         "samples": trainer.progress.samples,
         "world_size": trainer.world.size,
+        "best": trainer.parts.keep_best,
         "plan": {"length": plan.length, "fingerprint": plan.fingerprint()},
         **trainer.record,
     }
@@ -133,7 +131,7 @@ def restore(parts: Parts, found: Found, changed: Sequence[str], note: Callable[[
             part.load_state_dict(state[name])
     for callback, saved in zip(parts.callbacks, state["callbacks"], strict=False):
         callback.load_state_dict(saved)
-    if state["best"] != parts.keep_best:
+    if found.meta["best"] != (list(parts.keep_best) if parts.keep_best else None):
         progress.best = None  # it is that of another metric
     if any(key.startswith(("trainer.duration", "trainer.stop_when")) for key in changed):
         progress.finished = None  # a run that had reached its end goes on where another end is asked for now

@@ -27,7 +27,7 @@ def hosts(storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     def each() -> Iterator[Mirror]:
         for number in range(5):
             monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"host{number}"))
-            yield Mirror(storage)
+            yield Mirror(storage.location)
 
     return each()  # type: ignore[return-value]
 
