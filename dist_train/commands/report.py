@@ -20,10 +20,12 @@ def main(arguments: Sequence[str]) -> int:
     if options.output is not None:
         parser.error("--output is for a comparison; the report of one run is the report.html in its directory")
     from dist_train.engine.showing import report_again
+    from dist_train.runtime.world import read_placement
 
     path = report_again(options.run, options.checkpoint, options.overrides)
-    if path is not None:
-        print(path)
+    if path is None:
+        return int(read_placement(os.environ).rank == 0)  # it couldn't be written, and has said why
+    print(path)
     return 0
 
 

@@ -106,6 +106,16 @@ def test_a_run_without_checkpoints_is_reported_without_pictures(
     assert main(["report", str(tmp_path)]) == 2
 
 
+def test_a_report_that_cannot_be_written_is_a_failure(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(digits, tmp_path / "run")
+    (copy / "report.html").unlink()
+    (copy / "report.html").mkdir()
+    assert main(["report", str(copy)]) == 1
+    assert "there is no report.html: IsADirectoryError" in capsys.readouterr().err
+
+
 def test_several_runs_are_compared_on_one_page(
     digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
