@@ -36,18 +36,23 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def project(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A new project, trained by what is installed."""
     folder = tmp_path_factory.mktemp("new")
-    call(installed, folder, "new", "project")
-    call(installed, folder / "project", "--config", "config.yaml", "trainer.duration=6ep", "tracking.tensorboard=false")
-    call(installed, folder, "predict", "project/runs/moons", "--output", "out.csv")
-    return folder / "project"
+    script = """
+import os, sys
+import dist_train
+from dist_train.main import main
 
-
-def call(installed: Path, folder: Path, *arguments: str) -> str:
+assert dist_train.__file__.startswith(sys.argv[1])
+assert main(["new", "project"]) == 0
+os.chdir("project")
+assert main(["--config", "config.yaml", "trainer.duration=6ep", "tracking.tensorboard=false"]) == 0
+os.chdir("..")
+assert main(["predict", "project/runs/moons", "--output", "out.csv"]) == 0
+"""
+    command = [sys.executable, "-c", script, str(installed)]
     env = environment(PYTHONPATH=str(installed))
-    command = [sys.executable, "-m", "dist_train.main", *arguments]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return folder / "project"
 
 
 def test_a_new_project_trains_from_the_installed_wheel(project: Path) -> None:
