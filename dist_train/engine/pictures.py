@@ -77,7 +77,7 @@ class Pictures(Callback):
                 if count.due():
                     self._try("histograms", self._show_histograms, trainer)
 
-            trainer.optimizer.register_step_pre_hook(before_update)
+            self._try("histograms", trainer.optimizer.register_step_pre_hook, before_update)
 
     def on_end(self, trainer: Trainer) -> None:
         """Once more, by the model as it was trained."""
@@ -88,7 +88,7 @@ class Pictures(Callback):
         if self.config.histograms is not None:
             self._try("histograms", self._show_histograms, trainer)
 
-    def _try(self, key: str, show: Callable[..., None], *args: Any) -> None:
+    def _try(self, key: str, show: Callable[..., object], *args: Any) -> None:
         """A picture less is no reason to end a run."""
         try:
             if key not in self._off:

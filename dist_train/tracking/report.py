@@ -202,7 +202,7 @@ def _attempts(lines: str) -> Iterable[tuple[str, str]]:
     """attempts.jsonl as rows of a table; a line that a crash has torn is left out."""
     for record in (json.loads(line) for line in lines.splitlines() if line.endswith("}")):
         time, event = str(record.pop("time", ""))[:19].replace("T", " "), record.pop("event", "")
-        yield time, ", ".join(f"{key} {value}" for key, value in {event: "", **record}.items() if value is not None)
+        yield time, ", ".join([event, *(f"{key} {value}" for key, value in record.items() if value not in (None, ""))])
 
 
 def _figures(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -197,7 +197,7 @@ def test_large_tensors_are_thinned_and_what_is_kept_is_a_copy() -> None:
 
 
 def test_a_time_is_counted_by_the_clock_and_a_failure_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
-    trainer: Any = SimpleNamespace(step=0, seconds=130.0, steps_per_epoch=10)
+    trainer: Any = SimpleNamespace(step=0, seconds=130.0, plan=SimpleNamespace(steps_per_epoch=10))
     every = _Every(Duration(60.0, "s"), trainer)
     assert every.due()  # before training
     trainer.step = 5
