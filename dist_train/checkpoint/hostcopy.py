@@ -34,6 +34,10 @@ class HostCopy:
     def __init__(self) -> None:
         self._buffer: np.ndarray | None = None
         self._unlock: weakref.finalize[..., Any] | None = None
+        # The arrangement of the last state: the same state has the same one at the next save.
+        self._layouts: list[object] = []
+        self._copies: list[torch.Tensor] = []
+        self._moves: list[tuple[torch.Tensor, torch.Tensor]] = []  # bytes of the buffer, bytes of the state
 
     def take(self, tree: Any) -> Any:
         """A copy of ``tree`` on the host, valid until the next call.
@@ -43,38 +47,49 @@ class HostCopy:
         """
         leaves: list[torch.Tensor] = []
         _map(tree, "", leaves.append)
-        copies: dict[int, torch.Tensor] = {}  # by the id of the original
-        shared: dict[tuple[torch.device, int], list[torch.Tensor]] = {}
-        for leaf in leaves:
-            if _is_plain(leaf):
-                shared.setdefault((leaf.device, leaf.untyped_storage().data_ptr()), []).append(leaf)
-            else:
-                copies[id(leaf)] = leaf.detach().resolve_conj().resolve_neg().to("cpu", copy=True)
-        spans = [(tensors, *_span(tensors)) for tensors in shared.values()]
-        devices = {leaf.device for leaf in leaves if leaf.is_cuda}
-        buffer = self._reserve(sum(_aligned(nbytes) for _, _, nbytes in spans), lock=bool(devices))
-        start, moves = 0, []
-        for tensors, begin, nbytes in spans:
-            room = torch.from_numpy(buffer[start : start + nbytes])
-            start += _aligned(nbytes)
-            if tensors[0].is_cuda:
-                room.copy_(_bytes(tensors[0], begin, nbytes), non_blocking=self._unlock is not None)
-            else:
-                moves.append((room.data_ptr(), tensors[0].untyped_storage().data_ptr() + begin, nbytes))
-            for t in tensors:
-                offset = int(t.storage_offset()) - begin // t.itemsize
-                view = torch.empty(0, dtype=t.dtype).set_(room.untyped_storage(), offset, t.size(), t.stride())
-                copies[id(t)] = view
-        _move(moves)
-        for device in devices:
+        layouts = [_layout(leaf) for leaf in leaves]
+        if layouts != self._layouts:
+            self._arrange([leaf.detach() for leaf in leaves])
+            self._layouts = layouts
+        for room, source in self._moves:
+            if source.is_cuda:
+                room.copy_(source, non_blocking=self._unlock is not None)
+        _move([(room, source) for room, source in self._moves if not source.is_cuda])
+        for device in {source.device for _, source in self._moves if source.is_cuda}:
             torch.cuda.current_stream(device).synchronize()
-        return _map(tree, "", lambda leaf: copies[id(leaf)])
+        copies = iter(self._copies)
+        return _map(tree, "", lambda leaf: next(copies))
+
+    def _arrange(self, leaves: list[torch.Tensor]) -> None:
+        """Give each tensor its place in the buffer."""
+        copies, moves = list(leaves), []
+        shared: dict[tuple[torch.device, int], list[int]] = {}
+        for index, leaf in enumerate(leaves):
+            if _is_plain(leaf):
+                shared.setdefault((leaf.device, leaf.untyped_storage().data_ptr()), []).append(index)
+            else:
+                copies[index] = leaf.resolve_conj().resolve_neg().to("cpu", copy=True)
+        spans = [(indices, *_span([leaves[index] for index in indices])) for indices in shared.values()]
+        rooms = [-(-nbytes // _ALIGN) * _ALIGN for _, _, nbytes in spans]
+        buffer, start = self._reserve(sum(rooms), any(leaf.is_cuda for leaf in leaves)), 0
+        for (indices, begin, nbytes), size in zip(spans, rooms):
+            room, storage = torch.from_numpy(buffer[start : start + nbytes]), leaves[indices[0]].untyped_storage()
+            source = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, begin, (nbytes,), (1,))
+            moves.append((room, source))
+            for index in indices:
+                t = leaves[index]
+                offset = int(t.storage_offset()) - begin // t.itemsize
+                empty = torch.empty(0, dtype=t.dtype)
+                copies[index] = empty.set_(room.untyped_storage(), offset, t.size(), t.stride())
+            start += size
+        self._copies, self._moves = copies, moves
 
     def release(self) -> None:
         """Give the buffer back. Trees that :meth:`take` returned stay valid."""
         if self._unlock is not None:
             self._unlock()
         self._buffer = self._unlock = None
+        self._layouts, self._copies, self._moves = [], [], []
 
     def _reserve(self, nbytes: int, lock: bool) -> np.ndarray:
         if self._buffer is None or self._buffer.nbytes < nbytes or (lock and self._unlock is None):
@@ -100,16 +115,13 @@ def _span(tensors: list[torch.Tensor]) -> tuple[int, int]:
     return begin, max(map(sum, zip(begins, extents))) - begin
 
 
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // _ALIGN) * _ALIGN
-
-
-def _move(moves: list[tuple[int, int, int]]) -> None:
-    """Copy memory: (to, from, bytes) each, shared out over up to four threads.
+def _move(moves: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Copy memory of the host: (to, from) each, shared out over up to four threads.
 
     Hundreds of parallel copies by torch wait for its threads hundreds of times; this waits once.
     """
-    pieces = [(to + at, source + at, min(_PIECE, n - at)) for to, source, n in moves for at in range(0, n, _PIECE)]
+    places = [(room.data_ptr(), source.data_ptr(), room.nbytes) for room, source in moves]
+    pieces = [(to + at, source + at, min(_PIECE, n - at)) for to, source, n in places for at in range(0, n, _PIECE)]
     count = min(4, torch.get_num_threads())
 
     def work(share: list[tuple[int, int, int]]) -> None:
@@ -120,10 +132,12 @@ def _move(moves: list[tuple[int, int, int]]) -> None:
         list(pool.map(work, [pieces[k::count] for k in range(count)]))
 
 
-def _bytes(tensor: torch.Tensor, begin: int, nbytes: int) -> torch.Tensor:
-    """A stretch of a tensor's storage."""
-    empty = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-    return empty.set_(tensor.untyped_storage(), begin, (nbytes,), (1,))
+def _layout(tensor: torch.Tensor) -> object:
+    """What the arrangement depends on; something unlike any other where it can't be used again."""
+    if not _is_plain(tensor):
+        return object()
+    place = tensor.device, tensor.untyped_storage().data_ptr(), tensor.storage_offset()
+    return place, tensor.dtype, tensor.size(), tensor.stride()
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
