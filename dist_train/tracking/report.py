@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -75,13 +76,11 @@ def write_report(
     kept = {key: value for key, value in result.items() if not isinstance(value, dict | list)}
     for split, metrics in (result.get("metrics") or {}).items():
         kept |= {f"{split} {name}": text for name, text in _figures(metrics)}
-    panels = (
-        ["loss", *metric_names(rows), *(name for name in ASIDE if any(name in row for row in rows))] if rows else []
-    )
+    panels = ["loss", *metric_names(rows), *(name for name in ASIDE if any(name in row for row in rows))]
     body = [
         f'<section><div class="tiles">{_tiles(rows, {**result, **status})}</div></section>',
         _section("Error", _code(status.get("error"))),
-        _section("Curves", _panels(_image(_panel(rows, name), f"{name} over the steps") for name in panels)),
+        _section("Curves", _panels(_panel(rows, name) for name in panels if rows)),
         _section("The model that was kept", _table(("", ""), kept.items())),
         *(_picture(picture) for picture in pictures),
         _section("Starts and ends", _table(("time (UTC)", ""), _attempts(_text(root / "attempts.jsonl")))),
@@ -99,20 +98,20 @@ def write_comparison(roots: Sequence[str | os.PathLike[str]], path: str | os.Pat
     names = [root.resolve().name for root in paths]
     if len(set(names)) < len(names):
         names = [str(root) for root in paths]
-    every = [read_rows(root / "metrics.jsonl") for root in paths]
-    panels = ["loss", *dict.fromkeys(name for rows in every for name in metric_names(rows)), "lr"]
+    every = {name: read_rows(root / "metrics.jsonl") for name, root in zip(names, paths, strict=True)}
+    panels = ["loss", *dict.fromkeys(name for rows in every.values() for name in metric_names(rows)), "lr"]
     configs = [yaml.safe_load(_text(root / "config.yaml") or "{}") for root in paths]
     outcome = []
-    for name, root, rows in zip(names, paths, every, strict=True):
+    for name, root in zip(names, paths, strict=True):
         result = _json(root / "result.json")
-        metrics = result.get("metrics") or {}
-        step, time = result.get("step") or max((row["step"] for row in rows), default=0), result.get("seconds")
+        metrics, time = result.get("metrics") or {}, result.get("seconds")
+        step = result.get("step") or max((row["step"] for row in every[name]), default=0)
         figures = (", ".join(map(" ".join, _figures(metrics.get(split) or {}))) for split in ("val", "test"))
         spent = format_seconds(time) if time is not None else ""
         outcome.append((name, result.get("state", "not completed"), f"{step:,}", spent, *figures))
     body = [
         _section("Results", _table(("run", "state", "step", "time", "val", "test"), outcome)),
-        _section("Curves", _panels(_image(_overlay(every, names, name), f"{name} of all runs") for name in panels)),
+        _section("Curves", _panels(_overlay(every, name) for name in panels)),
         _section("Where the configs differ", _table(("key", *names), differences(configs)) or "nowhere"),
     ]
     return _write(Path(path), " / ".join(names), body)
@@ -157,26 +156,25 @@ def _tiles(rows: list[Row], known: dict[str, Any]) -> str:
     )
 
 
-def _panel(rows: list[Row], name: str) -> bytes:
+def _panel(rows: list[Row], name: str) -> str:
     figure = new_figure(4.4, 3.1)
     draw_panel(figure.subplots(), rows, name)
-    return render(figure, "svg")
+    return _image(render(figure, "svg"), f"{name} over the steps")
 
 
-def _overlay(every: Sequence[list[Row]], names: Sequence[str], metric: str) -> bytes:
+def _overlay(every: Mapping[str, list[Row]], metric: str) -> str:
     """One metric of all runs: val (the train rows where there is no val), a color a run."""
     figure = new_figure(5.2, 3.6)
     axis = figure.subplots()
-    for i, (rows, name) in enumerate(zip(every, names, strict=True)):
+    for color, (name, rows) in zip(itertools.cycle(RUN_COLORS), every.items(), strict=False):
         split = "val" if metric != "lr" and series(rows, "val", metric)[0] else "train"
         steps, values = series(rows, split, metric)
         if steps:
             label = plain(name).lstrip("_") + (f"  {values[-1]:.4g}" if metric != "lr" else "")
-            axis.plot(steps, values, color=RUN_COLORS[i % len(RUN_COLORS)], linewidth=1.6, label=label)
+            axis.plot(steps, values, color=color, linewidth=1.6, label=label)
+            axis.legend(frameon=False, fontsize=8.5)
     dress(axis, TITLES.get(metric, metric))
-    if axis.lines:
-        axis.legend(frameon=False, fontsize=8.5)
-    return render(figure, "svg")
+    return _image(render(figure, "svg"), f"{metric} of all runs")
 
 
 def _picture(picture: Picture) -> str:
