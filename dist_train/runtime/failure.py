@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import re
+import signal
 import socket
 import sys
 import sysconfig
@@ -179,6 +180,23 @@ def tell_crash(error: BaseException) -> None:
     """A crash of a process that has no peers to tell: the traceback, then the summary."""
     record = getattr(error, "dist_train_record", None) or describe(error, rank_of_this_process())
     tell(record, logs=record.get("logs", ""))
+
+
+def or_of_a_worker(error: BaseException, last: bool) -> BaseException:
+    """The error, or what torch has to say of a loader worker that was killed: it raises out of SIGCHLD's handler.
+
+    That may come later than what the main thread sees of it, and anywhere; where this is the process's `last` error, no more.
+    """
+    try:
+        if isinstance(error, ConnectionError | EOFError):
+            time.sleep(0.5)
+        if last:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    except RuntimeError as told:
+        return told
+    except ValueError:
+        pass  # not the main thread
+    return error
 
 
 def is_peer_failure(error: BaseException) -> bool:

@@ -118,7 +118,8 @@ class Peers:
             return
         if getattr(error, "dist_train_record", None) is not None:
             return
-        record = failure.describe(error, self.rank, self._samples_of(failure.standing(self.rank)))
+        samples = self._samples_of(failure.standing(self.rank))
+        record = failure.describe(failure.or_of_a_worker(error, self.may_exit), self.rank, samples)
         record["logs"] = self._logs(self.rank)
         micro = self.micro_batch_size
         if micro and here.phase in (place.FORWARD, place.BACKWARD) and failure.is_out_of_memory(record["error"]):

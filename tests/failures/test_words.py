@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import traceback
 from pathlib import Path
 from types import SimpleNamespace
@@ -166,3 +168,21 @@ def test_a_rank_is_named_once_when_it_has_been_slow_for_a_while() -> None:
     assert [rank for rank, _ in told if rank is not None] == [1]
     assert told[IN_A_ROW - 1][0] == 1
     assert "300 ms a step" in told[IN_A_ROW - 1][1]
+
+
+def test_a_killed_loader_worker_is_named_though_its_socket_is_missed_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    def handler(number: int, frame: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed.")
+
+    monkeypatch.setattr(Peers, "may_exit", True)
+    before = signal.signal(signal.SIGCHLD, handler)
+    threading.Timer(0.1, os.kill, [os.getpid(), signal.SIGCHLD]).start()
+    try:
+        Peers().raised(error := ConnectionResetError(104, "Connection reset by peer"))
+        told = error.dist_train_record["error"]  # type: ignore[attr-defined]
+        assert told == "RuntimeError: DataLoader worker (pid 5) is killed by signal: Killed."
+        Peers().raised(other := ValueError("of one's own"))
+        os.kill(os.getpid(), signal.SIGCHLD)  # nothing is raised any more
+        assert "one's own" in other.dist_train_record["error"]  # type: ignore[attr-defined]
+    finally:
+        signal.signal(signal.SIGCHLD, before)
