@@ -224,8 +224,7 @@ class Parts:
         asked = isinstance(self.config.scheduler, dict) and self.config.scheduler.get("horizon")
         if not asked and horizon not in (None, self.horizon):
             self.horizon = horizon
-            for name in ("optimizer", "schedule"):  # a schedule leaves its traces in the optimizer
-                del self.__dict__[name]
+            del self.optimizer, self.schedule  # a schedule leaves its traces in the optimizer
 
     @cached_property
     def ema(self) -> EMA | None:

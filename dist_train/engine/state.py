@@ -110,10 +110,10 @@ def restore(parts: Parts, found: Found, changed: Sequence[str], note: Callable[[
     _check_data(parts, found)
     load_weights(parts.model, found)
     parts.keep_horizon(found.meta["horizon"])
+    schedule = parts.schedule  # built before the optimizer's state comes back: it writes its first lr into the groups
+    _restore_optimizer(parts, found, changed, note)
     state = found.load("trainer")
     progress = Progress(**state["progress"])
-    _restore_optimizer(parts, found, changed, note)
-    schedule = parts.schedule
     if any(key.startswith(("optimizer", "scheduler", "transfer.freeze")) for key in changed):
         state.pop("schedule", None)
         if schedule is not None and not schedule.on_plateau:  # a new one is brought to where it would stand by now

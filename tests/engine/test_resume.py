@@ -71,9 +71,12 @@ def test_a_completed_run_prints_its_result_and_goes_on_when_it_is_to_be_longer(f
     assert "is completed" in again.stdout
     assert result(folder / "runs" / "longer") == before
     assert len((folder / "runs/longer/attempts.jsonl").read_text().splitlines()) == 2, "nothing was started"
-    run(folder, 1, *options, "trainer.duration=14step")
+    run(folder, 1, *options, "trainer.duration=14step", "trainer.log_every=1step")
     assert result(folder / "runs" / "longer")["step"] == 14
-    assert [row["step"] for row in rows(folder / "runs" / "longer", "train")] == [7, 10, 14]
+    logged = rows(folder / "runs" / "longer", "train")
+    assert [row["step"] for row in logged] == [7, 10, 11, 12, 13, 14]
+    rates = [0.003 * step / 51 for step in (11, 12, 13, 14)]
+    assert [row["lr"] for row in logged[2:]] == pytest.approx(rates), "the schedule of 10 steps goes on, in its warm-up"
 
 
 def test_a_changed_learning_rate_needs_consent_and_then_really_changes(folder: Path) -> None:
