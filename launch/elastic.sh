@@ -98,22 +98,25 @@ leaving=0
 trap 'leaving=1' INT TERM HUP USR1
 
 train_in() { # round N, until torchrun ends; it is asked to save and end where a further round has begun, or this host leaves
-    local round=$1 torchrun deadline=''
+    local round=$1 torchrun heard deadline=''
     shift
     rm -rf "$scratch/log"
     PET_LOG_DIR=$scratch/log RDZV_ENDPOINT=$(place "$round") "$here/torchrun.sh" "$@" </dev/null &
     torchrun=$!
+    heard=$SECONDS
     while kill -0 "$torchrun" 2>/dev/null; do
         touch -c "$MEETINGS/$round"
-        if [ -n "$deadline" ]; then
-            # Behind a cut cable it would wait for ever. Its processes die with it.
-            [ "$SECONDS" -le "$deadline" ] || kill -KILL "$torchrun"
-        elif [ "$leaving" = 1 ] || [ "$(newest)" -gt "$round" ]; then
+        if here_is "$round" || answers "$round"; then heard=$SECONDS; fi
+        # Behind a cut cable torchrun waits for its store for ever, whatever it is told. Its processes die with it.
+        if [ $((SECONDS - heard)) -gt "$lost" ] || [ "$SECONDS" -gt "${deadline:-$SECONDS}" ]; then
+            say "round $round: ending what doesn't end by itself"
+            kill -KILL "$torchrun"
+        elif [ -z "$deadline" ] && { [ "$leaving" = 1 ] || [ "$(newest)" -gt "$round" ]; }; then
             say "leaving round $round$([ "$leaving" = 1 ] || echo " for round $(newest)")"
             deadline=$((SECONDS + ${PET_SHUTDOWN_TIMEOUT:-300}))
             kill -TERM "$torchrun"
         fi
-        sleep 1 &
+        sleep 2 &
         wait $! # a trap ends it early
     done
     wait "$torchrun"

@@ -99,6 +99,12 @@ class Cluster(Hosts):
         print(f"{what}: {seconds:.0f} s")
         return seconds
 
+    def meeting(self) -> int:
+        """The host at which all meet now."""
+        rounds = self.place / ".meetings"
+        newest = max(int(name) for name in os.listdir(rounds) if name.isdigit())
+        return int((rounds / str(newest)).read_text()[1])
+
     def ends(self, i: int) -> int:
         """How often torchrun has ended on host i."""
         return (self.folder / f"output-{i}.txt").read_text().count(": again: ")
@@ -160,9 +166,7 @@ def test_a_host_that_crashes_is_left_behind_and_the_run_completes(cluster: Calla
 
 
 @pytest.mark.chaos
-def test_three_hosts_crash_join_leave_and_lose_their_cable_and_the_run_completes(
-    cluster: Callable[..., Cluster],
-) -> None:
+def test_three_hosts_crash_join_and_leave_and_the_run_completes(cluster: Callable[..., Cluster]) -> None:
     hosts = cluster(3)
     hosts.join(1, 2)
     hosts.until("two hosts start", 2)
@@ -172,22 +176,32 @@ def test_three_hosts_crash_join_leave_and_lose_their_cable_and_the_run_completes
     hosts.until("a host crashes", 2)
     hosts.join(3)
     hosts.until("it comes back", 3)
-    where = int((hosts.place / ".meetings" / max(os.listdir(hosts.place / ".meetings"))).read_text()[1])
+    where = hosts.meeting()
     hosts.crash(where)
     hosts.until("the host at which all meet crashes", 2)
     hosts.join(where)
     hosts.until("it comes back", 3)
-    ends = hosts.ends(3)
-    hosts.cut(3)
-    hosts.until("a cable is cut", 2)
-    wait_for("the host without a cable has given its round up", lambda: hosts.ends(3) > ends, 120)
-    hosts.heal(3)
-    hosts.until("it is plugged in", 3)
     hosts.jobs[2].terminate()
     assert hosts.jobs[2].wait(120) == 75, hosts.told()
     hosts.crashed.add(2)
     hosts.until("a host leaves", 2)
     hosts.finish(1, 3)
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("whose", ["another host's", "that of the host at which all meet"])
+def test_a_cable_is_cut_and_plugged_in_again_and_the_run_completes(cluster: Callable[..., Cluster], whose: str) -> None:
+    hosts = cluster(3)
+    hosts.join(1, 2, 3)
+    hosts.until("three hosts start", 3)
+    where = hosts.meeting() if "all meet" in whose else hosts.meeting() % 3 + 1
+    ends = hosts.ends(where)
+    hosts.cut(where)
+    hosts.until(f"a cable is cut, {whose}", 2)
+    wait_for("the host without a cable has given its round up", lambda: hosts.ends(where) > ends, 120)
+    hosts.heal(where)
+    hosts.until("it is plugged in", 3)
+    hosts.finish(1, 2, 3)
 
 
 @pytest.mark.chaos
@@ -214,6 +228,7 @@ def script(project: Path, *arguments: str, **env: str) -> subprocess.CompletedPr
     return subprocess.run(command, cwd=project, env=environ, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.chaos
 def test_a_crash_without_progress_is_tried_again_so_often_and_then_the_cause_is_told(project: Path) -> None:
     (project / "crash").touch()
     done = script(project, MAX_CRASHES="1")

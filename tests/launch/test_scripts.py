@@ -94,6 +94,7 @@ def test_two_nodes_by_torchrun_sh_meet_at_the_port_that_follows_from_the_jobs_na
     assert [line["world_size"] for line in starts(work)] == [2]
 
 
+@pytest.mark.chaos
 def test_a_node_that_joins_an_elastic_job_is_taken_in_and_the_run_goes_on(work: Path) -> None:
     env = {"NNODES": "1:2", "RDZV_ENDPOINT": f"127.0.0.1:{free_ports(1)}", "NPROC_PER_NODE": "1"}
     env["RDZV_CONF"] = "last_call_timeout=2"
@@ -151,6 +152,7 @@ def test_settings_of_accelerate_that_are_not_taken_are_refused_before_anything_i
     assert not (work / "runs").exists()
 
 
+@pytest.mark.chaos
 def test_accelerates_settings_for_two_machines_meet(work: Path) -> None:
     env = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)), "NPROC_PER_NODE": "1"}
     command = (ACCELERATE, "mlp.yaml", "trainer.duration=1ep")
