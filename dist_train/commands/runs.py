@@ -137,7 +137,7 @@ def _read(run: Storage) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def best_of(rows: Sequence[dict[str, Any]], config: dict[str, Any]) -> dict[str, Any] | None:
     """The best evaluation by the metric that decides which checkpoint is kept: its metric, value and step."""
-    from dist_train.engine.stopping import better_is_lower
+    from dist_train.config.names import better_is_lower
     from dist_train.tracking.curves import metric_names
 
     choice = str((config.get("checkpoint") or {}).get("keep_best") or "auto")

@@ -1,4 +1,4 @@
-"""A run's name from a template: `{time}`, `{job}` and any key of the config."""
+"""Names: of a run, from a template with `{time}`, `{job}` and any key of the config; and what a metric's name says of it."""
 
 from __future__ import annotations
 
@@ -28,3 +28,9 @@ def expand_name(template: str, config: Config, *, time: str, job: str) -> str:
         return re.sub(r"[^\w.=+-]+", "-", str(value)).strip("-.") or "none"
 
     return PLACEHOLDER.sub(fill, template)
+
+
+def better_is_lower(metric: str) -> bool:
+    """Whether less of a metric is better, judged by its name, as `mode: auto` does."""
+    name = metric.rsplit("/", 1)[-1].lower()
+    return any(part in name for part in ("loss", "error", "mae", "mse", "perplexity", "nll"))

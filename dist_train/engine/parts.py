@@ -12,6 +12,7 @@ from torch import nn
 from dist_train.config.components import build, build_callable
 from dist_train.config.durations import Duration
 from dist_train.config.errors import ConfigError
+from dist_train.config.names import better_is_lower
 from dist_train.data.augment import Augmentation
 from dist_train.data.loader import EvalLoader, TrainLoader, build_plan
 from dist_train.data.plan import Plan, smallest_part
@@ -27,7 +28,7 @@ from dist_train.engine.precision import Precision, resolve_precision
 from dist_train.engine.prepare import build_dataset, build_model, building, eval_loader, move_batch, reading_of
 from dist_train.engine.reduce import DataParallel, Reducer, SingleProcess
 from dist_train.engine.step import Stepper
-from dist_train.engine.stopping import StopWhen, better_is_lower, in_steps
+from dist_train.engine.stopping import StopWhen, in_steps
 from dist_train.engine.task import Supervised, Task
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from dist_train.config.durations import Duration
+from dist_train.config.names import better_is_lower
 from dist_train.runtime.control import EVALUATE, FINISH, LOG, SAVE, STOP, Source, watch_clock
 
 if TYPE_CHECKING:
@@ -67,12 +68,6 @@ def clocks(config: Config, seconds: Callable[[], float]) -> Iterator[Source]:
         if every is not None and every.is_time:
             first = (seconds() // every.value + 1) * every.value
             yield watch_clock(seconds, first, every.value, action, f"every {every}")
-
-
-def better_is_lower(metric: str) -> bool:
-    """Whether less of a metric is better, judged by its name, as `mode: auto` does."""
-    name = metric.rsplit("/", 1)[-1].lower()
-    return any(part in name for part in ("loss", "error", "mae", "mse", "perplexity", "nll"))
 
 
 class StopWhen:
