@@ -14,7 +14,7 @@ import torch
 from dist_train.checkpoint.hostcopy import HostCopy
 from dist_train.checkpoint.manifest import CheckpointError
 from dist_train.checkpoint.publish import OwnedStore, Writing
-from dist_train.checkpoint.store import CheckpointStore, Found, Row
+from dist_train.checkpoint.store import CheckpointStore, Found
 from dist_train.runtime.lease import Lease, LeaseLostError
 from dist_train.runtime.storage import Storage
 
@@ -65,7 +65,7 @@ class CheckpointManager:
         """The failure of the last save, if it was only logged."""
         self._swept = False
         self.published: int | None = None
-        """Step of the last checkpoint that this process published or went on from."""
+        """Step of the last checkpoint that this process published or found to go on from."""
 
     def assure_owner(self) -> None:
         """To be called before something is written that a successor writes too: a zombie's records must not mix in.
@@ -154,7 +154,9 @@ class CheckpointManager:
             NewerFormatError, StorageError.
         """
         self._sweep_once()
-        return self._store.newest()
+        found = self._store.newest()
+        self.published = found.step if found else None
+        return found
 
     def best(self) -> Found | None:
         """The best by ``keep_best`` that verifies; damaged ones are set aside. ``None`` if none has that metric."""
@@ -163,16 +165,6 @@ class CheckpointManager:
     def find(self, name: str) -> Found:
         """``last`` or ``step-N``, verified; raises as :meth:`CheckpointStore.find`. Any process may ask: it changes nothing."""
         return CheckpointStore(self._store.storage, self._log).find(name)
-
-    def resume_from(self, found: Found | None) -> None:
-        """Say which one the run goes on from (``None``: from none). What lies after it is kept, out of the way."""
-        self._sweep_once()
-        self._store.supersede(after=found.step if found else -1)
-        self.published = found.step if found else None
-
-    def verify_all(self) -> list[Row]:
-        """Every checkpoint with its state; changes nothing."""
-        return self._store.verify_all()
 
     def _sweep_once(self) -> None:
         if not self._swept:

@@ -95,10 +95,10 @@ class OwnedStore(CheckpointStore):
             self.storage.delete(f"{found.name}/{MANIFEST}")
             self.storage.delete(f"{found.name}/{found.manifest.attempt}")
 
-    def set_aside(self, step: int, kind: str, reason: str) -> str:
-        """Take a checkpoint out of the way for good, with all its bytes (``kind``: damaged, superseded)."""
+    def _set_aside(self, step: int, reason: str) -> str:
+        """Take a damaged checkpoint out of the way for good, with all its bytes."""
         taken = {name.removesuffix(".json") for name in self.asides()}
-        stem = f"{kind}-{step_name(step)}"
+        stem = f"damaged-{step_name(step)}"
         name = next(f"{stem}-{k}" for k in range(1, len(taken) + 2) if f"{stem}-{k}" not in taken)
         if isinstance(self.storage, LocalStorage):
             self.storage.rename(step_name(step), name)
@@ -108,13 +108,6 @@ class OwnedStore(CheckpointStore):
         record |= {"manifest_sha256": hashlib.sha256(raw).hexdigest(), "manifest": raw.decode("utf-8", "replace")}
         self.storage.write_atomic(f"{name}.json", json.dumps(record, indent=1).encode())
         return f"{name}.json"
-
-    def supersede(self, after: int) -> None:
-        """Set aside what lies after the step that a run goes on from, when it was told to go on from an older one."""
-        for step in self.steps():
-            if step > after and self.is_there(step):
-                name = self.set_aside(step, "superseded", f"the run goes on from step {after}")
-                self.log(f"{step_name(step)} lies after step {after}, from which the run goes on: kept as {name}")
 
     def sweep(self) -> None:
         """Delete what killed saves and deletions left behind, before the first save of a start."""
@@ -126,7 +119,7 @@ class OwnedStore(CheckpointStore):
             self._sweep_objects()
 
     def _meet_damage(self, step: int, error: DamagedError) -> None:
-        name = self.set_aside(step, "damaged", str(error))
+        name = self._set_aside(step, str(error))
         self.log(f"checkpoint {step_name(step)} is damaged ({error}): set aside as {name}")
 
     def _to_replace(self, step: int) -> Found | None:

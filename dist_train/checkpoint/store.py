@@ -2,8 +2,8 @@
 
 A checkpoint is ``step-00000200/`` with ``manifest.json`` and the files that it names. On a local disk one without a
 whole manifest is damage, since checkpoints come and go there by renames; under a URL it is the leftover of a save that
-was killed, since there the manifest is what publishes. What was set aside as ``damaged-step-*`` or
-``superseded-step-*`` (a directory, or a record in a file) is passed over.
+was killed, since there the manifest is what publishes. What was set aside as ``damaged-step-*`` (a
+directory, or a record in a file) is passed over.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from dist_train.runtime.storage import Storage
 T = TypeVar("T")
 
 _STEP = re.compile(r"step-(\d{8,})")
-_ASIDE = re.compile(r"(damaged|superseded)-step-\d{8,}-\d+(\.json)?")
+_ASIDE = re.compile(r"damaged-step-(\d{8,})-\d+(\.json)?")
 
 
 def step_name(step: int) -> str:
@@ -163,7 +163,7 @@ class CheckpointStore:
             NewerFormatError, StorageError.
         """
         found, damaged = self._first_whole(list(reversed(self.steps())))
-        damaged |= {name for name in self.asides() if name.startswith("damaged-")}
+        damaged |= set(self.asides())
         if found is None and damaged:
             raise CheckpointError(
                 f"no whole checkpoint is left in {self.storage.location} ({', '.join(sorted(damaged))}): put one back "
@@ -213,10 +213,7 @@ class CheckpointStore:
                 rows.append(Row(step, step_name(step), "damaged", str(error)))
             except NewerFormatError as error:
                 rows.append(Row(step, step_name(step), "newer", str(error)))
-        for name in self.asides():
-            kind, step_text = name.split("-")[0], name.split("-")[2]
-            rows.append(Row(int(step_text), name, "set aside", kind))
-        return rows
+        return rows + [Row(int(name.split("-")[2]), name, "set aside", "damaged") for name in self.asides()]
 
     def records(self, step: int) -> Iterator[dict[str, Any]]:
         """What was written about manifests of a step when they were set aside (under a URL)."""

@@ -13,7 +13,7 @@ def main(arguments: Sequence[str]) -> int:
     options = with_run(parser, arguments)
     if options.checkpoint is not None or options.overrides:
         parser.error("all checkpoints of a run are checked: --run DIR is all that verify takes")
-    from dist_train.checkpoint.manager import CheckpointManager
+    from dist_train.checkpoint.store import CheckpointStore
     from dist_train.config.errors import ConfigError
     from dist_train.runtime.storage import Storage
 
@@ -21,9 +21,9 @@ def main(arguments: Sequence[str]) -> int:
     if not storage.exists("checkpoints"):
         found = f"{storage.location} holds no checkpoints directory; expected a run's directory"
         raise ConfigError.single("--run", found)
-    rows = CheckpointManager(storage.sub("checkpoints")).verify_all()
+    rows = CheckpointStore(storage.sub("checkpoints")).verify_all()
     for row in rows:
         print(f"{row.name:<24} {row.state:<10} {row.reason}".rstrip())
-    bad = [row for row in rows if row.state in ("damaged", "newer") or row.name.startswith("damaged-")]
+    bad = [row for row in rows if row.state != "good"]
     print(f"{len(rows) - len(bad)} of {len(rows)} checkpoints are whole")
     return 1 if bad else 0

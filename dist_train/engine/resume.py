@@ -89,7 +89,6 @@ def find_checkpoint(world: World, decision: Decision, manager: CheckpointManager
             return find_at(decision.source).location
         found = manager.newest()
         assert found is not None  # `decide` has seen some; where none of them is whole, `newest` says so
-        manager.resume_from(found)
         return found.location
 
     return find_at(world.on_main(look))

@@ -55,7 +55,7 @@ def test_the_first_save_deletes_nothing_that_was_there_before_it_is_published(
     save(manager_at(storage, keep_last=3), 1, 2, 3)
     seen: list[list[int]] = []
     manager = manager_at(storage, keep_last=1, before_publish=lambda step: seen.append(steps(storage)))
-    manager.resume_from(manager.newest())
+    manager.newest()
     save(manager, 4)
     assert seen == [[1, 2, 3]]
     assert steps(storage) == [4]
@@ -71,32 +71,6 @@ def test_a_save_of_the_same_step_replaces_the_one_before(storage: Storage, manag
     assert found.metrics == {"f1": 0.5}
     assert len(storage.list()) == 2
     assert len(storage.walk("step-00000010")) == 3  # nothing of the first is left
-
-
-def test_going_on_from_an_older_one_keeps_what_lies_after_it_out_of_the_way(
-    storage: Storage, manager_at: Make, lines: list[str]
-) -> None:
-    save(manager_at(storage, keep_last=3), 10, 20, 30)
-    manager = manager_at(storage, keep_last=3)
-    manager.resume_from(manager.find("step-10"))
-    assert [line for line in lines if "step-00000030 lies after step 10" in line]
-    assert_whole(manager_at(storage).newest(), 10)
-    save(manager, 20)
-    assert steps(storage) == [10, 20]
-    kept = storage.walk()
-    manager_at(storage).newest()  # a sweep
-    assert storage.walk() == kept
-    for_ever = [row for row in CheckpointStore(storage).verify_all() if row.state == "set aside"]
-    assert [(row.step, row.reason) for row in for_ever] == [(20, "superseded"), (30, "superseded")]
-
-
-def test_resume_never_starts_beside_what_is_there(storage: Storage, manager_at: Make) -> None:
-    save(manager_at(storage), 10)
-    manager = manager_at(storage)
-    manager.resume_from(None)
-    assert manager_at(storage).newest() is None
-    save(manager, 10)
-    assert_whole(manager_at(storage).newest(), 10)
 
 
 def test_names_that_are_not_there_are_told_with_those_that_are(storage: Storage, manager_at: Make) -> None:
