@@ -16,6 +16,7 @@ from checkpoint_states import assert_whole, save
 from dist_train.checkpoint.manager import CheckpointManager
 from dist_train.checkpoint.manifest import MANIFEST, CheckpointError, DamagedError, NewerFormatError
 from dist_train.checkpoint.store import CheckpointStore, find_at
+from dist_train.main import main
 from dist_train.runtime.storage import Storage, StorageError
 
 Make = Callable[..., CheckpointManager]
@@ -230,3 +231,18 @@ def test_a_wrong_part_is_named_with_those_that_are_there(tmp_path: Path, manager
     save(manager, NEW)
     with pytest.raises(CheckpointError, match=r"has no part 'ema'; it has model, optimizer"):
         manager.find("last").load("ema")
+
+
+def test_verify_prints_a_line_for_each_and_fails_where_one_is_damaged(
+    tmp_path: Path, manager_at: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    storage = Storage(tmp_path / "checkpoints")
+    save(manager_at(storage), OLD, NEW)
+    assert main(["verify", "--run", str(tmp_path)]) == 0
+    flip(storage, path_of(storage, NEW, "optimizer.pt"), b"")
+    capsys.readouterr()
+    assert main(["verify", "--run", str(tmp_path)]) == 1
+    old, new, total = capsys.readouterr().out.splitlines()
+    assert old.split() == ["step-00000010", "good"]
+    assert new.startswith("step-00000020            damaged    optimizer.pt: its sha256 is ")
+    assert total == "1 of 2 checkpoints are whole"
