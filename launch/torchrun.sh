@@ -4,6 +4,7 @@
 #   launch/torchrun.sh configs/digits.yaml [key.path=value ...]         one node; a process a GPU, without GPUs two
 #   NNODES=2 RDZV_ENDPOINT=node1 launch/torchrun.sh configs/digits.yaml     the same line on each of two nodes
 #   NNODES=1:4 RDZV_ENDPOINT=node1 launch/torchrun.sh configs/digits.yaml   elastic: goes on while one to four nodes come and go
+#                                                                       (all but node1; launch/elastic.sh survives its loss as well)
 #
 #   NPROC_PER_NODE   processes on this node (default: its GPUs, else 2)
 #   RDZV_ENDPOINT    host[:port] of the node that all others meet at; RDZV_ID tells jobs apart, and gives the port if none is named
@@ -50,7 +51,7 @@ else
     restarts=0
     if [[ $NNODES == *:* ]]; then
         restarts=3
-        # In torch up to 2.15 a node that joins later waits for an address that nobody publishes again, and after 60 s everybody dies.
+        # In all versions of torch up to 2.15 a node that joins later waits for an address that nobody publishes again, and after 60 s everybody dies.
         # Without the shared store it works; where that is cured, this does no harm.
         export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}
     fi
