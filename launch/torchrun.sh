@@ -51,7 +51,7 @@ else
     restarts=0
     if [[ $NNODES == *:* ]]; then
         restarts=3
-        # In all versions of torch up to 2.15 a node that joins later waits for an address that nobody publishes again, and after 60 s everybody dies.
+        # In torch 2.15, the newest so far, a node that joins later waits for an address that nobody publishes again: after 60 s all die.
         # Without the shared store it works; where that is cured, this does no harm.
         export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}
     fi
