@@ -170,9 +170,7 @@ class OwnedStore(CheckpointStore):
         name, replaced = step_name(writing.step), None
         self.check()
         writing.sent = True
-        created = self.storage.create_exclusive(f"{name}/{MANIFEST}", body)
-        # It may be this very one: clients' libraries ask again by themselves when an answer is lost.
-        if not created and not self._has_manifest(name, body):
+        if not self.storage.create_exclusive(f"{name}/{MANIFEST}", body):
             replaced = self._to_replace(writing.step)
             self.check()
             self.storage.write_atomic(f"{name}/{MANIFEST}", body)

@@ -137,7 +137,10 @@ class RunDir(Mirror):
         claims = self.storage.sub("trace/.attempts")
         claims.makedirs()
         number = len(claims.list())
-        while not claims.create_exclusive(str(number), f"{socket.gethostname()} {os.getpid()}\n".encode()):
+        mine = (
+            f"{socket.gethostname()} {os.getpid()} {secrets.token_hex(8)}\n".encode()
+        )  # containers share names and pids
+        while not claims.create_exclusive(str(number), mine):
             number += 1
         return number
 

@@ -145,17 +145,17 @@ class Storage:
         self._retry("write", name, lambda: self._put(name, data))
 
     def create_exclusive(self, name: str, data: bytes) -> bool:
-        """Create a file with all its bytes. ``False`` if it is there already: of many that try, one gets ``True``."""
-        tried = False
+        """Create a file with all its bytes; of many that try, one gets ``True``.
+
+        ``False`` if it is there already with other bytes: a client's library tries again by itself when an answer is lost,
+        and finds what it has written. So ``data`` must be the caller's own.
+        """
 
         def action() -> bool:
-            nonlocal tried
             try:
-                again, tried = tried, True
                 self._create(name, data)
             except FileExistsError:
-                # A try that timed out may have reached the store all the same.
-                return again and self._read(name) == data
+                return self._read(name) == data
             return True
 
         return self._retry("create", name, action)

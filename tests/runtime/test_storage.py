@@ -90,7 +90,15 @@ def test_a_creation_whose_answer_was_lost_is_recognised(tmp_path: Path, monkeypa
     monkeypatch.setattr(storage, "_create", create)
     assert storage.create_exclusive("a", b"mine")
     assert len(tries) == 2
-    assert not storage.create_exclusive("a", b"mine")  # a second start, even one that writes the same
+    assert not storage.create_exclusive("a", b"another's")
+
+
+def test_a_creation_that_the_clients_library_sent_twice_is_ones_own(storage: Storage) -> None:
+    """botocore and gcsfs ask again by themselves when an answer is lost, and hear that it is there already."""
+    storage.makedirs()
+    storage._create("lease", b"mine")
+    assert storage.create_exclusive("lease", b"mine")
+    assert not storage.create_exclusive("lease", b"another's")
 
 
 def test_lines_are_appended_and_a_torn_one_stays_alone(storage: Storage) -> None:
