@@ -75,8 +75,8 @@ SLOTS: dict[str, Slot] = {
         ("every", "metric", "horizon"),
     ),
     "callbacks": Slot(
-        "a callback, with on_... hooks (dist_train.callbacks.Callback)",
-        lambda kind: any(name.startswith("on_") for name in dir(kind)),
+        "a callback, a subclass of dist_train.callbacks.Callback or one with all of its methods",
+        _has("on_start", "on_step_end", "on_epoch_end", "on_evaluation_end", "on_end", "state_dict", "load_state_dict"),
     ),
 }
 

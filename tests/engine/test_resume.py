@@ -108,13 +108,24 @@ def test_a_changed_learning_rate_needs_consent_and_then_really_changes(folder: P
 
 
 def test_what_the_data_order_depends_on_is_refused(folder: Path) -> None:
-    for change in ("data.global_batch_size=40", "seed=5", "data.drop_last=true"):
-        done = run(
-            folder, 1, "--config", "full.yaml", "run.name=whole1", change, "checkpoint.accept_changes=true", expect=2
-        )
+    changes = ("data.global_batch_size=40", "seed=5", "data.drop_last=true")
+    whole = ("--config", "full.yaml", "run.name=whole1")
+    done = run(folder, 1, *whole, *changes, "checkpoint.accept_changes=true", expect=2)
+    for change in changes:
         assert change.split("=")[0] in done.stderr
 
 
 def test_never_resuming_an_existing_run_is_refused(folder: Path) -> None:
     done = run(folder, 1, "--config", "full.yaml", "run.name=whole1", "checkpoint.resume=never", expect=2)
     assert "checkpoint.resume" in done.stderr
+
+
+def test_a_run_can_begin_from_a_checkpoint_of_another_one(folder: Path) -> None:
+    whole = folder / "runs" / "whole1"
+    before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+    earlier = min((whole / "checkpoints").glob("step-*"))
+    assert earlier.name < "step-00000040"
+    done = run(folder, 1, "--config", "full.yaml", "run.name=branch", f"checkpoint.resume={earlier}")
+    assert f"from step {int(earlier.name[5:])}" in done.stdout
+    assert same_state_dicts(folder / "runs" / "branch" / "model.pt", whole / "model.pt")
+    assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == before

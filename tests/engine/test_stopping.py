@@ -15,6 +15,7 @@ from runs import CONFIGS, result, rows, run, same_state_dicts, start, traced
 # An epoch of 19 steps with a slow sample reader, so that a stop meets training in the middle.
 SLOW = """
 import time
+from dist_train.callbacks import Callback
 from dist_train.data import Digits
 
 class Slow(Digits):
@@ -23,6 +24,11 @@ class Slow(Digits):
     def __getitem__(self, index):
         time.sleep(0.0005)
         return super().__getitem__(index)
+
+class Stuck(Callback):
+    def on_step_end(self, trainer):
+        if trainer.step == 5:
+            time.sleep(600)
 """
 CONFIG = f"""
 extends: {CONFIGS / "digits.yaml"}
@@ -100,12 +106,25 @@ def test_one_process_leaves_with_75_and_a_file_SAVE_only_saves(folder: Path) -> 
     assert process.poll() is None, "SAVE ended the run"
     saved = list((place / "checkpoints").glob("step-*"))
     assert len(saved) == 1
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGHUP)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 75, out + err
-    assert "SIGINT" in out
+    assert "SIGHUP" in out
     attempts = [json.loads(line) for line in (place / "attempts.jsonl").read_text().splitlines()]
     assert [(a["event"], a.get("state")) for a in attempts] == [("start", None), ("end", "preempted")]
+
+
+def test_a_second_ctrl_c_ends_a_process_that_is_stuck_in_a_step(folder: Path) -> None:
+    place = folder / "runs" / "stuck"
+    process = start(folder, 1, "--config", "slow.yaml", "run.name=stuck", "callbacks=[{_target_: slow.Stuck}]")
+    wait_for_step(place, 5)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1.5)
+    assert process.poll() is None, "the first one waits for the step, to save it"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 130, out + err
 
 
 def test_a_duration_in_time_ends_a_run_and_counts_over_its_starts(folder: Path) -> None:

@@ -169,13 +169,14 @@ def test_batchnorm_over_one_sample_is_refused_with_sizes_that_work(tmp_path: Pat
 
 def test_train_from_python_takes_live_objects(tmp_path: Path) -> None:
     script = """
-import sys, torch, dist_train
+import signal, sys, torch, dist_train
 data = torch.utils.data.TensorDataset(torch.randn(40, 3), torch.randn(40, 1))
 result = dist_train.train({
     "data": {"train": data, "global_batch_size": 8}, "model": torch.nn.Linear(3, 1), "loss": torch.nn.MSELoss(),
     "optimizer": {"_target_": torch.optim.SGD, "lr": 0.01}, "trainer": {"duration": "2ep"}, "run": {"name": "live"},
 })
 assert result["state"] == "completed" and result["step"] == 10, result
+assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "a notebook's Ctrl-C works again"
 """
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120
