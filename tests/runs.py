@@ -97,6 +97,13 @@ def traced(folder: Path) -> dict[int, set[int]]:
     return steps
 
 
+def uploads_below(storage: Any) -> list[str]:
+    """Keys of the multipart uploads that were begun below a `Storage` on S3 and neither completed nor aborted."""
+    bucket, _, prefix = storage.location.removeprefix("s3://").partition("/")
+    begun = [upload["Key"] for upload in storage.fs.list_multipart_uploads(bucket)]
+    return [key for key in begun if key.startswith(prefix.rstrip("/") + "/")]
+
+
 def same_state_dicts(one: Path, other: Path) -> bool:
     """Whether two files hold the same names, dtypes and bits."""
     import torch

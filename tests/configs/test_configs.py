@@ -247,7 +247,7 @@ def train_here(folder: Path, *overrides: str, config: Path = CONFIGS / "digits.y
         ("model_init=[{match: '*', _target_: torch.nn.init.eye_}]", "model_init.0: it can't fill features.0.weight"),
         (
             "transfer.append={at: features, name: x, module: {_target_: torch.nn.Linear, in_features: -1, out_features: 2}}",
-            "transfer.append.module: could not be built: Trying to create tensor with negative dimension",
+            "transfer.append.module: could not be built: RuntimeError: Trying to create tensor with negative dimension",
         ),
     ],
 )
