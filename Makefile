@@ -29,7 +29,7 @@ train: install  ## train CONFIG (configs/digits.yaml) on NPROC processes (a GPU 
 
 # Several files at a time: many tests wait for processes to start or to be killed. TESTERS=0 is one after another.
 test-cpu: install  ## all tests that need neither a GPU nor a network; ARGS='tests/config -k duration' TESTERS=0
-	CUDA_VISIBLE_DEVICES= PYTHONHASHSEED=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TESTERS) --dist loadfile -m "not chaos" $(or $(ARGS),tests)
+	CUDA_VISIBLE_DEVICES= PYTHONHASHSEED=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TESTERS) --dist loadfile --no-loadscope-reorder -m "not chaos" $(or $(ARGS),tests)
 
 lint: install  ## ruff (style and format) and mypy
 	$(BIN)/ruff check .

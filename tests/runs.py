@@ -7,8 +7,12 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
@@ -62,6 +66,29 @@ def run(
     return done
 
 
+F1 = "metrics=[{_target_: torchmetrics.classification.MulticlassF1Score, num_classes: 10}, accuracy]"
+SEVERAL = """
+import json, sys
+
+from dist_train.commands.train import train
+
+if __name__ == "__main__":
+    for path, *overrides in json.loads(sys.argv[1]):
+        train(path, *overrides)
+"""
+
+
+def run_several(folder: Path, processes: int, jobs: list[list[str]], timeout: float = 400) -> None:
+    """Trainings of [config, override, ...] one after another in the same processes: starting these is what costs."""
+    (folder / "several.py").write_text(SEVERAL)
+    launcher = command(processes)[:-2]  # all before `-m dist_train.main`
+    done = subprocess.run(
+        [*launcher, "several.py", json.dumps(jobs)],
+        cwd=folder, env=environment(), timeout=timeout, text=True, capture_output=True, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+
+
 def rows(folder: Path, split: str | None = None, clock: bool = False) -> list[dict[str, Any]]:
     """The records of a run, without what the clock says."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -95,6 +122,19 @@ def traced(folder: Path) -> dict[int, set[int]]:
             assert len(indices) == len(set(indices)), f"attempt {attempt}, step {step}: a sample on two ranks"
             steps[step] = set(indices)
     return steps
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that `make` fills once for all processes of pytest-xdist; for fixtures that no test changes."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(f"{folder}.lock"):
+        done = folder.with_name(f"{name}.done")
+        if not done.exists():
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
 
 
 def uploads_below(storage: Any) -> list[str]:

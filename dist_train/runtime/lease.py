@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import socket
 import threading
 import time
@@ -63,6 +64,7 @@ class Lease:
         storage.makedirs()
         record: dict[str, Any] = {"host": socket.gethostname(), "machine": machine(), "pid": os.getpid()}
         record |= {"started": started(os.getpid()), "interval": interval, "renewals": 0, "released": False}
+        record["nonce"] = secrets.token_hex(8)  # no two owners write the same
         while True:
             numbers = _numbers(storage)
             if numbers:

@@ -9,12 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import CONFIGS, environment
+from runs import CONFIGS, F1, environment, made_once
 
 from dist_train import train
 
 QUICK = ["tracking.tensorboard=false", "trainer.log_every=20step"]
-F1 = "metrics=[{_target_: torchmetrics.classification.MulticlassF1Score, num_classes: 10}, accuracy]"
 # Starting costs seconds, so the commands that several processes are to carry out follow each other in one start.
 COMMANDS = """
 import json, sys
@@ -42,26 +41,30 @@ class Mute(Supervised):
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Digits by an MLP, with an average of its weights; evaluated in cuts of 50, so that three processes share them."""
-    folder = tmp_path_factory.mktemp("digits") / "runs"
     overrides = ["trainer.duration=3ep", "trainer.ema_decay=0.9", "data.eval_batch_size=50", *QUICK]
-    train(str(CONFIGS / "digits_mlp.yaml"), f"run.dir={folder}", *overrides)
-    return folder / "digits_mlp"
+
+    def make(folder: Path) -> None:
+        train(str(CONFIGS / "digits_mlp.yaml"), f"run.dir={folder}", *overrides)
+
+    return made_once(tmp_path_factory, "digits", make) / "digits_mlp"
 
 
 @pytest.fixture(scope="session")
 def together(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two and three processes make of the digits run: a folder for each, `2` and `3`, with what they printed."""
-    folder = tmp_path_factory.mktemp("together")
-    (folder / "commands.py").write_text(COMMANDS)
-    shutil.copytree(digits, folder / "2" / "copy")
-    (folder / "2" / "copy" / "report.html").unlink()
-    (folder / "2" / "mute.py").write_text(MUTE)
-    mute = ["--config", str(CONFIGS / "digits_mlp.yaml"), "trainer.duration=5step", "task._target_=mute.Mute"]
-    mute += ["data.eval_batch_size=50", "tracking.tensorboard=false", "run.name=mute"]
-    evaluate, predict = ["evaluate", str(digits), "--output"], ["predict", str(digits), "--output", "out.csv"]
-    run_commands(folder, 2, [predict, ["report", "copy"], mute])
-    run_commands(folder, 3, [predict, [*evaluate, "out.json"], [*evaluate, "f1.json", F1]])
-    return folder
+
+    def make(folder: Path) -> None:
+        (folder / "commands.py").write_text(COMMANDS)
+        shutil.copytree(digits, folder / "2" / "copy")
+        (folder / "2" / "copy" / "report.html").unlink()
+        (folder / "2" / "mute.py").write_text(MUTE)
+        mute = ["--config", str(CONFIGS / "digits_mlp.yaml"), "trainer.duration=5step", "task._target_=mute.Mute"]
+        mute += ["data.eval_batch_size=50", "tracking.tensorboard=false", "run.name=mute"]
+        evaluate, predict = ["evaluate", str(digits), "--output"], ["predict", str(digits), "--output", "out.csv"]
+        run_commands(folder, 2, [predict, ["report", "copy"], mute])
+        run_commands(folder, 3, [predict, [*evaluate, "out.json"], [*evaluate, "f1.json", F1]])
+
+    return made_once(tmp_path_factory, "together", make)
 
 
 def run_commands(folder: Path, processes: int, commands: list[list[str]]) -> None:

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import F1
-from runs import result
+from runs import F1, result
 
 from dist_train.main import main
 

@@ -6,7 +6,6 @@ Data that needs a network is replaced by small files in the true formats (see sm
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from typing import Any
 import pytest
 import small_data
 import torch
-from runs import CONFIGS, ROOT, environment, result, rows, run, traced
+from runs import CONFIGS, ROOT, environment, result, rows, run, run_several, traced
 
 from dist_train.commands.train import train
 from dist_train.config.errors import ConfigError
@@ -78,14 +77,8 @@ def trained(folder: Path) -> Iterator[Trained]:
         run(folder, 1, "--config", *arguments(name, 1), timeout=400)
 
     def two() -> None:
-        jobs = json.dumps([arguments(name, 2) for name in NAMES])
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "several.py"]
-        subprocess.run([*torchrun, jobs], cwd=folder, env=environment(), check=True, timeout=500)
+        run_several(folder, 2, [arguments(name, 2) for name in NAMES], timeout=500)
 
-    (folder / "several.py").write_text(
-        "import json, sys\n\nfrom dist_train.commands.train import train\n\n"
-        "for path, *overrides in json.loads(sys.argv[1]):\n    train(path, *overrides)\n"
-    )
     with ThreadPoolExecutor(2) as pool:
         pair = pool.submit(two)
         single = {name: pool.submit(one, name) for name in NAMES}

@@ -86,7 +86,8 @@ def test_signals_to_the_group_kill_no_worker_even_while_it_starts_and_leaving_wi
 ) -> None:
     code, text = storm(method, "read")  # whose end would otherwise be waited for without end
     assert code == 0, text
-    (pid,) = (int(word) for word in text.splitlines()[-1].removeprefix("WORKERS ").split())
+    (told,) = (line for line in text.splitlines() if line.startswith("WORKERS "))
+    pid = int(told.removeprefix("WORKERS "))
     assert gone(pid, within=5)
 
 

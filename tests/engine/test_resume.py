@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from runs import CONFIGS, result, rows, run, same_state_dicts, traced
+from runs import CONFIGS, result, rows, run, run_several, same_state_dicts, traced
 
 FULL = f"""
 extends: {CONFIGS / "digits.yaml"}
@@ -18,34 +18,33 @@ tracking: {{tensorboard: false, report: false}}
 """
 
 
+CASES = [(1, 2, "spawn"), (2, 2, "fork"), (3, 0, "auto"), (1, 0, "auto")]
+
+
+def options(processes: int, workers: int, method: str) -> list[str]:
+    """Config and overrides of a run that is stopped and continued."""
+    workers_are = [f"data.num_workers={workers}", f"data.worker_start_method={method}"]
+    return ["full.yaml", f"run.name=stopped{processes}-{workers}", *workers_are]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Uninterrupted runs on 1, 2 and 3 processes, without workers: `whole1` and so on."""
+    """Uninterrupted runs on 1, 2 and 3 processes, without workers: `whole1` and so on; and those that were stopped."""
     folder = tmp_path_factory.mktemp("resume")
     (folder / "full.yaml").write_text(FULL)
     for processes in (1, 2, 3):
-        run(folder, processes, "--config", "full.yaml", f"run.name=whole{processes}", "data.num_workers=0")
+        stopped = [[*options(*case), "trainer.stop_at=17step"] for case in CASES if case[0] == processes]
+        run_several(folder, processes, [["full.yaml", f"run.name=whole{processes}", "data.num_workers=0"], *stopped])
     return folder
 
 
-@pytest.mark.parametrize(
-    ("processes", "workers", "method"), [(1, 2, "spawn"), (2, 2, "fork"), (3, 0, "auto"), (1, 0, "auto")]
-)
+@pytest.mark.parametrize(("processes", "workers", "method"), CASES)
 def test_stopped_and_continued_equals_never_stopped(folder: Path, processes: int, workers: int, method: str) -> None:
     """With augmentation, dropout, BatchNorm, Adam, EMA, clipping, a cosine; on three processes DDP's buckets would show."""
-    name = f"stopped{processes}-{workers}"
-    options = (
-        "--config",
-        "full.yaml",
-        f"run.name={name}",
-        f"data.num_workers={workers}",
-        f"data.worker_start_method={method}",
-    )
-    run(folder, processes, *options, "trainer.stop_at=17step", expect=75 if processes == 1 else 0)
-    stopped = folder / "runs" / name
+    stopped = folder / "runs" / f"stopped{processes}-{workers}"
     assert json.loads((stopped / "status.json").read_text())["state"] == "preempted"
     assert not (stopped / "model.pt").exists()
-    done = run(folder, processes, *options)
+    done = run(folder, processes, "--config", *options(processes, workers, method))
     assert "going on from step 17" in " ".join(done.stdout.split())
     whole = folder / "runs" / f"whole{processes}"
     assert result(stopped) == {**result(whole)}
@@ -64,14 +63,14 @@ def test_the_comparison_fails_for_another_seed(folder: Path) -> None:
 
 
 def test_a_completed_run_prints_its_result_and_goes_on_when_it_is_to_be_longer(folder: Path) -> None:
-    options = ("--config", "full.yaml", "run.name=longer", "debug.trace_samples=false")
-    run(folder, 1, *options, "trainer.duration=10step")
+    same = ("--config", "full.yaml", "run.name=longer", "debug.trace_samples=false")
+    run(folder, 1, *same, "trainer.duration=10step")
     before = result(folder / "runs" / "longer")
-    again = run(folder, 1, *options, "trainer.duration=10step")
+    again = run(folder, 1, *same, "trainer.duration=10step")
     assert "is completed" in again.stdout
     assert result(folder / "runs" / "longer") == before
     assert len((folder / "runs/longer/attempts.jsonl").read_text().splitlines()) == 2, "nothing was started"
-    run(folder, 1, *options, "trainer.duration=14step", "trainer.log_every=1step")
+    run(folder, 1, *same, "trainer.duration=14step", "trainer.log_every=1step")
     assert result(folder / "runs" / "longer")["step"] == 14
     logged = rows(folder / "runs" / "longer", "train")
     assert [row["step"] for row in logged] == [7, 10, 11, 12, 13, 14]
@@ -80,15 +79,15 @@ def test_a_completed_run_prints_its_result_and_goes_on_when_it_is_to_be_longer(f
 
 
 def test_a_changed_learning_rate_needs_consent_and_then_really_changes(folder: Path) -> None:
-    options = ("--config", "full.yaml", "run.name=changed", "debug.trace_samples=false")
-    run(folder, 1, *options, "trainer.stop_at=10step", expect=75)
+    same = ("--config", "full.yaml", "run.name=changed", "debug.trace_samples=false")
+    run(folder, 1, *same, "trainer.stop_at=10step", expect=75)
     place = folder / "runs" / "changed"
     before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
-    refused = run(folder, 1, *options, "optimizer.lr=0.006", expect=2)
+    refused = run(folder, 1, *same, "optimizer.lr=0.006", expect=2)
     for part in ("optimizer.lr", "0.003", "0.006", "run.name", "checkpoint.accept_changes=true"):
         assert part in refused.stderr
     assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == before, "something was written"
-    run(folder, 1, *options, "trainer.duration=11step", "trainer.log_every=1step", "run.name=changed", "optimizer.lr=0.006",
+    run(folder, 1, *same, "trainer.duration=11step", "trainer.log_every=1step", "run.name=changed", "optimizer.lr=0.006",
         "checkpoint.accept_changes=true")  # fmt: skip
     run(
         folder,
@@ -103,7 +102,7 @@ def test_a_changed_learning_rate_needs_consent_and_then_really_changes(folder: P
     changed, straight = rows(place, "train")[-1], rows(folder / "runs" / "straight", "train")[-1]
     assert changed["step"] == straight["step"] == 11
     assert changed["lr"] == pytest.approx(2 * straight["lr"], rel=1e-9)
-    done = run(folder, 1, *options, "optimizer.lr=0.003", "trainer.duration=11step", expect=2)
+    done = run(folder, 1, *same, "optimizer.lr=0.003", "trainer.duration=11step", expect=2)
     assert "optimizer.lr" in done.stderr, "a finished run is asked for consent as well"
 
 

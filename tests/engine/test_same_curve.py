@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from runs import CONFIGS, result, rows, run, traced
+from runs import CONFIGS, result, rows, run_several, traced
 
 MLP = (
-    "--config",
     str(CONFIGS / "digits_mlp.yaml"),
     "trainer.duration=200step",
     "trainer.log_every=1step",
@@ -33,16 +32,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of 1, 2 and 3 processes, named by their number; in float64 too."""
     folder = tmp_path_factory.mktemp("curves")
     (folder / "float64.py").write_text(IN_FLOAT64)
+    double = [*MLP, "model={_target_: float64.Net}", "debug.trace_samples=false"]
     for processes in (1, 2, 3):
-        run(folder, processes, *MLP, f"run.name=single{processes}")
-        run(
-            folder,
-            processes,
-            *MLP,
-            f"run.name=double{processes}",
-            "model={_target_: float64.Net}",
-            "debug.trace_samples=false",
-        )
+        jobs = [[*MLP, f"run.name=single{processes}"], [*double, f"run.name=double{processes}"]]
+        run_several(folder, processes, jobs)
     return folder / "runs"
 
 
