@@ -20,6 +20,7 @@ from dist_train.main import COMMANDS
 
 PAGES = (
     "from-notebook-to-cluster",
+    "gallery",
     "your-own",
     "coming-from",
     "batch-size",
