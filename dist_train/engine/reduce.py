@@ -39,6 +39,21 @@ class Reducer(Protocol):
         """(loss sum, weight) of the step over all ranks and micro-batches: 0-dim tensors on the device."""
 
 
+class _Tell(torch.autograd.Function):
+    """`loss * factor`, whose backward also hands `told` to `report` as its gradient: no kernel more than the product."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, report: Tensor, told: Tensor, factor: float) -> Tensor:
+        ctx.save_for_backward(told)
+        ctx.factor = factor
+        return loss * factor
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (told,) = ctx.saved_tensors
+        return gradients[0] * ctx.factor, told, None, None
+
+
 class _Objective(nn.Module):
     """Model and task as one module, so that DDP sees the whole step as one forward.
 
@@ -59,15 +74,13 @@ class _Objective(nn.Module):
 
     def forward(self, batch: Any, scale: float, weightless: bool) -> Tensor:
         output = as_step_output(self.task[0].step(self.model, batch))
-        objective = output.loss * (0.0 if weightless else scale * self.world_size)
-        if self.scaler is not None:
-            objective = self.scaler.scale(objective)
+        loss = output.loss if self.scaler is None else self.scaler.scale(output.loss)
         if weightless:
-            return objective + (self.report * 0.0).sum()
+            return _Tell.apply(loss, self.report, torch.zeros_like(self.report), 0.0)
         # DDP divides by the world size: multiplied first, whole numbers come back whole.
         weight = torch.as_tensor(output.weight, dtype=self.report.dtype, device=self.report.device)
         told = torch.stack([weight, output.loss.detach().to(self.report.dtype)]) * self.world_size
-        return objective + (self.report * told).sum()
+        return _Tell.apply(loss, self.report, told, scale * self.world_size)
 
 
 class DataParallel:
