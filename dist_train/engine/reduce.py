@@ -150,7 +150,7 @@ class DataParallel:
         """See `Reducer`."""
         told = self.objective.report.grad
         assert told is not None
-        weight, loss = told.to(torch.float64, copy=True).unbind()  # the gradient itself is a view into a bucket
+        weight, loss = told.clone().unbind()  # the gradient itself is a view into a bucket
         self.objective.report.grad = None
         return loss, weight
 
