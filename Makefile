@@ -2,7 +2,7 @@
 PYTHON ?= python3
 CONFIG ?= configs/digits.yaml
 ARGS   ?=
-TESTERS ?= 3
+TESTERS ?= 4
 
 VENV := .venv
 BIN  := $(VENV)/bin
@@ -27,9 +27,10 @@ help:  ## this list
 train: install  ## train CONFIG (configs/digits.yaml) on NPROC processes (a GPU each, else 2); ARGS='optimizer.lr=0.05'
 	PET_LOCAL_ADDR=127.0.0.1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(THREADS)} $(BIN)/torchrun --standalone --nproc_per_node=$(NPROC) -m dist_train.main --config $(CONFIG) $(ARGS)
 
-# Several files at a time: many tests wait for processes to start or to be killed. TESTERS=0 is one after another.
+# Several files at a time, on any number of CPUs: many tests wait for processes to start or to be killed. TESTERS=0 is one after another.
+# Hundreds of processes import the package: compiled once, whatever the shell says of bytecode.
 test-cpu: install  ## all tests that need neither a GPU nor a network; ARGS='tests/config -k duration' TESTERS=0
-	CUDA_VISIBLE_DEVICES= PYTHONHASHSEED=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TESTERS) --dist loadfile --no-loadscope-reorder -m "not chaos" $(or $(ARGS),tests)
+	CUDA_VISIBLE_DEVICES= PYTHONHASHSEED=0 OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(TESTERS) --dist loadfile --no-loadscope-reorder -m "not chaos" $(or $(ARGS),tests)
 
 lint: install  ## ruff (style and format) and mypy
 	$(BIN)/ruff check .

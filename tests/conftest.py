@@ -14,7 +14,9 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a job in a script's background, whose children would all ignore it
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # a job in a script's background, whose children would all ignore it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from cable import Cable

@@ -63,6 +63,7 @@ def test_the_files_of_a_project_of_ones_own_run_as_they_stand(tmp_path: Path) ->
     assert result(tmp_path / "runs/autoencoder")["metrics"]["val"]["mse"] < 0.5
 
 
+@pytest.mark.chaos
 def test_the_sweep_runs_as_it_stands(tmp_path: Path) -> None:
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     out = "".join(shell(tmp_path, text) for name, text in blocks("sweeps", "sh") if name == "run")

@@ -66,7 +66,14 @@ def workers_of(process: subprocess.Popen[str]) -> list[int]:
     return [int(pid) for pid in listed]
 
 
-@pytest.mark.parametrize("way", ["TERM to torchrun", "USR1 to rank 1", pytest.param("STOP", marks=pytest.mark.chaos)])
+@pytest.mark.parametrize(
+    "way",
+    [
+        "USR1 to rank 1",
+        pytest.param("TERM to torchrun", marks=pytest.mark.chaos),
+        pytest.param("STOP", marks=pytest.mark.chaos),
+    ],
+)
 def test_a_stopped_run_has_saved_one_step_of_all_ranks_and_ends_as_if_never_stopped(folder: Path, way: str) -> None:
     name = way.replace(" ", "-")
     place = folder / "runs" / name

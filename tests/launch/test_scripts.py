@@ -68,6 +68,7 @@ def test_every_shell_script_parses_and_shellcheck_finds_nothing(script: Path) ->
     assert checked.returncode == 0, checked.stdout
 
 
+@pytest.mark.chaos
 def test_torchrun_sh_trains_on_two_processes_where_there_are_no_gpus(work: Path) -> None:
     run(work, TORCHRUN, "mlp.yaml", "trainer.duration=1ep")
     assert result(work)["world_size"] == 2
@@ -87,6 +88,7 @@ def test_torchrun_sh_saves_on_sigusr1_and_the_same_line_goes_on(work: Path) -> N
     assert result(work)["step"] == 4 * 19
 
 
+@pytest.mark.chaos
 def test_two_nodes_by_torchrun_sh_meet_at_the_port_that_follows_from_the_jobs_name(work: Path) -> None:
     env = {"NNODES": "2", "RDZV_ENDPOINT": "127.0.0.1", "RDZV_ID": f"test-{free_ports(1)}", "NPROC_PER_NODE": "1"}
     nodes = [start(work, TORCHRUN, "mlp.yaml", "trainer.duration=1ep", env=env) for _ in range(2)]

@@ -73,6 +73,7 @@ def test_the_warning_before_the_time_limit_saves_requeues_and_goes_on_with_the_s
     assert not (run / "STOP").exists()
 
 
+@pytest.mark.chaos
 def test_a_cancelled_job_has_saved_and_goes_on_on_another_number_of_nodes(slurm: SlurmCluster, work: Path) -> None:
     run = work / "runs" / "digits_mlp"
     job = slurm.submit(work, "--nodes=2", TRAIN, "mlp.yaml", LENGTH, SLOW, env=ONE)
