@@ -19,6 +19,11 @@ ROOT = HERE.parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "configs"))
 SMALL = [f"data.{split}.dataset.transform.transforms.{k}.size={size}" for split, k, size in
          [("train", 0, 64), ("val", 0, 72), ("val", 1, 64), ("test", 0, 72), ("test", 1, 64)]]  # fmt: skip
+RESNET50 = [
+    *(f"data.{split}.transform.transforms.{k}.size={size}"
+      for split, k, size in [("train", 0, 32), ("val", 0, 36), ("val", 1, 32)]),
+    "data.augment.1.augments.0.classes=2", "data.augment.1.augments.1.classes=2", "transfer.head=2",
+]  # fmt: skip
 SEEN = "tracking.images={{every: 1000ep, samples: 16, modules: [{}]}}"
 # What is changed for the pictures; nothing for the configs that run as they stand.
 CHANGES: dict[str, list[str]] = {
@@ -31,6 +36,7 @@ CHANGES: dict[str, list[str]] = {
     "cifar10_cnn": ["trainer.log_every=5step", SEEN.format("Conv2d")],
     "cifar10_resnet18": ["trainer.duration=4ep", "trainer.log_every=2step"],
     "vgg16_finetune": ["trainer.duration=3ep", "trainer.log_every=1step", "transfer.weights=null", *SMALL],
+    "imagefolder_resnet50": ["trainer.duration=4ep", "trainer.log_every=1step", "data.global_batch_size=16", *RESNET50],
 }
 
 
@@ -42,6 +48,8 @@ def prepare(folder: Path) -> None:
     for name in ("MNIST", "FashionMNIST"):
         small_data.write_mnist(folder / "data", name, train=1400, test=397)
     small_data.write_images(folder / "data" / "images", 120, size=96)
+    small_data.write_images(folder / "data" / "imagenet" / "train", 64)
+    small_data.write_images(folder / "data" / "imagenet" / "val", 32)
     small_data.write_cifar(folder / "data", folder / "small_cifar.py", each=200)
     for name in ("cifar10_cnn", "cifar10_resnet18"):
         path = folder / "configs" / f"{name}.yaml"
