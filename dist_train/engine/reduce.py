@@ -1,6 +1,7 @@
 """From micro-batches on many ranks to the one gradient of the global batch.
 
-One small interface, two forms: `SingleProcess`, and `DataParallel` around torch's DistributedDataParallel.
+One small interface, three forms: `SingleProcess`, `DataParallel` around torch's DistributedDataParallel, and `OneBucket` for
+small models on the CPU.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_train.engine.buffers import take_from_rank_zero
@@ -24,6 +26,7 @@ from dist_train.runtime.here import BACKWARD, here
 _DDP = nn.parallel.DistributedDataParallel
 _RENAMED = "forward_sync_buffers" in inspect.signature(_DDP.__init__).parameters
 _BUFFERS_STAY: dict[str, Any] = {"forward_sync_buffers" if _RENAMED else "broadcast_buffers": False}
+MOST_IN_ONE_BUCKET = 2**20  # bytes of gradients; DDP's own first bucket has this size
 
 
 class Reducer(Protocol):
@@ -120,21 +123,10 @@ class DataParallel:
         for _ in range(2):
             rewind()
             self.forward_backward(batch, scale=1.0, weightless=False, last=True)
-            self._name_unused()
+            if not self.find_unused:
+                _name_unused(self.objective.model)
         for parameter in self.objective.parameters():
             parameter.grad = None
-
-    def _name_unused(self) -> None:
-        if self.find_unused:
-            return
-        named = self.objective.model.named_parameters()
-        unused = [name for name, parameter in named if parameter.requires_grad and parameter.grad is None]
-        if unused:
-            shown = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")
-            raise ValueError(
-                f"{len(unused)} parameter(s) took no part in the loss: {shown}. On several processes DDP waits for every "
-                "gradient: freeze or remove them, or set distributed.find_unused_parameters=true (slower)"
-            )
 
     def forward_backward(self, batch: Any, *, scale: float, weightless: bool, last: bool) -> None:
         """See `Reducer`; gradients travel with the last micro-batch only."""
@@ -153,6 +145,17 @@ class DataParallel:
         weight, loss = told.clone().unbind()  # the gradient itself is a view into a bucket
         self.objective.report.grad = None
         return loss, weight
+
+
+def _name_unused(model: nn.Module) -> None:
+    named = model.named_parameters()
+    unused = [name for name, parameter in named if parameter.requires_grad and parameter.grad is None]
+    if unused:
+        shown = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")
+        raise ValueError(
+            f"{len(unused)} parameter(s) took no part in the loss: {shown}. On several processes each gradient is waited for: "
+            "freeze or remove them, or set distributed.find_unused_parameters=true (slower)"
+        )
 
 
 class SingleProcess:
@@ -192,3 +195,91 @@ class SingleProcess:
         assert self._loss is not None
         loss, weight, self._loss = self._loss, self._weight, None
         return loss, weight if isinstance(weight, Tensor) else torch.full_like(loss, weight)
+
+
+class OneBucket(SingleProcess):
+    """Gradients that fit one bucket, on the CPU: summed where they arise, then over the ranks, pair by pair.
+
+    DDP too would send them all after the last backward, so there is nothing to overlap, and gloo's all-reduce, a ring of many
+    small messages, takes most of a small model's step (bench/RESULTS.md). Here each of log2(ranks) rounds is one message from
+    and one to another rank (recursive doubling: Thakur, Rabenseifner and Gropp 2005), and a rank without samples sends zeros.
+    a + b has the bits of b + a, so all ranks get the same sums, from the first step on.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        precision: Precision,
+        scaler: torch.amp.GradScaler | None,
+        *,
+        rank: int,
+        world_size: int,
+    ):
+        super().__init__(model, task, precision, scaler)
+        self.rank, self.world_size = rank, world_size
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        take_from_rank_zero([*model.parameters(), *model.buffers()], world_size)
+        sizes = [parameter.numel() for parameter in self.parameters]
+        self.bucket = torch.zeros(sum(sizes) + 2, dtype=self.parameters[0].dtype)  # the last two: loss sum and weight
+        self.received = torch.empty_like(self.bucket)
+        *parts, self.told = self.bucket.split([*sizes, 2])
+        self.views = [part.view_as(parameter) for part, parameter in zip(parts, self.parameters, strict=True)]
+
+    @staticmethod
+    def suits(model: nn.Module, bucket_mb: float) -> bool:
+        """Whether the gradients are dense, of one kind, and fit one bucket."""
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return (
+            {(parameter.device.type, parameter.dtype) for parameter in parameters}
+            in ({("cpu", torch.float32)}, {("cpu", torch.float64)})
+            and sum(parameter.nbytes for parameter in parameters) <= min(bucket_mb * 2**20, MOST_IN_ONE_BUCKET)
+            and not any(getattr(module, "sparse", False) for module in model.modules())
+        )
+
+    def forward_backward(self, batch: Any, *, scale: float, weightless: bool, last: bool) -> None:
+        """See `Reducer`."""
+        if not weightless:
+            super().forward_backward(batch, scale=scale, weightless=False, last=last)
+
+    @torch.no_grad()
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """See `Reducer`."""
+        here.phase = BACKWARD
+        here.busy += time.perf_counter() - here.began  # from here on the ranks wait for each other
+        if self._loss is None:
+            self.bucket.zero_()
+        else:
+            gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+            if len(gradients) < len(self.views):
+                _name_unused(self.model)
+            torch._foreach_copy_(self.views, gradients)
+            self.told[0], self.told[1] = super().finish()
+        self._exchange()
+        for parameter, view in zip(self.parameters, self.views, strict=True):
+            parameter.grad = view
+        loss, weight = self.told.clone().unbind()
+        return loss, weight
+
+    def _exchange(self) -> None:
+        """The bucket becomes the sum over all ranks. Ranks beyond a power of two hand theirs to a partner, and get the sum."""
+        doubled = 1 << (self.world_size.bit_length() - 1)
+        beyond = self.rank ^ doubled  # its partner, on both sides
+        if self.rank >= doubled:
+            dist.send(self.bucket, beyond)
+            dist.recv(self.bucket, beyond)
+            return
+        if beyond < self.world_size:
+            dist.recv(self.received, beyond)
+            self.bucket += self.received
+        distance = 1
+        while distance < doubled:
+            other = self.rank ^ distance
+            sending = dist.isend(self.bucket, other)
+            dist.recv(self.received, other)
+            if sending is not None:
+                sending.wait()
+            self.bucket += self.received
+            distance *= 2
+        if beyond < self.world_size:
+            dist.send(self.bucket, beyond)

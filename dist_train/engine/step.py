@@ -79,8 +79,8 @@ class Stepper:
             if kept is not None:
                 kept.restore()
             here.phase = DATA
-        here.phase = UPDATE
         loss, weight = self.reducer.finish()
+        here.phase = UPDATE
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)

@@ -1,15 +1,17 @@
 """Counts what a training step does beyond its kernels: reads of device values by the host, and collectives.
 
-Run by torchrun with two processes; rank 0 prints {"reads": n, "collectives": n, "raw_collectives": n} for three steps.
+Run by torchrun with two processes; rank 0 prints, for three steps of each form of reduction and of a raw DDP loop,
+{form: {"reads": n, "collectives": [names]}}.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 
 import torch
-from gradients import BATCH, INPUTS, LABELS, model
+from gradients import BATCH, INPUTS, LABELS, model, reducers
 from torch import nn
 from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,12 +22,9 @@ from dist_train.data.loader import Reading, TrainLoader
 from dist_train.data.plan import Plan
 from dist_train.engine.losses import Loss
 from dist_train.engine.precision import Precision
-from dist_train.engine.reduce import DataParallel
 from dist_train.engine.step import Stepper
 from dist_train.engine.task import Supervised
-from dist_train.runtime.world import open_world, read_placement
-
-COLLECTIVES = ("gloo:", "c10d::")
+from dist_train.runtime.world import World, open_world, read_placement
 
 
 class Reads(TorchDispatchMode):
@@ -41,14 +40,14 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def collectives(steps: object) -> int:
-    """How many collectives running `steps` starts on this rank."""
+def collectives(steps: Callable[[], object]) -> list[str]:
+    """Names of what `steps` starts on this rank that other ranks take part in."""
     with profile() as profiler:
-        steps()  # type: ignore[operator]
-    return sum(event.count for event in profiler.key_averages() if event.key.startswith("gloo:"))
+        steps()
+    return sorted(event.name for event in profiler.events() if event.name.startswith("gloo:"))
 
 
-def raw_steps() -> object:
+def raw_steps() -> Callable[[], object]:
     """Three steps of a DDP loop as a person would write it."""
     net = nn.parallel.DistributedDataParallel(model())
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
@@ -63,30 +62,37 @@ def raw_steps() -> object:
     return steps
 
 
+def ours(world: World, form: int) -> Callable[[], object]:
+    """Three steps of the engine."""
+    net = model()
+    task = Supervised(Loss(nn.CrossEntropyLoss(weight=torch.ones(4))))
+    reducer = reducers(world, net, task, Precision("fp32", "cpu"), None)[form]
+    stepper = Stepper(
+        net, torch.optim.SGD(net.parameters(), lr=0.1), reducer, scaler=None, device=world.device, seed=0, summed=False,
+        prepare=lambda batch, epoch, indices: batch, indices_of=lambda step: range(BATCH), clip_norm=1.0,
+    )  # fmt: skip
+    reading = Reading(DataConfig(train=object(), num_workers=0), 0, world.device, world.rank, world.size)
+    loader = TrainLoader(TensorDataset(INPUTS, LABELS), Plan(0, BATCH, BATCH), reading, micro_batch_size=4)
+    work = loader.steps(0, 9)
+
+    def steps() -> None:
+        for _ in range(3):
+            stepper(next(work), want_norm=False)
+
+    steps()  # the layout of buckets, first checks of targets
+    return steps
+
+
 def main() -> None:
     """Print the counts."""
     with open_world(DistributedConfig(device="cpu"), read_placement(os.environ)) as world:
-        net = model()
-        task = Supervised(Loss(nn.CrossEntropyLoss(weight=torch.ones(4))))
-        reducer = DataParallel(
-            net, task, Precision("fp32", "cpu"), None, world_size=world.size, bucket_mb=25, find_unused_parameters=False
-        )
-        stepper = Stepper(
-            net, torch.optim.SGD(net.parameters(), lr=0.1), reducer, scaler=None, device=world.device, seed=0, summed=False,
-            prepare=lambda batch, epoch, indices: batch, indices_of=lambda step: range(BATCH), clip_norm=1.0,
-        )  # fmt: skip
-        reading = Reading(DataConfig(train=object(), num_workers=0), 0, world.device, world.rank, world.size)
-        loader = TrainLoader(TensorDataset(INPUTS, LABELS), Plan(0, BATCH, BATCH), reading, micro_batch_size=4)
-        work = loader.steps(0, 9)
-        for _ in range(3):  # the layout of buckets, first checks of targets
-            stepper(next(work), want_norm=False)
-        with Reads() as reads:
-            for _ in range(3):
-                stepper(next(work), want_norm=False)
-        ours = collectives(lambda: [stepper(next(work), want_norm=False) for _ in range(3)])
-        raw = collectives(raw_steps())
+        counts = {}
+        for form, steps in {"bucket": ours(world, 0), "ddp": ours(world, 1), "raw": raw_steps()}.items():
+            with Reads() as reads:
+                steps()
+            counts[form] = {"reads": reads.count, "collectives": collectives(steps)}
         if world.is_main:
-            print(json.dumps({"reads": reads.count, "collectives": ours, "raw_collectives": raw}))
+            print(json.dumps(counts))
 
 
 if __name__ == "__main__":

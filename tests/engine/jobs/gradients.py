@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from dist_train.data.loader import Reading, TrainLoader
 from dist_train.data.plan import Plan
 from dist_train.engine.losses import Loss
 from dist_train.engine.precision import Precision
-from dist_train.engine.reduce import DataParallel, SingleProcess
+from dist_train.engine.reduce import DataParallel, OneBucket, Reducer, SingleProcess
 from dist_train.engine.step import Stepper
 from dist_train.engine.task import Supervised
 from dist_train.runtime.world import World, open_world, read_placement
@@ -54,6 +55,18 @@ def model() -> nn.Module:
     return nn.Sequential(nn.Linear(7, 16), nn.Tanh(), nn.Linear(16, 4))
 
 
+class WithSpare(nn.Module):
+    """A layer that takes no part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.spare = model(), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As if there were no spare layer."""
+        return self.used(x)
+
+
 def reference(function: nn.Module, targets: Tensor) -> list[Tensor]:
     """The gradient of one big batch, by plain torch."""
     net = model()
@@ -62,17 +75,25 @@ def reference(function: nn.Module, targets: Tensor) -> list[Tensor]:
     return [parameter.grad for parameter in net.parameters()]
 
 
-def gradient(world: World, function: nn.Module, targets: Tensor, micro: int, samples: int = BATCH) -> list[Tensor]:
+def reducers(world: World, *what: Any) -> list[Reducer]:
+    """Every way to reduce that this many processes have."""
+    if world.size == 1:
+        return [SingleProcess(*what)]
+    return [
+        OneBucket(*what, rank=world.rank, world_size=world.size),
+        DataParallel(*what, world_size=world.size, bucket_mb=25, find_unused_parameters=False),
+    ]
+
+
+def gradient(
+    world: World, function: nn.Module, targets: Tensor, micro: int, samples: int = BATCH, form: int = 0,
+    net: nn.Module | None = None,
+) -> list[Tensor]:  # fmt: skip
     """What the engine makes of it: SGD with lr 1 moves the weights by the gradient."""
-    net = model()
+    net = net or model()
     before = [parameter.detach().clone() for parameter in net.parameters()]
     task, precision = Supervised(Loss(function)), Precision("fp32", "cpu")
-    if world.size == 1:
-        reducer = SingleProcess(net, task, precision, None)
-    else:
-        reducer = DataParallel(
-            net, task, precision, None, world_size=world.size, bucket_mb=25, find_unused_parameters=False
-        )
+    reducer = reducers(world, net, task, precision, None)[form]
     optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
     stepper = Stepper(
         net, optimizer, reducer, scaler=None, device=world.device, seed=0, summed=task.summed,
@@ -86,25 +107,36 @@ def gradient(world: World, function: nn.Module, targets: Tensor, micro: int, sam
     return [old - new.detach() for old, new in zip(before, net.parameters(), strict=True)]
 
 
+def error(wanted: list[Tensor], got: list[Tensor]) -> float:
+    """The largest difference, in units of the largest element."""
+    scale = max(float(g.abs().max()) for g in wanted)
+    return max(float((a - b).abs().max()) / scale for a, b in zip(wanted, got, strict=True))
+
+
 def main() -> None:
     """All cases, with 1, 2 and 4 micro-batches a rank; and a global batch that leaves ranks without a sample."""
     errors = {}
     with open_world(DistributedConfig(device="cpu"), read_placement(os.environ)) as world:
         share = -(-BATCH // world.size)
-        for name, (function, targets) in CASES.items():
-            wanted = reference(function, targets)
-            for count in (1, 2, 4):
-                got = gradient(world, function, targets, -(-share // count))
-                scale = max(float(g.abs().max()) for g in wanted)
-                errors[f"{name}, {count} micro-batches"] = max(
-                    float((a - b).abs().max()) / scale for a, b in zip(wanted, got, strict=True)
-                )
         net = model()
         nn.functional.cross_entropy(net(INPUTS[:1]), LABELS[:1]).backward()
-        got = gradient(world, nn.CrossEntropyLoss(), LABELS, 4, samples=1)
-        errors["one sample for all ranks"] = max(
-            float((p.grad - g).abs().max() / p.grad.abs().max()) for p, g in zip(net.parameters(), got, strict=True)
-        )
+        alone = [parameter.grad for parameter in net.parameters()]
+        for form in range(1 if world.size == 1 else 2):
+            for name, (function, targets) in CASES.items():
+                wanted = reference(function, targets)
+                for count in (1, 2, 4):
+                    got = gradient(world, function, targets, -(-share // count), form=form)
+                    errors[f"{name}, {count} micro-batches, form {form}"] = error(wanted, got)
+            got = gradient(world, nn.CrossEntropyLoss(), LABELS, 4, samples=1, form=form)
+            errors[f"one sample for all ranks, form {form}"] = error(alone, got)
+            copies = world.gather([part.tolist() for part in got])
+            errors[f"ranks that differ, form {form}"] = sum(copy != copies[0] for copy in copies)
+            if world.size > 1:
+                try:
+                    gradient(world, nn.CrossEntropyLoss(), LABELS, BATCH, form=form, net=WithSpare())
+                except ValueError as refusal:
+                    named = "2 parameter(s) took no part in the loss: spare.weight, spare.bias" in str(refusal)
+                    errors[f"unused parameters not named, form {form}"] = float(not named)
         if world.is_main:
             print(json.dumps(errors))
             sys.stdout.flush()
