@@ -186,7 +186,9 @@ class DistributedConfig(Section):
 
     device: Literal["auto", "cpu", "cuda"] = harmless("auto", "`auto`: CUDA where there is a GPU, else CPU.")
     strategy: Literal["auto", "ddp", "none"] = harmless(
-        "auto", "`auto`: ddp on several processes, none on one. `none` on several processes is an error."
+        "auto",
+        "`auto`: none on one process; on several ddp, or, where gradients of up to 1 MiB on the CPU fit one bucket, an exchange "
+        "of messages that is faster. `none` on several processes is an error.",
     )
     sync_batchnorm: bool = consent(False, "BatchNorm statistics over all ranks (torch.nn.SyncBatchNorm; CUDA).")
     find_unused_parameters: bool = harmless(False, "For models that don't use all parameters in each forward; slower.")

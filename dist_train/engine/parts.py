@@ -26,7 +26,7 @@ from dist_train.engine.optim import Schedule, build_optimizer
 from dist_train.engine.pictures import Pictures
 from dist_train.engine.precision import Precision, resolve_precision
 from dist_train.engine.prepare import build_dataset, build_model, building, eval_loader, move_batch, reading_of
-from dist_train.engine.reduce import DataParallel, OneBucket, Reducer, SingleProcess
+from dist_train.engine.reduce import reducer_for
 from dist_train.engine.step import Stepper
 from dist_train.engine.stopping import StopWhen, in_steps
 from dist_train.engine.task import Supervised, Task
@@ -252,26 +252,12 @@ class Parts:
 
     @cached_property
     def stepper(self) -> Stepper:
-        """Runs optimizer steps; how gradients become one depends on the processes and on the size of the model."""
+        """Runs optimizer steps."""
         config, world, scaler = self.config, self.world, self.precision.scaler()
-        distributed = config.distributed
-        what = (self.model, self.task, self.precision, scaler)
-        reducer: Reducer
-        if world.size == 1:
-            reducer = SingleProcess(*what)
-        elif OneBucket.suits(self.model, distributed.bucket_mb) and not distributed.find_unused_parameters:
-            reducer = OneBucket(*what, rank=world.rank, world_size=world.size)
-        else:
-            reducer = DataParallel(
-                *what,
-                world_size=world.size,
-                bucket_mb=distributed.bucket_mb,
-                find_unused_parameters=distributed.find_unused_parameters,
-            )
         return Stepper(
             self.model,
             self.optimizer,
-            reducer,
+            reducer_for(self.model, self.task, self.precision, scaler, world, config.distributed),
             scaler=scaler,
             device=world.device,
             seed=config.seed,

@@ -10,7 +10,7 @@ import contextlib
 import inspect
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,10 @@ from dist_train.engine.buffers import take_from_rank_zero
 from dist_train.engine.precision import Precision
 from dist_train.engine.task import Task, as_step_output
 from dist_train.runtime.here import BACKWARD, here
+
+if TYPE_CHECKING:
+    from dist_train.config.schema import DistributedConfig
+    from dist_train.runtime.world import World
 
 # Buffers differ over the ranks during an epoch, as in DDP everywhere; rank 0's are taken before an evaluation or a save.
 # torch 2.15 renamed the argument.
@@ -226,17 +230,6 @@ class OneBucket(SingleProcess):
         *parts, self.told = self.bucket.split([*sizes, 2])
         self.views = [part.view_as(parameter) for part, parameter in zip(parts, self.parameters, strict=True)]
 
-    @staticmethod
-    def suits(model: nn.Module, bucket_mb: float) -> bool:
-        """Whether the gradients are dense, of one kind, and fit one bucket."""
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return (
-            {(parameter.device.type, parameter.dtype) for parameter in parameters}
-            in ({("cpu", torch.float32)}, {("cpu", torch.float64)})
-            and sum(parameter.nbytes for parameter in parameters) <= min(bucket_mb * 2**20, MOST_IN_ONE_BUCKET)
-            and not any(getattr(module, "sparse", False) for module in model.modules())
-        )
-
     def forward_backward(self, batch: Any, *, scale: float, weightless: bool, last: bool) -> None:
         """See `Reducer`."""
         if not weightless:
@@ -283,3 +276,36 @@ class OneBucket(SingleProcess):
             distance *= 2
         if beyond < self.world_size:
             dist.send(self.bucket, beyond)
+
+
+def reducer_for(
+    model: nn.Module,
+    task: Task,
+    precision: Precision,
+    scaler: torch.amp.GradScaler | None,
+    world: World,
+    config: DistributedConfig,
+) -> Reducer:
+    """The form that suits the processes, the model and the config."""
+    what = (model, task, precision, scaler)
+    if world.size == 1:
+        return SingleProcess(*what)
+    if config.strategy == "auto" and not config.find_unused_parameters and _fits_one_bucket(model, config.bucket_mb):
+        return OneBucket(*what, rank=world.rank, world_size=world.size)
+    return DataParallel(
+        *what,
+        world_size=world.size,
+        bucket_mb=config.bucket_mb,
+        find_unused_parameters=config.find_unused_parameters,
+    )
+
+
+def _fits_one_bucket(model: nn.Module, bucket_mb: float) -> bool:
+    """Whether the gradients lie on the CPU, are dense, of one kind and small."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    kinds = {(parameter.device.type, parameter.dtype) for parameter in parameters}
+    return (
+        kinds in ({("cpu", torch.float32)}, {("cpu", torch.float64)})
+        and sum(parameter.nbytes for parameter in parameters) <= min(bucket_mb * 2**20, MOST_IN_ONE_BUCKET)
+        and not any(getattr(module, "sparse", False) for module in model.modules())
+    )

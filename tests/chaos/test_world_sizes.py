@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -20,10 +21,13 @@ OPTIONS = (
 )
 
 
-def test_a_run_that_changes_its_world_size_loses_no_sample_and_keeps_its_curve(tmp_path: Path) -> None:
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.chaos) for seed in range(1, 6))])
+def test_a_run_that_changes_its_world_size_loses_no_sample_and_keeps_its_curve(tmp_path: Path, seed: int) -> None:
+    """Stopped at random steps: in an epoch, at its end, or one step after the other."""
     prepare(tmp_path)
+    stops = sorted(random.Random(seed).sample(range(1, 24), 4))
     run(tmp_path, 1, *OPTIONS, "run.name=whole")
-    for processes, stop in ((1, "3step"), (2, "8step"), (3, "14step"), (1, "19step"), (4, "null")):
+    for processes, stop in zip((1, 2, 3, 1, 4), [*(f"{step}step" for step in stops), "null"], strict=True):
         expect = 75 if processes == 1 else 0
         run(tmp_path, processes, *OPTIONS, "run.name=moved", f"trainer.stop_at={stop}", expect=expect)
     moved, whole = tmp_path / "runs" / "moved", tmp_path / "runs" / "whole"

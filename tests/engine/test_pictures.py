@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import result, rows, run, same_state_dicts, traced
+from runs import result, rows, run, run_several, same_state_dicts, traced
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dist_train.config.durations import Duration
@@ -19,6 +19,15 @@ from dist_train.engine.pictures import MOST, Pictures, _Every, _values, pictures
 NET = """
 import torch
 from torch import nn
+
+from dist_train.callbacks import Callback
+
+class Careless(Callback):
+    """Looks at the model as one would without a thought: BatchNorm's statistics move."""
+
+    def on_epoch_end(self, trainer):
+        model = trainer.model
+        model.norm(model.conv1(torch.rand(2, model.conv1.in_channels, 8, 8)))
 
 class Net(nn.Module):
     def __init__(self, channels, side):
@@ -59,7 +68,7 @@ FORMS = {1: (1, 28), 2: (3, 32)}  # channels and side, by the number of processe
 
 @pytest.fixture(scope="module", params=[1, 2])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two runs that differ in what is put into TensorBoard, on one and on two processes."""
+    """Runs that differ in how the model is looked at meanwhile, on one and on two processes."""
     folder = tmp_path_factory.mktemp(f"processes{request.param}")
     channels, side = FORMS[request.param]
     random = np.random.RandomState(0)
@@ -67,8 +76,9 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     np.savez(folder / "data.npz", inputs=inputs, targets=random.randint(0, 4, 64))
     (folder / "net.py").write_text(NET)
     (folder / "config.yaml").write_text(CONFIG.format(channels=channels, side=side))
-    run(folder, request.param, "--config", "config.yaml", "run.name=seen", *SEEN)
-    run(folder, request.param, "--config", "config.yaml", "run.name=unseen")
+    seen, unseen = ["config.yaml", "run.name=seen", *SEEN], ["config.yaml", "run.name=unseen"]
+    careless = ["config.yaml", "run.name=careless", "callbacks=[{_target_: net.Careless}]"]
+    run_several(folder, request.param, [seen, unseen, careless])
     return folder / "runs"
 
 
@@ -85,6 +95,9 @@ def test_training_is_bit_identical_with_pictures_and_without(folder: Path) -> No
     assert traced(seen) == traced(unseen)
     assert same_state_dicts(seen / "model.pt", unseen / "model.pt")
     assert events(unseen).Tags()["images"] == []
+    careless = folder / "careless"
+    assert result(careless)["weights_sha256"] != result(unseen)["weights_sha256"], "the comparison sees nothing"
+    assert not same_state_dicts(careless / "model.pt", unseen / "model.pt")
 
 
 def test_inputs_and_feature_maps_have_the_right_sizes_before_training_after_every_epoch_and_at_the_end(

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 
 import torch
-from gradients import BATCH, INPUTS, LABELS, model, reducers
+from gradients import BATCH, INPUTS, LABELS, model, reducer
 from torch import nn
 from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -66,9 +66,9 @@ def ours(world: World, form: int) -> Callable[[], object]:
     """Three steps of the engine."""
     net = model()
     task = Supervised(Loss(nn.CrossEntropyLoss(weight=torch.ones(4))))
-    reducer = reducers(world, net, task, Precision("fp32", "cpu"), None)[form]
+    reduce = reducer(world, form, net, task, Precision("fp32", "cpu"), None)
     stepper = Stepper(
-        net, torch.optim.SGD(net.parameters(), lr=0.1), reducer, scaler=None, device=world.device, seed=0, summed=False,
+        net, torch.optim.SGD(net.parameters(), lr=0.1), reduce, scaler=None, device=world.device, seed=0, summed=False,
         prepare=lambda batch, epoch, indices: batch, indices_of=lambda step: range(BATCH), clip_norm=1.0,
     )  # fmt: skip
     reading = Reading(DataConfig(train=object(), num_workers=0), 0, world.device, world.rank, world.size)

@@ -19,7 +19,7 @@ from dist_train.data.loader import Reading, TrainLoader
 from dist_train.data.plan import Plan
 from dist_train.engine.losses import Loss
 from dist_train.engine.precision import Precision
-from dist_train.engine.reduce import DataParallel, OneBucket, Reducer, SingleProcess
+from dist_train.engine.reduce import DataParallel, OneBucket, Reducer, SingleProcess, reducer_for
 from dist_train.engine.step import Stepper
 from dist_train.engine.task import Supervised
 from dist_train.runtime.world import World, open_world, read_placement
@@ -75,14 +75,12 @@ def reference(function: nn.Module, targets: Tensor) -> list[Tensor]:
     return [parameter.grad for parameter in net.parameters()]
 
 
-def reducers(world: World, *what: Any) -> list[Reducer]:
-    """Every way to reduce that this many processes have."""
-    if world.size == 1:
-        return [SingleProcess(*what)]
-    return [
-        OneBucket(*what, rank=world.rank, world_size=world.size),
-        DataParallel(*what, world_size=world.size, bucket_mb=25, find_unused_parameters=False),
-    ]
+def reducer(world: World, form: int, *what: Any) -> Reducer:
+    """On several processes: form 0 is a small model's, form 1 DDP."""
+    kind = (OneBucket, DataParallel)[form] if world.size > 1 else SingleProcess
+    made = reducer_for(*what, world, DistributedConfig(strategy=("auto", "ddp")[form]))
+    assert type(made) is kind
+    return made
 
 
 def gradient(
@@ -93,11 +91,10 @@ def gradient(
     net = net or model()
     before = [parameter.detach().clone() for parameter in net.parameters()]
     task, precision = Supervised(Loss(function)), Precision("fp32", "cpu")
-    reducer = reducers(world, net, task, precision, None)[form]
     optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
     stepper = Stepper(
-        net, optimizer, reducer, scaler=None, device=world.device, seed=0, summed=task.summed,
-        prepare=lambda batch, epoch, indices: batch, indices_of=lambda step: range(BATCH),
+        net, optimizer, reducer(world, form, net, task, precision, None), scaler=None, device=world.device, seed=0,
+        summed=task.summed, prepare=lambda batch, epoch, indices: batch, indices_of=lambda step: range(BATCH),
     )  # fmt: skip
     reading = Reading(DataConfig(train=object(), num_workers=0), 0, world.device, world.rank, world.size)
     dataset, plan = TensorDataset(INPUTS[:samples], targets[:samples]), Plan(0, samples, BATCH, drop_last=False)
