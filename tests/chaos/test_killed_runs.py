@@ -28,13 +28,18 @@ THREE = [
 ]
 
 
+def config_of(processes: int) -> tuple[str, ...]:
+    """Two processes reduce as small models do, three by DDP, whose buckets matter from three on."""
+    return ("--config", "chaos.yaml", f"distributed.strategy={'ddp' if processes == 3 else 'auto'}")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs that nobody killed, on two and on three processes."""
     folder = tmp_path_factory.mktemp("killed")
     prepare(folder)
     for processes in (2, 3):
-        run(folder, processes, "--config", "chaos.yaml", f"run.name=whole{processes}")
+        run(folder, processes, *config_of(processes), f"run.name=whole{processes}")
         assert_each_sample_once(folder / "runs" / f"whole{processes}")
     return folder
 
@@ -42,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("processes", "kills"), [(2, TWO), (3, THREE)], ids=["two processes", "three processes"])
 def test_a_run_killed_again_and_again_ends_as_if_never_killed(folder: Path, processes: int, kills: list[Kill]) -> None:
     """With augmentation, dropout, BatchNorm, EMA, bf16, Adam, clipping and two loader workers a rank."""
-    options = ("--config", "chaos.yaml", f"run.name=killed{processes}")
+    options = (*config_of(processes), f"run.name=killed{processes}")
     for kill in kills:
         killed(folder, processes, kill, *options)
     run(folder, processes, *options)
@@ -82,7 +87,7 @@ def test_killed_once_and_run_again(folder: Path, kill: Kill, processes: int, tog
     if kill.point == "worker" and together:
         pytest.skip("a loader worker dies alone")
     place = folder / "runs" / f"once-{abs(hash((kill, processes, together)))}"
-    options = ("--config", "chaos.yaml", f"run.name={place.name}")
+    options = (*config_of(processes), f"run.name={place.name}")
     killed(folder, processes, Kill(kill.point, kill.step, kill.rank, together), *options)
     run(folder, processes, *options)
     assert_equal_runs(place, folder / "runs" / f"whole{processes}")

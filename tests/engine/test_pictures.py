@@ -22,9 +22,7 @@ from torch import nn
 
 from dist_train.callbacks import Callback
 
-class Careless(Callback):
-    """Looks at the model as one would without a thought: BatchNorm's statistics move."""
-
+class Careless(Callback):  # looks at the model as one would without a thought: BatchNorm's statistics move
     def on_epoch_end(self, trainer):
         model = trainer.model
         model.norm(model.conv1(torch.rand(2, model.conv1.in_channels, 8, 8)))
