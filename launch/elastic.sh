@@ -43,7 +43,7 @@ answers() { # whether somebody listens there
     at=$(place "$1")
     timeout 3 bash -c "exec 3<>'/dev/tcp/${at%:*}/${at##*:}'" 2>/dev/null
 }
-lives() { [ -n "$(find "$MEETINGS/$1" -newermt "-$lost seconds")" ]; }
+lives() { [ -n "$(find "$MEETINGS/$1" -newermt "-${2:-$lost} seconds")" ]; } # whether somebody is in that round
 make_round() { # one host wins: a link to a file that is written already appears whole, or not at all
     local mine="$MEETINGS/.$HOST.$$" at
     at=$HOST:$((20000 + ($(printf '%s' "$RDZV_ID" | cksum | cut -d' ' -f1) + $1) % 12000))
@@ -129,8 +129,15 @@ if [ "$n" != 0 ] && here_is "$n"; then over=$n; fi # from an earlier life
 while [ "$leaving" = 0 ]; do
     n=$(newest)
     if [ "$n" -le "$over" ]; then
-        # The host of the last round goes first, if it lives: one that is cut off must not draw the others to itself.
-        [ "$n" = 0 ] || here_is "$n" || sleep 5
+        # The host of the last round goes first, if it lives. Where the others needed long to find that the round is over, it is the one
+        # that is cut off: it must not draw them to itself.
+        if [ "$n" != 0 ] && here_is "$n"; then
+            since=$SECONDS
+            while lives "$n" 5 && [ $((SECONDS - since)) -lt $((lost + 15)) ]; do sleep 1; done
+            [ $((SECONDS - since)) -lt $((lost / 2)) ] || sleep 10
+        elif [ "$n" != 0 ]; then
+            sleep 8
+        fi
         [ "$(newest)" -gt "$over" ] || make_round $((over + 1))
     elif here_is "$n" || answers "$n"; then
         before=$(look)
