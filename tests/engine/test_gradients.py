@@ -13,7 +13,7 @@ from runs import environment
 JOB = Path(__file__).parent / "jobs" / "gradients.py"
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("ranks", [1, 2, 3, pytest.param(4, marks=pytest.mark.chaos)])
 def test_gradient_of_all_micro_batches_and_ranks_is_that_of_one_big_batch(ranks: int, tmp_path: Path) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     done = subprocess.run(
