@@ -18,7 +18,7 @@ from dist_train.data.plan import EvalPlan, Indices, Plan, share
 from dist_train.data.reading import Collate, Seeded, dataset_length, dataset_name
 from dist_train.data.sampler import MicroBatch, StepSampler
 from dist_train.data.stream import StreamReader, is_stream
-from dist_train.data.workers import init_worker, resolve_workers, run_signals_blocked, stop_workers
+from dist_train.data.workers import context_for, init_worker, resolve_workers, run_signals_blocked, stop_workers
 from dist_train.runtime.seeding import mix
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class _Loader:
             worker_init_fn=init_worker,
             prefetch_factor=config.prefetch_factor if workers else None,
             timeout=self._timeout if workers else 0,
-            multiprocessing_context=method if workers and method != "auto" else None,
+            multiprocessing_context=context_for(method) if workers else None,
             persistent_workers=self._persistent and evaluates,
         )
 

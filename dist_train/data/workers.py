@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import select
 import signal
+import sys
 import threading
 from collections.abc import Iterator
-from multiprocessing import resource_tracker
+from multiprocessing import context, popen_fork, resource_tracker
 from typing import Any
 
 from dist_train.data.reading import Collate, batch_reader
@@ -54,6 +56,63 @@ def run_signals_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+# Before 3.11.8 the child of a fork waits for ever for a lock of CPython's if another thread was just starting or ending (its
+# issue 112275).
+_FORKS_MAY_HANG = sys.version_info < (3, 11, 8)
+_BIRTH_SECONDS = 5.0
+
+
+def context_for(method: str) -> str | context.BaseContext | None:
+    """What a DataLoader takes as `multiprocessing_context` for `data.worker_start_method`."""
+    forks = method == "fork" or (method == "auto" and multiprocessing.get_start_method() == "fork")
+    return SureFork() if forks and _FORKS_MAY_HANG else None if method == "auto" else method
+
+
+class _Child(popen_fork.Popen):
+    """Forks again when the child doesn't say that it runs."""
+
+    born: int | None = None  # where the child says so
+
+    def _launch(self, process_obj: Any) -> None:
+        patience = _BIRTH_SECONDS
+        while True:
+            heard, _Child.born = os.pipe()
+            try:
+                super()._launch(process_obj)  # type: ignore[misc]  # the child doesn't return
+            finally:
+                os.close(_Child.born)
+                _Child.born = None
+            poll = select.poll()
+            poll.register(heard)
+            runs = poll.poll(patience * 1000)
+            os.close(heard)
+            if runs:
+                return
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+            self.finalizer()  # type: ignore[misc]  # closes the pipes of that one
+            patience *= 2
+
+    @classmethod
+    def say(cls) -> None:
+        """Runs in the child, once its interpreter does."""
+        if cls.born is not None:
+            os.write(cls.born, b"1")
+
+
+os.register_at_fork(after_in_child=_Child.say)
+
+
+class _Process(context.ForkProcess):
+    _Popen = staticmethod(_Child)
+
+
+class SureFork(context.ForkContext):
+    """multiprocessing's fork, whose children have been heard of when `start` returns."""
+
+    Process = _Process
 
 
 def init_worker(worker: int) -> None:
