@@ -13,13 +13,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_train.engine.buffers import take_from_rank_zero
 from dist_train.engine.precision import Precision
 from dist_train.engine.task import Task, as_step_output
 from dist_train.runtime.here import BACKWARD, here
+from dist_train.runtime.links import Links
 
 if TYPE_CHECKING:
     from dist_train.config.schema import DistributedConfig
@@ -216,14 +216,16 @@ class OneBucket(SingleProcess):
         task: Task,
         precision: Precision,
         scaler: torch.amp.GradScaler | None,
-        *,
-        rank: int,
-        world_size: int,
+        world: World,
     ):
         super().__init__(model, task, precision, scaler)
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size = world.rank, world.size
+        self.doubled = 1 << (world.size.bit_length() - 1)  # ranks below take part in all rounds
+        self.beyond = self.rank ^ self.doubled  # a rank's partner on the other side of it
+        partners = [self.rank ^ distance for distance in self._distances()]
+        self.links = Links(world, [other for other in (*partners, self.beyond) if other < world.size])
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        take_from_rank_zero([*model.parameters(), *model.buffers()], world_size)
+        take_from_rank_zero([*model.parameters(), *model.buffers()], world.size)
         sizes = [parameter.numel() for parameter in self.parameters]
         self.bucket = torch.zeros(sum(sizes) + 2, dtype=self.parameters[0].dtype)  # the last two: loss sum and weight
         self.received = torch.empty_like(self.bucket)
@@ -254,28 +256,25 @@ class OneBucket(SingleProcess):
         loss, weight = self.told.clone().unbind()
         return loss, weight
 
+    def _distances(self) -> list[int]:
+        rounds = self.doubled.bit_length() - 1 if self.rank < self.doubled else 0
+        return [1 << number for number in range(rounds)]
+
     def _exchange(self) -> None:
         """The bucket becomes the sum over all ranks. Ranks beyond a power of two hand theirs to a partner, and get the sum."""
-        doubled = 1 << (self.world_size.bit_length() - 1)
-        beyond = self.rank ^ doubled  # its partner, on both sides
-        if self.rank >= doubled:
-            dist.send(self.bucket, beyond)
-            dist.recv(self.bucket, beyond)
+        links, bucket, paired = self.links, self.bucket, self.beyond < self.world_size
+        if self.rank >= self.doubled:
+            links.send(bucket, self.beyond)
+            links.receive(bucket, self.beyond)
             return
-        if beyond < self.world_size:
-            dist.recv(self.received, beyond)
-            self.bucket += self.received
-        distance = 1
-        while distance < doubled:
-            other = self.rank ^ distance
-            sending = dist.isend(self.bucket, other)
-            dist.recv(self.received, other)
-            if sending is not None:
-                sending.wait()
-            self.bucket += self.received
-            distance *= 2
-        if beyond < self.world_size:
-            dist.send(self.bucket, beyond)
+        if paired:
+            links.receive(self.received, self.beyond)
+            bucket += self.received
+        for distance in self._distances():
+            links.swap(bucket, self.received, self.rank ^ distance)
+            bucket += self.received
+        if paired:
+            links.send(bucket, self.beyond)
 
 
 def reducer_for(
@@ -291,7 +290,7 @@ def reducer_for(
     if world.size == 1:
         return SingleProcess(*what)
     if config.strategy == "auto" and not config.find_unused_parameters and _fits_one_bucket(model, config.bucket_mb):
-        return OneBucket(*what, rank=world.rank, world_size=world.size)
+        return OneBucket(*what, world)
     return DataParallel(
         *what,
         world_size=world.size,

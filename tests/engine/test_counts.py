@@ -22,5 +22,6 @@ def test_a_step_reads_no_value_and_starts_no_more_collectives_than_a_raw_ddp_loo
     counts = json.loads(done.stdout.splitlines()[-1])
     assert counts["raw"]["collectives"] == ["gloo:all_reduce"] * 3, "the count itself sees nothing"
     assert counts["ddp"] == {"reads": 0, "collectives": ["gloo:all_reduce"] * 3}
-    # A small model: one message to the other rank, and one from it.
-    assert counts["bucket"] == {"reads": 0, "collectives": ["gloo:recv"] * 3 + ["gloo:send"] * 3}
+    # A small model: one message to the other rank, and one from it; on the same machine over a socket.
+    assert counts["far"] == {"reads": 0, "collectives": ["gloo:recv"] * 3 + ["gloo:send"] * 3}
+    assert counts["near"] == {"reads": 0, "collectives": []}

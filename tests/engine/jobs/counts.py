@@ -87,7 +87,12 @@ def main() -> None:
     """Print the counts."""
     with open_world(DistributedConfig(device="cpu"), read_placement(os.environ)) as world:
         counts = {}
-        for form, steps in {"bucket": ours(world, 0), "ddp": ours(world, 1), "raw": raw_steps()}.items():
+        for form, steps in {
+            "near": ours(world, 0),
+            "ddp": ours(world, 1),
+            "far": ours(world, 2),
+            "raw": raw_steps(),
+        }.items():
             with Reads() as reads:
                 steps()
             counts[form] = {"reads": reads.count, "collectives": collectives(steps)}
