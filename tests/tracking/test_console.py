@@ -27,7 +27,7 @@ console.start_block([("model", "DigitsCNN"), ("batch", "64 = 4 ranks x 16")])
 console.begin(0, 40, 1, 4)
 for step in range(1, 41):
     console.step = step
-    time.sleep(0.02)
+    time.sleep(0.05)
     if step % 10 == 0:
         console.progress(step, 40, step // 10, {"loss": 1 / step, "lr": 0.1, "samples_per_s": 12345.6})
         console.evaluation("val", step, {"loss": 2 / step, "accuracy": 1 - 1 / step})
