@@ -100,6 +100,7 @@ class _Child(popen_fork.Popen):
         """Runs in the child, once its interpreter does."""
         if cls.born is not None:
             os.write(cls.born, b"1")
+            cls.born = None  # a child of this child has nobody to tell
 
 
 os.register_at_fork(after_in_child=_Child.say)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -128,7 +128,8 @@ class DataParallel:
             rewind()
             self.forward_backward(batch, scale=1.0, weightless=False, last=True)
             if not self.find_unused:
-                _name_unused(self.objective.model)
+                model = self.objective.model
+                _name_unused(model, [parameter for parameter in model.parameters() if parameter.requires_grad])
         for parameter in self.objective.parameters():
             parameter.grad = None
 
@@ -151,9 +152,9 @@ class DataParallel:
         return loss, weight
 
 
-def _name_unused(model: nn.Module) -> None:
-    named = model.named_parameters()
-    unused = [name for name, parameter in named if parameter.requires_grad and parameter.grad is None]
+def _name_unused(model: nn.Module, trained: Iterable[nn.Parameter]) -> None:
+    without = {id(parameter) for parameter in trained if parameter.grad is None}
+    unused = [name for name, parameter in model.named_parameters() if id(parameter) in without]
     if unused:
         shown = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")
         raise ValueError(
@@ -225,6 +226,9 @@ class OneBucket(SingleProcess):
         partners = [self.rank ^ distance for distance in self._distances()]
         self.links = Links(world, [other for other in (*partners, self.beyond) if other < world.size])
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+        if shapes != world.share(shapes):
+            raise ValueError("the model's parameters differ from rank 0's: every process must build the same model")
         take_from_rank_zero([*model.parameters(), *model.buffers()], world.size)
         sizes = [parameter.numel() for parameter in self.parameters]
         self.bucket = torch.zeros(sum(sizes) + 2, dtype=self.parameters[0].dtype)  # the last two: loss sum and weight
@@ -247,7 +251,7 @@ class OneBucket(SingleProcess):
         else:
             gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
             if len(gradients) < len(self.views):
-                _name_unused(self.model)
+                _name_unused(self.model, self.parameters)
             torch._foreach_copy_(self.views, gradients)
             self.told[0], self.told[1] = super().finish()
         self._exchange()

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from dist_train.checkpoint.hostcopy import HostCopy
 
@@ -172,7 +173,10 @@ def test_optimizers_and_schedulers_of_torch_can_be_saved() -> None:
         ]
         net(torch.randn(4, 3)).sum().backward()
         optimizer.step()
-        through_a_file(HostCopy().take([optimizer.state_dict(), [s.state_dict() for s in schedulers]]))
+        state = [optimizer.state_dict(), [s.state_dict() for s in schedulers]]
+        saved = through_a_file(HostCopy().take(state))
+        for got, wanted in zip(tree_leaves(saved), tree_leaves(state), strict=True):
+            assert torch.equal(got, wanted) if isinstance(wanted, torch.Tensor) else got == wanted
 
 
 @pytest.mark.gpu

@@ -175,7 +175,8 @@ def test_whole_and_state_dict_files_of_vgg_load_in_a_fresh_process_without_this_
     )
     env = environment()
     del env["PYTHONPATH"]
-    subprocess.run([sys.executable, "plain.py"], cwd=done, env=env, check=True, timeout=300)
+    fresh = subprocess.run([sys.executable, "plain.py"], cwd=done, env=env, timeout=300, capture_output=True, text=True)
+    assert fresh.returncode == 0, fresh.stderr
 
 
 # --- transfer from a run of one's own --------------------------------------------------------------------------------

@@ -80,4 +80,4 @@ def test_the_compose_file_reads_and_gives_processes_room_to_talk_and_time_to_sav
     for service in services.values():
         assert service["shm_size"] == "8gb"
         assert service["stop_grace_period"] == "5m"
-        assert any(volume.endswith(":/work/runs") for volume in service["volumes"])
+        assert any(volume.endswith(":/app/runs") for volume in service["volumes"])
