@@ -174,7 +174,7 @@ def test_optimizers_and_schedulers_of_torch_can_be_saved() -> None:
         net(torch.randn(4, 3)).sum().backward()
         optimizer.step()
         state = [optimizer.state_dict(), [s.state_dict() for s in schedulers]]
-        saved = through_a_file(HostCopy().take(state))
+        saved, _ = through_a_file(HostCopy().take(state))
         for got, wanted in zip(tree_leaves(saved), tree_leaves(state), strict=True):
             assert torch.equal(got, wanted) if isinstance(wanted, torch.Tensor) else got == wanted
 
