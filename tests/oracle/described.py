@@ -1,0 +1,134 @@
+"""What a config describes, built without dist_train: defaults as docs/config.md has them, components by their import paths."""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib
+import inspect
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "data": {
+        "val": None, "test": None, "global_batch_size": 64, "shuffle": True, "eval_batch_size": 256, "collate": None,
+        "steps_per_epoch": None, "drop_last": True, "augment": [],
+    },
+    "trainer": {
+        "duration": "20ep", "precision": "fp32", "stop_at": None, "micro_batch_size": "auto", "clip_grad_norm": None,
+        "clip_grad_value": None, "ema_decay": None, "channels_last": False, "evaluate_every": "1ep",
+        "evaluate_at_start": False, "log_every": "50step", "stop_when": None, "on_nonfinite": "stop",
+    },
+    "checkpoint": {"every": "1ep", "keep_last": 3, "keep_best": "auto"},
+    "transfer": {"weights": None, "strict": True, "head": None, "append": None, "freeze": []},
+}  # fmt: skip
+
+
+def made(spec: Any, *arguments: Any, **more: Any) -> Any:
+    """The object that `_target_` names, nested ones first; lists as tensors where the signature says Tensor."""
+    if isinstance(spec, list):
+        return [made(item) for item in spec]
+    if not isinstance(spec, dict) or "_target_" not in spec:
+        return spec
+    target = named(spec)
+    given = {name: made(value) for name, value in spec.items() if name not in ("_target_", "_args_")}
+    for name, value in given.items():
+        if isinstance(value, list) and "Tensor" in str(inspect.signature(target).parameters[name].annotation):
+            given[name] = torch.tensor(value)
+    return target(*arguments, *made(spec.get("_args_", [])), **{**given, **more})
+
+
+def named(spec: dict[str, Any]) -> Any:
+    """The class or function itself."""
+    module, _, name = spec["_target_"].rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def steps_of(length: str | None, epoch: int) -> int:
+    """`3ep` or `7step` in optimizer steps; more than any run has for null."""
+    if length is None:
+        return 1 << 60
+    count, unit = re.fullmatch(r"(\d+)(ep|step)", length).groups()  # type: ignore[union-attr]
+    return int(count) * (epoch if unit == "ep" else 1)
+
+
+def matches(model: nn.Module, patterns: str | list[str]) -> list[str]:
+    """Names of the parameters that a pattern means: of themselves, or of their module's class."""
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    kinds = {name: type(model.get_submodule(name.rpartition(".")[0])).__name__ for name, _ in model.named_parameters()}
+    return [n for n, kind in kinds.items() if any(fnmatch.fnmatch(n, p) or p == kind for p in patterns)]
+
+
+def model_of(config: dict[str, Any], seed: int) -> nn.Module:
+    """The model with its first weights: under the run's seed; weights, head, what is appended, first values, frozen."""
+    transfer = {**DEFAULTS["transfer"], **(config.get("transfer") or {})}
+    torch.manual_seed(seed)
+    model = made(config["model"])
+    if transfer["weights"] is not None:
+        saved, own = torch.load(transfer["weights"], weights_only=True), model.state_dict()
+        fitting = {name: value for name, value in saved.items() if name in own and value.shape == own[name].shape}
+        model.load_state_dict(saved if transfer["strict"] else fitting, strict=transfer["strict"])
+    if transfer["head"] is not None:
+        at = transfer["head"]["at"]
+        model.set_submodule(at, nn.Linear(model.get_submodule(at).in_features, transfer["head"]["classes"]))
+    if transfer["append"] is not None:
+        holder = model.get_submodule(transfer["append"]["at"])
+        holder.add_module(transfer["append"]["name"], made(transfer["append"]["module"]))
+    for rule in config.get("model_init", []):
+        for name in matches(model, rule["match"]):
+            made({key: value for key, value in rule.items() if key != "match"}, model.get_parameter(name))
+    for name in matches(model, transfer["freeze"]):
+        model.get_parameter(name).requires_grad_(False)
+    return model
+
+
+def optimizer_of(config: dict[str, Any], model: nn.Module, **more: Any) -> torch.optim.Optimizer:
+    """Groups in the config's order behind that of the rest; the first pattern that matches takes a parameter."""
+    left = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    spec = {key: value for key, value in config["optimizer"].items() if key != "groups"}
+    groups = []
+    for group in config["optimizer"].get("groups", []):
+        options = {key: value for key, value in group.items() if key != "match"}
+        taken = [left.pop(name) for name in matches(model, group["match"]) if name in left]
+        groups.append({"params": taken, **options})
+    if "fused" in inspect.signature(named(spec)).parameters and not {"fused", "foreach"} & spec.keys():
+        more = {"fused": True, **more}
+    return made(spec, [{"params": list(left.values())}, *groups], **more)
+
+
+def schedule_of(config: dict[str, Any], optimizer: Any, duration: int, epoch: int) -> tuple[Any, int, str | None]:
+    """(scheduler, steps between its steps, the metric that it watches)."""
+    spec = dict(config.get("scheduler") or {})
+    if not spec:
+        return None, 0, None
+    each_step = spec["_target_"].rpartition(".")[2] in ("OneCycleLR", "CyclicLR", "WarmupCosine")
+    every, metric, horizon = (spec.pop(key, None) for key in ("every", "metric", "horizon"))
+    numbers = {"total_steps": steps_of(horizon, epoch) if horizon else duration, "steps_per_epoch": epoch}
+    spec = {key: numbers.get(value, value) if isinstance(value, str) else value for key, value in spec.items()}
+    return made(spec, optimizer), steps_of(every or ("1step" if each_step else "1ep"), epoch), metric
+
+
+def loss_of(spec: dict[str, Any]) -> Callable[[Any, Any], tuple[Tensor, Any]]:
+    """(outputs, targets) -> (the loss summed over the samples, what it is divided by)."""
+    if not spec["_target_"].startswith("torch.nn."):
+        return partial(named(spec), **{key: value for key, value in spec.items() if key != "_target_"})
+    loss, plain_sum = made({**spec, "reduction": "sum"}), spec.get("reduction") == "sum"
+
+    def summed(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Any]:
+        outputs = outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
+        if outputs.shape == (*targets.shape, 1):
+            outputs = outputs.squeeze(-1)
+        if plain_sum:
+            return loss(outputs, targets), len(outputs)
+        if not isinstance(loss, nn.CrossEntropyLoss):
+            return loss(outputs, targets), outputs.numel()
+        if targets.is_floating_point():
+            return loss(outputs, targets), len(outputs)
+        kept = targets[targets != loss.ignore_index]
+        return loss(outputs, targets), kept.numel() if loss.weight is None else loss.weight[kept].sum()
+
+    return summed
