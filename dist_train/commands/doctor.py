@@ -117,7 +117,7 @@ def _examine(
         _room("/dev/shm", "shm", SHARED_MEMORY, ranks, "loader workers need it: empty it, or docker run --shm-size=8g"),
         _room("open files", "files", FILES, ranks, f"ulimit -n {FILES} or more: loader workers and sockets need them"),
         _clocks(ranks),
-        _storage(world, config.run.dir if config is not None else "runs"),
+        _storage(world, config.run.place if config is not None else "runs"),
     ]
     if world.size > 1:
         checks += _network(world, options.min_bandwidth)
@@ -244,9 +244,9 @@ def _scratch(world: World, config: Config) -> Iterator[Path | None]:
     """A directory that all ranks share for a moment; None if there is none."""
     one_host = world.size == world.placement.local_size
     place = None
-    if world.is_main and (one_host or os.path.isdir(config.run.dir)):
+    if world.is_main and (one_host or os.path.isdir(config.run.place)):
         with contextlib.suppress(OSError):
-            place = tempfile.mkdtemp(prefix=".doctor-", dir=None if one_host else config.run.dir)
+            place = tempfile.mkdtemp(prefix=".doctor-", dir=None if one_host else config.run.place)
     place = world.share(place)
     try:
         yield None if place is None else Path(place)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from .errors import ConfigError, did_you_mean
+from .names import expand_argument
 
 
 def add_code_paths(paths: Iterable[str]) -> None:
@@ -166,6 +167,8 @@ def _as_wanted(value: Any, parameter: inspect.Parameter) -> Any:
 def _value(value: Any) -> Any:
     if is_spec(value):
         return build(value)
+    if isinstance(value, str):
+        return expand_argument(value)
     if isinstance(value, dict):
         return {key: _value(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -82,7 +82,7 @@ EpochsOrSteps = Annotated[Duration, BeforeValidator(Duration.parse_count), *_AS_
 Lengths = Annotated[list[Length], _one_or_more(Length)]
 Text = Annotated[str, Field(min_length=1)]
 Patterns = Annotated[list[Text], _one_or_more(Text)]
-# A name may look like a number: run.name=2024.
+# A name may look like a number, in a Python dict too: in YAML it is a text by its key.
 Name = Annotated[Text, BeforeValidator(lambda value: str(value) if type(value) in (int, float) else value)]
 Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]

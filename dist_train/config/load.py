@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -15,12 +16,14 @@ from pydantic_core import ErrorDetails
 from . import checks, slots
 from .errors import ConfigError, describe, did_you_mean
 from .fields import walk
+from .names import expand_argument, expand_path
 from .schema import Config
 from .secrets import found_in
 from .source import COMMAND_LINE, DICT, Key, Place, Reader, as_problems, dotted, keyed, nearest
 
 DEFAULT = Path(__file__).with_name("default.yaml")
 KEYS = dict(walk(Config))  # every key of the schema
+PATHS = ("run.dir", "run.code_paths", "transfer.weights", "checkpoint.resume")
 
 
 def load_config(
@@ -42,9 +45,10 @@ def load_config(
         reader.mapping(source) if isinstance(source, Mapping) else reader.file(str(DEFAULT) if path is None else path)
     )
     root = reader.overrides(root, overrides)
+    root = root.as_written(_is_text)
     data, places = root.plain(), dict(root.places())
-    for name, message in found_in(data):
-        reader.note(nearest(places, keyed(name)), keyed(name), message)
+    for key, message in [*((keyed(name), text) for name, text in found_in(data)), *_unset(data)]:
+        reader.note(nearest(places, key), key, message)
 
     config: Config | None
     broken: list[Key] = []
@@ -71,6 +75,30 @@ def load_config(
     return config
 
 
+def _is_text(key: Key) -> bool:
+    """Whether a key of the schema (or an entry of its list) holds a text and nothing else."""
+    field = KEYS.get(dotted(key)) or KEYS.get(dotted(key[:-1]))
+    kinds, todo = set(), [field.annotation if field is not None else None]
+    while todo:
+        kind = todo.pop()
+        todo += get_args(kind) if get_origin(kind) is not Annotated else get_args(kind)[:1]
+        kinds |= {kind} if not get_args(kind) else set()
+    return str in kinds and kinds <= {str, type(None)}
+
+
+def _unset(value: Any, key: Key = ()) -> Iterator[tuple[Key, str]]:
+    """The paths in a config of plain values whose variables aren't set, and what to say of them."""
+    if isinstance(value, dict | list):
+        for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _unset(inner, (*key, name))
+    elif isinstance(value, str):
+        holder = dotted(key[:-1] if key and type(key[-1]) is int else key)
+        try:
+            _ = expand_path(value) if holder in PATHS else holder in KEYS or expand_argument(value)
+        except ValueError as error:
+            yield key, str(error)
+
+
 def _resolve(config: Config, places: dict[Key, Place], path: str | None, default_name: str) -> Config:
     """Fill in what depends on where the config came from: the run's name, and where user code is looked for."""
     name = config.run.name or (Path(path).stem if path is not None else default_name)
@@ -78,10 +106,11 @@ def _resolve(config: Config, places: dict[Key, Place], path: str | None, default
     if paths:
         written = nearest(places, ("run", "code_paths")).source
         origin = "" if written in (COMMAND_LINE, DICT) else os.path.dirname(written)
-        paths = [os.path.abspath(os.path.join(origin, os.path.expanduser(entry))) for entry in paths]
+        with contextlib.suppress(ValueError):  # a variable that isn't set has been told
+            paths = [os.path.abspath(os.path.join(origin, expand_path(entry))) for entry in paths]
     else:
         paths = list(dict.fromkeys([os.path.abspath(os.path.dirname(path or "")), os.getcwd()]))
-    where = {"name": name, "dir": os.path.expanduser(config.run.dir), "code_paths": paths}
+    where = {"name": name, "code_paths": paths}
     config = config.model_copy(update={"run": config.run.model_copy(update=where)})
     config._source, config._places = path, places
     return config

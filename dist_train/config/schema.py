@@ -36,6 +36,7 @@ from .fields import (
     plain,
     refused,
 )
+from .names import expand_path
 from .source import Key, Place, dump, keyed, nearest
 
 
@@ -47,7 +48,17 @@ class RunConfig(Section):
         "The run's directory inside `run.dir`. `{time}`, `{job}` and any key, like `{optimizer.lr}`, are filled in. "
         "null: the name of the config file without its ending; from a Python dict: `run`.",
     )
-    dir: Text = harmless("runs", "Where runs are kept: a directory, or any fsspec URL such as `s3://bucket/runs`.")
+    dir: Text = harmless(
+        "runs",
+        "Where runs are kept: a directory, or any fsspec URL such as `s3://bucket/runs`. In paths `$VAR` and `${VAR}` are "
+        "filled in from the environment, when they are used: config.yaml keeps the text.",
+    )
+
+    @property
+    def place(self) -> str:
+        """`dir` with the variables of the environment filled in."""
+        return expand_path(self.dir)
+
     code_paths: list[Text] = harmless(
         [],
         "Directories that are searched for your own code before what is installed; relative ones count from the "

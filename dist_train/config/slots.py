@@ -206,4 +206,5 @@ def _value(key: Key, name: str, parameter: inspect.Parameter, value: Any) -> Ite
     wanted = "a number" if kinds <= {"int", "float", "bool", "complex", "Tensor"} else "a string"
     wrong = isinstance(value, str) if wanted == "a number" else kinds == {"str"} and isinstance(value, int | float)
     if kinds and wrong:
-        yield key, f"{name} expects {wanted} for {parameter.name}, found {describe(value)}"
+        hint = "; put it in quotes" if wanted == "a string" else ""
+        yield key, f"{name} expects {wanted} for {parameter.name}, found {describe(value)}{hint}"

@@ -1,21 +1,24 @@
 """From YAML files, `extends` and overrides to one tree of nodes, each of which knows where it was written.
 
 YAML is read by its 1.2 core rules: `1e-3` is a number, only `true` and `false` are booleans, `off` and `12:30` are
-strings. A key given twice is an error. Nothing here knows the schema.
+strings; what a number can't hold as it is written (`007`, `12e4567`) is a string too. A key given twice is an error.
+Nothing here knows the schema, so a scalar keeps its text beside its value: see `as_written`.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
 from .errors import ConfigError, Problem, describe, did_you_mean
+from .names import expand_path
 
 Key = tuple[str | int, ...]
 COMMAND_LINE = "command line"
@@ -63,12 +66,23 @@ class Node:
     value: Any
     place: Place
     is_path: bool = False  # a mapping of one key, on the way to what an override sets
+    text: str | None = None  # a scalar as it was written, without quotes
 
     def plain(self) -> Any:
         """The value without places."""
         if type(self.value) is dict:
             return {name: node.plain() for name, node in self.value.items()}
         return [node.plain() for node in self.value] if type(self.value) is list else self.value
+
+    def as_written(self, is_text: Callable[[Key], bool], key: Key = ()) -> Node:
+        """This node, in which the scalars of the keys that hold a text are the text that was written: 001, 1e5, #1."""
+        if type(self.value) is dict:
+            return replace(
+                self, value={name: node.as_written(is_text, (*key, name)) for name, node in self.value.items()}
+            )
+        if type(self.value) is list:
+            return replace(self, value=[node.as_written(is_text, (*key, i)) for i, node in enumerate(self.value)])
+        return self if self.text is None or not is_text(key) else replace(self, value=self.text)
 
     def places(self, key: Key = ()) -> Iterator[tuple[Key, Place]]:
         """The place of this node, whose key is `key`, and of every node in it."""
@@ -108,19 +122,22 @@ class Node:
 # --- YAML ------------------------------------------------------------------------------------------------------------
 
 _TAG = "tag:yaml.org,2002:"
-_NUMBER = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+_WHOLE = "(0|[1-9][0-9]*)"
+_NUMBER = rf"[-+]?(\.[0-9]+|{_WHOLE}(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
 # What a plain scalar may be, tried in this order, and how it is read.
 _SCALARS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "null": ("~|null|Null|NULL|", lambda text: None),
     "bool": ("true|True|TRUE|false|False|FALSE", lambda text: text.lower() == "true"),
-    "int": ("[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", lambda text: int(text, 0 if text[:2] in ("0o", "0x") else 10)),
+    "int": (f"[-+]?{_WHOLE}|0o[0-7]+|0x[0-9a-fA-F]+", lambda text: int(text, 0 if text[:2] in ("0o", "0x") else 10)),
     "float": (_NUMBER, lambda text: float(re.sub(r"\.(?=inf|nan)", "", text.lower()))),
     "str": (r"(?s:.*)", str),
 }
 
 
 def _kind(text: str) -> str:
-    return next(kind for kind, (pattern, _) in _SCALARS.items() if re.fullmatch(pattern, text))
+    kind = next(kind for kind, (pattern, _) in _SCALARS.items() if re.fullmatch(pattern, text))
+    too_large = kind == "float" and "." not in text[:2] and math.isinf(float(text))  # .inf says so itself
+    return "str" if too_large else kind
 
 
 class _Loader(yaml.BaseLoader):
@@ -186,7 +203,8 @@ class Reader:
             items = enumerate(node.value)
             return Node([self._build(item, start, (*key, i), (*above, node)) for i, item in items], place)
         elif isinstance(node, yaml.ScalarNode) and tag in _SCALARS and re.fullmatch(_SCALARS[tag][0], node.value):
-            return Node(_SCALARS[tag][1](node.value), place)
+            text = node.value if node.style is None and tag not in ("null", "str") else None
+            return Node(_SCALARS[tag][1](node.value), place, text=text)
         else:
             tag = node.tag.replace(_TAG, "!!")
             message = f"the tag {tag} isn't known; name a Python object by _target_: package.module.Name"
@@ -204,7 +222,7 @@ class Reader:
             if name in result:
                 self.note(place, (*key, name), f"this key is given twice (first in line {result[name].place.line})")
                 continue
-            result[name] = Node(self._build(value_node, start, (*key, name), above).value, place)
+            result[name] = replace(self._build(value_node, start, (*key, name), above), place=place)
         return result
 
     def file(self, path: str, chain: tuple[str, ...] = ()) -> Node:
@@ -236,7 +254,11 @@ class Reader:
             self.note(extends.place, ("extends",), f"expected a file or a list of files, found {describe(bases)}")
             bases = []
         for base in bases:
-            path = os.path.normpath(os.path.join(folder, base))
+            try:
+                path = os.path.normpath(os.path.join(folder, expand_path(base)))
+            except ValueError as error:
+                self.note(extends.place, ("extends",), str(error))
+                continue
             if any(os.path.realpath(path) == os.path.realpath(other) for other in chain):
                 circle = " -> ".join((*chain, path))
                 self.note(extends.place, ("extends",), f"files extend each other in a circle: {circle}")
@@ -260,8 +282,12 @@ class Reader:
                 example = "write key.path=value, for example optimizer.lr=0.05"
                 self.note(place, (), f"expected key=value, found {override!r}; {example}")
                 continue
-            template = re.search(r"\{[\w.]+\}", text)  # such as {time}: not a YAML mapping
+            text = text.strip()
+            quoted = text.startswith(("'", '"', "!", "&"))  # by YAML's rules
+            template = re.search(r"\{[\w.]+\}", text) and not quoted  # such as {time}: not a YAML mapping
             node = Node(text, place) if template else self.parse(text, place, key)
+            if node is not None and not quoted and not re.fullmatch(_SCALARS["null"][0], text or "-"):
+                node = replace(node, text=text)
             for part in reversed(key if node is not None else ()):
                 node = Node({part: node}, place, is_path=True)
             try:

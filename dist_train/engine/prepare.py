@@ -18,6 +18,7 @@ from dist_train.checkpoint.manifest import CheckpointError
 from dist_train.checkpoint.store import find_at
 from dist_train.config.components import build, build_callable, is_spec, locate, reserved
 from dist_train.config.errors import ConfigError
+from dist_train.config.names import expand_argument, expand_path
 from dist_train.data.download import downloads, expected_files, missing_data, once_per_node
 from dist_train.data.errors import DataError
 from dist_train.data.loader import EvalLoader, Reading
@@ -75,6 +76,7 @@ def build_dataset(config: Config, split: str, world: World | None = None) -> Any
             for inner in _specs(spec):
                 root, dataset = inner.get("root"), locate(inner["_target_"])
                 if isinstance(root, str):
+                    root = expand_argument(root)
                     files = [root, *expected_files(dataset, root)]
                     if not all(map(os.path.exists, files)):
                         raise missing_data(split, dataset, root, error) from error
@@ -172,11 +174,11 @@ def _specs(value: Any) -> Iterator[dict[str, Any]]:
 
 def _read_weights(weights: str, config: Config, world: World | None) -> Any:
     """What is at `transfer.weights`: torchvision's, a file, or a run's final weights (a checkpoint's where it has none yet)."""
-    location = os.path.expanduser(weights)
+    location = expand_path(weights)
     if is_torchvision_name(weights) and not os.path.exists(weights):
         builder = str(config.model["_target_"]).rpartition(".")[2] if is_spec(config.model) else ""
         return _in_turns(lambda: read_torchvision(weights, builder), world)
-    if not is_folder(weights):
+    if not is_folder(location):
         return read_file(location)
     storage = Storage(location)
     try:

@@ -11,6 +11,7 @@ from dist_train.checkpoint.manifest import CheckpointError
 from dist_train.checkpoint.store import CheckpointStore, find_at, step_name
 from dist_train.config.changes import compare, refusal_message
 from dist_train.config.errors import ConfigError
+from dist_train.config.names import expand_path
 
 if TYPE_CHECKING:
     from dist_train.checkpoint.manager import CheckpointManager
@@ -59,7 +60,7 @@ def decide(config: Config, run: RunDir) -> Decision:
         old = yaml.safe_load(run.storage.read_bytes("config.yaml"))
     elif not known and resume not in ("auto", "never"):
         try:
-            found = find_at(resume)
+            found = find_at(expand_path(resume))
         except CheckpointError as error:
             raise ConfigError.single("checkpoint.resume", str(error)) from None
         old, location, source = found.meta["config"], found.location, found.location

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
 import secrets
 import socket
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,31 +30,51 @@ log = logging.getLogger("dist_train")
 
 
 def job_id() -> str | None:
-    """The scheduler's or launcher's name for this job, the same after a requeue or restart; None for a plain process."""
+    """The scheduler's or launcher's name for this job, the same after a requeue or restart; None for a plain process.
+
+    A person's shell inside an allocation (salloc, srun --pty) is no job: nobody starts again what was started there.
+    """
     env = os.environ
     if "SLURM_ARRAY_JOB_ID" in env:
         return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
     run_id = env.get("TORCHELASTIC_RUN_ID", "none")
-    return env.get("SLURM_JOB_ID") or (run_id if run_id != "none" else None)
+    job = None if _in_a_shell(env) else env.get("SLURM_JOB_ID")
+    return job or (run_id if run_id != "none" else None)
+
+
+def _in_a_shell(env: Mapping[str, str]) -> bool:
+    """Whether a person started this in an interactive shell under Slurm (sbatch sets ENVIRONMENT=BATCH for its script)."""
+    if env.get("ENVIRONMENT") == "BATCH":
+        return False
+    interactive = "SLURM_PTY_PORT" in env or env.get("SLURM_JOB_NAME") in ("interactive", "bash", "sh", "zsh", "fish")
+    return interactive or (sys.stdin is not None and not sys.stdin.closed and sys.stdin.isatty())
 
 
 def run_location(config: Config) -> str:
     """Path or URL of the config's run. `{time}` and `{job}` in its name are those of the job's first start.
 
-    They are remembered below `run.dir`, in `.jobs/`, so that restarts and requeues of one job find their run again.
+    They are remembered below `run.dir`, in `.jobs/`, so that restarts and requeues of one job find their run again, and two
+    that start in the same second get two names.
     """
-    template = config.run.name or "run"
+    template, place = config.run.name or "run", config.run.place
     job = job_id()
-    if "{time}" not in template and "{job}" not in template:
-        name = expand_name(template, config, time="", job="")
-    else:
-        stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-        memory = Storage(config.run.dir).sub(".jobs")
-        if job is not None and "{time}" in template:
+    memory, told = Storage(place).sub(".jobs"), job or str(os.getpid())
+    stamp = ""
+    if "{time}" in template:
+        with contextlib.suppress(FileNotFoundError):
+            stamp = memory.read_bytes(job).decode() if job is not None else ""
+        stamp = stamp or _new_stamp(memory, lambda time: expand_name(template, config, time=time, job=told))
+        if job is not None:
             memory.create_exclusive(job, stamp.encode())
             stamp = memory.read_bytes(job).decode()
-        name = expand_name(template, config, time=stamp, job=job or str(os.getpid()))
-    return f"{config.run.dir.rstrip('/')}/{name}"
+    return f"{place.rstrip('/')}/{expand_name(template, config, time=stamp, job=told)}"
+
+
+def _new_stamp(memory: Storage, name: Callable[[str], str]) -> str:
+    """The time now, with a number behind it where another start has taken that name already."""
+    now, token = datetime.now().strftime("%Y%m%d-%H%M%S"), secrets.token_bytes(8)
+    stamps = itertools.chain([now], (f"{now}-{number}" for number in itertools.count(2)))
+    return next(stamp for stamp in stamps if memory.create_exclusive("name-" + name(stamp).replace("/", "%"), token))
 
 
 class RunDir(Mirror):

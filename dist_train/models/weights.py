@@ -22,7 +22,7 @@ def is_torchvision_name(weights: str) -> bool:
 
 def is_folder(weights: str) -> bool:
     """Whether `transfer.weights` is a directory, of a run or of a checkpoint."""
-    return not weights.endswith(_SUFFIXES) if is_url(weights) else os.path.isdir(os.path.expanduser(weights))
+    return not weights.endswith(_SUFFIXES) if is_url(weights) else os.path.isdir(weights)
 
 
 def read_torchvision(name: str, builder: str) -> Any:

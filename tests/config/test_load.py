@@ -11,6 +11,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dist_train.config import components
 from dist_train.config.durations import Duration
 from dist_train.config.errors import ConfigError
 from dist_train.config.load import DEFAULT, KEYS, load_config
@@ -88,7 +89,7 @@ def test_yaml_is_read_by_the_rules_of_version_1_2(folder: Path) -> None:
         "{a: 1e-3, b: off, c: yes, d: 12:30, e: 0o17, f: .inf, h: 017, i: 2024-01-01, j: 1_000, k: true, l: -.5, m: }"
     )
     assert Reader().file("x.yaml").plain() == {
-        "a": 0.001, "b": "off", "c": "yes", "d": "12:30", "e": 15, "f": float("inf"), "h": 17,
+        "a": 0.001, "b": "off", "c": "yes", "d": "12:30", "e": 15, "f": float("inf"), "h": "017",
         "i": "2024-01-01", "j": "1_000", "k": True, "l": -0.5, "m": None,
     }  # fmt: skip
 
@@ -286,3 +287,53 @@ def test_whatever_stands_in_a_config_is_read_or_refused_by_a_config_error() -> N
         except ConfigError as error:
             refused += bool(str(error))
     assert refused > 200
+
+
+TEXTS = ("12e4567", "001", "1e5", "yes", "1_000", "2024-01-01", "0o17", "0x1F", "true", "1.50", "+1", ".5", "12:30")
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "#1", "a #b"])
+def test_a_text_stays_as_it_was_written(folder: Path, text: str) -> None:
+    """In the file, quoted, by override, and read again from config.yaml, by the rules of YAML 1.1 too."""
+    ways = {"override": (f"run.name={text}",), "quoted": (f"run.name='{text}'",)}
+    configs = {way: load_config("base.yaml", overrides) for way, overrides in ways.items()}
+    for way, written in (("file", text), ("quotes", f'"{text}"')) if text in TEXTS else ():
+        Path(f"{way}.yaml").write_text(f"extends: base.yaml\nrun: {{name: {written}}}\n")
+        configs[way] = load_config(f"{way}.yaml")
+    for way, config in configs.items():
+        Path("again.yaml").write_text(config.to_yaml())
+        again = (load_config("again.yaml").run.name, yaml.safe_load(config.to_yaml())["run"]["name"])
+        assert {config.run.name, *again} == {text}, way
+
+
+def test_arguments_are_numbers_where_a_number_holds_what_was_written() -> None:
+    written = ["1e-3", "007", "12e4567", "'1e5'", "1_000", "-1", "0.50"]
+    told = [load_config(None, [f"model.bias={value}"]).get("model.bias") for value in written]
+    assert told == [0.001, "007", "12e4567", "1e5", "1_000", -1, 0.5]
+
+
+def test_the_last_override_of_a_key_counts() -> None:
+    assert load_config(None, ["seed=1", "seed=2"]).seed == 2
+    assert load_config(None, ["optimizer.lr=1", "optimizer.lr=2"]).get("optimizer.lr") == 2
+    assert (
+        load_config(None, ["optimizer={_target_: torch.optim.SGD, lr: 1}", "optimizer.lr=2"]).get("optimizer.lr") == 2
+    )
+
+
+def test_variables_in_paths_are_filled_in_and_the_text_is_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATA", "/somewhere")
+    monkeypatch.setenv("CONFIGS", str(folder))
+    Path("x.yaml").write_text("extends: $CONFIGS/base.yaml\nrun: {dir: '${DATA}/runs', code_paths: [$DATA/code]}\n")
+    config = load_config(
+        "x.yaml", ["model.root=$DATA", "model.file=a/${DATA}/$$b", "model.regex=^x$", "model.cost=10$DATA"]
+    )
+    assert (config.run.dir, config.run.place, config.run.code_paths) == (
+        "${DATA}/runs",
+        "/somewhere/runs",
+        ["/somewhere/code"],
+    )
+    assert load_config({"extends": "x.yaml"}).to_dict()["run"]["dir"] == "${DATA}/runs"
+    assert config.get("model.root") == "$DATA"
+    spec = {name: config.get(f"model.{name}") for name in ("root", "file", "regex", "cost")}
+    built = components.build({"_target_": "builtins.dict", **spec})
+    assert built == {"root": "/somewhere", "file": "a//somewhere/$b", "regex": "^x$", "cost": "10$DATA"}
