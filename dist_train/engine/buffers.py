@@ -3,22 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
 class BufferSnapshot:
-    """The values of all buffers at one moment."""
-
-    def __init__(self, model: nn.Module):
-        self._kept = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    """The values of all buffers at one moment, one flat copy for each kind; a buffer that is replaced counts as changed."""
 
     @torch.no_grad()
-    def restore(self) -> None:
-        """Make the buffers what they were."""
-        for buffer, value in self._kept:
-            buffer.copy_(value)
+    def __init__(self, model: nn.Module):
+        seen: set[int] = set()
+        kinds: dict[Any, list[tuple[nn.Module, str, Tensor]]] = {}
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if id(buffer) not in seen:
+                    seen.add(id(buffer))
+                    kinds.setdefault((buffer.device, buffer.dtype), []).append((module, name, buffer))
+        self._kept = [(places, _flat(buffer for *_, buffer in places)) for places in kinds.values()]
+
+    @torch.no_grad()
+    def restore(self, where: Tensor | None = None) -> None:
+        """Make the buffers what they were; given `where`, a bool on the device, only if that is true (nobody waits for it)."""
+        for places, values in self._kept:
+            if where is not None:
+                values = torch.where(where, values, _flat(module._buffers[name] for module, name, _ in places))
+            buffers = [buffer for *_, buffer in places]
+            parts = values.split([buffer.numel() for buffer in buffers])
+            torch._foreach_copy_(buffers, [part.view_as(buffer) for part, buffer in zip(parts, buffers, strict=True)])
+            for module, name, buffer in places:
+                module._buffers[name] = buffer
+
+
+def _flat(tensors: Iterable[Tensor | None]) -> Tensor:
+    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors if tensor is not None])
 
 
 @torch.no_grad()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+from dist_train.engine.losses import HALF
 
 if TYPE_CHECKING:
     from dist_train.data.plan import Indices
@@ -17,6 +20,29 @@ MOST_UNREAD = 4096  # steps between two readings where the host doesn't look at 
 
 class NonFiniteError(RuntimeError):
     """A loss or gradient is inf or nan; the message names step, samples and parameter, and what to try."""
+
+
+def values_of_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """Each gradient's numbers, to be read and changed in place: of a sparse one its values, of a complex one pairs of reals."""
+    found = []
+    for parameter in parameters:
+        gradient = parameter.grad
+        if gradient is None:
+            continue
+        if gradient.is_sparse:
+            if not gradient.is_coalesced():  # rows that stand in it twice would be looked at before they are added up
+                gradient = parameter.grad = gradient.coalesce()
+            gradient = gradient._values()
+        found.append(torch.view_as_real(gradient) if gradient.is_complex() else gradient)
+    return found
+
+
+def by_dtype(tensors: Sequence[Tensor]) -> Iterable[tuple[torch.dtype, list[Tensor]]]:
+    """`tensors` in lists of one dtype, as the kernels that work on lists want them."""
+    groups: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.dtype, []).append(tensor)
+    return groups.items()
 
 
 class FiniteGuard:
@@ -59,6 +85,7 @@ class FiniteGuard:
         self._places = self._findings.unbind()
         self._unread: list[int] = []
         self.found = self._places[0]
+        self._one = torch.ones((), device=device)
         self._told = optimizer if not self.on_host and fused and not scaled else None
 
     def begin(self, step: int) -> None:
@@ -70,8 +97,17 @@ class FiniteGuard:
         if self._told is not None:
             self._told.found_inf = self.found  # type: ignore[attr-defined]
 
-    def read(self, loss: Tensor | None = None) -> bool:
+    def check(self, tensors: Sequence[Tensor]) -> None:
+        """Write to `found` if one of `tensors` (on the device, dense and real) holds inf or nan."""
+        for dtype, group in by_dtype(tensors):
+            if dtype in HALF:  # the kernel doesn't take them everywhere
+                group = [torch.stack(torch._foreach_norm(group, math.inf)).float()]
+            torch._amp_foreach_non_finite_check_and_unscale_(group, self.found, self._one)
+
+    def read(self, loss: Tensor | None = None, norm: Tensor | None = None) -> bool:
         """Take in the findings since the last reading; whether the last step was bad. Waits for the device.
+
+        `loss` and `norm` of the last step's gradients are for the message.
 
         Raises:
             NonFiniteError: `trainer.on_nonfinite` is `stop`, or fp16 has overflowed 20 times in a row.
@@ -87,23 +123,23 @@ class FiniteGuard:
             self.in_a_row = self.in_a_row + 1 if flag else 0
             self.skipped += bool(flag)
             if flag and (not self.skips or (self.scaled and self.in_a_row >= MAX_OVERFLOWS_IN_A_ROW)):
-                raise NonFiniteError(self._message(step, loss))
+                raise NonFiniteError(self._message(step, loss, norm))
         self._unread.clear()
         return bool(flags[-1])
 
-    def _message(self, step: int, loss: Tensor | None) -> str:
+    def _message(self, step: int, loss: Tensor | None, norm: Tensor | None) -> str:
         indices = self.indices_of(step - 1)
         shown = ", ".join(str(int(index)) for index in indices[:16]) + (", ..." if len(indices) > 16 else "")
         what = (
             f"fp16 overflowed {self.in_a_row} times in a row" if self.scaled else "the loss or a gradient is inf or nan"
         )
         return (
-            f"step {step}: {what}; {self._culprit(loss)}; samples of the step: {shown}. Nothing of it was saved. Try a "
+            f"step {step}: {what}; {self._culprit(loss, norm)}; samples of the step: {shown}. Nothing of it was saved. Try a "
             "lower optimizer.lr, trainer.clip_grad_norm, trainer.precision=fp32, or trainer.on_nonfinite=skip, and look at those "
             "samples"
         )
 
-    def _culprit(self, loss: Tensor | None) -> str:
+    def _culprit(self, loss: Tensor | None, norm: Tensor | None) -> str:
         """The first parameter whose gradient (or, after the fact, value) is inf or nan."""
         for what in ("gradient", "value"):
             for name, parameter in self.model.named_parameters():
@@ -112,4 +148,6 @@ class FiniteGuard:
                     return f"first affected parameter: {name} ({what})"
         if loss is not None and not bool(loss.isfinite()):
             return f"the loss is {float(loss)}, every gradient is finite"
+        if norm is not None and not bool(norm.isfinite()):
+            return f"the norm of the gradients is {float(norm)}, each of them was finite"
         return "the parameters are finite (the update was skipped)"

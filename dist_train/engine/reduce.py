@@ -75,9 +75,10 @@ class _Objective(nn.Module):
         self.task = (task,)  # in a tuple: a loss with parameters of its own isn't part of the model
         self.scaler = scaler
         self.world_size = world_size
-        reference = next(parameter for parameter in model.parameters() if parameter.requires_grad)
-        dtype = torch.float64 if reference.dtype == torch.float64 else torch.float32
-        self.report = nn.Parameter(torch.zeros(2, dtype=dtype, device=reference.device))
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        double = any(parameter.dtype in (torch.float64, torch.complex128) for parameter in trained)
+        dtype = torch.float64 if double else torch.float32
+        self.report = nn.Parameter(torch.zeros(2, dtype=dtype, device=trained[0].device))
 
     def forward(self, batch: Any, scale: float, weightless: bool) -> Tensor:
         output = as_step_output(self.task[0].step(self.model, batch))
@@ -85,9 +86,15 @@ class _Objective(nn.Module):
         if weightless:
             return _Tell.apply(loss, self.report, torch.zeros_like(self.report), 0.0)
         # DDP divides by the world size: multiplied first, whole numbers come back whole.
-        weight = torch.as_tensor(output.weight, dtype=self.report.dtype, device=self.report.device)
-        told = torch.stack([weight, output.loss.detach().to(self.report.dtype)]) * self.world_size
+        told = torch.stack([self._reported(output.weight), self._reported(output.loss)]) * self.world_size
         return _Tell.apply(loss, self.report, told, scale * self.world_size)
+
+    def _reported(self, value: Tensor | float) -> Tensor:
+        if isinstance(value, Tensor):
+            return value.detach().to(self.report, non_blocking=True)
+        return torch.full(
+            (), value, dtype=self.report.dtype, device=self.report.device
+        )  # as_tensor would wait for the device
 
 
 class DataParallel:
@@ -199,7 +206,7 @@ class SingleProcess:
         """See `Reducer`."""
         assert self._loss is not None
         loss, weight, self._loss = self._loss, self._weight, None
-        return loss, weight if isinstance(weight, Tensor) else torch.full_like(loss, weight)
+        return loss, weight if isinstance(weight, Tensor) else torch.full_like(loss, weight, dtype=torch.float64)
 
 
 class OneBucket(SingleProcess):
@@ -234,7 +241,7 @@ class OneBucket(SingleProcess):
         self.bucket = torch.zeros(sum(sizes) + 2, dtype=self.parameters[0].dtype)  # the last two: loss sum and weight
         self.received = torch.empty_like(self.bucket)
         *parts, self.told = self.bucket.split([*sizes, 2])
-        self.views = [part.view_as(parameter) for part, parameter in zip(parts, self.parameters, strict=True)]
+        self.views = [_laid_out(part, parameter) for part, parameter in zip(parts, self.parameters, strict=True)]
 
     def forward_backward(self, batch: Any, *, scale: float, weightless: bool, last: bool) -> None:
         """See `Reducer`."""
@@ -279,6 +286,11 @@ class OneBucket(SingleProcess):
             bucket += self.received
         if paired:
             links.send(bucket, self.beyond)
+
+
+def _laid_out(part: Tensor, parameter: Tensor) -> Tensor:
+    """A view of `part` with the parameter's strides: fused optimizers walk through memory, not through indices."""
+    return part.as_strided(parameter.shape, torch.empty_like(parameter).stride(), part.storage_offset())
 
 
 def reducer_for(

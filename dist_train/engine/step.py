@@ -5,6 +5,7 @@ Nothing here waits for the device or talks to other ranks, except where a commen
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.engine.buffers import BufferSnapshot
-from dist_train.engine.finite import FiniteGuard
+from dist_train.engine.finite import FiniteGuard, by_dtype, values_of_gradients
+from dist_train.engine.losses import HALF
 from dist_train.engine.reduce import Reducer
 from dist_train.runtime.here import DATA, FORWARD, UPDATE, here
 from dist_train.runtime.seeding import seed_forward
@@ -55,8 +57,9 @@ class Stepper:
         self.grad_norm: Tensor | None = None
         self.guard = FiniteGuard(model, optimizer, device, scaled=scaler is not None, skip=skip, indices_of=indices_of)
         self._loss_total, self._weight_total = self.totals.unbind()  # views
-        self._one = torch.ones((), device=device)
         self._samples = (1, torch.ones((), dtype=torch.float64, device=device))
+        self._factor = torch.ones((), dtype=torch.float64, device=device)
+        self._factor_on_host = self._factor.numpy() if device.type == "cpu" else None  # a view: quick to look at
         self._warm = False
 
     def __call__(self, work: StepWork, want_norm: bool) -> None:
@@ -67,6 +70,7 @@ class Stepper:
         """
         scale = 1.0 if self.summed else 1.0 / work.samples
         here.phase = DATA
+        before = BufferSnapshot(self.model) if self.guard.skips else None
         for micro in work.micro_batches:
             here.phase = FORWARD
             here.item += 1
@@ -81,18 +85,14 @@ class Stepper:
             here.phase = DATA
         loss, weight = self.reducer.finish()
         here.phase = UPDATE
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        gradients = values_of_gradients(self.parameters)
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         self.guard.begin(work.step + 1)
-        self._divide(gradients, loss, weight, work.samples)
-        if self.clip_value is not None:
-            nn.utils.clip_grad_value_(self.parameters, self.clip_value)
-        if self.clip_norm is not None:
-            self.grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
-        elif want_norm:
-            self.grad_norm = nn.utils.get_total_norm(gradients)
-        self._update(loss, weight)
+        self._divide(gradients, weight, work.samples)
+        self.guard.check([loss.clone(), *gradients])
+        self._clip(gradients, want_norm)
+        self._update(loss, weight, before)
         for parameter in self.parameters:
             parameter.grad = None
 
@@ -108,29 +108,53 @@ class Stepper:
         kept.restore()
         self._warm = True
 
-    def _divide(self, gradients: Sequence[Tensor], loss: Tensor, weight: Tensor, samples: int) -> None:
-        """Gradients over the sample count become gradients over the loss's own weight; inf and nan are found in the same pass."""
-        lists: dict[torch.dtype, list[Tensor]] = {loss.dtype: [loss.clone()]}
-        for gradient in gradients:
-            lists.setdefault(gradient.dtype, []).append(gradient)
-        for dtype, tensors in lists.items():
-            factor = self._one
-            if not self.summed:
-                if self._samples[0] != samples:
-                    self._samples = (samples, torch.full_like(self._samples[1], samples))
-                factor = torch.div(self._samples[1], weight)  # float64 on the way: exact where it is a whole number
-                if dtype == torch.float64:
-                    torch._foreach_mul_(tensors, factor)  # the fused kernel takes a float32 factor only
-                    factor = self._one
-            torch._amp_foreach_non_finite_check_and_unscale_(tensors, self.guard.found, factor.float())
+    def _divide(self, gradients: Sequence[Tensor], weight: Tensor, samples: int) -> None:
+        """Gradients over the sample count become gradients over the loss's own weight; zero where nothing has weight."""
+        if self.summed:
+            return
+        if self._samples[0] != samples:
+            self._samples = (samples, torch.full_like(self._samples[1], samples))
+        # float64 on the way: exact where it is a whole number. x / 0 is made 0, and 0 / 0 doesn't occur.
+        torch.div(self._samples[1], weight, out=self._factor).nan_to_num_(nan=math.nan, posinf=0.0, neginf=0.0)
+        if self._factor_on_host is not None and self._factor_on_host == 1.0:
+            return
+        for dtype, tensors in by_dtype(gradients):
+            if dtype in HALF:  # a factor of their own kind would have few digits
+                wide = [tensor.float() for tensor in tensors]
+                torch._foreach_mul_(wide, self._factor.float())
+                torch._foreach_copy_(tensors, wide)
+            else:
+                torch._foreach_mul_(tensors, self._factor.to(dtype))
 
-    def _update(self, loss: Tensor, weight: Tensor) -> None:
+    def _clip(self, gradients: Sequence[Tensor], want_norm: bool) -> None:
+        """As torch's functions do it, which take neither sparse nor complex gradients."""
+        if self.clip_value is not None:
+            for _, tensors in by_dtype(gradients):
+                torch._foreach_clamp_min_(tensors, -self.clip_value)
+                torch._foreach_clamp_max_(tensors, self.clip_value)
+        if self.clip_norm is None and not want_norm:
+            return
+        self.grad_norm = norm = nn.utils.get_total_norm(gradients)
+        if self.clip_norm is not None:
+            self.guard.check([norm.clone()])  # squares may overflow where no gradient does, and all would become 0
+            scale = torch.clamp(self.clip_norm / (norm + 1e-6), max=1.0)
+            for _, tensors in by_dtype(gradients):
+                torch._foreach_mul_(tensors, scale)
+
+    def _update(self, loss: Tensor, weight: Tensor, before: BufferSnapshot | None) -> None:
         bad = False
+        if self.scaler is not None:  # it skips for what it has seen itself, before the division
+            for found in self.scaler._found_inf_per_device(self.optimizer).values():
+                found.add_(self.guard.found)
         if self.guard.on_host:
-            bad = self.guard.read(loss)
+            bad = self.guard.read(loss, self.grad_norm)
+            if bad and before is not None:
+                before.restore()
         else:
             good = self.guard.found == 0
             loss, weight = loss.where(good, 0), weight.where(good, 0)
+            if before is not None:
+                before.restore(~good)
         if not bad:
             self._loss_total.add_(loss)
             self._weight_total.add_(weight)
