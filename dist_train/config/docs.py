@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .fields import Section, section_of, walk
+from .fields import Section, about, section_of, walk
 from .foreign import FOREIGN, example_of
 from .schema import Config
 
@@ -42,7 +41,7 @@ def reference() -> str:
     for name, field in walk(Config):
         section = section_of(field)
         if section is not None:
-            parts += [f"## {name}", "", inspect.cleandoc(section.__doc__ or ""), "", *_table(section, name + "."), ""]
+            parts += [f"## {name}", "", about(section), "", *_table(section, name + "."), ""]
     parts += ["## Names from elsewhere", "", "| you may know it as | here |", "| --- | --- |"]
     answers: dict[str, list[str]] = {}
     for name, answer in FOREIGN.items():

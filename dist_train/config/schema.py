@@ -30,6 +30,7 @@ from .fields import (
     Seed,
     Text,
     Time,
+    about,
     any_live,
     consent,
     harmless,
@@ -135,8 +136,8 @@ class TransferConfig(Section):
         BeforeValidator(
             lambda v: {"classes": v} if type(v) is int else v, json_schema_input_type=Count | HeadConfig | None
         ),
-    ] = refused(None, HeadConfig.__doc__ or "")
-    append: AppendConfig | None = refused(None, AppendConfig.__doc__ or "")
+    ] = refused(None, about(HeadConfig))
+    append: AppendConfig | None = refused(None, about(AppendConfig))
     freeze: Patterns = consent(
         [],
         "Parameters that stay as they are: patterns of their names (`features.*`), of modules (`layer[1-3]`) or of "
@@ -186,7 +187,7 @@ class TrainerConfig(Section):
     evaluate_every: Length | None = harmless(Duration(1, "ep"), "When `data.val` is evaluated. null: only at the end.")
     evaluate_at_start: bool = harmless(False, "Evaluate `data.val` before the first step too.")
     log_every: Length = harmless(Duration(50, "step"), "How often a train row is logged: the mean since the last one.")
-    stop_when: StopWhenConfig | None = harmless(None, StopWhenConfig.__doc__ or "")
+    stop_when: StopWhenConfig | None = harmless(None, about(StopWhenConfig))
     on_nonfinite: Literal["stop", "skip"] = harmless(
         "stop", "An infinite or NaN loss or gradient ends the run before the update (stop), or the update is left out."
     )
@@ -269,14 +270,14 @@ class TrackingConfig(Section):
     """Views of metrics.jsonl, which is always written."""
 
     tensorboard: bool = harmless(True, "Write TensorBoard files.")
-    images: ImagesConfig | None = harmless(None, ImagesConfig.__doc__ or "")
+    images: ImagesConfig | None = harmless(None, about(ImagesConfig))
     histograms: Length | None = harmless(
         None,
         "How often TensorBoard gets histograms of the weights that are trained, and of their gradients as the optimizer "
         "gets them; also before training (step 0). null: never.",
     )
     graph: bool = harmless(False, "Show TensorBoard the model's graph (torch.jit.trace, on a copy), before training.")
-    wandb: WandbConfig | None = harmless(None, WandbConfig.__doc__ or "")
+    wandb: WandbConfig | None = harmless(None, about(WandbConfig))
     report: bool = harmless(
         True,
         "Write curves.png and report.html, with pictures by the kept model, when the run is completed (the command `report` "
@@ -295,8 +296,8 @@ class Config(Section):
     """A whole training run. `_target_` names any class or function by its import path, its arguments beside it."""
 
     seed: Seed = refused(0, "Everything random is a function of it: weights, order, augmentation, dropout.")
-    run: RunConfig = Field(default_factory=RunConfig, description=RunConfig.__doc__)
-    data: DataConfig = Field(description=DataConfig.__doc__)
+    run: RunConfig = Field(default_factory=RunConfig, description=about(RunConfig))
+    data: DataConfig = Field(description=about(DataConfig))
     model: Component = consent(..., "The nn.Module, with its constructor's arguments.")
     model_init: list[Component] = refused(
         [],
@@ -305,7 +306,7 @@ class Config(Section):
         "torch.nn.init.kaiming_normal_}.",
     )
     transfer: Annotated[TransferConfig, _null_is_default] = Field(
-        default_factory=TransferConfig, description=TransferConfig.__doc__
+        default_factory=TransferConfig, description=about(TransferConfig)
     )
     task: Component | None = consent(
         None,
@@ -331,11 +332,11 @@ class Config(Section):
         "`steps_per_epoch` are replaced by the numbers.",
     )
     callbacks: list[Component] = consent([], "Objects with hooks (dist_train.callbacks.Callback), called in order.")
-    trainer: TrainerConfig = Field(default_factory=TrainerConfig, description=TrainerConfig.__doc__)
-    distributed: DistributedConfig = Field(default_factory=DistributedConfig, description=DistributedConfig.__doc__)
-    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description=CheckpointConfig.__doc__)
-    tracking: TrackingConfig = Field(default_factory=TrackingConfig, description=TrackingConfig.__doc__)
-    debug: DebugConfig = Field(default_factory=DebugConfig, description=DebugConfig.__doc__)
+    trainer: TrainerConfig = Field(default_factory=TrainerConfig, description=about(TrainerConfig))
+    distributed: DistributedConfig = Field(default_factory=DistributedConfig, description=about(DistributedConfig))
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description=about(CheckpointConfig))
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig, description=about(TrackingConfig))
+    debug: DebugConfig = Field(default_factory=DebugConfig, description=about(DebugConfig))
 
     _source: str | None = PrivateAttr(default=None)
     _places: dict[Key, Place] = PrivateAttr(default_factory=dict)
