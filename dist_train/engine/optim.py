@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import CyclicLR, LambdaLR, OneCycleLR, ReduceLROnP
 from dist_train.config.components import build, locate, reserved, signature
 from dist_train.config.durations import Duration
 from dist_train.config.errors import ConfigError
+from dist_train.engine.parameters import fill_momentum, is_dense, sparse_parameters
 from dist_train.models.transfer import match_parameters
 
 
@@ -57,10 +58,15 @@ def build_optimizer(spec: Any, model: nn.Module, device: torch.device) -> torch.
     if not isinstance(own, dict):
         return own(groups) if callable(own) else own
     form = signature(locate(own["_target_"]))
-    plain = device.type in ("cpu", "cuda") and all(parameter.is_floating_point() for parameter in model.parameters())
+    plain = device.type in ("cpu", "cuda") and all(p.is_floating_point() and is_dense(p) for p in model.parameters())
+    plain = plain and next(sparse_parameters(model), None) is None
+    # torch's first step leaves dampening out, which is lost where that step is skipped (see `fill_momentum`).
+    plain = plain and not any(group.get("dampening") for group in (own, *groups))
     if plain and form and "fused" in form.parameters and not {"fused", "foreach", "differentiable"} & own.keys():
         own = {**own, "fused": True}
-    return build(own, groups)
+    optimizer = build(own, groups)
+    fill_momentum(optimizer)
+    return optimizer
 
 
 def _grouped(model: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:

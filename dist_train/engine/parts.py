@@ -15,7 +15,7 @@ from dist_train.config.errors import ConfigError
 from dist_train.config.names import better_is_lower
 from dist_train.data.augment import Augmentation
 from dist_train.data.loader import EvalLoader, TrainLoader, build_plan
-from dist_train.data.plan import Plan, smallest_part
+from dist_train.data.plan import Plan, parts, smallest_part
 from dist_train.engine.boundary import BoundaryFrames
 from dist_train.engine.callbacks import Callback
 from dist_train.engine.ema import EMA
@@ -23,8 +23,9 @@ from dist_train.engine.evaluate import Evaluator
 from dist_train.engine.losses import Loss
 from dist_train.engine.metrics import Metric, build_metrics
 from dist_train.engine.optim import Schedule, build_optimizer
+from dist_train.engine.parameters import check_optimizer
 from dist_train.engine.pictures import Pictures
-from dist_train.engine.precision import Precision, resolve_precision
+from dist_train.engine.precision import Precision, agreed, resolve_precision
 from dist_train.engine.prepare import build_dataset, build_model, building, eval_loader, move_batch, reading_of
 from dist_train.engine.reduce import reducer_for
 from dist_train.engine.step import Stepper
@@ -82,7 +83,10 @@ class Parts:
             convolutional = any(isinstance(module, nn.Conv2d) for module in model.modules())
             channels_last = world.device.type == "cuda" and convolutional
         self.memory_format = torch.channels_last if channels_last else None
-        model = model.to(world.device, memory_format=self.memory_format)  # type: ignore[call-overload]
+        model = model.to(world.device)
+        for tensor in (*model.parameters(), *model.buffers()):
+            if channels_last and tensor.dim() == 4:  # Module.to(memory_format) fails on 5-D ones
+                tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
         if world.size > 1 and config.distributed.strategy == "none":
             message = f"`none` trains one process alone, but {world.size} were started; use auto or ddp"
             raise ConfigError.single("distributed.strategy", message)
@@ -121,7 +125,7 @@ class Parts:
     @cached_property
     def precision(self) -> Precision:
         """What the forward runs in."""
-        return resolve_precision(self.config.trainer.precision, self.world.device)
+        return agreed(resolve_precision(self.config.trainer.precision, self.world.device), self.world)
 
     @cached_property
     def evaluator(self) -> Evaluator:
@@ -196,8 +200,18 @@ class Parts:
     @cached_property
     def optimizer(self) -> torch.optim.Optimizer:
         """Over the parameters that train."""
+        config, world = self.config, self.world
         with building("optimizer"):
-            return build_optimizer(self.config.optimizer, self.model, self.world.device)
+            optimizer = build_optimizer(config.optimizer, self.model, world.device)
+        check_optimizer(
+            optimizer,
+            self.model,
+            world.device,
+            world_size=world.size,
+            skips=config.trainer.on_nonfinite == "skip",
+            scaled=self.precision.name == "fp16",
+        )
+        return optimizer
 
     @cached_property
     def horizon(self) -> int | None:
@@ -293,6 +307,19 @@ class Parts:
             return "it isn't known that the loss is then still the mean over the global batch"
         return ""
 
+    def _check_equal_counts(self) -> None:
+        """SyncBatchNorm is a collective in every forward: with unequal numbers of them, ranks would wait forever."""
+        plan, world_size, micro = self.plan, self.world.size, self.micro_batch_size
+        for size in (plan.batch_samples(0), plan.batch_samples(plan.steps_per_epoch - 1)):
+            counts = [len(parts(size, rank, world_size, micro)) for rank in range(world_size)]
+            if len({*counts}) > 1:
+                raise ConfigError.single(
+                    "distributed.sync_batchnorm",
+                    f"SyncBatchNorm needs as many forwards on every rank, but of a step of {size} samples the {world_size} ranks "
+                    f"run {', '.join(map(str, counts))} micro-batches of at most {micro}: make data.global_batch_size a "
+                    f"multiple of {world_size * micro}, with data.drop_last=true, or change trainer.micro_batch_size",
+                )
+
     def inexactness(self) -> str | None:
         """What is to be said of a loss whose denominator isn't known, once it has been called."""
         count = -(-self.plan.global_batch_size // self.micro_batch_size)
@@ -306,6 +333,8 @@ class Parts:
     def _check_batchnorm(self) -> None:
         """BatchNorm can't take statistics over one sample: if some forward of training would get one, name sizes that work."""
         plan, world_size, micro = self.plan, self.world.size, self.micro_batch_size
+        if world_size > 1 and any(isinstance(module, nn.SyncBatchNorm) for module in self.model.modules()):
+            self._check_equal_counts()
         trained = (module for module in self.model.modules() if isinstance(module, _NORMS[:3]) and module.training)
         if next(trained, None) is None or smallest_part(plan, world_size, micro) > 1:
             return

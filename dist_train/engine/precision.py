@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from dist_train.runtime.world import World
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,18 @@ class Precision:
     def scaler(self) -> torch.amp.GradScaler | None:
         """A GradScaler for fp16, else None."""
         return torch.amp.GradScaler(self.device_type) if self.name == "fp16" else None
+
+
+def agreed(mine: Precision, world: World) -> Precision:
+    """What all ranks run in: the best that suits each rank's device. Every rank must call it."""
+    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type
+    ranks = world.gather([mine.name, device])
+    names = [name for name, _ in ranks]
+    if len({*names}) == 1:
+        return mine
+    least = min(names, key=("fp32", "fp16", "bf16").index)
+    would = ", ".join(f"rank {rank} ({device}) {name}" for rank, (name, device) in enumerate(ranks))
+    return Precision(least, mine.device_type, f"unequal devices: {would}; all take {least}")
 
 
 def resolve_precision(choice: str, device: torch.device) -> Precision:

@@ -22,6 +22,7 @@ from dist_train.config.names import expand_argument, expand_path
 from dist_train.data.download import downloads, expected_files, missing_data, once_per_node
 from dist_train.data.errors import DataError
 from dist_train.data.loader import EvalLoader, Reading
+from dist_train.engine.parameters import check_parameters
 from dist_train.models import transfer
 from dist_train.models.weights import is_folder, is_torchvision_name, read_file, read_torchvision
 from dist_train.runtime.storage import Storage, StorageError
@@ -123,6 +124,7 @@ def build_model(
     if not isinstance(model, nn.Module):
         message = f"expected a torch.nn.Module, but {config.get('model._target_')} gave {type(model).__name__}"
         raise ConfigError.single("model", message)
+    check_parameters(model)
     head = transfer.find_head(model, wanted.head.at) if wanted.head is not None else None
     if wanted.weights is not None and fresh:
         content = _read_weights(wanted.weights, config, world)

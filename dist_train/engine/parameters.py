@@ -1,0 +1,167 @@
+"""Which parameters the engine trains, and which it refuses by name before anything is written."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from dist_train.config.errors import ConfigError
+
+TAKE_SPARSE = (torch.optim.SGD, torch.optim.SparseAdam, torch.optim.Adagrad)
+
+
+def check_parameters(model: nn.Module) -> None:
+    """Refuse what would be trained wrongly, or not at all.
+
+    Raises:
+        ConfigError: parameters have no shape yet, share memory, or hold an element twice; or the model is a compiled wrapper.
+    """
+    if hasattr(model, "_orig_mod"):
+        raise ConfigError.single(
+            "model",
+            "it is what torch.compile(module) gave, and names every weight _orig_mod.*: give the module itself, and set "
+            "trainer.compile=true",
+        )
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(tensor):
+            raise ConfigError.single(
+                "model",
+                f"{name} has no shape yet: a lazy module takes it from the first batch, which is too late for the optimizer and "
+                "the other processes. Give the sizes (in_features, in_channels), or name a function that makes the model, calls "
+                "it once on an example and returns it",
+            )
+    named = list(model.named_parameters())
+    storages: dict[int, list[tuple[str, Tensor]]] = {}
+    for name, parameter in named:
+        if parameter.layout is torch.strided and parameter.numel():
+            storages.setdefault(parameter.untyped_storage().data_ptr(), []).append((name, parameter.detach()))
+    for group in storages.values():
+        if (len(group) > 1 or not is_dense(group[0][1])) and _overlap([tensor for _, tensor in group]):
+            names = " and ".join(name for name, _ in group)
+            raise ConfigError.single(
+                "model",
+                f"{names}: elements of it share memory, so that one update would change several, each in its own way. Make "
+                "it a parameter of its own memory (.clone()), or tie modules by giving them the same nn.Parameter",
+            )
+
+
+def check_optimizer(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    device: torch.device,
+    *,
+    world_size: int,
+    skips: bool,
+    scaled: bool,
+) -> None:
+    """Refuse an optimizer that can't train these parameters here.
+
+    Args:
+        skips: steps may be left out on the device's finding. scaled: fp16, with a loss scale.
+
+    Raises:
+        ConfigError: naming what doesn't fit, and the way round.
+    """
+    kind, groups = type(optimizer).__name__, optimizer.param_groups
+    form = inspect.signature(type(optimizer).step).parameters.values()
+    if hasattr(optimizer, "first_step") or any(
+        part.default is part.empty and part.kind not in (part.VAR_POSITIONAL, part.VAR_KEYWORD) for part in [*form][1:]
+    ):
+        raise ConfigError.single(
+            "optimizer",
+            f"{kind}.step needs a closure, that is, it runs forward and backward itself, which isn't supported: use an optimizer "
+            "whose step() takes none, such as torch.optim.AdamW",
+        )
+    trained = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name, parameter in model.named_parameters():
+        if scaled and id(parameter) in trained and parameter.dtype not in (torch.float32, torch.float64):
+            raise ConfigError.single(
+                "trainer.precision",
+                f"fp16 scales gradients of float32 weights, but {name} is {str(parameter.dtype).removeprefix('torch.')}: set "
+                "trainer.precision=bf16 or fp32, or make the model float32 (model.float())",
+            )
+    for group in groups:
+        loose = [trained.get(id(parameter)) for parameter in group["params"] if not is_dense(parameter)]
+        if group.get("fused") and loose:
+            message = (
+                f"a fused kernel walks through memory, in which {loose[0]} has gaps: leave `fused` away, or clone it"
+            )
+            raise ConfigError.single("optimizer.fused", message)
+        dampened = isinstance(optimizer, torch.optim.SGD) and group["momentum"] and group["dampening"]
+        if group.get("fused") and dampened and device.type == "cuda" and (skips or scaled):
+            message = (
+                "torch's fused SGD with dampening loses its momentum where its first step is skipped: set fused: false"
+            )
+            raise ConfigError.single("optimizer.fused", message)
+    sparse = {id(parameter): name for name, parameter in sparse_parameters(model) if id(parameter) in trained}
+    if sparse:
+        _check_sparse(optimizer, sparse, trained, device, world_size)
+    elif isinstance(optimizer, torch.optim.SparseAdam):
+        message = "SparseAdam takes sparse gradients only, but no module of the model is `sparse`: use torch.optim.Adam"
+        raise ConfigError.single("optimizer", message)
+
+
+def _check_sparse(
+    optimizer: torch.optim.Optimizer,
+    sparse: dict[int, str],
+    trained: dict[int, str],
+    device: torch.device,
+    world_size: int,
+) -> None:
+    kind, name = type(optimizer).__name__, next(iter(sparse.values()))
+    dense = next((other for key, other in trained.items() if key not in sparse), None)
+    message = None
+    if device.type == "cuda" and world_size > 1:
+        message = "and NCCL adds up dense ones only"
+    elif type(optimizer).__module__.startswith("torch.optim") and not isinstance(optimizer, TAKE_SPARSE):
+        message = f"which {kind} doesn't take; SGD, SparseAdam and Adagrad do"
+    elif any(group.get("fused") for group in optimizer.param_groups):
+        message = "which a fused kernel doesn't take: leave `fused` away"
+    elif isinstance(optimizer, torch.optim.SparseAdam) and dense is not None:
+        message = f"and that of {dense} is dense, which SparseAdam doesn't take"
+    elif isinstance(optimizer, TAKE_SPARSE) and any(
+        group.get("weight_decay") and any(id(parameter) in sparse for parameter in group["params"])
+        for group in optimizer.param_groups
+    ):
+        message = f"with which {kind} can't decay weights: give it a group with weight_decay: 0"
+    if message:
+        raise ConfigError.single("optimizer", f"the gradient of {name} is sparse, {message}; or set sparse: false")
+
+
+def sparse_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Those whose gradient is a sparse tensor: the weights of embeddings with `sparse=True`."""
+    for prefix, module in model.named_modules():
+        if getattr(module, "sparse", False) is True:
+            yield from module.named_parameters(prefix, recurse=False)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one stretch of memory, in any order (channels_last, transposed): no gaps, no overlap."""
+    return tensor.layout is not torch.strided or torch.empty_like(tensor, device="meta").stride() == tensor.stride()
+
+
+def fill_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Give fused SGD the momentum that it has before its first step, where torch leaves memory as it is until that step.
+
+    A first step that is left out on the device's finding would leave it so for good. -0.0 + x has the bits of x.
+    """
+    if isinstance(optimizer, torch.optim.SGD):
+        for group in optimizer.param_groups:
+            if group.get("fused") and group["momentum"] and not group["dampening"]:
+                for parameter in group["params"]:
+                    if optimizer.state[parameter].get("momentum_buffer") is None:
+                        optimizer.state[parameter]["momentum_buffer"] = torch.full_like(parameter.detach(), -0.0)
+
+
+def _overlap(tensors: Iterable[Tensor]) -> bool:
+    """Whether an element of their common memory belongs to two of them, or twice to one."""
+    places = []
+    for tensor in tensors:
+        every = torch.arange(tensor.untyped_storage().nbytes() // tensor.itemsize)
+        places.append(every.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).reshape(-1))
+    flat = torch.cat(places)
+    return len(flat.unique()) < len(flat)
