@@ -18,6 +18,7 @@ from torch import nn
 
 from dist_train.config.schema import DistributedConfig
 from dist_train.engine.losses import Loss
+from dist_train.engine.modules import Modules
 from dist_train.engine.precision import Precision
 from dist_train.engine.reduce import DataParallel, OneBucket, Reducer, SingleProcess
 from dist_train.engine.task import Supervised
@@ -27,9 +28,9 @@ from dist_train.runtime.world import World, open_world, read_placement
 def ways(world: World, hidden: int) -> dict[str, Reducer]:
     """Every way to reduce, each with a model of its own."""
 
-    def what() -> tuple[nn.Module, Supervised, Precision, None]:
+    def what() -> tuple[Modules, Supervised, Precision, None]:
         net = nn.Sequential(nn.Linear(64, hidden), nn.ReLU(), nn.Linear(hidden, 10))
-        return net, Supervised(Loss(nn.CrossEntropyLoss())), Precision("fp32", "cpu"), None
+        return Modules(net), Supervised(Loss(nn.CrossEntropyLoss())), Precision("fp32", "cpu"), None
 
     far = OneBucket(*what(), world)
     far.links.close()

@@ -15,9 +15,9 @@ class EMA:
     The average starts as the initial weights.
     """
 
-    def __init__(self, model: nn.Module, decay: float):
+    def __init__(self, modules: nn.Module, decay: float):
         self.decay = decay
-        self._weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._weights = {name: p for name, p in modules.named_parameters() if p.requires_grad}
         self._average = {name: p.detach().clone() for name, p in self._weights.items()}
 
     @torch.no_grad()

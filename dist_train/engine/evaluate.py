@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
-from dist_train.engine.buffers import take_from_rank_zero
+from dist_train.engine.buffers import BufferSnapshot, take_from_rank_zero
 from dist_train.engine.losses import batch_length
 from dist_train.engine.metrics import Metric, Whole
+from dist_train.engine.modules import Modules
 from dist_train.engine.precision import Precision
 from dist_train.engine.task import Task, as_step_output
+from dist_train.models.layers import evaluating
 from dist_train.runtime.here import EVALUATION, MEETING, here
 from dist_train.runtime.seeding import seed_forward
 
@@ -53,7 +54,7 @@ class Evaluator:
 
     def __init__(
         self,
-        model: nn.Module,
+        modules: Modules,
         task: Task,
         metrics: Sequence[Metric],
         *,
@@ -64,7 +65,8 @@ class Evaluator:
         ema: EMA | None = None,
         control: Control | None = None,
     ):
-        self.model, self.task, self.metrics = model, task, list(metrics)
+        self.modules, self.task, self.metrics = modules, task, list(metrics)
+        self.model = modules.model
         self.world, self.precision, self.prepare = world, precision, prepare
         self.seed, self.ema, self.control = seed, ema, control
 
@@ -87,18 +89,21 @@ class Evaluator:
 
     @contextlib.contextmanager
     def serving(self, average: bool = True) -> Iterator[None]:
-        """The model as it is used after training: in eval mode, with the average of the weights where there is one."""
-        training = self.model.training
-        self.model.eval()
+        """The model as it is used after training: in eval mode, with the average of the weights where there is one.
+
+        Afterwards modes, buffers and numbers are what they were, so that training goes on as if nothing had been.
+        """
+        kept = BufferSnapshot(self.modules)
+        averaged = self.ema.applied() if self.ema is not None and average else contextlib.nullcontext()
         try:
-            with self.ema.applied() if self.ema is not None and average else contextlib.nullcontext(), torch.no_grad():
+            with evaluating(self.modules), averaged, torch.no_grad():
                 yield
         finally:
-            self.model.train(training)
+            kept.restore()
 
     def _run(self, loader: EvalLoader) -> dict[str, float]:
         here.phase = MEETING
-        take_from_rank_zero(self.model.buffers(), self.world.size)
+        take_from_rank_zero((slot.value for slot in self.modules.buffers_at), self.world)
         size = 3 + sum(metric.size for metric in self.metrics)
         whole = [metric for metric in self.metrics if isinstance(metric, Whole)]
         for metric in whole:

@@ -8,13 +8,15 @@ import io
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from dist_train.engine.state import load_weights
 from dist_train.tracking.curves import draw_curves
 from dist_train.tracking.records import read_rows
 
 if TYPE_CHECKING:
     from dist_train.checkpoint.manager import CheckpointManager
+    from dist_train.engine.rundir import RunDir
     from dist_train.engine.trainer import Trainer
 
 
@@ -22,6 +24,8 @@ def weights_sha256(model: nn.Module) -> str:
     """sha256 over the state_dict, keys sorted: key, NUL, dtype, NUL, shape, NUL, the contiguous little-endian bytes."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
+        if not isinstance(tensor, Tensor):
+            continue  # what a module's get_extra_state gives
         data = tensor.detach().cpu().contiguous()
         digest.update(f"{name}\0{data.dtype}\0{tuple(data.shape)}\0".encode())
         digest.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -41,7 +45,7 @@ def finish(trainer: Trainer, checkpoints: CheckpointManager) -> dict[str, Any]:
     kept_step = trainer.step if best_step is None else best_step
     if kept_step != trainer.step:
         found = checkpoints.find(f"step-{kept_step}")
-        trainer.model.load_state_dict(found.load("model"))
+        load_weights(parts.modules, found)
         if parts.ema is not None and "ema" in found.parts:
             parts.ema.load_state_dict(found.load("ema"))
         val = found.metrics
@@ -70,16 +74,24 @@ def finish(trainer: Trainer, checkpoints: CheckpointManager) -> dict[str, Any]:
     }
     if trainer.world.is_main:
         with parts.ema.applied() if parts.ema is not None else contextlib.nullcontext():
-            weights = {name: tensor.detach().cpu().clone() for name, tensor in trainer.model.state_dict().items()}
-        buffer = io.BytesIO()
-        torch.save(weights, buffer)
-        run.storage.write_atomic("model.pt", buffer.getvalue())
+            if task := parts.modules.task_state():
+                _write_weights(run, "task.pt", task)
+            _write_weights(run, "model.pt", trainer.model.state_dict())
         if trainer.config.tracking.report:
             with contextlib.suppress(ImportError):  # matplotlib isn't needed to train
                 draw_curves(read_rows(run.path("metrics.jsonl")), run.path("curves.png"), title=run.name)
         trainer.bring_home()
         run.write_json("result.json", result)  # the last: a run that has it is completed
     return result
+
+
+def _write_weights(run: RunDir, name: str, state: dict[str, Any]) -> None:
+    weights = {
+        key: value.detach().cpu().clone() if isinstance(value, Tensor) else value for key, value in state.items()
+    }
+    buffer = io.BytesIO()
+    torch.save(weights, buffer)
+    run.storage.write_atomic(name, buffer.getvalue())
 
 
 def _best_step(trainer: Trainer, checkpoints: CheckpointManager) -> int | None:

@@ -22,11 +22,20 @@ from dist_train.engine.ema import EMA
 from dist_train.engine.evaluate import Evaluator
 from dist_train.engine.losses import Loss
 from dist_train.engine.metrics import Metric, build_metrics
+from dist_train.engine.modules import Modules
 from dist_train.engine.optim import Schedule, build_optimizer
 from dist_train.engine.parameters import check_optimizer
 from dist_train.engine.pictures import Pictures
 from dist_train.engine.precision import Precision, agreed, resolve_precision
-from dist_train.engine.prepare import build_dataset, build_model, building, eval_loader, move_batch, reading_of
+from dist_train.engine.prepare import (
+    build_dataset,
+    build_model,
+    building,
+    eval_loader,
+    move_batch,
+    reading_of,
+    seed_everything,
+)
 from dist_train.engine.reduce import reducer_for
 from dist_train.engine.step import Stepper
 from dist_train.engine.stopping import StopWhen, in_steps
@@ -65,10 +74,13 @@ class Parts:
 
     def build(self) -> None:
         """Build all that training needs, in an order that never changes: whatever is wrong with the config shows now."""
-        for name in ("model", "datasets", "loss", "task", "metrics", "callbacks", "plan"):
+        for name in ("model", "datasets", "loss", "task", "modules", "metrics", "callbacks", "plan"):
             getattr(self, name)
         self._check_batchnorm()
-        for name in ("train_loader", "eval_loaders", "optimizer", "schedule", "ema", "stop_when"):
+        for name in ("train_loader", "eval_loaders", "optimizer", "schedule"):
+            getattr(self, name)
+        self.modules.agree(self.world)
+        for name in ("ema", "stop_when"):
             getattr(self, name)
 
     # What every command needs.
@@ -87,6 +99,8 @@ class Parts:
         for tensor in (*model.parameters(), *model.buffers()):
             if channels_last and tensor.dim() == 4:  # Module.to(memory_format) fails on 5-D ones
                 tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+        if not model.training:  # as transformers' from_pretrained gives it; modes inside a model in train mode stay
+            model.train()
         if world.size > 1 and config.distributed.strategy == "none":
             message = f"`none` trains one process alone, but {world.size} were started; use auto or ddp"
             raise ConfigError.single("distributed.strategy", message)
@@ -104,6 +118,7 @@ class Parts:
         """None where the task computes it."""
         if self.config.loss is None:
             return None
+        seed_everything(self.config.seed)
         with building("loss"):
             return Loss(build_callable(self.config.loss)).to(self.world.device)
 
@@ -113,8 +128,20 @@ class Parts:
         if self.config.task is None:
             assert self.loss is not None
             return Supervised(self.loss)
+        seed_everything(self.config.seed)
         with building("task"):
             return build(self.config.task)
+
+    @cached_property
+    def modules(self) -> Modules:
+        """The model, and what the loss or the task has of parameters, buffers and numbers."""
+        if self.config.task is not None:
+            modules = Modules(self.model, task=self.task)
+        else:
+            function = self.loss.function if self.loss is not None else None
+            torchs = type(function).__module__.startswith("torch.nn.")  # their buffers are arguments of the config
+            modules = Modules(self.model) if torchs else Modules(self.model, loss=function)
+        return modules.to(self.world.device)
 
     @cached_property
     def metrics(self) -> list[Metric]:
@@ -131,7 +158,7 @@ class Parts:
     def evaluator(self) -> Evaluator:
         """Evaluates the model, without the DDP wrapper."""
         return Evaluator(
-            self.model,
+            self.modules,
             self.task,
             self.metrics,
             world=self.world,
@@ -202,10 +229,10 @@ class Parts:
         """Over the parameters that train."""
         config, world = self.config, self.world
         with building("optimizer"):
-            optimizer = build_optimizer(config.optimizer, self.model, world.device)
+            optimizer = build_optimizer(config.optimizer, self.modules, world.device)
         check_optimizer(
             optimizer,
-            self.model,
+            self.modules,
             world.device,
             world_size=world.size,
             skips=config.trainer.on_nonfinite == "skip",
@@ -245,7 +272,7 @@ class Parts:
     def ema(self) -> EMA | None:
         """The average of the weights."""
         decay = self.config.trainer.ema_decay
-        return EMA(self.model, decay) if decay is not None else None
+        return EMA(self.modules, decay) if decay is not None else None
 
     @cached_property
     def stop_when(self) -> StopWhen | None:
@@ -269,9 +296,9 @@ class Parts:
         """Runs optimizer steps."""
         config, world, scaler = self.config, self.world, self.precision.scaler()
         return Stepper(
-            self.model,
+            self.modules,
             self.optimizer,
-            reducer_for(self.model, self.task, self.precision, scaler, world, config.distributed),
+            reducer_for(self.modules, self.task, self.precision, scaler, world, config.distributed),
             scaler=scaler,
             device=world.device,
             seed=config.seed,

@@ -170,7 +170,7 @@ def _look(
     eager = torch.compiler.set_stance("force_eager") if trainer.config.trainer.compile else contextlib.nullcontext()
     handle = model.register_forward_pre_hook(first, with_kwargs=True)
     try:
-        with eager, parts.evaluator.precision.autocast():
+        with eager, parts.evaluator.serving(average=False), parts.evaluator.precision.autocast():
             watch(model, lambda: parts.evaluator.task.predict(model, batch), on_layer)
     finally:
         handle.remove()

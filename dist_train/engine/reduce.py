@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import inspect
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from dist_train.engine.buffers import take_from_rank_zero
+from dist_train.engine.modules import Modules
 from dist_train.engine.precision import Precision
 from dist_train.engine.task import Task, as_step_output
 from dist_train.runtime.here import BACKWARD, here
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from dist_train.config.schema import DistributedConfig
     from dist_train.runtime.world import World
 
-# Buffers differ over the ranks during an epoch, as in DDP everywhere; rank 0's are taken before an evaluation or a save.
+# Buffers differ over the ranks, as in DDP everywhere. What is the same on all at the start is `Modules.agree`'s affair.
 # torch 2.15 renamed the argument.
 _DDP = nn.parallel.DistributedDataParallel
 _RENAMED = "forward_sync_buffers" in inspect.signature(_DDP.__init__).parameters
-_BUFFERS_STAY: dict[str, Any] = {"forward_sync_buffers" if _RENAMED else "broadcast_buffers": False}
+_NOTHING_SENT: dict[str, Any] = {"forward_sync_buffers" if _RENAMED else "broadcast_buffers": False, "init_sync": False}
 MOST_IN_ONE_BUCKET = 2**20  # bytes of gradients; DDP's own first bucket has this size
 
 
@@ -69,19 +69,19 @@ class _Objective(nn.Module):
     the global loss cost no collective of their own. No optimizer and no state_dict ever sees it.
     """
 
-    def __init__(self, model: nn.Module, task: Task, scaler: torch.amp.GradScaler | None, world_size: int):
+    def __init__(self, parts: Modules, task: Task, scaler: torch.amp.GradScaler | None, world_size: int):
         super().__init__()
-        self.model = model
-        self.task = (task,)  # in a tuple: a loss with parameters of its own isn't part of the model
+        self.parts = parts
+        self.task = (task,)  # in a tuple: its modules are among the parts
         self.scaler = scaler
         self.world_size = world_size
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        trained = list(parts.trained().values())
         double = any(parameter.dtype in (torch.float64, torch.complex128) for parameter in trained)
         dtype = torch.float64 if double else torch.float32
         self.report = nn.Parameter(torch.zeros(2, dtype=dtype, device=trained[0].device))
 
     def forward(self, batch: Any, scale: float, weightless: bool) -> Tensor:
-        output = as_step_output(self.task[0].step(self.model, batch))
+        output = as_step_output(self.task[0].step(self.parts.model, batch))
         loss = output.loss if self.scaler is None else self.scaler.scale(output.loss)
         if weightless:
             return _Tell.apply(loss, self.report, torch.zeros_like(self.report), 0.0)
@@ -102,7 +102,7 @@ class DataParallel:
 
     def __init__(
         self,
-        model: nn.Module,
+        modules: Modules,
         task: Task,
         precision: Precision,
         scaler: torch.amp.GradScaler | None,
@@ -113,14 +113,13 @@ class DataParallel:
     ):
         self.precision = precision
         self.find_unused = find_unused_parameters
-        self.objective = _Objective(model, task, scaler, world_size)
-        take_from_rank_zero(model.buffers(), world_size)
+        self.objective = _Objective(modules, task, scaler, world_size)
         self.ddp = _DDP(
             self.objective,
             bucket_cap_mb=bucket_mb,
             find_unused_parameters=find_unused_parameters,
             gradient_as_bucket_view=True,
-            **_BUFFERS_STAY,
+            **_NOTHING_SENT,
         )
 
     def warm_up(self, batch: Any, rewind: Callable[[], object]) -> None:
@@ -135,8 +134,7 @@ class DataParallel:
             rewind()
             self.forward_backward(batch, scale=1.0, weightless=False, last=True)
             if not self.find_unused:
-                model = self.objective.model
-                _name_unused(model, [parameter for parameter in model.parameters() if parameter.requires_grad])
+                _name_unused(self.objective.parts.trained())
         for parameter in self.objective.parameters():
             parameter.grad = None
 
@@ -159,9 +157,8 @@ class DataParallel:
         return loss, weight
 
 
-def _name_unused(model: nn.Module, trained: Iterable[nn.Parameter]) -> None:
-    without = {id(parameter) for parameter in trained if parameter.grad is None}
-    unused = [name for name, parameter in model.named_parameters() if id(parameter) in without]
+def _name_unused(trained: Mapping[str, nn.Parameter]) -> None:
+    unused = [name for name, parameter in trained.items() if parameter.grad is None]
     if unused:
         shown = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")
         raise ValueError(
@@ -173,8 +170,8 @@ def _name_unused(model: nn.Module, trained: Iterable[nn.Parameter]) -> None:
 class SingleProcess:
     """One process: gradients are summed where they arise."""
 
-    def __init__(self, model: nn.Module, task: Task, precision: Precision, scaler: torch.amp.GradScaler | None):
-        self.model, self.task, self.precision, self.scaler = model, task, precision, scaler
+    def __init__(self, modules: Modules, task: Task, precision: Precision, scaler: torch.amp.GradScaler | None):
+        self.model, self.task, self.precision, self.scaler = modules.model, task, precision, scaler
         self._loss: Tensor | None = None
         self._weight: Tensor | float = 0.0
         self._factor = (0.0, torch.empty(0))
@@ -220,23 +217,20 @@ class OneBucket(SingleProcess):
 
     def __init__(
         self,
-        model: nn.Module,
+        modules: Modules,
         task: Task,
         precision: Precision,
         scaler: torch.amp.GradScaler | None,
         world: World,
     ):
-        super().__init__(model, task, precision, scaler)
+        super().__init__(modules, task, precision, scaler)
         self.rank, self.world_size = world.rank, world.size
         self.doubled = 1 << (world.size.bit_length() - 1)  # ranks below take part in all rounds
         self.beyond = self.rank ^ self.doubled  # a rank's partner on the other side of it
         partners = [self.rank ^ distance for distance in self._distances()]
         self.links = Links(world, [other for other in (*partners, self.beyond) if other < world.size])
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
-        if shapes != world.share(shapes):
-            raise ValueError("the model's parameters differ from rank 0's: every process must build the same model")
-        take_from_rank_zero([*model.parameters(), *model.buffers()], world.size)
+        self.trained = modules.trained()
+        self.parameters = list(self.trained.values())
         sizes = [parameter.numel() for parameter in self.parameters]
         self.bucket = torch.zeros(sum(sizes) + 2, dtype=self.parameters[0].dtype)  # the last two: loss sum and weight
         self.received = torch.empty_like(self.bucket)
@@ -258,7 +252,7 @@ class OneBucket(SingleProcess):
         else:
             gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
             if len(gradients) < len(self.views):
-                _name_unused(self.model, self.parameters)
+                _name_unused(self.trained)
             torch._foreach_copy_(self.views, gradients)
             self.told[0], self.told[1] = super().finish()
         self._exchange()
@@ -294,7 +288,7 @@ def _laid_out(part: Tensor, parameter: Tensor) -> Tensor:
 
 
 def reducer_for(
-    model: nn.Module,
+    modules: Modules,
     task: Task,
     precision: Precision,
     scaler: torch.amp.GradScaler | None,
@@ -302,10 +296,10 @@ def reducer_for(
     config: DistributedConfig,
 ) -> Reducer:
     """The form that suits the processes, the model and the config."""
-    what = (model, task, precision, scaler)
+    what = (modules, task, precision, scaler)
     if world.size == 1:
         return SingleProcess(*what)
-    if config.strategy == "auto" and not config.find_unused_parameters and _fits_one_bucket(model, config.bucket_mb):
+    if config.strategy == "auto" and not config.find_unused_parameters and _fits_one_bucket(modules, config.bucket_mb):
         return OneBucket(*what, world)
     return DataParallel(
         *what,
@@ -315,12 +309,12 @@ def reducer_for(
     )
 
 
-def _fits_one_bucket(model: nn.Module, bucket_mb: float) -> bool:
+def _fits_one_bucket(modules: Modules, bucket_mb: float) -> bool:
     """Whether the gradients lie on the CPU, are dense, of one kind and small."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = modules.trained().values()
     kinds = {(parameter.device.type, parameter.dtype) for parameter in parameters}
     return (
         kinds in ({("cpu", torch.float32)}, {("cpu", torch.float64)})
         and sum(parameter.nbytes for parameter in parameters) <= min(bucket_mb * 2**20, MOST_IN_ONE_BUCKET)
-        and not any(getattr(module, "sparse", False) for module in model.modules())
+        and not any(getattr(module, "sparse", False) for module in modules.modules())
     )

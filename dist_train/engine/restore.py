@@ -23,6 +23,7 @@ from dist_train.config.load import load_config
 from dist_train.config.slots import check_components
 from dist_train.data.loader import EvalLoader
 from dist_train.engine.evaluate import Evaluator
+from dist_train.engine.modules import Modules
 from dist_train.engine.parts import Parts
 from dist_train.engine.prepare import build_dataset, build_model, eval_loader
 from dist_train.engine.rundir import RunDir
@@ -85,7 +86,8 @@ def open_run(
     config = _checked(run, overrides)
     with open_world(config.distributed, Placement() if alone else read_placement(os.environ)) as world:
         evaluator = Parts(config, world).evaluator
-        found = _restore(evaluator.model.eval(), run, checkpoint, world)
+        found = _restore(evaluator.modules, run, checkpoint, world)
+        evaluator.modules.eval()
         yield Restored(run, config, world, found, evaluator)
 
 
@@ -109,7 +111,7 @@ def load(run: str | os.PathLike[str], checkpoint: str | None = None, model: nn.M
         config = _checked(directory)
         with _undisturbed_generators():
             model = build_model(config)
-    found = _restore(model, directory, checkpoint)
+    found = _restore(Modules(model), directory, checkpoint)
     model.dist_train_run = LoadedRun(directory.location, found.step)  # type: ignore[assignment]
     return model.eval()
 
@@ -157,7 +159,7 @@ def attribute_of(dataset: Any, name: str) -> Any:
     return None
 
 
-def _restore(model: nn.Module, run: RunDir, checkpoint: str | None, world: World | None = None) -> Found:
+def _restore(modules: Modules, run: RunDir, checkpoint: str | None, world: World | None = None) -> Found:
     """Put the weights that are asked for into a model, the same on all ranks, and say where they were.
 
     A run that is training deletes checkpoints, perhaps the one that is being read here: then it is looked up again.
@@ -178,7 +180,7 @@ def _restore(model: nn.Module, run: RunDir, checkpoint: str | None, world: World
         try:
             found = store.open(step)
             if found is not None:
-                load_averaged(model, found)
+                load_averaged(modules, found)
         except DamagedError:
             found = None
             if step in store.steps():
@@ -213,17 +215,17 @@ def find_weights(run: RunDir, checkpoint: str | None) -> Found:
 
 
 @torch.no_grad()
-def load_averaged(model: nn.Module, found: Found) -> None:
-    """Put a checkpoint's weights into a model, then the averages that it holds for some or all of them.
+def load_averaged(modules: Modules, found: Found) -> None:
+    """Put a checkpoint's weights into a model (and its loss or task), then the averages that it holds for some or all of them.
 
     Raises:
         ConfigError: they don't fit.
         DamagedError: the bytes aren't those that were saved.
     """
-    load_weights(model, found)
+    load_weights(modules, found)
     if "ema" in found.parts:
         averages = found.load("ema")
-        for name, parameter in model.named_parameters():
+        for name, parameter in modules.named_parameters():
             if name in averages:
                 parameter.copy_(averages[name])
 

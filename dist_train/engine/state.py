@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import socket
 import subprocess
@@ -10,17 +11,21 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 import dist_train
 from dist_train.config.errors import ConfigError
+from dist_train.engine.evaluate import on_rank_zero
 from dist_train.engine.stopping import in_steps
+from dist_train.runtime.here import MEETING, here
 
 if TYPE_CHECKING:
     from dist_train.checkpoint.store import Found
     from dist_train.config.schema import Config
+    from dist_train.engine.modules import Modules
     from dist_train.engine.parts import Parts
     from dist_train.engine.trainer import Trainer
+    from dist_train.runtime.world import World
 
 
 @dataclass
@@ -46,14 +51,44 @@ class Progress:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
-def snapshot(parts: Parts, progress: Progress) -> dict[str, Any]:
-    """Everything that a run goes on from, as trees of tensors and plain values; `model` and `ema` are weights by name."""
-    states = {"model": parts.model.state_dict(), "optimizer": parts.optimizer.state_dict()}
+def snapshot(parts: Parts, progress: Progress, ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """Everything that a run goes on from, as trees of tensors and plain values; `model` and `ema` are weights by name.
+
+    `task` holds parameters and buffers of loss and task; `ranks` what `of_every_rank` gave.
+    """
+    states: dict[str, Any] = {"model": parts.model.state_dict(), "optimizer": parts.optimizer.state_dict()}
     if parts.ema is not None:
         states["ema"] = parts.ema.state_dict()
+    if task := parts.modules.task_state():
+        states["task"] = task
+    if any(ranks):
+        states["ranks"] = ranks
     rest = {name: part.state_dict() for name, part in _small_parts(parts).items()}
+    rest["constants"] = parts.modules.constants()
     callbacks = [callback.state_dict() for callback in parts.callbacks]
     return {**states, "trainer": {"progress": asdict(progress), **rest, "callbacks": callbacks}}
+
+
+def of_every_rank(modules: Modules, world: World) -> list[dict[str, Any]]:
+    """On rank 0: what of it no state_dict holds, then in what each other rank's buffers and numbers differ from rank 0's.
+
+    Every rank calls it; the others get nothing.
+    """
+    if world.size == 1:
+        return [modules.unsaved()]
+    mine = {name: v.cpu() if isinstance(v, Tensor) else v for name, v in modules.every_value().items()}
+    digests = {name: _digest(value) for name, value in mine.items()}
+    first = world.share(digests)
+    here.phase = MEETING
+    ranks = on_rank_zero(world, {name: value for name, value in mine.items() if digests[name] != first.get(name)})
+    return [modules.unsaved(), *ranks[1:]] if world.is_main else []
+
+
+def _digest(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return repr(value)
+    data = value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return hashlib.blake2b(data, digest_size=16).hexdigest() + str(tuple(value.shape))
 
 
 def _small_parts(parts: Parts) -> dict[str, Any]:
@@ -88,15 +123,23 @@ def meta(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def load_weights(model: nn.Module, found: Found) -> None:
-    """Put the saved weights into a model.
+def load_weights(modules: Modules, found: Found, fresh: Sequence[str] = ()) -> None:
+    """Put what was saved into a model, and into its loss or task where it comes with one; buffers are rank 0's.
+
+    Args:
+        fresh: `loss` or `task`, whose config has changed: what is the config's of them stays as it was built.
 
     Raises:
         ConfigError: they don't fit it.
         DamagedError: the bytes aren't those that were saved.
     """
+    if "ranks" in found.parts:
+        modules.put(found.load("ranks")[0])
+    if "task" in found.parts and len(list(modules.children())) > 1:
+        constants = found.load("trainer").get("constants", []) if fresh else []
+        modules.load_task_state(found.load("task"), keep=constants)
     try:
-        model.load_state_dict(found.load("model"))
+        modules.model.load_state_dict(found.load("model"))
     except RuntimeError as error:
         raise ConfigError.single("model", f"the weights in {found.location} don't fit this model: {error}") from None
 
@@ -108,7 +151,7 @@ def restore(parts: Parts, found: Found, changed: Sequence[str], note: Callable[[
         ConfigError: the model or the data aren't those that were trained.
     """
     _check_data(parts, found)
-    load_weights(parts.model, found)
+    load_weights(parts.modules, found, [key for key in changed if key.startswith(("loss", "task"))])
     parts.keep_horizon(found.meta["horizon"])
     schedule = parts.schedule  # built before the optimizer's state comes back: it writes its first lr into the groups
     _restore_optimizer(parts, found, changed, note)
@@ -129,6 +172,9 @@ def restore(parts: Parts, found: Found, changed: Sequence[str], note: Callable[[
     for name, part in _small_parts(parts).items():
         if name in state:
             part.load_state_dict(state[name])
+    ranks = found.load("ranks") if "ranks" in found.parts else [{}]
+    if len(ranks) == parts.world.size:
+        parts.modules.put(ranks[parts.world.rank])
     for callback, saved in zip(parts.callbacks, state["callbacks"], strict=False):
         callback.load_state_dict(saved)
     if found.meta["best"] != (list(parts.keep_best) if parts.keep_best else None):

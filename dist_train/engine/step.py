@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dist_train.engine.buffers import BufferSnapshot
 from dist_train.engine.finite import FiniteGuard, by_dtype, values_of_gradients
 from dist_train.engine.losses import HALF
+from dist_train.engine.modules import Modules
 from dist_train.engine.reduce import Reducer
 from dist_train.runtime.here import DATA, FORWARD, UPDATE, here
 from dist_train.runtime.seeding import seed_forward
@@ -35,7 +36,7 @@ class Stepper:
 
     def __init__(
         self,
-        model: nn.Module,
+        modules: Modules,
         optimizer: torch.optim.Optimizer,
         reducer: Reducer,
         *,
@@ -49,13 +50,15 @@ class Stepper:
         clip_value: float | None = None,
         skip: bool = False,
     ):
-        self.model, self.optimizer, self.reducer, self.scaler = model, optimizer, reducer, scaler
+        self.modules, self.optimizer, self.reducer, self.scaler = modules, optimizer, reducer, scaler
         self.device, self.seed, self.summed, self.prepare = device, seed, summed, prepare
         self.clip_norm, self.clip_value = clip_norm, clip_value
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.parameters = list(modules.trained().values())
         self.totals = torch.zeros(2, dtype=torch.float64, device=device)
         self.grad_norm: Tensor | None = None
-        self.guard = FiniteGuard(model, optimizer, device, scaled=scaler is not None, skip=skip, indices_of=indices_of)
+        self.guard = FiniteGuard(
+            modules, optimizer, device, scaled=scaler is not None, skip=skip, indices_of=indices_of
+        )
         self._loss_total, self._weight_total = self.totals.unbind()  # views
         self._samples = (1, torch.ones((), dtype=torch.float64, device=device))
         self._factor = torch.ones((), dtype=torch.float64, device=device)
@@ -70,7 +73,7 @@ class Stepper:
         """
         scale = 1.0 if self.summed else 1.0 / work.samples
         here.phase = DATA
-        before = BufferSnapshot(self.model) if self.guard.skips else None
+        before = BufferSnapshot(self.modules) if self.guard.skips else None
         for micro in work.micro_batches:
             here.phase = FORWARD
             here.item += 1
@@ -78,7 +81,7 @@ class Stepper:
             if not self._warm:
                 self._warm_up(batch)
             seed_forward(self.seed, work.step, micro.position, self.device)
-            kept = BufferSnapshot(self.model) if micro.weightless else None
+            kept = BufferSnapshot(self.modules) if micro.weightless else None
             self.reducer.forward_backward(batch, scale=scale, weightless=micro.weightless, last=micro.last)
             if kept is not None:
                 kept.restore()
@@ -98,7 +101,7 @@ class Stepper:
 
     def _warm_up(self, batch: Any) -> None:
         """Before the first step of every start (see `DataParallel.warm_up`)."""
-        kept = BufferSnapshot(self.model)
+        kept = BufferSnapshot(self.modules, frozen=True)
 
         def rewind() -> None:
             kept.restore()

@@ -67,7 +67,7 @@ def layer_lines(parts: Parts) -> list[str]:
     try:
         collate = build_callable(config.data.collate) if config.data.collate is not None else default_collate
         batch = parts.move(collate([parts.datasets["train"][0]]))
-        with parts.precision.autocast():
+        with parts.evaluator.serving(average=False), parts.precision.autocast():
             shapes = output_shapes(model, lambda: parts.task.predict(model, batch))
     except Exception as error:  # a stream, or a model that can't take one sample: no reason not to train
         note = f"(shapes are those of the weights: one sample couldn't be run: {error})"

@@ -5,10 +5,9 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from dist_train.engine.buffers import take_from_rank_zero
 from dist_train.engine.evaluate import EvaluationInterruptedError
 from dist_train.engine.rows import TrainRows
-from dist_train.engine.state import Progress, facts, meta, snapshot
+from dist_train.engine.state import Progress, facts, meta, of_every_rank, snapshot
 from dist_train.engine.stopping import Due, clocks
 from dist_train.engine.trace import Trace
 from dist_train.runtime.control import EVALUATE, FINISH, LOG, SAVE, STOP, Control
@@ -235,7 +234,7 @@ class Trainer:
         """Save a checkpoint of this step; all ranks call it, rank 0 writes."""
         here.phase = MEETING
         self.stepper.guard.read()
-        take_from_rank_zero(self.model.buffers(), self.world.size)
+        ranks = of_every_rank(self.parts.modules, self.world)
         here.phase = SAVING
         progress = self.progress
         self._saved_step = self.step
@@ -244,7 +243,7 @@ class Trainer:
             self.run.upload_meanwhile()
             return
         metrics = progress.metrics if progress.evaluated_step == self.step else None
-        self.checkpoints.save(self.step, snapshot(self.parts, progress), meta(self), metrics)
+        self.checkpoints.save(self.step, snapshot(self.parts, progress, ranks), meta(self), metrics)
 
     def bring_home(self) -> None:
         """What has been recorded so far is made as durable as the checkpoint that is about to be published (rank 0)."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -59,6 +60,22 @@ def output_shapes(model: nn.Module, run: Callable[[], object]) -> dict[str, str]
     return shapes
 
 
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """All of a model in eval mode, and each module afterwards in the mode that it was in.
+
+    `train` of each module is called where it is in another one: some do more in it than remember the mode.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:  # the outer ones first
+            if module.training != training:
+                module.train(training)
+
+
 @torch.no_grad()
 def watch(model: nn.Module, run: Callable[[], object], note: Callable[[str, Any], None]) -> None:
     """Call `note(name, output)` for each layer that gives something while `run()` calls the model, in eval mode.
@@ -71,11 +88,9 @@ def watch(model: nn.Module, run: Callable[[], object], note: Callable[[str, Any]
         note(names[module], output[0] if isinstance(output, tuple | list) and output else output)
 
     handles = [module.register_forward_hook(hook) for module in names]
-    training = model.training
-    model.eval()
     try:
-        run()
+        with evaluating(model):
+            run()
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()

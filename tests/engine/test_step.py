@@ -17,6 +17,7 @@ from dist_train.data.sampler import MicroBatch
 from dist_train.engine.ema import EMA
 from dist_train.engine.finite import FiniteGuard, NonFiniteError
 from dist_train.engine.losses import Loss
+from dist_train.engine.modules import Modules
 from dist_train.engine.optim import Schedule, WarmupCosine, build_optimizer
 from dist_train.engine.precision import Precision, resolve_precision
 from dist_train.engine.reduce import SingleProcess
@@ -44,9 +45,9 @@ def stepper(net: nn.Module, optimizer: torch.optim.Optimizer, precision: str = "
     """A stepper on one process."""
     kind = Precision(precision, "cpu")
     scaler = kind.scaler()
-    reducer = SingleProcess(net, Supervised(Loss(nn.MSELoss())), kind, scaler)
+    reducer = SingleProcess(Modules(net), Supervised(Loss(nn.MSELoss())), kind, scaler)
     return Stepper(
-        net, optimizer, reducer, scaler=scaler, device=CPU, seed=0, summed=False,
+        Modules(net), optimizer, reducer, scaler=scaler, device=CPU, seed=0, summed=False,
         prepare=lambda batch, epoch, indices: batch, indices_of=lambda step: np.arange(8), **options,
     )  # fmt: skip
 

@@ -17,6 +17,7 @@ from dist_train.data.loader import StepWork
 from dist_train.data.sampler import MicroBatch
 from dist_train.engine.finite import NonFiniteError
 from dist_train.engine.losses import Loss
+from dist_train.engine.modules import Modules
 from dist_train.engine.precision import Precision, resolve_precision
 from dist_train.engine.reduce import SingleProcess
 from dist_train.engine.step import Stepper
@@ -49,7 +50,7 @@ def stepper(
     made = getattr(torch.optim, optimizer)(net.parameters(), lr=0.01, fused=fused)
     task = Supervised(Loss(loss or nn.CrossEntropyLoss(label_smoothing=0.1)).to(CUDA))
     return Stepper(
-        net, made, SingleProcess(net, task, kind, scaler), scaler=scaler, device=CUDA, seed=0, summed=False,
+        Modules(net), made, SingleProcess(Modules(net), task, kind, scaler), scaler=scaler, device=CUDA, seed=0, summed=False,
         prepare=lambda batch, epoch, indices: batch, indices_of=lambda k: np.arange(32), **options,  # type: ignore[arg-type]
     )  # fmt: skip
 

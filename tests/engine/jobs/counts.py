@@ -21,6 +21,7 @@ from dist_train.config.schema import DataConfig, DistributedConfig
 from dist_train.data.loader import Reading, TrainLoader
 from dist_train.data.plan import Plan
 from dist_train.engine.losses import Loss
+from dist_train.engine.modules import Modules
 from dist_train.engine.precision import Precision
 from dist_train.engine.step import Stepper
 from dist_train.engine.task import Supervised
@@ -68,7 +69,7 @@ def ours(world: World, form: int) -> Callable[[], object]:
     task = Supervised(Loss(nn.CrossEntropyLoss(weight=torch.ones(4))))
     reduce = reducer(world, form, net, task, Precision("fp32", "cpu"), None)
     stepper = Stepper(
-        net, torch.optim.SGD(net.parameters(), lr=0.1), reduce, scaler=None, device=world.device, seed=0, summed=False,
+        Modules(net), torch.optim.SGD(net.parameters(), lr=0.1), reduce, scaler=None, device=world.device, seed=0, summed=False,
         prepare=lambda batch, epoch, indices: batch, indices_of=lambda step: range(BATCH), clip_norm=1.0,
     )  # fmt: skip
     reading = Reading(DataConfig(train=object(), num_workers=0), 0, world.device, world.rank, world.size)

@@ -18,6 +18,7 @@ from dist_train.config.schema import DataConfig, DistributedConfig
 from dist_train.data.loader import Reading, TrainLoader
 from dist_train.data.plan import Plan
 from dist_train.engine.losses import Loss
+from dist_train.engine.modules import Modules
 from dist_train.engine.precision import Precision
 from dist_train.engine.reduce import DataParallel, OneBucket, Reducer, SingleProcess, reducer_for
 from dist_train.engine.step import Stepper
@@ -75,10 +76,10 @@ def reference(function: nn.Module, targets: Tensor) -> list[Tensor]:
     return [parameter.grad for parameter in net.parameters()]
 
 
-def reducer(world: World, form: int, *what: Any) -> Reducer:
+def reducer(world: World, form: int, net: nn.Module, *what: Any) -> Reducer:
     """On several processes: form 0 is a small model's, 1 is DDP, 2 is form 0 as it is between machines."""
     kind = (OneBucket, DataParallel, OneBucket)[form] if world.size > 1 else SingleProcess
-    made = reducer_for(*what, world, DistributedConfig(strategy=("auto", "ddp", "auto")[form]))
+    made = reducer_for(Modules(net), *what, world, DistributedConfig(strategy=("auto", "ddp", "auto")[form]))
     assert type(made) is kind
     if isinstance(made, OneBucket):
         assert made.links._sockets, "all ranks are on one machine here"
@@ -97,7 +98,7 @@ def gradient(
     task, precision = Supervised(Loss(function)), Precision("fp32", "cpu")
     optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
     stepper = Stepper(
-        net, optimizer, reducer(world, form, net, task, precision, None), scaler=None, device=world.device, seed=0,
+        Modules(net), optimizer, reducer(world, form, net, task, precision, None), scaler=None, device=world.device, seed=0,
         summed=task.summed, prepare=lambda batch, epoch, indices: batch, indices_of=lambda step: range(BATCH),
     )  # fmt: skip
     reading = Reading(DataConfig(train=object(), num_workers=0), 0, world.device, world.rank, world.size)
