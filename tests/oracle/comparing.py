@@ -1,0 +1,59 @@
+"""Comparing what a run left behind with what the plain loop says; by the bit, unless a tolerance is given."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from plain_loop import PlainLoop
+from runs import result, rows
+
+from dist_train import train
+
+QUIET = {"tensorboard": False, "report": False}
+
+
+def trained(folder: Path, config: dict[str, Any]) -> Path:
+    """The directory of a run of this config, trained in this process."""
+    train({"run": {"name": "run", "dir": str(folder)}, "tracking": QUIET, **copy.deepcopy(config)})
+    return folder / "run"
+
+
+def differences(plain: PlainLoop, run: Path, tolerance: float = 0.0) -> list[str]:
+    """Everything in which a run isn't the plain loop, by name: records, result, model.pt and every checkpoint."""
+    found = different("rows", plain.rows, rows(run), tolerance)
+    steps = {int(path.name.removeprefix("step-")): path for path in (run / "checkpoints").iterdir()}
+    found += different("checkpoints", sorted(plain.saved), sorted(steps), tolerance)
+    for step in plain.saved.keys() & steps.keys():
+        parts = {path.stem: torch.load(path, weights_only=True) for path in steps[step].glob("*.pt")}
+        parts["scaler"] = parts.pop("trainer")["stepper"]["scaler"]
+        for name in ("model", "optimizer", "ema", "scaler"):
+            found += different(f"step {step}: {name}", plain.saved[step][name], parts.get(name, {}), tolerance)
+    if plain.result["state"] == "completed":
+        told = result(run)
+        del told["reason"]
+        ours = {**plain.result, **({"weights_sha256": told["weights_sha256"]} if tolerance else {})}
+        found += different("result", ours, told, tolerance)
+        model_file = torch.load(run / "model.pt", weights_only=True)
+        found += different("model.pt", plain.model_file, model_file, tolerance)
+    return found
+
+
+def different(name: str, one: Any, other: Any, tolerance: float = 0.0) -> list[str]:
+    """The places at which two trees differ."""
+    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+        return [place for key in one for place in different(f"{name}.{key}", one[key], other[key], tolerance)]
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
+        pairs = enumerate(zip(one, other, strict=True))
+        return [place for k, pair in pairs for place in different(f"{name}.{k}", *pair, tolerance)]
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        same = one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
+        if not same and tolerance and one.is_floating_point():
+            same = torch.allclose(one, other, rtol=tolerance, atol=tolerance)
+    else:
+        same = one == other and type(one) is type(other)
+        if not same and isinstance(one, float) and isinstance(other, float):
+            same = abs(one - other) <= tolerance * max(1.0, abs(one))
+    return [] if same else [f"{name}: {one!r} is not {other!r}"[:200]]
