@@ -21,7 +21,6 @@ def layers(*specs: tuple[Any, ...], kind: str = "torch.nn.Sequential") -> dict[s
 MLP = layers(("Linear", 5, 8), ("Tanh",), ("Linear", 8, 3))
 # No bias where BatchNorm takes it out again: its gradient is rounding alone, of which Adam makes whole steps.
 NORMED = layers(("Linear", 5, 8, False), ("BatchNorm1d", 8), ("ReLU",), ("Dropout", 0.25), ("Linear", 8, 3))
-DROPPED = layers(("Linear", 5, 8), ("ReLU",), ("Dropout", 0.25), ("Linear", 8, 3))
 CONV = layers(("Conv2d", 2, 4, 3), ("BatchNorm2d", 4), ("ReLU",), ("Conv2d", 4, 4, 3), ("Flatten",), ("Linear", 16, 3))
 VAL = {"val": piece("Points", samples=11, seed=1), "test": piece("Points", samples=9, seed=2)}
 
@@ -81,7 +80,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "fp16": {
         "data": {"train": piece("Points", bad=30000.0), **VAL, "global_batch_size": 6},
-        "model": DROPPED, "loss": {"_target_": CE}, "metrics": ["accuracy"],
+        "model": NORMED, "loss": {"_target_": CE}, "metrics": ["accuracy"],
         "optimizer": {"_target_": SGD, "lr": 0.1, "momentum": 0.9},
         "scheduler": {"_target_": "torch.optim.lr_scheduler.ExponentialLR", "gamma": 0.9, "every": "2step"},
         "trainer": {
@@ -148,11 +147,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "model": layers(("Linear", 5, 1)), "loss": {"_target_": "torch.nn.BCEWithLogitsLoss"},
         "metrics": ["binary_accuracy"], "optimizer": {"_target_": SGD, "lr": 0.1}, "trainer": {"duration": "3ep"},
     },
-    "skipped": {
+    "skipped": {  # the very first step too
+        "seed": 4,
         "data": {"train": piece("Points", bad="inf"), **VAL, "global_batch_size": 6},
-        "model": DROPPED, "loss": {"_target_": CE}, "metrics": ["accuracy"],
-        "optimizer": {"_target_": ADAMW, "lr": 0.05},
+        "model": NORMED, "loss": {"_target_": CE}, "metrics": ["accuracy"],
+        "optimizer": {"_target_": SGD, "lr": 0.1, "momentum": 0.9, "weight_decay": 0.1},
         "trainer": {"duration": "3ep", "on_nonfinite": "skip", "ema_decay": 0.9, "log_every": "1step"},
+    },
+    "weightless": {  # two of three batches have no label at all; momentum and weight decay go on
+        "data": {"train": piece("Points", samples=12, ignored=8), **VAL, "global_batch_size": 4, "shuffle": False},
+        "model": MLP, "loss": {"_target_": CE, "weight": [0.5, 1.0, 2.0]}, "metrics": ["accuracy"],
+        "optimizer": {"_target_": SGD, "lr": 0.1, "momentum": 0.9, "weight_decay": 0.1},
+        "trainer": {"duration": "3ep", "log_every": "1step", "ema_decay": 0.9, "micro_batch_size": 2},
     },
     "transfer": {
         "data": {"train": piece("Points"), **VAL, "global_batch_size": 6},

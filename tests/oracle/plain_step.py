@@ -153,11 +153,11 @@ class PlainStep:
             nn.utils.clip_grad_value_(self.parameters, self.options["clip_grad_value"])
         limit = self.options["clip_grad_norm"]
         self.norm = nn.utils.clip_grad_norm_(self.parameters, float("inf") if limit is None else limit)
-        return bad
+        return bad or (limit is not None and not bool(self.norm.isfinite()))
 
     def divide(self, gradients: list[Tensor], n: int, weight: Any) -> None:
         for gradient in [] if self.summed else gradients:
-            gradient.mul_(n / float(weight))
+            gradient.mul_(n / float(weight) if weight else 0.0)
 
     def after_update(self) -> None:
         if self.schedule is not None and not self.plateau and self.step % self.schedule_every == 0:

@@ -41,8 +41,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_end(tmp_path: Path) -> None:
 
 # A rank of "weighted" has no sample in an epoch's last step; "images" mixes samples over the cuts.
 ON_RANKS = {
-    2: {"weighted": "auto", "images": "ddp", "fp16": "auto", "own": "ddp", "stream": "auto"},
-    3: {"weighted": "ddp", "dropout": "auto", "images": "ddp", "fp16": "ddp", "plateau": "ddp", "skipped": "auto"},
+    2: {"weighted": "auto", "images": "ddp", "fp16": "auto", "own": "ddp", "stream": "auto", "weightless": "ddp"},
+    3: {"weighted": "ddp", "dropout": "auto", "images": "auto", "fp16": "ddp", "plateau": "ddp", "skipped": "auto"},
 }
 
 
