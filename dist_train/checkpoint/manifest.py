@@ -48,8 +48,8 @@ class FileEntry:
 class Manifest:
     """Content of ``manifest.json``.
 
-    ``attempt`` is a random name that no other attempt to save has; ``metrics`` are those measured at this step (only
-    finite numbers are kept); ``meta`` is the engine's, any JSON.
+    ``attempt`` is a random name that no other attempt to save has; ``metrics`` are those measured at this step (one
+    that isn't finite is null in the file, and comes back as NaN); ``meta`` is the engine's, any JSON.
     """
 
     step: int
@@ -77,7 +77,9 @@ class Manifest:
             "files": files,
             "meta": self.meta,
         }
-        content["metrics"] = {name: float(value) for name, value in self.metrics.items() if math.isfinite(value)}
+        content["metrics"] = {
+            name: float(value) if math.isfinite(value) else None for name, value in self.metrics.items()
+        }
         return _dump({**content, "sha256": _own_hash(content)})
 
     @classmethod
@@ -108,6 +110,7 @@ class Manifest:
         if _dump({**content, "sha256": claimed}) != raw:
             raise DamagedError(MANIFEST, "its bytes aren't those that were written")
         files = {n: FileEntry(e["bytes"], e["sha256"], e.get("key", n)) for n, e in content["files"].items()}
+        content["metrics"] = {n: math.nan if value is None else value for n, value in content["metrics"].items()}
         return cls(files=files, meta=content["meta"], **{name: content[name] for name in _FIELDS})
 
 

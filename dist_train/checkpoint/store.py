@@ -12,9 +12,10 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import pickle
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -111,6 +112,14 @@ class Found:
             raise DamagedError(file, f"its sha256 is {digest[:12]}..., but {entry.sha256[:12]}... was published")
 
 
+def merit(metrics: Mapping[str, float], metric: str, mode: str) -> tuple[float, float] | None:
+    """What an evaluation is ranked by, the least first: the metric, of equal ones the loss; None where it isn't finite."""
+    value, loss = metrics.get(metric, math.nan), metrics.get("val/loss", math.nan)
+    if not math.isfinite(value):
+        return None
+    return {"min": 1.0, "max": -1.0}[mode] * value, math.inf if math.isnan(loss) else loss
+
+
 class CheckpointStore:
     """The checkpoints of a run, for whoever reads them.
 
@@ -172,10 +181,9 @@ class CheckpointStore:
         return found
 
     def ranked(self, metric: str, mode: str) -> list[int]:
-        """Steps from the best to the worst by ``metric`` (``mode`` is ``min`` or ``max``); of equal ones the first."""
-        sign = {"min": 1.0, "max": -1.0}[mode]
-        measured = [found for found in self.published() if metric in found.metrics]
-        return [found.step for found in sorted(measured, key=lambda found: (sign * found.metrics[metric], found.step))]
+        """Steps from the best to the worst by ``metric`` (``mode`` is ``min`` or ``max``), without those where it is NaN."""
+        measured = [(merit(found.metrics, metric, mode), found.step) for found in self.published()]
+        return [step for found, step in sorted((found, step) for found, step in measured if found is not None)]
 
     def best(self, metric: str, mode: str) -> Found | None:
         """The best of the whole ones, or ``None`` if none has the metric."""

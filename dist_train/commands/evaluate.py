@@ -15,6 +15,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--output", metavar="FILE.json", help="write the JSON there too")
     options = with_run(parser, arguments)
     from dist_train.engine.restore import open_run
+    from dist_train.tracking.records import finite
     from dist_train.tracking.text import format_number, two_columns
 
     with open_run(options.run, options.checkpoint, options.overrides) as restored:
@@ -25,7 +26,7 @@ def main(arguments: Sequence[str]) -> int:
         found = restored.found
         said = {"run": restored.run.location, "checkpoint": found.name, "split": split}
         numbers = {name: format_number(name, value) for name, value in figures.items()}
-        line = json.dumps({**said, "step": found.step, "ema": "ema" in found.parts, "metrics": figures})
+        line = json.dumps({**said, "step": found.step, "ema": "ema" in found.parts, "metrics": finite(figures)})
         print(*two_columns([*said.items(), *numbers.items()]), line, sep="\n", flush=True)
         if options.output is not None:
             with whole_file(options.output) as path:

@@ -70,7 +70,13 @@ def expand_name(template: str, config: Config, *, time: str, job: str) -> str:
     return PLACEHOLDER.sub(fill, template)
 
 
+_LOWER = ("loss", "error", "mae", "mse", "mape", "perplexity", "nll", "distance", "divergence")
+_LOWER_WORDS = {"wer", "cer", "eer", "fid", "kid", "lpips", "ece", "brier", "ppl", "crps"}
+
+
 def better_is_lower(metric: str) -> bool:
     """Whether less of a metric is better, judged by its name, as `mode: auto` does."""
     name = metric.rsplit("/", 1)[-1].lower()
-    return any(part in name for part in ("loss", "error", "mae", "mse", "perplexity", "nll"))
+    if name.startswith("neg_"):  # as scikit-learn turns errors into scores
+        return False
+    return any(part in name for part in _LOWER) or bool(_LOWER_WORDS & set(name.split("_")))

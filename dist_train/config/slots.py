@@ -64,8 +64,8 @@ SLOTS: dict[str, Slot] = {
     "task": Slot("a task, with step(model, batch) and predict(model, batch)", _has("step", "predict")),
     "loss": Slot("a loss, called with (output, target)", _is_callable, late=True),
     "metrics": Slot(
-        "a metric, with sums and result (dist_train.metrics.Metric) or update and compute",
-        lambda kind: hasattr(kind, "sums") or _has("update", "compute")(kind),
+        "a metric, with sums and result (dist_train.metrics.Metric) or update, compute and reset",
+        lambda kind: hasattr(kind, "sums") or _has("update", "compute", "reset")(kind),
     ),
     "optimizer": Slot("a torch.optim.Optimizer", _is("torch.optim.Optimizer"), ("params",), ("groups",)),
     "scheduler": Slot(

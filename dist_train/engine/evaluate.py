@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from dist_train.engine.buffers import BufferSnapshot, take_from_rank_zero
-from dist_train.engine.losses import batch_length
-from dist_train.engine.metrics import Metric, Whole
+from dist_train.engine.losses import HALF
+from dist_train.engine.metrics import Metric, Whole, check_names, naming, sums_of
 from dist_train.engine.modules import Modules
 from dist_train.engine.precision import Precision
 from dist_train.engine.task import Task, as_step_output
@@ -71,7 +72,7 @@ class Evaluator:
         self.seed, self.ema, self.control = seed, ema, control
 
     def run(self, loader: EvalLoader) -> dict[str, float]:
-        """loss, the metrics, and `eval_samples`, the number of samples counted.
+        """loss, the metrics, and `eval_samples`, the number of samples, as the plan counts them.
 
         Where there is an EMA the figures are those of its weights, and those of the raw weights follow as `raw_*`.
 
@@ -115,11 +116,12 @@ class Evaluator:
             seen = None
             if mine is not None:
                 cut, batch = mine
-                row, seen = self._batch(cut.start, batch)
+                row, seen = self._batch(cut, batch)
                 sums[cut.start // loader.plan.batch_size % rows] += row
             for outputs, targets in filter(None, on_rank_zero(self.world, seen) if whole else []):
                 for metric in whole:
-                    metric.update(outputs, targets)
+                    with naming(metric):
+                        metric.update(outputs, targets)
             if self.control is not None and self.control.stop_due():
                 raise EvaluationInterruptedError
         here.phase = MEETING
@@ -127,29 +129,38 @@ class Evaluator:
             torch.distributed.all_reduce(sums)
         return self._figures(torch.from_numpy(sums.cpu().numpy().sum(axis=0)))
 
-    def _batch(self, start: int, batch: Any) -> tuple[torch.Tensor, tuple[Any, ...]]:
+    def _batch(self, cut: range, batch: Any) -> tuple[torch.Tensor, tuple[Any, ...]]:
         """What a cut adds to the sums, and its outputs and targets for the metrics that aren't sums."""
         batch = self.prepare(batch)
-        seed_forward(self.seed, 0, start, self.world.device)
+        seed_forward(self.seed, 0, cut.start, self.world.device)
         with self.precision.autocast():
             output = as_step_output(self.task.step(self.model, batch))
         if self.metrics and output.outputs is None:
             raise TypeError("metrics need the outputs: the task's step must return (loss, weight, outputs, targets)")
         head = torch.zeros(3, dtype=torch.float64, device=self.world.device)
-        head[0], head[1], head[2] = output.loss, output.weight, batch_length(batch)
-        outputs = output.outputs.float() if isinstance(output.outputs, torch.Tensor) else output.outputs
-        sums = [metric.sums(outputs, output.targets) for metric in self.metrics if metric.size]
+        head[0], head[1], head[2] = output.loss, output.weight, len(cut)
+        outputs = output.outputs
+        if isinstance(outputs, torch.Tensor) and outputs.dtype in HALF:
+            outputs = outputs.float()
+        sums = [sums_of(metric, outputs, output.targets) for metric in self.metrics if not isinstance(metric, Whole)]
         seen = (outputs, output.targets) if len(sums) < len(self.metrics) else ()
-        return torch.cat([head, *sums]), tuple(v.cpu() if isinstance(v, torch.Tensor) else v for v in seen)
+        return torch.cat([head, *(part.to(head.device) for part in sums)]), tree_map_only(
+            torch.Tensor, torch.Tensor.cpu, seen
+        )
 
     def _figures(self, sums: torch.Tensor) -> dict[str, float]:
         loss, weight, samples = sums[:3].tolist()
-        figures = {"loss": loss / weight if weight else float("nan")}
+        figures: dict[str, float] = {}
+        names: list[str] = []
         start = 3
         for metric in self.metrics:
-            if isinstance(metric, Whole):
-                figures |= self.world.on_main(metric.figures)
-            else:
-                figures[metric.name] = metric.result(sums[start : start + metric.size])
+            with naming(metric):
+                if isinstance(metric, Whole):
+                    found = self.world.on_main(metric.figures)
+                else:
+                    found = {metric.name: float(metric.result(sums[start : start + metric.size]))}
+            figures |= found
+            names += found
             start += metric.size
-        return {**figures, "eval_samples": int(samples)}
+        check_names(names)
+        return {"loss": loss / weight if weight else float("nan"), **figures, "eval_samples": int(samples)}

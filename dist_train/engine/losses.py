@@ -167,7 +167,7 @@ class Loss(nn.Module):
             )
         if value.dim() > 0:
             return value.sum(), (len(value) if self.summed else value.numel())
-        samples = batch_length(targets)
+        samples = _samples(outputs, targets)
         if self.summed:
             return value, samples
         self.exact = False
@@ -186,6 +186,24 @@ def batch_length(batch: Any) -> int:
     """The number of samples in a batch: the length of the first tensor found in it."""
     lengths = (len(tensor) if tensor.dim() else 1 for tensor in tensors_in(batch))
     return next((length for length in lengths if length), 0)
+
+
+def _samples(outputs: Any, targets: Any) -> int:
+    """How many samples a loss of one number is of: the outputs tell where a list may be of samples or of their parts.
+
+    Raises:
+        ValueError: there is no telling.
+    """
+    first = batch_length(targets)
+    listed = isinstance(targets, list) and bool(targets) and not isinstance(targets[0], Tensor)
+    told = batch_length(outputs)
+    known = [len(targets), first] if listed else [first]
+    samples = told if told in known else known[0] or told
+    if not samples:
+        raise ValueError(
+            "there is no tensor in outputs and targets to count the samples by: return (sum, weight) from the loss"
+        )
+    return samples
 
 
 def _in_full_precision(outputs: Any) -> Any:

@@ -6,15 +6,21 @@ sums (torchmetrics) see every batch on rank 0, which comes to the same at the pr
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dist_train.config.components import build
+from dist_train.config.names import better_is_lower
 from dist_train.engine.losses import Loss
+from dist_train.tracking.records import FIELDS
+
+TAKEN = ("loss", "eval_samples", *FIELDS)  # names in the records that no metric can have
 
 
 class Metric:
@@ -23,13 +29,15 @@ class Metric:
     Attributes:
         name: what it is called in the records (`val/<name>`).
         size: how many numbers `sums` gives.
+        higher_is_better: which way is better; None: judged by the name (see `stop_when.mode`).
     """
 
     name: str
     size: int = 2
+    higher_is_better: bool | None = None
 
     def sums(self, outputs: Any, targets: Any) -> Tensor:
-        """What one batch adds: a float64 tensor (size,) on the batch's device."""
+        """What one batch adds: (size,), float64 or integers (float32 would lose counts above 16,777,216)."""
         raise TypeError(f"{type(self).__name__} must define sums(outputs, targets)")
 
     def result(self, sums: Tensor) -> float:
@@ -126,11 +134,13 @@ class Whole(Metric):
 
     def __init__(self, metric: Any):
         self.metric = metric
-        parts: Any = metric.modules() if isinstance(metric, nn.Module) else ()
-        for part in parts:
+        part: Any
+        for part in _modules_in(metric):
             part.distributed_available_fn = lambda: False  # rank 0 has seen everything, and computes alone
         snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(metric).__name__).lower()
-        self.name = next(iter(metric)) if isinstance(metric, nn.ModuleDict) else snake
+        self.names = list(metric) if isinstance(metric, nn.ModuleDict) else [snake]
+        self.name = self.names[0]
+        self.higher_is_better = getattr(metric, "higher_is_better", None)
 
     def update(self, outputs: Any, targets: Any) -> None:
         """Take in a batch; (N, 1) goes as (N,)."""
@@ -147,10 +157,54 @@ class Whole(Metric):
         for name, number in values.items():
             if isinstance(number, Tensor) and number.numel() != 1:
                 shape = tuple(number.shape)
-                raise TypeError(
-                    f"metric {name} gives {shape} numbers, expected one: average=macro, or a class of your own"
-                )
+                raise TypeError(f"{name} gives {shape} numbers, expected one: average=macro, or a class of your own")
         return {name: float(number) for name, number in values.items()}
+
+
+def _modules_in(value: Any, depth: int = 3) -> Iterator[nn.Module]:
+    """Every module in an object, those that it keeps as attributes, in lists and in dicts as well."""
+    if isinstance(value, nn.Module):
+        yield from value.modules()
+    elif depth:
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+        for item in (*inner, *getattr(value, "__dict__", {}).values()):
+            yield from _modules_in(item, depth - 1)
+
+
+@contextlib.contextmanager
+def naming(metric: Metric) -> Iterator[None]:
+    """Errors of a metric's own code say which metric it is.
+
+    Raises:
+        RuntimeError: in place of whatever it raised; memory that has run out stays what it is.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        head = f"metric {metric.name}"
+        if str(error).startswith(head):  # it says so itself
+            raise
+        raise RuntimeError(f"{head}: {type(error).__name__}: {error}") from error
+
+
+def sums_of(metric: Metric, outputs: Any, targets: Any) -> Tensor:
+    """`metric.sums`, as float64 (metric.size,).
+
+    Raises:
+        RuntimeError: the metric fails, or gives something else; names it.
+    """
+    with naming(metric):
+        sums = metric.sums(outputs, targets)
+        expected = f"sums must give a tensor of shape ({metric.size},), float64 or integers"
+        if not isinstance(sums, Tensor):
+            raise TypeError(f"{expected}, but gave a {type(sums).__name__}")
+        if sums.shape != (metric.size,) or (sums.is_floating_point() and sums.dtype != torch.float64):
+            raise ValueError(
+                f"{expected}, but gave {tuple(sums.shape)} of {sums.dtype}; `size` says how many there are"
+            )
+    return sums.double()
 
 
 NAMED: dict[str, Any] = {
@@ -165,7 +219,12 @@ NAMED: dict[str, Any] = {
 
 
 def build_metrics(specs: Sequence[Any], loss: Loss | None) -> list[Metric]:
-    """Metrics by name or by `_target_`; `binary_accuracy` looks at the sign where the loss takes logits."""
+    """Metrics by name or by `_target_`; `binary_accuracy` looks at the sign where the loss takes logits.
+
+    Raises:
+        ValueError: two of them would have one name in the records, or one has a name that is taken.
+        TypeError: one of them is no metric.
+    """
     metrics: list[Metric] = []
     for spec in specs:
         if spec == "binary_accuracy" and loss is not None and isinstance(loss.function, nn.BCEWithLogitsLoss):
@@ -173,7 +232,59 @@ def build_metrics(specs: Sequence[Any], loss: Loss | None) -> list[Metric]:
         else:
             metric = NAMED[spec]() if isinstance(spec, str) else build(spec)
             metrics.append(metric if hasattr(metric, "sums") else Whole(metric))
+    for metric in metrics:
+        name, size = getattr(metric, "name", None), getattr(metric, "size", None)
+        if not isinstance(name, str) or not name or not isinstance(size, int) or not hasattr(metric, "result"):
+            lacks = "a name (a string), a size (how many numbers sums gives), sums and result"
+            raise TypeError(f"{type(metric).__name__} needs {lacks}: subclass dist_train.metrics.Metric")
+    check_names([name for metric in metrics for name in names_of(metric)])
     return metrics
+
+
+def names_of(metric: Metric) -> list[str]:
+    """What a metric is called in the records; one of torchmetrics may give others as well, which only its result shows."""
+    return metric.names if isinstance(metric, Whole) else [metric.name]
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Each name stands for one metric.
+
+    Raises:
+        ValueError: it doesn't.
+    """
+    for name, count in Counter(names).items():
+        if name in TAKEN or name.startswith("raw_"):
+            raise ValueError(f"no metric can be called {name}: the records have a figure of that name already")
+        if count > 1:
+            raise ValueError(
+                f"{count} metrics are called {name}, and only one could be recorded: give your own class another `name`, and "
+                "those of torchmetrics names by {_target_: torchmetrics.MetricCollection, metrics: {NAME: {_target_: ...}}}"
+            )
+
+
+def figure(figures: Mapping[str, float], name: str) -> float:
+    """One figure of an evaluation, which a key of the config has named.
+
+    Raises:
+        ValueError: it isn't there; says what is.
+    """
+    if name not in figures:
+        there = ", ".join(figures)
+        keys = "checkpoint.keep_best, trainer.stop_when.metric and scheduler.metric"
+        raise ValueError(f"{name} is watched, but this evaluation gave {there}: name one of these in {keys}")
+    return figures[name]
+
+
+def is_lower_better(name: str, metrics: Sequence[Metric]) -> bool:
+    """Whether less of a figure (`val/<name>`) is better: as its metric says (`higher_is_better`), else by its name."""
+    for metric in metrics:
+        members: dict[str, Any] = {metric.name: metric}
+        if isinstance(metric, Whole) and isinstance(metric.metric, nn.ModuleDict):
+            members = dict(metric.metric.items())
+        higher = getattr(members.get(name.removeprefix("val/").removeprefix("raw_")), "higher_is_better", None)
+        if higher is not None:
+            return not higher
+    return better_is_lower(name)
 
 
 def without_one_column(values: Tensor) -> Tensor:

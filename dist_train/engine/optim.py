@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import CyclicLR, LambdaLR, OneCycleLR, ReduceLROnP
 from dist_train.config.components import build, locate, reserved, signature
 from dist_train.config.durations import Duration
 from dist_train.config.errors import ConfigError
+from dist_train.engine.metrics import figure
 from dist_train.engine.parameters import fill_momentum, is_dense, sparse_parameters
 from dist_train.models.transfer import match_parameters
 
@@ -115,7 +116,7 @@ class Schedule:
         """One step; ReduceLROnPlateau's is after an evaluation and looks at its `metrics`."""
         if self.on_plateau:
             assert metrics is not None
-            self.scheduler.step(metrics[self.metric])
+            self.scheduler.step(figure(metrics, self.metric))
         else:
             self.scheduler.step()
 

@@ -12,7 +12,6 @@ from torch import nn
 from dist_train.config.components import build, build_callable
 from dist_train.config.durations import Duration
 from dist_train.config.errors import ConfigError
-from dist_train.config.names import better_is_lower
 from dist_train.data.augment import Augmentation
 from dist_train.data.loader import EvalLoader, TrainLoader, build_plan
 from dist_train.data.plan import Plan, parts, smallest_part
@@ -21,7 +20,7 @@ from dist_train.engine.callbacks import Callback
 from dist_train.engine.ema import EMA
 from dist_train.engine.evaluate import Evaluator
 from dist_train.engine.losses import Loss
-from dist_train.engine.metrics import Metric, build_metrics
+from dist_train.engine.metrics import Metric, Whole, build_metrics, is_lower_better
 from dist_train.engine.modules import Modules
 from dist_train.engine.optim import Schedule, build_optimizer
 from dist_train.engine.parameters import check_optimizer
@@ -77,6 +76,7 @@ class Parts:
         for name in ("model", "datasets", "loss", "task", "modules", "metrics", "callbacks", "plan"):
             getattr(self, name)
         self._check_batchnorm()
+        self._check_watched()
         for name in ("train_loader", "eval_loaders", "optimizer", "schedule"):
             getattr(self, name)
         self.modules.agree(self.world)
@@ -278,7 +278,9 @@ class Parts:
     def stop_when(self) -> StopWhen | None:
         """The rule that ends the run early."""
         rule = self.config.trainer.stop_when
-        return StopWhen(rule, self.plan.steps_per_epoch) if rule else None
+        if rule is None:
+            return None
+        return StopWhen(rule, self.plan.steps_per_epoch, is_lower_better(rule.metric, self.metrics))
 
     @cached_property
     def keep_best(self) -> tuple[str, str] | None:
@@ -289,7 +291,7 @@ class Parts:
         mode, _, name = str(choice).rpartition(" ")
         if name == "auto":
             name = f"val/{self.metrics[0].name if self.metrics else 'loss'}"
-        return name, mode or ("min" if better_is_lower(name) else "max")
+        return name, mode or ("min" if is_lower_better(name, self.metrics) else "max")
 
     @cached_property
     def stepper(self) -> Stepper:
@@ -356,6 +358,22 @@ class Parts:
             f"the loss {self.loss.name} returns one number, taken for a mean over samples: over {count} micro-batches a "
             "step the gradient is exact only if it is one. Return (sum, weight), or one value a sample, to be sure"
         )
+
+    def _check_watched(self) -> None:
+        """What is watched is a figure of the evaluation; what torchmetrics' classes give shows in the first one only."""
+        if "val" not in self.datasets or any(isinstance(metric, Whole) for metric in self.metrics):
+            return
+        known = ["val/loss", *(f"val/{metric.name}" for metric in self.metrics)]
+        known += [name.replace("val/", "val/raw_") for name in known if self.config.trainer.ema_decay is not None]
+        rule, schedule = self.config.trainer.stop_when, self.config.scheduler
+        watched = {
+            "checkpoint.keep_best": self.keep_best[0] if self.keep_best else None,
+            "trainer.stop_when.metric": rule.metric if rule else None,
+            "scheduler.metric": schedule.get("metric") if isinstance(schedule, dict) else None,
+        }
+        for key, name in watched.items():
+            if name is not None and name not in known:
+                raise ConfigError.single(key, f"{name} isn't computed; the config gives {', '.join(known)}")
 
     def _check_batchnorm(self) -> None:
         """BatchNorm can't take statistics over one sample: if some forward of training would get one, name sizes that work."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import logging
+import math
 import os
 import socket
 import time
@@ -68,6 +69,8 @@ def train_in(world: World, config: Config, console: Console) -> dict[str, Any]:
 def _already_completed(world: World, run: RunDir, console: Console) -> dict[str, Any]:
     result = run.read_json("result.json")
     assert result is not None
+    for figures in result["metrics"].values():
+        figures.update({name: math.nan for name, value in figures.items() if value is None})
     if world.is_main and (run.read_json("status.json") or {}).get("state") != "completed":
         # Killed between its result and its status.
         run.write_status("completed", step=result["step"], epoch=result["epoch"], world_size=result["world_size"])

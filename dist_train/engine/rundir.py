@@ -21,6 +21,7 @@ from dist_train.config.names import expand_name
 from dist_train.engine.mirror import COPIES, Mirror, Watch
 from dist_train.runtime.control import SAVE, STOP, Source, watch_file
 from dist_train.runtime.storage import Storage, StorageError
+from dist_train.tracking.records import finite
 
 if TYPE_CHECKING:
     from dist_train.config.schema import Config
@@ -127,8 +128,8 @@ class RunDir(Mirror):
             return None
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
-        """Write a JSON file whole."""
-        self.storage.write_atomic(name, (json.dumps(content, indent=2) + "\n").encode())
+        """Write a JSON file whole; a number that isn't finite is null."""
+        self.storage.write_atomic(name, (json.dumps(finite(content), indent=2, allow_nan=False) + "\n").encode())
 
     def write_status(self, state: str, *, step: int, epoch: int, world_size: int, error: str | None = None) -> None:
         """status.json: what this run is doing, for people and scripts.

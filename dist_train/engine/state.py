@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import platform
 import socket
 import subprocess
@@ -36,7 +37,7 @@ class Progress:
         step: optimizer steps committed. samples: samples consumed by them. seconds: time trained, over all starts.
         evaluated_step: the step of the last complete evaluation, -1 before the first. evaluation_due: a stop broke one off.
         metrics: those of the last evaluation.
-        best, best_step: the best value of the metric that is kept.
+        best, best_step: the best value of the metric that is kept. best_loss: of equal ones, that with the least loss.
         finished: why training is over, once it is.
     """
 
@@ -46,6 +47,7 @@ class Progress:
     evaluated_step: int = -1
     evaluation_due: bool = False
     best: float | None = None
+    best_loss: float = -math.inf
     best_step: int = 0
     finished: str | None = None
     metrics: dict[str, float] = field(default_factory=dict)

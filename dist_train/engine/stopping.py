@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from dist_train.config.durations import Duration
-from dist_train.config.names import better_is_lower
+from dist_train.engine.metrics import figure
 from dist_train.runtime.control import EVALUATE, FINISH, LOG, SAVE, STOP, Source, watch_clock
 
 if TYPE_CHECKING:
@@ -73,25 +74,26 @@ def clocks(config: Config, seconds: Callable[[], float]) -> Iterator[Source]:
 class StopWhen:
     """Ends a run when a metric passes a threshold, or hasn't got better by `min_delta` for `patience`; saved and resumed."""
 
-    def __init__(self, config: StopWhenConfig, steps_per_epoch: int):
+    def __init__(self, config: StopWhenConfig, steps_per_epoch: int, lower: bool):
         self.config = config
-        self.lower = config.mode == "min" or (config.mode == "auto" and better_is_lower(config.metric))
+        self.lower = lower if config.mode == "auto" else config.mode == "min"
         self.patience = in_steps(config.patience, steps_per_epoch)
         self.best: float | None = None
         self.best_step = 0
 
     def judge(self, metrics: dict[str, float], step: int) -> str | None:
         """The reason to stop after an evaluation, or None."""
-        value = metrics[self.config.metric]
+        value = figure(metrics, self.config.metric)
         if self.config.above is not None and value > self.config.above:
             return f"{self.config.metric} is {value:.6g}, above {self.config.above:g}"
         if self.config.below is not None and value < self.config.below:
             return f"{self.config.metric} is {value:.6g}, below {self.config.below:g}"
-        gain = None if self.best is None else (self.best - value if self.lower else value - self.best)
-        if gain is None or gain > self.config.min_delta:
+        gain = math.inf if self.best is None else self.best - value if self.lower else value - self.best
+        if value == value and gain > self.config.min_delta:  # NaN is never a best, the first one neither
             self.best, self.best_step = value, step
         elif self.patience is not None and step - self.best_step >= self.patience:
-            return f"{self.config.metric} hasn't got better than {self.best:.6g} for {self.config.patience}"
+            than = "been a number" if self.best is None else f"got better than {self.best:.6g}"
+            return f"{self.config.metric} hasn't {than} for {self.config.patience}"
         return None
 
     def state_dict(self) -> dict[str, Any]:

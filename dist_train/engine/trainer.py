@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from dist_train.checkpoint.store import merit
 from dist_train.engine.evaluate import EvaluationInterruptedError
+from dist_train.engine.metrics import figure
 from dist_train.engine.rows import TrainRows
 from dist_train.engine.state import Progress, facts, meta, of_every_rank, snapshot
 from dist_train.engine.stopping import Due, clocks
@@ -203,11 +205,12 @@ class Trainer:
         if parts.keep_best is None or not self.step:
             return False, False
         name, mode = parts.keep_best
-        value, best = metrics[name], progress.best
-        better = value == value and (best is None or (value < best if mode == "min" else value > best))
-        if better:
-            progress.best, progress.best_step = value, self.step
-        return better, False
+        value, now = figure(metrics, name), merit(metrics, name, mode)
+        sign = 1.0 if mode == "min" else -1.0
+        if now is None or (progress.best is not None and now >= (sign * progress.best, progress.best_loss)):
+            return False, False
+        progress.best, progress.best_loss, progress.best_step = value, now[1], self.step
+        return True, False
 
     def _log(self) -> None:
         """A train row, for the records and for the person."""

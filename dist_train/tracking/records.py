@@ -36,10 +36,18 @@ def make_row(split: str, step: int, epoch: int | float, samples: int, metrics: M
     return row
 
 
+def finite(value: Any) -> Any:
+    """A copy of plain data that is valid JSON: a float that isn't finite is None, in dicts and lists as well."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def encode(row: Row) -> bytes:
     """The row's line, newline included; what isn't finite is null."""
-    clean = {k: None if type(v) is float and not math.isfinite(v) else v for k, v in row.items()}
-    return _encode(clean).encode() + b"\n"
+    return _encode(finite(row)).encode() + b"\n"
 
 
 def _parse(line: bytes) -> Row | None:

@@ -69,8 +69,9 @@ def test_the_hash_stands_last() -> None:
     assert list(json.loads(MANIFEST.to_bytes()))[-1] == "sha256"
 
 
-def test_only_finite_metrics_are_kept_and_meta_must_be_json() -> None:
+def test_metrics_that_are_not_finite_are_null_and_meta_must_be_json() -> None:
     raw = Manifest(1, {}, "a", metrics={"loss": float("nan"), "f1": 1.0, "x": float("inf")}).to_bytes()
-    assert Manifest.from_bytes(raw).metrics == {"f1": 1.0}
+    assert json.loads(raw)["metrics"] == {"loss": None, "f1": 1.0, "x": None}
+    assert str(Manifest.from_bytes(raw).metrics) == "{'loss': nan, 'f1': 1.0, 'x': nan}"
     with pytest.raises(ValueError, match=r"JSON"):
         Manifest(1, {}, "a", meta={"loss": float("nan")}).to_bytes()

@@ -119,3 +119,20 @@ def test_what_does_not_fit_is_told(name: str) -> None:
     function, outputs, targets, message = BAD[name]
     with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)")):
         Loss(function)(outputs, targets)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "targets", "samples"),
+    [
+        (REAL, object(), 12),
+        (torch.zeros(2, 5), [{"boxes": torch.ones(3, 4)}, {"boxes": torch.ones(1, 4)}], 2),
+        ({"loss": torch.zeros(())}, [{"boxes": torch.ones(3, 4)}, {"boxes": torch.ones(1, 4)}], 2),
+        (REAL, [{"a": REAL}, {"b": REAL}], 12),
+        (REAL, [LABELS, LABELS], 12),
+    ],
+)
+def test_one_number_counts_for_the_samples_whatever_targets_look_like(
+    outputs: object, targets: object, samples: int
+) -> None:
+    total, weight = Loss(lambda o, t: torch.tensor(2.0))(outputs, targets)
+    assert (float(total), weight) == (2.0 * samples, samples)

@@ -33,7 +33,7 @@ class PlainLoop(PlainStep):
         self.extra: dict[str, float] = {}
         self.log = self.extra.__setitem__  # for callbacks
         self.saved: dict[int, dict[str, Any]] = {}
-        self.best: tuple[float, int] | None = None
+        self.best: tuple[tuple[float, float], int] | None = None
         self.waited: tuple[float, int] | None = None
         self.metrics: dict[str, float] = {}
         chosen = self.saving["keep_best"] if "val" in self.sets else None
@@ -152,9 +152,10 @@ class PlainLoop(PlainStep):
         if self.keep_best is None:
             return False
         value, lower = figures[self.keep_best[0].removeprefix("val/")], self.keep_best[1] == "min"
-        better = self.best is None or (value < self.best[0] if lower else value > self.best[0])
+        now = (value if lower else -value, figures["loss"])  # of equal ones that with the least loss
+        better = value == value and (self.best is None or now < self.best[0])
         if better:
-            self.best = value, self.step
+            self.best = now, self.step
         return better
 
     def save(self) -> None:
