@@ -62,13 +62,13 @@ def add_split(parser: Parser) -> None:
 
 
 @contextlib.contextmanager
-def whole_file(path: str) -> Iterator[Path]:
+def whole_file(path: str, option: str = "--output") -> Iterator[Path]:
     """A path to write to, which becomes `path` when all is written and vanishes after an error.
 
     Raises:
         ConfigError: `path` can't be written. (`with_run` finds that before anything starts.)
     """
-    part = _part_of(path)
+    part = _part_of(path, option)
     try:
         yield part
         os.replace(part, path)
@@ -76,17 +76,19 @@ def whole_file(path: str) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def _part_of(path: str) -> Path:
+def _part_of(path: str, option: str = "--output") -> Path:
     """An empty file beside `path`, which is there now."""
     target = Path(path)
     try:
         if "://" in path:
             raise OSError("expected a path on this machine, found a URL")
-        if target.is_dir():
-            raise OSError("it is a directory")
+        if target.is_symlink():
+            raise OSError("it is a symbolic link; name the file itself")
+        if target.exists() and not target.is_file():
+            raise OSError("it is a directory, a device or a pipe; expected a file, or a name that isn't taken")
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(f".{target.name}.{os.getpid()}.part")
         part.touch()
     except OSError as error:
-        raise ConfigError.single("--output", f"{path} can't be written: {error}") from None
+        raise ConfigError.single(option, f"{path} can't be written: {error}") from None
     return part

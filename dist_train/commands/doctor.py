@@ -17,9 +17,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_train.commands.arguments import Parser, with_config
+from dist_train.commands.arguments import Parser, whole_file, with_config
 from dist_train.config.errors import ConfigError
-from dist_train.config.secrets import mask
+from dist_train.config.secrets import mask, visible
 from dist_train.runtime.failure import write_error_file
 
 if TYPE_CHECKING:
@@ -261,7 +261,20 @@ def _write(world: World, path: str | None, checks: list[Check], ranks: list[dict
     failed, hosts = _blamed(checks)
     content = {"ok": not failed, "world_size": world.size, "bad_hosts": hosts}
     content |= {"checks": [asdict(check) for check in checks], "ranks": ranks}
-    Path(path).write_text(mask(json.dumps(content, indent=2)) + "\n", encoding="utf-8")
+    with whole_file(path, "--json") as part:
+        part.write_text(json.dumps(_masked(content), indent=2) + "\n", encoding="utf-8")
+
+
+def _masked(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _masked(inner) for name, inner in value.items()}
+    return (
+        [_masked(inner) for inner in value]
+        if isinstance(value, list)
+        else mask(value)
+        if isinstance(value, str)
+        else value
+    )
 
 
 def _blamed(checks: list[Check]) -> tuple[list[str], list[str]]:
@@ -280,7 +293,7 @@ def _print(checks: list[Check], ranks: list[dict[str, Any]], seconds: float) -> 
     print()
     left = max(len(check.name) for check in checks)
     for check in checks:
-        text = mask(check.text).replace("\n", "\n" + " " * (left + 8))
+        text = visible(mask(check.text)).replace("\n", "\n" + " " * (left + 8))
         print(f"{check.state:<4}  {check.name:<{left}}  {text}")
     failed, hosts = _blamed(checks)
     verdict = f"not fit: {', '.join(failed)}" if failed else "fit for a job"

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from dist_train.commands.arguments import Parser, add_split, whole_file, with_run
+from dist_train.config.secrets import visible
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,8 +65,8 @@ class Table:
         from dist_train.engine.restore import attribute_of
 
         self.meaning = meaning
-        self.classes = [str(name) for name in attribute_of(dataset, "classes") or []]
-        self.named = attribute_of(dataset, "targets_named")
+        self.classes = [visible(str(name), keep="") for name in attribute_of(dataset, "classes") or []]
+        self.named = [visible(str(name), keep="") for name in attribute_of(dataset, "targets_named") or []]
         self.original = attribute_of(dataset, "original_units")
 
     def columns(self, part: Predicted) -> dict[str, Sequence[Any]]:

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from dist_train.commands.arguments import Parser
+from dist_train.config.secrets import mask, visible
 
 if TYPE_CHECKING:
     from dist_train.runtime.storage import Storage
@@ -184,7 +185,7 @@ def _cells(shown: dict[str, Any]) -> list[str]:
     from dist_train.tracking.text import format_number, format_seconds
 
     best, speed, age = shown["best"], shown["samples_per_s"], shown["age_seconds"]
-    reason = " ".join(shown["reason"].split())
+    reason = " ".join(visible(mask(shown["reason"])).split())
     return [
         shown["run"],
         shown["state"],

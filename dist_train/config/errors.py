@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .secrets import mask
+from .secrets import mask, visible
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Problem:
     message: str
 
     def __str__(self) -> str:
-        return mask(": ".join(part for part in (self.where, self.key, self.message) if part))
+        return visible(mask(": ".join(part for part in (self.where, self.key, self.message) if part)))
 
 
 class ConfigError(Exception):
@@ -50,6 +50,7 @@ def describe(value: object) -> str:
     if isinstance(value, bool):
         return f"the boolean {str(value).lower()}"
     if isinstance(value, str):
+        value = mask(value)  # before it is cut
         return f"the string {value if len(value) <= 60 else value[:57] + '...'!r}"
     if isinstance(value, int | float):
         return f"the number {value!r}"

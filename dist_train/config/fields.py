@@ -95,6 +95,9 @@ Decay = Annotated[float, Field(gt=0, lt=1)]
 Auto = Literal["auto"]
 
 
+_PLAIN = (bool, int, float, str)
+
+
 class Section(BaseModel):
     """A mapping of known keys; any other key is an error. Sections don't change once they are read."""
 
@@ -131,14 +134,21 @@ def plain(value: Any) -> Any:
         return {key if type(key) is int else str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
-    if value is None or type(value) in (bool, int, float, str):
+    if value is None or type(value) in _PLAIN:
         return value
     named = value if hasattr(value, "__qualname__") else type(value)
     return {"_live_": f"{named.__module__}.{named.__qualname__}"}
 
 
-def any_live(value: Any) -> bool:
-    """Whether a plain value holds a live object."""
-    if isinstance(value, dict):
-        return "_live_" in value or any(map(any_live, value.values()))
-    return isinstance(value, list) and any(map(any_live, value))
+def live_objects(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Every object in a value of a config that no file can name, with its dotted key."""
+    if isinstance(value, Section):
+        items: Any = [(name, getattr(value, name)) for name in type(value).model_fields]
+    elif isinstance(value, dict):
+        items = value.items()
+    else:
+        items = enumerate(value) if isinstance(value, list | tuple) else ()
+    for name, inner in items:
+        yield from live_objects(inner, f"{key}.{name}" if key else str(name))
+    if not isinstance(value, Section | Duration | dict | list | tuple) and type(value) not in (*_PLAIN, type(None)):
+        yield key, value

@@ -31,9 +31,9 @@ from .fields import (
     Text,
     Time,
     about,
-    any_live,
     consent,
     harmless,
+    live_objects,
     plain,
     refused,
 )
@@ -358,7 +358,7 @@ class Config(Section):
     @property
     def has_live_objects(self) -> bool:
         """Whether some component is an object (or class) handed over from Python, which no file can name."""
-        return any_live(plain(self))
+        return any(True for _ in live_objects(self))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and scalars that YAML and JSON can hold; a live object is {"_live_": its class}."""

@@ -19,6 +19,7 @@ import yaml
 
 from .errors import ConfigError, Problem, describe, did_you_mean
 from .names import expand_path
+from .secrets import mask
 
 Key = tuple[str | int, ...]
 COMMAND_LINE = "command line"
@@ -186,7 +187,7 @@ class Reader:
         except yaml.YAMLError as error:
             what = getattr(error, "problem", None) or str(error).splitlines()[0]
             what = "a tab; YAML is indented by spaces" if "\\t" in what else what
-            found = f" in {text!r}" if start.source == COMMAND_LINE else ""
+            found = f" in {mask(text)!r}" if start.source == COMMAND_LINE else ""
             mark = getattr(error, "problem_mark", None)
             self.note(_at(start, mark), key, f"this is not valid YAML: {what}{found}")
             return None
@@ -280,7 +281,7 @@ class Reader:
             key: Key = tuple(name.strip().lstrip("-").split("."))
             if not equals or not all(key):
                 example = "write key.path=value, for example optimizer.lr=0.05"
-                self.note(place, (), f"expected key=value, found {override!r}; {example}")
+                self.note(place, (), f"expected key=value, found {mask(override)!r}; {example}")
                 continue
             text = text.strip()
             quoted = text.startswith(("'", '"', "!", "&"))  # by YAML's rules

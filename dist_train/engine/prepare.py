@@ -117,9 +117,10 @@ def build_model(
         ConfigError: it can't be built, or something doesn't fit it.
     """
     spec, wanted, notes = config.model, config.transfer, [] if notes is None else notes
-    fetches = is_spec(spec) and str(spec["_target_"]).startswith("torchvision.") and spec.get("weights") is not None
+    hub = any(str(inner["_target_"]).startswith("torchvision.") for inner in _specs(spec))
+    fetches = hub and is_spec(spec) and spec.get("weights") is not None
     seed_everything(config.seed)
-    with building("model"):
+    with building("model"), _only_weights() if hub else contextlib.nullcontext():
         model = _in_turns(lambda: build(spec), world if fetches else None)
     if not isinstance(model, nn.Module):
         message = f"expected a torch.nn.Module, but {config.get('model._target_')} gave {type(model).__name__}"
@@ -142,6 +143,21 @@ def build_model(
     if wanted.freeze:
         transfer.freeze(model, wanted.freeze)
     return model
+
+
+@contextlib.contextmanager
+def _only_weights() -> Iterator[None]:
+    """Files in torch.hub's cache are loaded without running code of theirs: torchvision's builders don't ask for that."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def move_batch(batch: Any, device: torch.device, memory_format: torch.memory_format | None = None) -> Any:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -28,6 +26,7 @@ from dist_train.engine.parts import Parts
 from dist_train.engine.prepare import build_dataset, build_model, eval_loader
 from dist_train.engine.rundir import RunDir
 from dist_train.engine.state import load_weights
+from dist_train.runtime.seeding import undisturbed_generators
 from dist_train.runtime.world import Placement, World, open_world, read_placement
 
 if TYPE_CHECKING:
@@ -109,7 +108,7 @@ def load(run: str | os.PathLike[str], checkpoint: str | None = None, model: nn.M
     directory = RunDir(os.fspath(run))
     if model is None:
         config = _checked(directory)
-        with _undisturbed_generators():
+        with undisturbed_generators():
             model = build_model(config)
     found = _restore(Modules(model), directory, checkpoint)
     model.dist_train_run = LoadedRun(directory.location, found.step)  # type: ignore[assignment]
@@ -257,13 +256,3 @@ def _near(run: RunDir) -> str:
         if names:
             return f"; runs that are there: {', '.join(names[:5])}"
     return ""
-
-
-@contextlib.contextmanager
-def _undisturbed_generators() -> Iterator[None]:
-    """Whatever is seeded and drawn inside leaves the caller's random numbers as they were."""
-    numpy_state, python_state = np.random.get_state(), random.getstate()
-    with torch.random.fork_rng(devices=[]):
-        yield
-    np.random.set_state(numpy_state)
-    random.setstate(python_state)

@@ -15,6 +15,7 @@ from torch.utils.data import Subset
 
 from dist_train.checkpoint.manifest import CheckpointError
 from dist_train.config.errors import ConfigError
+from dist_train.config.secrets import visible
 from dist_train.data.stream import is_stream
 from dist_train.engine.boundary import FOLDER, around, classes_on, plane, read_frames
 from dist_train.engine.evaluate import on_rank_zero
@@ -154,7 +155,7 @@ def _confusion(
     evaluator: Evaluator, meaning: Meaning, outputs: Tensor, truths: Tensor, dataset: Any, where: Any
 ) -> Confusion:
     predictions = meaning.predictions(outputs)
-    names = [str(name) for name in attribute_of(dataset, "classes") or []]
+    names = [visible(str(name), keep="") for name in attribute_of(dataset, "classes") or []]
     known = outputs.shape[1] if meaning.kind == "classes" else 2
     count = max(len(names), known, int(truths.max()) + 1, int(predictions.max()) + 1)
     names += [str(k) for k in range(len(names), count)]
@@ -197,7 +198,7 @@ def _regressions(outputs: Tensor, targets: Tensor, dataset: Any) -> list[Regress
         outputs, targets = original(outputs), original(targets)
     kept = _spread(len(outputs), DOTS)
     columns = [(outputs, targets)] if outputs.dim() == 1 else list(zip(outputs.T, targets.T, strict=True))[:TARGETS]
-    names = attribute_of(dataset, "targets_named") or []
+    names = [visible(str(name), keep="") for name in attribute_of(dataset, "targets_named") or []]
     return [
         Regression(truth.numpy()[kept], guess.numpy()[kept], names[k] if k < len(names) else "target")
         for k, (guess, truth) in enumerate(columns)

@@ -50,7 +50,11 @@ def read_torchvision(name: str, builder: str) -> Any:
         raise ConfigError.single(KEY, f"there are no weights {name}{near}; known are {', '.join(known)}")
     weights = choices[member]
     try:
-        return weights.get_state_dict(progress=False, check_hash=True)
+        return weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        place = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(weights.url))
+        message = f"{place} is refused: it holds more than tensors, which only running its code could rebuild; delete that file"
+        raise ConfigError.single(KEY, message) from error
     except (OSError, RuntimeError) as error:  # no network, no space, another hash
         place = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(weights.url))
         message = f"{name} can't be fetched from {weights.url}: {error}; without a network put that file at {place}"

@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dist_train.config.secrets import mask
+from dist_train.config.secrets import mask, visible
 from dist_train.runtime import signals
 from dist_train.runtime.here import DONE, EVALUATION, PHASES, STARTING, here
 
@@ -81,7 +81,7 @@ def record_of(kind: str, stands: Mapping[str, Any], samples: Sequence[int] = ())
 
 def describe(error: BaseException, rank: int = 0, samples: Sequence[int] = ()) -> Record:
     """The record of an exception on this rank: where it stood, what was raised in whose line, what to try."""
-    details = mask("".join(traceback.format_exception(error)))
+    details = visible(mask("".join(traceback.format_exception(error))))
     text = one_line(error)
     told = {"error": text, "line": user_line(details), "details": details, "try": advice(error, text)}
     return {**record_of("raised", standing(rank), samples), **told}
@@ -89,10 +89,11 @@ def describe(error: BaseException, rank: int = 0, samples: Sequence[int] = ()) -
 
 def one_line(error: BaseException) -> str:
     """Type and message on one line; of an exception that a loader worker raised, its own and not the wrapping."""
-    text = str(error)
+    text = mask(str(error))
     if "Original Traceback" in text:
-        return mask(text.strip().splitlines()[-1].strip())
-    return mask(f"{type(error).__name__}: {' '.join(text.split())}"[:1000] if text else type(error).__name__)
+        return visible(text.strip().splitlines()[-1].strip())
+    text = " ".join(text.split())
+    return visible(f"{type(error).__name__}: {text}"[:1000] if text else type(error).__name__)
 
 
 def user_line(details: str) -> str:

@@ -6,7 +6,9 @@ call, `torch.default_generator.manual_seed` 1.2 us, and `seed_sample` is called 
 
 from __future__ import annotations
 
+import contextlib
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -51,3 +53,15 @@ def seed_forward(seed: int, step: int, position: int, device: torch.device) -> N
     if device.type == "cuda":
         ordinal = torch.cuda.current_device() if device.index is None else device.index
         torch.cuda.default_generators[ordinal].manual_seed(value)
+
+
+@contextlib.contextmanager
+def undisturbed_generators() -> Iterator[None]:
+    """Whatever is seeded and drawn inside leaves the caller's random numbers as they were."""
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
-from dist_train.config.secrets import mask
+from dist_train.config.secrets import mask, visible
 from dist_train.tracking.logs import Capture, setup_logging
 from dist_train.tracking.text import WIDTH, format_number, format_seconds, two_columns
 
@@ -79,7 +79,7 @@ class Console:
 
     def start_block(self, lines: Sequence[tuple[str, str]]) -> None:
         """The block at the start: (label, value) pairs in two columns."""
-        text = "\n".join(two_columns(lines))
+        text = "\n".join(two_columns([(label, mask(value)) for label, value in lines]))
         for line in text.splitlines():
             self._log.info("%s", line)
         self._print(text + "\n")
@@ -179,6 +179,7 @@ class Console:
         self._print(f"warning: {text}", self._err, "yellow")
 
     def _print(self, text: str, stream: _Stream | None = None, style: str | None = None) -> None:
+        text = visible(mask(text))  # before anything wraps or cuts it
         live = self._live  # another thread may end it meanwhile
         if live is not None:
             live.say(text, style)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dist_train.config.secrets import visible
 from dist_train.tracking.records import FIELDS, Row
 
 if TYPE_CHECKING:
@@ -133,5 +134,5 @@ def dress(axis: Axes, title: str, x: str = "step") -> None:
 
 
 def plain(text: str) -> str:
-    """Text that matplotlib doesn't take for mathematics."""
-    return text.replace("$", r"\$")
+    """Text that matplotlib doesn't take for mathematics, and can draw."""
+    return visible(text, keep="").replace("$", r"\$")

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from dist_train.config.secrets import mask
+from dist_train.config.secrets import mask, visible
 
 NAMES = ("dist_train", "py.warnings")  # the second is where logging.captureWarnings sends Python's warnings
 EARLY = 1000  # records kept from before the log file's place is known
@@ -18,7 +18,7 @@ EARLY = 1000  # records kept from before the log file's place is known
 
 class _File(logging.FileHandler):
     def format(self, record: logging.LogRecord) -> str:
-        return mask(super().format(record))
+        return visible(mask(super().format(record)))
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  (logging's name)
         """A full disk must not print a traceback for every line: the checkpoint's failure will say it."""

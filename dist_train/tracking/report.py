@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from dist_train.config.secrets import visible
 from dist_train.tracking.curves import ASIDE, TITLES, draw_panel, dress, metric_names, new_figure, plain, render, series
 from dist_train.tracking.figures import (
     Boundary,
@@ -233,7 +234,8 @@ def _image(data: bytes, text: str, kind: str = "svg+xml") -> str:
 
 def _write(path: Path, title: str, body: Sequence[str]) -> Path:
     part = path.with_name(f".{path.name}.part")
-    part.write_text(PAGE.format(title=escape(title), style=STYLE, body="\n".join(filter(None, body))), encoding="utf-8")
+    page = PAGE.format(title=escape(title), style=STYLE, body="\n".join(filter(None, body)))
+    part.write_text(visible(page), encoding="utf-8")
     os.replace(part, path)
     return path
 

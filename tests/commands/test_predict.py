@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,12 @@ def test_a_place_that_cannot_be_written_is_named(
     (tmp_path / "file").touch()
     assert main(["predict", str(digits), "--output", str(tmp_path / "file" / "out.csv")]) == 2
     assert "--output" in capsys.readouterr().err
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("elsewhere")
+    for place in (str(tmp_path / "pipe"), "/dev/null", str(tmp_path / "link"), str(tmp_path)):
+        assert main(["predict", str(digits), "--output", place]) == 2
+        assert f"--output: {place} can't be written: it is a" in capsys.readouterr().err
+    assert not (tmp_path / "elsewhere").exists()
 
 
 class Stub:

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import html
+import io
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from runs import start
 from test_failures import CONFIG
 
-from dist_train.config.errors import ConfigError
+from dist_train.config.errors import ConfigError, describe
 from dist_train.config.load import load_config
-from dist_train.config.secrets import mask
+from dist_train.config.secrets import mask, visible
+from dist_train.runtime.failure import describe as describe_failure
+from dist_train.runtime.failure import one_line
 from dist_train.runtime.storage import Storage
+from dist_train.tracking.console import Console, setup_logging
+from dist_train.tracking.figures import Confusion, Example
+from dist_train.tracking.report import write_report
 
 PLANTED = {
     "SERVICE_TOKEN": "pl4nted-4c1d-token",
@@ -61,6 +69,10 @@ def test_what_is_planted_is_nowhere_in_a_runs_directory_nor_on_the_terminal(tmp_
         ("data.train.api_key", "planted"),
         ("tracking.wandb", {"secret": "planted"}),
         ("model.name", PLANTED["SERVICE_TOKEN"]),
+        ("model.password", 73190),
+        ("model.api_keys", ["planted", "b"]),
+        ("model.options", {"deep": [{"clientSecret": {"value": "planted"}}]}),
+        ("model.hosts", {"https://planted@host": 1}),
     ],
 )
 def test_a_secret_in_the_config_is_refused_with_the_cure_and_not_repeated(
@@ -74,6 +86,52 @@ def test_a_secret_in_the_config_is_refused_with_the_cure_and_not_repeated(
     assert key in text
     assert "os.environ" in text
     assert "planted" not in text
+
+
+def test_a_secret_is_masked_before_a_text_is_cut_or_quoted_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = "pl4nted'\"\\n  \u00e9" + "x" * 40
+    monkeypatch.setenv("SERVICE_TOKEN", secret)
+    quoted = (secret, repr(secret), json.dumps(secret), html.escape(secret))
+    said = [
+        *map(mask, quoted),
+        describe(secret + "z" * 100),
+        describe("y" * 20 + f"https://user:{'pl4nted' * 9}@host"),
+        one_line(ValueError("y" * 950 + secret)),
+        one_line(ValueError(f"a\n  b {secret}")),
+        "".join(line for _, line in [("", text) for text in wrapped(secret)]),
+    ]
+    assert not [text for text in said if "pl4nted" in text or "xxxx" in text]
+
+
+def wrapped(secret: str) -> list[str]:
+    out = io.StringIO()
+    console = Console(True, out=out, err=out)
+    console.start_block([("run", "w " * 45 + secret)])
+    console.close()
+    return out.getvalue().splitlines()
+
+
+def test_what_a_terminal_would_obey_is_shown_as_an_escape(tmp_path: Path) -> None:
+    bad = "a\x1b[2Jb\udcff\r\u202e"
+    shown = r"a\x1b[2Jb\udcff\r\u202e"
+    out = io.StringIO()
+    console = Console(True, out=out, err=out)
+    setup_logging(tmp_path / "log", 0)
+    console.note(bad)
+    console.warn(bad)
+    console.close()
+    for text in (out.getvalue(), (tmp_path / "log").read_text()):
+        assert text.count(shown) == 2
+        assert "\x1b" not in text
+    record = describe_failure(ValueError(bad))
+    assert record["error"] == f"ValueError: {shown.replace(chr(92) + 'r', ' ')}"
+    assert "\x1b" not in record["details"]
+    assert shown in str(ConfigError.single("model", bad))
+    assert visible("a\nb\tc", keep="") == r"a\nb\tc"
+    (tmp_path / "status.json").write_text(json.dumps({"error": bad}))
+    page = write_report(tmp_path, pictures=[Confusion(np.eye(2, dtype=int), [bad, "b"], [Example(0, bad, "b", 0.5)])])
+    assert "\x1b" not in page.read_text()
+    assert page.read_text().count(shown) >= 2
 
 
 def test_a_place_on_the_command_line_with_a_password_is_refused() -> None:

@@ -15,6 +15,8 @@ from torch import nn
 from torchvision import models
 
 from dist_train.config.errors import ConfigError
+from dist_train.config.load import load_config
+from dist_train.engine.prepare import build_model
 from dist_train.models import MLP, Cifar10Quick, DigitsCNN, LogisticRegression, MnistCNN
 from dist_train.models.layers import layer_table, output_shapes
 from dist_train.models.transfer import (
@@ -245,6 +247,12 @@ def test_weights_by_torchvisions_name_come_from_the_cache(tmp_path: Path, monkey
     for name in ("ResNet18_Weights.IMAGENET1K_V1", "ResNet18_Weights.DEFAULT", "DEFAULT", "IMAGENET1K_V1"):
         assert is_torchvision_name(name)
         assert torch.equal(read_torchvision(name, "resnet18")["fc.bias"], state["fc.bias"])
+    (cache / "resnet18-f37072fd.pth").write_bytes(saved({"fc.bias": Evil(str(tmp_path / "ran"))}))
+    _, message = told(read_torchvision, "DEFAULT", "resnet18")
+    assert "resnet18-f37072fd.pth is refused: it holds more than tensors" in message
+    config = load_config(None, ["model={_target_: torchvision.models.resnet18, weights: DEFAULT}"])
+    assert "UnpicklingError: Weights only load failed" in told(build_model, config)[1]
+    assert not (tmp_path / "ran").exists()
     assert "did you mean ResNet18_Weights.IMAGENET1K_V1?" in told(read_torchvision, "IMAGENET1K_V2", "resnet18")[1]
     assert "torchvision has no weights" in told(read_torchvision, "ResNet19_Weights.DEFAULT", "resnet18")[1]
     assert not any(is_torchvision_name(name) for name in ("runs/digits", "a.pt", "s3://bucket/x", "weights"))
