@@ -57,7 +57,9 @@ SLOTS: dict[str, Slot] = {
     "data.val": _DATASET,
     "data.test": _DATASET,
     "data.collate": Slot("a function from a list of samples to a batch", _is_callable, late=True),
-    "data.augment": Slot("an augmentation, called with (inputs, targets, draws)", _is_callable),
+    "data.augment": Slot(
+        "an augmentation, called with (inputs, targets, draws), (inputs, targets) or (inputs)", _is_callable
+    ),
     "model": Slot("a torch.nn.Module", _is("torch.nn.Module")),
     "model_init": Slot("a function that fills a tensor, of torch.nn.init say", _is_callable, ("tensor",), ("match",)),
     "transfer.append.module": Slot("a torch.nn.Module", _is("torch.nn.Module")),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from dist_train.data.errors import DataError
 from dist_train.data.plan import Indices
-from dist_train.runtime.seeding import AUGMENT, mix
+from dist_train.runtime.seeding import AUGMENT, mix, seed_augment
 
 Keys = NDArray[np.int64]
 
@@ -111,12 +112,14 @@ class Augmentation:
     """A list of augmentations, applied in order to (inputs, targets) batches.
 
     Args:
-        augments: instances of `Augment`, or callables of the same form.
+        augments: instances of `Augment` or callables of the same form; or any library's callables of (inputs, targets) or of
+            inputs alone (timm's Mixup, torchvision's v2, kornia). Those draw from torch's, numpy's and Python's generators,
+            which are seeded before each call, and see one micro-batch.
     """
 
-    def __init__(self, augments: Sequence[Augment]) -> None:
-        self.augments = list(augments)
-        self.neighbours = sum(getattr(augment, "neighbours", 0) for augment in self.augments)
+    def __init__(self, augments: Sequence[Any]) -> None:
+        self.augments = [(augment, _takes(augment)) for augment in augments]
+        self.neighbours = sum(getattr(augment, "neighbours", 0) for augment in augments)
 
     def __call__(self, batch: Any, *, seed: int, epoch: int, indices: Indices) -> tuple[Tensor, Tensor]:
         """Augment one micro-batch.
@@ -141,11 +144,28 @@ class Augmentation:
         last = inputs.dim() == 4 and not inputs.is_contiguous()
         last = last and inputs.is_contiguous(memory_format=torch.channels_last)
         keys = sample_keys(seed, epoch, indices)
-        for op, augment in enumerate(self.augments):
-            inputs, targets = augment(inputs, targets, Draws(keys, op, inputs.device))
+        for op, (augment, takes) in enumerate(self.augments):
+            if type(augment).__module__ != __name__:  # ours draw from `draws` alone
+                seed_augment(seed, epoch, int(indices[0]), op, inputs.device)
+            given = (inputs, targets, Draws(keys, op, inputs.device))[:takes]
+            got = augment(*given)
+            inputs, targets = (got, targets) if isinstance(got, Tensor) else got
             keys = keys[: len(inputs)]
         # indexing gives rows in memory order of its own; the model wants the layout that it was given
         return inputs.contiguous(memory_format=torch.channels_last) if last else inputs, targets
+
+
+def _takes(augment: Any) -> int:
+    """How many of (inputs, targets, draws) a callable wants."""
+    if isinstance(augment, Augment):
+        return 3
+    form = signature(augment.forward if isinstance(augment, torch.nn.Module) else augment)
+    needed = [p for p in form.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if "draws" in form.parameters:
+        return 3
+    if any(p.kind is p.VAR_POSITIONAL for p in form.parameters.values()):
+        return 2
+    return min(3, max(1, sum(p.default is p.empty for p in needed)))
 
 
 def _images(name: str, inputs: Tensor) -> tuple[int, int, int, int]:

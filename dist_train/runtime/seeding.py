@@ -36,21 +36,28 @@ def mix(*values: int) -> int:
 
 def seed_sample(seed: int, epoch: int, index: int) -> None:
     """Seed torch (CPU), numpy's global state and `random` for reading sample `index` in `epoch`; about 9 us."""
-    value = mix(SAMPLE, seed, epoch, index)
-    torch.default_generator.manual_seed(value)
-    np.random.seed(value >> 32)
-    random.seed(value)
+    _seed(mix(SAMPLE, seed, epoch, index), None)
 
 
 def seed_forward(seed: int, step: int, position: int, device: torch.device) -> None:
-    """Seed torch for the forward of one micro-batch (dropout and the like), on the CPU and on `device`.
+    """Seed everything for the forward of one micro-batch (dropout, LayerDrop and the like), on the CPU and on `device`.
 
     `step` is the global optimizer step and `position` the place of the micro-batch's first sample in the global
     batch, so that the draws don't depend on the rank that happens to compute it.
     """
-    value = mix(FORWARD, seed, step, position)
+    _seed(mix(FORWARD, seed, step, position), device)
+
+
+def seed_augment(seed: int, epoch: int, index: int, place: int, device: torch.device) -> None:
+    """Seed everything for the augmentation at `place` in its list, on a micro-batch that begins with sample `index`."""
+    _seed(mix(AUGMENT, seed, epoch, index, place), device)
+
+
+def _seed(value: int, device: torch.device | None) -> None:
     torch.default_generator.manual_seed(value)
-    if device.type == "cuda":
+    np.random.seed(value >> 32)
+    random.seed(value)
+    if device is not None and device.type == "cuda":
         ordinal = torch.cuda.current_device() if device.index is None else device.index
         torch.cuda.default_generators[ordinal].manual_seed(value)
 

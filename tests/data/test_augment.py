@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import numpy as np
@@ -235,3 +236,33 @@ def test_flat_inputs_are_refused_by_image_augmentations_with_their_shape() -> No
     digits = Digits("val", flat=True)
     with pytest.raises(DataError, match=r"RandomShift needs images \(N, C, H, W\), found a batch of shape \(4, 64\)"):
         Augmentation([RandomShift(1)])(digits.read_batch(np.arange(4)), seed=0, epoch=0, indices=np.arange(4))
+
+
+@pytest.mark.parametrize("kind", ["torchvision", "numpy", "inputs", "draws"])
+def test_a_librarys_own_augmentation_draws_the_same_whatever_ran_before(kind: str) -> None:
+    def by_numpy(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return inputs * np.random.rand() + random.random(), targets
+
+    def of_inputs(inputs: Tensor) -> Tensor:
+        return inputs + torch.rand(inputs.shape)
+
+    def with_draws(inputs: Tensor, targets: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        return inputs + draws.uniform(1).view(-1, 1, 1, 1) * np.random.rand(), targets
+
+    if kind == "torchvision":
+        from torchvision.transforms.v2 import MixUp
+
+        augment: Any = MixUp(num_classes=10)
+    else:
+        augment = {"numpy": by_numpy, "inputs": of_inputs, "draws": with_draws}[kind]
+    batch = torch.rand(4, 1, 3, 3, generator=torch.Generator().manual_seed(0)), torch.arange(4)
+
+    def run(first: int) -> tuple[Tensor, Tensor]:
+        return Augmentation([augment])(batch, seed=1, epoch=2, indices=np.arange(first, first + 4))
+
+    before = run(8)
+    torch.rand(3), np.random.rand(3), random.random()
+    for one, other in zip(before, run(8), strict=True):
+        assert torch.equal(one, other)
+    assert not torch.equal(run(12)[0], before[0])
+    assert not torch.equal(batch[0], before[0])
