@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils._pytree import tree_map_only
 
+from dist_train.engine.batch import in_full_precision, map_tensors
 from dist_train.engine.buffers import BufferSnapshot, take_from_rank_zero
-from dist_train.engine.losses import HALF
 from dist_train.engine.metrics import Metric, Whole, check_names, naming, sums_of
 from dist_train.engine.modules import Modules
 from dist_train.engine.precision import Precision
@@ -139,14 +138,10 @@ class Evaluator:
             raise TypeError("metrics need the outputs: the task's step must return (loss, weight, outputs, targets)")
         head = torch.zeros(3, dtype=torch.float64, device=self.world.device)
         head[0], head[1], head[2] = output.loss, output.weight, len(cut)
-        outputs = output.outputs
-        if isinstance(outputs, torch.Tensor) and outputs.dtype in HALF:
-            outputs = outputs.float()
+        outputs = in_full_precision(output.outputs)
         sums = [sums_of(metric, outputs, output.targets) for metric in self.metrics if not isinstance(metric, Whole)]
         seen = (outputs, output.targets) if len(sums) < len(self.metrics) else ()
-        return torch.cat([head, *(part.to(head.device) for part in sums)]), tree_map_only(
-            torch.Tensor, torch.Tensor.cpu, seen
-        )
+        return torch.cat([head, *(part.to(head.device) for part in sums)]), map_tensors(torch.Tensor.cpu, seen)
 
     def _figures(self, sums: torch.Tensor) -> dict[str, float]:
         loss, weight, samples = sums[:3].tolist()

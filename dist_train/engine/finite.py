@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from dist_train.engine.losses import HALF
+from dist_train.engine.batch import HALF
 
 if TYPE_CHECKING:
     from dist_train.data.plan import Indices

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dist_train.engine.batch import batch_length, in_full_precision
+
 ELEMENTWISE = (nn.MSELoss, nn.L1Loss, nn.BCELoss, nn.BCEWithLogitsLoss, nn.SmoothL1Loss, nn.HuberLoss)
 CLASSWISE = (nn.CrossEntropyLoss, nn.NLLLoss)
-HALF = (torch.bfloat16, torch.float16)
 
 _MODULE_OF: dict[Any, type[nn.Module]] = {
     nn.functional.cross_entropy: nn.CrossEntropyLoss,
@@ -36,7 +37,8 @@ class Loss(nn.Module):
     """Any loss function, called with (outputs, targets), as a sum and the weight to divide it by.
 
     Known exactly: torch's own losses, as modules or functions; a function that returns one value a sample; a function that
-    returns (sum, weight). A function that returns one number is taken for a mean over the samples of the micro-batch.
+    returns (sum, weight). A function that returns one number is taken for a mean over the samples of the micro-batch; where
+    that is nan and all labels are negative (ignored), it has no weight.
 
     Attributes:
         summed: the loss asks for the plain sum (`reduction="sum"`): gradients aren't divided, logs show the mean over samples.
@@ -74,7 +76,7 @@ class Loss(nn.Module):
         Raises:
             ValueError: outputs and targets don't fit the loss; the message says what it expects and what it got.
         """
-        outputs = _in_full_precision(outputs)
+        outputs = in_full_precision(outputs)
         if self._fit is None:
             return self._own(outputs, targets)
         for what, value in (("model's outputs", outputs), ("targets", targets)):
@@ -160,32 +162,36 @@ class Loss(nn.Module):
         value = self.function(outputs, targets)
         self.exact = True
         if isinstance(value, tuple) and len(value) == 2:
-            return value
+            return self._pair(*value)
         if not isinstance(value, Tensor):
-            raise ValueError(
-                f"the loss {self.name} must return a tensor, or a tuple (sum, weight), but returned {type(value).__name__}"
+            kind = f"a {type(value).__name__}" + (
+                f" of {', '.join(map(str, value))}" if isinstance(value, Mapping) else ""
             )
-        if value.dim() > 0:
+            raise ValueError(
+                f"the loss {self.name} must return one tensor (a mean, or one value a sample) or a tuple (sum, weight), but "
+                f"returned {kind}; add its parts up, and name a `task` or a metric to see each of them"
+            )
+        if value.numel() != 1 or (value.dim() and batch_length(targets) == 1):
             return value.sum(), (len(value) if self.summed else value.numel())
-        samples = _samples(outputs, targets)
+        value, samples = value.reshape(()), _samples(outputs, targets)
         if self.summed:
             return value, samples
         self.exact = False
+        if isinstance(targets, Tensor) and targets.dtype == torch.int64:
+            # The mean over nothing is nan: with negative labels only, which is what ignore_index is, nothing has weight.
+            empty = value.isnan() & (targets < 0).all()
+            return torch.where(empty, 0.0, value * samples), torch.where(empty, 0, samples)
         return value * samples, samples
 
-
-def tensors_in(batch: Any) -> Iterator[Tensor]:
-    """Every tensor of a batch, or of a model's outputs, however they are nested."""
-    if isinstance(batch, Tensor):
-        yield batch
-    for value in batch.values() if isinstance(batch, dict) else batch if isinstance(batch, list | tuple) else ():
-        yield from tensors_in(value)
-
-
-def batch_length(batch: Any) -> int:
-    """The number of samples in a batch: the length of the first tensor found in it."""
-    lengths = (len(tensor) if tensor.dim() else 1 for tensor in tensors_in(batch))
-    return next((length for length in lengths if length), 0)
+    def _pair(self, total: Any, weight: Any) -> tuple[Tensor, Tensor | float]:
+        single = isinstance(total, Tensor) and total.numel() == 1
+        if not single or (weight.numel() != 1 if isinstance(weight, Tensor) else not isinstance(weight, int | float)):
+            found = [_shape(part) if isinstance(part, Tensor) else type(part).__name__ for part in (total, weight)]
+            raise ValueError(
+                f"the loss {self.name} returned two values, which are taken as (sum, weight): a tensor of one number, and a "
+                f"number to divide it by, but they are {found[0]} and {found[1]}; return the loss alone"
+            )
+        return total.reshape(()), (weight.reshape(()) if isinstance(weight, Tensor) else weight)
 
 
 def _samples(outputs: Any, targets: Any) -> int:
@@ -204,18 +210,6 @@ def _samples(outputs: Any, targets: Any) -> int:
             "there is no tensor in outputs and targets to count the samples by: return (sum, weight) from the loss"
         )
     return samples
-
-
-def _in_full_precision(outputs: Any) -> Any:
-    """bf16 and fp16 outputs of autocast as float32; the loss runs outside autocast."""
-    if isinstance(outputs, Tensor):
-        return outputs.float() if outputs.dtype in HALF else outputs
-    if not any(tensor.dtype in HALF for tensor in tensors_in(outputs)):
-        return outputs
-    if isinstance(outputs, dict):
-        return {key: _in_full_precision(value) for key, value in outputs.items()}
-    values = [_in_full_precision(value) for value in outputs]
-    return type(outputs)(*values) if hasattr(outputs, "_fields") else type(outputs)(values)
 
 
 def _shape(tensor: Tensor) -> str:

@@ -144,6 +144,14 @@ def is_dense(tensor: Tensor) -> bool:
     return tensor.layout is not torch.strided or torch.empty_like(tensor, device="meta").stride() == tensor.stride()
 
 
+def match_strides(optimizer: torch.optim.Optimizer) -> None:
+    """Lay a loaded state out as the parameters are now: fused kernels walk through both as through one stretch of memory."""
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[key] = torch.empty_like(parameter.detach(), dtype=value.dtype).copy_(value)
+
+
 def fill_momentum(optimizer: torch.optim.Optimizer) -> None:
     """Give fused SGD the momentum that it has before its first step, where torch leaves memory as it is until that step.
 

@@ -15,6 +15,7 @@ from dist_train.config.errors import ConfigError
 from dist_train.data.augment import Augmentation
 from dist_train.data.loader import EvalLoader, TrainLoader, build_plan
 from dist_train.data.plan import Plan, parts, smallest_part
+from dist_train.engine.batch import move_batch
 from dist_train.engine.boundary import BoundaryFrames
 from dist_train.engine.callbacks import Callback
 from dist_train.engine.ema import EMA
@@ -31,7 +32,6 @@ from dist_train.engine.prepare import (
     build_model,
     building,
     eval_loader,
-    move_batch,
     reading_of,
     seed_everything,
 )

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.config.durations import Duration
+from dist_train.engine.batch import first_rows
 from dist_train.engine.callbacks import Callback
 from dist_train.engine.stopping import NEVER, in_steps
 from dist_train.models.layers import watch
@@ -174,19 +175,6 @@ def _look(
             watch(model, lambda: parts.evaluator.task.predict(model, batch), on_layer)
     finally:
         handle.remove()
-
-
-def first_rows(batch: Any, count: int) -> Any:
-    """The first samples of a batch: a copy, so that the rest isn't kept."""
-    if isinstance(batch, Tensor):
-        return batch[:count].clone() if batch.dim() else batch
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(first_rows(item, count) for item in batch))
-    if isinstance(batch, list | tuple):
-        return type(batch)(first_rows(item, count) for item in batch)
-    if isinstance(batch, Mapping):
-        return {key: first_rows(item, count) for key, item in batch.items()}
-    return batch
 
 
 def _named(name: str, inputs: Any) -> Iterator[tuple[str, Tensor]]:

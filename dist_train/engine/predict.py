@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor, nn
 
 from dist_train.config.errors import ConfigError
+from dist_train.engine.batch import HALF
 from dist_train.engine.evaluate import in_rounds, on_rank_zero
-from dist_train.engine.losses import HALF
 from dist_train.engine.metrics import Accuracy, BinaryAccuracy, without_one_column
 from dist_train.runtime.seeding import seed_forward
 

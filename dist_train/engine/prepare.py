@@ -7,7 +7,7 @@ import functools
 import os
 import random
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -158,21 +158,6 @@ def _only_weights() -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
-
-
-def move_batch(batch: Any, device: torch.device, memory_format: torch.memory_format | None = None) -> Any:
-    """The batch on the device (without waiting), its images in the memory format."""
-    if device.type == "cpu" and memory_format is None:
-        return batch
-    if isinstance(batch, torch.Tensor):
-        form = memory_format if memory_format is not None and batch.dim() == 4 else torch.preserve_format
-        return batch.to(device, non_blocking=True, memory_format=form)
-    if isinstance(batch, Mapping):
-        return {key: move_batch(item, device, memory_format) for key, item in batch.items()}
-    if isinstance(batch, list | tuple):
-        items = [move_batch(item, device, memory_format) for item in batch]
-        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
-    return batch
 
 
 def _in_turns(make: Callable[[], T], world: World | None) -> T:

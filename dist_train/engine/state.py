@@ -17,6 +17,7 @@ from torch import Tensor
 import dist_train
 from dist_train.config.errors import ConfigError
 from dist_train.engine.evaluate import on_rank_zero
+from dist_train.engine.parameters import match_strides
 from dist_train.engine.stopping import in_steps
 from dist_train.runtime.here import MEETING, here
 
@@ -208,6 +209,7 @@ def _restore_optimizer(parts: Parts, found: Found, changed: Sequence[str], note:
     groups = parts.optimizer.param_groups
     fresh = [{key: value for key, value in group.items() if key != "params"} for group in groups]
     parts.optimizer.load_state_dict(found.load("optimizer"))
+    match_strides(parts.optimizer)
     if any(key.startswith(("optimizer", "scheduler")) for key in changed):
         # The saved groups would silently bring the old values back.
         for group, values in zip(parts.optimizer.param_groups, fresh, strict=True):

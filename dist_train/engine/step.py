@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dist_train.engine.batch import HALF
 from dist_train.engine.buffers import BufferSnapshot
 from dist_train.engine.finite import FiniteGuard, by_dtype, values_of_gradients
-from dist_train.engine.losses import HALF
 from dist_train.engine.modules import Modules
 from dist_train.engine.reduce import Reducer
 from dist_train.runtime.here import DATA, FORWARD, UPDATE, here

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from dist_train.engine.losses import Loss, tensors_in
+from dist_train.engine.batch import tensors_in
+from dist_train.engine.losses import Loss
 
 
 @dataclass(slots=True)
@@ -66,7 +68,7 @@ class Supervised:
         """
         inputs, targets = split_batch(batch)
         outputs = call_model(model, inputs)
-        device = next((tensor.device.type for tensor in tensors_in(outputs)), "cpu")
+        device = next((tensor.device.type for tensor in tensors_in([outputs, batch])), "cpu")
         if not torch.is_autocast_enabled(device):
             return StepOutput(*self.loss.forward(outputs, targets), outputs, targets)
         with torch.autocast(device, enabled=False):
@@ -100,7 +102,7 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
     """The model on its inputs: a tuple or list is spread, a dict goes by name, anything else is the one argument."""
     if isinstance(inputs, list | tuple):
         return model(*inputs)
-    if isinstance(inputs, dict):
+    if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(inputs)
 
@@ -109,13 +111,17 @@ def as_step_output(value: StepOutput | tuple[Any, ...]) -> StepOutput:
     """A task's answer, which may be a plain tuple.
 
     Raises:
-        TypeError: it is neither a `StepOutput` nor a tuple of two to four.
+        TypeError: it is neither a `StepOutput` nor a tuple of two to four, or its loss or weight isn't one number.
     """
+    found: Any = type(value).__name__
+    if isinstance(value, tuple) and 2 <= len(value) <= 4:
+        value = StepOutput(*value)
     if isinstance(value, StepOutput):
-        return value
-    if isinstance(value, tuple) and 2 <= len(value) <= 4 and isinstance(value[0], Tensor):
-        return StepOutput(*value)
+        loss, weight = value.loss, value.weight
+        if isinstance(loss, Tensor) and not loss.dim() and not (isinstance(weight, Tensor) and weight.dim()):
+            return value
+        found = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in (loss, weight)]
     raise TypeError(
-        "a task's step must return (loss summed over the batch, weight), followed by outputs and targets if metrics need them; "
-        f"got {type(value).__name__}"
+        "a task's step must return (loss summed over the batch, weight), a 0-dim tensor and a number or 0-dim tensor, followed "
+        f"by outputs and targets if metrics need them; found {found}. Of several losses return the sum"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import pytest
 import torch
@@ -86,6 +87,18 @@ def test_half_precision_outputs_reach_the_loss_as_float32() -> None:
     assert total.dtype == torch.float32
 
 
+def test_the_mean_over_nothing_has_no_weight_and_other_nans_stay() -> None:
+    mean = Loss(lambda outputs, targets: nn.functional.cross_entropy(outputs, targets))
+    outputs = LOGITS.clone().requires_grad_()
+    total, weight = mean(outputs, torch.full_like(LABELS, -100))
+    total.backward()
+    assert (float(total.detach()), float(weight)) == (0.0, 0.0)
+    assert not outputs.grad.any()
+    total, weight = mean(LOGITS * math.nan, LABELS)
+    assert math.isnan(float(total))
+    assert float(weight) == len(LABELS)
+
+
 @pytest.mark.parametrize("function", [nn.MSELoss(), nn.L1Loss(), nn.BCELoss(), nn.BCEWithLogitsLoss()])
 def test_a_trailing_one_is_no_broadcast(function: nn.Module) -> None:
     outputs = torch.rand(8, 1, dtype=torch.float64)
@@ -110,7 +123,20 @@ BAD = {
     ),
     "logits to BCELoss": (nn.BCELoss(), torch.full((4,), 3.0), torch.ones(4), "BCEWithLogitsLoss"),
     "BCE targets above 1": (nn.BCEWithLogitsLoss(), torch.zeros(4), torch.full((4,), 2.0), "between 0 and 1"),
-    "no tensor": (lambda outputs, targets: "much", torch.zeros(4), torch.zeros(4), "must return a tensor"),
+    "no tensor": (lambda outputs, targets: "much", torch.zeros(4), torch.zeros(4), "must return one tensor"),
+    "several": (
+        lambda o, t: {"box": o.sum(), "mask": t.sum()},
+        torch.zeros(4),
+        torch.zeros(4),
+        "a dict of box, mask; add",
+    ),
+    "loss and logits": (
+        lambda o, t: (o.sum(), o),
+        torch.zeros(4),
+        torch.zeros(4),
+        "they are () and (4,); return the loss alone",
+    ),
+    "a mean over nobody knows": (lambda o, t: torch.zeros(()), "?", object(), "return (sum, weight)"),
 }
 
 
