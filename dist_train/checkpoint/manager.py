@@ -118,10 +118,11 @@ class CheckpointManager:
         self.poll()
 
     def poll(self) -> None:
-        """Report what the writing thread did; cheap, for every step.
+        """Report what the writing thread did, and whether the lease was found lost; cheap, for every step.
 
         Raises:
             CheckpointError: the save in flight failed; names step, file and cause. The manager can be used on.
+            LeaseLostError: another process owns the run by now, or its directory is gone.
         """
         if self._thread is not None and not self._thread.is_alive():
             self._thread.join()
@@ -132,6 +133,8 @@ class CheckpointManager:
                 raise error
             self.tolerated = error
             LOG.warning("%s; going on, as checkpoint.on_error says", error)
+        elif self._lease is not None and self._lease.lost:
+            self._lease.check()
 
     def wait(self) -> None:
         """Wait until no save is in flight. Raises as :meth:`poll`."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,8 @@ from typing import Any
 FORMAT = 1
 MANIFEST = "manifest.json"
 _FIELDS = ("step", "attempt", "created_at", "lease", "metrics")
+
+_NAME, _HASH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*"), re.compile(r"[0-9a-f]{64}")
 
 
 class CheckpointError(Exception):
@@ -109,9 +112,37 @@ class Manifest:
         # 1e-05 and 1E-05, or two escapes of one letter, mean the same: only the bytes themselves tell.
         if _dump({**content, "sha256": claimed}) != raw:
             raise DamagedError(MANIFEST, "its bytes aren't those that were written")
-        files = {n: FileEntry(e["bytes"], e["sha256"], e.get("key", n)) for n, e in content["files"].items()}
-        content["metrics"] = {n: math.nan if value is None else value for n, value in content["metrics"].items()}
-        return cls(files=files, meta=content["meta"], **{name: content[name] for name in _FIELDS})
+        try:
+            return _checked(content)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DamagedError(MANIFEST, f"its hash is right, but not its form ({error!r})") from None
+
+
+def _checked(content: Mapping[str, Any]) -> Manifest:
+    """The manifest, of whose every field it is known what it is. Raises any error where one isn't that."""
+    attempt, files = content["attempt"], {}
+    for name, entry in content["files"].items():
+        key, size = entry.get("key", name), entry["bytes"]
+        # A name is that of a file inside the checkpoint's directory: nothing else is ever read or deleted.
+        _want(
+            _NAME.fullmatch(name) and name != MANIFEST and key in (name, f"{attempt}/{name}"), f"file {name!r}, {key!r}"
+        )
+        _want(type(size) is int and size > 0 and _HASH.fullmatch(entry["sha256"]), f"{name}: {entry}")
+        files[name] = FileEntry(size, entry["sha256"], key)
+    _want(files, "no files")
+    _want(type(content["step"]) is int and content["step"] >= 0, f"step {content['step']!r}")
+    _want(_NAME.fullmatch(attempt), f"attempt {attempt!r}")
+    _want(isinstance(content["created_at"], str) and type(content["lease"]) in (int, type(None)), "created_at, lease")
+    metrics = {name: math.nan if value is None else value for name, value in content["metrics"].items()}
+    _want(all(type(value) in (int, float) for value in metrics.values()), f"metrics {metrics!r}")
+    _want(isinstance(content["meta"], dict), f"meta {content['meta']!r}")
+    told = {name: content[name] for name in _FIELDS} | {"metrics": metrics}
+    return Manifest(files=files, meta=content["meta"], **told)
+
+
+def _want(held: object, found: str) -> None:
+    if not held:
+        raise ValueError(found[:200])
 
 
 def _own_hash(content: Mapping[str, Any]) -> str:

@@ -83,11 +83,29 @@ class Found:
         self._compare(f"{part}.pt", len(raw), hashlib.sha256(raw).hexdigest())
         try:
             return torch.load(io.BytesIO(raw), map_location=map_location, weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise CheckpointError(
-                f"{self.location}/{part}.pt is refused: it holds objects that only running code could rebuild "
-                f"({str(error).splitlines()[0]})"
-            ) from None
+        except MemoryError:
+            raise
+        except Exception as error:  # bytes that were published so, by whomever
+            why = (
+                "it holds objects that only running code could rebuild"
+                if isinstance(error, pickle.UnpicklingError)
+                else ""
+            )
+            why, said = (
+                why or "it isn't what torch.save writes",
+                next(iter(str(error).splitlines()), type(error).__name__),
+            )
+            raise CheckpointError(f"{self.location}/{part}.pt is refused: {why} ({said})") from None
+
+    def told(self, name: str, kind: Any) -> Any:
+        """What the manifest's `meta` says of that name.
+
+        Raises:
+            DamagedError: nothing, or nothing of that type.
+        """
+        if not isinstance(self.meta.get(name), kind):
+            raise DamagedError(MANIFEST, f"meta.{name} is {self.meta.get(name)!r:.80}")
+        return self.meta[name]
 
     def verify(self) -> None:
         """Read and check every file.
@@ -227,7 +245,12 @@ class CheckpointStore:
         """What was written about manifests of a step when they were set aside (under a URL)."""
         for name in self.asides():
             if name.endswith(".json") and f"-{step_name(step)}-" in name:
-                yield json.loads(self.storage.read_bytes(name))
+                try:
+                    record = json.loads(self.storage.read_bytes(name))
+                    if isinstance(record["manifest_sha256"], str) and isinstance(record["attempts"], list):
+                        yield record
+                except (ValueError, KeyError, TypeError, RecursionError):
+                    self.log(f"{self.storage.join(name)} can't be read: passed over")
 
     def is_there(self, step: int) -> bool:
         """Whether something published is there, whole or not."""

@@ -74,6 +74,7 @@ def finish(trainer: Trainer, checkpoints: CheckpointManager) -> dict[str, Any]:
     }
     if trainer.world.is_main:
         with parts.ema.applied() if parts.ema is not None else contextlib.nullcontext():
+            run.assure_own()
             if task := parts.modules.task_state():
                 _write_weights(run, "task.pt", task)
             _write_weights(run, "model.pt", trainer.model.state_dict())

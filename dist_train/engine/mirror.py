@@ -67,7 +67,7 @@ class Mirror:
             FileNotFoundError: the store doesn't hold it.
         """
         if not self.storage.is_local:
-            LocalStorage(self.root).write_atomic(name, self._store.read_bytes(name))
+            self._keep(name, self._store.read_bytes(name))
         return self.path(name)
 
     def go_on_with(self, *names: str) -> None:
@@ -83,7 +83,7 @@ class Mirror:
                 path.unlink(missing_ok=True)
                 continue
             if not (name.startswith("logs/") and path.exists() and path.read_bytes().startswith(held)):
-                LocalStorage(self.root).write_atomic(name, held)
+                self._keep(name, held)
 
     def upload(self, only: Collection[str] | None = None) -> None:
         """Send what has changed since it was sent last: of what is `shared`, or of some files and folders.
@@ -125,6 +125,11 @@ class Mirror:
         """Wait for an upload that is under way."""
         if self._sending is not None:
             self._sending.join()
+
+    def _keep(self, name: str, data: bytes) -> None:
+        copies = LocalStorage(self.root)
+        copies.makedirs()
+        copies.write_atomic(name, data)
 
     def _send(self, name: str, file: BinaryIO) -> None:
         state = os.fstat(file.fileno())

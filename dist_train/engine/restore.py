@@ -27,6 +27,7 @@ from dist_train.engine.prepare import build_dataset, build_model, eval_loader
 from dist_train.engine.rundir import RunDir
 from dist_train.engine.state import load_weights
 from dist_train.runtime.seeding import undisturbed_generators
+from dist_train.runtime.sidefiles import SideFileError, read_mapping
 from dist_train.runtime.world import Placement, World, open_world, read_placement
 
 if TYPE_CHECKING:
@@ -203,7 +204,8 @@ def find_weights(run: RunDir, checkpoint: str | None) -> Found:
         if checkpoint not in (None, "best"):
             return store.find(str(checkpoint))
         newest = store.find("last")
-        best = store.best(*newest.meta["best"]) if newest.meta["best"] is not None else None
+        choice = newest.told("best", list | None)
+        best = store.best(*choice) if choice is not None else None
         if best is None and checkpoint == "best":
             raise ConfigError.single("--checkpoint", f"{run.location} keeps no best checkpoint; use last or step-N")
         return best or newest
@@ -237,6 +239,10 @@ def _checked(run: RunDir, overrides: Sequence[str] = ()) -> Config:
     """The run's config under `overrides`, with its components looked up; without what only training needs."""
     if not run.storage.exists("config.yaml"):
         raise ConfigError.single("--run", f"{run.location} holds no run: config.yaml isn't there{_near(run)}")
+    try:
+        read_mapping(run.storage, "config.yaml")
+    except SideFileError as error:
+        raise ConfigError.single("--run", str(error)) from None
     config = load_config(run.fetch("config.yaml"), overrides)
     add_code_paths(config.run.code_paths)
     problems = check_components(config)

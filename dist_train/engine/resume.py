@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from dist_train.checkpoint.manifest import CheckpointError
 from dist_train.checkpoint.store import CheckpointStore, find_at, step_name
 from dist_train.config.changes import compare, refusal_message
 from dist_train.config.errors import ConfigError
 from dist_train.config.names import expand_path
+from dist_train.engine.rundir import MICRO_BATCHES
+from dist_train.engine.stopping import in_steps
+from dist_train.runtime.sidefiles import SideFileError, read_mapping
 
 if TYPE_CHECKING:
     from dist_train.checkpoint.manager import CheckpointManager
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from dist_train.config.schema import Config
     from dist_train.engine.rundir import RunDir
     from dist_train.runtime.world import World
+
+
+_CURE = "Put it back from a copy, give the run another run.name, or delete that directory"
+_LAST_SECTION = "debug"  # of config.yaml, which is written whole
 
 
 @dataclass
@@ -29,12 +34,26 @@ class Decision:
         action: `fresh`, `resume`, or `completed` (nothing to do).
         changes: what differs from the config of the last start, as lines to log. changed: the keys.
         source: the checkpoint of another run to begin from.
+        done: step and seconds of a completed run of which a changed config may want more.
+        fits: the most samples of a forward, where memory has run out before.
+        warnings: what can't be read there, and what counts instead.
     """
 
     action: str = "fresh"
     changes: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
     source: str | None = None
+    done: tuple[int, float] | None = None
+    fits: int | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    def is_over(self, config: Config, steps_per_epoch: int) -> bool:
+        """Whether the run is completed, and has been trained for at least the duration of this config."""
+        if self.done is None:
+            return False
+        duration, (step, seconds) = config.trainer.duration, self.done
+        end = in_steps(duration, steps_per_epoch)
+        return seconds >= duration.value if end is None else step >= end
 
 
 def decide(config: Config, run: RunDir) -> Decision:
@@ -54,28 +73,60 @@ def decide(config: Config, run: RunDir) -> Decision:
             f"`never` begins a new run, but {run.location} holds one already ({len(known)} checkpoint(s)); give it another "
             "run.name, or delete that directory",
         )
-    location, source = run.location, None
+    location, source, warnings = run.location, None, list[str]()
+    fits = (run.read_json(MICRO_BATCHES, warnings.append) or {}).get("micro_batch_size")
+    result = run.read_json("result.json", warnings.append)
+    completed = result is not None and result["state"] == "completed"
     old: dict[str, Any]
-    if known and begun:
-        old = yaml.safe_load(run.storage.read_bytes("config.yaml"))
-    elif not known and resume not in ("auto", "never"):
+    if known or completed:
+        old = _config_before(run, store, warnings)
+    elif begun and result is None and run.storage.exists("result.json"):
+        message = (
+            f"{warnings[-1]}, and {run.location} has no checkpoint: whether it is completed can't be told. {_CURE}"
+        )
+        raise ConfigError.single("run.name", message)
+    elif resume not in ("auto", "never"):
         try:
             found = find_at(expand_path(resume))
         except CheckpointError as error:
             raise ConfigError.single("checkpoint.resume", str(error)) from None
-        old, location, source = found.meta["config"], found.location, found.location
+        old, location, source = found.told("config", dict), found.location, found.location
     else:
-        return Decision()
+        return Decision(fits=fits, warnings=warnings)
     changes = compare(old, config.to_dict())
     asked = [change for change in changes if change.kind == "consent"]
     bad = [change for change in changes if change.kind == "refused"]
     if bad or (asked and not config.checkpoint.accept_changes):
         raise ConfigError.single("", refusal_message(bad + asked, location))
-    same_end = not asked and not any(change.key.startswith("trainer.duration") for change in changes)
-    result = run.read_json("result.json")
-    over = same_end and source is None and result is not None and result["state"] == "completed"
-    lines = [str(change) for change in changes]
-    return Decision("completed" if over else "resume", lines, [change.key for change in changes], source)
+    lines, keys = [str(change) for change in changes], [change.key for change in changes]
+    done = (result["step"], float(result["seconds"])) if result is not None and completed and source is None else None
+    if done and not asked and not any(key.startswith("trainer.duration") for key in keys):
+        return Decision("completed", lines, keys, warnings=warnings)
+    if done and not known:
+        message = f"{run.location} is completed, and its checkpoints are gone: it can't be trained on. {_CURE}"
+        raise ConfigError.single("run.name", message)
+    return Decision("resume", lines, keys, source, done, fits, warnings)
+
+
+def _config_before(run: RunDir, store: CheckpointStore, warnings: list[str]) -> dict[str, Any]:
+    """The config of the last start: config.yaml's, or where that is lost the newest manifest's.
+
+    Raises:
+        ConfigError: neither can be read.
+    """
+    place = run.storage.join("config.yaml")
+    try:
+        old = read_mapping(run.storage, "config.yaml")
+        if old is not None and _LAST_SECTION in old:
+            return old
+        wrong = f"{place}: {'missing' if old is None else f'cut off, there is no {_LAST_SECTION} in it'}"
+    except SideFileError as error:
+        wrong = str(error)
+    for found in store.published():
+        if isinstance(config := found.meta.get("config"), dict):
+            warnings.append(f"{wrong}: the config in {found.name} counts instead")
+            return config
+    raise ConfigError.single("run.name", f"{wrong}, and no manifest has the config of {run.location}. {_CURE}")
 
 
 def find_checkpoint(world: World, decision: Decision, manager: CheckpointManager) -> Found:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import faulthandler
-import json
 import logging
 import math
 import os
@@ -18,22 +17,21 @@ from dist_train.data.plan import share
 from dist_train.engine.finish import finish
 from dist_train.engine.parts import Parts
 from dist_train.engine.resume import Decision, decide, find_checkpoint
-from dist_train.engine.rundir import RunDir, check_shared, run_location
+from dist_train.engine.rundir import MICRO_BATCHES, RunDir, check_place, check_shared, run_location
 from dist_train.engine.showing import report_at_end
 from dist_train.engine.state import Progress, restore
 from dist_train.engine.summary import end_lines, start_lines
 from dist_train.engine.trainer import Trainer
 from dist_train.runtime import failure, signals
-from dist_train.runtime.lease import Lease, LeaseHeldError, LeaseLostError
+from dist_train.runtime.lease import Lease, LeaseHeldError, LeaseLostError, look_at_owner
 from dist_train.runtime.peers import Peers
+from dist_train.runtime.sidefiles import read_lines
 from dist_train.runtime.storage import LocalStorage, StorageError
 from dist_train.runtime.world import World, open_world, read_placement
 from dist_train.tracking.console import Console, setup_logging
 
 if TYPE_CHECKING:
     from dist_train.config.schema import Config
-
-MICRO_BATCHES = "micro_batches.json"  # what fits, once memory has run out
 
 
 def train_config(config: Config) -> dict[str, Any]:
@@ -54,28 +52,46 @@ def train_in(world: World, config: Config, console: Console) -> dict[str, Any]:
     """The same among processes that have met already; closes the console."""
     try:
         run = RunDir(world.on_main(lambda: run_location(config)))
-        decision = Decision(**world.on_main(lambda: vars(decide(config, run))))
+        decision = Decision(**world.on_main(lambda: _look(config, run)))
         if decision.action == "completed":
             return _already_completed(world, run, console)
-        known = world.on_main(lambda: run.read_json(MICRO_BATCHES)) or {}
-        parts = Parts(config, world, fresh=decision.action == "fresh", fits=known.get("micro_batch_size"))
-        parts.build()  # whatever is wrong with the config has shown by now: from here on things are written
-        check_shared(run, world)
-        return Start(parts, run, console).train()
+        parts = build_parts(config, world, decision)  # whatever is wrong with the config has shown by now
+        if decision.is_over(config, parts.plan.steps_per_epoch):
+            return _already_completed(world, run, console)
+        check_shared(run, world)  # from here on things are written
+        return Start(parts, run, console, decision).train()
     finally:
         console.close()
 
 
+def _look(config: Config, run: RunDir) -> dict[str, Any]:
+    check_place(run.location)
+    return vars(decide(config, run))
+
+
+def build_parts(config: Config, world: World, decision: Decision) -> Parts:
+    """The parts for a start as it was decided.
+
+    Raises:
+        ConfigError: one of them can't be built.
+    """
+    parts = Parts(config, world, fresh=decision.action == "fresh", fits=decision.fits)
+    parts.build()
+    return parts
+
+
 def _already_completed(world: World, run: RunDir, console: Console) -> dict[str, Any]:
-    result = run.read_json("result.json")
-    assert result is not None
+    """The result of a run that this config asks no more of; nothing is trained and nothing written."""
+    result = world.on_main(lambda: run.read_json("result.json"))
     for figures in result["metrics"].values():
         figures.update({name: math.nan for name, value in figures.items() if value is None})
-    if world.is_main and (run.read_json("status.json") or {}).get("state") != "completed":
+    status = run.read_json("status.json") or {}
+    if world.is_main and status.get("state") != "completed" and not look_at_owner(run.storage)[0]:
         # Killed between its result and its status.
         run.write_status("completed", step=result["step"], epoch=result["epoch"], world_size=result["world_size"])
     console.note(
-        f"{run.location} is completed; a longer trainer.duration goes on with it, another run.name begins anew"
+        f"{run.location} is completed, after {result['step']:,} steps; a longer trainer.duration goes on with it, another "
+        "run.name begins anew"
     )
     console.end_block(end_lines(result, run))
     return result
@@ -84,62 +100,88 @@ def _already_completed(world: World, run: RunDir, console: Console) -> dict[str,
 class Start:
     """One start of a run: it owns the run while it trains, and leaves word of its beginning and its end."""
 
-    def __init__(self, parts: Parts, run: RunDir, console: Console):
+    def __init__(self, parts: Parts, run: RunDir, console: Console, decision: Decision):
         self.parts, self.run, self.console = parts, run, console
         self.config, self.world = parts.config, parts.world
-        self.lease: Lease | None = None  # rank 0's
         self.trainer: Trainer | None = None
         self.attempt = 0
-        self.decision = Decision()
+        self.decision = decision
 
-    def _own(self) -> tuple[int, dict[str, Any]]:
-        """The first writes: rank 0 takes the lease, looks again at what there is, and claims this start's number."""
+    def _own(self) -> tuple[tuple[int, str], int, dict[str, Any]]:
+        """The first writes: rank 0 takes the lease, looks again at what there is, and claims this start's number.
+
+        The owner before may have gone on, and even ended, until now: what is decided under the lease counts.
+        """
         storage = self.run.storage
-        storage.makedirs()
         try:
-            self.lease = Lease.acquire(storage, log=self.console.note)
+            lease = self.run.own(self.console.note)
         except LeaseHeldError as error:
             raise ConfigError.single("run.name", str(error)) from None
+        owner = lease.number, lease.nonce
+        decision = decide(self.config, self.run)
+        if decision.is_over(self.config, self.parts.plan.steps_per_epoch):
+            decision.action = "completed"
+        if decision.action == "completed":
+            return owner, 0, vars(decision)
         if isinstance(storage, LocalStorage):
             storage.sweep_temporaries()
-        decision = decide(self.config, self.run)  # the owner before may have gone on until now
         attempt = self.run.claim_attempt()
         storage.write_atomic("config.yaml", self.config.to_yaml().encode())
-        return attempt, vars(decision)
+        return owner, attempt, vars(decision)
 
     def train(self) -> dict[str, Any]:
         """From the checkpoint that there is, if any, to the end of this start.
 
         Raises:
             ConfigError: another job trains this run.
+            LeaseLostError: the run has got another owner, or was deleted: nothing more was written.
         """
         peers = self.world.peers
         try:
-            self.attempt, decision = self.world.on_main(self._own)
-            self.decision = Decision(**decision)
+            owner, self.attempt, told = self.world.on_main(self._own)
+            self.run.lease = self.run.lease or Lease.known(self.run.storage, *owner)
+            decided, self.decision = self.decision, Decision(**told)
+            if self.decision.action == "completed":
+                return _already_completed(self.world, self.run, self.console)
+            if (self.decision.action, self.decision.fits) != (decided.action, decided.fits):
+                self.parts = build_parts(self.config, self.world, self.decision)
             self.run.begin(self.world)
             setup_logging(self.run.path(f"logs/rank-{self.world.rank}.log"), self.world.rank)
             peers.parting, peers.closing = self._part, self._record_failure
             self._inform_peers()
             return self._train()
-        except BaseException as error:
-            if isinstance(error.__cause__ or error, LeaseLostError):
+        except BaseException as raised:
+            error = self._lost() or raised  # what failed, failed for it
+            if isinstance(error, LeaseLostError):
                 peers.closing = None  # the records are another's by now
             peers.raised(error)  # with several processes this one ends here
             if peers.closing is not None and self.world.is_main:
                 peers.closing(getattr(error, "dist_train_record", None) or failure.describe(error))
-            raise
+            if error is raised:
+                raise
+            raise error from raised
         finally:
             if self.trainer is not None:
                 self.trainer.close()
             self.run.close()
-            if self.lease is not None:
-                self.lease.release()
+
+    def _lost(self) -> LeaseLostError | None:
+        """Why the run isn't this process's any more, if so."""
+        self.run.hurry()
+        try:
+            self.run.assure_own()
+        except LeaseLostError as error:
+            return error
+        except (StorageError, OSError):
+            pass  # a store that is away: nobody knows
+        return None
 
     def _train(self) -> dict[str, Any]:
         began = time.monotonic()
         config, world, run, console = self.config, self.world, self.run, self.console
         if world.is_main:
+            for line in self.decision.warnings:
+                console.warn(line)
             self._tell_unfinished()
         checkpoints = CheckpointManager(
             run.storage.sub("checkpoints"),
@@ -147,7 +189,7 @@ class Start:
             keep_best=self.parts.keep_best,
             asynchronous=config.checkpoint.asynchronous,
             log=console.note,
-            lease=self.lease,
+            lease=run.lease,
             on_error=config.checkpoint.on_error,
             before_publish=lambda step: trainer.bring_home(),
         )
@@ -210,22 +252,22 @@ class Start:
 
     def _tell_unfinished(self) -> None:
         """A process that was killed alone could not say so: its start has no end in attempts.jsonl."""
-        if not self.attempt or not self.run.storage.exists("attempts.jsonl"):
-            return
-        lines = self.run.storage.read_bytes("attempts.jsonl").splitlines()
-        last = next((json.loads(line) for line in reversed(lines) if line.endswith(b"}")), {"event": "end"})
+        lines, wrong = read_lines(self.run.storage, "attempts.jsonl")
+        if wrong:
+            self.console.warn(f"{wrong}: passed over")
+        last = lines[-1] if self.attempt and lines else {"event": "end"}
         if last["event"] == "start":
-            status = self.run.read_json("status.json") or {"step": 0}
+            step = (self.run.read_json("status.json") or {"step": 0})["step"]
             self.console.warn(
-                f"attempt {last['attempt']} on {last['host']} (pid {last['pid']}) ended without a word, after step "
-                f"{status['step']}: it was killed, or its host went down. Look for the kernel's out-of-memory killer (dmesg "
+                f"attempt {last.get('attempt')} on {last.get('host')} (pid {last.get('pid')}) ended without a word, after step "
+                f"{step}: it was killed, or its host went down. Look for the kernel's out-of-memory killer (dmesg "
                 "-T | grep -i kill) and the scheduler's limits"
             )
 
     def _part(self) -> None:
         """What a rank that leaves in the middle owes to others: the run for the next start, and the terminal."""
-        if self.lease is not None:
-            self.lease.release()
+        if self.run.lease is not None:
+            self.run.lease.release()
         self.console.close()
 
     def _record_failure(self, record: failure.Record) -> None:
@@ -235,8 +277,6 @@ class Start:
         cause = failure.cause(record)
 
         def tell() -> None:
-            if run.storage.exists(f"trace/.attempts/{self.attempt + 1}"):
-                return  # cut off for a while, and succeeded by a start whose records these are by now
             stand = run.read_json("status.json") or {"step": 0, "epoch": 0}
             step, epoch = (stand["step"], stand["epoch"]) if trainer is None else (trainer.step, trainer.epoch)
             run.write_status("failed", step=step, epoch=epoch, world_size=self.world.size, error=cause)
@@ -251,5 +291,5 @@ class Start:
         for leave_word in (tell, close, run.upload):
             try:
                 leave_word()
-            except (StorageError, OSError) as error:
+            except (StorageError, LeaseLostError, OSError) as error:
                 logging.getLogger("dist_train").warning("%s", error)

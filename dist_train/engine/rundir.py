@@ -11,7 +11,7 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,9 @@ from dist_train.config.errors import ConfigError
 from dist_train.config.names import expand_name
 from dist_train.engine.mirror import COPIES, Mirror, Watch
 from dist_train.runtime.control import SAVE, STOP, Source, watch_file
-from dist_train.runtime.storage import Storage, StorageError
+from dist_train.runtime.lease import Lease
+from dist_train.runtime.sidefiles import SideFileError, read_mapping
+from dist_train.runtime.storage import LocalStorage, Storage, StorageError
 from dist_train.tracking.records import finite
 
 if TYPE_CHECKING:
@@ -28,6 +30,11 @@ if TYPE_CHECKING:
     from dist_train.runtime.world import World
 
 log = logging.getLogger("dist_train")
+MICRO_BATCHES = "micro_batches.json"  # what fits, once memory has run out
+_APPENDED = ("metrics.jsonl", "attempts.jsonl")
+_FILES = ("config.yaml", "status.json", "result.json", "model.pt", MICRO_BATCHES, *_APPENDED)
+_FOLDERS = (".lease", "checkpoints", "logs", "trace")
+_LONGEST = 100  # characters of a path inside a run's directory
 
 
 def job_id() -> str | None:
@@ -62,8 +69,10 @@ def run_location(config: Config) -> str:
     memory, told = Storage(place).sub(".jobs"), job or str(os.getpid())
     stamp = ""
     if "{time}" in template:
+        check_place(place)
         with contextlib.suppress(FileNotFoundError):
             stamp = memory.read_bytes(job).decode() if job is not None else ""
+        memory.makedirs()
         stamp = stamp or _new_stamp(memory, lambda time: expand_name(template, config, time=time, job=told))
         if job is not None:
             memory.create_exclusive(job, stamp.encode())
@@ -78,16 +87,80 @@ def _new_stamp(memory: Storage, name: Callable[[str], str]) -> str:
     return next(stamp for stamp in stamps if memory.create_exclusive("name-" + name(stamp).replace("/", "%"), token))
 
 
+def check_place(location: str) -> None:
+    """Find out, writing nothing, whether a run can live there.
+
+    Raises:
+        ConfigError: it can't; names what is in the way.
+    """
+    storage = Storage(location)
+    wrong = _obstacle(storage.path()) if isinstance(storage, LocalStorage) else ""
+    if wrong:
+        cure = "give run.dir a directory that this process can write to"
+        raise ConfigError.single("run.dir", f"{location} can't hold a run: {wrong}; {cure}")
+
+
+def _obstacle(root: Path) -> str:
+    for path in (root, root / ("x" * _LONGEST)):
+        try:
+            os.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError as error:  # a name that is too long, a directory that can't be entered
+            return f"{error.strerror} ({str(path)[:200]})"
+    there = next(path for path in (root, *root.parents) if os.path.lexists(path))
+    needed = [there, *(root / name for name in _FOLDERS)]
+    for path in needed:
+        if os.path.lexists(path) and not path.is_dir():
+            return f"{path} is {'a link to nothing' if not path.exists() else 'no directory'}"
+    for path in (root / name for name in _FILES):
+        if os.path.lexists(path) and not path.is_file():
+            return f"{path} is no file"
+    for path in (*needed, *(root / name for name in _APPENDED)):
+        if path.exists() and not os.access(path, os.W_OK | (os.X_OK if path.is_dir() else 0)):
+            return f"{path} can't be written (its permissions, or a read-only file system)"
+    return ""
+
+
 class RunDir(Mirror):
     """One run's directory. Rank 0 writes status, results and the ledger; each rank its own log and trace.
 
     Under a URL, what grows is kept in a directory of this host (`engine.mirror`); the rest goes to the store directly.
+
+    Attributes:
+        lease: this job's, while it trains. Then nothing is written or uploaded here once the run has another owner or is gone:
+            :class:`LeaseLostError` is raised instead.
     """
 
     def __init__(self, location: str):
         super().__init__(location)
         self.shared = ()
+        self.lease: Lease | None = None
         self._watch: Watch | None = None
+
+    def own(self, log: Callable[[str], None]) -> Lease:
+        """Make the directory, and become its owner until `close`.
+
+        Raises:
+            LeaseHeldError: another process trains this run.
+        """
+        self.storage.makedirs()
+        self.lease = Lease.acquire(self.storage, log=log)
+        return self.lease
+
+    def assure_own(self) -> None:
+        """To be called before anything is written.
+
+        Raises:
+            LeaseLostError: the run is another's by now, or gone. StorageError: that can't be found out.
+        """
+        if self.lease is not None:
+            self.lease.check(self.storage.patience)
+
+    def upload(self, only: Collection[str] | None = None) -> None:
+        """As `Mirror.upload`, if the run is still one's own."""
+        self.assure_own()
+        super().upload(only)
 
     @property
     def name(self) -> str:
@@ -115,20 +188,24 @@ class RunDir(Mirror):
         return [watch_file(watch.take, STOP, "STOP"), watch_file(watch.take, SAVE, "SAVE")]
 
     def close(self) -> None:
-        """Stop watching for files, and wait for an upload that is under way."""
+        """Stop watching for files, wait for an upload that is under way, and let the next start take the run."""
         if self._watch is not None:
             self._watch.close()
         super().close()
+        if self.lease is not None:
+            self.lease.release()
 
-    def read_json(self, name: str) -> dict[str, Any] | None:
-        """A JSON file's content; None if it isn't there."""
+    def read_json(self, name: str, warn: Callable[[str], object] = log.warning) -> dict[str, Any] | None:
+        """A JSON file's content; None if it isn't there, or can't be read as what it should be, which `warn` is told."""
         try:
-            return json.loads(self.storage.read_bytes(name))
-        except FileNotFoundError:
+            return read_mapping(self.storage, name)
+        except SideFileError as error:
+            warn(f"{error}: taken as missing")
             return None
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Write a JSON file whole; a number that isn't finite is null."""
+        self.assure_own()
         self.storage.write_atomic(name, (json.dumps(finite(content), indent=2, allow_nan=False) + "\n").encode())
 
     def write_status(self, state: str, *, step: int, epoch: int, world_size: int, error: str | None = None) -> None:
@@ -153,6 +230,7 @@ class RunDir(Mirror):
 
     def record_attempt(self, event: str, **told: Any) -> None:
         """A line in attempts.jsonl."""
+        self.assure_own()
         self.storage.append_line("attempts.jsonl", json.dumps({"time": utc_now(), "event": event, **told}))
 
     def claim_attempt(self) -> int:

@@ -155,7 +155,7 @@ def restore(parts: Parts, found: Found, changed: Sequence[str], note: Callable[[
     """
     _check_data(parts, found)
     load_weights(parts.modules, found, [key for key in changed if key.startswith(("loss", "task"))])
-    parts.keep_horizon(found.meta["horizon"])
+    parts.keep_horizon(found.told("horizon", int | None))
     schedule = parts.schedule  # built before the optimizer's state comes back: it writes its first lr into the groups
     _restore_optimizer(parts, found, changed, note)
     state = found.load("trainer")
@@ -180,7 +180,7 @@ def restore(parts: Parts, found: Found, changed: Sequence[str], note: Callable[[
         parts.modules.put(ranks[parts.world.rank])
     for callback, saved in zip(parts.callbacks, state["callbacks"], strict=False):
         callback.load_state_dict(saved)
-    if found.meta["best"] != (list(parts.keep_best) if parts.keep_best else None):
+    if found.told("best", list | None) != (list(parts.keep_best) if parts.keep_best else None):
         progress.best = None  # it is that of another metric
     if any(key.startswith(("trainer.duration", "trainer.stop_when")) for key in changed):
         progress.finished = None  # a run that had reached its end goes on where another end is asked for now
@@ -189,14 +189,14 @@ def restore(parts: Parts, found: Found, changed: Sequence[str], note: Callable[[
 
 def _check_data(parts: Parts, found: Found) -> None:
     """The dataset must still be the one that the position counts in."""
-    old, plan = found.meta["plan"], parts.plan
-    if old["length"] != plan.length:
+    old, plan = found.told("plan", dict), parts.plan
+    if old.get("length") != plan.length:
         raise ConfigError.single(
             "data.train",
-            f"this run has trained on {old['length']} samples, but the dataset now has {plan.length}: a position in it means "
+            f"this run has trained on {old.get('length')} samples, but the dataset now has {plan.length}: a position in it means "
             "something else. Give the run another run.name, or restore the dataset",
         )
-    if old["fingerprint"] != plan.fingerprint():
+    if old.get("fingerprint") != plan.fingerprint():
         message = "the order of samples has changed (numpy's RandomState gives other numbers here)"
         raise ConfigError.single("data.train", message)
 

@@ -1,8 +1,9 @@
 """One run, one owner: a lease in the run's directory keeps two jobs from training one run.
 
-Each taking of the lease creates ``.lease/<number>.json`` exclusively, with the next number; the highest one owns the
-run and renews its file. The number is looked up again before anything is published, so that an owner that slept
-through the loss of its lease publishes nothing. No clock is compared with another machine's.
+Each taking of the lease creates ``.lease/<number>.json`` exclusively, with the next number and a nonce of its own; the
+highest one owns the run and renews its file. Both are looked up again before anything is published, so that an owner that
+slept through the loss of its lease, or whose directory was deleted or moved, publishes nothing. No clock is compared with
+another machine's.
 """
 
 from __future__ import annotations
@@ -22,6 +23,19 @@ from dist_train.runtime.processes import machine, process_state, started
 from dist_train.runtime.storage import Storage, StorageError
 
 _MISSED = 3  # renewals, after which an owner on another machine counts as dead
+_LOOK = 1.0  # seconds between two looks at one's own lease on a disk
+
+
+_MOST = 1 << 16  # bytes of a lease; one that is longer isn't ours
+_FORM: dict[str, Any] = {
+    "host": str,
+    "machine": str,
+    "pid": int,
+    "started": str,
+    "interval": (int, float),
+    "released": bool,
+}
+_FORM |= {"nonce": str, "acquired_at": str, "renewed_at": str, "renewals": int}
 
 
 class LeaseHeldError(Exception):
@@ -73,7 +87,7 @@ class Lease:
             record["acquired_at"] = datetime.now(UTC).isoformat(timespec="milliseconds")
             if not storage.create_exclusive(_name(number), json.dumps(record).encode()):
                 continue  # another one that waited was faster
-            if _numbers(storage)[-1] > number:
+            if (_numbers(storage) or [0])[-1] > number:
                 storage.delete(_name(number))  # this one slept while others came and went
                 continue
             for old in numbers:
@@ -82,19 +96,42 @@ class Lease:
             lease._thread.start()
             return lease
 
-    def check(self) -> int:
-        """The number of this lease.
+    @classmethod
+    def known(cls, storage: Storage, number: int, nonce: str) -> Lease:
+        """The lease that another process of this job holds and renews: for looking whether the job still owns the run."""
+        lease = cls(storage.sub(".lease"), number, {"nonce": nonce, "interval": 10.0})
+        lease._over.set()
+        return lease
+
+    @property
+    def nonce(self) -> str:
+        """What no other owner has."""
+        return str(self._record["nonce"])
+
+    def check(self, patience: float | None = None) -> int:
+        """The number of this lease, whose own file, with its own nonce, is still the last one.
+
+        Args:
+            patience: seconds for which a storage that fails is tried again; by default as long as when it was acquired.
 
         Raises:
-            LeaseLostError: another process owns the run by now.
+            LeaseLostError: another process owns the run by now, or its directory is gone.
+            StorageError: it can't be looked up.
         """
-        numbers = _numbers(self._storage)
-        if self.lost or (numbers and numbers[-1] > self.number):
+        storage = self._storage
+        if patience is not None:
+            storage = Storage(storage.location, patience=patience, options=storage.options)
+        last, mine = (_numbers(storage) or [0])[-1], _read(storage, self.number)
+        if self.lost or last > self.number or mine is None or mine.get("nonce") != self.nonce:
             self.lost = True
-            owner = "gone again"
-            with contextlib.suppress(FileNotFoundError, StorageError):
-                owner = _describe(_decode(self._storage.read_bytes(_name(numbers[-1]))))
-            raise LeaseLostError(f"the run has had another owner since ({owner}): this process must stop")
+            if last == 0:
+                place = storage.location.removesuffix("/.lease")
+                raise LeaseLostError(
+                    f"{place} (or the lease in it) was deleted or moved: this process must stop, writing nothing"
+                )
+            owner = _read(storage, last)
+            told = _describe(owner) if owner is not None else "gone again"
+            raise LeaseLostError(f"the run has had another owner since ({told}): this process must stop")
         self._looked = time.monotonic()
         return self.number
 
@@ -115,9 +152,9 @@ class Lease:
         self._thread.join(timeout=2.0)  # it may be trying again to reach a store that is away
         self._storage.patience = min(self._storage.patience, 5.0)
         self._record["released"] = True
-        if not self.lost:
-            with contextlib.suppress(StorageError):
-                self._write()
+        with contextlib.suppress(StorageError, LeaseLostError, OSError):
+            self.check()
+            self._write()
 
     def __enter__(self) -> Lease:
         return self
@@ -126,13 +163,18 @@ class Lease:
         self.release()
 
     def _renew(self) -> None:
-        while not self.lost and not self._over.wait(self._record["interval"]):
+        interval, renewed = self._record["interval"], time.monotonic()
+        # A disk is asked more often than the lease is renewed: where a run is deleted, little more is to be written.
+        pause = min(interval, _LOOK) if self._storage.is_local else interval
+        while not self.lost and not self._over.wait(pause):
             # An outage is no loss: whoever takes the run over meanwhile is found by its number.
-            with contextlib.suppress(StorageError, LeaseLostError):
+            with contextlib.suppress(StorageError, LeaseLostError, OSError):
                 self.check()
-                self._record["renewals"] += 1
-                self._record["renewed_at"] = datetime.now(UTC).isoformat(timespec="milliseconds")
-                self._write()
+                if time.monotonic() - renewed >= interval - pause / 2:
+                    self._record["renewals"] += 1
+                    self._record["renewed_at"] = datetime.now(UTC).isoformat(timespec="milliseconds")
+                    self._write()
+                    renewed = time.monotonic()
 
     def _write(self) -> None:
         self._storage.write_atomic(_name(self.number), json.dumps(self._record).encode())
@@ -145,9 +187,8 @@ def look_at_owner(storage: Storage) -> tuple[bool, str | None]:
     """
     storage = storage.sub(".lease")
     numbers = _numbers(storage)
-    try:
-        record = _decode(storage.read_bytes(_name(numbers[-1])))
-    except (IndexError, FileNotFoundError):
+    record = _read(storage, numbers[-1]) if numbers else None
+    if record is None:
         return False, None
     seen = record.get("renewed_at") or record.get("acquired_at")
     if record["released"]:
@@ -166,17 +207,15 @@ def _wait_for_end(storage: Storage, number: int, log: Callable[[str], None]) -> 
     """
     seen, since = None, time.monotonic()
     while True:
-        try:
-            raw = storage.read_bytes(_name(number))
-        except FileNotFoundError:
+        record = _read(storage, number)
+        if record is None:
             return
-        record = _decode(raw)
         owner, near = _describe(record), record["machine"] == machine()
         held = f"{storage.location.removesuffix('/.lease')} is being trained by {owner}"
         patience = _MISSED * record["interval"]
         if record["released"] or (near and not _is_alive(record["pid"], record["started"])):
             return
-        if near or (seen is not None and raw != seen):
+        if near or (seen is not None and record != seen):
             renewed = "" if near else ", which has just renewed its lease"
             raise LeaseHeldError(f"{held}{renewed}; stop that job first, or give this one another run.name")
         if time.monotonic() - since > patience:
@@ -184,7 +223,7 @@ def _wait_for_end(storage: Storage, number: int, log: Callable[[str], None]) -> 
             return
         if seen is None:
             log(f"{held}: waiting up to {patience:g} s for a sign of life")
-        seen = raw
+        seen = record
         time.sleep(min(1.0, record["interval"] / 4))
 
 
@@ -201,11 +240,29 @@ def _name(number: int) -> str:
     return f"{number:08d}.json"
 
 
-def _decode(raw: bytes) -> dict[str, Any]:
-    """A lease's record. One that can't be read has an owner that may be alive, and gets the usual time to show it."""
-    record = {"host": "an unknown host", "machine": None, "pid": 0, "interval": 10.0, "released": False}
-    with contextlib.suppress(ValueError, TypeError):
-        record.update(json.loads(raw))
+def _read(storage: Storage, number: int) -> dict[str, Any] | None:
+    """A lease's record; None if it isn't there.
+
+    One that can't be read has an owner that may be alive, and gets the usual time to show it.
+    """
+    record: dict[str, Any] = {
+        "host": "an unknown host (its lease can't be read)",
+        "machine": None,
+        "pid": 0,
+        "started": "",
+    }
+    record |= {"interval": 10.0, "released": False}
+    try:
+        told = json.loads(storage.read_bytes(_name(number), most=_MOST))
+        if all(isinstance(told[name], form) for name, form in _FORM.items() if name in told):
+            for name in ("acquired_at", "renewed_at"):
+                datetime.now(UTC) - datetime.fromisoformat(told.get(name, "2026-01-01T00:00:00Z"))  # or it raises
+            if 0 < told.get("interval", 10.0) <= 3600:
+                record.update(told)
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, AttributeError, RecursionError, IsADirectoryError):
+        pass
     return record
 
 

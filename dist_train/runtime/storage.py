@@ -11,8 +11,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import os
 import secrets
+import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -38,10 +41,57 @@ class StorageError(Exception):
     """A disk or a store that failed for longer than its patience. Says nothing about the bytes being damaged."""
 
 
+class NotAFileError(IsADirectoryError):
+    """A directory, FIFO, device or socket where a file was expected (reading it could wait for ever, or act), or far too much."""
+
+
 def is_url(location: str | os.PathLike[str]) -> bool:
     """Whether ``location`` is on an object store, as opposed to a path (or ``file://``) of a local disk."""
     text = os.fspath(location)
     return "://" in text and not text.startswith(("file://", "local://"))
+
+
+def retried(what: str, place: str | os.PathLike[str], action: Callable[[], T], patience: float = 3.0) -> T:
+    """What ``action`` returns; it is called again after an error that may pass, for so many seconds.
+
+    Raises:
+        StorageError: it went on failing; names place and cause. FileNotFoundError, FileExistsError, NotAFileError and errors
+            that aren't of a disk or a store come as they are.
+    """
+    give_up, pause = 0.0, 0.1
+    while True:
+        try:
+            return action()
+        except _FINAL_TYPES:
+            raise
+        except Exception as error:
+            if not isinstance(error, OSError) and type(error).__module__.split(".")[0] not in _CLIENT_LIBRARIES:
+                raise
+            now = time.monotonic()
+            give_up = give_up or now + patience
+            final = _FINAL & {errno.errorcode.get(getattr(error, "errno", None) or 0), type(error).__name__}
+            if final or now + pause > give_up:
+                raise StorageError(f"cannot {what} {place}: {type(error).__name__}: {error}") from error
+        time.sleep(pause)  # no jitter: it would draw from a generator that training may use
+        pause = min(pause * 2, 8.0)
+
+
+def append_whole(file: io.FileIO, data: bytes, *, sync: bool = False) -> None:
+    """Write at the end of an unbuffered file, and make it durable if asked; what fails leaves nothing, and may be repeated.
+
+    Raises:
+        OSError: of the write or the sync.
+    """
+    end = file.seek(0, os.SEEK_END)
+    try:
+        if file.write(data) != len(data):
+            raise OSError(errno.ENOSPC, "written in part only; is the disk full?", str(file.name))
+        if sync:
+            os.fsync(file.fileno())
+    except OSError:
+        with contextlib.suppress(OSError):
+            file.truncate(end)
+        raise
 
 
 class HashingWriter:
@@ -126,9 +176,21 @@ class Storage:
         """Path or URL of ``name``."""
         return f"{self.location}/{name}" if name else self.location
 
-    def read_bytes(self, name: str) -> bytes:
-        """All bytes of a file."""
-        return self._retry("read", name, lambda: self._read(name))
+    def read_bytes(self, name: str, *, most: int | None = None) -> bytes:
+        """All bytes of a file.
+
+        Raises:
+            NotAFileError: it is none, or holds more than `most` bytes.
+        """
+
+        def action() -> bytes:
+            if most is not None and (size := self.fs.info(self._at(name))["size"]) > most:
+                raise NotAFileError(
+                    errno.EFBIG, f"{size:,} bytes, where at most {most:,} are expected", self.join(name)
+                )
+            return self._read(name)
+
+        return self._retry("read", name, action)
 
     def digest(self, name: str) -> tuple[int, str]:
         """Length in bytes and sha256 of a file, in constant memory."""
@@ -214,7 +276,11 @@ class Storage:
         self._retry("delete", name, lambda: self._delete(name))
 
     def makedirs(self, name: str = "") -> None:
-        """Create a directory with its parents, durably (nothing to do on a store)."""
+        """Create this directory with its parents, or one inside it, durably (nothing to do on a store).
+
+        Raises:
+            FileNotFoundError: `name` is wanted inside a directory that is gone. Nothing that is written inside brings it back.
+        """
 
     def abort_uploads(self) -> int:
         """Abort the multipart uploads that killed writers left here (S3 has such); returns how many."""
@@ -239,22 +305,7 @@ class Storage:
         return self._retry(what, name, action)
 
     def _retry(self, what: str, name: str, action: Callable[[], T]) -> T:
-        give_up, pause = 0.0, 0.1
-        while True:
-            try:
-                return action()
-            except _FINAL_TYPES:
-                raise
-            except Exception as error:
-                if not isinstance(error, OSError) and type(error).__module__.split(".")[0] not in _CLIENT_LIBRARIES:
-                    raise
-                now = time.monotonic()
-                give_up = give_up or now + self.patience
-                final = _FINAL & {errno.errorcode.get(getattr(error, "errno", None) or 0), type(error).__name__}
-                if final or now + pause > give_up:
-                    raise StorageError(f"cannot {what} {self.join(name)}: {type(error).__name__}: {error}") from error
-            time.sleep(pause)  # no jitter: it would draw from a generator that training may use
-            pause = min(pause * 2, 8.0)
+        return retried(what, self.join(name), action, self.patience)
 
     def _at(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root
@@ -320,11 +371,17 @@ class LocalStorage(Storage):
         self._retry("sync", name, lambda: _fsync_directory(self.path(name)))
 
     def makedirs(self, name: str = "") -> None:
-        """Create a directory with its parents, durably."""
-        missing = [path for path in (self.path(name), *self.path(name).parents) if not os.path.exists(path)]
-        self._retry("create the directory", name, lambda: self.path(name).mkdir(parents=True, exist_ok=True))
-        for path in missing:
+        """Create this directory with its parents, or one inside it, if this one is still there; durably."""
+        wanted, root = self.path(name), self.path()
+        missing = [path for path in (wanted, *wanted.parents) if not path.exists()]
+
+        def create(path: Path) -> None:
+            path.mkdir(exist_ok=True)
             _fsync_directory(path.parent)
+
+        for path in reversed(missing):
+            if not name or path.is_relative_to(root / name.split("/")[0]):
+                self._retry("create the directory", name, lambda path=path: create(path))  # type: ignore[misc]
 
     def sweep_temporaries(self, older_than: float = 600.0) -> None:
         """Delete what killed writers left here, if older (in seconds) than a live one's can be."""
@@ -337,7 +394,7 @@ class LocalStorage(Storage):
     def _temporary(self, name: str, data: bytes) -> Iterator[Path]:
         """The bytes, durably, under a passing name beside the wanted one, which is durable afterwards."""
         path = self.path(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self._make_room(name)
         temporary = path.parent / f".tmp-{path.name}-{os.getpid()}-{secrets.token_hex(4)}"
         try:
             _write_new(temporary, data)
@@ -369,16 +426,46 @@ class LocalStorage(Storage):
             os.fsync(file.fileno())
 
     def _append(self, name: str, line: bytes) -> None:
-        self.path(name).parent.mkdir(parents=True, exist_ok=True)
-        with open(self.join(name), "a+b") as file:
-            torn = file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
-            file.write((b"\n" if torn else b"") + line)
-            file.flush()
-            os.fsync(file.fileno())
+        self._make_room(name)
+        with open(self.join(name), "a+b", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            torn = end and os.pread(file.fileno(), 1, end - 1) != b"\n"
+            append_whole(file, (b"\n" if torn else b"") + line, sync=True)
+
+    def _make_room(self, name: str) -> None:
+        if folder := os.path.dirname(name):
+            self.makedirs(folder)
+
+    def _open(self, name: str) -> BinaryIO:
+        path = self.join(name)
+        try:
+            mode = os.stat(path).st_mode
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            mode = 0
+        if not stat.S_ISREG(mode):
+            kinds = {
+                stat.S_IFDIR: "a directory",
+                stat.S_IFIFO: "a FIFO",
+                stat.S_IFSOCK: "a socket",
+                0: "a link to itself",
+            }
+            kind = kinds.get(stat.S_IFMT(mode), "a device")
+            raise NotAFileError(errno.EISDIR, f"expected a file, found {kind}", path)
+        return open(path, "rb")
+
+    def _read(self, name: str) -> bytes:
+        with self._open(name) as file:
+            return file.read()
 
     def _delete(self, name: str) -> None:
+        path = self.path(name)
         with contextlib.suppress(FileNotFoundError):
-            self.fs.rm(self.join(name), recursive=True)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def _write_new(path: Path, data: bytes) -> None:

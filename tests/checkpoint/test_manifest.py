@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from dist_train.checkpoint.manifest import DamagedError, FileEntry, Manifest, Ne
 
 MANIFEST = Manifest(
     step=200,
-    files={"model.pt": FileEntry(10, "ab" * 32, "model.pt"), "x.pt": FileEntry(7, "cd" * 32, "1f/x.pt")},
+    files={"model.pt": FileEntry(10, "ab" * 32, "model.pt"), "x.pt": FileEntry(7, "cd" * 32, "00ff00ff/x.pt")},
     attempt="00ff00ff",
     metrics={"val/accuracy": 0.5, "tiny": 1e-07},
     meta={"position": 12800, "name": "Stra\u00dfe", "nested": {"a": [1, None, True]}},
@@ -65,12 +66,42 @@ def test_a_newer_version_is_an_error_of_its_own() -> None:
         Manifest.from_bytes(json.dumps({**content, "sha256": own}).encode())
 
 
+def signed(**changed: Any) -> bytes:
+    """A manifest with other fields (None takes one away) and the right hash, as a forger or a broken tool would leave it."""
+    content = json.loads(MANIFEST.to_bytes()) | changed
+    content = {name: value for name, value in content.items() if value is not None and name != "sha256"}
+    own = hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return (json.dumps({**content, "sha256": own}, indent=1) + "\n").encode()
+
+
+GOOD = {"bytes": 10, "sha256": "ab" * 32}
+WRONG: list[dict[str, Any]] = [
+    *({name: None} for name in ("step", "files", "attempt", "metrics", "meta", "created_at")),
+    {"step": -1}, {"step": "200"}, {"step": True}, {"step": 2.0}, {"attempt": "../x"}, {"attempt": 7}, {"attempt": ""},
+    {"metrics": [1]}, {"metrics": {"loss": "low"}}, {"meta": []}, {"created_at": 5}, {"lease": "3"}, {"format": "1"},
+    {"files": []}, {"files": {}}, {"files": {"model.pt": 5}}, {"files": {"model.pt": {}}},
+    *({"files": {name: GOOD}} for name in ("../model.pt", "/etc/passwd", "a/b.pt", "", ".", "..", ".lease", "manifest.json")),
+    *({"files": {"m.pt": GOOD | {"key": key}}} for key in ("../m.pt", "/m.pt", "1f/m.pt", "00ff00ff/../m.pt", 3)),
+    *({"files": {"m.pt": GOOD | {"bytes": size}}} for size in (-1, 0, "10", 1.5, True)),
+    *({"files": {"m.pt": GOOD | {"sha256": digest}}} for digest in ("ab" * 31, "zz" * 32, 5)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changed", WRONG, ids=repr)
+def test_a_right_hash_over_a_wrong_form_is_damage(changed: dict[str, Any]) -> None:
+    assert Manifest.from_bytes(signed()) == MANIFEST  # the control: the hash is made right
+    with pytest.raises(DamagedError):
+        Manifest.from_bytes(signed(**changed))
+
+
 def test_the_hash_stands_last() -> None:
     assert list(json.loads(MANIFEST.to_bytes()))[-1] == "sha256"
 
 
 def test_metrics_that_are_not_finite_are_null_and_meta_must_be_json() -> None:
-    raw = Manifest(1, {}, "a", metrics={"loss": float("nan"), "f1": 1.0, "x": float("inf")}).to_bytes()
+    raw = Manifest(
+        1, MANIFEST.files, "00ff00ff", metrics={"loss": float("nan"), "f1": 1.0, "x": float("inf")}
+    ).to_bytes()
     assert json.loads(raw)["metrics"] == {"loss": None, "f1": 1.0, "x": None}
     assert str(Manifest.from_bytes(raw).metrics) == "{'loss': nan, 'f1': 1.0, 'x': nan}"
     with pytest.raises(ValueError, match=r"JSON"):

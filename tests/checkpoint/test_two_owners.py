@@ -48,7 +48,7 @@ def test_a_zombie_that_wakes_up_publishes_nothing(storage: Storage, manager_at: 
     with pytest.raises(CheckpointError, match=r"saving step 2 .*the run has had another owner since") as failure:
         zombie.wait()
     assert isinstance(failure.value.__cause__, LeaseLostError)
-    with pytest.raises(CheckpointError, match=r"another owner"):
+    with pytest.raises(LeaseLostError, match=r"another owner"):
         zombie.save(9, state_of(9), {}, wait=True)
     found = CheckpointStore(storage).newest()
     assert_whole(found, other_step)

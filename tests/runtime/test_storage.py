@@ -6,6 +6,7 @@ import hashlib
 import multiprocessing
 import os
 import signal
+import socket
 import threading
 import time
 import uuid
@@ -15,13 +16,15 @@ from typing import BinaryIO
 
 import pytest
 
-from dist_train.runtime.storage import LocalStorage, Storage, StorageError, is_url
+from dist_train.runtime.storage import LocalStorage, NotAFileError, Storage, StorageError, is_url
 
 
 @pytest.fixture(params=["local", "memory"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     """An empty directory, of each kind (S3 is used by the tests of checkpoints)."""
-    return Storage(tmp_path / "run" if request.param == "local" else f"memory://{uuid.uuid4().hex}/run")
+    storage = Storage(tmp_path / "run" if request.param == "local" else f"memory://{uuid.uuid4().hex}/run")
+    storage.makedirs()
+    return storage
 
 
 def test_paths_and_urls_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,6 +59,43 @@ def test_files_are_written_read_listed_and_deleted(storage: Storage) -> None:
     assert storage.walk() == {}
     with pytest.raises(FileNotFoundError):
         storage.read_bytes("status.json")
+
+
+def test_nothing_that_is_written_brings_back_a_directory_that_is_gone(tmp_path: Path) -> None:
+    run = Storage(tmp_path / "run")
+    run.makedirs()
+    run.write_atomic("sub/x", b"1")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    writes: list[Callable[[], object]] = [
+        lambda: run.write_atomic("x", b"1"),
+        lambda: run.write_atomic("sub/x", b"1"),
+        lambda: run.create_exclusive("sub/y", b"1"),
+        lambda: run.append_line("attempts.jsonl", "{}"),
+        lambda: run.write_stream("x", lambda file: file.write(b"1")),
+        lambda: run.makedirs("checkpoints"),
+    ]
+    for write in writes:
+        with pytest.raises(FileNotFoundError):
+            write()
+    assert [path.name for path in tmp_path.iterdir()] == ["moved"]
+
+
+@pytest.mark.parametrize("kind", ["a FIFO", "a socket", "a device", "a directory", "a link to itself"])
+def test_what_is_no_file_is_named_and_never_waited_for(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "x"
+    if kind == "a FIFO":
+        os.mkfifo(path)
+    elif kind == "a socket":
+        socket.socket(socket.AF_UNIX).bind(str(path))
+    elif kind == "a directory":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero" if kind == "a device" else path)
+    for read in (Storage(tmp_path).read_bytes, Storage(tmp_path).digest):
+        with pytest.raises(NotAFileError, match=f"expected a file, found {kind}"):
+            read("x")
+    Storage(tmp_path).delete("x")
+    assert not os.path.lexists(path)
 
 
 def test_one_of_many_creates_a_file_exclusively(storage: Storage) -> None:
