@@ -256,6 +256,7 @@ def check_shared(run: RunDir, world: World) -> None:
         return
     nonce = world.share(f".nonce-{secrets.token_hex(8)}")
     if world.is_main:
+        run.storage.makedirs()
         run.storage.write_atomic(nonce, b"nonce")
     world.barrier()
     deadline = time.monotonic() + 10  # a network file system may show it late
