@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from runs import result, rows
 from dist_train import train
 
 QUIET = {"tensorboard": False, "report": False}
+STATUS = ("state", "step", "epoch")
 
 
 def trained(folder: Path, config: dict[str, Any]) -> Path:
@@ -31,7 +33,9 @@ def differences(plain: PlainLoop, run: Path, tolerance: float = 0.0) -> list[str
         parts["scaler"] = parts.pop("trainer")["stepper"]["scaler"]
         for name in ("model", "optimizer", "ema", "scaler"):
             found += different(f"step {step}: {name}", plain.saved[step][name], parts.get(name, {}), tolerance)
-    if plain.result["state"] == "completed":
+    told = json.loads((run / "status.json").read_text())
+    found += different("status", {k: plain.result[k] for k in STATUS}, {k: told[k] for k in STATUS})
+    if plain.result["state"] == told["state"] == "completed":
         told = result(run)
         del told["reason"]
         ours = {**plain.result, **({"weights_sha256": told["weights_sha256"]} if tolerance else {})}
@@ -43,7 +47,9 @@ def differences(plain: PlainLoop, run: Path, tolerance: float = 0.0) -> list[str
 
 def different(name: str, one: Any, other: Any, tolerance: float = 0.0) -> list[str]:
     """The places at which two trees differ."""
-    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+    if isinstance(one, dict) and isinstance(other, dict):
+        if one.keys() != other.keys():
+            return [f"{name}: {list(one)} are not {list(other)}"]
         return [place for key in one for place in different(f"{name}.{key}", one[key], other[key], tolerance)]
     if isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
         pairs = enumerate(zip(one, other, strict=True))

@@ -83,6 +83,9 @@ def model_of(config: dict[str, Any], seed: int) -> nn.Module:
             made({key: value for key, value in rule.items() if key != "match"}, model.get_parameter(name))
     for name in matches(model, transfer["freeze"]):
         model.get_parameter(name).requires_grad_(False)
+    for module in model.modules():  # a normalisation that is wholly frozen keeps its statistics
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and not module.weight.requires_grad:
+            module.train(module.bias.requires_grad)
     return model
 
 

@@ -47,9 +47,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "scheduler": {"_target_": "torch.optim.lr_scheduler.StepLR", "step_size": 1, "gamma": 0.7},
         "trainer": {
             "duration": "9step", "micro_batch_size": 2, "clip_grad_value": 0.05, "log_every": "3step",
-            "evaluate_every": "4step", "evaluate_at_start": True,
+            "evaluate_every": "5step", "evaluate_at_start": True,
         },
-        "checkpoint": {"every": "5step", "keep_last": 2, "keep_best": "min val/loss"},
+        "checkpoint": {"every": "3step", "keep_last": 2, "keep_best": "min val/loss"},
     },
     "dropout": {
         "data": {"train": piece("Points", noise=0.2), **VAL, "global_batch_size": 8},
@@ -57,6 +57,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "optimizer": {"_target_": ADAMW, "lr": 0.05, "weight_decay": 0.1},
         "scheduler": {
             "_target_": "dist_train.schedules.WarmupCosine", "total_steps": "total_steps", "warmup_steps": 2,
+            "horizon": "7ep",
         },
         "trainer": {
             "duration": "5ep", "micro_batch_size": 3, "clip_grad_norm": 0.5, "ema_decay": 0.8, "log_every": "1step",
@@ -145,7 +146,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "global_batch_size": 4, "steps_per_epoch": 3,
         },
         "model": layers(("Linear", 5, 1)), "loss": {"_target_": "torch.nn.BCEWithLogitsLoss"},
-        "metrics": ["binary_accuracy"], "optimizer": {"_target_": SGD, "lr": 0.1}, "trainer": {"duration": "3ep"},
+        "metrics": ["binary_accuracy"], "optimizer": {"_target_": SGD, "lr": 0.1},
+        "trainer": {"duration": "8ep", "stop_when": {"metric": "val/loss", "below": 0.5}},
     },
     "skipped": {  # the very first step too
         "seed": 4,
@@ -162,12 +164,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "transfer": {
         "data": {"train": piece("Points"), **VAL, "global_batch_size": 6},
-        "model": {"_target_": "torch.nn.Sequential", "_args_": [NORMED]}, "loss": {"_target_": CE}, "metrics": ["accuracy"],
-        "model_init": [{"match": "0.0.weight", "_target_": "torch.nn.init.normal_", "std": 0.5}],
+        "model": {"_target_": "torch.nn.Sequential", "_args_": [
+            layers(("Linear", 5, 3), ("BatchNorm1d", 3), ("ReLU",)), layers(("Linear", 3, 3),)
+        ]},
+        "loss": {"_target_": CE}, "metrics": ["accuracy"],
+        "model_init": [{"match": ["Linear"], "_target_": "torch.nn.init.normal_", "std": 0.5}],
         "transfer": {
-            "freeze": ["0.1.bias", "0.4.weight"], "head": {"classes": 6, "at": "0.4"},
-            "append": {"at": "0", "name": "last", "module": {"_target_": "torch.nn.Linear", "_args_": [6, 3]}},
+            "freeze": ["BatchNorm1d", "1.0.bias"], "head": {"classes": 3, "at": "0.0"},
+            "append": {"at": "0", "name": "last", "module": {"_target_": "torch.nn.Linear", "_args_": [3, 3]}},
         },
-        "optimizer": {"_target_": SGD, "lr": 0.2}, "trainer": {"duration": "2ep"},
+        "optimizer": {"_target_": SGD, "lr": 0.2}, "trainer": {"duration": "2ep", "log_every": "1step"},
     },
 }  # fmt: skip

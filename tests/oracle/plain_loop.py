@@ -115,13 +115,15 @@ class PlainLoop(PlainStep):
         """Sums over the cuts of the dataset, in its order, in double precision; one division each at the end."""
         names, size = self.config.get("metrics", []), self.data["eval_batch_size"]
         total = torch.zeros(2 + 2 * len(names), dtype=torch.float64)
+        modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         for start in range(0, len(dataset), size):
             batch = self.read(dataset, range(start, min(len(dataset), start + size)), -1)
             loss, weight, outputs, targets = self.forward(batch)
             sums = [loss, weight, *(x for name in names for x in self.metric(name, outputs.float(), targets))]
             total += torch.tensor([float(x) for x in sums], dtype=torch.float64)
-        self.model.train()
+        for module, mode in modes:
+            module.training = mode
         figures = {n: float(total[2 * k] / total[2 * k + 1]) for k, n in enumerate(["loss", *names])}
         return {**figures, "eval_samples": len(dataset)}
 
