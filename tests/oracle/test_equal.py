@@ -154,12 +154,11 @@ class ForgetsTheSchedule(PlainLoop):
         super().after_update()
 
 
-class TakesTiesForBetter(PlainLoop):
+class KeepsTheFirstOfEquals(PlainLoop):
     def improves(self, figures: dict[str, float]) -> bool:
-        value = figures[self.keep_best[0].removeprefix("val/")]
-        if self.best is not None and value == self.best[0]:
-            self.best = None
-        return super().improves(figures)
+        better = super().improves({**figures, "loss": 0.0})
+        assert self.best is not None
+        return better
 
 
 class EvaluatesInTrainMode(PlainLoop):
@@ -198,7 +197,7 @@ MISTAKES: list[tuple[type[PlainLoop], str]] = [
     (SchedulesLate, "weighted"),
     (SchedulesLate, "fp16"),
     (ForgetsTheSchedule, "dropout"),
-    (TakesTiesForBetter, "stream"),
+    (KeepsTheFirstOfEquals, "dropout"),
     (EvaluatesInTrainMode, "dropout"),
     (EvaluatesAsOneCut, "plain"),
     (WaitsOneLonger, "plateau"),
