@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
+
+from dist_train.config.fields import plain
 
 if TYPE_CHECKING:
     from dist_train.engine.trainer import Trainer
@@ -36,3 +40,42 @@ class Callback:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
+
+
+def callback_states(callbacks: Sequence[Callback], specs: Sequence[Any]) -> list[dict[str, Any]]:
+    """What a checkpoint holds of them. `specs` are those of the config, to which our own callbacks are behind."""
+    return [{**name, "state": callback.state_dict()} for name, callback in _named(callbacks, specs)]
+
+
+def load_callback_states(
+    callbacks: Sequence[Callback], specs: Sequence[Any], saved: Sequence[Any], note: Callable[[str], None]
+) -> None:
+    """Each state goes to the callback of its class and arguments, and of several such by their index.
+
+    A class that is there once, before and now, keeps its state under other arguments. What has no counterpart begins anew.
+    """
+    named = _named(callbacks, specs)
+    if not all(isinstance(entry, dict) and "name" in entry for entry in saved):  # of a version that went by position
+        saved = [{**name, "state": state} for (name, _), state in zip(named, saved, strict=False)]
+    left = list(saved)
+    waiting = []
+    for name, callback in named:
+        index = next((k for k, entry in enumerate(left) if entry.items() >= name.items()), None)
+        if index is None:
+            waiting.append((name["name"], callback))
+        else:
+            callback.load_state_dict(left.pop(index)["state"])
+    names = [name for name, _ in waiting]
+    for name, callback in waiting:
+        states = [entry["state"] for entry in left if entry["name"] == name]
+        if names.count(name) == len(states) == 1:
+            callback.load_state_dict(states[0])
+        elif states:
+            note(f"callbacks: the state of {name} begins anew: which of several was whose can't be told")
+
+
+def _named(callbacks: Sequence[Callback], specs: Sequence[Any]) -> list[tuple[dict[str, str], Callback]]:
+    texts = [json.dumps(plain(spec), sort_keys=True) for spec in specs]
+    texts += [""] * (len(callbacks) - len(texts))
+    names = [f"{type(callback).__module__}.{type(callback).__qualname__}" for callback in callbacks]
+    return [({"name": name, "spec": text}, one) for name, text, one in zip(names, texts, callbacks, strict=True)]

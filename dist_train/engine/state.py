@@ -16,6 +16,7 @@ from torch import Tensor
 
 import dist_train
 from dist_train.config.errors import ConfigError
+from dist_train.engine.callbacks import callback_states, load_callback_states
 from dist_train.engine.evaluate import on_rank_zero
 from dist_train.engine.parameters import match_strides
 from dist_train.engine.stopping import in_steps
@@ -68,7 +69,7 @@ def snapshot(parts: Parts, progress: Progress, ranks: list[dict[str, Any]]) -> d
         states["ranks"] = ranks
     rest = {name: part.state_dict() for name, part in _small_parts(parts).items()}
     rest["constants"] = parts.modules.constants()
-    callbacks = [callback.state_dict() for callback in parts.callbacks]
+    callbacks = callback_states(parts.callbacks, parts.config.callbacks)
     return {**states, "trainer": {"progress": asdict(progress), **rest, "callbacks": callbacks}}
 
 
@@ -178,8 +179,7 @@ def restore(parts: Parts, found: Found, changed: Sequence[str], note: Callable[[
     ranks = found.load("ranks") if "ranks" in found.parts else [{}]
     if len(ranks) == parts.world.size:
         parts.modules.put(ranks[parts.world.rank])
-    for callback, saved in zip(parts.callbacks, state["callbacks"], strict=False):
-        callback.load_state_dict(saved)
+    load_callback_states(parts.callbacks, parts.config.callbacks, state["callbacks"], note)
     if found.told("best", list | None) != (list(parts.keep_best) if parts.keep_best else None):
         progress.best = None  # it is that of another metric
     if any(key.startswith(("trainer.duration", "trainer.stop_when")) for key in changed):
