@@ -65,13 +65,13 @@ def load_callback_states(
             waiting.append((name["name"], callback))
         else:
             callback.load_state_dict(left.pop(index)["state"])
-    names = [name for name, _ in waiting]
-    for name, callback in waiting:
-        states = [entry["state"] for entry in left if entry["name"] == name]
-        if names.count(name) == len(states) == 1:
+    kinds = [kind for kind, _ in waiting]
+    for kind, callback in waiting:
+        states = [entry["state"] for entry in left if entry["name"] == kind]
+        if kinds.count(kind) == len(states) == 1:
             callback.load_state_dict(states[0])
         elif states:
-            note(f"callbacks: the state of {name} begins anew: which of several was whose can't be told")
+            note(f"callbacks: the state of {kind} begins anew: which of several was whose can't be told")
 
 
 def _named(callbacks: Sequence[Callback], specs: Sequence[Any]) -> list[tuple[dict[str, str], Callback]]:
