@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.util import Finalize
 from typing import TYPE_CHECKING, Any
@@ -13,11 +13,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from dist_train.data.errors import DataError
+from dist_train.data.deal import Deal
+from dist_train.data.errors import DataError, dataset_name
+from dist_train.data.passes import is_stream, shards_itself, stream_length
 from dist_train.data.plan import EvalPlan, Indices, Plan, share
-from dist_train.data.reading import Collate, Seeded, dataset_length, dataset_name
+from dist_train.data.reading import Collate, Seeded, dataset_length
 from dist_train.data.sampler import MicroBatch, StepSampler
-from dist_train.data.stream import StreamReader, is_stream
+from dist_train.data.stream import StreamReader
+from dist_train.data.survey import Gather, survey
 from dist_train.data.workers import context_for, init_worker, resolve_workers, run_signals_blocked, stop_workers
 from dist_train.runtime.seeding import mix
 
@@ -45,6 +48,8 @@ class Reading:
     """How many ranks share this machine's CPUs."""
     collate: Collate | None = None
     """List of samples -> batch, torch's by default."""
+    gather: Gather = lambda value: [value]
+    """Every rank's value, in order of rank, on all ranks; they all call it (`World.gather`)."""
 
 
 @dataclass(slots=True)
@@ -69,6 +74,19 @@ def _keep(batch: Any) -> Any:
     return batch
 
 
+def _workers_of(dataset: Any, reading: Reading) -> int:
+    setting = reading.config.num_workers
+    return resolve_workers(setting, dataset, collate=reading.collate, local_ranks=reading.local_ranks)
+
+
+def _survey(dataset: Any, slot: str, workers: int, reading: Reading, *, count: bool = False) -> dict[str, Any]:
+    context = context_for(reading.config.worker_start_method) if workers else None
+    return survey(
+        dataset, reading.seed, slot=slot, workers=workers, context=context, gather=reading.gather, count=count,
+        world_size=reading.world_size,
+    )  # fmt: skip
+
+
 def build_plan(dataset: Any, *, seed: int, config: DataConfig) -> Plan:
     """The plan of the training data by the `data` section's global_batch_size, shuffle, drop_last and steps_per_epoch.
 
@@ -79,34 +97,27 @@ def build_plan(dataset: Any, *, seed: int, config: DataConfig) -> Plan:
     """
     size, steps = config.global_batch_size, config.steps_per_epoch
     if not is_stream(dataset):
-        length = dataset_length(dataset)
-        return Plan(seed, length, length if size == "all" else int(size), config.shuffle, config.drop_last)
+        samples = dataset_length(dataset)
+        return Plan(seed, samples, samples if size == "all" else int(size), config.shuffle, config.drop_last)
     if size == "all":
         raise DataError(f"data.global_batch_size: all needs a map-style dataset, found {dataset_name(dataset)}")
-    if steps is None and not hasattr(dataset, "__len__"):
+    length = stream_length(dataset) if steps is None else steps * int(size)
+    if length is None:
         raise DataError(
             f"data.train: {dataset_name(dataset)} is an IterableDataset without a length: give it a __len__ (samples "
             f"of one pass), or set data.steps_per_epoch"
         )
-    length = len(dataset) if steps is None else steps * int(size)
     return Plan(seed, length, int(size), shuffle=False, drop_last=config.drop_last)
 
 
 class _Loader:
     """What training and evaluation share: a DataLoader for requests, whose workers live and die with this process."""
 
-    def __init__(self, dataset: Any, length: int, requests: Any, reading: Reading, *, evaluates: bool) -> None:
+    def __init__(self, reader: Seeded, workers: int, requests: Any, reading: Reading, *, evaluates: bool) -> None:
         config = reading.config
-        reader = Seeded(dataset, reading.seed, reading.collate)
-        if is_stream(dataset):
-            reader = StreamReader(
-                dataset, reading.seed, reading.collate, length=length, rank=reading.rank,
-                world_size=reading.world_size, exact=evaluates,
-            )  # fmt: skip
-        workers = resolve_workers(config.num_workers, dataset, collate=reading.collate, local_ranks=reading.local_ranks)
-        self.num_workers = workers = min(workers, len(requests)) if evaluates else workers
+        self.num_workers = workers
         self._persistent = workers > 0 and config.persistent_workers in ("auto", True)
-        self._timeout, method = config.timeout, config.worker_start_method
+        self._timeout = config.timeout
         self._at_exit: Any = None
         self._loader: DataLoader[Any] = DataLoader(
             reader,
@@ -119,7 +130,7 @@ class _Loader:
             worker_init_fn=init_worker,
             prefetch_factor=config.prefetch_factor if workers else None,
             timeout=self._timeout if workers else 0,
-            multiprocessing_context=context_for(method) if workers else None,
+            multiprocessing_context=context_for(config.worker_start_method) if workers else None,
             persistent_workers=self._persistent and evaluates,
         )
 
@@ -160,6 +171,20 @@ class _Loader:
             self._loader._iterator = None  # where torch keeps persistent workers
 
 
+def _other_readers(name: str, begun: list[int] | None, deal: Deal | None) -> str:
+    def told(key: list[int] | None) -> str:
+        if key is None:
+            return "one reader of the whole"
+        micro = f" with micro-batches of {key[2]}" if key[2] else ""
+        return f"{key[0]} ranks x {key[1]} readers{micro}"
+
+    return (
+        f"data.train: {name} gives each reader a part of its own (shard), and this pass over it was begun by {told(begun)}; "
+        f"now it would be {told(None if deal is None else deal.key())}, and what is left of the pass can't be told. Go on "
+        f"with as many processes and data.num_workers as before (a stream with a length: or at the end of an epoch)"
+    )
+
+
 class TrainLoader(_Loader):
     """The training batches of one rank. Use it from one thread, and close it.
 
@@ -186,11 +211,56 @@ class TrainLoader(_Loader):
             raise DataError(f"{what} a map-style dataset; {dataset_name(dataset)} is an IterableDataset")
         self.plan = plan
         self.waited = 0.0
+        self.notes: list[str] = []
         self.sampler = StepSampler(
             plan, rank=reading.rank, world_size=reading.world_size, micro_batch_size=micro_batch_size,
             neighbours=neighbours,
         )  # fmt: skip
-        super().__init__(dataset, plan.length, self.sampler, reading, evaluates=False)
+        workers = _workers_of(dataset, reading)
+        reader = Seeded(dataset, reading.seed, reading.collate)
+        self._stream: StreamReader | None = None
+        if is_stream(dataset):
+            reader = self._stream = self._open_stream(dataset, workers, reading)
+        super().__init__(reader, workers, self.sampler, reading, evaluates=False)
+
+    def _open_stream(self, dataset: Any, workers: int, reading: Reading) -> StreamReader:
+        deal = Deal(self.plan, reading.world_size, max(1, workers), self.sampler.micro_batch_size)
+        pieces = getattr(dataset, "num_shards", 0)  # Hugging Face's; more readers than these can't have a part each
+        parted = shards_itself(dataset) and deal.readers > 1 and isinstance(pieces, int) and pieces % deal.readers == 0
+        self.sampler.deal = deal if parted else None
+        reader = StreamReader(
+            dataset, reading.seed, reading.collate, length=self.plan.length, rank=reading.rank,
+            finite=stream_length(dataset) == self.plan.length, deal=self.sampler.deal,
+        )  # fmt: skip
+        reader.resumes = _survey(dataset, "train", workers, reading)["resumes"]
+        self.notes = reader.notes()
+        return reader
+
+    def state_dict(self, every: Callable[[Any], list[Any]]) -> dict[str, Any] | None:
+        """Where the readers of a stream stood after the last micro-batch that was taken; None without a stream.
+
+        `every` gathers each rank's value on rank 0; all ranks call this. Where all read the whole, one place is enough.
+        """
+        if self._stream is None:
+            return None
+        deal, saved = self._stream.deal, dict(self._stream.saved)
+        if deal is None:
+            return {"deal": None, "readers": saved}
+        return {"deal": deal.key(), "readers": {k: v for one in every(saved) for k, v in one.items()}}
+
+    def load_state_dict(self, state: dict[str, Any] | None, step: int) -> None:
+        """Go on from there at `step`.
+
+        Raises:
+            DataError: other readers have begun this pass over a stream that gives each a part of its own.
+        """
+        if self._stream is None or state is None:
+            return
+        deal, begun = self._stream.deal, state["deal"]
+        if begun == (None if deal is None else deal.key()):
+            self._stream.saved = state["readers"]
+        elif step % self.plan.steps_per_epoch or not self._stream.finite:
+            raise DataError(_other_readers(dataset_name(self._stream.whole), begun, deal))
 
     def steps(self, start: int = 0, stop: int | None = None) -> Iterator[StepWork]:
         """The work of the global steps start, start + 1, ... before `stop`, over the ends of epochs.
@@ -212,6 +282,8 @@ class TrainLoader(_Loader):
                 self.close()
                 end = (epoch + 1) * plan.steps_per_epoch
                 self.sampler.set_steps(step, stop if endless else min(end, stop or end))
+                if self._stream is not None:
+                    self._stream.rewind()
                 iterator = self._begin()
             indices = plan.batch(step)
             local = indices[share(len(indices), self.sampler.rank, self.sampler.num_replicas)]
@@ -227,6 +299,10 @@ class TrainLoader(_Loader):
             began = time.perf_counter()
             micro = self._next(iterator)
             self.waited += time.perf_counter() - began
+            if self._stream is not None:
+                if not len(micro.indices):  # see `Deal.rest`
+                    continue
+                self._stream.keep(micro)
             last = micro.last
             yield micro
 
@@ -245,16 +321,26 @@ class EvalLoader(_Loader):
         num_workers: worker processes, 0 for none.
     """
 
-    def __init__(self, dataset: Any, batch_size: int, reading: Reading) -> None:
+    def __init__(self, dataset: Any, batch_size: int, reading: Reading, slot: str = "val") -> None:
         self.dataset = dataset
-        self.plan = EvalPlan(dataset_length(dataset, "val/test"), batch_size)
+        reader, workers = Seeded(dataset, reading.seed, reading.collate), _workers_of(dataset, reading)
+        if is_stream(dataset):
+            known = stream_length(dataset)
+            found = _survey(dataset, slot, workers, reading, count=known is None)
+            length = found["length"] if known is None else known
+            if not length:
+                raise DataError(f"data.{slot}: a pass over {dataset_name(dataset)} gave no sample; expected at least 1")
+            reader = StreamReader(dataset, reading.seed, reading.collate, length=length, rank=reading.rank, finite=True)
+        else:
+            length = dataset_length(dataset, slot)
+        self.plan = EvalPlan(length, batch_size)
         self.cuts = self.plan.cuts(reading.rank, reading.world_size)
         self.rounds = -(-len(self.plan) // reading.world_size)
         requests = [
             MicroBatch(_EVAL_EPOCH, k, np.arange(cut.start, cut.stop), cut.start, len(cut), True)
             for k, cut in enumerate(self.cuts)
         ]
-        super().__init__(dataset, self.plan.length, requests, reading, evaluates=True)
+        super().__init__(reader, min(workers, len(requests)), requests, reading, evaluates=True)
 
     def __len__(self) -> int:
         """Cuts that this rank evaluates."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
@@ -10,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
 
-from dist_train.data.errors import DataError, SampleError
+from dist_train.data.errors import DataError, SampleError, dataset_name, told
 from dist_train.data.plan import Indices
 from dist_train.data.sampler import MicroBatch
 from dist_train.runtime.seeding import seed_sample
@@ -34,12 +33,6 @@ def dataset_length(dataset: Any, slot: str = "train") -> int:
     if length < 1:
         raise DataError(f"data.{slot}: {type(dataset).__name__} has no samples; expected at least 1")
     return length
-
-
-def dataset_name(dataset: Any) -> str:
-    """The class of a dataset as it is written in a config."""
-    kind = type(dataset)
-    return kind.__qualname__ if kind.__module__ == "__main__" else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def batch_reader(dataset: Any) -> BatchReader | None:
@@ -92,13 +85,17 @@ class Seeded(Dataset[Any]):
                 raise SampleError(f"{what} failed: {told(error)}") from error
         samples = self.samples(request)
         try:
-            return request._replace(batch=self.collate(samples))
+            return request._replace(batch=self.collated(samples))
         except Exception as error:
             raise SampleError(
                 f"making a batch of samples {_listed(request.indices)} of {name} failed: {told(error)}"
                 f"{self._odd_one(request, samples)}; make all samples alike (resize, pad) or name a function in "
                 f"data.collate"
             ) from error
+
+    def collated(self, samples: list[Any]) -> Any:
+        """The batch of some samples."""
+        return self.collate(samples)
 
     def samples(self, request: MicroBatch) -> list[Any]:
         """The samples of a request, in its order."""
@@ -120,13 +117,6 @@ class Seeded(Dataset[Any]):
             except Exception as error:
                 return f" (samples {request.indices[0]} and {index} alone: {error})"
         return ""
-
-
-def told(error: BaseException) -> str:
-    """The error in one line with the user's own place: the innermost frame of its traceback."""
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name})" if len(frames) > 1 else ""
-    return f"{type(error).__name__}: {error}{place}"
 
 
 def _listed(indices: np.ndarray) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 from torch.utils.data import DistributedSampler
 
+from dist_train.data.deal import Deal
 from dist_train.data.plan import Indices, Plan, parts
 
 
@@ -26,6 +29,8 @@ class MicroBatch(NamedTuple):
     """The rank's last micro-batch of this step: gradients are exchanged after it."""
     batch: Any = None
     """The collated batch, on the CPU (pinned if so configured)."""
+    state: Any = None
+    """Where a stream's reader stands after it (see `StreamReader`)."""
 
     @property
     def weightless(self) -> bool:
@@ -81,6 +86,7 @@ class StepSampler(DistributedSampler[Any]):
         self.plan = plan
         self.micro_batch_size = micro_batch_size
         self.neighbours = neighbours
+        self.deal: Deal | None = None  # with parts of a stream, whose readers must get their own requests
         self.start_step = 0
         self.stop_step: int | None = plan.steps_per_epoch
 
@@ -95,9 +101,17 @@ class StepSampler(DistributedSampler[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         step = self.start_step
+        if self.deal is not None:
+            yield from self._empty(self.deal.rest(self.rank, step))
         while self.stop_step is None or step < self.stop_step:
             yield from requests(self.plan, step, self.rank, self.num_replicas, self.micro_batch_size, self.neighbours)
             step += 1
+            if self.deal is not None and step % self.plan.steps_per_epoch == 0:
+                yield from self._empty(self.deal.fill(self.rank))
+
+    def _empty(self, count: int) -> Iterator[MicroBatch]:
+        nothing = np.zeros(0, dtype=np.int64)
+        return itertools.repeat(MicroBatch(0, 0, nothing, 0, 0, False), count)
 
     def __len__(self) -> int:
         """Micro-batches of this rank in the selected steps (in one epoch, if they have no end)."""

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from multiprocessing import context, popen_fork, resource_tracker
 from typing import Any
 
+from dist_train.data.passes import is_stream, shards_itself
 from dist_train.data.reading import Collate, batch_reader
-from dist_train.data.stream import is_stream, shards_itself
 from dist_train.runtime.world import usable_cpus
 
 # Sent to whole process groups by terminals, torchrun and Slurm, to ask for a clean stop. A worker that died of one

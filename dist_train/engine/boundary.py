@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from dist_train.data.stream import is_stream
+from dist_train.data.passes import is_stream
 from dist_train.engine.callbacks import Callback
 from dist_train.engine.metrics import without_one_column
 from dist_train.engine.predict import read_meaning

@@ -22,6 +22,7 @@ from dist_train.config.names import expand_argument, expand_path
 from dist_train.data.download import downloads, expected_files, missing_data, once_per_node
 from dist_train.data.errors import DataError
 from dist_train.data.loader import EvalLoader, Reading
+from dist_train.data.passes import is_stream
 from dist_train.engine.parameters import check_parameters
 from dist_train.models import transfer
 from dist_train.models.weights import is_folder, is_torchvision_name, read_file, read_torchvision
@@ -88,7 +89,8 @@ def reading_of(config: Config, world: World) -> Reading:
     """How this rank reads its datasets."""
     with building("data.collate"):
         collate = build_callable(config.data.collate) if config.data.collate is not None else None
-    return Reading(config.data, config.seed, world.device, world.rank, world.size, world.placement.local_size, collate)
+    place = (world.rank, world.size, world.placement.local_size)
+    return Reading(config.data, config.seed, world.device, *place, collate, world.gather)
 
 
 def eval_loader(config: Config, world: World, dataset: Any, split: str = "val") -> EvalLoader:
@@ -97,10 +99,10 @@ def eval_loader(config: Config, world: World, dataset: Any, split: str = "val") 
     Raises:
         ConfigError: it is empty, or can't be read.
     """
-    if hasattr(dataset, "__len__") and len(dataset) == 0:
+    if not is_stream(dataset) and hasattr(dataset, "__len__") and len(dataset) == 0:
         raise ConfigError.single(f"data.{split}", "expected at least 1 sample, found 0")
     with building(f"data.{split}"):
-        return EvalLoader(dataset, config.data.eval_batch_size, reading_of(config, world))
+        return EvalLoader(dataset, config.data.eval_batch_size, reading_of(config, world), split)
 
 
 def build_model(

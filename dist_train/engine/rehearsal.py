@@ -12,7 +12,7 @@ from torch.utils.data import Subset, default_collate
 
 from dist_train.config.components import build_callable, is_spec
 from dist_train.config.durations import Duration
-from dist_train.data.stream import is_stream
+from dist_train.data.passes import is_stream
 from dist_train.engine.prepare import build_dataset
 from dist_train.engine.run import train_in
 from dist_train.tracking.console import Console

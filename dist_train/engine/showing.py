@@ -16,7 +16,7 @@ from torch.utils.data import Subset
 from dist_train.checkpoint.manifest import CheckpointError
 from dist_train.config.errors import ConfigError
 from dist_train.config.secrets import visible
-from dist_train.data.stream import is_stream
+from dist_train.data.passes import is_stream
 from dist_train.engine.boundary import FOLDER, around, classes_on, plane, read_frames
 from dist_train.engine.evaluate import on_rank_zero
 from dist_train.engine.predict import Meaning, Predicted, predict, read_meaning

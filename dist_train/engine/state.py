@@ -19,6 +19,7 @@ from dist_train.config.errors import ConfigError
 from dist_train.engine.callbacks import callback_states, load_callback_states
 from dist_train.engine.evaluate import on_rank_zero
 from dist_train.engine.parameters import match_strides
+from dist_train.engine.prepare import building
 from dist_train.engine.stopping import in_steps
 from dist_train.runtime.here import MEETING, here
 
@@ -55,10 +56,13 @@ class Progress:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
-def snapshot(parts: Parts, progress: Progress, ranks: list[dict[str, Any]]) -> dict[str, Any]:
+def snapshot(
+    parts: Parts, progress: Progress, ranks: list[dict[str, Any]], stream: dict[str, Any] | None
+) -> dict[str, Any]:
     """Everything that a run goes on from, as trees of tensors and plain values; `model` and `ema` are weights by name.
 
-    `task` holds parameters and buffers of loss and task; `ranks` what `of_every_rank` gave.
+    `task` holds parameters and buffers of loss and task; `ranks` what `of_every_rank` gave, `stream` where the readers
+    of a stream stand.
     """
     states: dict[str, Any] = {"model": parts.model.state_dict(), "optimizer": parts.optimizer.state_dict()}
     if parts.ema is not None:
@@ -70,7 +74,7 @@ def snapshot(parts: Parts, progress: Progress, ranks: list[dict[str, Any]]) -> d
     rest = {name: part.state_dict() for name, part in _small_parts(parts).items()}
     rest["constants"] = parts.modules.constants()
     callbacks = callback_states(parts.callbacks, parts.config.callbacks)
-    return {**states, "trainer": {"progress": asdict(progress), **rest, "callbacks": callbacks}}
+    return {**states, "trainer": {"progress": asdict(progress), **rest, "callbacks": callbacks, "stream": stream}}
 
 
 def of_every_rank(modules: Modules, world: World) -> list[dict[str, Any]]:
@@ -180,6 +184,8 @@ def restore(parts: Parts, found: Found, changed: Sequence[str], note: Callable[[
     if len(ranks) == parts.world.size:
         parts.modules.put(ranks[parts.world.rank])
     load_callback_states(parts.callbacks, parts.config.callbacks, state["callbacks"], note)
+    with building("data.train"):
+        parts.train_loader.load_state_dict(state.get("stream"), progress.step)
     if found.told("best", list | None) != (list(parts.keep_best) if parts.keep_best else None):
         progress.best = None  # it is that of another metric
     if any(key.startswith(("trainer.duration", "trainer.stop_when")) for key in changed):

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import default_collate
 
 from dist_train.config.components import build_callable
-from dist_train.data.stream import is_stream, stream_notes
+from dist_train.data.passes import is_stream, stream_length
 from dist_train.models.layers import layer_table, output_shapes
 from dist_train.tracking.text import format_seconds
 
@@ -26,12 +26,12 @@ LIVE = (
 
 def start_lines(parts: Parts, trainer: Trainer, run: RunDir, resumed: int) -> Lines:
     """Model, world, precision, data, batch arithmetic, run directory."""
-    config, world, plan, train = parts.config, parts.world, parts.plan, parts.datasets["train"]
+    config, world, plan = parts.config, parts.world, parts.plan
     parameters = list(parts.model.parameters())
     frozen = sum(parameter.numel() for parameter in parameters if not parameter.requires_grad)
     model = f"{type(parts.model).__name__}, {sum(parameter.numel() for parameter in parameters):,} parameters"
     data = ", ".join(
-        f"{split} {len(dataset):,}" if hasattr(dataset, "__len__") else f"{split} (a stream)"
+        f"{split} (a stream)" if is_stream(dataset) and stream_length(dataset) is None else f"{split} {len(dataset):,}"
         for split, dataset in parts.datasets.items()
     )
     data += f"; {plan.steps_per_epoch:,} steps an epoch"
@@ -48,7 +48,7 @@ def start_lines(parts: Parts, trainer: Trainer, run: RunDir, resumed: int) -> Li
         ("data", data),
         ("batch", batch_arithmetic(parts)),
         ("training", f"{config.trainer.duration}{total}"),
-        *(("note", note) for note in (stream_notes(train) if is_stream(train) else [])),
+        *(("note", note) for note in parts.train_loader.notes),
         ("note", LIVE if config.has_live_objects else ""),
         ("note", parts.precision.note or ""),
     ]

@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from dist_train.checkpoint.store import merit
-from dist_train.engine.evaluate import EvaluationInterruptedError
+from dist_train.engine.evaluate import EvaluationInterruptedError, on_rank_zero
 from dist_train.engine.metrics import figure
 from dist_train.engine.rows import TrainRows
 from dist_train.engine.state import Progress, facts, meta, of_every_rank, snapshot
@@ -242,11 +242,12 @@ class Trainer:
         progress = self.progress
         self._saved_step = self.step
         progress.seconds = self.seconds
+        stream = self.parts.train_loader.state_dict(lambda value: on_rank_zero(self.world, value))
         if self.checkpoints is None:
             self.run.upload_meanwhile()
             return
         metrics = progress.metrics if progress.evaluated_step == self.step else None
-        self.checkpoints.save(self.step, snapshot(self.parts, progress, ranks), meta(self), metrics)
+        self.checkpoints.save(self.step, snapshot(self.parts, progress, ranks, stream), meta(self), metrics)
 
     def bring_home(self) -> None:
         """What has been recorded so far is made as durable as the checkpoint that is about to be published (rank 0)."""

@@ -13,8 +13,8 @@ from dist_train.config.schema import DataConfig
 from dist_train.data import DataError
 from dist_train.data.errors import SampleError
 from dist_train.data.loader import EvalLoader, Reading, TrainLoader, build_plan
+from dist_train.data.passes import is_stream
 from dist_train.data.plan import Plan
-from dist_train.data.stream import is_stream, stream_notes
 
 CPU = torch.device("cpu")
 
@@ -136,8 +136,8 @@ def test_the_plan_of_a_stream_has_its_length_or_the_steps_that_were_asked_for() 
 def test_what_a_stream_cannot_do_is_said() -> None:
     assert is_stream(Stream())
     assert not is_stream(range(3))
-    assert "resuming reads forward" in stream_notes(Known())[0]
-    assert "depend on the number of ranks and workers" in stream_notes(Sharding())[0]
+    assert "resuming goes on by reading forward" in loader_of(Known(), Plan(3, 20, 8, shuffle=False)).notes[0]
+    assert "depend on their number" in loader_of(Sharding(), Plan(3, 20, 8, shuffle=False), num_workers=2).notes[0]
     with pytest.raises(DataError, match=r"shuffling needs a map-style dataset; test_stream.Known is an Iterable"):
         loader_of(Known(), Plan(3, 20, 8))
     with pytest.raises(DataError, match=r"Mixup and CutMix need"):
