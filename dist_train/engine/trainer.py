@@ -238,11 +238,11 @@ class Trainer:
         here.phase = MEETING
         self.stepper.guard.read()
         ranks = of_every_rank(self.parts.modules, self.world)
+        stream = self.parts.train_loader.state_dict(lambda value: on_rank_zero(self.world, value))
         here.phase = SAVING
         progress = self.progress
         self._saved_step = self.step
         progress.seconds = self.seconds
-        stream = self.parts.train_loader.state_dict(lambda value: on_rank_zero(self.world, value))
         if self.checkpoints is None:
             self.run.upload_meanwhile()
             return
