@@ -165,7 +165,7 @@ class StreamReader(Seeded):
                 if now.place == 0:
                     name = dataset_name(self.dataset)
                     raise DataError(f"{name}: pass {now.number} over the stream gave no sample") from None
-                if self.finite and self.deal is None:
+                if self.finite and self.deal is None and now.place < self.length:
                     raise DataError(self._wrong_length(str(now.place))) from None
                 self._open(now.number + 1)
                 continue
