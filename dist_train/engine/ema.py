@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,16 @@ class EMA:
     """
 
     def __init__(self, modules: nn.Module, decay: float):
-        self.decay = decay
-        self._weights = {name: p for name, p in modules.named_parameters() if p.requires_grad}
-        self._average = {name: p.detach().clone() for name, p in self._weights.items()}
+        self.decay, self._modules = decay, modules
+        self._weights: dict[str, nn.Parameter] = {}
+        self._average: dict[str, Tensor] = {}
+        self.follow()
+
+    def follow(self, names: Collection[str] = ()) -> None:
+        """Take in parameters that train by now, and those called so; their average begins as what they are."""
+        for name, parameter in self._modules.named_parameters():
+            if name not in self._weights and (parameter.requires_grad or name in names):
+                self._weights[name], self._average[name] = parameter, parameter.detach().clone()
 
     @torch.no_grad()
     def update(self) -> None:
@@ -50,6 +57,7 @@ class EMA:
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from a saved average; that of a parameter which was frozen then begins with its value now."""
+        self.follow(state)
         for name, average in self._average.items():
             if name in state:
                 average.copy_(state[name])

@@ -42,6 +42,9 @@ class WarmupCosine(LambdaLR):
         super().__init__(optimizer, scale)
 
 
+# What torch's schedules keep for each group, in lists of their own and in the optimizer's groups.
+PER_GROUP = ("lr_lambdas", "max_lrs", "base_momentums", "max_momentums")
+IN_GROUPS = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum")
 STEPPED_EACH_STEP = (OneCycleLR, CyclicLR, WarmupCosine)
 
 
@@ -87,6 +90,17 @@ def _grouped(model: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, A
     return [{"params": list(left.values())}, *result] if left else result
 
 
+def homes(modules: nn.Module, spec: Any) -> dict[str, int | None]:
+    """For each parameter, by name, the number of the config's group whose pattern takes it; None for the default group."""
+    groups = reserved(spec, {"groups"})[1].get("groups") or []
+    home: dict[str, int | None] = dict.fromkeys(name for name, _ in modules.named_parameters())
+    for index, group in enumerate(groups):
+        patterns = [group["match"]] if isinstance(group["match"], str) else list(group["match"])
+        for name in match_parameters(modules, patterns, f"optimizer.groups.{index}.match"):
+            home[name] = index if home.get(name) is None else home[name]
+    return home
+
+
 class Schedule:
     """An lr scheduler, and when it is stepped.
 
@@ -119,6 +133,22 @@ class Schedule:
             self.scheduler.step(figure(metrics, self.metric))
         else:
             self.scheduler.step()
+
+    def extend(self) -> None:
+        """Span groups that were added to the optimizer: the lr that they have now goes on as that of the first group does."""
+        for scheduler in (self.scheduler, *getattr(self.scheduler, "_schedulers", ())):
+            bases, groups = getattr(scheduler, "base_lrs", None), scheduler.optimizer.param_groups
+            while bases is not None and len(bases) < len(groups):
+                first, group = groups[0], groups[len(bases)]
+                ratio = group["lr"] / (first["lr"] or bases[0] or 1.0)
+                for name in PER_GROUP:
+                    values = getattr(scheduler, name, None)
+                    if isinstance(values, list) and len(values) < len(groups):
+                        values.append(values[0] * ratio if name == "max_lrs" else values[0])
+                for key in IN_GROUPS:
+                    if key in first:
+                        group.setdefault(key, first[key] * (ratio if key.endswith("lr") else 1.0))
+                bases.append(bases[0] * ratio)
 
     def state_dict(self) -> dict[str, Any]:
         """The scheduler's own state, less what isn't plain data (LambdaLR's function comes from the config again)."""

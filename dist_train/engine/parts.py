@@ -35,7 +35,7 @@ from dist_train.engine.prepare import (
     reading_of,
     seed_everything,
 )
-from dist_train.engine.reduce import reducer_for
+from dist_train.engine.reduce import Reducer, reducer_for
 from dist_train.engine.step import Stepper
 from dist_train.engine.stopping import StopWhen, in_steps
 from dist_train.engine.task import Supervised, Task
@@ -300,7 +300,7 @@ class Parts:
         return Stepper(
             self.modules,
             self.optimizer,
-            reducer_for(self.modules, self.task, self.precision, scaler, world, config.distributed),
+            self.new_reducer(scaler),
             scaler=scaler,
             device=world.device,
             seed=config.seed,
@@ -311,6 +311,10 @@ class Parts:
             clip_value=config.trainer.clip_grad_value,
             skip=config.trainer.on_nonfinite == "skip",
         )
+
+    def new_reducer(self, scaler: torch.amp.GradScaler | None) -> Reducer:
+        """For the parameters that train now."""
+        return reducer_for(self.modules, self.task, self.precision, scaler, self.world, self.config.distributed)
 
     def _prepare(self, batch: Any, epoch: int, indices: Any) -> Any:
         """A training micro-batch, moved and augmented; the draws depend on (seed, epoch, sample)."""

@@ -45,6 +45,9 @@ class Reducer(Protocol):
     def finish(self) -> tuple[Tensor, Tensor]:
         """(loss sum, weight) of the step over all ranks and micro-batches: 0-dim tensors on the device."""
 
+    def close(self) -> None:
+        """Let go of the other ranks and of the parameters; all ranks call it."""
+
 
 class _Tell(torch.autograd.Function):
     """`loss * factor`, whose backward also hands `told` to `report` as its gradient: no kernel more than the product."""
@@ -156,6 +159,10 @@ class DataParallel:
         self.objective.report.grad = None
         return loss, weight
 
+    def close(self) -> None:
+        """See `Reducer`."""
+        del self.ddp, self.objective
+
 
 def _name_unused(trained: Mapping[str, nn.Parameter]) -> None:
     unused = [name for name, parameter in trained.items() if parameter.grad is None]
@@ -204,6 +211,9 @@ class SingleProcess:
         assert self._loss is not None
         loss, weight, self._loss = self._loss, self._weight, None
         return loss, weight if isinstance(weight, Tensor) else torch.full_like(loss, weight, dtype=torch.float64)
+
+    def close(self) -> None:
+        """See `Reducer`."""
 
 
 class OneBucket(SingleProcess):
@@ -260,6 +270,10 @@ class OneBucket(SingleProcess):
             parameter.grad = view
         loss, weight = self.told.clone().unbind()
         return loss, weight
+
+    def close(self) -> None:
+        """See `Reducer`."""
+        self.links.close()
 
     def _distances(self) -> list[int]:
         rounds = self.doubled.bit_length() - 1 if self.rank < self.doubled else 0

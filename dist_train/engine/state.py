@@ -16,6 +16,7 @@ from torch import Tensor
 
 import dist_train
 from dist_train.config.errors import ConfigError
+from dist_train.engine import unfreezing
 from dist_train.engine.callbacks import callback_states, load_callback_states
 from dist_train.engine.evaluate import on_rank_zero
 from dist_train.engine.parameters import match_strides
@@ -72,7 +73,7 @@ def snapshot(
     if any(ranks):
         states["ranks"] = ranks
     rest = {name: part.state_dict() for name, part in _small_parts(parts).items()}
-    rest["constants"] = parts.modules.constants()
+    rest |= {"constants": parts.modules.constants(), "trained": unfreezing.state(parts)}
     callbacks = callback_states(parts.callbacks, parts.config.callbacks)
     return {**states, "trainer": {"progress": asdict(progress), **rest, "callbacks": callbacks, "stream": stream}}
 
@@ -162,8 +163,8 @@ def restore(parts: Parts, found: Found, changed: Sequence[str], note: Callable[[
     load_weights(parts.modules, found, [key for key in changed if key.startswith(("loss", "task"))])
     parts.keep_horizon(found.told("horizon", int | None))
     schedule = parts.schedule  # built before the optimizer's state comes back: it writes its first lr into the groups
-    _restore_optimizer(parts, found, changed, note)
     state = found.load("trainer")
+    _restore_optimizer(parts, found, state.get("trained"), changed, note)
     progress = Progress(**state["progress"])
     if any(key.startswith(("optimizer", "scheduler", "transfer.freeze")) for key in changed):
         state.pop("schedule", None)
@@ -207,16 +208,21 @@ def _check_data(parts: Parts, found: Found) -> None:
         raise ConfigError.single("data.train", message)
 
 
-def _restore_optimizer(parts: Parts, found: Found, changed: Sequence[str], note: Callable[[str], None]) -> None:
-    for key in changed:
-        if key in ("optimizer", "optimizer.groups") or ".match" in key or key.startswith("transfer.freeze"):
-            note("another optimizer, or other parameters for it: its state begins anew")
-            return
+def _restore_optimizer(
+    parts: Parts, found: Found, trained: dict[str, Any] | None, changed: Sequence[str], note: Callable[[str], None]
+) -> None:
+    other = any(
+        key in ("optimizer", "optimizer.groups") or ".match" in key or key.startswith("transfer.freeze")
+        for key in changed
+    )
+    if other or not (trained is None or unfreezing.put_back(parts, trained)):
+        note("another optimizer, or other parameters for it: its state begins anew")
+        return
     groups = parts.optimizer.param_groups
     fresh = [{key: value for key, value in group.items() if key != "params"} for group in groups]
     parts.optimizer.load_state_dict(found.load("optimizer"))
     match_strides(parts.optimizer)
     if any(key.startswith(("optimizer", "scheduler")) for key in changed):
         # The saved groups would silently bring the old values back.
-        for group, values in zip(parts.optimizer.param_groups, fresh, strict=True):
+        for group, values in zip(parts.optimizer.param_groups, fresh, strict=False):  # not those of callbacks
             group.update(values)

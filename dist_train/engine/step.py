@@ -99,6 +99,13 @@ class Stepper:
         for parameter in self.parameters:
             parameter.grad = None
 
+    def retrain(self, new_reducer: Callable[[torch.amp.GradScaler | None], Reducer]) -> None:
+        """Train what requires a gradient by now, through another reducer."""
+        self.reducer.close()
+        self.reducer = new_reducer(self.scaler)
+        self.parameters = list(self.modules.trained().values())
+        self._warm = False
+
     def _warm_up(self, batch: Any) -> None:
         """Before the first step of every start (see `DataParallel.warm_up`)."""
         kept = BufferSnapshot(self.modules, frozen=True)

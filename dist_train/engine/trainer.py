@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dist_train.checkpoint.store import merit
 from dist_train.engine.evaluate import EvaluationInterruptedError, on_rank_zero
@@ -12,6 +12,7 @@ from dist_train.engine.rows import TrainRows
 from dist_train.engine.state import Progress, facts, meta, of_every_rank, snapshot
 from dist_train.engine.stopping import Due, clocks
 from dist_train.engine.trace import Trace
+from dist_train.engine.unfreezing import Trained
 from dist_train.runtime.control import EVALUATE, FINISH, LOG, SAVE, STOP, Control
 from dist_train.runtime.here import CALLBACK, LOGGING, MEETING, SAVING, here
 from dist_train.tracking.logger import Logger, open_logger
@@ -48,6 +49,7 @@ class Trainer:
         self.parts, self.run, self.console, self.progress = parts, run, console, progress
         self.config, self.world, self.plan = parts.config, parts.world, parts.plan
         self.model, self.optimizer, self.stepper = parts.model, parts.optimizer, parts.stepper
+        self._trained = Trained(parts)
         self.outcome: str | None = None
         self.reason = ""
         self.record = {"horizon": parts.horizon, **facts(self.config)}
@@ -94,8 +96,7 @@ class Trainer:
     def fit(self) -> str:
         """Train until the end, or until all ranks agree to stop; returns the outcome, with everything saved."""
         self.control.start()
-        for callback in self.parts.callbacks:
-            callback.on_start(self)
+        self._call("on_start")
         epochs = None if self.total_steps is None else -(-self.total_steps // self.plan.steps_per_epoch)
         self.console.begin(self.step, self.total_steps, self.epoch, epochs)
 
@@ -126,6 +127,13 @@ class Trainer:
                 raise self.checkpoints.tolerated
         return self.outcome
 
+    def _call(self, hook: str, *args: Any) -> None:
+        """Every callback, and then what follows where one of them has let other parameters train."""
+        for callback in self.parts.callbacks:
+            getattr(callback, hook)(self, *args)
+        if self.config.callbacks:
+            self._trained.follow()
+
     def _run_step(self, work: StepWork) -> None:
         """One optimizer step, then schedule and EMA."""
         parts, number = self.parts, work.step + 1
@@ -147,11 +155,9 @@ class Trainer:
         here.phase, here.steps, here.waited = CALLBACK, here.steps + 1, parts.train_loader.waited
         if here.steps == 1 and (warning := parts.inexactness()):
             self.console.warn(warning)
-        for callback in parts.callbacks:
-            callback.on_step_end(self)
+        self._call("on_step_end")
         if step % self.plan.steps_per_epoch == 0:
-            for callback in parts.callbacks:
-                callback.on_epoch_end(self)
+            self._call("on_epoch_end")
         self._check_end(FINISH in actions)
         if progress.finished or LOG in actions or self.due.log(step):
             self._log()
@@ -198,8 +204,7 @@ class Trainer:
         self.console.evaluation("val", self.step, figures)
         if parts.schedule is not None and parts.schedule.on_plateau:
             parts.schedule.step(metrics)
-        for callback in parts.callbacks:
-            callback.on_evaluation_end(self, metrics)
+        self._call("on_evaluation_end", metrics)
         if parts.stop_when is not None and self.step:
             progress.finished = progress.finished or parts.stop_when.judge(metrics, self.step)
         if parts.keep_best is None or not self.step:
