@@ -121,6 +121,9 @@ class Loss(nn.Module):
             )
 
     def _classes(self, outputs: Tensor, targets: Tensor) -> Fitted:
+        weight = self.function.weight
+        if weight is not None and weight.dtype != outputs.dtype:  # torch takes no float32 weights for a float64 model
+            self.function.weight = weight = weight.to(outputs.dtype)
         if targets.is_floating_point():
             if isinstance(self.function, nn.NLLLoss) or outputs.shape != targets.shape or outputs.dim() < 2:
                 raise ValueError(
@@ -135,9 +138,9 @@ class Loss(nn.Module):
         if self.summed:
             return outputs, targets, 0.0
         kept = targets != self.function.ignore_index
-        if self.function.weight is None:
+        if weight is None:
             return outputs, targets, kept.sum()
-        return outputs, targets, self.function.weight[targets.where(kept, 0)].where(kept, 0).sum()
+        return outputs, targets, weight[targets.where(kept, 0)].where(kept, 0).sum()
 
     def _check_labels(self, outputs: Tensor, targets: Tensor) -> None:
         """On the first batch only: it reads values. On CUDA a label out of range is a device assertion, which names nothing."""
