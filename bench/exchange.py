@@ -22,7 +22,8 @@ from dist_train.engine.modules import Modules
 from dist_train.engine.precision import Precision
 from dist_train.engine.reduce import DataParallel, OneBucket, Reducer, SingleProcess
 from dist_train.engine.task import Supervised
-from dist_train.runtime.world import World, open_world, read_placement
+from dist_train.runtime.placement import read_placement
+from dist_train.runtime.world import World, open_world
 
 
 def ways(world: World, hidden: int) -> dict[str, Reducer]:

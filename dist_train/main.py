@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -48,8 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     named = arguments and not arguments[0].startswith("-") and "=" not in arguments[0]
     name = arguments.pop(0) if named else "train"
-    if name == "train":  # the others have nothing to save: a signal ends them
-        signals.install()
+    signals.install(stops=name == "train")
     try:
         if name not in COMMANDS:
             guess = (
@@ -69,11 +69,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         failure.tell_crash(error)
         return 1
+    finally:  # somebody else's process may go on, and train in its own way
+        Peers.may_exit = False
+        signals.restore()
 
 
 def console_main() -> None:
     """The console script `dist-train`."""
-    sys.exit(main())
+    code = main()
+    if (
+        code == 2
+    ):  # nothing was started: nothing to take down, least of all a process group that other ranks don't leave
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,8 @@ def main(arguments: Sequence[str]) -> int:
     from dist_train.commands.train import checked
     from dist_train.config.durations import Duration
     from dist_train.config.schema import DistributedConfig
-    from dist_train.runtime.world import open_world, read_placement
+    from dist_train.runtime.placement import read_placement
+    from dist_train.runtime.world import open_world
 
     config, problem = None, None
     try:
@@ -242,7 +243,7 @@ def _rehearsal(world: World, config: Config) -> Check:
 @contextlib.contextmanager
 def _scratch(world: World, config: Config) -> Iterator[Path | None]:
     """A directory that all ranks share for a moment; None if there is none."""
-    one_host = world.size == world.placement.local_size
+    one_host = world.placement.nodes == 1
     place = None
     if world.is_main and (one_host or os.path.isdir(config.run.place)):
         with contextlib.suppress(OSError):

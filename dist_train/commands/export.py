@@ -29,7 +29,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--format", choices=tuple(ENDINGS), default="state_dict", help="by default state_dict")
     parser.add_argument("--output", metavar="FILE", help="by default the run's name, in this directory")
     options = with_run(parser, arguments)
-    from dist_train.runtime.world import read_placement
+    from dist_train.runtime.placement import read_placement
 
     if read_placement(os.environ).rank != 0:
         return 0

@@ -20,7 +20,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.output is not None:
         parser.error("--output is for a comparison; the report of one run is the report.html in its directory")
     from dist_train.engine.showing import report_again
-    from dist_train.runtime.world import read_placement
+    from dist_train.runtime.placement import read_placement
 
     path = report_again(options.run, options.checkpoint, options.overrides)
     if path is None:
@@ -33,7 +33,7 @@ def compare(runs: Sequence[str], output: str) -> int:
     """Curves over each other, results, and the keys in which the configs differ; reads files only."""
     from dist_train.config.errors import ConfigError
     from dist_train.engine.rundir import RunDir
-    from dist_train.runtime.world import read_placement
+    from dist_train.runtime.placement import read_placement
     from dist_train.tracking.report import write_comparison
 
     if read_placement(os.environ).rank != 0:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str]) -> int:
     """Train by a config; the exit code says how it ended (75: stopped and saved, run again to go on; 0 under torchrun)."""
-    from dist_train.runtime.world import read_placement
+    from dist_train.runtime.placement import read_placement
 
     options = with_config(Parser("train", "Train, or go on with the run of that name."), arguments)
     result = train(options.config, *options.overrides)

@@ -26,9 +26,10 @@ from dist_train.engine.parts import Parts
 from dist_train.engine.prepare import build_dataset, build_model, eval_loader
 from dist_train.engine.rundir import RunDir
 from dist_train.engine.state import load_weights
+from dist_train.runtime.placement import Placement, read_placement
 from dist_train.runtime.seeding import undisturbed_generators
 from dist_train.runtime.sidefiles import SideFileError, read_mapping
-from dist_train.runtime.world import Placement, World, open_world, read_placement
+from dist_train.runtime.world import World, open_world
 
 if TYPE_CHECKING:
     from dist_train.config.schema import Config

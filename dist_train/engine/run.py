@@ -25,9 +25,10 @@ from dist_train.engine.trainer import Trainer
 from dist_train.runtime import failure, signals
 from dist_train.runtime.lease import Lease, LeaseHeldError, LeaseLostError, look_at_owner
 from dist_train.runtime.peers import Peers
+from dist_train.runtime.placement import read_placement
 from dist_train.runtime.sidefiles import read_lines
 from dist_train.runtime.storage import LocalStorage, StorageError
-from dist_train.runtime.world import World, open_world, read_placement
+from dist_train.runtime.world import World, open_world
 from dist_train.tracking.console import Console, setup_logging
 
 if TYPE_CHECKING:
@@ -58,6 +59,9 @@ def train_in(world: World, config: Config, console: Console) -> dict[str, Any]:
         parts = build_parts(config, world, decision)  # whatever is wrong with the config has shown by now
         if decision.is_over(config, parts.plan.steps_per_epoch):
             return _already_completed(world, run, console)
+        world.barrier()
+        if not world.is_main:  # rank 0 may have to wait for another job's lease; it begins for all
+            signals.hold()
         check_shared(run, world)  # from here on things are written
         return Start(parts, run, console, decision).train()
     finally:
@@ -117,6 +121,7 @@ class Start:
             lease = self.run.own(self.console.note)
         except LeaseHeldError as error:
             raise ConfigError.single("run.name", str(error)) from None
+        signals.hold()
         owner = lease.number, lease.nonce
         decision = decide(self.config, self.run)
         if decision.is_over(self.config, self.parts.plan.steps_per_epoch):
@@ -230,7 +235,7 @@ class Start:
             host=socket.gethostname(),
             pid=os.getpid(),
             world_size=self.world.size,
-            nodes=-(-self.world.size // placement.local_size),
+            nodes=placement.nodes,
             launcher=placement.launcher,
             resumed_from=self.trainer.step,
         )

@@ -23,8 +23,8 @@ from dist_train.engine.predict import Meaning, Predicted, predict, read_meaning
 from dist_train.engine.prepare import eval_loader
 from dist_train.engine.restore import attribute_of, open_run
 from dist_train.engine.rundir import RunDir
+from dist_train.runtime.placement import read_placement
 from dist_train.runtime.seeding import seed_sample
-from dist_train.runtime.world import read_placement
 from dist_train.tracking.figures import Boundary, Confusion, Example, Regression, write_boundary
 from dist_train.tracking.report import Picture, write_report
 

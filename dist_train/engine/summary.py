@@ -78,7 +78,7 @@ def layer_lines(parts: Parts) -> list[str]:
 def _world(parts: Parts) -> str:
     world = parts.world
     place = f"{world.size} process" + ("es" if world.size > 1 else "")
-    nodes = -(-world.size // world.placement.local_size)
+    nodes = world.placement.nodes
     if nodes > 1:
         place += f" on {nodes} nodes"
     if world.backend is not None:

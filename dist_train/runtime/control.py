@@ -9,15 +9,10 @@ the largest posted tick plus one: every rank can reach it, and none has passed i
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import os
-import select
 import signal
-import socket
 import threading
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,13 +39,11 @@ class Control:
         self.rank, self.size, self.store = rank, size, dist.HashStore() if store is None else store
         self.sources = list(sources)
         self.reasons: dict[str, str] = {}
-        self._reader: socket.socket | None = signals.install()
         self._lock = threading.Condition()
         self._tick = 0  # the tick that the main thread has begun last
         self._hold: int | None = None  # while an agreement is open: the last tick that may begin
         self._actions: dict[int, set[str]] = {}
         self._handled = 0
-        self._last_interrupt: float | None = None
         self._closing = threading.Event()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="dist_train-control", daemon=True)
@@ -115,26 +108,10 @@ class Control:
                     self._lock.notify_all()
 
     def _listen(self) -> None:
-        if self._reader is None:
-            self._closing.wait(POLL_SECONDS)
-            return
-        ready, _, _ = select.select([self._reader], [], [], POLL_SECONDS)
-        if not ready:
-            return
-        with contextlib.suppress(BlockingIOError):
-            for number in self._reader.recv(64):
-                name = signal.Signals(number).name
-                log.info("received %s", name)
-                if number == signal.SIGINT:
-                    self._interrupted()
-                self._propose(STOP, name)
-
-    def _interrupted(self) -> None:
-        """Ctrl-C comes twice where a shell signals the group and torchrun forwards it: only a later one is a second wish."""
-        now = time.monotonic()
-        if self._last_interrupt is not None and now - self._last_interrupt > 1:
-            os._exit(130)
-        self._last_interrupt = self._last_interrupt or now
+        for number in signals.take(POLL_SECONDS):
+            name = signal.Signals(number).name
+            log.info("received %s", name)
+            self._propose(STOP, name)
 
     def _propose(self, action: str, reason: str) -> None:
         if action in self.reasons and action == STOP:

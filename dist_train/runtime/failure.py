@@ -16,9 +16,11 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dist_train.config.errors import ConfigError
 from dist_train.config.secrets import mask, visible
 from dist_train.runtime import signals
 from dist_train.runtime.here import DONE, EVALUATION, PHASES, STARTING, here
+from dist_train.runtime.placement import read_placement
 
 Record = dict[str, Any]
 
@@ -28,6 +30,7 @@ _PEER_GONE = re.compile(
     r"Timed out waiting \d+ms for (recv|send)|wait timeout after"
 )
 _PATIENCE = 10.0
+tells_config_errors = False  # whether the ranks have agreed that this one does, though it isn't rank 0
 _FRAME = re.compile(r'^ *File "([^"]+)", line (\d+), in (\S+)(?:\n +(?!File "|[~^])(.+))?', re.MULTILINE)
 _OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError", "can't allocate memory", "CUDA out of memory")
 _HINTS = {
@@ -44,8 +47,9 @@ _HINTS = {
 
 def rank_of_this_process() -> int:
     """The rank as the environment tells it, before anything was set up."""
-    values = (os.environ.get(name, "") for name in ("RANK", "SLURM_PROCID"))
-    return next((int(value) for value in values if value.isdigit()), 0)
+    with contextlib.suppress(ConfigError):
+        return read_placement(os.environ).rank
+    return 0
 
 
 def tell_config_error(text: str) -> None:
@@ -54,9 +58,11 @@ def tell_config_error(text: str) -> None:
     If nobody has ended this rank by then, rank 0 is of another opinion (a module that only this node lacks, say): it speaks.
     """
     rank = rank_of_this_process()
-    if rank != 0:
-        if signals.wait(_PATIENCE):
+    if rank != 0 and not tells_config_errors:
+        signals.hold()
+        if signals.take(_PATIENCE):
             return  # the launcher ends this rank, because rank 0 has spoken and left
+    if rank != 0:
         text = f"rank {rank} on {socket.gethostname()}:\n{text}"
     write_error_file(text, "")
     print(text, file=sys.stderr, flush=True)

@@ -26,8 +26,11 @@ PHASES = (
     "waiting for the other ranks",
     "done",
     "wrong config",
+    "stopped before the run had begun",
 )
-STARTING, DATA, FORWARD, BACKWARD, UPDATE, LOGGING, CALLBACK, EVALUATION, SAVING, MEETING, DONE, CONFIG = range(12)
+STARTING, DATA, FORWARD, BACKWARD, UPDATE, LOGGING, CALLBACK, EVALUATION, SAVING, MEETING, DONE, CONFIG, STOPPED = (
+    range(13)
+)
 
 
 class Here(ctypes.Structure):

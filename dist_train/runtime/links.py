@@ -6,21 +6,23 @@ own 0.05 (bench/RESULTS.md).
 
 from __future__ import annotations
 
+import contextlib
 import os
-import secrets
 import socket
 import struct
 import sys
-from collections.abc import Collection, Iterator
+import tempfile
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
+from dist_train.runtime.processes import machine
 from dist_train.runtime.world import World
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 PIECE = 64 << 10  # bytes; what both ends may have under way at once without waiting for each other
-CREDENTIALS = struct.Struct("3i")
+PATIENCE = 5.0  # seconds for one's partner to call, or to answer
 
 
 class Links:
@@ -35,38 +37,43 @@ class Links:
             self._connect(world, others)
 
     def _connect(self, world: World, others: Collection[int]) -> None:
-        """The higher rank of a pair calls the lower one, which succeeds on the same machine (and in the same container) only."""
-        name = f"\0dist_train-{secrets.token_hex(16)}"  # abstract: no file, and seen in one network namespace only
-        with socket.socket(socket.AF_UNIX) as ear:
-            ear.bind(name)
-            ear.listen(len(others) + 8)
-            names = world.gather(name[1:])
+        """The higher rank of a pair on one machine calls the lower one. What doesn't answer in time goes by torch.distributed.
+
+        Each listens in a directory that nobody else may enter, and is called by way of that directory's descriptor: whatever
+        TMPDIR is, an address has 108 bytes only.
+        """
+        with contextlib.ExitStack() as stack:
+            ear, folder = _listen(stack, len(others) + 8)
+            places = world.gather([machine(), os.getpid(), folder])
             for other in others:
-                if other < world.rank:
-                    line = socket.socket(socket.AF_UNIX)
-                    try:
-                        line.connect("\0" + names[other])
-                        line.sendall(struct.pack("i", world.rank))
-                        self._sockets[other] = line
-                    except OSError:
-                        line.close()
+                host, pid, theirs = places[other]
+                if other < world.rank and host == machine() and theirs is not None:
+                    self._call(f"/proc/{pid}/fd/{theirs}/ear", other, world.rank)
             called = world.gather(list(self._sockets))
-            expected = {rank for rank, whom in enumerate(called) if world.rank in whom}
-            for rank, line in self._callers(ear, len(expected)):
-                self._sockets[rank] = line
+            for _ in range(sum(world.rank in whom for whom in called)):
+                self._answer(ear)
+            agreed = world.gather(list(self._sockets))
+        for other in [other for other in self._sockets if world.rank not in agreed[other]]:
+            self._sockets.pop(other).close()  # one end alone has it
         for line in self._sockets.values():
+            line.settimeout(None)
             line.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * PIECE)
 
-    @staticmethod
-    def _callers(ear: socket.socket, count: int) -> Iterator[tuple[int, socket.socket]]:
-        while count:
+    def _call(self, address: str, other: int, rank: int) -> None:
+        line = socket.socket(socket.AF_UNIX)
+        line.settimeout(PATIENCE)
+        try:
+            line.connect(address)
+            line.sendall(struct.pack("i", rank))
+            self._sockets[other] = line
+        except OSError:
+            line.close()
+
+    def _answer(self, ear: socket.socket) -> None:
+        with contextlib.suppress(OSError, struct.error):
             line, _ = ear.accept()
-            _, user, _ = CREDENTIALS.unpack(line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size))
-            if user != os.geteuid():
-                line.close()  # a stranger
-                continue
-            yield struct.unpack("i", line.recv(4, socket.MSG_WAITALL))[0], line
-            count -= 1
+            line.settimeout(PATIENCE)
+            self._sockets[struct.unpack("i", line.recv(4, socket.MSG_WAITALL))[0]] = line
 
     def swap(self, mine: Tensor, theirs: Tensor, other: int) -> None:
         """Send `mine` to a rank that sends as much into `theirs`; both contiguous, on the CPU, of one shape and dtype."""
@@ -126,6 +133,21 @@ class Links:
         """Hang up; what is sent from now on goes by torch.distributed, if the others do the same."""
         while self._sockets:
             self._sockets.popitem()[1].close()
+
+
+def _listen(stack: contextlib.ExitStack, backlog: int) -> tuple[socket.socket, int | None]:
+    """A socket that listens at `ear` in a directory of its own, until `stack` closes; the directory's descriptor, if any."""
+    ear = stack.enter_context(socket.socket(socket.AF_UNIX))
+    ear.settimeout(PATIENCE)
+    try:
+        path = stack.enter_context(tempfile.TemporaryDirectory(prefix="dist_train-", ignore_cleanup_errors=True))
+        folder = os.open(path, os.O_PATH | os.O_DIRECTORY)
+        stack.callback(os.close, folder)
+        ear.bind(f"/proc/self/fd/{folder}/ear")
+        ear.listen(backlog)
+    except OSError:  # no room, or a file system without sockets
+        return ear, None
+    return ear, folder
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -23,7 +23,7 @@ from dist_train.runtime import failure
 from dist_train.runtime import here as place
 from dist_train.runtime.failure import Record
 from dist_train.runtime.heartbeat import Seat, heartbeat
-from dist_train.runtime.here import CONFIG, DONE, PHASES, STARTING, here
+from dist_train.runtime.here import CONFIG, DONE, PHASES, STARTING, STOPPED, here
 from dist_train.runtime.pace import Pace
 from dist_train.runtime.processes import stacks, start_again
 
@@ -108,18 +108,39 @@ class Peers:
                     return
                 time.sleep(0.02)
 
+    def stopped(self) -> None:
+        """A signal ends this rank before the run has begun: the others end too, and nobody calls it a failure.
+
+        Where a rank has failed, and the signal is only torchrun's answer to that, this rank ends as it would without it.
+        """
+        self._stop.set()
+        self._thread.join(timeout=1)
+        here.phase = STOPPED
+        if self.store is not None:
+            if self.store.check(["failure"]):
+                self._leave(json.loads(self.store.get("failure")), mine=False)
+            self._read()
+            self._look_for_the_dead()
+            self._post()
+
     def raised(self, error: BaseException) -> None:
         """This rank's main thread has raised. With peers it doesn't return, except for a config error, which the caller tells.
 
         Alone: puts what there is to say at the exception, for `failure.tell_crash`.
         """
-        if isinstance(error, ConfigError):
-            self.close(CONFIG)
+        if isinstance(error, ConfigError | KeyboardInterrupt):
+            self.close(CONFIG if isinstance(error, ConfigError) else STOPPED)
+            if isinstance(error, ConfigError):
+                self._settle_who_tells()
             return
         if getattr(error, "dist_train_record", None) is not None:
             return
         samples = self._samples_of(failure.standing(self.rank))
-        record = failure.describe(failure.or_of_a_worker(error, self.may_exit), self.rank, samples)
+        try:
+            told = failure.or_of_a_worker(error, self.may_exit)
+        except RuntimeError as late:  # out of SIGCHLD's handler, as the call began
+            told = late
+        record = failure.describe(told, self.rank, samples)
         record["logs"] = self._logs(self.rank)
         micro = self.micro_batch_size
         if micro and here.phase in (place.FORWARD, place.BACKWARD) and failure.is_out_of_memory(record["error"]):
@@ -136,6 +157,16 @@ class Peers:
         if failure.is_peer_failure(error):
             time.sleep(SETTLE_SECONDS)  # the watch finds who it was, and ends this process
         self._conclude(record)
+
+    def _settle_who_tells(self) -> None:
+        """A config error is told by rank 0, or where rank 0 hasn't found one, by the first that has."""
+        deadline = time.monotonic() + 1.5
+        with contextlib.suppress(Exception):
+            while self.store is not None and self.rank and time.monotonic() < deadline:
+                if json.loads(self.store.get("beat/0"))["phase"] == CONFIG:
+                    return
+                time.sleep(0.1)
+            failure.tells_config_errors = self.store is not None and self.store.add("words", 1) == 1
 
     def pace(self) -> dict[str, float]:
         """The spread over ranks of a step's own time and of its wait for data, for the metrics (rank 0; from heartbeats)."""
@@ -201,8 +232,10 @@ class Peers:
                 continue
             seat.hear(json.loads(self.store.get(f"beat/{rank}")))
             phase = seat.stands()["phase"]
-            if phase == CONFIG:
-                os._exit(2)  # it has told what is wrong with its config
+            if phase == STOPPED == here.phase:
+                continue  # as this rank is
+            if phase in (CONFIG, STOPPED):  # it has told what is wrong with its config, or that it was stopped
+                os._exit(2 if phase == CONFIG else 143)
             if phase != DONE and not self.store.check(["failure"]):
                 self._conclude(self._gone(seat))
 

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import functools
 import os
+import signal
 import socket
 import sys
 import tempfile
 from typing import NoReturn
 
+_PARENT = os.getppid()  # in a container the launcher may well be process 1
 AGAIN = "DIST_TRAIN_STARTED_AGAIN"  # how often this process has begun anew
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when its launcher dies, so that a killed torchrun leaves no orphans (Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None, use_errno=True).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
+        if os.getppid() != _PARENT:  # it was gone before the call
+            os._exit(1)
 
 
 @functools.cache

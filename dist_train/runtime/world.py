@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import itertools
 import json
 import os
-import signal
 import socket
-import subprocess
-import uuid
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_train.config.errors import ConfigError, Problem
+from dist_train.runtime import signals
 from dist_train.runtime.here import MEETING, STARTING, here
 from dist_train.runtime.peers import Peers
-from dist_train.runtime.processes import AGAIN
+from dist_train.runtime.placement import Placement, check_launcher, in_a_shell, join, meet
+from dist_train.runtime.processes import AGAIN, die_with_parent, machine
 
 if TYPE_CHECKING:
     import torch
@@ -28,76 +26,7 @@ if TYPE_CHECKING:
     from dist_train.config.schema import DistributedConfig
 
 
-# What `accelerate launch` may ask for by the environment and wouldn't get here.
-_NOT_TAKEN = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_FSDP": "its FSDP plugin",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
-    "ACCELERATE_DYNAMO_BACKEND": "a dynamo_backend (trainer.compile=true is the way here)",
-    "ACCELERATE_MIXED_PRECISION": "a mixed_precision beside no, fp16 and bf16",
-}
-_TAKEN = ("", "no", "false", "fp16", "bf16")
-_PARENT = os.getppid()  # in a container the launcher may well be process 1
 _GROUPS = itertools.count(1000 * int(os.environ.get(AGAIN, "0")))  # process groups that this process has joined
-
-
-@dataclass(frozen=True)
-class Placement:
-    """A process's place among the processes of its job, as the launcher's environment tells it."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    local_size: int = 1
-    node: int = 0
-    launcher: str = "none"  # none | torchrun | accelerate | srun
-
-    @property
-    def under_torchrun(self) -> bool:
-        """Whether a torchrun agent watches this process (`accelerate launch` with several processes is one)."""
-        return "TORCHELASTIC_RUN_ID" in os.environ
-
-
-def read_placement(env: Mapping[str, str]) -> Placement:
-    """The placement that `torchrun`, `accelerate launch` or `srun` left in the environment; one process if none did.
-
-    `accelerate launch` with one process sets no RANK; a shell inside a Slurm job has SLURM_PROCID but no step.
-    """
-    if "RANK" in env and "WORLD_SIZE" in env:
-        launcher = "accelerate" if "ACCELERATE_MIXED_PRECISION" in env else "torchrun"
-        size = int(env["WORLD_SIZE"])
-        local_size = int(env.get("LOCAL_WORLD_SIZE", size))
-        rank = int(env["RANK"])
-        local_rank, node = int(env.get("LOCAL_RANK", rank % local_size)), int(env.get("GROUP_RANK", rank // local_size))
-        return Placement(rank, size, local_rank, local_size, node, launcher)
-    if "SLURM_STEP_ID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        size, node = int(env["SLURM_STEP_NUM_TASKS"]), int(env.get("SLURM_NODEID", "0"))
-        local_size = _tasks_of_node(env.get("SLURM_STEP_TASKS_PER_NODE", str(size)), node)
-        return Placement(int(env["SLURM_PROCID"]), size, int(env["SLURM_LOCALID"]), local_size, node, "srun")
-    return Placement(launcher="accelerate" if "ACCELERATE_MIXED_PRECISION" in env else "none")
-
-
-def check_launcher(env: Mapping[str, str]) -> None:
-    """Refuse what accelerate's configuration asks for and would silently not get.
-
-    Raises:
-        ConfigError: naming each such setting.
-    """
-    asked = {name: what for name, what in _NOT_TAKEN.items() if env.get(name, "").lower() not in _TAKEN}
-    advice = "which isn't taken here: leave it out, as launch/accelerate/ddp.yaml does"
-    if asked:
-        told = [(f"{name}={env[name]}", f"asks for {what}, {advice}") for name, what in asked.items()]
-        raise ConfigError([Problem("accelerate launch", *problem) for problem in told])
-
-
-def _tasks_of_node(spec: str, node: int) -> int:
-    """Slurm writes the tasks of each node as `2(x3),1`: three nodes of two, then one of one."""
-    counts: list[int] = []
-    for part in spec.split(","):
-        count, _, times = part.partition("(x")
-        counts += [int(count)] * int(times.rstrip(")") or 1)
-    return counts[min(node, len(counts) - 1)]
 
 
 def usable_cpus() -> int:
@@ -109,23 +38,15 @@ def usable_cpus() -> int:
     return max(1, count)
 
 
-def die_with_parent() -> None:
-    """Ask the kernel to kill this process when its launcher dies, so that a killed torchrun leaves no orphans (Linux)."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None, use_errno=True).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
-        if os.getppid() != _PARENT:  # it was gone before the call
-            os._exit(1)
-
-
 def pick_device(choice: str, placement: Placement) -> torch.device:
-    """The device of this rank: `cuda:<local rank>` where GPUs are usable, else the CPU.
+    """The device of this rank: a GPU of its own where GPUs are usable, else the CPU.
 
     Raises:
         ConfigError: a GPU was asked for, or is there, but torch can't use it; or there are more ranks here than GPUs.
     """
     import torch
 
-    if choice == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
+    if _wants_cpu(choice):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "unset") in ("", "-1")
@@ -133,15 +54,33 @@ def pick_device(choice: str, placement: Placement) -> torch.device:
             raise ConfigError.single("distributed.device", _why_no_cuda(hidden))
         return torch.device("cpu")
     count = torch.cuda.device_count()
-    if placement.local_size > count:
+    if placement.gpu_ranks > count:
         raise ConfigError.single(
             "distributed.device",
-            f"{placement.local_size} processes were started on {socket.gethostname()}, which has {count} usable GPU(s); "
+            f"{placement.gpu_ranks} processes were started on {socket.gethostname()}, which has {count} usable GPU(s); "
             f"start {count} (torchrun --nproc_per_node={count}), or train on the CPU with distributed.device=cpu",
         )
-    device = torch.device("cuda", placement.local_rank)
+    device = torch.device("cuda", placement.gpu)
     torch.cuda.set_device(device)
     return device
+
+
+def _wants_cpu(choice: str) -> bool:
+    return choice == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+
+
+def visible_gpus(choice: str) -> str:
+    """The names of the GPUs that this process may use, as nobody else's are named; "" for none."""
+    import torch
+
+    if _wants_cpu(choice) or not torch.cuda.is_available():
+        return ""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = [listed] if "MIG" in listed else []
+    for index in range(torch.cuda.device_count()):
+        uuid = getattr(torch.cuda.get_device_properties(index), "uuid", None)
+        names.append(f"{machine()} {index}" if uuid is None else str(uuid))
+    return ", ".join(names)
 
 
 def _why_no_cuda(hidden: bool) -> str:
@@ -168,10 +107,17 @@ class World:
     Objects are shared through the rendezvous store, never by collectives, so that nothing of this disturbs the GPU streams.
     """
 
-    def __init__(self, placement: Placement, device: torch.device, store: Any = None, backend: str | None = None):
+    def __init__(
+        self,
+        placement: Placement,
+        device: torch.device,
+        store: Any = None,
+        backend: str | None = None,
+        peers: Peers | None = None,
+    ):
         self.placement, self.rank, self.size = placement, placement.rank, placement.size
         self.device, self.store, self.backend = device, store, backend
-        self.peers = Peers(self.rank, self.size)
+        self.peers = peers or Peers(self.rank, self.size)
         self._sequence = 0
 
     @property
@@ -219,14 +165,14 @@ class World:
         phase = here.phase
         if phase != STARTING:
             here.phase = MEETING
-        values = [json.loads(self.store.get(f"{key}/{rank}")) for rank in range(givers)]
+        values = [json.loads(value) for value in self.store.multi_get([f"{key}/{rank}" for rank in range(givers)])]
         here.phase = phase
         return values
 
 
 @contextlib.contextmanager
 def open_world(config: DistributedConfig, placement: Placement) -> Iterator[World]:
-    """Join the other processes of the job: device, process group (NCCL on CUDA, gloo on CPU) and store.
+    """Join the other processes of the job: store, device and process group (NCCL on CUDA, gloo on CPU).
 
     The process group's timeout is the hang timeout plus a minute, so that whoever watches for hangs speaks first. An
     exception inside (other than a ConfigError) ends this process and all others, where there are others: see `Peers`.
@@ -235,52 +181,51 @@ def open_world(config: DistributedConfig, placement: Placement) -> Iterator[Worl
         ConfigError: the device can't be had (see `pick_device`), or the launcher asks for what there isn't (`check_launcher`).
     """
     import torch
-
-    check_launcher(os.environ)
-    device = pick_device(config.device, placement)
-    torch.set_num_threads(_threads(config.threads, placement, device))
-    if placement.size == 1:
-        yield from _watched(World(placement, device), config)
-        return
     import torch.distributed as dist
 
-    if placement.launcher == "srun":
-        _name_master()
-    die_with_parent()
+    check_launcher(os.environ)
+    if placement.under_torchrun or placement.launcher in ("accelerate", "srun", "mpirun"):
+        die_with_parent()
     timeout = timedelta(seconds=config.hang_timeout.value + 60)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    store, rank, size = next(dist.rendezvous("env://", placement.rank, placement.size, timeout=timeout))
-    store.set_timeout(timeout)
-    # A process that trains a second time would else meet the keys of its first group in the launcher's store, and hang.
-    store = dist.PrefixStore(f"group-{next(_GROUPS)}", store)
-    dist.init_process_group(
-        backend,
-        store=store,
-        rank=rank,
-        world_size=size,
-        timeout=timeout,
-        device_id=device if device.type == "cuda" else None,
-    )
+    launchers = own = backend = None
+    if placement.size > 1:
+        # A process that trains a second time would else meet the keys of its first group in the launcher's store, and hang.
+        launchers = dist.PrefixStore(f"group-{next(_GROUPS)}", join(placement, timeout))
+        placement, word = meet(placement, launchers, visible_gpus(config.device), timeout.total_seconds())
+        own = dist.PrefixStore(f"dist_train/{word}", launchers)  # an agent's store outlives a restart of its workers
+    elif placement.launcher == "none" and in_a_shell(os.environ):
+        print("warning: a shell of `srun --pty`: training with this process alone", file=sys.stderr, flush=True)
+    peers = Peers(placement.rank, placement.size, own and own.clone(), config.hang_timeout.value)
+    peers.start()
+    signals.before_end(peers.stopped)
     try:
-        # An agent's store outlives a restart of its workers: a fresh prefix keeps old keys out.
-        prefix = [uuid.uuid4().hex]
-        dist.broadcast_object_list(prefix, src=0, device=torch.device("cpu"))
-        yield from _watched(
-            World(placement, device, dist.PrefixStore(f"dist_train/{prefix[0]}", store), backend), config
-        )
-    finally:
-        dist.destroy_process_group()
-
-
-def _watched(world: World, config: DistributedConfig) -> Iterator[World]:
-    world.peers = Peers(world.rank, world.size, world.clone_store(), config.hang_timeout.value)
-    world.peers.start()
-    try:
-        yield world
+        device = pick_device(config.device, placement)
+        torch.set_num_threads(_threads(config.threads, placement, device))
+        if launchers is not None:
+            backend = _join_group(launchers, placement, device, timeout)
+        yield World(placement, device, own, backend, peers)
+        peers.close()
     except BaseException as error:
-        world.peers.raised(error)
+        peers.raised(error)
+        if Peers.may_exit:
+            backend = None  # this process says what is wrong and ends; the group would first wait for the others
         raise
-    world.peers.close()
+    finally:
+        signals.before_end(None)
+        if backend is not None:
+            dist.destroy_process_group()
+
+
+def _join_group(store: Any, placement: Placement, device: torch.device, timeout: timedelta) -> str:
+    import torch.distributed as dist
+
+    cuda = device.type == "cuda"
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(
+        backend, store=store, rank=placement.rank, world_size=placement.size, timeout=timeout,
+        device_id=device if cuda else None,
+    )  # fmt: skip
+    return backend
 
 
 def _threads(choice: int | str, placement: Placement, device: torch.device) -> int:
@@ -293,21 +238,3 @@ def _threads(choice: int | str, placement: Placement, device: torch.device) -> i
     if os.environ.get("OMP_NUM_THREADS", "").isdigit():
         return max(1, int(os.environ["OMP_NUM_THREADS"]))
     return 1 if device.type == "cuda" else max(1, usable_cpus() // placement.local_size)
-
-
-def _name_master() -> None:
-    """Under a bare `srun` nobody says where rank 0 lives: the step's first host, and a port that follows from the job."""
-    env = os.environ
-    job, step = int(env.get("SLURM_JOB_ID", "0")), int(env.get("SLURM_STEP_ID", "0"))
-    env.setdefault("MASTER_PORT", str(20000 + (job * 7 + step) % 20000))
-    if "MASTER_ADDR" in env:
-        return
-    nodes = env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", ""))
-    try:
-        listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        message = (
-            f"can't tell the first host of {nodes!r} (scontrol failed: {error}); export MASTER_ADDR in the batch script"
-        )
-        raise ConfigError.single("MASTER_ADDR", message) from None
-    env["MASTER_ADDR"] = listed.stdout.split()[0]

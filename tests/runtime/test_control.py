@@ -34,7 +34,7 @@ def run_ranks(size: int, ticks: int, ask: dict[int, tuple[int, str]], seed: int)
             if rank in ask and ask[rank][0] == tick:
                 wishes[rank].append((ask[rank][1], f"rank {rank}"))
             time.sleep(pauses.random() * 0.02)
-            barrier.wait()  # the collective
+            barrier.wait(timeout=30)  # the collective
             for action in controls[rank].due():
                 told[rank].append((tick, action))
             if any(action == STOP for _, action in told[rank]):
@@ -42,7 +42,7 @@ def run_ranks(size: int, ticks: int, ask: dict[int, tuple[int, str]], seed: int)
 
     for control in controls:
         control.start()
-    threads = [threading.Thread(target=main, args=(rank,)) for rank in range(size)]
+    threads = [threading.Thread(target=main, args=(rank,), daemon=True) for rank in range(size)]
     for thread in threads:
         thread.start()
     for thread in threads:

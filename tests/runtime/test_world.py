@@ -2,45 +2,124 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import threading
 
 import pytest
+import torch.distributed as dist
 from runs import environment
 
 from dist_train.config.errors import ConfigError
-from dist_train.runtime.world import Placement, check_launcher, pick_device, read_placement
+from dist_train.runtime import placement
+from dist_train.runtime.placement import Placement, check_launcher, meet, read_placement
+from dist_train.runtime.world import pick_device
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "6", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "1"}
 SRUN = {
     "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "5", "SLURM_PROCID": "4", "SLURM_LOCALID": "0", "SLURM_NODEID": "2",
     "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
 }  # fmt: skip
+OMPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
+HYDRA = {"PMI_RANK": "1", "PMI_SIZE": "4", "MPI_LOCALNRANKS": "4"}
+ALONE = (0, 1, "none")
 
 
 @pytest.mark.parametrize(
     ("env", "expected"),
     [
-        ({}, Placement()),
-        (TORCHRUN, Placement(3, 6, 1, 2, 1, "torchrun")),
-        ({**TORCHRUN, "ACCELERATE_MIXED_PRECISION": "no"}, Placement(3, 6, 1, 2, 1, "accelerate")),
-        ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}, Placement(launcher="accelerate")),
-        (SRUN, Placement(4, 5, 0, 1, 2, "srun")),
-        ({**SRUN, **TORCHRUN}, Placement(3, 6, 1, 2, 1, "torchrun")),
-        ({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, Placement()),
+        ({}, ALONE),
+        (TORCHRUN, (3, 6, "torchrun")),
+        ({**TORCHRUN, "ACCELERATE_MIXED_PRECISION": "no"}, (3, 6, "accelerate")),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}, (0, 1, "accelerate")),
+        ({"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "run-master-0"}, (3, 4, "environment")),
+        ({"WORLD_SIZE": "1"}, ALONE),
+        (SRUN, (4, 5, "srun")),
+        ({**SRUN, **TORCHRUN}, (3, 6, "torchrun")),
+        ({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, ALONE),
+        ({**SRUN, "SLURM_PTY_PORT": "33781"}, ALONE),
+        (OMPI, (1, 2, "mpirun")),
+        (HYDRA, (1, 4, "mpirun")),
+        ({**SRUN, "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", **OMPI}, (1, 2, "mpirun")),
+        ({**SRUN, "PMI_RANK": "4", "PMI_SIZE": "5"}, (4, 5, "srun")),
     ],
     ids=[
         "nothing",
         "torchrun",
         "accelerate",
         "accelerate with one process",
+        "Kubernetes' PyTorchJob",
+        "one process of one",
         "srun",
         "torchrun inside srun",
         "a batch script",
+        "a shell of srun --pty",
+        "Open MPI",
+        "MPICH",
+        "Open MPI on a node each by srun",
+        "srun --mpi=pmi2",
     ],
 )
-def test_placement_follows_from_the_launcher(env: dict[str, str], expected: Placement) -> None:
-    assert read_placement(env) == expected
+def test_rank_and_size_follow_from_the_launcher(
+    env: dict[str, str], expected: tuple[int, int, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(placement, "in_a_shell", lambda env: "SLURM_PTY_PORT" in env)  # it has a terminal
+    place = read_placement(env)
+    assert (place.rank, place.size, place.launcher) == expected
+
+
+def test_steps_started_in_a_shell_of_srun_have_no_terminal_and_are_jobs() -> None:
+    """In a session of its own: the variables alone, which such steps inherit, don't make a shell."""
+    script = "import os; os.setsid(); from dist_train.runtime.placement import read_placement as r; print(r(os.environ).size)"
+    env = environment(**SRUN, SLURM_PTY_PORT="33781")
+    assert subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True).stdout == "5\n"
+
+
+@pytest.mark.parametrize(
+    "env", [{"RANK": "3"}, {"WORLD_SIZE": "4"}, {"RANK": "4", "WORLD_SIZE": "4"}, {"PMIX_RANK": "1"}]
+)
+def test_half_a_place_is_refused_with_what_is_missing(env: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match=f"the environment says .*unset {next(iter(env))}"):
+        read_placement(env)
+
+
+def test_hosts_and_gpus_are_told_apart_by_what_their_ranks_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks 0 and 2 on one host and 1 and 3 on another, as a launcher may deal them; rank 3 sees a GPU of its own."""
+    store, found = dist.HashStore(), {}
+    name = threading.local()
+    monkeypatch.setattr(placement, "machine", lambda: name.host)
+
+    def one(rank: int) -> None:
+        name.host = ("a", "b")[rank % 2]
+        gpus = "GPU-9" if rank == 3 else f"GPU-{rank % 2}0, GPU-{rank % 2}1"
+        place, word = meet(Placement(rank, 4), store, gpus, 20.0)
+        found[rank] = (place.local_rank, place.local_size, place.nodes, place.gpu, place.gpu_ranks, word)
+
+    threads = [threading.Thread(target=one, args=(rank,), daemon=True) for rank in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert {rank: place[:5] for rank, place in found.items()} == {
+        0: (0, 2, 2, 0, 2), 1: (0, 2, 2, 0, 1), 2: (1, 2, 2, 1, 2), 3: (1, 2, 2, 0, 1),
+    }  # fmt: skip
+    assert len({place[5] for place in found.values()}) == 1
+
+
+def test_a_wait_for_partners_says_how_many_are_there_and_what_it_went_by(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(placement, "_SAY_SECONDS", (0.1, 60.0))
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    store = dist.HashStore()
+    store.set("here/2", "")
+    with pytest.raises(TimeoutError, match="2 of 4 processes are here, no word of rank 1, 3"):
+        meet(read_placement(os.environ), store, "", 0.5)
+    told = capsys.readouterr().err
+    assert told.count("2 of 4 processes are here") == 1
+    assert "by RANK=0, WORLD_SIZE=4, MASTER_ADDR=node1, MASTER_PORT=29500 (environment)" in told
 
 
 def test_what_accelerate_asks_for_and_would_not_get_is_refused_all_at_once() -> None:
@@ -62,17 +141,3 @@ def test_a_gpu_that_is_asked_for_and_hidden_is_an_error_with_the_cure(monkeypatc
     with pytest.raises(ConfigError, match=r"CUDA_VISIBLE_DEVICES hides all of them.*distributed\.device=cpu"):
         pick_device("cuda", Placement())
     assert pick_device("auto", Placement()).type == "cpu"
-
-
-def test_signals_reach_the_socket_while_the_main_thread_is_busy() -> None:
-    """In a process of its own: handlers are the process's."""
-    script = (
-        "import os, select, signal, time\n"
-        "from dist_train.runtime import signals\n"
-        "reader = signals.install()\n"
-        "os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGUSR1)\n"
-        "select.select([reader], [], [], 5)\n"
-        "print(sorted(reader.recv(16)))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True, timeout=30)
-    assert done.stdout.strip() == "[10, 15]", done.stderr

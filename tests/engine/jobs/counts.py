@@ -25,7 +25,8 @@ from dist_train.engine.modules import Modules
 from dist_train.engine.precision import Precision
 from dist_train.engine.step import Stepper
 from dist_train.engine.task import Supervised
-from dist_train.runtime.world import World, open_world, read_placement
+from dist_train.runtime.placement import read_placement
+from dist_train.runtime.world import World, open_world
 
 
 class Reads(TorchDispatchMode):

@@ -23,7 +23,8 @@ from dist_train.engine.precision import Precision
 from dist_train.engine.reduce import DataParallel, OneBucket, Reducer, SingleProcess, reducer_for
 from dist_train.engine.step import Stepper
 from dist_train.engine.task import Supervised
-from dist_train.runtime.world import World, open_world, read_placement
+from dist_train.runtime.placement import read_placement
+from dist_train.runtime.world import World, open_world
 
 BATCH = 22  # divisible by neither 3 nor 4
 GENERATOR = torch.Generator().manual_seed(1)
