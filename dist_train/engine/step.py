@@ -155,7 +155,7 @@ class Stepper:
         bad = False
         if self.scaler is not None:  # it skips for what it has seen itself, before the division
             for found in self.scaler._found_inf_per_device(self.optimizer).values():
-                found.add_(self.guard.found)
+                torch.maximum(found, self.guard.found, out=found)  # kernels ask whether it is 1
         if self.guard.on_host:
             bad = self.guard.read(loss, self.grad_norm)
             if bad and before is not None:

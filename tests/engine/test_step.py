@@ -142,6 +142,88 @@ def test_findings_that_are_read_later_leave_the_update_out_and_name_the_step(
     assert (steppers[0].guard.skipped, steppers[1].guard.skipped) == (1, 0)
 
 
+def overflows_in_the_division(outputs: Tensor, targets: Tensor) -> tuple[Tensor, float]:
+    """Its sum and the gradient of that are finite, and no longer over this weight."""
+    return (outputs - targets).pow(2).sum() * 1e9, 1e-35
+
+
+@pytest.mark.parametrize("on_host", [True, False])
+@pytest.mark.parametrize(
+    ("loss", "options", "told"),
+    [
+        (overflows_in_the_division, {}, "weight"),
+        (lambda o, t: (o.sum() * 1e25, 1.0), {"clip_norm": 1.0}, "norm of the gra"),
+    ],
+)
+def test_what_only_becomes_inf_behind_the_backward_is_found_before_the_update(
+    on_host: bool, loss: Any, options: Any, told: str
+) -> None:
+    layer = net()
+    made = build_optimizer({"_target_": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9}, layer, CPU)
+    step = stepper(layer, made, **options)
+    step.reducer.task = Supervised(Loss(loss))
+    step.guard = FiniteGuard(
+        layer, made, CPU, scaled=False, skip=False, indices_of=lambda s: np.arange(8), on_host=on_host
+    )
+    before = layer.weight.detach().clone()
+
+    def run() -> None:
+        step(work(0), want_norm=False)
+        step.guard.read()
+
+    with pytest.raises(NonFiniteError, match=told if on_host else "the update was skipped"):
+        run()
+    assert torch.equal(layer.weight, before)
+
+
+@pytest.mark.parametrize(("precision", "on_host"), [("fp32", True), ("fp32", False), ("fp16", True), ("fp16", False)])
+def test_a_first_step_that_is_left_out_leaves_buffers_and_momentum_as_if_it_had_not_been(
+    precision: str, on_host: bool
+) -> None:
+    """Also where nobody reads the finding, as on CUDA: torch's fused SGD has no momentum yet then, only memory as it was."""
+    bad = INPUTS.clone()
+    bad[0] = math.inf
+    found = []
+    for inputs in ((bad, INPUTS, INPUTS), (INPUTS, INPUTS)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1))
+        made = build_optimizer({"_target_": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9}, model, CPU)
+        step = stepper(model, made, precision, skip=True)
+        if step.scaler is not None:
+            step.scaler = step.reducer.scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+        step.guard = FiniteGuard(
+            model, made, CPU, scaled=precision == "fp16", skip=True, indices_of=lambda s: np.arange(8), on_host=on_host
+        )
+        junk = [torch.full((n,), 1e3) for n in (1, 3) for _ in range(99)]  # what unwritten memory would hold
+        del junk
+        for k, part in enumerate(inputs):
+            step(work(3 - len(inputs) + k, part), want_norm=False)
+        step.guard.read()
+        found.append((step, made, model.state_dict()))
+    (step, made, state), (_, other, expected) = found
+    assert step.guard.skipped == 1
+    assert {name: value.tolist() for name, value in state.items()} == {name: v.tolist() for name, v in expected.items()}
+    momenta = [[s["momentum_buffer"].tolist() for s in optimizer.state.values()] for optimizer in (made, other)]
+    assert momenta[0] == momenta[1]
+
+
+def test_filled_in_momentum_has_the_bits_of_torchs_first_step() -> None:
+    ours, plain = net(), net()
+    made = build_optimizer({"_target_": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9, "nesterov": True}, ours, CPU)
+    assert made.param_groups[0]["fused"]
+    reference = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9, nesterov=True, fused=True)
+    for _ in range(2):
+        for layer, optimizer in ((ours, made), (plain, reference)):
+            layer.weight.grad, layer.bias.grad = torch.tensor([[-0.0, 0.0, 1e-3]]), torch.ones(1)
+            optimizer.step()
+        for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
+            bits = [
+                optimizer.state[p]["momentum_buffer"].view(torch.int32) for optimizer, p in ((made, a), (reference, b))
+            ]
+            assert torch.equal(*bits)
+            assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precisions_train_on_the_cpu_too(precision: str) -> None:
     layer, plain = net(), net()
