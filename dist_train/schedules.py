@@ -1,5 +1,5 @@
-"""Learning rate schedules beyond torch's own (see `dist_train.engine.optim`)."""
+"""Learning rate schedules beyond torch's own (see `dist_train.engine.schedule`)."""
 
-from dist_train.engine.optim import WarmupCosine
+from dist_train.engine.schedule import WarmupCosine
 
 __all__ = ["WarmupCosine"]

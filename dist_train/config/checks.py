@@ -98,7 +98,7 @@ def _scheduler(config: Config) -> Iterator[Finding]:
             yield f"scheduler.{name}", str(error)
     if config.trainer.duration.is_time and scheduler.get("horizon") is None:
         cure = "set scheduler.horizon to epochs or steps"
-        for name in (name for name, value in scheduler.items() if value == "total_steps"):
+        for name in (name for name, value in _flat(scheduler) if value == "total_steps"):
             yield f"scheduler.{name}", f"total_steps isn't known while trainer.duration is a time; {cure}"
     if scheduler.get("metric") is not None and not isinstance(scheduler["metric"], str):
         yield "scheduler.metric", f"expected a metric such as val/loss, found {describe(scheduler['metric'])}"
@@ -108,6 +108,15 @@ def _scheduler(config: Config) -> Iterator[Finding]:
         if scheduler.get("every") is not None:
             cure = "leave `every` out"
             yield "scheduler.every", f"ReduceLROnPlateau goes by evaluations (trainer.evaluate_every); {cure}"
+
+
+def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted keys of everything in a value."""
+    if isinstance(value, dict | list):
+        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _flat(item, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, value
 
 
 def _watched(config: Config) -> Iterator[Finding]:

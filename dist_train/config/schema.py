@@ -325,11 +325,13 @@ class Config(Section):
     )
     scheduler: Component | None = consent(
         None,
-        "Called with the optimizer. Reserved keys: `every` (how often it is stepped, e.g. 1step or 1ep; by default "
-        "1step for OneCycleLR, CyclicLR and WarmupCosine, else 1ep; ReduceLROnPlateau goes by evaluations), `metric` "
-        "(what ReduceLROnPlateau watches, by default the metric of checkpoint.keep_best), `horizon` (the duration that "
-        "`total_steps` counts, by default trainer.duration at the first start). The values `total_steps` and "
-        "`steps_per_epoch` are replaced by the numbers.",
+        "Called with the optimizer; schedulers inside it get it too. Reserved keys: `every` (how often it is stepped, "
+        "1step or 1ep, say; by default 1step for OneCycleLR, CyclicLR, WarmupCosine and those of transformers, else "
+        "1ep; needed for LambdaLR, for mixtures, and for functions that get numbers; ReduceLROnPlateau goes by "
+        "evaluations), `metric` (what ReduceLROnPlateau watches, by default the metric of checkpoint.keep_best; its "
+        "`mode` follows from it), `horizon` (the duration that `total_steps` counts, by default trainer.duration at the "
+        "first start). The values `total_steps` and `steps_per_epoch` are replaced by the numbers, counted in `every`: "
+        "with 1ep, `total_steps` is the number of epochs.",
     )
     callbacks: list[Component] = consent([], "Objects with hooks (dist_train.callbacks.Callback), called in order.")
     trainer: TrainerConfig = Field(default_factory=TrainerConfig, description=about(TrainerConfig))

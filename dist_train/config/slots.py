@@ -84,6 +84,7 @@ SLOTS: dict[str, Slot] = {
 
 
 _ANYTHING = Slot("anything", lambda kind: True)  # an argument of a component
+_PART = Slot("anything", lambda kind: True, ("optimizer",))  # of a scheduler: gets the optimizer where it takes one
 
 
 def check_components(config: Config) -> list[Problem]:
@@ -117,15 +118,15 @@ def _specs(config: Config) -> Iterator[tuple[Key, Slot, Any]]:
             if item is not None and not isinstance(item, str):
                 yield place, slot, item
                 own, _ = components.reserved(item, slot.own)
-                yield from _nested(place, own)
+                yield from _nested(place, own, _PART if name == "scheduler" else _ANYTHING)
 
 
-def _nested(key: Key, value: Any) -> Iterator[tuple[Key, Slot, Any]]:
+def _nested(key: Key, value: Any, slot: Slot) -> Iterator[tuple[Key, Slot, Any]]:
     if isinstance(value, dict | list):
         for name, item in value.items() if isinstance(value, dict) else enumerate(value):
             if components.is_spec(item):
-                yield (*key, name), _ANYTHING, item
-            yield from _nested((*key, name), item)
+                yield (*key, name), slot, item
+            yield from _nested((*key, name), item, slot)
 
 
 def _live(key: Key, slot: Slot, value: Any) -> Iterator[Finding]:
@@ -167,20 +168,23 @@ def _arguments(
     """What doesn't fit a signature, all of it (`Signature.bind` stops at the first)."""
     name = _name(spec)
     keywords, extra = components.reserved(spec, ("_target_", "_args_", *slot.own))
-    given = [*slot.gives, *spec.get("_args_", [])]
     parameters = list(form.parameters.values())
     kinds = {p.kind for p in parameters}
     places = [p.name for p in parameters if p.kind in (_Kind.POSITIONAL_ONLY, _Kind.POSITIONAL_OR_KEYWORD)]
     named = {p.name: p for p in parameters if p.kind in (_Kind.POSITIONAL_OR_KEYWORD, _Kind.KEYWORD_ONLY)}
-    filled = places[: len(given)]
-    ours = filled[: len(slot.gives)]  # what the engine gives
+    by_name = [name for name in slot.gives if name in named and name not in places[:1]]
+    places = [name for name in places if name not in by_name]
+    gives = [] if by_name or (slot is _PART and "optimizer" not in places) else slot.gives
+    given = [*gives, *spec.get("_args_", [])]
+    filled = [*by_name, *places[: len(given)]]
+    ours = filled[: len(by_name or gives)]  # what the engine gives
     if len(given) > len(places) and _Kind.VAR_POSITIONAL not in kinds:
         yield (*key, "_args_"), f"{name} takes {len(places)} positional arguments, found {len(given)}"
     for argument, value in keywords.items():
         if argument in filled and argument in named:
             by = "the engine gives it" if argument in ours else "it is in _args_ too"
             yield (*key, argument), f"{name} gets {argument} twice: {by}; leave it out here"
-        elif argument in named and not (key == ("scheduler",) and value in ("total_steps", "steps_per_epoch")):
+        elif argument in named and not (key[0] == "scheduler" and value in ("total_steps", "steps_per_epoch")):
             yield from _value((*key, argument), name, named[argument], value)
     groups = extra["groups"] if isinstance(extra.get("groups"), list) else []
     groups = [(("groups", index), group) for index, group in enumerate(groups) if isinstance(group, dict)]

@@ -23,7 +23,7 @@ from dist_train.engine.evaluate import Evaluator
 from dist_train.engine.losses import Loss
 from dist_train.engine.metrics import Metric, Whole, build_metrics, is_lower_better
 from dist_train.engine.modules import Modules
-from dist_train.engine.optim import Schedule, build_optimizer
+from dist_train.engine.optim import build_optimizer
 from dist_train.engine.parameters import check_optimizer
 from dist_train.engine.pictures import Pictures
 from dist_train.engine.precision import Precision, agreed, resolve_precision
@@ -36,6 +36,7 @@ from dist_train.engine.prepare import (
     seed_everything,
 )
 from dist_train.engine.reduce import Reducer, reducer_for
+from dist_train.engine.schedule import Schedule, Span
 from dist_train.engine.step import Stepper
 from dist_train.engine.stopping import StopWhen, in_steps
 from dist_train.engine.task import Supervised, Task
@@ -53,6 +54,7 @@ class Parts:
     Args:
         fresh: the run begins, so that `transfer.weights` are loaded; otherwise a checkpoint's follow.
         fits: with `trainer.micro_batch_size: auto`, the most samples of a forward, where memory has run out before.
+        horizon: the optimizer steps that the schedule has spanned so far; None: the run begins.
 
     Attributes:
         notes: lines for the person, on what `transfer` did to the model.
@@ -61,9 +63,17 @@ class Parts:
     Every part raises ConfigError, naming its key, where it can't be built.
     """
 
-    def __init__(self, config: Config, world: World, *, fresh: bool = False, fits: int | None = None):
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        *,
+        fresh: bool = False,
+        fits: int | None = None,
+        horizon: int | None = None,
+    ):
         self.config, self.world = config, world
-        self.fresh, self.fits = fresh, fits
+        self.fresh, self.fits, self._horizon = fresh, fits, horizon
         self.notes: list[str] = []
         self.memory_format: torch.memory_format | None = None
         if config.distributed.deterministic is True:
@@ -244,6 +254,8 @@ class Parts:
     def horizon(self) -> int | None:
         """The optimizer steps that a schedule spans: `scheduler.horizon`, else the duration; None if that is a time."""
         asked = self.config.scheduler.get("horizon") if isinstance(self.config.scheduler, dict) else None
+        if not asked and self._horizon is not None:
+            return self._horizon
         duration = Duration.parse(str(asked)) if asked else self.config.trainer.duration
         return in_steps(duration, self.plan.steps_per_epoch)
 
@@ -252,21 +264,26 @@ class Parts:
         """The schedule of the learning rate."""
         if self.config.scheduler is None:
             return None
+        asked = self.config.scheduler.get("metric") if isinstance(self.config.scheduler, dict) else None
+        metric, mode = self.keep_best or ("val/loss", "min")
+        if asked not in (None, metric):
+            metric, mode = asked, "min" if is_lower_better(asked, self.metrics) else "max"
+        steps = self.plan.steps_per_epoch
+        span = Span(self.horizon, steps, in_steps(self.config.trainer.duration, steps))
         with building("scheduler"):
-            return Schedule(
-                self.config.scheduler,
-                self.optimizer,
-                horizon=self.horizon,
-                steps_per_epoch=self.plan.steps_per_epoch,
-                default_metric=(self.keep_best or ("val/loss",))[0],
-            )
+            schedule = Schedule(self.config.scheduler, self.optimizer, span, (metric, mode))
+        if schedule.on_plateau and ("val" not in self.datasets or self.config.trainer.evaluate_every is None):
+            message = "ReduceLROnPlateau looks at evaluations during training: set data.val and trainer.evaluate_every"
+            raise ConfigError.single("scheduler", message)
+        return schedule
 
     def keep_horizon(self, horizon: int | None) -> None:
         """Let the schedule span what it did when the run was begun, unless the config says it."""
         asked = isinstance(self.config.scheduler, dict) and self.config.scheduler.get("horizon")
         if not asked and horizon not in (None, self.horizon):
             self.horizon = horizon
-            del self.optimizer, self.schedule  # a schedule leaves its traces in the optimizer
+            for name in ("optimizer", "schedule"):  # a schedule leaves its traces in the optimizer
+                self.__dict__.pop(name, None)
 
     @cached_property
     def ema(self) -> EMA | None:

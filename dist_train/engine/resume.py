@@ -37,6 +37,7 @@ class Decision:
         done: step and seconds of a completed run of which a changed config may want more.
         fits: the most samples of a forward, where memory has run out before.
         warnings: what can't be read there, and what counts instead.
+        horizon: the optimizer steps that the schedule has spanned so far.
     """
 
     action: str = "fresh"
@@ -46,6 +47,7 @@ class Decision:
     done: tuple[int, float] | None = None
     fits: int | None = None
     warnings: list[str] = field(default_factory=list)
+    horizon: int | None = None
 
     def is_over(self, config: Config, steps_per_epoch: int) -> bool:
         """Whether the run is completed, and has been trained for at least the duration of this config."""
@@ -74,6 +76,7 @@ def decide(config: Config, run: RunDir) -> Decision:
             "run.name, or delete that directory",
         )
     location, source, warnings = run.location, None, list[str]()
+    newest = next(store.published(), None)
     fits = (run.read_json(MICRO_BATCHES, warnings.append) or {}).get("micro_batch_size")
     result = run.read_json("result.json", warnings.append)
     completed = result is not None and result["state"] == "completed"
@@ -90,7 +93,7 @@ def decide(config: Config, run: RunDir) -> Decision:
             found = find_at(expand_path(resume))
         except CheckpointError as error:
             raise ConfigError.single("checkpoint.resume", str(error)) from None
-        old, location, source = found.told("config", dict), found.location, found.location
+        old, location, source, newest = found.told("config", dict), found.location, found.location, found
     else:
         return Decision(fits=fits, warnings=warnings)
     changes = compare(old, config.to_dict())
@@ -105,7 +108,7 @@ def decide(config: Config, run: RunDir) -> Decision:
     if done and not known:
         message = f"{run.location} is completed, and its checkpoints are gone: it can't be trained on. {_CURE}"
         raise ConfigError.single("run.name", message)
-    return Decision("resume", lines, keys, source, done, fits, warnings)
+    return Decision("resume", lines, keys, source, done, fits, warnings, newest.meta.get("horizon") if newest else None)
 
 
 def _config_before(run: RunDir, store: CheckpointStore, warnings: list[str]) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def build_parts(config: Config, world: World, decision: Decision) -> Parts:
     Raises:
         ConfigError: one of them can't be built.
     """
-    parts = Parts(config, world, fresh=decision.action == "fresh", fits=decision.fits)
+    parts = Parts(config, world, fresh=decision.action == "fresh", fits=decision.fits, horizon=decision.horizon)
     parts.build()
     return parts
 

@@ -168,9 +168,8 @@ def restore(parts: Parts, found: Found, changed: Sequence[str], note: Callable[[
     progress = Progress(**state["progress"])
     if any(key.startswith(("optimizer", "scheduler", "transfer.freeze")) for key in changed):
         state.pop("schedule", None)
-        if schedule is not None and not schedule.on_plateau:  # a new one is brought to where it would stand by now
-            for _ in range(progress.step // (in_steps(schedule.every, parts.plan.steps_per_epoch) or 1)):
-                schedule.step()
+        if schedule is not None:  # a new one is brought to where it would stand by now
+            schedule.advance(progress.step // (in_steps(schedule.every, parts.plan.steps_per_epoch) or 1))
     if any(key.startswith("trainer.stop_when") for key in changed):
         state.pop("stop_when", None)
     if parts.ema is not None and "ema" in found.parts:

@@ -51,6 +51,7 @@ def start_lines(parts: Parts, trainer: Trainer, run: RunDir, resumed: int) -> Li
         *(("note", note) for note in parts.train_loader.notes),
         ("note", LIVE if config.has_live_objects else ""),
         ("note", parts.precision.note or ""),
+        ("note", parts.schedule.note if parts.schedule is not None else ""),
     ]
     count = torch.cuda.device_count() if world.size == 1 and world.device.type == "cuda" else 1
     if count > 1:

@@ -18,9 +18,10 @@ from dist_train.engine.ema import EMA
 from dist_train.engine.finite import FiniteGuard, NonFiniteError
 from dist_train.engine.losses import Loss
 from dist_train.engine.modules import Modules
-from dist_train.engine.optim import Schedule, WarmupCosine, build_optimizer
+from dist_train.engine.optim import build_optimizer
 from dist_train.engine.precision import Precision, resolve_precision
 from dist_train.engine.reduce import SingleProcess
+from dist_train.engine.schedule import Schedule, Span, WarmupCosine
 from dist_train.engine.step import Stepper
 from dist_train.engine.task import Supervised
 
@@ -296,7 +297,7 @@ def test_groups_take_parameters_by_name() -> None:
 def schedule(spec: dict[str, Any]) -> tuple[torch.optim.Optimizer, Schedule]:
     """A schedule over 100 steps of 10 an epoch."""
     optimizer = torch.optim.SGD(net().parameters(), lr=1.0)
-    return optimizer, Schedule(spec, optimizer, horizon=100, steps_per_epoch=10, default_metric="val/loss")
+    return optimizer, Schedule(spec, optimizer, Span(100, 10, 100), ("val/loss", "min"))
 
 
 def test_schedules_know_when_they_step_and_how_long_the_run_is() -> None:
@@ -320,16 +321,6 @@ def test_schedules_know_when_they_step_and_how_long_the_run_is() -> None:
     assert rates[-1] < 0.001
     with pytest.raises(ValueError, match="warmup_steps"):
         WarmupCosine(optimizer, total_steps=10, warmup_steps=-1)
-
-
-def test_plateau_looks_at_its_metric() -> None:
-    optimizer, plateau = schedule(
-        {"_target_": "torch.optim.lr_scheduler.ReduceLROnPlateau", "patience": 0, "factor": 0.5, "metric": "val/error"}
-    )
-    assert plateau.on_plateau
-    for value in (1.0, 0.9, 0.95):
-        plateau.step({"val/error": value, "val/loss": 0.0})
-    assert optimizer.param_groups[0]["lr"] == 0.5
 
 
 def test_precision_is_accelerates_where_the_config_leaves_it_open(monkeypatch: pytest.MonkeyPatch) -> None:
