@@ -1,0 +1,138 @@
+"""Models, losses and tasks whose forward in training depends on what earlier forwards left behind."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dist_train.callbacks import Callback
+
+
+class Data(torch.utils.data.Dataset):
+    """40 points; `classes` of them."""
+
+    def __init__(self, seed: int = 0):
+        self.x = torch.randn(40, 6, generator=torch.Generator().manual_seed(seed))
+        self.y = (self.x[:, 0] > 0).long()
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.x[index], int(self.y[index])
+
+
+class Drift(nn.Module):
+    """State of every kind: buffers in place, replaced, not persistent, expanded, sized late; tensors and numbers that are
+    plain attributes; and numbers from Python's and numpy's generators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 5), nn.Linear(5, 2)
+        self.register_buffer("mean", torch.zeros(6))
+        self.register_buffer("replaced", torch.zeros(()))
+        self.register_buffer("hidden", torch.zeros(()), persistent=False)
+        self.register_buffer("late", None)
+        self.register_buffer("mask", torch.ones(1, 1).expand(3, 6))
+        self.plain, self.count, self.heat = torch.zeros(6), 0, 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """In training the input's mean is followed; the outputs depend on all of it."""
+        noise = 0.0
+        if self.training:
+            with torch.no_grad():
+                self.mean.mul_(0.9).add_(x.mean(0), alpha=0.1)
+                self.replaced = self.replaced + x.std()
+                self.hidden += x.abs().mean()
+                self.late = x.mean(0) if self.late is None else 0.5 * self.late + x.mean(0)
+                self.plain = 0.9 * self.plain + x.amax(0)
+            self.count, self.heat = self.count + 1, self.heat * 0.99
+            noise = random.random() + np.random.rand()
+        scale = 1 + 0.01 * self.replaced + 0.01 * self.hidden + 0.02 * self.count + self.heat
+        late = self.late if self.late is not None else 0.0
+        return self.head(self.body((x - self.mean + 0.1 * self.plain + late) * self.mask[0] * scale).tanh()) + noise
+
+
+class Arc(nn.Module):
+    """A loss with weights of its own, and a centre that follows the outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.W = nn.Parameter(torch.randn(2, 2))
+        self.register_buffer("centre", torch.zeros(2))
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """One value a sample."""
+        if self.training:
+            self.centre = 0.9 * self.centre + 0.1 * outputs.detach().mean(0)
+        return functional.cross_entropy((outputs - self.centre) @ self.W, targets, reduction="none")
+
+
+class Teaches:
+    """A task that is no module: a teacher that follows the model, a temperature that trains, and a count."""
+
+    def __init__(self) -> None:
+        self.teacher = nn.Linear(6, 2).requires_grad_(False)
+        self.heat = nn.Parameter(torch.ones(()))
+        self.steps = 0
+
+    def step(self, model: nn.Module, batch: Any) -> tuple[Tensor, int, Tensor, Tensor]:
+        """Cross-entropy, and the distance to the teacher."""
+        inputs, targets = batch
+        outputs = model(inputs)
+        if model.training:
+            self.steps += 1
+            self.teacher.weight.data.mul_(0.9).add_(model.head.weight @ model.body.weight, alpha=0.1)
+        loss = functional.cross_entropy(outputs * self.heat, targets, reduction="sum")
+        drawn = functional.mse_loss(outputs, self.teacher(inputs), reduction="sum")
+        return loss + 0.01 * self.steps * drawn, len(targets), outputs, targets
+
+    def predict(self, model: nn.Module, batch: Any) -> Tensor:
+        """The outputs."""
+        return model(batch[0] if isinstance(batch, list | tuple) else batch)
+
+
+class Frozen(nn.Module):
+    """A part that its author has put into eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Dropout(0.5)).requires_grad_(False).eval()
+        self.head = nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x))
+
+
+class Thaw(Callback):
+    """Unfreezing as users write it; with `add` in a group of its own."""
+
+    def __init__(self, add: bool = False):
+        self.add = add
+
+    def on_epoch_end(self, trainer: Any) -> None:
+        """The body trains from the second epoch on."""
+        if trainer.epoch == 1:
+            body = list(trainer.model.body.requires_grad_(True).parameters())
+            if self.add:
+                trainer.optimizer.add_param_group({"params": body, "lr": 0.03})
+
+
+class Weighted(nn.Module):
+    """A loss with a constant that the config gives, and a buffer that counts."""
+
+    def __init__(self, weight: float):
+        super().__init__()
+        self.register_buffer("weight", torch.tensor(weight))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """One value a sample."""
+        if self.training:
+            self.calls += 1
+        return self.weight * functional.cross_entropy(outputs, targets, reduction="none")
