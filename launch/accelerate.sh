@@ -17,17 +17,17 @@ python=${PYTHON:-$(command -v python || command -v python3)}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 if [ $# -gt 0 ] && [[ $1 != *=* && $1 != -* ]]; then set -- --config "$@"; fi
 
-if [ -z "${NPROC_PER_NODE:-}" ]; then
-    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
-        NPROC_PER_NODE=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '^[^-]' || true)
-    else
-        NPROC_PER_NODE=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)
-    fi
-    [ "$NPROC_PER_NODE" -gt 0 ] || NPROC_PER_NODE=2
+if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+    gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '^[^-]' || true)
+else
+    gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)
 fi
-cpus=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
-threads=$((cpus / NPROC_PER_NODE))
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+NPROC_PER_NODE=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 2))}
+if [ "$gpus" = 0 ]; then # beside GPUs one thread is best, and distributed.threads=auto; on the CPU torchrun would make it one as well
+    cpus=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+    threads=$((cpus / NPROC_PER_NODE))
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+fi
 
 # accelerate starts torchrun, which reads these: see torchrun.sh.
 export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}

@@ -19,17 +19,17 @@ python=${PYTHON:-$(command -v python || command -v python3)}
 # The first argument is a config, unless it is an override; without any, the built-in default is trained.
 if [ $# -gt 0 ] && [[ $1 != *=* && $1 != -* ]]; then set -- --config "$@"; fi
 
-if [ -z "${NPROC_PER_NODE:-}" ]; then
-    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
-        NPROC_PER_NODE=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '^[^-]' || true)
-    else
-        NPROC_PER_NODE=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)
-    fi
-    [ "$NPROC_PER_NODE" -gt 0 ] || NPROC_PER_NODE=2
+if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+    gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '^[^-]' || true)
+else
+    gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)
 fi
-cpus=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
-threads=$((cpus / NPROC_PER_NODE))
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+NPROC_PER_NODE=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 2))}
+if [ "$gpus" = 0 ]; then # beside GPUs one thread is best, and distributed.threads=auto; on the CPU torchrun would make it one as well
+    cpus=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+    threads=$((cpus / NPROC_PER_NODE))
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+fi
 
 # torchrun reads PET_* as its flags' defaults, and a version that lacks a flag ignores its variable. By default it dies of SIGUSR1
 # and leaves its processes behind, and kills them 30 s after it has passed SIGTERM on, however long a checkpoint takes.

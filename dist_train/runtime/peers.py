@@ -9,9 +9,11 @@ leave without a word. All leave by `os._exit`: with peers gone, an ordinary exit
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import logging
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -25,13 +27,14 @@ from dist_train.runtime.failure import Record
 from dist_train.runtime.heartbeat import Seat, heartbeat
 from dist_train.runtime.here import CONFIG, DONE, PHASES, STARTING, STOPPED, here
 from dist_train.runtime.pace import Pace
-from dist_train.runtime.processes import stacks, start_again
+from dist_train.runtime.processes import stacks, start_again, started
 
 LOOK_SECONDS = 0.5
 POST_SECONDS = 1.0
 LOST_SECONDS = 6.0  # without a heartbeat, from another machine; where a process can be looked up, it is
 SETTLE_SECONDS = 7.0  # for what a rank hears of a peer that has gone, until the watch knows which
 LEAVE_SECONDS = 4.0
+DEAF_SECONDS = 15.0  # beyond the hang timeout, for the watch of a rank that hasn't got the GIL since
 WATCHERS = 8  # more ranks than twice this don't read all heartbeats each
 
 log = logging.getLogger("dist_train")
@@ -77,6 +80,7 @@ class Peers:
         self._seats = {rank: self._me}
         self._posted_at = 0.0
         self._store_lost: float | None = None
+        self._expects = False
         self._watches = size <= 2 * WATCHERS or rank % (size // WATCHERS) == 0
         self._stop = threading.Event()
         self._leaving = threading.Lock()
@@ -97,6 +101,8 @@ class Peers:
         here.phase = phase
         self._stop.set()
         self._thread.join(timeout=5)
+        if self._expects:
+            faulthandler.cancel_dump_traceback_later()
         if self.store is None or self._thread.is_alive():
             return
         with contextlib.suppress(Exception):
@@ -181,6 +187,7 @@ class Peers:
 
     def _run(self) -> None:
         while not self._stop.wait(LOOK_SECONDS):
+            self._expect_the_next_look()
             try:
                 self._look()
                 self._store_lost = None
@@ -188,6 +195,17 @@ class Peers:
                 if self._stop.is_set():
                     return
                 self._without_store(error)
+
+    def _expect_the_next_look(self) -> None:
+        """C code that holds the GIL silences this watch too: a thread in C then ends the process, with the stacks on stderr."""
+        if self.hang_timeout is None or not (self.size > 1 or self.may_exit) or sys.__stderr__ is None:
+            return
+        if here.phase not in (STARTING, DONE):
+            self._expects = True
+            faulthandler.dump_traceback_later(self.hang_timeout + DEAF_SECONDS, exit=True, file=sys.__stderr__)
+        elif self._expects:
+            self._expects = False
+            faulthandler.cancel_dump_traceback_later()
 
     def _look(self) -> None:
         self._hear(heartbeat(self.rank))
@@ -329,9 +347,8 @@ class Peers:
             time.sleep(LEAVE_SECONDS)  # the other thread is at it, and ends this process
             os._exit(1)
         deadline = time.monotonic() + LEAVE_SECONDS
-        alarm = threading.Timer(LEAVE_SECONDS, os._exit, [1])
-        alarm.daemon = True
-        alarm.start()
+        # A thread in C: it ends this process too while other C code holds the GIL.
+        faulthandler.dump_traceback_later(LEAVE_SECONDS, exit=True, file=open(os.devnull, "w"))  # noqa: SIM115
         try:
             _note("leaving\n%s", failure.summary(record, self.size))
             if record["kind"] == "hang" or record["rank"] != self.rank:
@@ -340,8 +357,8 @@ class Peers:
             _bounded(self.parting, 2.0)
             if mine or not self._wait_until_told(deadline - 1.5):
                 self._speak(record)
-            if mine and record["kind"] == "hang":
-                self._end_stopped()
+            if "halved" not in record:
+                self._end_the_stuck()
         finally:
             for handler in log.handlers:
                 handler.flush()
@@ -377,12 +394,19 @@ class Peers:
                 time.sleep(0.05)
         return False
 
-    def _end_stopped(self) -> None:
-        """A stopped process would take SIGTERM only when it goes on: torchrun would wait 30 s for it."""
-        for seat in self._others().values():
-            if seat.state() == "stopped":
-                with contextlib.suppress(OSError):
-                    os.kill(seat.beat["pid"], 9)
+    def _end_the_stuck(self) -> None:
+        """A rank of this machine that is stopped, or in C code that holds the GIL, can't leave by itself, nor by SIGTERM, and
+        torchrun would wait 30 s and more for it: a shell that outlives this process ends it.
+        """
+        pids = [seat.beat["pid"] for seat in self._others().values() if seat.near and seat.state() != "gone"]
+        ends = [f"grep -qw {started(pid)} /proc/{pid}/stat && kill -KILL {pid}" for pid in pids if started(pid)]
+        if ends:
+            with contextlib.suppress(OSError):
+                script = "; ".join([f"sleep {LEAVE_SECONDS}", *ends])
+                nothing = subprocess.DEVNULL
+                subprocess.Popen(
+                    ["sh", "-c", script], stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True
+                )
 
     def _flight_recorder(self) -> None:
         """NCCL's record of the last collectives, where there is one, beside the log."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import time
@@ -50,6 +51,8 @@ class Model(MLP):
                 raise RuntimeError("a model that fails")
             if due("hang-model"):
                 time.sleep(1000)
+            if due("deaf"):  # in C code that holds the GIL: no other thread runs
+                ctypes.PyDLL(None).sleep(1000)
             if due("stop"):
                 os.kill(os.getpid(), signal.SIGSTOP)
             if due("kill"):
@@ -67,8 +70,6 @@ class Model(MLP):
             if due("allocation"):
                 torch.empty(1 << 58)
             if due("segfault"):
-                import ctypes
-
                 ctypes.string_at(0)
             if due("nan"):
                 return super().forward(inputs) * float("nan")

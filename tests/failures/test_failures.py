@@ -7,11 +7,12 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
-from runs import CONFIGS, rows, run, start
+from runs import CONFIGS, environment, rows, run, start
 
 CONFIG = f"""
 extends: {CONFIGS / "digits.yaml"}
@@ -164,6 +165,7 @@ HANGS = {
     "hang-dataset": "waiting for data, step ",
     "hang-save": "saving, step ",
     "stop": "forward, step 13, no sign of life for ",
+    "deaf": "forward, step 13, no sign of life for ",
     "hang-evaluation": "evaluation, step 19",
 }
 
@@ -180,7 +182,7 @@ def check_hang(folder: Path, kind: str, rank: int, processes: int) -> None:
     assert "nothing has moved for 5 s" in text
     assert ("; the others wait for it" in text) == (processes > 1)
     for other in range(processes):
-        if kind != "stop" or other != rank:
+        if kind not in ("stop", "deaf") or other != rank:
             log = (folder / f"runs/run/logs/rank-{other}.log").read_text()
             assert "most recent call first" in log, "the stacks of all threads"
     status = json.loads((folder / "runs/run/status.json").read_text())
@@ -188,7 +190,7 @@ def check_hang(folder: Path, kind: str, rank: int, processes: int) -> None:
     assert "nothing has moved" in status["error"]
 
 
-@pytest.mark.parametrize(("kind", "rank", "processes"), [("hang-dataset", 0, 1), ("stop", 0, 2)])
+@pytest.mark.parametrize(("kind", "rank", "processes"), [("hang-dataset", 0, 1), ("deaf", 0, 2)])
 def test_a_hang_names_the_rank_that_the_others_wait_for(folder: Path, kind: str, rank: int, processes: int) -> None:
     check_hang(folder, kind, rank, processes)
 
@@ -197,9 +199,27 @@ def test_a_hang_names_the_rank_that_the_others_wait_for(folder: Path, kind: str,
 @pytest.mark.parametrize(
     ("kind", "rank", "processes"),
     [
-        *(("hang-model", 1, 2), ("hang-dataset", 1, 2), ("hang-save", 0, 2), ("stop", 1, 2)),
+        *(("hang-model", 1, 2), ("hang-dataset", 1, 2), ("hang-save", 0, 2), ("stop", 1, 2), ("stop", 0, 2)),
         *(("hang-evaluation", 0, 2), ("hang-evaluation", 1, 2), ("hang-model", 0, 1), ("hang-model", 0, 2)),
     ],
 )
 def test_a_hang_anywhere_is_named(folder: Path, kind: str, rank: int, processes: int) -> None:
     check_hang(folder, kind, rank, processes)
+
+
+def test_a_rank_alone_in_c_code_that_holds_the_gil_ends_with_its_stacks() -> None:
+    script = """
+import ctypes, time
+from dist_train.runtime import here, peers
+
+peers.DEAF_SECONDS, peers.Peers.may_exit = 0.5, True
+peers.Peers(hang_timeout=1.0).start()
+here.here.phase = here.FORWARD
+time.sleep(0.8)
+ctypes.PyDLL(None).sleep(60)
+"""
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True, timeout=30)
+    assert done.returncode == 1
+    assert "line 9 in <module>" in done.stderr
+    assert time.monotonic() - began < 10

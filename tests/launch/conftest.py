@@ -23,8 +23,16 @@ FOREIGN = (
 )
 
 PLANTED = """
-import time
+import pathlib, time
 from dist_train.callbacks import Callback
+from dist_train.data import Digits
+
+class LongToBuild(Digits):
+    def __init__(self, *arguments, **settings):
+        super().__init__(*arguments, **settings)
+        if not pathlib.Path("building").exists():
+            pathlib.Path("building").touch()
+            time.sleep(300)
 
 class Slow(Callback):
     def on_step_end(self, trainer):

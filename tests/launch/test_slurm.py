@@ -74,6 +74,21 @@ def test_the_warning_before_the_time_limit_saves_requeues_and_goes_on_with_the_s
 
 
 @pytest.mark.chaos
+def test_a_warning_before_training_has_begun_ends_the_start_and_requeues(slurm: SlurmCluster, work: Path) -> None:
+    """In the middle of a dataset that takes long to build, at the first start."""
+    run = work / "runs" / "digits_mlp"
+    data = "data.train={_target_: planted.LongToBuild, split: train}"
+    job = slurm.submit(work, "--nodes=2", TRAIN, "mlp.yaml", "trainer.duration=1ep", data, env=ONE)
+    wait_for("building", (work / "building").exists, 120)
+    slurm.run("scancel", "--batch", "--signal=USR1", job)
+    ended = slurm.wait(job)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), output(work, job)
+    assert "requeue: ended before training began" in output(work, job)
+    assert len(ledger(run, "start")) == 1
+    assert read(run / "status.json")["state"] == "completed"
+
+
+@pytest.mark.chaos
 def test_a_cancelled_job_has_saved_and_goes_on_on_another_number_of_nodes(slurm: SlurmCluster, work: Path) -> None:
     run = work / "runs" / "digits_mlp"
     job = slurm.submit(work, "--nodes=2", TRAIN, "mlp.yaml", LENGTH, SLOW, env=ONE)
