@@ -12,9 +12,12 @@ from torch.utils.data import TensorDataset
 
 import dist_train
 from dist_train.config.errors import ConfigError
+from dist_train.config.load import load_config
 from dist_train.engine.optim import build_optimizer
 from dist_train.engine.parameters import check_optimizer, check_parameters, match_strides
+from dist_train.engine.parts import Parts
 from dist_train.engine.precision import Precision, agreed
+from dist_train.runtime.world import Placement, World
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 WORDS = torch.randint(0, 9, (24, 5), generator=torch.Generator().manual_seed(0))
@@ -196,3 +199,39 @@ def test_the_ranks_agree_on_the_least_precision_of_their_devices() -> None:
     least = agreed(mine, Ranks(["bf16", "A100"], ["fp16", "V100"], ["bf16", "A100"]))  # type: ignore[arg-type]
     assert least.name == "fp16"
     assert str(least.note).startswith("unequal devices: rank 0 (A100) bf16, rank 1 (V100) fp16")
+
+
+class Images(nn.Module):
+    """A convolution over images, one over volumes, and normalization over all ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flat, self.deep, self.norm = nn.Conv2d(3, 4, 3), nn.Conv3d(1, 2, 3), nn.SyncBatchNorm(4)
+
+
+def parts(tmp_path: Path, ranks: int, **data: Any) -> Parts:
+    """Rank 0's parts of a run on so many ranks."""
+    config = load_config(
+        {
+            "data": {"train": TensorDataset(torch.zeros(50, 3), torch.zeros(50)), **data}, "model": Images(),
+            "loss": nn.MSELoss(), "optimizer": {"_target_": "torch.optim.SGD", "lr": 0.1},
+            "trainer": {"duration": "1ep", "channels_last": True, "micro_batch_size": 4}, "run": {"dir": str(tmp_path)},
+        }
+    )  # fmt: skip
+    return Parts(config, World(Placement(0, ranks), CPU))
+
+
+def test_channels_last_is_for_four_dimensions(tmp_path: Path) -> None:
+    model: Any = parts(tmp_path, 1, global_batch_size=8).model
+    assert model.flat.weight.is_contiguous(memory_format=torch.channels_last)
+    assert model.deep.weight.is_contiguous()
+
+
+def test_synced_batchnorm_with_unequal_numbers_of_forwards_is_refused(tmp_path: Path) -> None:
+    """24 samples leave two for the last step, one a rank, and 8 leave two as well; of 9, one rank gets five and cuts them."""
+    for size, drop_last in ((8, True), (8, False), (24, False)):
+        parts(tmp_path, 2, global_batch_size=size, drop_last=drop_last)._check_batchnorm()
+    with pytest.raises(ConfigError, match="of a step of 9 samples the 2 ranks run 2, 1 micro-batches of at most 4"):
+        parts(tmp_path, 2, global_batch_size=9)._check_batchnorm()
+    with pytest.raises(ConfigError, match="of a step of 1 samples the 2 ranks run 1, 0"):
+        parts(tmp_path, 2, global_batch_size=7, drop_last=False)._check_batchnorm()
