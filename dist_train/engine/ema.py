@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,3 +62,56 @@ class EMA:
         for name, average in self._average.items():
             if name in state:
                 average.copy_(state[name])
+
+
+class OwnAverage(EMA):
+    """The weights that an optimizer with `train()` and `eval()` of its own (schedulefree's) evaluates with, used as an EMA is.
+
+    Its `eval()` computes them and its `train()` goes back, which rounds: training goes on with copies of its weights instead.
+    """
+
+    def __init__(self, modules: nn.Module, optimizer: Callable[[], torch.optim.Optimizer]):
+        self._optimizer = optimizer
+        self._loaded: dict[str, Tensor] | None = None
+        super().__init__(modules, 0.0)
+        self._average.clear()
+
+    def follow(self, names: Collection[str] = ()) -> None:
+        """Take in parameters that train by now."""
+        self._weights = {name: p for name, p in self._modules.named_parameters() if p.requires_grad or name in names}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """The optimizer has done it; what was loaded is history."""
+        self._loaded = None
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """See `EMA`."""
+        optimizer: Any = self._optimizer()
+        raw = {name: parameter.detach().clone() for name, parameter in self._weights.items()}
+        optimizer.eval()
+        self._put(self._loaded or {})
+        try:
+            yield
+        finally:
+            optimizer.train()
+            self._put(raw)
+
+    def restart(self) -> None:
+        """Nothing is kept here."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The average, by parameter name."""
+        with self.applied():
+            return {name: parameter.detach().clone() for name, parameter in self._weights.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Use a saved average until the next step: the optimizer may be further by now."""
+        self._loaded = state
+
+    @torch.no_grad()
+    def _put(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            if name in self._weights:
+                self._weights[name].copy_(value)

@@ -55,6 +55,11 @@ def _grouped(model: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, A
     return [{"params": list(left.values())}, *result] if left else result
 
 
+def averages(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it has `train()` and `eval()`, between which it changes the weights, as schedulefree's do."""
+    return callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
+
+
 def homes(modules: nn.Module, spec: Any) -> dict[str, int | None]:
     """For each parameter, by name, the number of the config's group whose pattern takes it; None for the default group."""
     groups = reserved(spec, {"groups"})[1].get("groups") or []

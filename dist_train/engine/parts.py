@@ -18,12 +18,12 @@ from dist_train.data.plan import Plan, parts, smallest_part
 from dist_train.engine.batch import move_batch
 from dist_train.engine.boundary import BoundaryFrames
 from dist_train.engine.callbacks import Callback
-from dist_train.engine.ema import EMA
+from dist_train.engine.ema import EMA, OwnAverage
 from dist_train.engine.evaluate import Evaluator
 from dist_train.engine.losses import Loss
 from dist_train.engine.metrics import Metric, Whole, build_metrics, is_lower_better
 from dist_train.engine.modules import Modules
-from dist_train.engine.optim import build_optimizer
+from dist_train.engine.optim import averages, build_optimizer
 from dist_train.engine.parameters import check_optimizer
 from dist_train.engine.pictures import Pictures
 from dist_train.engine.precision import Precision, agreed, resolve_precision
@@ -240,6 +240,8 @@ class Parts:
         config, world = self.config, self.world
         with building("optimizer"):
             optimizer = build_optimizer(config.optimizer, self.modules, world.device)
+        if averages(optimizer):
+            optimizer.train()  # type: ignore[attr-defined]
         check_optimizer(
             optimizer,
             self.modules,
@@ -289,6 +291,11 @@ class Parts:
     def ema(self) -> EMA | None:
         """The average of the weights."""
         decay = self.config.trainer.ema_decay
+        if averages(self.optimizer):
+            if decay is not None:
+                message = f"{type(self.optimizer).__name__} averages the weights itself: leave it null"
+                raise ConfigError.single("trainer.ema_decay", message)
+            return OwnAverage(self.modules, lambda: self.optimizer)
         return EMA(self.modules, decay) if decay is not None else None
 
     @cached_property

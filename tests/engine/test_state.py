@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from runs import result, rows, run_several, same_state_dicts
+from torch import nn
 from torch.nn import functional
 
 import dist_train
@@ -28,8 +29,9 @@ trainer: {duration: 3ep, log_every: 1step, evaluate_every: 1ep}
 checkpoint: {every: 1ep}
 tracking: {tensorboard: false, report: false}
 """
+PLAIN = "loss={_target_: torch.nn.CrossEntropyLoss}"
 THAW = [
-    "loss={_target_: torch.nn.CrossEntropyLoss}",
+    PLAIN,
     "transfer.freeze=[body.*]",
     "trainer.ema_decay=0.9",
 ]
@@ -151,7 +153,7 @@ def test_a_plain_loop_gives_the_same(folder: Path, thaw_at: int | None, monkeypa
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(folder))
     name = f"plain{thaw_at}"
-    options = ["loss={_target_: torch.nn.CrossEntropyLoss}", OURS] if thaw_at else []
+    options = [PLAIN, OURS] if thaw_at else []
     train(
         "c.yaml",
         "model._target_=kept.Frozen",
@@ -195,6 +197,41 @@ def test_a_changed_loss_takes_the_configs_constants_and_the_runs_weights(
     state = torch.load("runs/consent/task.pt", weights_only=True)
     assert float(state["loss.weight"]) == 3.0
     assert int(state["loss.calls"]) == 15
+
+
+def test_an_optimizer_with_eval_and_train_is_evaluated_as_it_wants_and_goes_on_exactly(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
+    import kept
+
+    start = ["c.yaml", PLAIN, "optimizer={_target_: kept.Averaging, lr: 0.1}"]
+    start += ["model={_target_: torch.nn.Linear, in_features: 6, out_features: 2}"]
+    for name, more in {"rare": RARE, "often": OFTEN}.items():
+        train(*start, f"run.name=own-{name}", *more)
+    train(*start, "run.name=own-stopped", "trainer.stop_at=7step", *OFTEN)
+    train(*start, "run.name=own-stopped", *OFTEN)
+    often, rare, stopped = (result(Path(f"runs/own-{name}")) for name in ("often", "rare", "stopped"))
+    assert often["weights_sha256"] == rare["weights_sha256"] == stopped["weights_sha256"]
+    assert often["metrics"] == rare["metrics"] == stopped["metrics"]
+    seed_everything(0)
+    net, data, plan = nn.Linear(6, 2), kept.Data(), Plan(0, 40, 8)
+    optimizer = kept.Averaging(net.parameters(), lr=0.1)
+    optimizer.train()
+    for step in range(15):
+        index = plan.batch(step).copy()
+        optimizer.zero_grad()
+        functional.cross_entropy(net(data.x[index]), data.y[index]).backward()
+        optimizer.step()
+    raw = net.weight.detach().clone()
+    optimizer.eval()
+    got = torch.load("runs/own-often/model.pt", weights_only=True)["weight"]
+    torch.testing.assert_close(got, net.weight.detach())
+    assert not torch.allclose(got, raw, rtol=1e-3)
+    torch.testing.assert_close(dist_train.load("runs/own-often").weight.detach(), got, rtol=0, atol=0)
+    with pytest.raises(ConfigError, match="averages the weights itself"):
+        train(*start, "run.name=bad", "trainer.ema_decay=0.9")
 
 
 def test_a_mistake_in_a_callback_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,3 +136,33 @@ class Weighted(nn.Module):
         if self.training:
             self.calls += 1
         return self.weight * functional.cross_entropy(outputs, targets, reduction="none")
+
+
+class Averaging(torch.optim.SGD):
+    """SGD whose `eval()` puts the mean of all weights so far in their place, in the manner of schedulefree."""
+
+    def __init__(self, params: Any, lr: float):
+        super().__init__(params, lr=lr)
+        self.param_groups[0]["training"] = False
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        assert self.param_groups[0]["training"], "as schedulefree's, it insists on train()"
+        super().step()
+        for p in (p for group in self.param_groups for p in group["params"]):
+            count = self.state[p]["count"] = self.state[p].get("count", 0) + 1
+            mean = self.state[p].setdefault("mean", torch.zeros_like(p))
+            mean.lerp_(p.detach(), 1 / count)
+
+    def train(self) -> None:
+        self._turn(True)
+
+    def eval(self) -> None:
+        self._turn(False)
+
+    @torch.no_grad()
+    def _turn(self, training: bool) -> None:
+        if self.param_groups[0]["training"] != training:
+            for p in (p for group in self.param_groups for p in group["params"]):
+                if "mean" in self.state[p]:
+                    p.lerp_(self.state[p]["mean"], 0.9 if not training else -9.0)  # there and back, with rounding
+            self.param_groups[0]["training"] = training
