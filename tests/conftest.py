@@ -21,6 +21,16 @@ if (
 
 from cable import Cable
 
+# What a test module that starts runs, servers or shells has among its names.
+STARTS = {"subprocess", "run", "run_several", "start", "command", "Cluster"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of modules that start processes: they run once, the others on every Python (`-m "not processes"`)."""
+    for item in items:
+        if isinstance(item, pytest.Function) and STARTS & vars(item.module).keys():
+            item.add_marker("processes")
+
 
 @pytest.fixture(scope="session")
 def s3_port() -> Iterator[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -92,7 +93,7 @@ def test_every_step_is_logged_once_over_a_restart(tmp_path: Path) -> None:
     assert points(tmp_path, "val/accuracy") == [5, 10, 15, 20]
     first, second = (summaries(path) for path in files(tmp_path))
     assert (first["outcome"], second["outcome"]) == ('"preempted"', '"completed"')
-    assert second["config.optimizer"] == '{"lr":0.1}'
+    assert json.loads(second["config.optimizer"]) == {"lr": 0.1}
     assert len({path.name for path in files(tmp_path)}) == 1  # one run id
     assert (tmp_path / "wandb" / "run_id").read_text() in files(tmp_path)[0].name
 
