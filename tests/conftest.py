@@ -21,14 +21,15 @@ if (
 
 from cable import Cable
 
-# What a test module that starts runs, servers or shells has among its names.
-STARTS = {"subprocess", "run", "run_several", "start", "command", "Cluster"}
+# Where tests start runs, launchers and daemons; elsewhere a module that does has one of the names.
+PROCESS_FOLDERS = {"chaos", "commands", "failures", "gpu", "launch"}
+STARTS = {"subprocess", "run", "run_several", "start"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of modules that start processes: they run once, the others on every Python (`-m "not processes"`)."""
+    """Mark tests that start processes: they run once, all others on several Pythons (`-m "not processes"`, `.ci/run`)."""
     for item in items:
-        if isinstance(item, pytest.Function) and STARTS & vars(item.module).keys():
+        if item.path.parent.name in PROCESS_FOLDERS or STARTS & vars(item.module).keys():  # type: ignore[attr-defined]
             item.add_marker("processes")
 
 
