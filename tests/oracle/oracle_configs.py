@@ -30,6 +30,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "model": MLP, "loss": {"_target_": CE}, "metrics": ["accuracy"],
         "optimizer": {"_target_": SGD, "lr": 0.5, "momentum": 0.9},
         "trainer": {"duration": "4ep", "log_every": "2step"},
+        "checkpoint": {"every": "5step"},  # the best is at an evaluation between two saves
     },
     "weighted": {
         "seed": 7,
@@ -42,7 +43,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "metrics": ["accuracy"],
         "optimizer": {
             "_target_": SGD, "lr": 0.2, "momentum": 0.8, "nesterov": True, "weight_decay": 0.01,
-            "groups": [{"match": "2.*", "lr": 0.1}, {"match": "*.bias", "weight_decay": 0.0}],
+            "groups": [{"match": "2.*", "lr": 0.1}, {"match": "*.bias", "lr": 0.3, "weight_decay": 0.0}],
         },
         "scheduler": {"_target_": "torch.optim.lr_scheduler.StepLR", "step_size": 1, "gamma": 0.7},
         "trainer": {
@@ -132,7 +133,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "model": layers(("Linear", 5, 4), ("Tanh",), ("Linear", 4, 1)), "loss": piece("weighted_squares", power=1.5),
         "metrics": ["mae"], "optimizer": {"_target_": "torch.optim.RMSprop", "lr": 0.01},
         "callbacks": [piece("Cooling")],
-        "trainer": {"duration": "3ep", "micro_batch_size": 3, "log_every": "1step",
+        "trainer": {"duration": "3ep", "micro_batch_size": 3, "log_every": "1step", "evaluate_at_start": True,
                     "stop_when": {"metric": "val/mae", "below": 0.1, "patience": "1ep", "mode": "max"}},
     },
     "task": {

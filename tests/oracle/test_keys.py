@@ -81,7 +81,7 @@ MATTERS: dict[str, tuple[str, Any]] = {
 CHANGES_NOTHING: dict[str, Any] = {
     "data.num_workers": 1,
     "data.pin_memory": False,
-    "data.persistent_workers": True,
+    "data.persistent_workers": False,
     "data.prefetch_factor": 3,
     "data.timeout": 60.0,
     "data.worker_start_method": "fork",
