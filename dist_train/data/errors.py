@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import tempfile
 import traceback
 from typing import Any
 
@@ -25,3 +27,26 @@ def told(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name})" if len(frames) > 1 else ""
     return f"{type(error).__name__}: {error}{place}"
+
+
+def shortage(error: BaseException) -> str:
+    """What to do, where an error means that something that workers send batches through has run out; else ""."""
+    text = str(error)
+    if "AF_UNIX path too long" in text:
+        where = tempfile.gettempdir()
+        return (
+            f"; sockets are made in the folder of temporary files, and a socket's path has 107 characters at most, but this "
+            f"folder's has {len(where)}: {where}; set TMPDIR=/tmp"
+        )
+    if "Too many open files" in text or "ancdata" in text:
+        return (
+            f"; each tensor on its way takes a file, and this process may open {resource.getrlimit(resource.RLIMIT_NOFILE)[0]}: "
+            f"raise the limit (ulimit -n, LimitNOFILE), make fewer tensors of a batch (stack them in data.collate), or set "
+            f"a lower data.prefetch_factor"
+        )
+    if any(sign in text for sign in ("No space left", "shared memory", "Bus error", "Cannot allocate memory")):
+        return (
+            "; workers send batches through shared memory, which is full (df -h /dev/shm; docker run --shm-size=8g); fewer "
+            "data.num_workers or a lower data.prefetch_factor need less of it, data.num_workers=0 none"
+        )
+    return ""

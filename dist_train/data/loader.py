@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from dist_train.data.deal import Deal
-from dist_train.data.errors import DataError, dataset_name
+from dist_train.data.errors import DataError, SampleError, dataset_name, shortage
 from dist_train.data.passes import is_stream, shards_itself, stream_length
 from dist_train.data.plan import EvalPlan, Indices, Plan, share
 from dist_train.data.reading import Collate, Seeded, dataset_length
@@ -137,8 +137,11 @@ class _Loader:
     def _begin(self) -> Iterator[Any]:
         if self.num_workers == 0:
             return iter(self._loader)
-        with run_signals_blocked():
-            iterator = iter(self._loader)
+        try:
+            with run_signals_blocked():
+                iterator = iter(self._loader)
+        except OSError as error:
+            raise DataError(f"loader workers couldn't be started: {error}{shortage(error)}") from error
         if self._at_exit is None:
             # multiprocessing would send them SIGTERM at exit, which they block, and wait for ever
             self._at_exit = Finalize(None, stop_workers, args=(iterator,), exitpriority=10)
@@ -148,8 +151,12 @@ class _Loader:
         """The next batch, with torch's messages about lost workers completed by what to do."""
         try:
             return next(iterator)
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             text = str(error)
+            if not isinstance(error, SampleError) and (cure := shortage(error)):
+                raise DataError(
+                    f"a batch didn't come through from a loader worker: {text.splitlines()[0]}{cure}"
+                ) from error
             if text.startswith("DataLoader timed out"):
                 raise DataError(
                     f"no batch came within data.timeout={self._timeout:g} s: a worker hangs while reading, or reading "

@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
 
-from dist_train.data.errors import DataError, SampleError, dataset_name, told
+from dist_train.data.errors import DataError, SampleError, dataset_name, shortage, told
 from dist_train.data.plan import Indices
 from dist_train.data.sampler import MicroBatch
 from dist_train.runtime.seeding import seed_sample
@@ -87,11 +87,12 @@ class Seeded(Dataset[Any]):
         try:
             return request._replace(batch=self.collated(samples))
         except Exception as error:
-            raise SampleError(
-                f"making a batch of samples {_listed(request.indices)} of {name} failed: {told(error)}"
+            cure = shortage(error) or (
                 f"{self._odd_one(request, samples)}; make all samples alike (resize, pad) or name a function in "
                 f"data.collate"
-            ) from error
+            )
+            what = f"making a batch of samples {_listed(request.indices)} of {name} failed: {told(error)}"
+            raise SampleError(f"{what}{cure}") from error
 
     def collated(self, samples: list[Any]) -> Any:
         """The batch of some samples."""

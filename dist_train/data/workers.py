@@ -10,9 +10,12 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from multiprocessing import context, popen_fork, resource_tracker
+from multiprocessing import context, popen_fork, queues, resource_tracker
 from typing import Any
 
+from torch._utils import ExceptionWrapper
+
+from dist_train.data.errors import DataError, shortage
 from dist_train.data.passes import is_stream, shards_itself
 from dist_train.data.reading import Collate, batch_reader
 from dist_train.runtime.world import usable_cpus
@@ -31,9 +34,15 @@ def resolve_workers(setting: int | str, dataset: Any, *, collate: Collate | None
     "auto" is 0 for datasets that read whole batches (a worker would only add copying) and where a rank has less than
     three CPUs (workers would take turns with the training process); 1 for streams of which every worker reads all.
     """
-    if setting != "auto":
-        return int(setting)
     mine = usable_cpus() // max(1, local_ranks)
+    if setting != "auto":
+        most = max(64, 16 * mine)
+        if int(setting) > most:
+            raise DataError(
+                f"data.num_workers: expected at most {most} (16 for each of the {max(1, mine)} CPUs that a rank has here, or "
+                f"64), found {setting}: each is a process that imports torch; auto chooses by the CPUs"
+            )
+        return int(setting)
     if mine < 3 or (collate is None and batch_reader(dataset) is not None):
         return 0
     if is_stream(dataset) and not shards_itself(dataset):
@@ -64,10 +73,26 @@ _FORKS_MAY_HANG = sys.version_info < (3, 11, 8)
 _BIRTH_SECONDS = 5.0
 
 
-def context_for(method: str) -> str | context.BaseContext | None:
+def context_for(method: str) -> context.BaseContext:
     """What a DataLoader takes as `multiprocessing_context` for `data.worker_start_method`."""
-    forks = method == "fork" or (method == "auto" and multiprocessing.get_start_method() == "fork")
-    return SureFork() if forks and _FORKS_MAY_HANG else None if method == "auto" else method
+    name = multiprocessing.get_start_method() if method == "auto" else method
+    if name == "fork":
+        return SureFork() if _FORKS_MAY_HANG else _Fork()
+    return _Spawn() if name == "spawn" else _ForkServer()
+
+
+class _TellingQueue(queues.Queue):  # type: ignore[type-arg]  # not subscriptable when it runs
+    """A queue that sends word of what it couldn't send: multiprocessing's prints it, and the reader waits for ever."""
+
+    def _on_queue_feeder_error(self, error: BaseException, item: Any) -> None:
+        told = DataError(f"a loader worker couldn't send a batch: {type(error).__name__}: {error}{shortage(error)}")
+        # torch's worker puts (number of the batch, batch)
+        self.put((item[0], ExceptionWrapper((type(told), told, None), where="in a loader worker")))
+
+
+class _Telling:
+    def Queue(self, maxsize: int = 0) -> Any:  # noqa: N802
+        return _TellingQueue(maxsize, ctx=self)
 
 
 class _Child(popen_fork.Popen):
@@ -110,7 +135,19 @@ class _Process(context.ForkProcess):
     _Popen = staticmethod(_Child)
 
 
-class SureFork(context.ForkContext):
+class _Fork(_Telling, context.ForkContext):
+    pass
+
+
+class _Spawn(_Telling, context.SpawnContext):
+    pass
+
+
+class _ForkServer(_Telling, context.ForkServerContext):
+    pass
+
+
+class SureFork(_Fork):
     """multiprocessing's fork, whose children have been heard of when `start` returns."""
 
     Process = _Process

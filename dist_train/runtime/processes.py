@@ -7,6 +7,7 @@ import ctypes
 import faulthandler
 import functools
 import os
+import resource
 import signal
 import socket
 import sys
@@ -70,6 +71,14 @@ def stacks() -> str:
         faulthandler.dump_traceback(file, all_threads=True)
         file.seek(0)
         return file.read()
+
+
+def raise_file_limit() -> None:
+    """As many open files as the system lets this process have: batches on their way from workers take one a tensor."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):  # macOS has a hard limit that can't be had
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def start_again() -> NoReturn:

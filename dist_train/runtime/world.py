@@ -18,7 +18,7 @@ from dist_train.runtime import signals
 from dist_train.runtime.here import MEETING, STARTING, here
 from dist_train.runtime.peers import Peers
 from dist_train.runtime.placement import Placement, check_launcher, in_a_shell, join, meet
-from dist_train.runtime.processes import AGAIN, die_with_parent, machine
+from dist_train.runtime.processes import AGAIN, die_with_parent, machine, raise_file_limit
 
 if TYPE_CHECKING:
     import torch
@@ -184,6 +184,7 @@ def open_world(config: DistributedConfig, placement: Placement) -> Iterator[Worl
     import torch.distributed as dist
 
     check_launcher(os.environ)
+    raise_file_limit()
     if placement.under_torchrun or placement.launcher in ("accelerate", "srun", "mpirun"):
         die_with_parent()
     timeout = timedelta(seconds=config.hang_timeout.value + 60)

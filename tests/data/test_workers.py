@@ -3,20 +3,28 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from runs import environment
 from torch.utils.data import IterableDataset
 
-from dist_train.data import Digits
+from dist_train.config.schema import DataConfig
+from dist_train.data import DataError, Digits
+from dist_train.data.errors import SampleError
+from dist_train.data.loader import Reading, TrainLoader
+from dist_train.data.plan import Plan
 from dist_train.data.workers import resolve_workers, run_signals_blocked
+from dist_train.runtime.processes import raise_file_limit
 from dist_train.runtime.world import usable_cpus
 
 HANGS = """
@@ -141,6 +149,57 @@ def test_the_block_ends_with_the_start_of_the_workers() -> None:
 def test_the_number_of_workers_is_what_was_asked_for() -> None:
     assert resolve_workers(3, Digits("val")) == 3
     assert resolve_workers(0, range(10)) == 0
+    with pytest.raises(DataError, match=r"data.num_workers: expected at most \d+ .* found 100000000"):
+        resolve_workers(100_000_000, range(10))
+
+
+class Tensors:
+    """Samples of many tensors, which travel as a file each; the item at `last` ends the process that reads it."""
+
+    def __init__(self, last: int = -1) -> None:
+        self.last = last
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if index == self.last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {str(k): torch.zeros(4) for k in range(200)}
+
+
+def read_all(dataset: Any) -> None:
+    config = DataConfig(train=object(), num_workers=2, prefetch_factor=8)
+    loader = TrainLoader(dataset, Plan(0, 64, 2), Reading(config, 0, torch.device("cpu")), micro_batch_size=2)
+    try:
+        for work in loader.steps(0, 32):
+            list(work.micro_batches)
+    finally:
+        loader.close()
+
+
+def test_workers_that_cannot_send_fail_at_once_and_say_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    began = time.monotonic()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 60, limits[1]))
+    try:
+        with pytest.raises(
+            (DataError, SampleError), match=r"(Too many open files|ancdata).*ulimit -n.*prefetch_factor"
+        ):
+            read_all(Tensors())
+    finally:
+        raise_file_limit()
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == (limits[1], limits[1])
+    read_all(Tensors())  # what was wrong was the limit
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    with pytest.raises(DataError, match=r"killed by signal: Killed.*a loader worker died without a Python error"):
+        read_all(Tensors(last=5))
+    (tmp_path / ("x" * 100)).mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("x" * 100)))
+    with pytest.raises(DataError, match=r"AF_UNIX path too long; .*107 characters at most.*set TMPDIR=/tmp"):
+        read_all(Tensors())
+    assert time.monotonic() - began < 60  # torch alone waits for ever
 
 
 def test_auto_shares_the_cpus_between_local_ranks_and_needs_none_for_whole_batches(
