@@ -21,7 +21,14 @@ from dist_train.data.reading import Collate, Seeded, dataset_length
 from dist_train.data.sampler import MicroBatch, StepSampler
 from dist_train.data.stream import StreamReader
 from dist_train.data.survey import Gather, survey
-from dist_train.data.workers import context_for, init_worker, resolve_workers, run_signals_blocked, stop_workers
+from dist_train.data.workers import (
+    context_for,
+    how_ended,
+    init_worker,
+    resolve_workers,
+    run_signals_blocked,
+    stop_workers,
+)
 from dist_train.runtime.seeding import mix
 
 if TYPE_CHECKING:
@@ -151,23 +158,24 @@ class _Loader:
         """The next batch, with torch's messages about lost workers completed by what to do."""
         try:
             return next(iterator)
-        except (RuntimeError, OSError) as error:
-            text = str(error)
-            if not isinstance(error, SampleError) and (cure := shortage(error)):
+        except SampleError:
+            raise
+        except (RuntimeError, OSError, EOFError) as error:
+            text = str(error).partition("\n")[0]
+            lost = text.startswith("DataLoader worker (pid") or isinstance(error, ConnectionError | EOFError)
+            if lost and (how := how_ended(iterator)):
                 raise DataError(
-                    f"a batch didn't come through from a loader worker: {text.splitlines()[0]}{cure}"
+                    f"a loader worker died without a Python error ({how}). Usually memory ran out (see dmesg) or /dev/shm "
+                    f"is full (df -h /dev/shm; docker run --shm-size=8g); fewer data.num_workers need less of both, and "
+                    f"data.num_workers=0 shows an error in the dataset itself"
                 ) from error
             if text.startswith("DataLoader timed out"):
                 raise DataError(
                     f"no batch came within data.timeout={self._timeout:g} s: a worker hangs while reading, or reading "
                     f"is slower than that; raise data.timeout, or find the sample with data.num_workers=0"
                 ) from error
-            if text.startswith("DataLoader worker (pid"):
-                raise DataError(
-                    f"{text.splitlines()[0]}: a loader worker died without a Python error. Usually memory ran out (see "
-                    f"dmesg) or /dev/shm is full (df -h /dev/shm; docker run --shm-size=8g); fewer data.num_workers "
-                    f"need less of both, and data.num_workers=0 shows an error in the dataset itself"
-                ) from error
+            if cure := shortage(error):
+                raise DataError(f"a batch didn't come through from a loader worker: {text}{cure}") from error
             raise
 
     def close(self) -> None:

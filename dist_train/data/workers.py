@@ -9,6 +9,7 @@ import select
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from multiprocessing import context, popen_fork, queues, resource_tracker
 from typing import Any
@@ -170,12 +171,35 @@ def _end_with(parent: Any) -> None:
     os._exit(1)
 
 
+def how_ended(iterator: Any) -> str:
+    """`pid 12 was killed by SIGKILL`, of the workers of a DataLoader iterator that have ended, once one has; "" if none does."""
+    until = time.monotonic() + 1.0
+    while time.monotonic() < until:
+        with contextlib.suppress(
+            RuntimeError
+        ):  # torch's SIGCHLD handler raises at any place for a worker that was killed
+            ended = [(worker.pid, worker.exitcode) for worker in iterator._workers if worker.exitcode]
+            if ended:
+                return ", ".join(
+                    f"pid {pid} was killed by {signal.Signals(-code).name}"
+                    if code < 0
+                    else f"pid {pid} left with code {code}"
+                    for pid, code in ended
+                )
+            time.sleep(0.02)
+    return ""
+
+
 def stop_workers(iterator: Any) -> None:
     """End the workers of a DataLoader iterator now: asked first, killed after three seconds."""
     workers: list[multiprocessing.process.BaseProcess] = list(getattr(iterator, "_workers", []))
-    if not workers:
-        return
+    while workers:
+        with contextlib.suppress(RuntimeError):  # as in `how_ended`, once for each loader: then again
+            _stop(iterator, workers)
+            return
 
+
+def _stop(iterator: Any, workers: list[multiprocessing.process.BaseProcess]) -> None:
     def kill() -> None:
         for worker in workers:
             worker.kill()
@@ -183,9 +207,10 @@ def stop_workers(iterator: Any) -> None:
     timer = threading.Timer(_STOP_GRACE, kill)
     timer.daemon = True
     timer.start()
-    with contextlib.suppress(RuntimeError):  # which torch's SIGCHLD handler makes of a worker that was killed
+    try:
         iterator._shutdown_workers()
-    timer.cancel()
-    kill()
+    finally:
+        timer.cancel()
+        kill()
     for worker in workers:
         worker.join()

@@ -160,19 +160,19 @@ class Tensors:
         self.last = last
 
     def __len__(self) -> int:
-        return 64
+        return 16
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if index == self.last:
             os.kill(os.getpid(), signal.SIGKILL)
-        return {str(k): torch.zeros(4) for k in range(200)}
+        return {str(k): torch.zeros(4) for k in range(1 if self.last >= 0 else 100)}
 
 
 def read_all(dataset: Any) -> None:
     config = DataConfig(train=object(), num_workers=2, prefetch_factor=8)
-    loader = TrainLoader(dataset, Plan(0, 64, 2), Reading(config, 0, torch.device("cpu")), micro_batch_size=2)
+    loader = TrainLoader(dataset, Plan(0, 16, 2), Reading(config, 0, torch.device("cpu")), micro_batch_size=2)
     try:
-        for work in loader.steps(0, 32):
+        for work in loader.steps(0, 8):
             list(work.micro_batches)
     finally:
         loader.close()
@@ -193,7 +193,7 @@ def test_workers_that_cannot_send_fail_at_once_and_say_why(tmp_path: Path, monke
     assert resource.getrlimit(resource.RLIMIT_NOFILE) == (limits[1], limits[1])
     read_all(Tensors())  # what was wrong was the limit
     resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    with pytest.raises(DataError, match=r"killed by signal: Killed.*a loader worker died without a Python error"):
+    with pytest.raises(DataError, match=r"worker died without a Python error \(pid \d+ was killed by SIGKILL"):
         read_all(Tensors(last=5))
     (tmp_path / ("x" * 100)).mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("x" * 100)))
