@@ -31,11 +31,14 @@ def train(config: str | Mapping[str, Any] | None = None, *overrides: str) -> dic
         ConfigError: the config is wrong; nothing was started, nothing written.
     """
     from dist_train.config.errors import ConfigError, Problem
+    from dist_train.config.load import load_config
 
-    whole = checked(config, overrides)
-    from dist_train.engine.run import train_config
+    whole = load_config(config, overrides)
+    from dist_train.engine.run import seems_completed, train_config
 
     try:
+        if not seems_completed(whole):
+            check(whole)
         return train_config(whole)
     except ConfigError as error:  # found when the pieces were put together: tell the place of the key
         told = [Problem(p.where or (whole.where(p.key) if p.key else ""), p.key, p.message) for p in error.problems]
@@ -48,14 +51,21 @@ def checked(source: str | Mapping[str, Any] | None, overrides: Sequence[str]) ->
     Raises:
         ConfigError: with every mistake.
     """
-    from dist_train.config.components import add_code_paths
-    from dist_train.config.errors import ConfigError
     from dist_train.config.load import load_config
-    from dist_train.config.slots import check_components
 
     config = load_config(source, overrides)
-    add_code_paths(config.run.code_paths)
-    problems = check_components(config)
-    if problems:
-        raise ConfigError(problems)
+    check(config)
     return config
+
+
+def check(config: Config) -> None:
+    """Look the components of a config up and check their arguments.
+
+    Raises:
+        ConfigError: with every mistake.
+    """
+    from dist_train.config.errors import ConfigError
+    from dist_train.config.slots import check_components
+
+    if problems := check_components(config):  # it adds the code paths
+        raise ConfigError(problems)

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dist_train.engine.prepare import build_model
 from dist_train.engine.state import load_weights
-from dist_train.tracking.curves import draw_curves
-from dist_train.tracking.records import read_rows
+from dist_train.runtime.seeding import undisturbed_generators
 
 if TYPE_CHECKING:
     from dist_train.checkpoint.manager import CheckpointManager
+    from dist_train.config.schema import Config
     from dist_train.engine.rundir import RunDir
     from dist_train.engine.trainer import Trainer
 
@@ -33,7 +34,7 @@ def weights_sha256(model: nn.Module) -> str:
 
 
 def finish(trainer: Trainer, checkpoints: CheckpointManager) -> dict[str, Any]:
-    """Evaluate what is kept and write result.json, model.pt and curves.png; all ranks call it, rank 0 writes.
+    """Evaluate what is kept and write result.json and model.pt; all ranks call it, rank 0 writes.
 
     `weights_sha256` is that of the last training weights; `metrics` and `model.pt` are of the best checkpoint where best is
     kept, else of the last, with the EMA's weights where there is one.
@@ -43,12 +44,14 @@ def finish(trainer: Trainer, checkpoints: CheckpointManager) -> dict[str, Any]:
     val = progress.metrics
     best_step = trainer.world.on_main(lambda: _best_step(trainer, checkpoints))
     kept_step = trainer.step if best_step is None else best_step
+    epoch, samples = trainer.epoch, progress.samples  # of the weights that are kept, as the step of the test row
     if kept_step != trainer.step:
         found = checkpoints.find(f"step-{kept_step}")
         load_weights(parts.modules, found)
         if parts.ema is not None and "ema" in found.parts:
             parts.ema.load_state_dict(found.load("ema"))
         val = found.metrics
+        epoch, samples = found.told("epoch", int), found.told("samples", int)
     metrics: dict[str, dict[str, float]] = {}
     if val:
         metrics["val"] = {name.removeprefix("val/"): value for name, value in val.items()}
@@ -56,7 +59,7 @@ def finish(trainer: Trainer, checkpoints: CheckpointManager) -> dict[str, Any]:
     if "test" in parts.eval_loaders:
         parts.evaluator.control = None  # nothing is left that could be stopped and saved
         metrics["test"] = parts.evaluator.run(parts.eval_loaders["test"])
-        trainer.logger.row("test", kept_step, trainer.epoch, progress.samples, metrics["test"])
+        trainer.logger.row("test", kept_step, epoch, samples, metrics["test"])
         trainer.console.evaluation("test", kept_step, metrics["test"])
     result = {
         "state": "completed",
@@ -78,12 +81,25 @@ def finish(trainer: Trainer, checkpoints: CheckpointManager) -> dict[str, Any]:
             if task := parts.modules.task_state():
                 _write_weights(run, "task.pt", task)
             _write_weights(run, "model.pt", trainer.model.state_dict())
-        if trainer.config.tracking.report:
-            with contextlib.suppress(ImportError):  # matplotlib isn't needed to train
-                draw_curves(read_rows(run.path("metrics.jsonl")), run.path("curves.png"), title=run.name)
+        run.path("report.html").unlink(missing_ok=True)  # of an earlier end: whoever finds none writes it
+        run.storage.delete("report.html")
         trainer.bring_home()
         run.write_json("result.json", result)  # the last: a run that has it is completed
     return result
+
+
+def give_weights(config: Config, run: RunDir) -> None:
+    """Where the model is a live one, leave in it what model.pt holds."""
+    model = config.model
+    if not isinstance(model, nn.Module):
+        return
+    weights = torch.load(io.BytesIO(run.storage.read_bytes("model.pt")), map_location="cpu", weights_only=True)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError:  # it is as it was before `transfer` changed it
+        with undisturbed_generators():
+            build_model(config)
+        model.load_state_dict(weights)
 
 
 def _write_weights(run: RunDir, name: str, state: dict[str, Any]) -> None:

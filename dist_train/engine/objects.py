@@ -58,10 +58,10 @@ def sample_digests(config: Config) -> dict[str, str]:
     return found
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def differences(old: Any, new: dict[str, Any]) -> list[str]:
     """Lines that name what differs, of two of the dicts above; what only one of them has isn't compared."""
     lines = []
-    for key in [key for key in new if key in old]:
+    for key in [key for key in new if isinstance(old, dict) and type(old.get(key)) is type(new[key])]:
         before, now = old[key], new[key]
         if isinstance(now, dict):
             words = [word for word in now if word in before and now[word] != before[word]]

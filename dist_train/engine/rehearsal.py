@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.utils.data import Subset, default_collate
+from torch.utils.data import default_collate
 
 from dist_train.config.components import build_callable, is_spec
 from dist_train.config.durations import Duration
@@ -81,7 +81,9 @@ def _shortened(config: Config, where: Path, steps: int) -> Config:
     if config.data.val is not None:
         val = build_dataset(config, "val")
         some = range(0) if is_stream(val) else range(min(len(val), 2 * config.data.eval_batch_size))
-        data["val"] = Subset(val, some) if some else None
+        # Named, as a config would: a file's rehearsal holds no live objects.
+        target = {"_target_": "torch.utils.data.Subset", "dataset": config.data.val, "indices": list(some)}
+        data["val"] = target if some else None
     changes: dict[str, dict[str, Any]] = {
         "trainer": {"duration": Duration(steps, "step"), "stop_at": None, "stop_when": None, "log_every": once},
         "data": data,

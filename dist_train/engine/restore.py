@@ -86,10 +86,15 @@ def open_run(
     run = RunDir(location)
     config = _checked(run, overrides)
     with open_world(config.distributed, Placement() if alone else read_placement(os.environ)) as world:
-        evaluator = Parts(config, world).evaluator
-        found = _restore(evaluator.modules, run, checkpoint, world)
-        evaluator.modules.eval()
-        yield Restored(run, config, world, found, evaluator)
+        restored = restore_in(world, run, config, checkpoint)
+        restored.evaluator.modules.eval()
+        yield restored
+
+
+def restore_in(world: World, run: RunDir, config: Config, checkpoint: str | None = None) -> Restored:
+    """The same among processes that have met, by a config whose components are there; modules keep their modes."""
+    evaluator = Parts(config, world).evaluator
+    return Restored(run, config, world, _restore(evaluator.modules, run, checkpoint, world), evaluator)
 
 
 def load(run: str | os.PathLike[str], checkpoint: str | None = None, model: nn.Module | None = None) -> nn.Module:

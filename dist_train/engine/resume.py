@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 from dist_train.checkpoint.manifest import CheckpointError
 from dist_train.checkpoint.store import CheckpointStore, find_at, step_name
 from dist_train.config.changes import compare, refusal_message
+from dist_train.config.code import source_files
 from dist_train.config.errors import ConfigError
 from dist_train.config.names import expand_path
+from dist_train.engine.objects import differences, facts_of, sample_digests
 from dist_train.engine.rundir import MICRO_BATCHES
 from dist_train.engine.stopping import in_steps
-from dist_train.runtime.sidefiles import SideFileError, read_mapping
+from dist_train.runtime.sidefiles import SideFileError, read_lines, read_mapping
 
 if TYPE_CHECKING:
     from dist_train.checkpoint.manager import CheckpointManager
@@ -59,11 +61,47 @@ class Decision:
 
 
 def decide(config: Config, run: RunDir) -> Decision:
-    """See `Decision`.
+    """See `Decision`. Nothing that the config names is imported.
 
     Raises:
-        ConfigError: the run can't be continued under this config; says with what differs, and what to do.
+        ConfigError: the run can't be continued under this config or with these objects; says with what differs, and what to do.
     """
+    decision = _compare_configs(config, run)
+    if decision.action != "fresh" and decision.source is None:
+        decision.warnings += _compare_code(config, run, completed=decision.action == "completed")
+    return decision
+
+
+def _compare_code(config: Config, run: RunDir, completed: bool) -> list[str]:
+    """What to say where the user's files are others than at the last start; see `decide` for live objects."""
+    records, _ = read_lines(run.storage, "attempts.jsonl")  # `Start` tells what is wrong with it
+    start = next((record for record in reversed(records) if isinstance(record.get("code"), dict)), None)
+    if start is None:
+        return []
+    differing = differences(start.get("objects"), facts_of(config))
+    if completed:
+        end: dict[str, Any] = next((record for record in reversed(records) if "samples" in record), {"samples": {}})
+        differing += differences(end["samples"], sample_digests(config))
+    if differing and (completed or not config.checkpoint.accept_changes):
+        cure = "begin another run: another run.name"
+        if not completed:
+            cure += ", or go on with them: checkpoint.accept_changes=true"
+        done = "is completed, and its result is that of" if completed else "was begun with"
+        raise ConfigError.single("run.name", f"{run.location} {done} other objects ({'; '.join(differing)}); {cure}")
+    old, new = start["code"], source_files(config)
+    edited = [name for name in new if name in old and old[name] != new[name]]
+    changed = ", ".join(edited or sorted(old.keys() ^ new.keys()))  # a file comes or goes by another that imports it
+    if not changed:
+        return []
+    since = f"the code has changed since {run.location} was {'trained' if completed else 'last started'}: {changed}"
+    return [
+        f"{since}. This is the result of the code before; another run.name trains with what it is now"
+        if completed
+        else f"{since}. The run goes on with what it is now; another run.name begins anew with it"
+    ]
+
+
+def _compare_configs(config: Config, run: RunDir) -> Decision:
     store, resume = CheckpointStore(run.storage.sub("checkpoints")), config.checkpoint.resume
     # What is left of a save that was killed under a URL is no checkpoint; a damaged one that was set aside was one.
     known = [step_name(step) for step in store.steps() if store.is_there(step)]

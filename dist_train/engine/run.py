@@ -7,18 +7,20 @@ import logging
 import math
 import os
 import socket
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dist_train.checkpoint.manager import CheckpointManager
+from dist_train.config.code import source_files
 from dist_train.config.errors import ConfigError
+from dist_train.config.slots import check_components
 from dist_train.data.plan import share
-from dist_train.engine.finish import finish
+from dist_train.engine.finish import finish, give_weights
+from dist_train.engine.objects import facts_of, sample_digests
 from dist_train.engine.parts import Parts
 from dist_train.engine.resume import Decision, decide, find_checkpoint
 from dist_train.engine.rundir import MICRO_BATCHES, RunDir, check_place, check_shared, run_location
-from dist_train.engine.showing import report_at_end
+from dist_train.engine.showing import report_at_end, report_in, write_curves
 from dist_train.engine.state import Progress, restore
 from dist_train.engine.summary import end_lines, start_lines
 from dist_train.engine.trainer import Trainer
@@ -55,10 +57,12 @@ def train_in(world: World, config: Config, console: Console) -> dict[str, Any]:
         run = RunDir(world.on_main(lambda: run_location(config)))
         decision = Decision(**world.on_main(lambda: _look(config, run)))
         if decision.action == "completed":
-            return _already_completed(world, run, console)
+            return _already_completed(world, config, run, console, decision)
+        if problems := check_components(config):  # `train` has left that out for a run that seemed to be completed
+            raise ConfigError(problems)
         parts = build_parts(config, world, decision)  # whatever is wrong with the config has shown by now
         if decision.is_over(config, parts.plan.steps_per_epoch):
-            return _already_completed(world, run, console)
+            return _already_completed(world, config, run, console, decision)
         world.barrier()
         if not world.is_main:  # rank 0 may have to wait for another job's lease; it begins for all
             signals.hold()
@@ -84,8 +88,24 @@ def build_parts(config: Config, world: World, decision: Decision) -> Parts:
     return parts
 
 
-def _already_completed(world: World, run: RunDir, console: Console) -> dict[str, Any]:
-    """The result of a run that this config asks no more of; nothing is trained and nothing written."""
+def seems_completed(config: Config) -> bool:
+    """Whether a start will only be answered, so that nothing of the user's need be imported; `train_in` decides."""
+    if "{time}" in str(config.run.name):  # found by its job only, whose name rank 0 reads
+        return False
+    try:
+        run = RunDir(run_location(config))
+        return run.storage.exists("result.json") and decide(config, run).action == "completed"
+    except (ConfigError, StorageError, OSError):
+        return False  # to be told among all processes
+
+
+def _already_completed(
+    world: World, config: Config, run: RunDir, console: Console, decision: Decision
+) -> dict[str, Any]:
+    """The result of a run that this config asks no more of; nothing is trained and nothing written.
+
+    But for what a kill has kept from being written: status.json and the report.
+    """
     result = world.on_main(lambda: run.read_json("result.json"))
     for figures in result["metrics"].values():
         figures.update({name: math.nan for name, value in figures.items() if value is None})
@@ -97,6 +117,12 @@ def _already_completed(world: World, run: RunDir, console: Console) -> dict[str,
         f"{run.location} is completed, after {result['step']:,} steps; a longer trainer.duration goes on with it, another "
         "run.name begins anew"
     )
+    for line in decision.warnings:
+        if world.is_main:
+            console.warn(line)
+    if config.tracking.report and not world.on_main(lambda: run.storage.exists("report.html")):
+        report_in(world, run, config, console.warn)
+    give_weights(config, run)
     console.end_block(end_lines(result, run))
     return result
 
@@ -147,7 +173,7 @@ class Start:
             self.run.lease = self.run.lease or Lease.known(self.run.storage, *owner)
             decided, self.decision = self.decision, Decision(**told)
             if self.decision.action == "completed":
-                return _already_completed(self.world, self.run, self.console)
+                return _already_completed(self.world, self.config, self.run, self.console, self.decision)
             if (self.decision.action, self.decision.fits) != (decided.action, decided.fits):
                 self.parts = build_parts(self.config, self.world, self.decision)
             self.run.begin(self.world)
@@ -182,7 +208,6 @@ class Start:
         return None
 
     def _train(self) -> dict[str, Any]:
-        began = time.monotonic()
         config, world, run, console = self.config, self.world, self.run, self.console
         if world.is_main:
             for line in self.decision.warnings:
@@ -214,16 +239,23 @@ class Start:
         if outcome == "completed":
             result = finish(trainer, checkpoints)
         else:
+            seconds = round(progress.seconds, 3)
             result = {"state": outcome, "reason": trainer.reason, "step": trainer.step, "epoch": trainer.epoch}
+            result["seconds"] = seconds
         trainer.logger.close(outcome)
         run.upload()
         if world.is_main:
             trainer.write_status(outcome)
-            run.record_attempt("end", attempt=self.attempt, state=outcome, step=trainer.step, cause=trainer.reason)
-        if outcome == "completed" and config.tracking.report:
+            told = {"attempt": self.attempt, "state": outcome, "step": trainer.step, "cause": trainer.reason}
+            run.record_attempt("end", **told, samples=sample_digests(config))
+        if outcome != "completed" and config.tracking.report and world.is_main:
+            write_curves(run)
+        elif outcome == "completed" and config.tracking.report:
             report_at_end(trainer)  # of what stands by now in the records; it raises nothing
             run.upload()
-        console.end_block(end_lines(result, run, time.monotonic() - began))
+        if outcome == "completed":
+            give_weights(config, run)
+        console.end_block(end_lines(result, run))
         return result
 
     def _record_start(self) -> None:
@@ -238,6 +270,8 @@ class Start:
             nodes=placement.nodes,
             launcher=placement.launcher,
             resumed_from=self.trainer.step,
+            code=source_files(self.config),
+            objects=facts_of(self.config),
         )
 
     def _inform_peers(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -16,16 +17,19 @@ from torch.utils.data import Subset
 from dist_train.checkpoint.manifest import CheckpointError
 from dist_train.config.errors import ConfigError
 from dist_train.config.secrets import visible
+from dist_train.config.slots import check_components
 from dist_train.data.passes import is_stream
 from dist_train.engine.boundary import FOLDER, around, classes_on, plane, read_frames
 from dist_train.engine.evaluate import on_rank_zero
 from dist_train.engine.predict import Meaning, Predicted, predict, read_meaning
 from dist_train.engine.prepare import eval_loader
-from dist_train.engine.restore import attribute_of, open_run
+from dist_train.engine.restore import Restored, attribute_of, open_run, restore_in
 from dist_train.engine.rundir import RunDir
 from dist_train.runtime.placement import read_placement
 from dist_train.runtime.seeding import seed_sample
+from dist_train.tracking.curves import draw_curves
 from dist_train.tracking.figures import Boundary, Confusion, Example, Regression, write_boundary
+from dist_train.tracking.records import read_rows
 from dist_train.tracking.report import Picture, write_report
 
 if TYPE_CHECKING:
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
     from dist_train.data.loader import EvalLoader
     from dist_train.engine.evaluate import Evaluator
     from dist_train.engine.trainer import Trainer
+    from dist_train.runtime.world import World
 
 SAMPLES = 20_000  # at most so many are asked about, spread evenly over the dataset
 WORST, DOTS, TARGETS, FRAMES = 24, 2000, 4, 10  # shown at most: errors, points and targets of a regression, boundaries
@@ -60,13 +65,45 @@ def report_again(location: str, checkpoint: str | None, overrides: Sequence[str]
 
     try:
         with open_run(location, checkpoint, overrides) as restored:
-            loader, found = restored.loader(restored.split(None)), restored.found
-            return make_report(run, restored.config, restored.evaluator, loader, found.step, found.meta, warn)
+            return _report_of(restored, warn)
     except (ConfigError, CheckpointError) as error:
         if checkpoint is not None or overrides or not run.storage.exists("config.yaml"):
             raise
         warn(f"the report has no pictures: {error}")
         return _written(run) if is_main else None
+
+
+def report_in(world: World, run: RunDir, config: Config, warn: Callable[[str], None]) -> None:
+    """The same among processes that have met: the report of a completed run that a kill has kept from being written."""
+    try:
+        if problems := check_components(config):
+            raise ConfigError(problems)
+        restored = restore_in(world, run, config)
+        modes = [(module, module.training) for module in restored.evaluator.modules.modules()]
+        _report_of(restored, warn)
+        for module, training in modes:
+            module.training = training
+    except (ConfigError, CheckpointError) as error:
+        warn(f"the report has no pictures: {error}")
+        if world.is_main:
+            with run.only_a_view():
+                _written(run)
+
+
+def _report_of(restored: Restored, warn: Callable[[str], None]) -> Path | None:
+    config, found = restored.config, restored.found
+    restored.evaluator.modules.eval()
+    loader = (
+        restored.loader(restored.split(None)) if config.data.test is not None or config.data.val is not None else None
+    )
+    return make_report(restored.run, config, restored.evaluator, loader, found.step, found.meta, warn)
+
+
+def write_curves(run: RunDir) -> None:
+    """curves.png, from the records as they are; rank 0 calls it. matplotlib isn't needed to train."""
+    with contextlib.suppress(ImportError):
+        draw_curves(read_rows(run.records() / "metrics.jsonl"), run.path("curves.png"), title=run.name)
+        run.upload(("curves.png",))
 
 
 def make_report(
@@ -107,6 +144,7 @@ def make_report(
 
 
 def _written(run: RunDir, **shown: Any) -> Path:
+    write_curves(run)
     path = write_report(run.records(), **shown)
     run.upload((path.name,))
     return path

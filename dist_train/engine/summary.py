@@ -103,18 +103,23 @@ def batch_arithmetic(parts: Parts) -> str:
     return text
 
 
-def end_lines(result: dict[str, Any], run: RunDir, seconds: float | None = None) -> Lines:
-    """How it ended, the figures, and where things lie."""
+def end_lines(result: dict[str, Any], run: RunDir) -> Lines:
+    """How it ended, the figures, and where things lie, of those that are there."""
     lines = [("state", f"{result['state']} at step {result['step']:,}: {result['reason']}")]
     for split, metrics in result.get("metrics", {}).items():
         figures = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "eval_samples")
         lines.append((split, f"{figures}  ({metrics.get('eval_samples', 0):,} samples)"))
-    if seconds is not None:
-        lines.append(("time", format_seconds(seconds)))
-    if result["state"] != "completed":
-        return [*lines, ("next", "the same command goes on from here")]
-    kept = f" (step {result['kept_step']:,})" if result["kept_step"] != result["step"] else ""
-    lines.append(("model", f"{run.location}/model.pt{kept}"))
-    if run.path("report.html").exists():
-        lines.append(("report", f"{run.location}/report.html"))
-    return [*lines, ("curves", f"{run.location}/curves.png, and tensorboard --logdir {run.location}/tensorboard")]
+    lines.append(("time", f"{format_seconds(result['seconds'])} of training, over all starts"))
+    completed = result["state"] == "completed"
+    if completed:
+        kept = f" (step {result['kept_step']:,})" if result["kept_step"] != result["step"] else ""
+        lines.append(("model", f"{run.location}/model.pt{kept}"))
+    shown = [("report", "report.html", "")] if completed else []
+    for label, name, command in (
+        *shown,
+        ("curves", "curves.png", ""),
+        ("board", "tensorboard", "tensorboard --logdir "),
+    ):
+        if run.path(name).exists():
+            lines.append((label, f"{command}{run.location}/{name}"))
+    return lines if completed else [*lines, ("next", "the same command goes on from here")]

@@ -145,7 +145,7 @@ def _tiles(rows: list[Row], known: dict[str, Any]) -> str:
     for name, label in (("step", "step"), ("epoch", "epoch"), ("world_size", "processes")):
         if known.get(name) is not None:
             tiles[label] = format_number(name, known[name])
-    if "seconds" in known:
+    if "seconds" in known and state == "completed":  # result.json's: not of a run that went on since
         tiles["time"] = format_seconds(known["seconds"])
     for name, label, mean in (("samples_per_s", "samples/s", median), ("data_wait", "waiting for data", fmean)):
         values = [row[name] for row in rows if row.get(name, nan) == row.get(name, nan)]
