@@ -44,9 +44,7 @@ def locate(path: Any) -> Any:
         raise ConfigError.single("", f"{path!r} is not an import path like torch.nn.Linear")
     found: Any = _import(parts[0])
     if found is None:
-        places = f"{', '.join(map(_short, sys.path[:2]))} and among what is installed (run.code_paths adds directories)"
-        hint = did_you_mean(parts[0], {module.name for module in pkgutil.iter_modules()}) or f"; looked in {places}"
-        raise ConfigError.single("", f"no module named {parts[0]}{hint}")
+        raise ConfigError.single("", no_module(parts[0]))
     for depth, part in enumerate(parts[1:], start=1):
         if hasattr(found, part):
             found = getattr(found, part)
@@ -59,6 +57,13 @@ def locate(path: Any) -> Any:
             where = f" ({_short(found.__file__)})" if not hint and getattr(found, "__file__", None) else ""
             raise ConfigError.single("", f"{kind} {holder}{where} has no {part}{hint}")
     return found
+
+
+def no_module(name: str) -> str:
+    """What to say of a module that isn't there."""
+    places = f"{', '.join(map(_short, sys.path[:2]))} and among what is installed (run.code_paths adds directories)"
+    hint = did_you_mean(name, {module.name for module in pkgutil.iter_modules()}) or f"; looked in {places}"
+    return f"no module named {name}{hint}"
 
 
 def _import(name: str) -> types.ModuleType | None:

@@ -12,7 +12,7 @@ from . import components
 from .errors import ConfigError, Problem, describe, did_you_mean
 from .schema import Config
 from .source import Key, as_problems, dotted, nearest
-from .static import read_signature
+from .static import missing, read_signature
 
 Finding = tuple[Key, str]
 _Kind = inspect.Parameter
@@ -100,11 +100,16 @@ def check_components(config: Config) -> list[Problem]:
 
 
 def check_sources(config: Config) -> Iterator[Finding]:
-    """The wrong arguments that can be seen without importing anything: see `static.py`."""
+    """What is missing, and the wrong arguments, as far as that is seen without importing anything: see `static.py`."""
+    components.add_code_paths(config.run.code_paths)
     for key, slot, spec in _specs(config):
-        form = read_signature(str(spec["_target_"]), config.run.code_paths) if components.is_spec(spec) else None
+        if not components.is_spec(spec) or not isinstance(spec["_target_"], str):
+            continue
+        form = read_signature(spec["_target_"], config.run.code_paths)
         if form is not None:
             yield from _arguments(key, slot, spec, *form)
+        elif wrong := missing(spec["_target_"], config.run.code_paths):
+            yield (*key, "_target_"), wrong
 
 
 def _specs(config: Config) -> Iterator[tuple[Key, Slot, Any]]:

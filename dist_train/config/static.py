@@ -7,12 +7,16 @@ the source says plainly: anything decorated, inherited, assigned or generated is
 from __future__ import annotations
 
 import ast
+import importlib.util
 import inspect
 import sys
 from collections.abc import Sequence
 from functools import cache
 from importlib.machinery import PathFinder
 from pathlib import Path
+
+from .components import no_module
+from .errors import did_you_mean
 
 
 def read_signature(path: str, search: Sequence[str]) -> tuple[inspect.Signature, bool] | None:
@@ -36,6 +40,64 @@ def read_signature(path: str, search: Sequence[str]) -> tuple[inspect.Signature,
         above = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
         module = ".".join([*above, *([node.module] if node.module else [])])
     return None
+
+
+def missing(path: str, search: Sequence[str]) -> str | None:
+    """What isn't there of an import path, in the words of `components.locate`; None where the source doesn't tell.
+
+    Of what is installed only torch and its like are judged: others may make their names while they are imported.
+    """
+    parts = path.split(".")
+    if len(parts) < 2 or not all(part.isidentifier() for part in parts):
+        return None
+    places = (*search, *sys.path, str(Path(__file__).parents[2]))
+    if PathFinder.find_spec(parts[0], places) is None:
+        try:
+            there = importlib.util.find_spec(parts[0]) is not None  # builtins, and what is installed by a hook
+        except ValueError:
+            there = True
+        if not there:
+            return no_module(parts[0])
+    judged = places if parts[0] in _JUDGED else tuple(search)
+    for depth in range(len(parts) - 1, 0, -1):
+        holder, name = ".".join(parts[:depth]), parts[depth]
+        body, package = _source(holder, judged)
+        if body:
+            inner = package == holder and _source(f"{holder}.{name}", judged)[1]
+            names = _defined(holder, judged)
+            if inner or names is None or name in names:
+                return None
+            near = did_you_mean(name, (known for known in sorted(names) if known[:1] != "_"), prefix=holder + ".")
+            return f"module {holder} has no {name}{near}"
+    return None
+
+
+_JUDGED = ("torch", "torchvision", "torchmetrics", "dist_train")
+
+
+@cache
+def _defined(module: str, search: tuple[str, ...]) -> frozenset[str] | None:
+    """The names that a module's statements define; None where they may define others as they run."""
+    found: set[str] = set()
+    body, package = _source(module, search)
+    if not body:
+        return None
+    for node in (inner for statement in body for inner in ast.walk(statement)):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            found.add(node.name)
+        elif isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
+            above = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            more = _defined(".".join([*above, *([node.module] if node.module else [])]), search)
+            if more is None:
+                return None
+            found |= more
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {alias.asname or alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.Name) and node.id in ("globals", "setattr", "exec", "vars"):
+            return None
+    return None if "__getattr__" in found else frozenset(found)
 
 
 @cache

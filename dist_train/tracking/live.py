@@ -26,10 +26,11 @@ class Live(Progress):
     def __init__(self, stream: Any, step: Callable[[], int], total: int | None, epoch: str) -> None:
         self._step = step
         self._before: dict[str, Mapping[str, float]] = {}
-        texts, bar = Column(no_wrap=True, overflow="ellipsis"), Column(ratio=1, min_width=BAR)
+        self._told: tuple[str, str, list[str]] = ("", "", [])  # epoch, total and figures, the most important first
+        texts, self._bar = Column(no_wrap=True, overflow="ellipsis"), Column(ratio=1, min_width=BAR)
         super().__init__(
             TextColumn("{task.fields[epoch]} ", table_column=texts),
-            BarColumn(None, table_column=bar),
+            BarColumn(None, table_column=self._bar),
             TextColumn(" {task.completed:,.0f}{task.fields[of]}{task.fields[figures]}", table_column=texts.copy()),
             console=Console(file=stream, force_terminal=True, highlight=False),
             refresh_per_second=4,
@@ -43,7 +44,7 @@ class Live(Progress):
     def get_renderables(self) -> Iterable[RenderableType]:
         """What is drawn, at each refresh."""
         for task in self.task_ids:
-            self.update(task, completed=self._step())
+            self.update(task, completed=self._step(), **self._fitting())  # the terminal may have got another width
         return super().get_renderables()
 
     def show(self, total: int | None, epoch: str, metrics: Mapping[str, float], left: float | None) -> None:
@@ -56,12 +57,26 @@ class Live(Progress):
                 break
         if "samples_per_s" in metrics:
             figures.append(f"{format_number('samples_per_s', metrics['samples_per_s'])} samples/s")
-        of = "" if total is None else f"/{total:,}"
-        room = self.console.width - len(epoch) - 2 * len(of) - BAR - 4
+        self._told = (epoch, "" if total is None else f"/{total:,}", figures)
+        self.update(self._task, total=total, **self._fitting())
+
+    def _fitting(self) -> dict[str, Any]:
+        """The fields of the bar, as far as there is room."""
+        epoch, of, figures = self._told
+        # What doesn't fit goes as a whole, least important first: figures, some of the bar, the epoch, the total.
+        done = max(len(of) - 1, len(f"{self._step():,}") + 1)
+        room = self.console.width - done - len(of) - 4
+        epoch = epoch if len(epoch) <= room else ""
+        room -= len(epoch)
+        self._bar.min_width = max(1, min(BAR, room))
+        if room < 0:
+            of = ""
         shown = ""
-        while figures and len(shown) + 2 + len(figures[0]) <= room:
-            shown += "  " + figures.pop(0)
-        self.update(self._task, total=total, epoch=epoch, of=of, figures=shown)
+        for figure in figures:
+            if len(shown) + 2 + len(figure) > room - BAR:
+                break
+            shown += "  " + figure
+        return {"epoch": epoch, "of": of, "figures": shown}
 
     def say(self, text: str, style: str | None = None) -> None:
         """Text above the bar, as it is (no markup)."""
@@ -70,11 +85,20 @@ class Live(Progress):
     def evaluation(self, split: str, step: int, metrics: Mapping[str, float], samples: str) -> None:
         """A table: each metric now, and at the evaluation before."""
         before = self._before.get(split, {})
+        rows: list[tuple[str, ...]] = [
+            (name, format_number(name, value), format_number(name, before[name]) if name in before else "")
+            for name, value in metrics.items()
+        ]
+        title = f"{split} at step {step:,}{samples}"
+        label, now, then = (max([least, *(len(row[k]) for row in rows)]) for k, least in enumerate((len(title), 8, 8)))
+        if label + now + then + 6 > self.console.width:  # a number is whole or isn't there; a long name goes on below
+            rows, then = [row[:2] for row in rows], 0
         table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-        table.add_column(f"{split} at step {step:,}{samples}", min_width=20, no_wrap=True)
-        table.add_column("now", justify="right", style="bold", min_width=8)
-        table.add_column("before", justify="right", style="dim", min_width=8)
-        for name, value in metrics.items():
-            table.add_row(name, format_number(name, value), format_number(name, before[name]) if name in before else "")
+        table.add_column(title, min_width=min(8, label), overflow="fold")
+        table.add_column("now", justify="right", style="bold", min_width=now, no_wrap=True)
+        if then:
+            table.add_column("before", justify="right", style="dim", min_width=then, no_wrap=True)
+        for row in rows:
+            table.add_row(*row)
         self._before[split] = dict(metrics)
         self.console.print(Padding(table, (1, 0, 0, 2)))

@@ -231,6 +231,29 @@ def test_a_narrow_terminal_leaves_out_figures_and_cuts_none(columns: int) -> Non
     assert "\u2026" not in last
 
 
+@pytest.mark.parametrize("columns", [24, 40, 60])
+def test_no_number_is_cropped_on_a_narrow_terminal(columns: int) -> None:
+    from dist_train.tracking.live import Live
+
+    out = io.StringIO()
+    live = Live(out, lambda: 1234567, 12345678, "epoch 100/200")
+    live.console.width = columns
+    out.truncate(out.seek(0))
+    live.refresh()
+    figures = {"loss": 1234.5678, "a_metric_with_a_very_long_name_indeed": -0.1234, "count": 123456789}
+    for step in (1234567, 1234568):
+        live.evaluation("test", step, figures, " (1,234,567 samples)")
+    live.show(12345678, "epoch 101/200", {"loss": 0.432}, 75.0)
+    live.stop()
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue())
+    assert "\u2026" not in text
+    lines = text.splitlines()
+    assert max(map(len, re.split(r"[\r\n]", text))) <= columns
+    assert all(sum(number in line for line in lines) >= 2 for number in ("1234.5678", "-0.1234", "123,456,789"))
+    assert "1,234,567" in lines[-1]
+    assert ("/12,345,678" in lines[-1]) == (columns > 24)
+
+
 @pytest.mark.parametrize("name", ["NO_COLOR", "CI"])
 def test_a_terminal_with_no_color_or_ci_gets_plain_lines(tmp_path: Path, name: str) -> None:
     code, got = on_terminal(tmp_path, **{name: "1"})
