@@ -30,18 +30,27 @@ def with_config(parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(list(arguments))
 
 
-def with_run(parser: Parser, arguments: Sequence[str], *, several: bool = False) -> argparse.Namespace:
+def with_run(
+    parser: Parser, arguments: Sequence[str], *, several: bool = False, whole: bool = False
+) -> argparse.Namespace:
     """Parse which run is meant (`run`, all of them in `runs`), with which weights (`checkpoint`), and `overrides` of its config.
 
     A run is given by `--run DIR` or by DIR alone: torchrun takes `--run` for one of its own options (before Python 3.12).
+    `several` runs may be given; `whole`: neither one checkpoint nor keys are taken.
     """
     about = "the run's directory or URL (--run may be left out, and must be behind torchrun)"
+    about += "; give several to lay their curves over each other" if several else ""
     parser.add_argument("--run", action="append", default=[], metavar="DIR", help=about)
-    about = "best, last or step-N; by default best if it is kept, else last"
-    parser.add_argument("--checkpoint", metavar="NAME", help=about)
-    parser.add_argument(
-        "rest", nargs="*", metavar="DIR | key.path=value", help="values that go before the run's config"
+    about, keys = (
+        "best, last or step-N; by default best if it is kept, else last",
+        "values that go before the run's config",
     )
+    if whole:
+        parser.set_defaults(checkpoint=None)
+        parser.add_argument("rest", nargs="*", metavar="DIR", help="the run's directory or URL")
+    else:
+        parser.add_argument("--checkpoint", metavar="NAME", help=about)
+        parser.add_argument("rest", nargs="*", metavar="DIR | key.path=value", help=keys)
     options = parser.parse_intermixed_args(list(arguments))
     options.overrides = [word for word in options.rest if "=" in word and not os.path.isdir(word)]
     options.runs = options.run + [word for word in options.rest if word not in options.overrides]

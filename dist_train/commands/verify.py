@@ -10,8 +10,8 @@ from dist_train.commands.arguments import Parser, with_run
 def main(arguments: Sequence[str]) -> int:
     """Print a line for each checkpoint; 1 if any is damaged."""
     parser = Parser("verify", "Check every file of every checkpoint of a run.")
-    options = with_run(parser, arguments)
-    if options.checkpoint is not None or options.overrides:
+    options = with_run(parser, arguments, whole=True)
+    if options.overrides:
         parser.error("all checkpoints of a run are checked: --run DIR is all that verify takes")
     from dist_train.checkpoint.store import CheckpointStore
     from dist_train.config.errors import ConfigError

@@ -46,7 +46,8 @@ class RunConfig(Section):
 
     name: Name | None = harmless(
         None,
-        "The run's directory inside `run.dir`. `{time}`, `{job}` and any key, like `{optimizer.lr}`, are filled in. "
+        "The run's directory inside `run.dir`. `{time}`, `{job}` and any key, like `{optimizer.lr}`, are filled in; a text that "
+        "can't stand in a path gets a few digits of its hash, and of starts in one second the later ones a number. "
         "null: the name of the config file without its ending; from a Python dict: `run`.",
     )
     dir: Text = harmless(
@@ -280,8 +281,8 @@ class TrackingConfig(Section):
     wandb: WandbConfig | None = harmless(None, about(WandbConfig))
     report: bool = harmless(
         True,
-        "Write curves.png and report.html, with pictures by the kept model, when the run is completed (the command `report` "
-        "does it later).",
+        "Write curves.png when a start ends or stops, and report.html, with pictures by the kept model, when the run is completed "
+        "(the command `report` does both later, and a start of a completed run that has no report).",
     )
 
 
