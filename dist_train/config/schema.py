@@ -281,7 +281,7 @@ class TrackingConfig(Section):
     wandb: WandbConfig | None = harmless(None, about(WandbConfig))
     report: bool = harmless(
         True,
-        "Write curves.png when a start ends or stops, and report.html, with pictures by the kept model, when the run is completed "
+        "Write curves.png when a start ends or stops, and report.html, with pictures by the kept model, when it is completed "
         "(the command `report` does both later, and a start of a completed run that has no report).",
     )
 
