@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 
 from dist_train.commands.arguments import Parser, whole_file, with_run
@@ -34,6 +35,7 @@ def compare(runs: Sequence[str], output: str) -> int:
     from dist_train.config.errors import ConfigError
     from dist_train.engine.rundir import RunDir
     from dist_train.runtime.placement import read_placement
+    from dist_train.runtime.sidefiles import problems
     from dist_train.tracking.report import write_comparison
 
     if read_placement(os.environ).rank != 0:
@@ -42,6 +44,8 @@ def compare(runs: Sequence[str], output: str) -> int:
     for run in opened:
         if not run.storage.exists("config.yaml"):
             raise ConfigError.single("--run", f"{run.location} holds no run: config.yaml isn't there")
+        for name, wrong in problems(run.storage):
+            print(f"warning: {run.location}/{name} can't be read: {wrong}", file=sys.stderr)
     with whole_file(output) as path:
         write_comparison([run.records() for run in opened], path)
     print(output)

@@ -104,36 +104,60 @@ def read_run(root: Storage, name: str) -> dict[str, Any]:
 
 
 def _read(run: Storage) -> tuple[dict[str, Any], dict[str, Any]]:
-    import yaml
-
     from dist_train.runtime.lease import look_at_owner
+    from dist_train.runtime.sidefiles import SideFileError, read_lines, read_mapping
 
-    def text(file: str) -> str:
-        with contextlib.suppress(FileNotFoundError):
-            return run.read_bytes(file).decode()
-        return ""
+    wrong: list[str] = []
 
-    config = yaml.safe_load(text("config.yaml")) or {}
-    status = json.loads(text("status.json") or "{}")
-    attempts, records = _lines(text("attempts.jsonl")), text("metrics.jsonl")
+    def mapping(name: str) -> dict[str, Any]:
+        try:
+            return read_mapping(run, name) or {}
+        except SideFileError as error:
+            wrong.append(str(error).removeprefix(f"{run.location}/"))
+            return {}
+
+    config, status = mapping("config.yaml"), mapping("status.json")
+    attempts, torn = read_lines(run, "attempts.jsonl")
+    wrong += [torn.removeprefix(f"{run.location}/")] if torn else []
+    records = ""
+    try:
+        records = run.read_bytes("metrics.jsonl").decode(errors="replace")
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        wrong.append(f"metrics.jsonl: {error.strerror}")
     tail = ("\n" + records)[-TAIL:].partition("\n")[2]
+    if any(line and not line.startswith("{") for line in tail.split("\n")):
+        wrong.append("metrics.jsonl: lines that are no rows")
     last = (_lines(tail, holding='"train"') or [{}])[-1]
     alive, renewed = look_at_owner(run)
     state = status.get("state") or ("starting" if alive else "never started")
     reason = status.get("error") or next((line["cause"] for line in reversed(attempts) if line.get("cause")), "")
+    if any(told.startswith(("config.yaml", "status.json")) for told in wrong):
+        state = "unreadable"
     if state == "running":
         state, reason = ("running", "") if alive else ("dead", "killed, or its host went down: run it again to go on")
-    signs = [datetime.fromisoformat(time) for time in (status.get("updated_at"), last.get("time"), renewed) if time]
+    signs = [*map(_moment, (status.get("updated_at"), last.get("time"), renewed))]
+    seen = [sign for sign in signs if sign is not None]
+    speed = last.get("samples_per_s")
     return {
         "state": state,
         "step": max(status.get("step", 0), last.get("step", 0)),  # a status is written every few seconds only
         "epoch": status.get("epoch", 0),
         "best": best_of(_lines(records, holding='"val"'), config),
-        "samples_per_s": last.get("samples_per_s"),
-        "age_seconds": max(0, round((datetime.now(UTC) - max(signs)).total_seconds())) if signs else None,
-        "attempts": sum(line.get("event") == "start" for line in attempts),
-        "reason": reason,
+        "samples_per_s": speed if isinstance(speed, int | float) else None,
+        "age_seconds": max(0, round((datetime.now(UTC) - max(seen)).total_seconds())) if seen else None,
+        "attempts": sum(line["event"] == "start" for line in attempts),
+        "reason": "; ".join([*wrong, str(reason)] if reason else wrong),
     }, config
+
+
+def _moment(text: Any) -> datetime | None:
+    """A time as records have it; None for anything else."""
+    with contextlib.suppress(ValueError, TypeError):
+        moment = datetime.fromisoformat(text)
+        return moment if moment.tzinfo is not None else None
+    return None
 
 
 def best_of(rows: Sequence[dict[str, Any]], config: dict[str, Any]) -> dict[str, Any] | None:
@@ -146,7 +170,9 @@ def best_of(rows: Sequence[dict[str, Any]], config: dict[str, Any]) -> dict[str,
     if metric == "auto":
         metric = f"val/{next(iter(metric_names(rows)), 'loss')}"
     name = metric.removeprefix("val/")
-    values = [(row[name], row["step"]) for row in rows if row.get(name) is not None]  # null: it wasn't finite
+    values = [
+        (row[name], row["step"]) for row in rows if isinstance(row.get(name), int | float)
+    ]  # null: it wasn't finite
     if not values:
         return None
     lower = mode == "min" if mode else better_is_lower(metric)
@@ -205,5 +231,8 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _lines(text: str, holding: str = "") -> list[dict[str, Any]]:
-    """The whole lines of a JSONL file that hold a word; a kill may have torn the last one."""
-    return [json.loads(line) for line in text.splitlines() if holding in line and line.endswith("}")]
+    """The rows of metrics.jsonl in whole lines that hold a word; a kill may have torn the last one."""
+    from dist_train.tracking.records import parse
+
+    rows = [parse(line.encode()) for line in text.splitlines(keepends=True) if holding in line]
+    return [row for row in rows if row is not None]

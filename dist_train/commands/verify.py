@@ -8,13 +8,14 @@ from dist_train.commands.arguments import Parser, with_run
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print a line for each checkpoint; 1 if any is damaged."""
+    """Print a line for each checkpoint, and for each file beside them that can't be read; 1 if any is damaged."""
     parser = Parser("verify", "Check every file of every checkpoint of a run.")
     options = with_run(parser, arguments, whole=True)
     if options.overrides:
         parser.error("all checkpoints of a run are checked: --run DIR is all that verify takes")
     from dist_train.checkpoint.store import CheckpointStore
     from dist_train.config.errors import ConfigError
+    from dist_train.runtime.sidefiles import problems
     from dist_train.runtime.storage import Storage
 
     storage = Storage(options.run)
@@ -24,6 +25,9 @@ def main(arguments: Sequence[str]) -> int:
     rows = CheckpointStore(storage.sub("checkpoints")).verify_all()
     for row in rows:
         print(f"{row.name:<24} {row.state:<10} {row.reason}".rstrip())
+    beside = problems(storage)
+    for name, fault in beside:
+        print(f"{name:<24} {'damaged':<10} {fault}")
     bad = [row for row in rows if row.state != "good"]
     print(f"{len(rows) - len(bad)} of {len(rows)} checkpoints are whole")
-    return 1 if bad else 0
+    return 1 if bad or beside else 0

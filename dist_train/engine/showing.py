@@ -27,6 +27,7 @@ from dist_train.engine.restore import Restored, attribute_of, open_run, restore_
 from dist_train.engine.rundir import RunDir
 from dist_train.runtime.placement import read_placement
 from dist_train.runtime.seeding import seed_sample
+from dist_train.runtime.sidefiles import problems
 from dist_train.tracking.curves import draw_curves
 from dist_train.tracking.figures import Boundary, Confusion, Example, Regression, write_boundary
 from dist_train.tracking.records import read_rows
@@ -63,6 +64,8 @@ def report_again(location: str, checkpoint: str | None, overrides: Sequence[str]
         if is_main:
             print(f"warning: {text}", file=sys.stderr)
 
+    for name, wrong in problems(run.storage):
+        warn(f"{name} can't be read: {wrong}")
     try:
         with open_run(location, checkpoint, overrides) as restored:
             return _report_of(restored, warn)

@@ -6,18 +6,21 @@ import json
 from pathlib import Path
 
 from dist_train.data.plan import Indices
+from dist_train.runtime.storage import append_whole, retried
 
 
 class Trace:
     """`trace/attempt-<n>-rank-<r>.jsonl`: a line for each optimizer step, in the kernel's hands before its backward."""
 
     def __init__(self, folder: Path, attempt: int, rank: int):
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = open(folder / f"attempt-{attempt}-rank-{rank}.jsonl", "xb", buffering=0)  # noqa: SIM115
+        self._path = folder / f"attempt-{attempt}-rank-{rank}.jsonl"
+        retried("create the directory", folder, lambda: folder.mkdir(parents=True, exist_ok=True))
+        self._file = retried("create", self._path, lambda: open(self._path, "xb", buffering=0))  # noqa: SIM115
 
     def write(self, step: int, indices: Indices) -> None:
         """This rank's samples of optimizer step `step` (from 1)."""
-        self._file.write(json.dumps({"step": step, "indices": indices.tolist()}).encode() + b"\n")
+        line = json.dumps({"step": step, "indices": indices.tolist()}).encode() + b"\n"
+        retried("write", self._path, lambda: append_whole(self._file, line))
 
     def close(self) -> None:
         """Close the file."""

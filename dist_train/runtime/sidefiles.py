@@ -10,7 +10,7 @@ import yaml
 
 from dist_train.runtime.storage import Storage
 
-_MOST = 64 << 20  # bytes; the longest real one (a ledger of thousands of starts) has a few
+_MOST = 64 << 20  # bytes; the longest real one but metrics.jsonl (a ledger of thousands of starts) has a few
 _NUMBER = (int, float)
 # What whoever reads a file relies on. An attribute that isn't named here may be missing or of any kind.
 _FORMS: dict[str, dict[str, Any]] = {
@@ -18,6 +18,7 @@ _FORMS: dict[str, dict[str, Any]] = {
     "result.json": {"state": str, "reason": str, "step": int, "epoch": int, "kept_step": int, "world_size": int}
     | {"metrics": dict, "seconds": _NUMBER, "weights_sha256": str},
     "attempts.jsonl": {"event": str},
+    "metrics.jsonl": {"step": int, "split": str},
     "micro_batches.json": {"micro_batch_size": int},
 }
 _KINDS = {str: "text", int: "a whole number", dict: "a mapping", _NUMBER: "a number"}
@@ -79,7 +80,7 @@ def problems(storage: Storage) -> list[tuple[str, str]]:
 
 def _read(storage: Storage, name: str) -> bytes | None:
     try:
-        return storage.read_bytes(name, most=_MOST)
+        return storage.read_bytes(name, most=None if name == "metrics.jsonl" else _MOST)
     except FileNotFoundError:
         return None
     except OSError as error:  # a directory, a FIFO, or the run's directory is a file

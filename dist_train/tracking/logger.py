@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dist_train.runtime.storage import append_whole, retried
 from dist_train.tracking.records import cut_back, encode, make_row
 from dist_train.tracking.sinks import SinkThread, TensorBoard
 from dist_train.tracking.wandb_run import Wandb
@@ -45,20 +47,22 @@ class Logger:
     def __init__(self, path: Path | None = None, views: Collection[SinkThread] = ()) -> None:
         self._path, self._views = path or Path(os.devnull), views
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self._path, "ab", buffering=0) if path is not None else None  # noqa: SIM115
+        self._file: io.FileIO | None = None
+        if path is not None:
+            self._file = retried("open", path, lambda: open(path, "ab", buffering=0))  # noqa: SIM115
+        self._synced = 0 if self._file is None else self._file.tell()
 
     def row(self, split: str, step: int, epoch: int | float, samples: int, metrics: Mapping[str, Any]) -> None:
         """One row: {"time", "step", "epoch", "samples", "split", **metrics}; the kernel has it when this returns.
 
         split: train, val or test. step: from 1. samples: consumed since the run's beginning. metrics: numbers.
-        Raises ValueError for a metric named like a field, OSError naming the file when it can't be written whole.
+        Raises ValueError for a metric named like a field, StorageError naming the file when it can't be written whole.
         """
         if self._file is None:
             return
         row = make_row(split, step, epoch, samples, metrics)
-        line = encode(row)
-        if self._file.write(line) != len(line):
-            raise OSError(f"{self._path}: a row could not be written whole; is the disk full?")
+        file, line = self._file, encode(row)
+        retried("write", self._path, lambda: append_whole(file, line))
         self._put("row", row)
 
     def image(self, name: str, step: int, picture: Any) -> None:
@@ -82,8 +86,7 @@ class Logger:
         It costs an fsync, and may be called from the thread that publishes. The views are told to flush too; `wait` is
         for how many seconds that is waited for (before their files are uploaded).
         """
-        if self._file is not None and not self._file.closed:
-            os.fsync(self._file.fileno())
+        self._sync()
         self._put("flush", wait=wait)
 
     def close(self, outcome: str, timeout: float = 15.0) -> None:
@@ -91,12 +94,31 @@ class Logger:
 
         Takes at most `timeout` seconds; a view that isn't done by then is given up with a warning.
         """
-        if self._file is not None and not self._file.closed:
-            os.fsync(self._file.fileno())
+        self._sync()
+        if self._file is not None:
             self._file.close()
         end = time.monotonic() + timeout
         for view in self._views:
             view.close(outcome, end - time.monotonic())
+
+    def _sync(self) -> None:
+        if self._file is None or self._file.closed:
+            return
+        file, tries = self._file, list[int]()
+
+        def sync() -> None:
+            if tries:  # after a sync that failed the kernel takes those bytes for written: they are written once more
+                with open(self._path, "r+b", buffering=0) as again:
+                    again.seek(self._synced)
+                    rows = again.read()
+                    again.seek(self._synced)
+                    again.write(rows)
+            tries.append(1)
+            end = os.fstat(file.fileno()).st_size
+            os.fsync(file.fileno())
+            self._synced = end
+
+        retried("sync", self._path, sync)
 
     def _put(self, method: str, *args: Any, wait: float | None = None) -> None:
         waiting = [view.put(method, *args, hurry=wait is not None) for view in self._views]

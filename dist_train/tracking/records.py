@@ -13,7 +13,9 @@ import os
 from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from dist_train.runtime.storage import retried
 
 Row = dict[str, Any]
 FIELDS = ("time", "step", "epoch", "samples", "split")
@@ -50,13 +52,13 @@ def encode(row: Row) -> bytes:
     return _encode(finite(row)).encode() + b"\n"
 
 
-def _parse(line: bytes) -> Row | None:
+def parse(line: bytes) -> Row | None:
     """The row in `line`, or None for one that a crash has torn."""
     if not line.endswith(b"\n"):
         return None
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) and type(row.get("step")) is int else None
 
@@ -70,7 +72,7 @@ def cut_back(path: str | os.PathLike[str], step: int, pending: Collection[str] =
     """
     if not Path(path).exists():
         return 0
-    with open(path, "r+b") as file:
+    with retried("open", path, lambda: open(path, "r+b")) as file:
         size = end = file.seek(0, os.SEEK_END)
         back, settled = 0, False
         while back < size and not settled:
@@ -80,7 +82,7 @@ def cut_back(path: str | os.PathLike[str], step: int, pending: Collection[str] =
             if back < size:  # the first piece is the end of a line
                 at += len(lines.pop(0))
             for line in lines:
-                row = _parse(line)
+                row = parse(line)
                 # Only train rows show that nothing before goes: a test row has the step of the best checkpoint.
                 if row is not None and row["step"] < step and row.get("split") == "train":
                     end, settled = size, True
@@ -89,9 +91,13 @@ def cut_back(path: str | os.PathLike[str], step: int, pending: Collection[str] =
                 seen = max(seen, row["step"]) if row is not None else seen
                 at += len(line)
         if end < size:
-            file.truncate(end)
-            os.fsync(file.fileno())
+            retried("cut back", path, lambda: _cut(file, end))
     return size - end
+
+
+def _cut(file: BinaryIO, end: int) -> None:
+    file.truncate(end)
+    os.fsync(file.fileno())
 
 
 def _again(row: Row, step: int, seen: int, pending: Collection[str]) -> bool:
@@ -100,9 +106,11 @@ def _again(row: Row, step: int, seen: int, pending: Collection[str]) -> bool:
 
 def read_rows(path: str | os.PathLike[str]) -> list[Row]:
     """All whole rows in the order of the file, null metrics as NaN; [] where there is no file."""
+    if not os.path.isfile(path):  # a FIFO would be waited for
+        return []
     try:
         with open(path, "rb") as file:
-            rows = [row for row in map(_parse, file) if row is not None]
+            rows = [row for row in map(parse, file) if row is not None]
     except FileNotFoundError:
         return []
     for row in rows:

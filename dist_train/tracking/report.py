@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import itertools
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
@@ -14,6 +13,8 @@ from statistics import fmean, median
 from typing import Any
 
 from dist_train.config.secrets import visible
+from dist_train.runtime.sidefiles import SideFileError, problems, read_lines, read_mapping
+from dist_train.runtime.storage import Storage
 from dist_train.tracking.curves import ASIDE, TITLES, draw_panel, dress, metric_names, new_figure, plain, render, series
 from dist_train.tracking.figures import (
     Boundary,
@@ -73,19 +74,21 @@ def write_report(
     """
     root = Path(root)
     rows = read_rows(root / "metrics.jsonl")
-    status, result = _json(root / "status.json"), _json(root / "result.json")
+    known, attempts = _records(root)
+    status, result = known["status.json"], known["result.json"]
     kept = {key: value for key, value in result.items() if not isinstance(value, dict | list)}
     for split, metrics in (result.get("metrics") or {}).items():
         kept |= {f"{split} {name}": text for name, text in _figures(metrics)}
     panels = ["loss", *metric_names(rows), *(name for name in ASIDE if any(name in row for row in rows))]
     body = [
         f'<section><div class="tiles">{_tiles(rows, {**result, **status})}</div></section>',
-        _section("Error", _code(status.get("error"))),
+        _section("Error", _code(str(status.get("error") or ""))),
+        _section("Files that can't be read", _table(("", ""), problems(Storage(root)))),
         _section("Curves", _panels(_panel(rows, name) for name in panels if rows)),
         _section("The model that was kept", _table(("", ""), kept.items())),
         *(_picture(picture) for picture in pictures),
-        _section("Starts and ends", _table(("time (UTC)", ""), _attempts(_text(root / "attempts.jsonl")))),
-        _section("Config", _code(_text(root / "config.yaml"))),
+        _section("Starts and ends", _table(("time (UTC)", ""), _attempts(attempts))),
+        _section("Config", _code(_text(root / "config.yaml") if known["config.yaml"] else "")),
         _section("Environment", _table(("", ""), (environment or {}).items())),
     ]
     return _write(root / "report.html", root.resolve().name, body)
@@ -93,18 +96,17 @@ def write_report(
 
 def write_comparison(roots: Sequence[str | os.PathLike[str]], path: str | os.PathLike[str]) -> Path:
     """Lays the curves of several runs over each other, with results and the keys in which their configs differ."""
-    import yaml
-
     paths = [Path(root) for root in roots]
     names = [root.resolve().name for root in paths]
     if len(set(names)) < len(names):
         names = [str(root) for root in paths]
     every = {name: read_rows(root / "metrics.jsonl") for name, root in zip(names, paths, strict=True)}
     panels = ["loss", *dict.fromkeys(name for rows in every.values() for name in metric_names(rows)), "lr"]
-    configs = [yaml.safe_load(_text(root / "config.yaml") or "{}") for root in paths]
+    records = [_records(root)[0] for root in paths]
+    configs = [known["config.yaml"] for known in records]
     outcome = []
-    for name, root in zip(names, paths, strict=True):
-        result = _json(root / "result.json")
+    for name, known in zip(names, records, strict=True):
+        result = known["result.json"]
         metrics, time = result.get("metrics") or {}, result.get("seconds")
         step = result.get("step") or max((row["step"] for row in every[name]), default=0)
         figures = (", ".join(map(" ".join, _figures(metrics.get(split) or {}))) for split in ("val", "test"))
@@ -113,7 +115,10 @@ def write_comparison(roots: Sequence[str | os.PathLike[str]], path: str | os.Pat
     body = [
         _section("Results", _table(("run", "state", "step", "time", "val", "test"), outcome)),
         _section("Curves", _panels(_overlay(every, name) for name in panels)),
-        _section("Where the configs differ", _table(("key", *names), differences(configs)) or "nowhere"),
+        _section(
+            "Where the configs differ",
+            _table(("key", *names), differences(configs)) or "nowhere",
+        ),
     ]
     return _write(Path(path), " / ".join(names), body)
 
@@ -197,9 +202,9 @@ def _picture(picture: Picture) -> str:
     return _section("Confusion matrix", _image(render(draw_confusion(picture), "svg"), "confusion matrix") + worst)
 
 
-def _attempts(lines: str) -> Iterable[tuple[str, str]]:
-    """attempts.jsonl as rows of a table; a line that a crash has torn is left out."""
-    for record in (json.loads(line) for line in lines.splitlines() if line.endswith("}")):
+def _attempts(records: Iterable[dict[str, Any]]) -> Iterable[tuple[str, str]]:
+    """attempts.jsonl as rows of a table."""
+    for record in records:
         time, event = str(record.pop("time", ""))[:19].replace("T", " "), record.pop("event", "")
         yield time, ", ".join([event, *(f"{key} {value}" for key, value in record.items() if value not in (None, ""))])
 
@@ -240,9 +245,16 @@ def _write(path: Path, title: str, body: Sequence[str]) -> Path:
     return path
 
 
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(_text(path) or "{}")
+def _records(root: Path) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
+    """The mappings in config.yaml, status.json and result.json, {} where one can't be read, and the starts and ends."""
+    storage, known = Storage(root), dict[str, dict[str, Any]]()
+    for name in ("config.yaml", "status.json", "result.json"):
+        try:
+            known[name] = read_mapping(storage, name) or {}
+        except SideFileError:
+            known[name] = {}  # told among the problems
+    return known, read_lines(storage, "attempts.jsonl")[0]
 
 
 def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.exists() else ""
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""

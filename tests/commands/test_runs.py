@@ -49,6 +49,7 @@ def write_run(
         "metrics.jsonl": "".join(json.dumps(row) + "\n" for row in rows),
         "attempts.jsonl": "".join(json.dumps(row) + "\n" for row in starts) + '{"event": "sta',
     }
+    run.makedirs()
     for file, text in files.items():
         run.write_atomic(file, text.encode())
     return run
@@ -137,6 +138,19 @@ def test_a_run_that_cannot_be_read_does_not_hide_the_others(tmp_path: Path, caps
     found = told(capsys, tmp_path)
     assert [found[name]["state"] for name in ("bad", "good")] == ["unreadable", "completed"]
     assert main(["runs", str(tmp_path)]) == 0
+
+
+@pytest.mark.parametrize("file", ["config.yaml", "status.json", "attempts.jsonl", "metrics.jsonl"])
+def test_a_file_that_cannot_be_read_is_named_and_the_rest_is_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str
+) -> None:
+    for name, garbage in {"binary": bytes(range(256)), "a list": b"[1, 2]\n", "a number": b"7\n"}.items():
+        write_run(tmp_path / name, 0.1, [0.5]).write_atomic(file, garbage)
+    write_run(tmp_path / "fifo", 0.1, [0.5]).delete(file)
+    os.mkfifo(tmp_path / "fifo" / file)
+    for name, run in told(capsys, tmp_path).items():
+        assert file in str(run["reason"]), name
+        assert run["epoch"] == (0 if file == "status.json" else 3)
 
 
 def test_a_directory_that_is_not_there_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
