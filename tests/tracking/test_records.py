@@ -165,8 +165,8 @@ def test_cutting_back_reads_only_the_end_of_a_long_file(tmp_path: Path, monkeypa
     path = tmp_path / "m"
     write(path, *(("train", step) for step in range(1, 5001)))
     parsed = []
-    parse = records._parse
-    monkeypatch.setattr(records, "_parse", lambda line: parsed.append(1) or parse(line))
+    parse = records.parse
+    monkeypatch.setattr(records, "parse", lambda line: parsed.append(1) or parse(line))
     cut_back(path, 4990)
     assert path.stat().st_size > 4 * records._BLOCK
     assert len(parsed) < 1000
