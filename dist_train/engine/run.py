@@ -56,6 +56,8 @@ def train_in(world: World, config: Config, console: Console) -> dict[str, Any]:
     try:
         run = RunDir(world.on_main(lambda: run_location(config)))
         decision = Decision(**world.on_main(lambda: _look(config, run)))
+        for line in decision.warnings:
+            console.warn(line)
         if decision.action == "completed":
             return _already_completed(world, config, run, console, decision)
         if problems := check_components(config):  # `train` has left that out for a run that seemed to be completed
@@ -210,8 +212,6 @@ class Start:
     def _train(self) -> dict[str, Any]:
         config, world, run, console = self.config, self.world, self.run, self.console
         if world.is_main:
-            for line in self.decision.warnings:
-                console.warn(line)
             self._tell_unfinished()
         checkpoints = CheckpointManager(
             run.storage.sub("checkpoints"),
