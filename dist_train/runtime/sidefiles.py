@@ -10,7 +10,8 @@ import yaml
 
 from dist_train.runtime.storage import Storage
 
-_MOST = 64 << 20  # bytes; the longest real one but metrics.jsonl (a ledger of thousands of starts) has a few
+# Bytes, where it isn't 64 MiB: records may grow for ever, and PyYAML takes 10 s for a MiB.
+_MOST: dict[str, int | None] = {"metrics.jsonl": None, "config.yaml": 4 << 20}
 _NUMBER = (int, float)
 # What whoever reads a file relies on. An attribute that isn't named here may be missing or of any kind.
 _FORMS: dict[str, dict[str, Any]] = {
@@ -39,7 +40,7 @@ def read_mapping(storage: Storage, name: str) -> dict[str, Any] | None:
     if raw is None:
         return None
     if name.endswith(".yaml"):
-        return _checked(storage, name, lambda: yaml.load(raw, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
+        return _checked(storage, name, lambda: yaml.safe_load(raw))
     return _checked(storage, name, lambda: json.loads(raw))
 
 
@@ -80,7 +81,7 @@ def problems(storage: Storage) -> list[tuple[str, str]]:
 
 def _read(storage: Storage, name: str) -> bytes | None:
     try:
-        return storage.read_bytes(name, most=None if name == "metrics.jsonl" else _MOST)
+        return storage.read_bytes(name, most=_MOST.get(name, 64 << 20))
     except FileNotFoundError:
         return None
     except OSError as error:  # a directory, a FIFO, or the run's directory is a file
