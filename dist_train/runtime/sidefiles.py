@@ -29,8 +29,11 @@ class SideFileError(Exception):
     """A file of a run that can't be read as what it should be; the message names it and says what is wrong."""
 
 
-def read_mapping(storage: Storage, name: str) -> dict[str, Any] | None:
+def read_mapping(storage: Storage, name: str, *, whole: bool = True) -> dict[str, Any] | None:
     """The content of a JSON file, or of a YAML file by its name; None if it isn't there.
+
+    Args:
+        whole: it must have all the fields that whoever goes on with the run relies on; else those that it has must be right.
 
     Raises:
         SideFileError: it isn't a file, not a mapping, or has other fields than it should.
@@ -40,8 +43,8 @@ def read_mapping(storage: Storage, name: str) -> dict[str, Any] | None:
     if raw is None:
         return None
     if name.endswith(".yaml"):
-        return _checked(storage, name, lambda: yaml.safe_load(raw))
-    return _checked(storage, name, lambda: json.loads(raw))
+        return _checked(storage, name, lambda: yaml.safe_load(raw), whole)
+    return _checked(storage, name, lambda: json.loads(raw), whole)
 
 
 def read_lines(storage: Storage, name: str) -> tuple[list[dict[str, Any]], str]:
@@ -88,7 +91,7 @@ def _read(storage: Storage, name: str) -> bytes | None:
         raise SideFileError(f"{storage.join(name)}: {error.strerror or error}") from None
 
 
-def _checked(storage: Storage, name: str, parse: Callable[[], Any]) -> dict[str, Any]:
+def _checked(storage: Storage, name: str, parse: Callable[[], Any], whole: bool = True) -> dict[str, Any]:
     try:
         content = parse()
     except (ValueError, RecursionError, yaml.YAMLError) as error:
@@ -97,10 +100,12 @@ def _checked(storage: Storage, name: str, parse: Callable[[], Any]) -> dict[str,
     if not isinstance(content, dict):
         raise SideFileError(f"{storage.join(name)}: expected a mapping, found {type(content).__name__}")
     for field, kind in _FORMS.get(name, {}).items():
+        if not whole and field not in content:
+            continue
         if not isinstance(content.get(field), kind) or isinstance(content[field], bool):
             found = repr(content[field])[:40] if field in content else "nothing"
             raise SideFileError(f"{storage.join(name)}: {field}: expected {_KINDS[kind]}, found {found}")
-    for split, figures in content["metrics"].items() if name == "result.json" else ():
+    for split, figures in content.get("metrics", {}).items() if name == "result.json" else ():
         if not isinstance(figures, Mapping) or not all(v is None or isinstance(v, _NUMBER) for v in figures.values()):
             raise SideFileError(
                 f"{storage.join(name)}: metrics.{split}: expected numbers by name, found {str(figures)[:40]}"

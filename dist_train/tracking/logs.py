@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dist_train.config.secrets import mask, visible
+from dist_train.runtime.storage import retried
 
 NAMES = ("dist_train", "py.warnings")  # the second is where logging.captureWarnings sends Python's warnings
 EARLY = 1000  # records kept from before the log file's place is known
@@ -77,10 +78,10 @@ def setup_logging(path: str | os.PathLike[str], rank: int) -> logging.Logger:
     """Sends the logger "dist_train" and Python's warnings to `path` (logs/rank-N.log), appending; returns the logger.
 
     What was logged since the console was made, before this place was known, is written first. Called again (a notebook
-    that trains twice), it moves to the new file. Raises OSError when the file can't be opened.
+    that trains twice), it moves to the new file. Raises StorageError when the file can't be opened.
     """
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    file = _File(path, mode="a", encoding="utf-8", errors="backslashreplace")
+    retried("create the directory of", path, lambda: Path(path).parent.mkdir(parents=True, exist_ok=True))
+    file = retried("open", path, lambda: _File(path, mode="a", encoding="utf-8", errors="backslashreplace"))
     form = logging.Formatter(f"%(asctime)s.%(msecs)03dZ rank {rank} %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
     form.converter = time.gmtime
     file.setFormatter(form)

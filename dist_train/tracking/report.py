@@ -250,7 +250,7 @@ def _records(root: Path) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]
     storage, known = Storage(root), dict[str, dict[str, Any]]()
     for name in ("config.yaml", "status.json", "result.json"):
         try:
-            known[name] = read_mapping(storage, name) or {}
+            known[name] = read_mapping(storage, name, whole=False) or {}
         except SideFileError:
             known[name] = {}  # told among the problems
     return known, read_lines(storage, "attempts.jsonl")[0]

@@ -30,20 +30,20 @@ static int hit_file(int file) {
     path[length] = 0;
     return hit(path);
 }
-#define REAL(name, type) static type real; if (!real) real = (type)dlsym(RTLD_NEXT, #name)
+#define REAL(name) static __typeof__(&name) real; if (!real) real = (__typeof__(&name))dlsym(RTLD_NEXT, #name)
 
 ssize_t write(int file, const void *data, size_t size) {
-    REAL(write, ssize_t (*)(int, const void *, size_t));
+    REAL(write);
     return hit_file(file) ? -1 : real(file, data, size);
 }
-int fsync(int file) { REAL(fsync, int (*)(int)); return hit_file(file) ? -1 : real(file); }
+int fsync(int file) { REAL(fsync); return hit_file(file) ? -1 : real(file); }
 int rename(const char *from, const char *to) {
-    REAL(rename, int (*)(const char *, const char *));
+    REAL(rename);
     return hit(from) ? -1 : real(from, to);
 }
 int link(const char *from, const char *to) {
-    REAL(link, int (*)(const char *, const char *));
+    REAL(link);
     return hit(from) ? -1 : real(from, to);
 }
-int unlink(const char *path) { REAL(unlink, int (*)(const char *)); return hit(path) ? -1 : real(path); }
-int mkdir(const char *path, mode_t mode) { REAL(mkdir, int (*)(const char *, mode_t)); return hit(path) ? -1 : real(path, mode); }
+int unlink(const char *path) { REAL(unlink); return hit(path) ? -1 : real(path); }
+int mkdir(const char *path, mode_t mode) { REAL(mkdir); return hit(path) ? -1 : real(path, mode); }
