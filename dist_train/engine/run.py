@@ -56,8 +56,6 @@ def train_in(world: World, config: Config, console: Console) -> dict[str, Any]:
     try:
         run = RunDir(world.on_main(lambda: run_location(config)))
         decision = Decision(**world.on_main(lambda: _look(config, run)))
-        for line in decision.warnings:
-            console.warn(line)
         if decision.action == "completed":
             return _already_completed(world, config, run, console, decision)
         if problems := check_components(config):  # `train` has left that out for a run that seemed to be completed
@@ -65,6 +63,8 @@ def train_in(world: World, config: Config, console: Console) -> dict[str, Any]:
         parts = build_parts(config, world, decision)  # whatever is wrong with the config has shown by now
         if decision.is_over(config, parts.plan.steps_per_epoch):
             return _already_completed(world, config, run, console, decision)
+        for line in decision.warnings if world.is_main else ():
+            console.warn(line)
         world.barrier()
         if not world.is_main:  # rank 0 may have to wait for another job's lease; it begins for all
             signals.hold()
