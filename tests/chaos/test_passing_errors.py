@@ -22,6 +22,7 @@ hook, place, config = ctypes.CDLL(os.environ["LD_PRELOAD"]), sys.argv[1], sys.ar
 sample = int(sys.argv[3])
 QUICK = ["data.num_workers=0", "trainer.duration=4step", "trainer.evaluate_every=2step", "trainer.log_every=2step",
          "checkpoint.every=[2step]", "checkpoint.keep_last=1", "debug.trace_samples=true", "tracking.tensorboard=false"]
+QUICK.append(f"tracking.report={str(sample > 100).lower()}")  # pictures take their time
 
 def once(call):
     shutil.rmtree(place, ignore_errors=True)
