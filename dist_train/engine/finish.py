@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import pickle
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from dist_train.config.errors import ConfigError
 from dist_train.engine.prepare import build_model
 from dist_train.engine.state import load_weights
 from dist_train.runtime.seeding import undisturbed_generators
@@ -89,11 +91,21 @@ def finish(trainer: Trainer, checkpoints: CheckpointManager) -> dict[str, Any]:
 
 
 def give_weights(config: Config, run: RunDir) -> None:
-    """Where the model is a live one, leave in it what model.pt holds."""
+    """Where the model is a live one, leave in it what model.pt holds.
+
+    Raises:
+        ConfigError: the file is gone, or can't be read.
+    """
     model = config.model
     if not isinstance(model, nn.Module):
         return
-    weights = torch.load(io.BytesIO(run.storage.read_bytes("model.pt")), map_location="cpu", weights_only=True)
+    try:
+        weights = torch.load(io.BytesIO(run.storage.read_bytes("model.pt")), map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        message = (
+            f"{run.location} is completed, but its model.pt can't be read ({type(error).__name__}: {error}); give this "
+        )
+        raise ConfigError.single("run.name", message + "run another run.name, or put the file back") from error
     try:
         model.load_state_dict(weights)
     except RuntimeError:  # it is as it was before `transfer` changed it

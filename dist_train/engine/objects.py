@@ -34,9 +34,13 @@ def facts_of(config: Config) -> dict[str, Facts]:
     found = {}
     for key, value in live_objects(config):
         try:
-            found[key] = _SEEN.setdefault(value, _facts(key, value))
+            facts = _facts(key, value)
+        except Exception:  # the user's own code, __len__ say: whatever is wrong with it shows where it is used
+            facts = {"representation": type(value).__qualname__}
+        try:
+            found[key] = _SEEN.setdefault(value, facts)
         except TypeError:  # neither hashable nor weakly referable
-            found[key] = _facts(key, value)
+            found[key] = facts
     return found
 
 

@@ -246,8 +246,15 @@ class Start:
         run.upload()
         if world.is_main:
             trainer.write_status(outcome)
-            told = {"attempt": self.attempt, "state": outcome, "step": trainer.step, "cause": trainer.reason}
-            run.record_attempt("end", **told, samples=sample_digests(config))
+            told: dict[str, Any] = {
+                "attempt": self.attempt,
+                "state": outcome,
+                "step": trainer.step,
+                "cause": trainer.reason,
+            }
+            if outcome == "completed":
+                told["samples"] = sample_digests(config)
+            run.record_attempt("end", **told)
         if outcome != "completed" and config.tracking.report and world.is_main:
             write_curves(run)
         elif outcome == "completed" and config.tracking.report:

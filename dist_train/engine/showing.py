@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -103,10 +103,14 @@ def _report_of(restored: Restored, warn: Callable[[str], None]) -> Path | None:
 
 
 def write_curves(run: RunDir) -> None:
-    """curves.png, from the records as they are; rank 0 calls it. matplotlib isn't needed to train."""
-    with contextlib.suppress(ImportError):
+    """curves.png, from the records as they are; rank 0 calls it. It raises nothing: a picture is no reason to fail."""
+    try:
         draw_curves(read_rows(run.records() / "metrics.jsonl"), run.path("curves.png"), title=run.name)
         run.upload(("curves.png",))
+    except ImportError:
+        pass  # matplotlib isn't needed to train
+    except Exception as error:
+        logging.getLogger("dist_train").warning("there is no new curves.png: %s: %s", type(error).__name__, error)
 
 
 def make_report(
