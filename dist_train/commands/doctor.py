@@ -232,12 +232,13 @@ def _rehearsal(world: World, config: Config) -> Check:
         if where is None:
             return Check("rehearsal", "warn", "left out: several hosts need a run.dir on a shared file system for it")
         try:
-            lines = rehearse(config, world, where)
+            lines, forgotten = rehearse(config, world, where)
         except ConfigError:
             raise
         except Exception as error:  # with several processes it has ended them, and was told
             return Check("rehearsal", "FAIL", f"{type(error).__name__}: {error}", [socket.gethostname()])
-    return Check("rehearsal", "ok", "\n".join(["two steps, evaluation, save, resume", *lines]))
+    state, told = ("warn", [f"  warning: {forgotten}"]) if forgotten else ("ok", [])
+    return Check("rehearsal", state, "\n".join(["three steps, evaluation, save, resume", *lines, *told]))
 
 
 @contextlib.contextmanager

@@ -10,10 +10,13 @@ import numpy as np
 import torch
 from torch.utils.data import default_collate
 
+from dist_train.checkpoint.store import find_at
 from dist_train.config.components import build_callable, is_spec
 from dist_train.config.durations import Duration
 from dist_train.data.passes import is_stream
-from dist_train.engine.prepare import build_dataset
+from dist_train.engine.forgotten import forgotten
+from dist_train.engine.parts import Parts
+from dist_train.engine.prepare import build_dataset, reading_of
 from dist_train.engine.run import train_in
 from dist_train.tracking.console import Console
 from dist_train.tracking.records import read_rows
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
     from dist_train.runtime.world import World
 
 SAMPLES = 8  # of each split that are read and shown
-STEPS = 2
+STEPS = 3
 
 
 def look_at(config: Config, split: str) -> str:
@@ -52,16 +55,21 @@ def _form(value: Any) -> str:
     return type(value).__name__
 
 
-def rehearse(config: Config, world: World, where: Path) -> list[str]:
-    """Two steps, an evaluation and a save below `where`, then one step more from there; lines for the person (rank 0).
+def rehearse(config: Config, world: World, where: Path) -> tuple[list[str], str]:
+    """Three steps, an evaluation and a save below `where`, then one step more from there.
 
     All ranks call it. What it raises is what training would raise.
+
+    Returns:
+        Lines for the person (on rank 0), and what a checkpoint doesn't hold of the model's state ("" for nothing).
     """
-    out = io.StringIO()
-    train_in(world, _shortened(config, where, STEPS), Console(world.is_main, out=out, err=out))
+    out, kept = io.StringIO(), list[Parts]()
+    train_in(world, _shortened(config, where, STEPS), Console(world.is_main, out=out, err=out), kept.append)
+    missing = "" if config.has_live_objects else _forgotten(kept[0], config, world, where)
+    kept.clear()
     train_in(world, _shortened(config, where, STEPS + 1), Console(world.is_main, out=io.StringIO(), err=io.StringIO()))
     if not world.is_main:
-        return []
+        return [], missing
     block = [line for line in out.getvalue().splitlines() if line.startswith("  ")]
     shown = list(itertools.takewhile(lambda line: not line.lstrip().startswith("state "), block))
     place = where / "rehearsal"
@@ -71,7 +79,15 @@ def rehearse(config: Config, world: World, where: Path) -> list[str]:
     size = sum(file.stat().st_size for file in sorted((place / "checkpoints").glob("step-*/*")))
     shown.append(f"  loss of {STEPS} steps, and of one more after going on from their checkpoint:{losses['train']}")
     shown += [f"  loss in evaluation:{losses['val']}"] if losses["val"] else []
-    return [*shown, f"  saved: {size / 1e6:.1f} MB"]
+    return [*shown, f"  saved: {size / 1e6:.1f} MB"], missing
+
+
+def _forgotten(trained: Parts, config: Config, world: World, where: Path) -> str:
+    dataset, collate = trained.datasets["train"], reading_of(config, world).collate or default_collate
+    some = list(itertools.islice(iter(dataset), SAMPLES)) if is_stream(dataset) else []
+    some = some or [dataset[index] for index in range(min(SAMPLES, len(dataset)))]
+    found = find_at(str(where / "rehearsal"))
+    return forgotten(trained, Parts(config, world), found, trained.move(collate(some)))
 
 
 def _shortened(config: Config, where: Path, steps: int) -> Config:

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dist_train.checkpoint.manager import CheckpointManager
@@ -51,8 +51,10 @@ def train_config(config: Config) -> dict[str, Any]:
             signals.restore()  # in somebody else's process Ctrl-C is theirs again
 
 
-def train_in(world: World, config: Config, console: Console) -> dict[str, Any]:
-    """The same among processes that have met already; closes the console."""
+def train_in(
+    world: World, config: Config, console: Console, built: Callable[[Parts], object] | None = None
+) -> dict[str, Any]:
+    """The same among processes that have met already; closes the console. `built` gets the parts before they are trained."""
     try:
         run = RunDir(world.on_main(lambda: run_location(config)))
         decision = Decision(**world.on_main(lambda: _look(config, run)))
@@ -65,6 +67,8 @@ def train_in(world: World, config: Config, console: Console) -> dict[str, Any]:
             return _already_completed(world, config, run, console, decision)
         for line in decision.warnings if world.is_main else ():
             console.warn(line)
+        if built is not None:
+            built(parts)
         world.barrier()
         if not world.is_main:  # rank 0 may have to wait for another job's lease; it begins for all
             signals.hold()

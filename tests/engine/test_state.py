@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 import dist_train
+from dist_train.commands import doctor
 from dist_train.commands.train import train
 from dist_train.config.errors import ConfigError
 from dist_train.data.plan import Plan
@@ -232,6 +233,19 @@ def test_an_optimizer_with_eval_and_train_is_evaluated_as_it_wants_and_goes_on_e
     torch.testing.assert_close(dist_train.load("runs/own-often").weight.detach(), got, rtol=0, atol=0)
     with pytest.raises(ConfigError, match="averages the weights itself"):
         train(*start, "run.name=bad", "trainer.ema_decay=0.9")
+
+
+@pytest.mark.parametrize("model", ["Hidden", "Drift"])
+def test_doctor_names_what_no_checkpoint_holds(
+    folder: Path, model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    assert doctor.main(["--config", "c.yaml", f"model._target_=kept.{model}"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert ("no checkpoint holds, so that a stopped run doesn't go on as it would have: seen" in told) == (
+        model == "Hidden"
+    )
+    assert "three steps, evaluation, save, resume" in told
 
 
 def test_a_mistake_in_a_callback_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,7 +78,7 @@ def test_a_slow_link_is_found_against_a_floor(hosts: Hosts) -> None:
 def test_hosts_that_are_fit_rehearse_a_config_and_leave_nothing_behind(tmp_path: Path, processes: int) -> None:
     arguments = ("doctor", "--config", str(CONFIGS / "digits.yaml"), "--json", "found.json")
     done = run(tmp_path, processes, *arguments)
-    for part in ("DigitsCNN", "(8, 1, 8, 8) float32 0 ... 1", "loss of 2 steps", "loss in evaluation", "fit for a job"):
+    for part in ("DigitsCNN", "(8, 1, 8, 8) float32 0 ... 1", "loss of 3 steps", "loss in evaluation", "fit for a job"):
         assert part in done.stdout
     assert "Python objects" not in done.stdout
     found = json.loads((tmp_path / "found.json").read_text())

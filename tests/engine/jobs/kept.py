@@ -166,3 +166,16 @@ class Averaging(torch.optim.SGD):
                 if "mean" in self.state[p]:
                     p.lerp_(self.state[p]["mean"], 0.9 if not training else -9.0)  # there and back, with rounding
             self.param_groups[0]["training"] = training
+
+
+class Hidden(nn.Linear):
+    """What it has seen is in a list, which nobody saves."""
+
+    def __init__(self) -> None:
+        super().__init__(6, 2)
+        self.seen: list[float] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.seen.append(float(x.mean()))
+        return super().forward(x) * (1 + sum(self.seen))
