@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from dist_train.commands.arguments import Parser, with_run
@@ -19,7 +20,7 @@ def main(arguments: Sequence[str]) -> int:
     from dist_train.runtime.storage import Storage
 
     storage = Storage(options.run)
-    if not storage.exists("checkpoints"):
+    if not storage.exists("checkpoints") or (storage.is_local and not os.path.isdir(storage.join("checkpoints"))):
         found = f"{storage.location} holds no checkpoints directory; expected a run's directory"
         raise ConfigError.single("--run", found)
     rows = CheckpointStore(storage.sub("checkpoints")).verify_all()

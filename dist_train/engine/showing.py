@@ -152,6 +152,7 @@ def make_report(
 
 def _written(run: RunDir, **shown: Any) -> Path:
     write_curves(run)
+    run.assure_own()
     path = write_report(run.records(), **shown)
     run.upload((path.name,))
     return path

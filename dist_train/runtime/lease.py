@@ -233,7 +233,7 @@ def _is_alive(pid: int, since: str) -> bool:
 
 
 def _numbers(storage: Storage) -> list[int]:
-    return sorted(int(name[:-5]) for name in storage.list() if name.endswith(".json") and name[:-5].isdigit())
+    return sorted(int(name[:-5]) for name in storage.list() if name.endswith(".json") and name[:-5].isdecimal())
 
 
 def _name(number: int) -> str:

@@ -146,7 +146,7 @@ def boundary_gif(boundary: Boundary, milliseconds: int = 400) -> bytes:
 def write_boundary(boundary: Boundary, folder: str | os.PathLike[str]) -> None:
     """boundary-STEP.png for each frame, and boundary.gif."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)  # whose own directory, if it is gone, isn't brought back
     for (step, _), png in zip(boundary.frames, boundary.pngs, strict=True):
         (folder / f"boundary-{step:08d}.png").write_bytes(png)
     (folder / "boundary.gif").write_bytes(boundary_gif(boundary))

@@ -32,7 +32,7 @@ class Wandb:
     def __init__(
         self, folder: Path, settings: Mapping[str, Any], config: Mapping[str, Any], note: Callable[[str], None]
     ) -> None:
-        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        (folder / "logs").mkdir(exist_ok=True)
         with open(folder / "logs" / "wandb.log", "ab") as log:
             self._child = subprocess.Popen(
                 [sys.executable, "-P", "-m", "dist_train.tracking.wandb_run"],
@@ -125,7 +125,7 @@ class View:
         import wandb
 
         root = Path(folder)
-        (root / "wandb").mkdir(parents=True, exist_ok=True)
+        (root / "wandb").mkdir(exist_ok=True)
         # The process of a killed start finishes first, so that what it writes is seen, not doubled.
         self._lock = open(root / "wandb" / "lock", "w")  # noqa: SIM115  (held as long as this process)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
