@@ -27,11 +27,11 @@ def together(world: list[int], fail: int = -1) -> tuple[list[str], list[object]]
         except OSError as error:
             got[rank] = error
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(world))]
+    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(len(world))]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(timeout=30)
     return told, got
 
 

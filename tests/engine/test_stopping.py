@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,15 +16,33 @@ from runs import CONFIGS, result, rows, run, same_state_dicts, start, traced
 
 # An epoch of 19 steps with a slow sample reader, so that a stop meets training in the middle.
 SLOW = """
+import os
+import pathlib
 import time
+
 from dist_train.callbacks import Callback
+from dist_train.config.errors import ConfigError
 from dist_train.data import Digits
 
 class Slow(Digits):
     read_batch = None
 
+    def __init__(self, *arguments, **settings):
+        super().__init__(*arguments, **settings)
+        if os.environ.get("LACKS") == os.environ.get("RANK", "0"):
+            raise ConfigError.single("data.train", "this node lacks the data")
+        if "LONG" in os.environ:
+            pathlib.Path("building").touch()
+            time.sleep(100)
+
     def __getitem__(self, index):
         time.sleep(0.0005)
+        return super().__getitem__(index)
+
+class Watched(Slow):
+    def __getitem__(self, index):
+        pathlib.Path("evaluating").touch()
+        time.sleep(0.008)
         return super().__getitem__(index)
 
 class Stuck(Callback):
@@ -32,7 +52,7 @@ class Stuck(Callback):
 """
 CONFIG = f"""
 extends: {CONFIGS / "digits.yaml"}
-data: {{train: {{_target_: slow.Slow, split: train}}, num_workers: 0}}
+data: {{train: {{_target_: slow.Slow, split: train}}, val: {{_target_: slow.Watched, split: val}}, num_workers: 0}}
 trainer: {{duration: 60step, log_every: 10step, evaluate_every: 19step}}
 checkpoint: {{every: 1000step, keep_best: null}}
 debug: {{trace_samples: true}}
@@ -52,12 +72,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def wait_for_step(place: Path, step: int) -> None:
     """Until every rank has begun `step`, as its trace tells."""
+    wait_for(lambda: (place / "trace").exists() and len(traced(place)) >= step, f"step {step}")
+
+
+def wait_for(condition: Callable[[], bool], what: str) -> None:
+    """Until it holds."""
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        if (place / "trace").exists() and len(traced(place)) >= step:
-            return
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} never came"
         time.sleep(0.05)
-    raise AssertionError(f"step {step} never came")
+
+
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def workers_of(process: subprocess.Popen[str]) -> list[int]:
@@ -66,40 +96,73 @@ def workers_of(process: subprocess.Popen[str]) -> list[int]:
     return [int(pid) for pid in listed]
 
 
-@pytest.mark.parametrize(
-    "way",
-    [
-        "USR1 to rank 1",
-        pytest.param("TERM to torchrun", marks=pytest.mark.chaos),
-        pytest.param("STOP", marks=pytest.mark.chaos),
-    ],
-)
-def test_a_stopped_run_has_saved_one_step_of_all_ranks_and_ends_as_if_never_stopped(folder: Path, way: str) -> None:
-    name = way.replace(" ", "-")
-    place = folder / "runs" / name
-    process = start(folder, 2, "--config", "slow.yaml", f"run.name={name}")
-    wait_for_step(place, 12)
-    if way == "STOP":
-        (place / "STOP").touch()
-    elif way == "TERM to torchrun":
-        os.kill(process.pid, signal.SIGTERM)
-    else:
-        os.kill(max(workers_of(process)), signal.SIGUSR1)
+def stopped(place: Path, process: subprocess.Popen[str]) -> int:
+    """The step at which all have stopped, which is saved."""
     out, err = process.communicate(timeout=60)
     status = json.loads((place / "status.json").read_text())
     assert status["state"] == "preempted", out + err
-    assert 12 <= status["step"] < 60
+    assert (place / "checkpoints" / f"step-{status['step']:08d}").exists()
+    return int(status["step"])
+
+
+def test_a_run_stopped_in_each_way_has_saved_one_step_of_all_ranks_and_ends_as_if_never_stopped(folder: Path) -> None:
+    place, whole = folder / "runs" / "often", folder / "runs" / "whole"
+    options = ("--config", "slow.yaml", "run.name=often")
+
+    process = start(folder, 2, *options)
+    wait_for_step(place, 4)
+    os.kill(max(workers_of(process)), signal.SIGUSR1)  # to rank 1
+    first = stopped(place, process)
+    assert 4 <= first < 19
+
+    (folder / "evaluating").unlink(missing_ok=True)
+    process = start(folder, 2, *options)
+    wait_for((folder / "evaluating").exists, "an evaluation")
+    (place / "STOP").touch()
+    assert stopped(place, process) == 19
+    assert process.returncode == 0
     assert not (place / "STOP").exists()
-    if way == "STOP":
-        assert process.returncode == 0
-    assert [path.name for path in (place / "checkpoints").glob("step-*")] == [f"step-{status['step']:08d}"]
-    done = run(folder, 2, "--config", "slow.yaml", f"run.name={name}")
-    assert f"going on from step {status['step']}" in " ".join(done.stdout.split())
-    whole = folder / "runs" / "whole"
+    assert rows(place, "val") == [], "it was stopped inside"
+
+    process = start(folder, 2, *options)
+    wait_for_step(place, 30)
+    os.kill(process.pid, signal.SIGTERM)  # to torchrun
+    third = stopped(place, process)
+    assert 30 <= third < 60
+
+    # Workers that end with each epoch are children that end.
+    done = run(folder, 2, *options, "data.num_workers=1", "data.persistent_workers=false")
+    assert f"going on from step {third}" in " ".join(done.stdout.split())
     assert result(place)["weights_sha256"] == result(whole)["weights_sha256"]
     assert same_state_dicts(place / "model.pt", whole / "model.pt")
     assert rows(place) == rows(whole)
     assert traced(place) == traced(whole)
+
+
+def test_a_start_that_is_stopped_while_it_builds_its_data_ends_all_ranks_and_writes_nothing(folder: Path) -> None:
+    process = start(folder, 2, "--config", "slow.yaml", "run.name=begun", env={"LONG": "1"})
+    wait_for((folder / "building").exists, "the dataset")
+    time.sleep(1)
+    began = time.monotonic()
+    os.kill(max(workers_of(process)), signal.SIGUSR1)  # to rank 1
+    _, err = process.communicate(timeout=30)
+    assert time.monotonic() - began < 5 + 5, "and torchrun's own end"
+    assert "(exitcode: 138) local_rank: 1" in err or "exitcode  : 138" in err
+    assert "Traceback" not in err.split("torch/distributed")[0]
+    assert not (folder / "runs" / "begun").exists()
+
+
+def test_a_config_error_of_one_rank_is_told_at_once_and_ends_the_others_without_a_word(folder: Path) -> None:
+    """Started by somebody who sets RANK and WORLD_SIZE only, as Kubernetes' PyTorchJob does."""
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "LACKS": "1"}
+    both = [start(folder, 1, "--config", "slow.yaml", "run.name=lacks", env={**place, "RANK": rank}) for rank in "01"]
+    (out, silent), (_, told) = [process.communicate(timeout=60) for process in both]
+    assert [process.returncode for process in both] == [2, 2]
+    assert told.endswith("data.train: this node lacks the data\n")
+    assert "rank 1 on" in told
+    assert "Traceback" not in told + silent
+    assert "lacks" not in silent
+    assert not (folder / "runs" / "lacks").exists(), out
 
 
 def test_one_process_leaves_with_75_and_a_file_SAVE_only_saves(folder: Path) -> None:  # noqa: N802

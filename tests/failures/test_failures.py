@@ -150,10 +150,16 @@ def test_out_of_memory_halves_the_micro_batches_of_all_and_goes_on_and_a_slow_ra
         assert all(row["step_s_max"] > 0.06 > row["step_s_min"] >= row["data_wait_s_min"] for row in spread[2:])
 
 
-def test_what_a_process_killed_alone_could_not_say_the_next_start_does(folder: Path) -> None:
-    _, exit_code, lines, _ = fail(folder, "kill", 0, 1)
-    assert exit_code == -signal.SIGKILL
-    assert not any(line.startswith("dist_train: ") for line in lines)
+def test_a_single_rank_dies_with_its_torchrun_and_the_next_start_says_what_it_could_not(folder: Path) -> None:
+    process = start(folder, 0, "--config", "faulty.yaml", env={"FAIL": "hang-model@0"})
+    while not (folder / "happened").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    [worker] = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    process.kill()
+    out, _ = process.communicate(timeout=10)  # its worker had these pipes too
+    assert not Path(f"/proc/{worker}").exists()
+    assert "dist_train: " not in out
     done = run(folder, 1, "--config", "faulty.yaml", "trainer.duration=5step")
     assert "attempt 0" in done.stderr
     assert "ended without a word" in done.stderr

@@ -61,20 +61,23 @@ def test_an_owner_that_was_killed_on_this_machine_is_succeeded_at_once(tmp_path:
     ready = context.Event()
     process = context.Process(target=hold, args=(str(tmp_path), ready))
     process.start()
-    assert ready.wait(20)
-    with pytest.raises(LeaseHeldError, match=f"process {process.pid} on"):
-        Lease.acquire(Storage(tmp_path))
-    assert process.pid is not None
-    os.kill(process.pid, signal.SIGSTOP)  # stopped isn't dead
-    with pytest.raises(LeaseHeldError):
-        Lease.acquire(Storage(tmp_path))
-    os.kill(process.pid, signal.SIGKILL)
-    time.sleep(0.2)  # it is dead, though its parent hasn't asked after it yet
-    started = time.monotonic()
-    with Lease.acquire(Storage(tmp_path)) as lease:
-        assert lease.number == 2
-    assert time.monotonic() - started < 1
-    process.join()
+    try:
+        assert ready.wait(20)
+        with pytest.raises(LeaseHeldError, match=f"process {process.pid} on"):
+            Lease.acquire(Storage(tmp_path))
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGSTOP)  # stopped isn't dead
+        with pytest.raises(LeaseHeldError):
+            Lease.acquire(Storage(tmp_path))
+        os.kill(process.pid, signal.SIGKILL)
+        time.sleep(0.2)  # it is dead, though its parent hasn't asked after it yet
+        started = time.monotonic()
+        with Lease.acquire(Storage(tmp_path)) as lease:
+            assert lease.number == 2
+        assert time.monotonic() - started < 1
+    finally:  # else pytest would wait for a stopped child for ever
+        process.kill()
+        process.join(timeout=20)
 
 
 def test_another_process_with_the_same_pid_is_not_the_owner(run: Storage) -> None:
@@ -149,7 +152,7 @@ def test_of_many_that_start_at_once_one_owns_the_run(run: Storage) -> None:
         except LeaseHeldError:
             refused.append(1)
 
-    threads = [threading.Thread(target=start) for _ in range(6)]
+    threads = [threading.Thread(target=start, daemon=True) for _ in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 
 import pytest
 from runs import environment
+
+from dist_train.main import main
+from dist_train.runtime import signals
+from dist_train.runtime.peers import Peers
 
 BEGIN = """
 import asyncio, ctypes, multiprocessing, os, signal, subprocess, sys, threading, time
@@ -92,3 +97,12 @@ def test_other_commands_take_ctrl_c_as_python_does_unless_their_main_thread_cann
     assert done.stdout == "as ever\n"
     stubborn = "while True:\n    try: time.sleep(20)\n    except KeyboardInterrupt: pass"
     assert run(begin + stubborn).returncode == 130
+
+
+def test_main_leaves_nothing_behind_for_a_later_train_in_the_same_process(capsys: pytest.CaptureFixture[str]) -> None:
+    before = [signal.getsignal(number) for number in signals.STOP_SIGNALS]
+    assert main(["train", "--config", "none.yaml"]) == 2
+    assert main(["config", "--schema"]) == 0
+    assert not Peers.may_exit
+    assert [signal.getsignal(number) for number in signals.STOP_SIGNALS] == before
+    assert "none.yaml" in capsys.readouterr().err

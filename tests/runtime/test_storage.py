@@ -107,11 +107,11 @@ def test_one_of_many_creates_a_file_exclusively(storage: Storage) -> None:
         if storage.create_exclusive("lease", f"{number}".encode() * 100):
             won.append(number)
 
-    threads = [threading.Thread(target=create, args=(number,)) for number in range(8)]
+    threads = [threading.Thread(target=create, args=(number,), daemon=True) for number in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(timeout=30)
     assert len(won) == 1
     assert storage.read_bytes("lease") == f"{won[0]}".encode() * 100
     assert list(storage.list()) == ["lease"]
