@@ -38,7 +38,7 @@ Without --config the built-in example is trained (1,797 handwritten digits). Any
 like optimizer.lr=0.05 trainer.duration=3ep; docs/config.md describes them all.
 
 exit codes: 0 done, 1 failed, 2 the config or the command is wrong (nothing was started), 75 stopped on request and saved,
-run it again to go on (0 under torchrun, which would restart it)."""
+run it again to go on (0 under torchrun, which would restart it), 130 or 143 ended by Ctrl-C or SIGTERM before it began."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

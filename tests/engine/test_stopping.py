@@ -41,8 +41,9 @@ class Slow(Digits):
 
 class Watched(Slow):
     def __getitem__(self, index):
-        pathlib.Path("evaluating").touch()
-        time.sleep(0.008)
+        if pathlib.Path("slowly").exists():
+            pathlib.Path("evaluating").touch()
+            time.sleep(0.05)
         return super().__getitem__(index)
 
 class Stuck(Callback):
@@ -52,7 +53,11 @@ class Stuck(Callback):
 """
 CONFIG = f"""
 extends: {CONFIGS / "digits.yaml"}
-data: {{train: {{_target_: slow.Slow, split: train}}, val: {{_target_: slow.Watched, split: val}}, num_workers: 0}}
+data:
+  train: {{_target_: slow.Slow, split: train}}
+  val: {{_target_: slow.Watched, split: val}}
+  num_workers: 0
+  eval_batch_size: 20
 trainer: {{duration: 60step, log_every: 10step, evaluate_every: 19step}}
 checkpoint: {{every: 1000step, keep_best: null}}
 debug: {{trace_samples: true}}
@@ -115,11 +120,12 @@ def test_a_run_stopped_in_each_way_has_saved_one_step_of_all_ranks_and_ends_as_i
     first = stopped(place, process)
     assert 4 <= first < 19
 
-    (folder / "evaluating").unlink(missing_ok=True)
+    (folder / "slowly").touch()
     process = start(folder, 2, *options)
     wait_for((folder / "evaluating").exists, "an evaluation")
     (place / "STOP").touch()
     assert stopped(place, process) == 19
+    (folder / "slowly").unlink()
     assert process.returncode == 0
     assert not (place / "STOP").exists()
     assert rows(place, "val") == [], "it was stopped inside"

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from runs import CONFIGS, environment, rows, run, start
 
+from dist_train.runtime.processes import process_state
+
 CONFIG = f"""
 extends: {CONFIGS / "digits.yaml"}
 run: {{name: run}}
@@ -158,7 +160,7 @@ def test_a_single_rank_dies_with_its_torchrun_and_the_next_start_says_what_it_co
     [worker] = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     process.kill()
     out, _ = process.communicate(timeout=10)  # its worker had these pipes too
-    assert not Path(f"/proc/{worker}").exists()
+    assert process_state(int(worker)) == "gone"
     assert "dist_train: " not in out
     done = run(folder, 1, "--config", "faulty.yaml", "trainer.duration=5step")
     assert "attempt 0" in done.stderr

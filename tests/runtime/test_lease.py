@@ -156,7 +156,7 @@ def test_of_many_that_start_at_once_one_owns_the_run(run: Storage) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(timeout=30)
     assert len(leases) == 1
     assert len(refused) == 5
     leases[0].check()
