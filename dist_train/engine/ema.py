@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dist_train.config.errors import ConfigError
+from dist_train.engine.batch import HALF
+
 
 class EMA:
     """`average = decay * average + (1 - decay) * weights` after every optimizer step; buffers are the model's own.
@@ -26,6 +29,12 @@ class EMA:
         """Take in parameters that train by now, and those called so; their average begins as what they are."""
         for name, parameter in self._modules.named_parameters():
             if name not in self._weights and (parameter.requires_grad or name in names):
+                if parameter.dtype in HALF:
+                    raise ConfigError.single(
+                        "trainer.ema_decay",
+                        f"{name} is {str(parameter.dtype).removeprefix('torch.')}, whose few digits swallow what an average "
+                        "takes in a step: keep the weights in float32 (trainer.precision=bf16 for speed), or no average",
+                    )
                 self._weights[name], self._average[name] = parameter, parameter.detach().clone()
 
     @torch.no_grad()

@@ -25,7 +25,9 @@ def build_optimizer(spec: Any, model: nn.Module, device: torch.device) -> torch.
     own, extra = reserved(spec, {"groups"})
     groups = _grouped(model, extra.get("groups") or [])
     if not isinstance(own, dict):
-        return own(groups) if callable(own) else own
+        optimizer = own(groups) if callable(own) else own
+        fill_momentum(optimizer)
+        return optimizer
     form = signature(locate(own["_target_"]))
     plain = device.type in ("cpu", "cuda") and all(p.is_floating_point() and is_dense(p) for p in model.parameters())
     plain = plain and next(sparse_parameters(model), None) is None

@@ -82,7 +82,7 @@ def check_optimizer(
             raise ConfigError.single(
                 "trainer.precision",
                 f"fp16 scales gradients of float32 weights, but {name} is {str(parameter.dtype).removeprefix('torch.')}: set "
-                "trainer.precision=bf16 or fp32, or make the model float32 (model.float())",
+                "trainer.precision=bf16 or fp32, or make its weights float32",
             )
     for group in groups:
         loose = [trained.get(id(parameter)) for parameter in group["params"] if not is_dense(parameter)]
@@ -148,7 +148,8 @@ def match_strides(optimizer: torch.optim.Optimizer) -> None:
     """Lay a loaded state out as the parameters are now: fused kernels walk through both as through one stretch of memory."""
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+            strided = isinstance(value, Tensor) and value.layout is torch.strided
+            if strided and value.shape == parameter.shape and value.stride() != parameter.stride():
                 state[key] = torch.empty_like(parameter.detach(), dtype=value.dtype).copy_(value)
 
 

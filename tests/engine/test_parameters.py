@@ -13,6 +13,7 @@ from torch.utils.data import TensorDataset
 import dist_train
 from dist_train.config.errors import ConfigError
 from dist_train.config.load import load_config
+from dist_train.engine.ema import EMA
 from dist_train.engine.optim import build_optimizer
 from dist_train.engine.parameters import check_optimizer, check_parameters, match_strides
 from dist_train.engine.parts import Parts
@@ -76,14 +77,15 @@ def test_unusual_parameters_train_as_in_plain_torch(name: str, tmp_path: Path) -
     plain = make()
     kind = getattr(torch.optim, optimizer["_target_"].rpartition(".")[2])
     reference = kind(plain.parameters(), **{key: value for key, value in optimizer.items() if key != "_target_"})
-    dist_train.train(
-        {
-            "data": {"train": TensorDataset(WORDS, LABELS), "global_batch_size": "all", "shuffle": False},
-            "model": ours, "loss": {"_target_": "torch.nn.CrossEntropyLoss"}, "optimizer": optimizer,
-            "trainer": {"duration": "3step", "clip_grad_norm": 0.5, "micro_batch_size": 24}, "run": {"dir": str(tmp_path)},
-            "tracking": {"tensorboard": False, "report": False}, "checkpoint": {"every": "1step"},
-        }
-    )  # fmt: skip
+    for steps in (2, 3):  # and goes on from its own checkpoint
+        dist_train.train(
+            {
+                "data": {"train": TensorDataset(WORDS, LABELS), "global_batch_size": "all", "shuffle": False},
+                "model": ours, "loss": {"_target_": "torch.nn.CrossEntropyLoss"}, "optimizer": optimizer,
+                "trainer": {"duration": f"{steps}step", "clip_grad_norm": 0.5}, "run": {"dir": str(tmp_path)},
+                "tracking": {"tensorboard": False, "report": False}, "checkpoint": {"every": "1step"},
+            }
+        )  # fmt: skip
     for _ in range(3):
         reference.zero_grad()
         nn.functional.cross_entropy(plain(WORDS).float(), LABELS).backward()
@@ -157,6 +159,11 @@ def test_optimizers_that_cannot_train_a_model_are_refused(
     made = own.pop("_target_")(model.parameters(), **own)
     with pytest.raises(ConfigError, match=told):
         check_optimizer(made, model, **{"device": CPU, "world_size": 1, "skips": False, "scaled": False, **where})
+
+
+def test_an_average_of_half_precision_weights_is_refused() -> None:
+    with pytest.raises(ConfigError, match="is bfloat16, whose few digits"):
+        EMA(Words(False, torch.bfloat16), 0.999)
 
 
 def test_a_state_that_was_saved_in_another_layout_is_laid_out_as_the_parameters_are() -> None:
