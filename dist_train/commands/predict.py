@@ -35,7 +35,7 @@ def main(arguments: Sequence[str]) -> int:
             writer = csv.writer(file, lineterminator="\n")
             for part in gathered(restored.evaluator, loader):
                 first = table is None
-                table = table or Table(read_meaning(restored.evaluator, part.outputs, part.targets), loader.dataset)
+                table = table or Table(read_meaning(restored.evaluator, part.outputs), loader.dataset)
                 columns = table.columns(part)
                 writer.writerows([columns] if first else [])
                 writer.writerows(zip(*columns.values(), strict=True))

@@ -98,7 +98,7 @@ def classes_on(evaluator: Evaluator, extent: Extent) -> Array | None:
     grid = torch.stack([x.reshape(-1), y.reshape(-1)], dim=1).to(evaluator.world.device)
     with evaluator.serving():
         outputs = without_one_column(evaluator.task.predict(evaluator.model, grid).float().cpu())
-    meaning = read_meaning(evaluator, outputs, None)
+    meaning = read_meaning(evaluator, outputs)
     if meaning.kind not in ("classes", "binary"):
         return None
     return meaning.predictions(outputs).reshape(SIDE, SIDE).numpy().astype(np.uint8)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dist_train.config.errors import ConfigError
 from dist_train.engine.batch import HALF
 from dist_train.engine.evaluate import in_rounds, on_rank_zero
-from dist_train.engine.metrics import Accuracy, BinaryAccuracy, without_one_column
+from dist_train.engine.metrics import Accuracy, BinaryAccuracy, Metric, Whole, without_one_column
 from dist_train.runtime.seeding import seed_forward
 
 if TYPE_CHECKING:
@@ -61,12 +61,15 @@ class Meaning(NamedTuple):
         return targets if self.kind == "values" else targets.reshape(len(targets)).round().long()
 
 
-def read_meaning(evaluator: Evaluator, outputs: Tensor, targets: Tensor | None) -> Meaning:
-    """What a run's outputs mean, by its loss; else by its metrics, its targets and the outputs' form."""
+def read_meaning(evaluator: Evaluator, outputs: Tensor) -> Meaning:
+    """What a run's outputs mean: classes only where a loss or a metric of classification says so, else values."""
     function = getattr(getattr(evaluator.task, "loss", None), "function", None)
     several = outputs.dim() == 2
+    questions = {question for metric in evaluator.metrics for question in _questions(metric)}
+    if isinstance(function, nn.CrossEntropyLoss | nn.NLLLoss):
+        questions.add("multiclass")
     if not outputs.is_floating_point():
-        return Meaning("values" if several else "labels")
+        return Meaning("labels" if questions and not several else "values")
     if isinstance(function, nn.BCEWithLogitsLoss):  # several outputs are several questions: no single answer
         return Meaning("values", "sigmoid") if several else Meaning("binary", "sigmoid", 0.0)
     if isinstance(function, nn.BCELoss):
@@ -78,14 +81,30 @@ def read_meaning(evaluator: Evaluator, outputs: Tensor, targets: Tensor | None) 
     for metric in evaluator.metrics:
         if isinstance(metric, BinaryAccuracy) and not several:
             return Meaning("binary", "sigmoid" if metric.threshold == 0.0 else "none", metric.threshold)
-    numbered = targets is not None and targets.dim() == 1 and not targets.is_floating_point()
-    if several and (numbered or any(isinstance(metric, Accuracy) for metric in evaluator.metrics)):
+    shares = bool(((outputs >= 0) & (outputs <= 1)).all())
+    if "binary" in questions and not several:  # as torchmetrics reads them
+        return Meaning("binary") if shares else Meaning("binary", "sigmoid", 0.0)
+    if "multilabel" in questions and several:
+        return Meaning("values", "none" if shares else "sigmoid")
+    if "multiclass" in questions and several:
         if bool((outputs >= 0).all()) and bool(((outputs.sum(1) - 1).abs() < SOME).all()):
             return Meaning("classes")
         if bool((outputs <= 0).all()) and bool(((outputs.exp().sum(1) - 1).abs() < SOME).all()):
             return Meaning("classes", "exp")
         return Meaning("classes", "softmax")
     return Meaning("values")
+
+
+def _questions(metric: Metric) -> Iterator[str]:
+    """What a metric takes the outputs for: `multiclass`, `binary` or `multilabel`; nothing where it doesn't say."""
+    if isinstance(metric, Accuracy | BinaryAccuracy):
+        yield "multiclass" if isinstance(metric, Accuracy) else "binary"
+    if isinstance(metric, Whole):
+        whole = metric.metric
+        for part in whole.values() if isinstance(whole, nn.ModuleDict) else (whole,):
+            if type(part).__module__.startswith("torchmetrics.classification"):
+                name = type(part).__name__.lower()
+                yield from (kind for kind in ("multiclass", "binary", "multilabel") if name.startswith(kind))
 
 
 def predict(evaluator: Evaluator, loader: EvalLoader) -> Iterator[Predicted | None]:

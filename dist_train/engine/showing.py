@@ -184,7 +184,7 @@ def pictures_of(run: RunDir, config: Config, evaluator: Evaluator, loader: EvalL
     if not parts or any(part.targets is None for part in parts):
         return []
     outputs, targets = (torch.cat([part[k] for part in parts]) for k in (1, 2))
-    meaning = read_meaning(evaluator, outputs, targets)
+    meaning = read_meaning(evaluator, outputs)
     if meaning.kind == "values":
         return list(_regressions(meaning.predictions(outputs), targets, dataset))
     shown: list[Picture] = [_confusion(evaluator, meaning, outputs, meaning.truths(targets), dataset, where)]

@@ -15,7 +15,7 @@ from torch import nn
 import dist_train
 from dist_train.data import CSV, Digits
 from dist_train.engine.losses import Loss
-from dist_train.engine.metrics import Accuracy, BinaryAccuracy
+from dist_train.engine.metrics import Accuracy, BinaryAccuracy, MeanError, Metric, build_metrics
 from dist_train.engine.predict import Meaning, read_meaning
 from dist_train.engine.task import Supervised
 from dist_train.main import main
@@ -109,29 +109,42 @@ class Stub:
         self.metrics = metrics
 
 
+def of_torchmetrics(name: str, **options: int) -> Metric:
+    return build_metrics([{"_target_": f"torchmetrics.classification.{name}", **options}], None)[0]
+
+
+def OWN(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:  # noqa: N802
+    return (outputs - targets).square()
+
+
 ONE, SEVERAL = torch.tensor([0.2, 0.7]), torch.tensor([[0.25, 0.75], [0.5, 0.5]])
 
 
 @pytest.mark.parametrize(
-    ("loss", "outputs", "targets", "metrics", "meaning"),
+    ("loss", "outputs", "metrics", "meaning"),
     [
-        (nn.CrossEntropyLoss(), SEVERAL, None, (), Meaning("classes", "softmax")),
-        (nn.functional.cross_entropy, SEVERAL, None, (), Meaning("classes", "softmax")),
-        (nn.NLLLoss(), SEVERAL.log(), None, (), Meaning("classes", "exp")),
-        (nn.BCELoss(), ONE, None, (), Meaning("binary")),
-        (nn.BCEWithLogitsLoss(), ONE, None, (), Meaning("binary", "sigmoid", 0.0)),
-        (nn.BCEWithLogitsLoss(), SEVERAL, None, (), Meaning("values", "sigmoid")),
-        (nn.MSELoss(), SEVERAL, None, (), Meaning("values")),
-        (lambda o, t: o.sum(), SEVERAL, torch.tensor([0, 1]), (), Meaning("classes")),
-        (lambda o, t: o.sum(), SEVERAL.log(), torch.tensor([0, 1]), (), Meaning("classes", "exp")),
-        (lambda o, t: o.sum(), SEVERAL * 9, torch.tensor([0, 1]), (), Meaning("classes", "softmax")),
-        (lambda o, t: o.sum(), SEVERAL, SEVERAL, (), Meaning("values")),
-        (None, SEVERAL * 9, None, (Accuracy(),), Meaning("classes", "softmax")),
-        (None, ONE, None, (BinaryAccuracy(threshold=0.0),), Meaning("binary", "sigmoid", 0.0)),
-        (None, torch.tensor([3, 1]), None, (), Meaning("labels")),
+        (nn.CrossEntropyLoss(), SEVERAL, (), Meaning("classes", "softmax")),
+        (nn.functional.cross_entropy, SEVERAL, (), Meaning("classes", "softmax")),
+        (nn.NLLLoss(), SEVERAL.log(), (), Meaning("classes", "exp")),
+        (nn.BCELoss(), ONE, (), Meaning("binary")),
+        (nn.BCEWithLogitsLoss(), ONE, (), Meaning("binary", "sigmoid", 0.0)),
+        (nn.BCEWithLogitsLoss(), SEVERAL, (), Meaning("values", "sigmoid")),
+        (nn.MSELoss(), SEVERAL, (), Meaning("values")),
+        (OWN, SEVERAL, (Accuracy(),), Meaning("classes")),
+        (OWN, SEVERAL.log(), (Accuracy(),), Meaning("classes", "exp")),
+        (OWN, SEVERAL * 9, (Accuracy(),), Meaning("classes", "softmax")),
+        (OWN, SEVERAL, (MeanError(),), Meaning("values")),
+        (OWN, SEVERAL * 9, (), Meaning("values")),
+        (None, SEVERAL * 9, (Accuracy(),), Meaning("classes", "softmax")),
+        (None, ONE, (BinaryAccuracy(threshold=0.0),), Meaning("binary", "sigmoid", 0.0)),
+        (OWN, SEVERAL * 9, (of_torchmetrics("MulticlassF1Score", num_classes=2),), Meaning("classes", "softmax")),
+        (OWN, SEVERAL * 9, (of_torchmetrics("MultilabelF1Score", num_labels=2),), Meaning("values", "sigmoid")),
+        (OWN, ONE * 9, (of_torchmetrics("BinaryF1Score"),), Meaning("binary", "sigmoid", 0.0)),
+        (None, torch.tensor([3, 1]), (Accuracy(),), Meaning("labels")),
+        (None, torch.tensor([3, 1]), (), Meaning("values")),
     ],
 )
-def test_outputs_are_read_by_the_loss_else_by_metrics_and_targets(
-    loss: object, outputs: torch.Tensor, targets: torch.Tensor | None, metrics: tuple[object, ...], meaning: Meaning
+def test_outputs_are_classes_only_where_a_loss_or_a_metric_says_so(
+    loss: object, outputs: torch.Tensor, metrics: tuple[object, ...], meaning: Meaning
 ) -> None:
-    assert read_meaning(Stub(loss, metrics), outputs, targets) == meaning  # type: ignore[arg-type]
+    assert read_meaning(Stub(loss, metrics), outputs) == meaning  # type: ignore[arg-type]
