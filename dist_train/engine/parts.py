@@ -36,6 +36,7 @@ from dist_train.engine.prepare import (
     seed_everything,
 )
 from dist_train.engine.reduce import Reducer, reducer_for
+from dist_train.engine.samplewise import Parted, parted
 from dist_train.engine.schedule import Schedule, Span
 from dist_train.engine.step import Stepper
 from dist_train.engine.stopping import StopWhen, in_steps
@@ -59,6 +60,7 @@ class Parts:
     Attributes:
         notes: lines for the person, on what `transfer` did to the model.
         memory_format: that of images, once the model is built.
+        parted: how the loss differs on whole batches, once the first one has shown that it does.
 
     Every part raises ConfigError, naming its key, where it can't be built.
     """
@@ -76,6 +78,7 @@ class Parts:
         self.fresh, self.fits, self._horizon = fresh, fits, horizon
         self.notes: list[str] = []
         self.memory_format: torch.memory_format | None = None
+        self.parted: Parted | None = None
         if config.distributed.deterministic is True:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's BLAS is first used
             torch.use_deterministic_algorithms(True)
@@ -334,6 +337,7 @@ class Parts:
             clip_norm=config.trainer.clip_grad_norm,
             clip_value=config.trainer.clip_grad_value,
             skip=config.trainer.on_nonfinite == "skip",
+            look=self._look if self._pieces > 1 else None,
         )
 
     def new_reducer(self, scaler: torch.amp.GradScaler | None) -> Reducer:
@@ -377,9 +381,39 @@ class Parts:
                     f"multiple of {world_size * micro}, with data.drop_last=true, or change trainer.micro_batch_size",
                 )
 
+    @property
+    def _pieces(self) -> int:
+        """The micro-batches that a global batch is cut into, over all ranks."""
+        return -(-self.plan.global_batch_size // self.micro_batch_size)
+
+    def _look(self, batch: Any, length: int, samples: int) -> None:
+        """Find out on the first micro-batch whether the loss is one of samples; all ranks take as many of theirs."""
+        sizes = [
+            min(
+                (cut.stop - cut.start for cut in parts(samples, rank, self.world.size, self.micro_batch_size)),
+                default=0,
+            )
+            for rank in range(self.world.size)
+        ]
+        with self.evaluator.serving(average=False):
+            self.parted = parted(self.task, self.model, batch, length=length, samples=min(sizes))
+
     def inexactness(self) -> str | None:
-        """What is to be said of a loss whose denominator isn't known, once it has been called."""
-        count = -(-self.plan.global_batch_size // self.micro_batch_size)
+        """What is to be said of a loss that isn't one of samples, or whose denominator isn't known, once it has been called."""
+        count = self._pieces
+        if (found := self.parted) is not None:
+            what = (
+                f"the loss {self.loss.name}"
+                if self.loss is not None and self.config.task is None
+                else "the task's loss"
+            )
+            return (
+                f"{what} isn't a sum over samples: {found.samples} of them at once give {found.whole:.4g}, in two halves "
+                f"{found.halves:.4g}. It compares samples with each other, or divides by something else than the weight that "
+                f"it returns; a step is cut into {count} micro-batches here (over {self.world.size} process(es)), so training "
+                "differs from that on whole batches, and with the cut. One process with trainer.micro_batch_size="
+                f"{self.plan.global_batch_size} takes them whole"
+            )
         if self.loss is None or self.loss.exact is not False or count == 1:
             return None
         return (

@@ -49,6 +49,7 @@ class Stepper:
         clip_norm: float | None = None,
         clip_value: float | None = None,
         skip: bool = False,
+        look: Callable[[Any, int, int], None] | None = None,
     ):
         self.modules, self.optimizer, self.reducer, self.scaler = modules, optimizer, reducer, scaler
         self.device, self.seed, self.summed, self.prepare = device, seed, summed, prepare
@@ -63,7 +64,7 @@ class Stepper:
         self._samples = (1, torch.ones((), dtype=torch.float64, device=device))
         self._factor = torch.ones((), dtype=torch.float64, device=device)
         self._factor_on_host = self._factor.numpy() if device.type == "cpu" else None  # a view: quick to look at
-        self._warm = False
+        self._warm, self._look = False, look
 
     def __call__(self, work: StepWork, want_norm: bool) -> None:
         """Run the optimizer step that `work` describes.
@@ -78,6 +79,9 @@ class Stepper:
             here.phase = FORWARD
             here.item += 1
             batch = self.prepare(micro.batch, work.epoch, micro.indices)
+            if self._look is not None:
+                self._look(batch, micro.samples, work.samples)
+                self._look = None
             if not self._warm:
                 self._warm_up(batch)
             seed_forward(self.seed, work.step, micro.position, self.device)
