@@ -35,7 +35,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "weighted": {
         "seed": 7,
         "data": {
-            "train": piece("Points", ignored=5, noise=0.1), **VAL, "global_batch_size": 7, "drop_last": False,
+            "train": piece("Points", ignored=5, noise=0.1), "val": piece("Points", samples=11, seed=1, ignored=3),
+            "global_batch_size": 7, "drop_last": False,
             "eval_batch_size": 5,
         },
         "model": MLP,
@@ -66,6 +67,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "checkpoint": {"every": ["2ep", "3step"], "keep_last": 1},
     },
     "images": {
+        "seed": 3,
         "data": {
             "train": piece("Points", shape=[2, 6, 6], samples=20), "val": piece("Points", shape=[2, 6, 6], seed=1),
             "global_batch_size": 10, "eval_batch_size": 8,
@@ -133,6 +135,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "model": layers(("Linear", 5, 4), ("Tanh",), ("Linear", 4, 1)), "loss": piece("weighted_squares", power=1.5),
         "metrics": ["mae"], "optimizer": {"_target_": "torch.optim.RMSprop", "lr": 0.01},
         "callbacks": [piece("Cooling")],
+        "checkpoint": {"keep_best": "max val/mae"},  # which would be that before the first step
         "trainer": {"duration": "3ep", "micro_batch_size": 3, "log_every": "1step", "evaluate_at_start": True,
                     "stop_when": {"metric": "val/mae", "below": 0.1, "patience": "1ep", "mode": "max"}},
     },
