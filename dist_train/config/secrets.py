@@ -57,7 +57,7 @@ def _is_secret(variable: str) -> bool:
 def _forms(value: str) -> list[str]:
     """A value as it is, and as it stands in a text that quotes it; the longest first."""
     forms = {value, value.strip(), repr(value)[1:-1], json.dumps(value)[1:-1], html.escape(value)}
-    return sorted(filter(None, forms), key=len, reverse=True)
+    return sorted((form for form in forms if len(form) >= SHORTEST), key=len, reverse=True)
 
 
 def visible(text: str, keep: str = "\n\t") -> str:
