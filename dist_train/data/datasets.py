@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+from array import array
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -116,7 +117,9 @@ class RandomSplit(Subset[Any]):
         indices = split_indices("RandomSplit", split, total, parts, seed=seed, labels=labels)
         if not len(indices):
             raise DataError(f"RandomSplit: no sample is left for {split}: {list(parts)} of {total} samples")
-        super().__init__(dataset, indices.tolist())
+        # An array gives Python numbers as a list does, without an object for each, whose reference counts would make loader
+        # workers copy all of them bit by bit.
+        super().__init__(dataset, array("q", indices.tobytes()))
         self.classes = getattr(dataset, "classes", None)
 
 

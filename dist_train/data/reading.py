@@ -87,10 +87,7 @@ class Seeded(Dataset[Any]):
         try:
             return request._replace(batch=self.collated(samples))
         except Exception as error:
-            cure = shortage(error) or (
-                f"{self._odd_one(request, samples)}; make all samples alike (resize, pad) or name a function in "
-                f"data.collate"
-            )
+            cure = shortage(error) or self._odd_one(request, samples)
             what = f"making a batch of samples {_listed(request.indices)} of {name} failed: {told(error)}"
             raise SampleError(f"{what}{cure}") from error
 
@@ -111,13 +108,24 @@ class Seeded(Dataset[Any]):
         return samples
 
     def _odd_one(self, request: MicroBatch, samples: list[Any]) -> str:
-        """Names the first sample that doesn't go into a batch with the first one."""
+        """Names a sample that is none, else the first that doesn't go into a batch with the first one; and what to do."""
+        for index, sample in zip(request.indices, samples):
+            if sample is None:
+                return (
+                    f"; sample {index} is None: let the dataset hold only samples that are there (torch.utils.data.Subset), "
+                    f"or name a function in data.collate that drops them"
+                )
+        odd = ""
         for index, sample in zip(request.indices[1:], samples[1:]):
             try:
                 self.collate([samples[0], sample])
             except Exception as error:
-                return f" (samples {request.indices[0]} and {index} alone: {error})"
-        return ""
+                odd = f" (samples {request.indices[0]} and {index} alone: {error})"
+                break
+        return (
+            f"{odd}; samples must be alike (resize, pad), and hold tensors, arrays, numbers, strings, lists or dicts (of an "
+            f"image torchvision.transforms.v2.functional.to_image makes a tensor); or name a function in data.collate"
+        )
 
 
 def _listed(indices: np.ndarray) -> str:

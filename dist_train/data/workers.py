@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import select
@@ -161,6 +162,7 @@ def init_worker(worker: int) -> None:
     parent behind a fork server, and all of them during a long read.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, RUN_SIGNALS)  # as they are, unless a fork server was running before
+    gc.freeze()  # what the parent had is nothing to collect, and looking at it would copy its memory
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()

@@ -38,6 +38,7 @@ _HINTS = {
     "SampleError": "read that sample by hand: its dataset class, its index; data.num_workers=0 makes it debuggable",
     "DataLoader worker (pid": "data.num_workers=0 shows an error in the dataset itself; more /dev/shm, or more memory",
     "shapes cannot be multiplied": "the layer's in_features must be what comes out of the layer before it",
+    "must have the same dtype": "inputs must have the weights' dtype: return x.float() from the dataset (uint8 images: x / 255)",
     "IndexError: Target": "labels must be 0 ... classes - 1, and the model's last layer must have that many outputs",
     "device-side assert": "the same with CUDA_LAUNCH_BLOCKING=1, or distributed.device=cpu, names the true line",
     "CheckpointError": "the directory's space and permissions (df -h; touch a file there); what was saved before is whole",

@@ -122,6 +122,9 @@ def test_a_random_split_cuts_any_dataset_into_disjoint_parts() -> None:
         assert inputs.equal(torch.stack([part[i][0] for i in range(len(part))]))
     assert batch_reader(RandomSplit(range(10), "val", parts=[7, 2])) is None
     assert [RandomSplit(range(10), "val", parts=[7, 2])[i] for i in range(2)] != [0, 1]
+    indices = RandomSplit(range(10**5), "train").indices  # objects would be copied into each worker, one by one
+    assert isinstance(indices[0], int)
+    assert memoryview(indices).nbytes == 8 * len(indices)
 
 
 def test_a_random_split_without_samples_or_classes_is_refused() -> None:

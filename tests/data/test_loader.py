@@ -292,3 +292,36 @@ def test_evaluation_workers_are_kept_between_passes_even_after_one_left_early() 
     assert not os.path.exists(f"/proc/{pids[0].pop()}")
     assert [cut.start for cut, _ in loader] == [0, 6, 12, 18, 24, 30, 36]
     loader.close()
+
+
+class Kind:
+    """48 samples of which sample 5 is of another kind."""
+
+    def __init__(self, odd: Any) -> None:
+        self.odd = odd
+
+    def __len__(self) -> int:
+        return 48
+
+    def __getitem__(self, index: int) -> Any:
+        if index == 5 and isinstance(self.odd, Exception):
+            raise self.odd
+        return self.odd if index == 5 else torch.zeros(2)
+
+
+@pytest.mark.parametrize(
+    ("odd", "message"),
+    [
+        (None, r"sample 5 is None: let the dataset hold only samples that are there"),
+        (object(), r"samples 0 and 5 alone: .*samples must be alike .* or name a function in data.collate"),
+        (torch.zeros(3), r"samples 0 and 5 alone: .*equal size"),
+        (StopIteration("done"), r"reading sample 5 of test_loader.Kind in epoch 0 failed: StopIteration: done"),
+        (IndexError("past the end"), r"reading sample 5 of test_loader.Kind in epoch 0 failed: IndexError"),
+    ],
+)
+def test_a_sample_of_another_kind_is_named_with_what_to_do(odd: Any, message: str) -> None:
+    given = Reading(DataConfig(train=object(), num_workers=0), 0, torch.device("cpu"))
+    loader = TrainLoader(Kind(odd), Plan(0, 48, 16, shuffle=False), given, micro_batch_size=16)
+    with pytest.raises(SampleError, match=message):
+        for work in loader.steps(0, 3):
+            list(work.micro_batches)
