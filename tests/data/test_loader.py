@@ -323,5 +323,4 @@ def test_a_sample_of_another_kind_is_named_with_what_to_do(odd: Any, message: st
     given = Reading(DataConfig(train=object(), num_workers=0), 0, torch.device("cpu"))
     loader = TrainLoader(Kind(odd), Plan(0, 48, 16, shuffle=False), given, micro_batch_size=16)
     with pytest.raises(SampleError, match=message):
-        for work in loader.steps(0, 3):
-            list(work.micro_batches)
+        list(next(loader.steps(0, 3)).micro_batches)
