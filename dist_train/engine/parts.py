@@ -24,7 +24,7 @@ from dist_train.engine.losses import Loss
 from dist_train.engine.metrics import Metric, Whole, build_metrics, is_lower_better
 from dist_train.engine.modules import Modules
 from dist_train.engine.optim import averages, build_optimizer
-from dist_train.engine.parameters import check_optimizer
+from dist_train.engine.parameters import check_optimizer, check_parameters
 from dist_train.engine.pictures import Pictures
 from dist_train.engine.precision import Precision, agreed, resolve_precision
 from dist_train.engine.prepare import (
@@ -152,8 +152,11 @@ class Parts:
             modules = Modules(self.model, task=self.task)
         else:
             function = self.loss.function if self.loss is not None else None
-            torchs = type(function).__module__.startswith("torch.nn.")  # their buffers are arguments of the config
+            torchs = isinstance(function, nn.Module) and type(function).__module__.startswith("torch.nn.")
+            torchs = torchs and next(function.parameters(), None) is None  # AdaptiveLogSoftmaxWithLoss has some
+            # The buffers of torch's own losses are arguments of the config.
             modules = Modules(self.model) if torchs else Modules(self.model, loss=function)
+        check_parameters(modules)
         return modules.to(self.world.device)
 
     @cached_property

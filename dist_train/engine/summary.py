@@ -51,6 +51,7 @@ def start_lines(parts: Parts, trainer: Trainer, run: RunDir, resumed: int) -> Li
         *(("note", note) for note in parts.train_loader.notes),
         ("note", LIVE if config.has_live_objects else ""),
         ("note", parts.precision.note or ""),
+        ("note", _left_in_eval_mode(parts)),
         ("note", parts.schedule.note if parts.schedule is not None else ""),
     ]
     count = torch.cuda.device_count() if world.size == 1 and world.device.type == "cuda" else 1
@@ -58,6 +59,16 @@ def start_lines(parts: Parts, trainer: Trainer, run: RunDir, resumed: int) -> Li
         command = f"torchrun --nproc_per_node={count} -m dist_train.main"
         lines.append(("note", f"{count} GPUs are here: {command} uses them all"))
     return [(label, text) for label, text in lines if text]
+
+
+def _left_in_eval_mode(parts: Parts) -> str:
+    """The outermost modules that the model's own code has put into eval mode, as transformers' from_pretrained does."""
+    left = [name for name, module in parts.modules.named_modules() if not module.training]
+    left = [name for name in left if name.rpartition(".")[0] not in left]
+    if not left or parts.config.transfer.freeze:
+        return ""
+    shown = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
+    return f"in eval mode, as the model's own code left them, and so they stay in training: {shown}"
 
 
 def layer_lines(parts: Parts) -> list[str]:
