@@ -152,8 +152,8 @@ class Parts:
             modules = Modules(self.model, task=self.task)
         else:
             function = self.loss.function if self.loss is not None else None
-            torchs = isinstance(function, nn.Module) and type(function).__module__.startswith("torch.nn.")
-            torchs = torchs and next(function.parameters(), None) is None  # AdaptiveLogSoftmaxWithLoss has some
+            own = isinstance(function, nn.Module) and type(function).__module__.startswith("torch.nn.")
+            torchs = own and next(function.parameters(), None) is None  # type: ignore[union-attr]
             # The buffers of torch's own losses are arguments of the config.
             modules = Modules(self.model) if torchs else Modules(self.model, loss=function)
         check_parameters(modules)
