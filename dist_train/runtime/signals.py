@@ -110,8 +110,9 @@ def install(stops: bool = True) -> None:
 def hold() -> None:
     """The run begins: from here on signals wait for whoever takes them."""
     global _held
-    _held = True
-    install()
+    if threading.current_thread() is threading.main_thread():
+        _held = True
+        install()
 
 
 def take(seconds: float) -> list[int]:
@@ -132,6 +133,8 @@ def before_end(tell: Callable[[], object] | None) -> None:
 def restore() -> None:
     """Give the signals back to whoever had them; used when `train()` returns inside somebody else's process."""
     global _listener, _held, _interrupted_at, _before_end
+    if threading.current_thread() is not threading.main_thread():
+        return  # it has taken none
     listener, _listener, _held, _interrupted_at, _before_end = _listener, None, False, None, None
     _pending.clear()
     if listener is not None:
