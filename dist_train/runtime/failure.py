@@ -41,6 +41,7 @@ _HINTS = {
     "must have the same dtype": "inputs must have the weights' dtype: return x.float() from the dataset (uint8 images: x / 255)",
     "IndexError: Target": "labels must be 0 ... classes - 1, and the model's last layer must have that many outputs",
     "device-side assert": "the same with CUDA_LAUNCH_BLOCKING=1, or distributed.device=cpu, names the true line",
+    "LeaseLostError": "nothing here: the run is another job's by now, or was taken away; start it again where it is to live",
     "CheckpointError": "the directory's space and permissions (df -h; touch a file there); what was saved before is whole",
     "": "the same command with one process and data.num_workers=0 is the shortest way to see it again, in a debugger too",
 }
