@@ -97,7 +97,7 @@ def test_a_report_shows_everything_and_runs_nothing(tmp_path: Path) -> None:
     for text in (
         "completed",
         "0.8750",
-        "1:01",
+        "61.0",
         "25%",
         "1,000",
         "it broke",
