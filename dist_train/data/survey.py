@@ -60,6 +60,11 @@ class _Look(Dataset[dict[str, Any]]):
         begun = Pass(dataset, self.seed, 0)
         begun.skip(_PLACE)
         state = copy.deepcopy(dataset.state_dict())
+        try:  # a checkpoint is read without running code
+            torch.save(state, out := io.BytesIO())
+            torch.load(io.BytesIO(out.getvalue()), weights_only=True)
+        except Exception:
+            return False
         after = [_digest(sample) for sample in itertools.islice(begun, FIRST)]
         other = [_digest(sample) for sample in itertools.islice(Pass(dataset, self.seed, 1), FIRST)]
         loaded = Pass(dataset, self.seed, 0, place=_PLACE, state=state)
