@@ -63,7 +63,6 @@ class Stepper:
         self._loss_total, self._weight_total = self.totals.unbind()  # views
         self._samples = (1, torch.ones((), dtype=torch.float64, device=device))
         self._factor = torch.ones((), dtype=torch.float64, device=device)
-        self._factor_on_host = self._factor.numpy() if device.type == "cpu" else None  # a view: quick to look at
         self._warm, self._look = False, look
 
     def __call__(self, work: StepWork, want_norm: bool) -> None:
@@ -126,12 +125,16 @@ class Stepper:
         """Gradients over the sample count become gradients over the loss's own weight; zero where nothing has weight."""
         if self.summed:
             return
-        if self._samples[0] != samples:
-            self._samples = (samples, torch.full_like(self._samples[1], samples))
         # float64 on the way: exact where it is a whole number. x / 0 is made 0, and 0 / 0 doesn't occur.
-        torch.div(self._samples[1], weight, out=self._factor).nan_to_num_(nan=math.nan, posinf=0.0, neginf=0.0)
-        if self._factor_on_host is not None and self._factor_on_host == 1.0:
-            return
+        if self.device.type == "cpu":  # numpy looks quickly, and mostly there is nothing to do
+            number = weight.detach().double().numpy().item()
+            if number == samples:
+                return
+            self._factor.fill_(samples / number if number else 0.0)
+        else:
+            if self._samples[0] != samples:
+                self._samples = (samples, torch.full_like(self._samples[1], samples))
+            torch.div(self._samples[1], weight, out=self._factor).nan_to_num_(nan=math.nan, posinf=0.0, neginf=0.0)
         for dtype, tensors in by_dtype(gradients):
             if dtype in HALF:  # a factor of their own kind would have few digits
                 wide = [tensor.float() for tensor in tensors]
