@@ -165,7 +165,8 @@ class PlainLoop(PlainStep):
         ema = {name: value.clone() for name, value in self.ema.items()} if self.ema is not None else {}
         scale = self.scaler.state_dict() if self.scaler is not None else {}
         state = {"model": weights, "optimizer": copy.deepcopy(self.optimizer.state_dict()), "ema": ema, "scaler": scale}
-        self.saved[self.step] = {**state, "metrics": self.metrics}
+        place = {"step": self.step, "epoch": self.epoch, "samples": self.samples}
+        self.saved[self.step] = {**state, "metrics": self.metrics, "place": place}
         newest = sorted(self.saved)[-self.saving["keep_last"] :]
         best = self.best[1] if self.best else -1
         self.saved = {step: held for step, held in self.saved.items() if step in newest or step == best}
@@ -184,7 +185,7 @@ class PlainLoop(PlainStep):
         if "test" in self.sets:
             metrics["test"] = self.evaluate(self.sets["test"])
             self.row("test", metrics["test"])
-            self.rows[-1]["step"] = kept
+            self.rows[-1] |= held["place"]  # of the weights that were measured
         self.model_file = {**held["model"], **held["ema"]}
         self.result |= {
             "samples": self.samples, "kept": "best" if best else "last", "kept_step": kept, "ema": self.ema is not None,
