@@ -93,7 +93,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         },
     },
     "bf16": {
-        "data": {"train": piece("Points"), **VAL, "global_batch_size": 6},
+        "data": {"train": piece("Points"), "val": piece("Points", samples=11, seed=1, noise=0.3), "global_batch_size": 6},
         "model": MLP, "loss": {"_target_": CE}, "metrics": ["accuracy"],
         "optimizer": {"_target_": ADAMW, "lr": 0.05}, "trainer": {"duration": "2ep", "precision": "bf16"},
     },
