@@ -247,7 +247,8 @@ class TrainLoader(_Loader):
             dataset, reading.seed, reading.collate, length=self.plan.length, rank=reading.rank,
             finite=stream_length(dataset) == self.plan.length, deal=self.sampler.deal,
         )  # fmt: skip
-        reader.resumes = _survey(dataset, "train", workers, reading)["resumes"]
+        found = _survey(dataset, "train", workers, reading)
+        reader.resumes, self._first = found["resumes"], found["first"]
         self.notes = reader.notes()
         return reader
 
@@ -260,17 +261,25 @@ class TrainLoader(_Loader):
             return None
         deal, saved = self._stream.deal, dict(self._stream.saved)
         if deal is None:
-            return {"deal": None, "readers": saved}
-        return {"deal": deal.key(), "readers": {k: v for one in every(saved) for k, v in one.items()}}
+            return {"deal": None, "readers": saved, "first": self._first}
+        readers = {k: v for one in every(saved) for k, v in one.items()}
+        return {"deal": deal.key(), "readers": readers, "first": self._first}
 
     def load_state_dict(self, state: dict[str, Any] | None, step: int) -> None:
         """Go on from there at `step`.
 
         Raises:
-            DataError: other readers have begun this pass over a stream that gives each a part of its own.
+            DataError: other readers have begun this pass over a stream that gives each a part of its own, or the stream
+                isn't the one that was read.
         """
         if self._stream is None or state is None:
             return
+        if state.get("first", self._first) != self._first:
+            raise DataError(
+                f"data.train: {dataset_name(self._stream.whole)} gives other samples than when this run began, so that what "
+                f"was trained of it can't be told: its data have changed, or it draws from a generator of its own or the "
+                f"clock. Draw from torch, numpy or random, which are seeded for each sample, under another run.name"
+            )
         deal, begun = self._stream.deal, state["deal"]
         if begun == (None if deal is None else deal.key()):
             self._stream.saved = state["readers"]

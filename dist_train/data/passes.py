@@ -83,7 +83,8 @@ class Pass:
         dataset: the stream, or a part of one.
         seed: the run's seed.
         number: of the pass, from 0; `set_epoch(number)` tells the dataset, if it has that.
-        lane: (index, count) of a part: the k-th sample of part i is seeded as sample k * count + i.
+        lane: (index, count) of a part: the k-th sample of part i is seeded as sample k * count + i, but the first one in
+            all parts alike, since there a generator shuffles what it then takes a part of.
         place: samples that are behind `state`, what the dataset's `state_dict` gave after them.
     """
 
@@ -97,16 +98,20 @@ class Pass:
             dataset.load_state_dict(state)
         seed_sample(seed, number, -1)  # an __iter__ that isn't a generator may shuffle now
         self._iterator = iter(dataset)
+        self._ended = False
 
     def __iter__(self) -> Iterator[Any]:
         return self
 
     def __next__(self) -> Any:
+        if self._ended:
+            raise StopIteration
         index, count = self.lane
-        seed_sample(self.seed, self.number, self.place * count + index)
+        seed_sample(self.seed, self.number, self.place * count + index if self.place else 0)
         try:
             sample = next(self._iterator)
         except StopIteration:
+            self._ended = True
             raise
         except Exception as error:
             where = f"sample {self.place} of pass {self.number} over {dataset_name(self.dataset)}"

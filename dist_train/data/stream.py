@@ -91,7 +91,9 @@ class StreamReader(Seeded):
         if self._pass is None:
             self._begin(request)
         batch = super().__getitems__(request)
-        return batch._replace(state=self._state() if self.resumes or self.deal is not None else None)
+        state = self._state() if self.resumes or self.deal is not None else None
+        self._at_end()  # raises now, not in an epoch that may never come
+        return batch._replace(state=state)
 
     def collated(self, samples: list[Any]) -> Any:
         """The batch; torch's default_collate puts it into shared memory where it sees that it runs in a worker."""
@@ -106,8 +108,6 @@ class StreamReader(Seeded):
         for index in request.indices.tolist():
             self._go_to(max(0, request.epoch) * self.length + index)
             samples.append(self._advance())
-        if self.finite and request.epoch < 0 and self._next == self.length and next(self._opened(), None) is not None:
-            raise DataError(self._wrong_length(f"more than {self.length}"))
         return samples
 
     def _begin(self, request: MicroBatch) -> None:
@@ -140,6 +140,15 @@ class StreamReader(Seeded):
         state = self.dataset.state_dict() if self.resumes else None
         return {"reader": self._reader, "next": self._next, "pass": here.number, "place": here.place, "state": state}
 
+    def _at_end(self) -> bool:
+        """Whether the pass has given all its samples. Raises DataError where more come."""
+        now = self._opened()
+        if not self.finite or self.deal is not None or now.place < self.length:
+            return False
+        if next(now, self) is not self:
+            raise DataError(self._wrong_length(f"more than {self.length}"))
+        return True
+
     def _open(self, number: int, **given: Any) -> None:
         lane = (0, 1) if self.deal is None else (self._reader, self.deal.readers)
         self._pass, self._spare = Pass(self.dataset, self.seed, number, lane, **given), None
@@ -159,6 +168,9 @@ class StreamReader(Seeded):
         """The next sample, of the next pass where this one has ended."""
         while True:
             now = self._opened()
+            if self._at_end():
+                self._open(now.number + 1)
+                continue
             try:
                 sample = next(now)
             except StopIteration:

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from dist_train.data.errors import DataError, dataset_name, told
+from dist_train.data.errors import DataError, SampleError, dataset_name, told
 from dist_train.data.hiding import hide_placement
-from dist_train.data.passes import Pass, part_of
+from dist_train.data.passes import Pass, part_of, shards_itself
 from dist_train.data.workers import init_worker, run_signals_blocked, stop_workers
 
 FIRST = 8  # samples that are compared
@@ -39,20 +39,30 @@ class _Look(Dataset[dict[str, Any]]):
         try:
             return self.look(inside)
         except Exception as error:
-            return {"error": str(error) if isinstance(error, DataError) else told(error)}
+            return {"error": str(error) if isinstance(error, DataError | SampleError) else told(error)}
 
     def look(self, inside: bool) -> dict[str, Any]:
         """First samples, their number where it is asked for, and whether the dataset's own state leads back to a place."""
-        dataset = part_of(self.dataset, 0, 1)
+        whole = self.dataset
+        if (
+            not inside
+        ):  # what a pass leaves behind in the dataset must not move the training's; a worker's is a copy already
+            with contextlib.suppress(Exception):
+                whole = copy.deepcopy(whole)
+        dataset = part_of(whole, 0, 1)
         first = Pass(dataset, self.seed, 0)
         head = [_digest(sample) for sample in itertools.islice(first, FIRST)]
         length = len(head) + sum(1 for _ in first) if self.count else None
         resumes = False
         if callable(getattr(dataset, "state_dict", None)) and callable(getattr(dataset, "load_state_dict", None)):
-            if not inside:  # a worker's dataset is a copy already
-                with contextlib.suppress(Exception):
-                    dataset = copy.deepcopy(dataset)
             resumes = self._leads_back(dataset)
+        elif shards_itself(whole) and head != [
+            _digest(sample) for sample in itertools.islice(Pass(dataset, self.seed, 0), FIRST)
+        ]:
+            raise DataError(
+                f"{dataset_name(dataset)} gives other samples when it is read again, so that a start that goes on couldn't "
+                f"find its place in a part (shard): draw from torch, numpy or random, which are seeded, or by set_epoch"
+            )
         return {"first": head, "length": length, "resumes": resumes}
 
     def _leads_back(self, dataset: Any) -> bool:
@@ -81,7 +91,8 @@ class _Look(Dataset[dict[str, Any]]):
 def survey(
     dataset: Any, seed: int, *, slot: str, workers: int, context: Any, gather: Gather, count: bool, world_size: int
 ) -> dict[str, Any]:
-    """{"length": samples, where `count` asks for them, "resumes": whether its state_dict can be relied on}.
+    """{"length": samples, where `count` asks for them, "resumes": whether its state_dict can be relied on, "first": the
+    first samples, hashed}.
 
     All ranks call it. As many workers as read later, two at most, look at the stream; without any this process does,
     which can see its rank.
@@ -95,9 +106,6 @@ def survey(
             f"data.{slot}: {name} is an iterator, which can be read once only; expected an object whose __iter__ begins "
             f"again (a torch IterableDataset; torchdata.nodes.Loader around a node; a class around a generator)"
         )
-    stateful = callable(getattr(dataset, "state_dict", None))
-    if not count and not stateful and world_size == 1 and workers < 2:
-        return {"length": None, "resumes": False}
     look = _Look(dataset, seed, count)
     try:
         answers = _in_workers(look, min(workers, 2), context) if workers else [look[0]]
@@ -110,7 +118,7 @@ def survey(
     for rank, k, found in readers[1:]:
         if found["first"] != readers[0][2]["first"] or found["length"] != readers[0][2]["length"]:
             raise DataError(_differ(f"data.{slot}", name, rank, k, workers))
-    return {"length": readers[0][2]["length"], "resumes": all(found["resumes"] for _, _, found in readers)}
+    return {**readers[0][2], "resumes": all(found["resumes"] for _, _, found in readers)}
 
 
 def _differ(slot: str, name: str, rank: int, worker: int, workers: int) -> str:

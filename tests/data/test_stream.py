@@ -64,7 +64,7 @@ class Sharding(Known):
 
 class Torn(Known):
     def __iter__(self) -> Iterator[Any]:
-        yield from range(5)
+        yield from range(15)
         raise OSError("the shard ends here")
 
 
@@ -346,12 +346,85 @@ def test_what_a_stream_cannot_do_is_said() -> None:
 @pytest.mark.parametrize(
     ("dataset", "kind", "message"),
     [
-        (Torn, SampleError, r"reading sample 5 of pass 0 over test_stream.Torn failed: OSError: the shard ends here"),
+        (Torn, SampleError, r"reading sample 15 of pass 0 over test_stream.Torn failed: OSError: the shard ends here"),
         (Empty, DataError, r"pass 0 over the stream gave no sample"),
     ],
 )
 def test_a_stream_that_breaks_names_the_place(dataset: Any, kind: type[Exception], message: str) -> None:
-    loader = loader_of(dataset(), Plan(3, 20, 8, shuffle=False))
+    loader = loader_of(dataset(), Plan(3, 20, 16, shuffle=False))
     work = next(loader.steps())
     with pytest.raises(kind, match=message):
         list(work.micro_batches)
+
+
+class Counting(IterableDataset[Any]):
+    """A dataset that keeps its place in itself, as torchdata's do: 20 samples a pass."""
+
+    def __init__(self) -> None:
+        self.place = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        while self.place < 20:
+            self.place += 1
+            yield torch.tensor([float(self.place - 1)])
+        self.place = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"place": self.place}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.place = state["place"]
+
+
+def test_looking_at_a_stream_does_not_move_it() -> None:
+    rows = batches(Counting, Plan(3, 20, 4, shuffle=False), 0, 10)
+    assert torch.cat(rows)[:, 0].tolist() == [*range(20), *range(20)]
+
+
+def test_training_says_that_a_pass_is_longer_than_its_length() -> None:
+    with pytest.raises(DataError, match=r"Long: its __len__ says 19 samples, .* gave more than 19"):
+        batches(Long, Plan(3, 19, 19, shuffle=False), 0, 1)
+
+
+class Mixed(Known):
+    """Shuffles what it then takes a part of, when its first sample is asked for."""
+
+    index, count = 0, 1
+
+    def shard(self, index: int, count: int) -> None:
+        self.index, self.count = index, count
+
+    def __iter__(self) -> Iterator[Any]:
+        order = list(range(20))
+        random.shuffle(order)
+        for number in order[self.index :: self.count]:
+            yield torch.tensor([float(number)])
+
+
+class OwnGenerator(Mixed):
+    def __init__(self, start: int) -> None:
+        super().__init__()
+        self.random = random.Random(start)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([torch.tensor([float(self.random.randrange(10**6))]) for _ in range(20)])
+
+
+class Unseeded(OwnGenerator):
+    shard = None  # type: ignore[assignment]
+
+
+def test_parts_of_a_stream_that_a_generator_shuffles_are_of_one_order() -> None:
+    rows = batches(Mixed, Plan(3, 20, 4, shuffle=False), 0, 10, world_size=2)
+    for epoch in (rows[:5], rows[5:]):
+        assert sorted(torch.cat(epoch)[:, 0].tolist()) == list(range(20))
+
+
+def test_a_stream_of_another_order_at_each_reading_is_refused_where_its_place_would_be_lost() -> None:
+    plan = Plan(3, 20, 4, shuffle=False)
+    with pytest.raises(DataError, match=r"OwnGenerator gives other samples when it is read again"):
+        loader_of(OwnGenerator(1), plan)
+    begun = loader_of(Unseeded(1), plan).state_dict(lambda value: [value])
+    loader_of(Unseeded(1), plan).load_state_dict(begun, 3)
+    with pytest.raises(DataError, match=r"Unseeded gives other samples than when this run began"):
+        loader_of(Unseeded(2), plan).load_state_dict(begun, 3)
