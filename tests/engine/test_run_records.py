@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from dist_train import train
+from dist_train import load, train
 from dist_train.callbacks import Callback
 from dist_train.config.errors import ConfigError
 from dist_train.engine.callbacks import callback_states, load_callback_states
@@ -254,3 +254,7 @@ def test_a_test_row_is_of_the_step_whose_weights_are_kept(tmp_path: Path, monkey
         -(-result["kept_step"] // 5),
     )
     assert result["metrics"]["test"]["loss"] == result["metrics"]["val"]["loss"]
+    kept = torch.load("runs/kept/model.pt", weights_only=True)
+    for checkpoint, is_kept in ((None, True), ("best", True), ("last", False)):
+        loaded = load("runs/kept", checkpoint, model=Scaled()).state_dict()
+        assert all(torch.equal(value, kept[name]) for name, value in loaded.items()) == is_kept

@@ -12,6 +12,7 @@ MLP = (
     "trainer.duration=200step",
     "trainer.log_every=1step",
     "debug.trace_samples=true",
+    "data.eval_batch_size=25",  # several cuts a rank, and not as many on each
     "tracking={tensorboard: false, report: false}",
 )
 IN_FLOAT64 = """

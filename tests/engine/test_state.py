@@ -18,6 +18,7 @@ from dist_train.commands.train import train
 from dist_train.config.errors import ConfigError
 from dist_train.data.plan import Plan
 from dist_train.engine.prepare import seed_everything
+from dist_train.engine.restore import open_run
 
 KEPT = Path(__file__).parent / "jobs" / "kept.py"
 CONFIG = """
@@ -105,13 +106,27 @@ def test_a_stopped_run_ends_as_the_one_that_never_stopped(folder: Path, monkeypa
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_so_it_does_where_ranks_have_buffers_of_their_own(folder: Path, processes: int) -> None:
+def test_so_it_does_where_ranks_have_buffers_of_their_own(
+    folder: Path, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run_several(folder, processes, jobs(processes))
     check(folder, processes)
+    whole = folder / f"runs{processes}" / "loss-whole"
+    monkeypatch.syspath_prepend(str(folder))
+    assert one_process_evaluates(whole) == {row["step"]: row["loss"] for row in rows(whole, "val")}
     ranks = saved(folder / f"runs{processes}" / "loss-whole", "ranks")
     assert len(ranks) == processes
     assert {"mean", "replaced", "late", "plain", "loss.centre"} <= set(ranks[1]), "each rank has seen other samples"
     assert set(ranks[0]) == {"hidden", "late", "plain", "count", "heat"}, "what isn't in model.pt and has changed"
+
+
+def one_process_evaluates(run: Path) -> dict[int, float]:
+    """The loss on val of each checkpoint, by its step; whatever trained it."""
+    losses = {}
+    for path in sorted((run / "checkpoints").glob("step-*")):
+        with open_run(str(run), f"step-{int(path.name[5:])}") as restored:
+            losses[restored.found.step] = restored.evaluator.run(restored.loader("val"))["loss"]
+    return losses
 
 
 def saved(run: Path, part: str) -> Any:
@@ -176,8 +191,6 @@ def test_a_plain_loop_gives_the_same(folder: Path, thaw_at: int | None, monkeypa
 
 
 def test_evaluate_and_load_know_all_that_was_saved(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dist_train.engine.restore import open_run
-
     monkeypatch.chdir(folder)
     train("c.yaml", "run.name=seen", "checkpoint.keep_best=null")
     with open_run("runs/seen", "last") as restored:

@@ -28,10 +28,18 @@ def test_training_is_the_plain_loop(name: str, run_of: RunOf) -> None:
     assert differences(PlainLoop(CONFIGS[name]).run(), run_of(name)) == []
 
 
-def test_a_run_that_was_stopped_goes_on_to_the_same_end(tmp_path: Path) -> None:
-    config = copy.deepcopy(CONFIGS["weighted"])
-    for stop in ("2step", "6step", None):
-        config["trainer"]["stop_at"] = stop
+@pytest.mark.parametrize(
+    ("name", "stops"),
+    [
+        ("weighted", [2, 6]),  # three groups
+        ("fp16", [5]),  # the scale has fallen, and counts towards its growth
+        ("plateau", [16, 17]),  # inside the patience of schedule and stop_when
+    ],
+)
+def test_a_run_that_was_stopped_goes_on_to_the_same_end(tmp_path: Path, name: str, stops: list[int]) -> None:
+    config = copy.deepcopy(CONFIGS[name])
+    for stop in (*stops, None):
+        config["trainer"]["stop_at"] = stop and f"{stop}step"
         run = trained(tmp_path, config)
     assert differences(PlainLoop(config).run(), run) == []
 
