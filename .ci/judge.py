@@ -1,9 +1,11 @@
-"""Judge what the suite's runs say: `judge.py FIRST.xml [AGAIN.xml]`, JUnit files of pytest; exit 1 with the reasons.
+"""Judge what the suite's runs say: `judge.py FIRST.xml AGAIN.xml`, JUnit files of pytest, the second one where it is there; exit 1
+with the reasons.
 
 A skipped test needs a reason that is expected here. A test that failed and passed the second time fails the check all the
 same, unless it is listed below with why.
 """
 
+import os
 import sys
 import xml.etree.ElementTree as ElementTree
 
@@ -29,7 +31,7 @@ def outcomes(path: str) -> dict[str, tuple[str, str]]:
 def main() -> int:
     """Print what is wrong; how many."""
     first = outcomes(sys.argv[1])
-    again = outcomes(sys.argv[2]) if len(sys.argv) > 2 else {}
+    again = outcomes(sys.argv[2]) if os.path.exists(sys.argv[2]) else {}
     problems = 0
     for name, (kind, message) in first.items():
         if kind == "skipped" and not any(reason in message for reason in SKIPS):
