@@ -1,5 +1,4 @@
-"""Judge what the suite's runs say: `judge.py FIRST.xml AGAIN.xml`, JUnit files of pytest, the second one where it is there; exit 1
-with the reasons.
+"""Judge what the suite says: `judge.py FIRST.xml AGAIN.xml`, JUnit files of pytest, the second where there is one.
 
 A skipped test needs a reason that is expected here. A test that failed and passed the second time fails the check all the
 same, unless it is listed below with why.
