@@ -7,8 +7,12 @@ at the resume.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import ctypes
+import logging
+import mmap
+import sys
 import weakref
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable
@@ -22,6 +26,8 @@ _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.
 _TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _PIECE = 16 << 20
 _ALIGN = 64  # bytes; a multiple of every element's size
+_WIPEONFORK = 18  # MADV_WIPEONFORK of Linux, for which Python has no name
+log = logging.getLogger("dist_train")
 
 
 class HostCopy:
@@ -34,6 +40,7 @@ class HostCopy:
     def __init__(self) -> None:
         self._buffer: np.ndarray | None = None
         self._unlock: weakref.finalize[..., Any] | None = None
+        self._refused = False  # whether the system doesn't lock pages for this process
         # The arrangement of the last state: the same state has the same one at the next save.
         self._layouts: list[object] = []
         self._copies: list[torch.Tensor] = []
@@ -92,18 +99,43 @@ class HostCopy:
         self._layouts, self._copies, self._moves = [], [], []
 
     def _reserve(self, nbytes: int, lock: bool) -> np.ndarray:
+        lock = lock and not self._refused
         if self._buffer is None or self._buffer.nbytes < nbytes or (lock and self._unlock is None):
             self.release()
-            self._buffer = np.empty(max(nbytes, 1), dtype=np.uint8)
+            self._buffer = _own_pages(max(nbytes, 1))
             if lock:
-                # Registering an ordinary buffer takes just its bytes; torch's own pinned memory comes in powers of two.
-                # Without the lock (a limit on locked memory, say) the copy is slower, and right all the same.
-                cudart, address = torch.cuda.cudart(), self._buffer.ctypes.data
-                if int(cudart.cudaHostRegister(address, self._buffer.nbytes, 0)) == 0:
-                    # Memory that is freed while registered would make the next user of its addresses fail: called when
-                    # the array dies at the latest, just before its memory is given back.
-                    self._unlock = weakref.finalize(self._buffer, cudart.cudaHostUnregister, address)
+                self._lock(self._buffer)
         return self._buffer
+
+    def _lock(self, buffer: np.ndarray) -> None:
+        """Lock its pages, so that the device writes there directly; without that the copy is slower, and right all the same.
+
+        Registering ordinary memory takes just its bytes; torch's own pinned memory comes in powers of two.
+        """
+        cudart, address = torch.cuda.cudart(), buffer.ctypes.data
+        code = int(cudart.cudaHostRegister(address, buffer.nbytes, 0))
+        if code == 0:
+            # Memory that is freed while registered would make the next user of its addresses fail: called when the array
+            # dies at the latest, just before its memory is given back.
+            self._unlock = weakref.finalize(buffer, cudart.cudaHostUnregister, address)
+            return
+        self._refused = True
+        # CUDA keeps the error, and torch would raise it after its next kernel, whosever that is: it is raised here.
+        with contextlib.suppress(RuntimeError):
+            torch.ones((), device="cuda")
+        log.warning(
+            "%.1f MB of host memory for saves can't be page-locked (cudaHostRegister: error %d): steps wait longer for the "
+            "copy of a save; a higher limit helps (ulimit -l, docker run --ulimit memlock=-1)", buffer.nbytes / 1e6, code,
+        )  # fmt: skip
+
+
+def _own_pages(nbytes: int) -> np.ndarray:
+    """Memory in pages of its own, which are empty in a forked process: locked pages would be copied by the fork, all at once."""
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON)
+    for advice in (_WIPEONFORK, getattr(mmap, "MADV_HUGEPAGE", 0)) if sys.platform == "linux" else ():
+        with contextlib.suppress(OSError):  # an old kernel, or one built without
+            pages.madvise(advice)
+    return np.frombuffer(pages, dtype=np.uint8)
 
 
 def _span(tensors: list[torch.Tensor]) -> tuple[int, int]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
+import os
+import sys
 from collections import Counter, OrderedDict, defaultdict
 from enum import IntEnum
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -177,6 +181,63 @@ def test_optimizers_and_schedulers_of_torch_can_be_saved() -> None:
         saved, _ = through_a_file(HostCopy().take(state))
         for got, wanted in zip(tree_leaves(saved), tree_leaves(state), strict=True):
             assert torch.equal(got, wanted) if isinstance(wanted, torch.Tensor) else got == wanted
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_forked_process_gets_no_copy_of_the_buffer() -> None:
+    copy = HostCopy().take({"t": torch.ones(5_000_000)})
+    place = copy["t"].data_ptr()
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:  # only a read of memory: nothing of Python's or torch's locks
+        os.write(writer, ctypes.string_at(place + 4096, 4))
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(reader, 4) == bytes(4)
+    assert ctypes.string_at(place + 4096, 4) == np.float32(1).tobytes()
+    os.close(reader)
+    os.close(writer)
+
+
+def test_pages_that_the_system_does_not_lock_are_told_once_and_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = []
+
+    def refuses(address: int, size: int, flags: int) -> int:
+        asked.append(size)
+        return 2
+
+    def first_kernel_after_it(*args: Any, **kwargs: Any) -> None:
+        raise torch.AcceleratorError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=refuses))
+    monkeypatch.setattr(torch, "ones", first_kernel_after_it)
+    copier = HostCopy()
+    buffers = [copier._reserve(size, lock=True) for size in (1000, 5000, 2000)]
+    buffers[-1][:] = 7
+    assert asked == [1000]
+    assert [buffer.nbytes for buffer in buffers] == [1000, 5000, 5000]
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "can't be page-locked (cudaHostRegister: error 2)" in line
+    assert "ulimit -l" in line
+
+
+@pytest.mark.gpu
+def test_a_lock_that_cuda_refuses_harms_nothing_that_follows(caplog: pytest.LogCaptureFixture) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    copier, buffer = HostCopy(), np.zeros(1 << 22, np.uint8)
+    copier._lock(buffer)
+    unlock, copier._unlock = copier._unlock, None
+    copier._lock(buffer)  # a second time is refused
+    assert copier._unlock is None
+    assert "can't be page-locked" in caplog.text
+    assert float((torch.ones(4, device="cuda") + 1).sum()) == 8
+    copy = copier.take({"t": torch.ones(1000, device="cuda")})
+    assert torch.equal(copy["t"], torch.ones(1000))
+    assert unlock is not None
+    unlock()
 
 
 @pytest.mark.gpu
