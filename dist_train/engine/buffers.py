@@ -38,20 +38,23 @@ class BufferSnapshot:
     def restore(self, where: Tensor | None = None) -> None:
         """Make everything what it was; given `where`, a bool on the device, only if that is true (nobody waits for it).
 
-        Numbers are the host's, which can't know in that case: they stay.
+        Numbers, and tensors that are kept on the host, stay in that case: the host doesn't know.
         """
         if where is not None and any(_shape(slot.value) != _shape(buffer) for slot, buffer in self._places):
             if not where:  # of another size by now: here it does wait
                 return
             where = None
         for kept, values in self._kept:
+            if where is not None and values.device != where.device:
+                continue
             if where is not None:
                 values = torch.where(where, values, _flat(slot.value for slot, _ in kept))
             buffers = [buffer for _, buffer in kept]
             parts = values.split([buffer.numel() for buffer in buffers])
             torch._foreach_copy_(buffers, [part.view_as(buffer) for part, buffer in zip(parts, buffers, strict=True)])
         for slot, buffer in self._places:
-            slot.value = buffer
+            if where is None or buffer is None or buffer.device == where.device:
+                slot.value = buffer
         for slot, number in self._numbers if where is None else ():
             slot.value = number
         for parameter, value in self._frozen:

@@ -92,9 +92,7 @@ def work(step: int, batch: Any, parts: int) -> StepWork:
     return StepWork(step, 0, 16 * parts, rows, rows, micro_batches())
 
 
-def waits(
-    monkeypatch: pytest.MonkeyPatch, loss: Any, target: Any, form: Any, precision: str, clip: float | None = None
-) -> Waits:
+def waits(monkeypatch: pytest.MonkeyPatch, loss: Any, target: Any, form: Any, precision: str, **options: Any) -> Waits:
     """A step after a first one."""
     monkeypatch.setattr(
         "dist_train.engine.step.seed_forward", lambda *args: None
@@ -112,6 +110,7 @@ def waits(
         with CUDA:
             net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
             batch = (torch.randn(16, 3, 8, 8), target())
+        net.on_host = torch.ones(3)  # a plain attribute, which no .to() takes along
         task = Supervised(Loss(loss).to(CUDA))
         task.loss._checked = True  # the check of the first batch reads, by intention
         monkeypatch.setattr(
@@ -126,7 +125,7 @@ def waits(
         leaves += [*(reducer.objective if form is Objective else net).parameters()]
         step = Stepper(
             modules, optimizer, reducer, scaler=scaler, device=CUDA, seed=0, summed=task.summed,
-            prepare=lambda batch, epoch, indices: batch, indices_of=lambda step: range(32), clip_norm=clip,
+            prepare=lambda batch, epoch, indices: batch, indices_of=lambda step: range(32), **options,
         )  # fmt: skip
         step(work(0, batch, 1), want_norm=True)
         with Waits() as seen:
@@ -147,7 +146,8 @@ LOSSES: dict[str, tuple[Any, Callable[[], Tensor]]] = {
 @pytest.mark.parametrize("form", [SingleProcess, Objective])
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_step_lists_no_wait(monkeypatch: pytest.MonkeyPatch, name: str, form: Any, precision: str) -> None:
-    seen = waits(monkeypatch, *LOSSES[name], form, precision, clip=1.0 if name == "elements" else None)
+    options = {"clip_norm": 1.0, "clip_value": 0.5, "skip": True} if name == "elements" else {}
+    seen = waits(monkeypatch, *LOSSES[name], form, precision, **options)
     assert seen.kernels > 50
     assert not seen.found
 
