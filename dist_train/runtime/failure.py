@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import re
@@ -32,15 +31,43 @@ _PEER_GONE = re.compile(
 _PATIENCE = 10.0
 tells_config_errors = False  # whether the ranks have agreed that this one does, though it isn't rank 0
 _FRAME = re.compile(r'^ *File "([^"]+)", line (\d+), in (\S+)(?:\n +(?!File "|[~^])(.+))?', re.MULTILINE)
-_OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError", "can't allocate memory", "CUDA out of memory")
-_HINTS = {
+# In the words of torch, CUDA, cuBLAS, cuDNN and its like, NCCL ("Cuda failure 'out of memory'"), NumPy, the C library.
+_OUT_OF_MEMORY = re.compile(
+    r"MemoryError|out of memory|(can't|cannot|unable to) allocate (memory|\d)|not enough memory|bad_alloc|"
+    r"_ALLOC_FAILED|_ALLOCATION_FAILED|Unable to find a valid cuDNN algorithm",
+    re.IGNORECASE,
+)
+_HARDWARE = "dmesg | grep Xid, nvidia-smi -q: the GPU or its driver; another host, or a reset by who looks after it"
+_HINTS = {  # the first pattern that is found counts; torch ends each "CUDA error: ..." with a line on "device-side assertions"
     "NonFiniteError": "optimizer.lr lower, trainer.clip_grad_norm=1, or trainer.on_nonfinite=skip; look at those samples",
     "SampleError": "read that sample by hand: its dataset class, its index; data.num_workers=0 makes it debuggable",
-    "DataLoader worker (pid": "data.num_workers=0 shows an error in the dataset itself; more /dev/shm, or more memory",
+    r"DataLoader worker \(pid": "data.num_workers=0 shows an error in the dataset itself; more /dev/shm, or more memory",
+    r"/dev/shm|shared memory\(shm\)": "df -h /dev/shm: docker run --shm-size=8g, or fewer data.num_workers",
+    r"No space left|Errno 28": "make room (df -h), or keep less: checkpoint.keep_last=1, and every checkpoint.every less often",
     "shapes cannot be multiplied": "the layer's in_features must be what comes out of the layer before it",
     "must have the same dtype": "inputs must have the weights' dtype: return x.float() from the dataset (uint8 images: x / 255)",
     "IndexError: Target": "labels must be 0 ... classes - 1, and the model's last layer must have that many outputs",
-    "device-side assert": "the same with CUDA_LAUNCH_BLOCKING=1, or distributed.device=cpu, names the true line",
+    "device-side assert triggered": "the same with CUDA_LAUNCH_BLOCKING=1, or distributed.device=cpu, names the true line; "
+    "mostly a label or an index out of range",
+    "illegal memory access|misaligned address|unspecified launch failure|illegal instruction": "the same with "
+    "CUDA_LAUNCH_BLOCKING=1 names the true line, compute-sanitizer the kernel; or it is the hardware: dmesg | grep Xid",
+    "no kernel image|unsupported toolchain": "torch, or an extension, is built for other GPUs or a newer driver than this one's: "
+    "torch.cuda.get_arch_list(); install a build for it, or TORCH_CUDA_ARCH_LIST for the extension",
+    "driver on your system is too old|driver version is insufficient|forward compatibility was attempted": "update the NVIDIA "
+    "driver (a container uses the host's; after an update: a reboot), or install a torch build for an older CUDA",
+    "ECC error|fallen off the bus|NVLink error|hardware stack error": _HARDWARE,
+    "CUDA error: unknown error|Cuda failure 999|device is lost": _HARDWARE,
+    "system not yet initialized": "nvidia-fabricmanager must run on that host: systemctl status nvidia-fabricmanager",
+    "busy or unavailable": "nvidia-smi: another process has the GPU to itself (compute mode)",
+    "re-initialize CUDA in forked": "nothing on CUDA in the dataset; or data.multiprocessing_context=spawn",
+    "Duplicate GPU detected": "a GPU a rank: fewer processes (--nproc_per_node), or CUDA_VISIBLE_DEVICES as it was given",
+    "collective operation timeout|WorkNCCL": "a rank that is late, or in another collective: the logs of all ranks, "
+    "logs/nccl-rank-N.json; distributed.hang_timeout longer if it is only slow",
+    "NCCL": "NCCL_DEBUG=INFO names the call; NCCL_SOCKET_IFNAME the network; `doctor` measures it; "
+    "docker run --shm-size=8g --ulimit memlock=-1",
+    "CUBLAS_STATUS|CUDNN_STATUS|unable to find an engine": "mostly too little memory left (trainer.micro_batch_size smaller), "
+    "a label or an index out of range (CUDA_LAUNCH_BLOCKING=1), or libraries of another CUDA (LD_LIBRARY_PATH)",
+    "out of resource": "a kernel that torch.compile made is too large for this GPU: trainer.compile=false",
     "LeaseLostError": "nothing here: the run is another job's by now, or was taken away; start it again where it is to live",
     "CheckpointError": "the directory's space and permissions (df -h; touch a file there); what was saved before is whole",
     "": "the same command with one process and data.num_workers=0 is the shortest way to see it again, in a debugger too",
@@ -91,7 +118,7 @@ def describe(error: BaseException, rank: int = 0, samples: Sequence[int] = ()) -
     """The record of an exception on this rank: where it stood, what was raised in whose line, what to try."""
     details = visible(mask("".join(traceback.format_exception(error))))
     text = one_line(error)
-    told = {"error": text, "line": user_line(details), "details": details, "try": advice(error, text)}
+    told = {"error": text, "line": user_line(details), "details": details, "try": advice(text)}
     return {**record_of("raised", standing(rank), samples), **told}
 
 
@@ -124,7 +151,7 @@ def user_line(details: str) -> str:
 
 def is_out_of_memory(text: str) -> bool:
     """Whether an exception's line says that memory ran out, on a GPU or on the host."""
-    return any(part in text for part in _OUT_OF_MEMORY)
+    return bool(_OUT_OF_MEMORY.search(text))
 
 
 def less_memory(micro: int, changes: str) -> str:
@@ -135,15 +162,13 @@ def less_memory(micro: int, changes: str) -> str:
     return f"trainer.micro_batch_size={micro // 2} (it was {micro}): {effect}"
 
 
-def advice(error: BaseException | None, text: str) -> str:
+def advice(text: str) -> str:
     """What to try, from what is known to cause such an error."""
     if is_out_of_memory(text):
         if here.phase == EVALUATION:
             return "data.eval_batch_size smaller: an evaluation takes that many samples in a forward"
         return "a smaller model or input, trainer.precision=bf16; data.num_workers=0 if it is the host's memory"
-    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text:
-        return "make room (df -h), or keep less: checkpoint.keep_last=1, and every checkpoint.every less often"
-    return next(hint for part, hint in _HINTS.items() if part in text)
+    return next(hint for pattern, hint in _HINTS.items() if re.search(pattern, text))
 
 
 def summary(record: Record, size: int = 1, logs: str = "") -> str:

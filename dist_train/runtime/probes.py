@@ -120,8 +120,11 @@ def _link(world: World, peer: int, leads: bool) -> float:
 
 
 def _bandwidth(transfer: Callable[[int], float], largest: int) -> float:
-    """GB/s of `transfer(bytes)`, which says its seconds, the same on all that take part: of one that is long enough."""
-    size = 1 << 14
+    """GB/s of `transfer(bytes)`, which says its seconds, the same on all that take part: of one that is long enough.
+
+    The first isn't counted: it makes connections and loads kernels, which can take longer than any transfer.
+    """
+    transfer(size := 1 << 14)
     while True:
         seconds = transfer(size)
         if seconds > LONG_ENOUGH or size >= largest:

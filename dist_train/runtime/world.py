@@ -61,8 +61,31 @@ def pick_device(choice: str, placement: Placement) -> torch.device:
             f"start {count} (torchrun --nproc_per_node={count}), or train on the CPU with distributed.device=cpu",
         )
     device = torch.device("cuda", placement.gpu)
+    if problem := _built_for_others(device):
+        raise ConfigError.single("distributed.device", problem)
     torch.cuda.set_device(device)
     return device
+
+
+def _built_for_others(device: torch.device) -> str:
+    """Why no kernel of this build of torch runs on that GPU; "" where some do. A kernel would say so, but late and obscurely."""
+    import torch
+
+    major, minor = torch.cuda.get_device_capability(device)
+    codes = [code for code in torch.cuda.get_arch_list() if code.startswith(("sm_", "compute_"))]  # ROCm has others
+    for code in codes:
+        kind, _, number = code.partition("_")
+        of, least = divmod(int(number.rstrip("af")), 10)
+        if (
+            (of, least) <= (major, minor) if kind == "compute" else of == major and least <= minor
+        ):  # PTX is compiled anew
+            return ""
+    if not codes:
+        return ""
+    return (
+        f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, but torch {torch.__version__} is built "
+        f"for {', '.join(codes)}: install a build of torch for this GPU; or train on the CPU with distributed.device=cpu"
+    )
 
 
 def _wants_cpu(choice: str) -> bool:

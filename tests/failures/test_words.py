@@ -20,7 +20,7 @@ from runs import environment
 
 from dist_train.engine.losses import Loss as EngineLoss
 from dist_train.engine.parts import Parts
-from dist_train.runtime import failure
+from dist_train.runtime import failure, probes
 from dist_train.runtime.here import EVALUATION, FORWARD, PHASES, Here, descriptor, here, of_process
 from dist_train.runtime.pace import IN_A_ROW, Pace
 from dist_train.runtime.peers import Peers
@@ -62,18 +62,102 @@ def test_an_exception_of_a_loader_worker_is_told_by_its_own_last_line() -> None:
     assert record["line"] == "/my/data.py:7, in __getitem__: return self.rows[index]"
 
 
+NCCL = (
+    "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:94, unhandled {} (run with NCCL_DEBUG=INFO for details), "
+    "NCCL version 2.28.9\n{}\nLast error:\n{}"
+)
+UNHANDLED = "ncclUnhandledCudaError: Call to CUDA function failed."
+SYSTEM = "ncclSystemError: System call (e.g. socket, malloc) or external library call failed or device error."
+CUDA = (
+    "CUDA error: {}\nCUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below might "
+    "be incorrect.\nFor debugging consider passing CUDA_LAUNCH_BLOCKING=1\nCompile with `TORCH_USE_CUDA_DSA` to enable "
+    "device-side assertions.\n"
+)
+Backend, Accelerator = torch.distributed.DistBackendError, torch.AcceleratorError
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.19 GiB"),
+        Accelerator(CUDA.format("out of memory")),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`"),
+        RuntimeError("cuFFT error: CUFFT_ALLOC_FAILED"),
+        RuntimeError("Unable to find a valid cuDNN algorithm to run convolution"),
+        Backend(NCCL.format("cuda error", UNHANDLED, "Cuda failure 2 'out of memory'")),
+        MemoryError(),
+        MemoryError("std::bad_alloc"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
+                     "allocate 40000000000000 bytes. Error code 12 (Cannot allocate memory)"),
+        OSError(12, "Cannot allocate memory"),
+        RuntimeError("unable to mmap 131072 bytes from file </torch_812_1_0>: Cannot allocate memory (12)"),
+        caught(lambda: torch.empty(1 << 60)),
+        caught(lambda: torch.zeros(1).numpy().repeat(1 << 60)),
+    ],
+)  # fmt: skip
+def test_memory_that_ran_out_is_known_in_all_its_words(error: Exception) -> None:
+    text = failure.one_line(error)
+    assert failure.is_out_of_memory(text)
+    assert "a smaller model or input" in failure.advice(text)
+
+
 @pytest.mark.parametrize(
     ("error", "hint"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "a smaller model"),
         (OSError(28, "No space left on device"), "make room"),
-        (RuntimeError("CUDA error: device-side assert triggered"), "CUDA_LAUNCH_BLOCKING"),
         (IndexError("Target 10 is out of bounds."), "labels must be"),
         (ValueError("anything"), "one process"),
+        (Accelerator(CUDA.format("device-side assert triggered")), "distributed.device=cpu, names the true line"),
+        (Accelerator(CUDA.format("an illegal memory access was encountered")), "compute-sanitizer"),
+        (Accelerator(CUDA.format("misaligned address")), "compute-sanitizer"),
+        (Accelerator(CUDA.format("unspecified launch failure")), "dmesg | grep Xid"),
+        (Accelerator(CUDA.format("no kernel image is available for execution on the device")), "get_arch_list()"),
+        (Accelerator(CUDA.format("the provided PTX was compiled with an unsupported toolchain.")), "get_arch_list()"),
+        (RuntimeError("The NVIDIA driver on your system is too old (found version 11040). Please update"), "update the"),
+        (RuntimeError("Unexpected error from cudaGetDeviceCount(). Error 804: forward compatibility was "
+                      "attempted on non supported HW"), "reboot"),
+        (RuntimeError("Unexpected error from cudaGetDeviceCount(). Error 802: system not yet initialized"), "fabricmanager"),
+        (Accelerator(CUDA.format("uncorrectable ECC error encountered")), "another host"),
+        (Accelerator(CUDA.format("uncorrectable NVLink error detected during the execution")), "another host"),
+        (Accelerator(CUDA.format("unknown error")), "another host"),
+        (Accelerator(CUDA.format("CUDA-capable device(s) is/are busy or unavailable")), "compute mode"),
+        (RuntimeError("Cannot re-initialize CUDA in forked subprocess. To use CUDA with multiprocessing, you must use the "
+                      "'spawn' start method"), "multiprocessing_context=spawn"),
+        (Backend(NCCL.format("cuda error", UNHANDLED, "Cuda failure 999 'unknown error'")), "another host"),
+        (Backend(NCCL.format("system error", SYSTEM, "Error while creating shared memory segment /dev/shm/nccl-CsYXMW (size 9)")),
+         "--shm-size=8g, or"),
+        (Backend(NCCL.format("system error", SYSTEM, "socketStartConnect: Connect to 10.0.0.2<41235> failed : Software caused")),
+         "NCCL_SOCKET_IFNAME"),
+        (Backend(NCCL.format("cuda error", "ncclInvalidUsage: This usually reflects invalid usage of NCCL library.",
+                             "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1b000")), "a GPU a rank"),
+        (Backend("[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=1580, OpType=ALLREDUCE, NumelIn=466, "
+                 "NumelOut=466, Timeout(ms)=600000) ran for 600004 milliseconds before timing out."), "nccl-rank-N.json"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"), "too little memory left"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), "too little memory left"),
+        (RuntimeError("GET was unable to find an engine to execute this computation"), "too little memory left"),
+        (RuntimeError("DataLoader worker (pid 812) is killed by signal: Bus error. It is possible that dataloader's workers are "
+                      "out of shared memory. Please try to raise your shared memory limit."), "more /dev/shm"),
+        (RuntimeError("unable to allocate shared memory(shm) for file </torch_812_3>: Success (0)"), "df -h /dev/shm"),
     ],
-)
+)  # fmt: skip
 def test_what_to_try_follows_from_the_error(error: Exception, hint: str) -> None:
-    assert hint in failure.advice(error, failure.one_line(error))
+    text = failure.one_line(error)
+    assert not failure.is_out_of_memory(text)
+    assert hint in failure.advice(text)
+
+
+def test_a_bandwidth_is_that_of_warm_connections() -> None:
+    asked: list[int] = []
+
+    def transfer(size: int) -> float:
+        asked.append(size)
+        return 3.0 if len(asked) == 1 else size / 1e9
+
+    assert probes._bandwidth(transfer, 1 << 26) == pytest.approx(1.0)
+    assert asked[:2] == [1 << 14, 1 << 14]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import sys
 import threading
 
 import pytest
+import torch
 import torch.distributed as dist
 from runs import environment
 
@@ -141,3 +142,36 @@ def test_a_gpu_that_is_asked_for_and_hidden_is_an_error_with_the_cure(monkeypatc
     with pytest.raises(ConfigError, match=r"CUDA_VISIBLE_DEVICES hides all of them.*distributed\.device=cpu"):
         pick_device("cuda", Placement())
     assert pick_device("auto", Placement()).type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("capability", "codes", "fits"),
+    [
+        ((9, 0), "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120", True),
+        ((8, 9), "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120", True),  # the code of an earlier one of the same generation
+        ((6, 1), "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120", False),
+        ((8, 0), "sm_86 sm_90", False),
+        ((12, 0), "sm_80 sm_90", False),
+        ((12, 0), "sm_80 compute_90", True),
+        ((7, 0), "sm_90a compute_90", False),
+        ((9, 0), "sm_90a", True),
+        ((9, 0), "gfx90a gfx942", True),
+        ((9, 0), "", True),
+    ],
+)
+def test_a_gpu_that_torch_has_no_kernels_for_is_refused_at_the_start(
+    capability: tuple[int, int], codes: str, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Something")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", codes.split)
+    if fits:
+        assert pick_device("auto", Placement()) == torch.device("cuda", 0)
+        return
+    with pytest.raises(ConfigError) as found:
+        pick_device("auto", Placement())
+    assert f"Something has compute capability {capability[0]}.{capability[1]}, but torch" in str(found.value)
+    assert f"is built for {', '.join(codes.split())}: install" in str(found.value)
