@@ -62,11 +62,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         failure.tell_config_error(str(error))
         return 2
-    except KeyboardInterrupt:
-        return 130
     except BrokenPipeError:
         return 1
-    except Exception as error:
+    except BaseException as error:
+        # Those that the user's code raised within a run are failures: their code would tell a script that all is well.
+        if isinstance(error, SystemExit | KeyboardInterrupt) and not hasattr(error, "dist_train_record"):
+            if isinstance(error, KeyboardInterrupt):
+                return 130
+            raise
         failure.tell_crash(error)
         return 1
     finally:  # somebody else's process may go on, and train in its own way

@@ -65,6 +65,14 @@ def visible(text: str, keep: str = "\n\t") -> str:
     return _HIDDEN.sub(lambda found: found[0] if found[0] in keep else repr(found[0])[1:-1], text)
 
 
+def said(error: BaseException) -> str:
+    """`str(error)`, also where its own `__str__` fails."""
+    try:
+        return str(error)
+    except Exception as wrong:
+        return f"(its __str__ raises {type(wrong).__name__})"
+
+
 def holds_secret(text: str) -> bool:
     """Whether such a thing is in a text that would be recorded."""
     return mask(text, REFUSED) != text

@@ -7,6 +7,8 @@ import tempfile
 import traceback
 from typing import Any
 
+from dist_train.config.secrets import said
+
 
 class DataError(ValueError):
     """A dataset, a data file or a combination of data settings that cannot be used."""
@@ -26,7 +28,7 @@ def told(error: BaseException) -> str:
     """The error in one line with the user's own place: the innermost frame of its traceback."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name})" if len(frames) > 1 else ""
-    return f"{type(error).__name__}: {error}{place}"
+    return f"{type(error).__name__}: {' '.join(said(error)[:2000].split())}{place}"
 
 
 def shortage(error: BaseException) -> str:

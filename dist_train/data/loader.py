@@ -162,7 +162,9 @@ class _Loader:
             raise
         except (RuntimeError, OSError, EOFError) as error:
             text = str(error).partition("\n")[0]
-            lost = text.startswith("DataLoader worker (pid") or isinstance(error, ConnectionError | EOFError)
+            lost = text.startswith("DataLoader worker (pid") or isinstance(
+                error, ConnectionError | EOFError | FileNotFoundError
+            )
             if lost and (how := how_ended(iterator)):
                 raise DataError(
                     f"a loader worker died without a Python error ({how}). Usually memory ran out (see dmesg) or /dev/shm "

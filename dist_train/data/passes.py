@@ -113,7 +113,7 @@ class Pass:
         except StopIteration:
             self._ended = True
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             where = f"sample {self.place} of pass {self.number} over {dataset_name(self.dataset)}"
             raise SampleError(f"reading {where} failed: {told(error)}") from error
         self.place += 1

@@ -80,13 +80,13 @@ class Seeded(Dataset[Any]):
         if self.read is not None:
             try:
                 return request._replace(batch=self.read(request.indices))
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 what = f"reading samples {_listed(request.indices)} of {name} at once in epoch {request.epoch}"
                 raise SampleError(f"{what} failed: {told(error)}") from error
         samples = self.samples(request)
         try:
             return request._replace(batch=self.collated(samples))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             cure = shortage(error) or self._odd_one(request, samples)
             what = f"making a batch of samples {_listed(request.indices)} of {name} failed: {told(error)}"
             raise SampleError(f"{what}{cure}") from error
@@ -102,7 +102,7 @@ class Seeded(Dataset[Any]):
             seed_sample(self.seed, request.epoch, index)
             try:
                 samples.append(self.dataset[index])
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 what = f"reading sample {index} of {dataset_name(self.dataset)} in epoch {request.epoch}"
                 raise SampleError(f"{what} failed: {told(error)}") from error
         return samples

@@ -180,7 +180,7 @@ def how_ended(iterator: Any) -> str:
         with contextlib.suppress(
             RuntimeError
         ):  # torch's SIGCHLD handler raises at any place for a worker that was killed
-            ended = [(worker.pid, worker.exitcode) for worker in iterator._workers if worker.exitcode]
+            ended = [(worker.pid, worker.exitcode) for worker in iterator._workers if worker.exitcode is not None]
             if ended:
                 return ", ".join(
                     f"pid {pid} was killed by {signal.Signals(-code).name}"

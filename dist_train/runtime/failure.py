@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dist_train.config.errors import ConfigError
-from dist_train.config.secrets import mask, visible
+from dist_train.config.secrets import mask, said, visible
 from dist_train.runtime import signals
 from dist_train.runtime.here import DONE, EVALUATION, PHASES, STARTING, here
 from dist_train.runtime.placement import read_placement
@@ -29,6 +29,7 @@ _PEER_GONE = re.compile(
     r"Timed out waiting \d+ms for (recv|send)|wait timeout after"
 )
 _PATIENCE = 10.0
+_MOST = 20_000  # characters of a traceback's beginning, and of its end
 tells_config_errors = False  # whether the ranks have agreed that this one does, though it isn't rank 0
 _FRAME = re.compile(r'^ *File "([^"]+)", line (\d+), in (\S+)(?:\n +(?!File "|[~^])(.+))?', re.MULTILINE)
 # In the words of torch, CUDA, cuBLAS, cuDNN and its like, NCCL ("Cuda failure 'out of memory'"), NumPy, the C library.
@@ -117,6 +118,8 @@ def record_of(kind: str, stands: Mapping[str, Any], samples: Sequence[int] = ())
 def describe(error: BaseException, rank: int = 0, samples: Sequence[int] = ()) -> Record:
     """The record of an exception on this rank: where it stood, what was raised in whose line, what to try."""
     details = visible(mask("".join(traceback.format_exception(error))))
+    if len(details) > 2 * _MOST:
+        details = f"{details[:_MOST]}\n... ({len(details):,} characters) ...\n{details[-_MOST:]}"
     text = one_line(error)
     told = {"error": text, "line": user_line(details), "details": details, "try": advice(text)}
     return {**record_of("raised", standing(rank), samples), **told}
@@ -124,7 +127,7 @@ def describe(error: BaseException, rank: int = 0, samples: Sequence[int] = ()) -
 
 def one_line(error: BaseException) -> str:
     """Type and message on one line; of an exception that a loader worker raised, its own and not the wrapping."""
-    text = mask(str(error))
+    text = mask(said(error))
     if "Original Traceback" in text:
         return visible(text.strip().splitlines()[-1].strip())
     text = " ".join(text.split())

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from dist_train.config.errors import ConfigError
-from dist_train.runtime import failure
+from dist_train.runtime import failure, signals
 from dist_train.runtime import here as place
 from dist_train.runtime.failure import Record
 from dist_train.runtime.heartbeat import Seat, heartbeat
@@ -134,7 +134,7 @@ class Peers:
 
         Alone: puts what there is to say at the exception, for `failure.tell_crash`.
         """
-        if isinstance(error, ConfigError | KeyboardInterrupt):
+        if isinstance(error, ConfigError) or (isinstance(error, KeyboardInterrupt) and not signals.held()):
             self.close(CONFIG if isinstance(error, ConfigError) else STOPPED)
             if isinstance(error, ConfigError):
                 self._settle_who_tells()

@@ -115,6 +115,11 @@ def hold() -> None:
         install()
 
 
+def held() -> bool:
+    """Whether the run has begun, so that a KeyboardInterrupt of the main thread isn't Ctrl-C's."""
+    return _held
+
+
 def take(seconds: float) -> list[int]:
     """The signals held so far; waits for one, at most so long."""
     with _arrived:

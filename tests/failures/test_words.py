@@ -13,14 +13,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from faulty import Loss
 from runs import environment
 
+from dist_train.data.errors import SampleError
+from dist_train.data.reading import Seeded
+from dist_train.data.sampler import MicroBatch
 from dist_train.engine.losses import Loss as EngineLoss
 from dist_train.engine.parts import Parts
-from dist_train.runtime import failure, probes
+from dist_train.main import main
+from dist_train.runtime import failure, probes, signals
 from dist_train.runtime.here import EVALUATION, FORWARD, PHASES, Here, descriptor, here, of_process
 from dist_train.runtime.pace import IN_A_ROW, Pace
 from dist_train.runtime.peers import Peers
@@ -40,6 +45,54 @@ def test_the_users_line_is_the_innermost_outside_torch_and_this_package() -> Non
     assert "torch.nn.Sequential" in line
     inner = caught(lambda: Loss()(torch.ones(2), torch.ones(2)).item.missing)
     assert "test_words.py" in failure.user_line("".join(traceback.format_exception(inner)))
+
+
+class MuteError(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no words")
+
+
+class EndlessError(Exception):
+    def __str__(self) -> str:
+        return "x" * 10**6
+
+
+class OneThatFails(torch.utils.data.Dataset[Any]):
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def __getitem__(self, index: int) -> Any:
+        raise self.error
+
+
+def test_any_exception_of_a_dataset_is_told_in_one_line() -> None:
+    lines = [
+        (SystemExit(0), "SystemExit: 0"),
+        (MuteError(), r"MuteError: \(its __str__ raises ValueError\)"),
+        (ValueError("a\nb"), "a b"),
+    ]
+    for error, told in [*lines, (EndlessError(), "EndlessError: x{2000}")]:
+        reader = Seeded(OneThatFails(error), 0)
+        with pytest.raises(SampleError, match=rf"reading sample 4 .* failed: .*{told} \(") as found:
+            reader.samples(MicroBatch(0, 0, np.array([4]), 0, 1, True))
+        assert len(failure.describe(found.value)["details"]) < 50_000
+
+
+def test_an_exit_in_the_users_code_is_a_failure_of_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ends(error: BaseException) -> Any:
+        def command(arguments: object) -> int:
+            signals.hold()
+            Peers(0, 1).raised(error)
+            raise error
+
+        return SimpleNamespace(main=command)
+
+    for error in (SystemExit(0), KeyboardInterrupt()):
+        monkeypatch.setitem(sys.modules, "dist_train.commands.runs", ends(error))
+        assert main(["runs"]) == 1
+        assert type(error).__name__ in capsys.readouterr().err
 
 
 def test_a_cause_goes_before_what_it_led_to() -> None:
