@@ -197,7 +197,7 @@ LATE: list[tuple[dict[str, Any], str]] = [
     (base(data__train=rows(kind="text")), "expects the targets as one tensor, but found a tuple; for words as labels"),
     (base(data__train=rows(kind="triple")), "expects a batch of (inputs, target), but the dataset's samples collate to"),
     (base(data__train=rows(kind="alone")), "expects a batch of (inputs, target), but the dataset's samples collate to"),
-    (base(data__train=rows(kind="ragged")), "make all samples alike (resize, pad) or name a function in data.collate"),
+    (base(data__train=rows(kind="ragged")), "samples must be alike (resize, pad), and hold tensors"),
     (base(data__train=rows(odd=5), data__shuffle=False), "reading sample 5 of own.Rows in epoch 0 failed: OSError"),
     (folder_of("images"), "making a batch of samples"),
     (folder_of("spoiled"), "reading sample 0 of torchvision.datasets.folder.ImageFolder in epoch 0 failed"),
