@@ -50,6 +50,11 @@ def first_rows(batch: Any, count: int) -> Any:
     return map_tensors(lambda tensor: tensor[:count].clone() if tensor.dim() else tensor, batch)
 
 
+def copied(batch: Any) -> Any:
+    """A batch that a try may be given: a forward may write into its inputs, or a loss into its targets, or take items out."""
+    return map_tensors(torch.clone, batch)
+
+
 def in_full_precision(outputs: Any) -> Any:
     """bf16 and fp16 as float32."""
     return map_tensors(lambda tensor: tensor.float() if tensor.dtype in HALF else tensor, outputs)

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dist_train.config.errors import ConfigError
 from dist_train.engine.batch import batch_length, in_full_precision
 
 ELEMENTWISE = (nn.MSELoss, nn.L1Loss, nn.BCELoss, nn.BCEWithLogitsLoss, nn.SmoothL1Loss, nn.HuberLoss)
@@ -67,6 +69,7 @@ class Loss(nn.Module):
                 reduction = "none"
             function = copy.copy(function)
             function.reduction = reduction  # type: ignore[attr-defined]
+        _check_form(function, self.name)
         self.function: Any = function
         self.exact: bool | None = None if self._fit is None else True
 
@@ -187,6 +190,11 @@ class Loss(nn.Module):
         return value * samples, samples
 
     def _pair(self, total: Any, weight: Any) -> tuple[Tensor, Tensor | float]:
+        if isinstance(weight, Tensor) and weight.requires_grad:
+            raise ValueError(
+                f"the loss {self.name} returned two values, which are taken as (sum, weight), but the second depends on "
+                "the model too, so it is another loss: return the loss alone, its parts added up"
+            )
         single = isinstance(total, Tensor) and total.numel() == 1
         if not single or (weight.numel() != 1 if isinstance(weight, Tensor) else not isinstance(weight, int | float)):
             found = [_shape(part) if isinstance(part, Tensor) else type(part).__name__ for part in (total, weight)]
@@ -195,6 +203,22 @@ class Loss(nn.Module):
                 f"number to divide it by, but they are {found[0]} and {found[1]}; return the loss alone"
             )
         return total.reshape(()), (weight.reshape(()) if isinstance(weight, Tensor) else weight)
+
+
+def _check_form(function: Any, name: str | None) -> None:
+    """Losses of three and more (triplets, CTC, a Gaussian's) don't fit (inputs, target)."""
+    try:
+        form = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
+    except (TypeError, ValueError):
+        return  # a built-in
+    try:
+        form.bind(None, None)
+    except TypeError as error:
+        raise ConfigError.single(
+            "loss",
+            f"{name} takes {form}, but a loss is called with (outputs, targets): {error}. Name a function of these two that "
+            "calls it, or a `task`",
+        ) from None
 
 
 def _samples(outputs: Any, targets: Any) -> int:

@@ -6,8 +6,10 @@ import functools
 import inspect
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 DEPTH = 3  # objects inside objects in which a task's modules are looked for
 MOST_ITEMS = 1000  # of a list that are looked at: longer ones are data
 Mark = tuple[Any, ...]
+_OF_EVERY_MODULE = vars(nn.Module()).keys()
 
 
 @dataclass(eq=False)
@@ -71,6 +74,7 @@ class Modules(nn.Module):
         self._told_apart()
         self.buffers_at: list[Slot] = []
         self.numbers_at: list[Slot] = []
+        self._memory = {p.untyped_storage().data_ptr() for p in self.parameters() if p.layout == torch.strided}
         for place, module in self.named_modules():
             self._look_at(module, f"{place}." if place else "")
         for name, other in others.items():
@@ -78,6 +82,10 @@ class Modules(nn.Module):
                 self._look_at(other, f"{name}.")
         give_own_memory(self.buffers_at)
         self._first: dict[str, Mark] = {}
+
+    def take_in(self, optimizer: torch.optim.Optimizer) -> None:
+        """Numbers and tensors among an optimizer's attributes, which its `state_dict` leaves out (a counter of steps, say)."""
+        self._look_at(optimizer, "optimizer.")
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
@@ -161,7 +169,7 @@ class Modules(nn.Module):
                 device = there.device if there is not None else next(self.parameters()).device
                 slot.value = value.to(device, copy=True)
             else:
-                slot.value = value
+                slot.value = type(there)(value) if isinstance(there, np.number | Enum) else value
 
     def _marks(self) -> dict[str, Mark]:
         """What tells whether a tensor or a number has changed, without a copy of it."""
@@ -184,10 +192,14 @@ class Modules(nn.Module):
                     self.buffers_at.append(Slot(prefix + key, owner._buffers, key, persistent=key not in hidden))
         for key, value in vars(owner).items():
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-                if value.layout == torch.strided and not value.requires_grad:
+                if value.layout == torch.strided and not value.requires_grad and not self._is_of_parameter(value):
                     self.buffers_at.append(Slot(prefix + key, vars(owner), key))
-            elif isinstance(value, int | float) and not isinstance(value, bool):
+            elif isinstance(value, int | float | np.number) and not (isinstance(value, bool) and _is_mode(owner, key)):
                 self.numbers_at.append(Slot(prefix + key, vars(owner), key))
+
+    def _is_of_parameter(self, tensor: Tensor) -> bool:
+        """A view of a parameter, as the `weight` that torch.nn.utils.spectral_norm makes before its first forward."""
+        return tensor.numel() > 0 and tensor.untyped_storage().data_ptr() in self._memory
 
 
 def give_own_memory(slots: list[Slot]) -> None:
@@ -198,8 +210,17 @@ def give_own_memory(slots: list[Slot]) -> None:
             slot.value = buffer.clone(memory_format=torch.contiguous_format)
 
 
+def _is_mode(owner: Any, key: str) -> bool:
+    """A flag that every module or torch's own have, like `training`: not one that a forward sets (`self.initialized`)."""
+    return key in _OF_EVERY_MODULE or type(owner).__module__.startswith("torch.")
+
+
 def _plain(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, Enum):
+        return value.value
+    return value.item() if isinstance(value, np.number) else value
 
 
 @torch.no_grad()

@@ -41,6 +41,7 @@ from dist_train.engine.schedule import Schedule, Span
 from dist_train.engine.step import Stepper
 from dist_train.engine.stopping import StopWhen, in_steps
 from dist_train.engine.task import Supervised, Task
+from dist_train.models.layers import begin_training
 
 if TYPE_CHECKING:
     from dist_train.config.schema import Config
@@ -92,6 +93,7 @@ class Parts:
         self._check_watched()
         for name in ("train_loader", "eval_loaders", "optimizer", "schedule"):
             getattr(self, name)
+        self.modules.take_in(self.optimizer)
         self.modules.agree(self.world)
         for name in ("ema", "stop_when"):
             getattr(self, name)
@@ -112,8 +114,7 @@ class Parts:
         for tensor in (*model.parameters(), *model.buffers()):
             if channels_last and tensor.dim() == 4:  # Module.to(memory_format) fails on 5-D ones
                 tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
-        if not model.training:  # as transformers' from_pretrained gives it; modes inside a model in train mode stay
-            model.train()
+        begin_training(model)
         if world.size > 1 and config.distributed.strategy == "none":
             message = f"`none` trains one process alone, but {world.size} were started; use auto or ddp"
             raise ConfigError.single("distributed.strategy", message)

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from dist_train.engine.batch import copied
 from dist_train.engine.modules import Modules
 from dist_train.engine.precision import Precision
-from dist_train.engine.task import Task, as_step_output
+from dist_train.engine.task import StepOutput, Task, as_step_output
 from dist_train.runtime.here import BACKWARD, here
 from dist_train.runtime.links import Links
 
@@ -84,7 +85,7 @@ class _Objective(nn.Module):
         self.report = nn.Parameter(torch.zeros(2, dtype=dtype, device=trained[0].device))
 
     def forward(self, batch: Any, scale: float, weightless: bool) -> Tensor:
-        output = as_step_output(self.task[0].step(self.parts.model, batch))
+        output = with_gradient(self.task[0].step(self.parts.model, batch))
         loss = output.loss if self.scaler is None else self.scaler.scale(output.loss)
         if weightless:
             return _Tell.apply(loss, self.report, torch.zeros_like(self.report), 0.0)
@@ -98,6 +99,26 @@ class _Objective(nn.Module):
         return torch.full(
             (), value, dtype=self.report.dtype, device=self.report.device
         )  # as_tensor would wait for the device
+
+
+def with_gradient(value: Any) -> StepOutput:
+    """A task's answer in training.
+
+    Raises:
+        ValueError: autograd doesn't know the loss, or it isn't real, or its weight would be trained.
+    """
+    output = as_step_output(value)
+    if not output.loss.requires_grad or output.loss.is_complex():
+        found = "a complex number" if output.loss.is_complex() else "no such"
+        raise ValueError(
+            f"expected a real loss that depends on a parameter that trains, found {found}: it was computed from detached values, "
+            "under no_grad, or from what has no gradient (argmax, a comparison), or the model returns only what is frozen"
+        )
+    if isinstance(output.weight, Tensor) and output.weight.requires_grad:
+        raise ValueError(
+            "the weight of a loss is what it is divided by, so it must not depend on parameters: detach() it"
+        )
+    return output
 
 
 class DataParallel:
@@ -135,7 +156,7 @@ class DataParallel:
         """
         for _ in range(2):
             rewind()
-            self.forward_backward(batch, scale=1.0, weightless=False, last=True)
+            self.forward_backward(copied(batch), scale=1.0, weightless=False, last=True)
             if not self.find_unused:
                 _name_unused(self.objective.parts.trained())
         for parameter in self.objective.parameters():
@@ -189,7 +210,7 @@ class SingleProcess:
     def forward_backward(self, batch: Any, *, scale: float, weightless: bool, last: bool) -> None:
         """See `Reducer`."""
         with self.precision.autocast():
-            output = as_step_output(self.task.step(self.model, batch))
+            output = with_gradient(self.task.step(self.model, batch))
         loss = output.loss
         here.phase = BACKWARD
         if self.scaler is not None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from dist_train.engine.batch import HALF, map_tensors, tensors_in
+from dist_train.engine.batch import HALF, copied, map_tensors, tensors_in
 from dist_train.engine.task import Task, as_step_output
 
 AGAIN = (
@@ -44,7 +44,7 @@ def parted(task: Task, model: nn.Module, batch: Any, *, length: int, samples: in
         model._compiled_call_impl = None  # to compile it for three more shapes would take minutes
     try:
         whole, *halves, again = [
-            _loss(task, model, _cut(batch, length, rows))
+            _loss(task, model, copied(_cut(batch, length, rows)))
             for rows in (slice(0, 2 * half), slice(0, half), slice(half, 2 * half), slice(0, 2 * half))
         ]
     except Exception:  # not of this form; whatever is wrong with it, training will say

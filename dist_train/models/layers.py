@@ -37,7 +37,8 @@ def layer_table(model: nn.Module, *, full: bool = False, shapes: dict[str, str] 
         parameters = list(module.parameters(recurse=not full))
         if not parameters and (not full or any(module.children())):
             continue
-        weight = getattr(module, "weight", None)
+        # Not by getattr: a parametrized weight (spectral_norm) is computed then, and its buffers move on.
+        weight = module._parameters.get("weight", vars(module).get("weight"))
         shape = str(tuple(weight.shape)) if isinstance(weight, Tensor) else ""
         shape = shapes.get(name, "") if shapes is not None else shape
         frozen = sum(parameter.numel() for parameter in parameters if not parameter.requires_grad)
@@ -58,6 +59,18 @@ def output_shapes(model: nn.Module, run: Callable[[], object]) -> dict[str, str]
 
     watch(model, run, note)
     return shapes
+
+
+def begin_training(model: nn.Module) -> None:
+    """Call `train()`, as every loop does: some models freeze parts of themselves in it.
+
+    Modules in eval mode inside a model in train mode stay so: `__init__` has put them there. One that is in eval mode itself
+    (as transformers' from_pretrained gives it) trains as a whole.
+    """
+    left = [module for module in model.modules() if not module.training] if model.training else []
+    model.train()
+    for module in left:
+        module.training = False
 
 
 @contextlib.contextmanager

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from dist_train.config.errors import ConfigError
 from dist_train.engine.losses import Loss
+from dist_train.engine.reduce import with_gradient
 
 GENERATOR = torch.Generator().manual_seed(0)
 LOGITS = torch.randn(12, 5, generator=GENERATOR, dtype=torch.float64)
@@ -162,3 +164,15 @@ def test_one_number_counts_for_the_samples_whatever_targets_look_like(
 ) -> None:
     total, weight = Loss(lambda o, t: torch.tensor(2.0))(outputs, targets)
     assert (float(total), weight) == (2.0 * samples, samples)
+
+
+def test_a_loss_that_can_not_be_trained_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"TripletMarginLoss takes .* missing a required argument: 'negative'"):
+        Loss(nn.TripletMarginLoss())
+    outputs = torch.ones(2, 3, requires_grad=True)
+    with pytest.raises(ValueError, match="the second depends on the model too, so it is another loss"):
+        Loss(lambda o, t: (o.sum(), o.mean()))(outputs, torch.zeros(2))
+    with pytest.raises(ValueError, match="expected a real loss that depends on a parameter that trains"):
+        with_gradient((outputs.detach().sum(), 2))
+    with pytest.raises(ValueError, match=r"the weight of a loss .* must not depend on parameters"):
+        with_gradient((outputs.sum(), outputs.mean()))

@@ -130,6 +130,16 @@ def test_tasks_and_models_across_samples_are_found_out_too() -> None:
     assert not found(Pairs(crossing=True), {"views": (X, X, X)}), "what fails here fails in training, in words"
 
 
+def test_the_batch_is_left_as_it_is() -> None:
+    def shifted(outputs: Tensor, targets: Tensor) -> Tensor:
+        return functional.mse_loss(outputs, targets.sub_(1))
+
+    batch = [X.clone(), REAL.clone()]
+    found(Supervised(Loss(shifted)), batch, nn.Sequential(nn.ReLU(inplace=True), nn.Linear(6, 3)))
+    assert torch.equal(batch[0], X)
+    assert torch.equal(batch[1], REAL)
+
+
 @pytest.mark.parametrize(("micro", "said"), [(4, True), (16, False)])
 def test_it_is_said_where_a_step_is_cut(
     micro: int, said: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]

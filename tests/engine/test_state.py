@@ -48,12 +48,14 @@ KINDS = {
         "callbacks=[{_target_: kept.Thaw, add: true}]",
         "scheduler={_target_: torch.optim.lr_scheduler.CosineAnnealingLR, T_max: 20, every: 1step}",
     ],
+    "foreign": [PLAIN, "model._target_=kept.Foreign", "optimizer={_target_: kept.Slowing, lr: 0.1}"],
+    "ddp-foreign": [PLAIN, "model._target_=kept.Foreign", "distributed.strategy=ddp"],
     "ddp": [*THAW, OURS, "distributed.strategy=ddp", "distributed.bucket_mb=0.0001"],
     "ddp-task": ["loss=null", "task={_target_: kept.Teaches}", "distributed.strategy=ddp"],
 }
 ON = {
-    1: ("loss", "task", "thaw", "ours", "added"),
-    2: ("loss", "added", "ddp-task"),
+    1: ("loss", "task", "thaw", "ours", "added", "foreign"),
+    2: ("loss", "added", "ddp-task", "ddp-foreign"),
     3: ("loss", "task", "thaw", "ddp"),
 }
 RARE = ["trainer.evaluate_every=3ep", "checkpoint.every=[3ep]", "checkpoint.keep_best=null"]
@@ -188,6 +190,29 @@ def test_a_plain_loop_gives_the_same(folder: Path, thaw_at: int | None, monkeypa
     assert int(got["body.1.num_batches_tracked"]) == 0
     moved = not torch.equal(got["body.0.weight"], plain(0, None, 0.1)["body.0.weight"])
     assert moved == bool(thaw_at)
+
+
+def test_what_other_peoples_models_do_is_what_they_do_in_a_plain_loop(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`train()` is called before the first step, a weight that is computed only by the model; see kept.Foreign."""
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
+    import kept
+
+    train("c.yaml", *KINDS["foreign"], "run.name=alone", "checkpoint.keep_best=null")
+    seed_everything(0)
+    data, plan, net = kept.Data(), Plan(0, 40, 8), kept.Foreign()
+    optimizer = kept.Slowing(net.train().parameters(), lr=0.1)
+    for step in range(15):
+        index = plan.batch(step).copy()
+        optimizer.zero_grad()
+        functional.cross_entropy(net(data.x[index]), data.y[index]).backward()
+        optimizer.step()
+    got = torch.load("runs/alone/model.pt", weights_only=True)
+    for key, value in net.state_dict().items():
+        torch.testing.assert_close(got[key], value, rtol=1e-4, atol=1e-5, msg=key)
+    assert int(got["norm.num_batches_tracked"]) == 0
 
 
 def test_evaluate_and_load_know_all_that_was_saved(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import random
 from typing import Any
 
@@ -179,3 +180,54 @@ class Hidden(nn.Linear):
         if self.training:
             self.seen.append(float(x.mean()))
         return super().forward(x) * (1 + sum(self.seen))
+
+
+class Mode(enum.IntEnum):
+    """A number with a name."""
+
+    FIRST = 0
+    LATER = 1
+
+
+class Foreign(nn.Module):
+    """Idioms of other people's code: weights that are computed, a flag of the first forward, numpy's numbers, a frozen norm
+    that only `train()` freezes, and a forward that writes into its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.old = nn.utils.spectral_norm(nn.Linear(6, 5))
+        self.new = nn.utils.parametrizations.spectral_norm(nn.Linear(5, 5))
+        self.norm, self.head = nn.BatchNorm1d(5), nn.Linear(5, 2)
+        self.scale = nn.Parameter(torch.ones(6))
+        self.begun, self.count, self.mode = False, np.int64(0), Mode.FIRST
+
+    def train(self, mode: bool = True) -> Foreign:
+        """As in detection: the norm keeps its statistics."""
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The first one sets `scale`; each shifts its input in place."""
+        x.add_(0.5)
+        if self.training:
+            if not self.begun:
+                self.scale.data.fill_(2.0)
+            self.begun, self.count, self.mode = True, self.count + np.int64(1), Mode.LATER
+        slow = 1 / (1 + 0.1 * float(self.count)) + self.mode
+        return self.head(self.norm(self.new(self.old(x * self.scale).tanh()))) * slow
+
+
+class Slowing(torch.optim.SGD):
+    """Counts its steps in an attribute of its own, which `state_dict` leaves out."""
+
+    def __init__(self, params: Any, lr: float):
+        super().__init__(params, lr=lr)
+        self.steps = 0
+
+    def step(self, closure: Any = None) -> None:
+        """The lr falls."""
+        self.steps += 1
+        for group in self.param_groups:
+            group["lr"] = 0.1 / self.steps
+        super().step()
