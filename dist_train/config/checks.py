@@ -35,7 +35,8 @@ def _name(config: Config) -> Iterator[Finding]:
         except KeyError:
             allowed = "use {time}, {job} or a key like {optimizer.lr}"
             yield "run.name", f"{{{placeholder}}} is no key of this config; {allowed}"
-    if name.startswith(("/", "~")) or ".." in name.split("/"):
+    parts = name.split("/")
+    if name and (name.startswith("~") or {"", ".", ".."} & set(parts) or not all(map(str.isprintable, parts))):
         message = (
             f"expected a name for a directory inside run.dir, found {describe(name)}; set run.dir for another place"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator
 from functools import partial
 from typing import Annotated, Any, Literal, get_args
@@ -138,6 +139,22 @@ def plain(value: Any) -> Any:
         return value
     named = value if hasattr(value, "__qualname__") else type(value)
     return {"_live_": f"{named.__module__}.{named.__qualname__}"}
+
+
+def to_json(value: Any) -> Any:
+    """A plain value for strict JSON, which has no inf and nan: {"_float_": "inf"}."""
+    if isinstance(value, dict):
+        return {key: to_json(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [to_json(item) for item in value]
+    return {"_float_": str(value)} if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def from_json(value: Any) -> Any:
+    """What `to_json` was given."""
+    if isinstance(value, dict):
+        return float(value["_float_"]) if "_float_" in value else {key: from_json(item) for key, item in value.items()}
+    return [from_json(item) for item in value] if isinstance(value, list) else value
 
 
 def live_objects(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

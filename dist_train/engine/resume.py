@@ -10,6 +10,7 @@ from dist_train.checkpoint.store import CheckpointStore, find_at, step_name
 from dist_train.config.changes import compare, refusal_message
 from dist_train.config.code import source_files
 from dist_train.config.errors import ConfigError
+from dist_train.config.fields import from_json
 from dist_train.config.names import expand_path
 from dist_train.engine.objects import differences, facts_of, sample_digests
 from dist_train.engine.rundir import MICRO_BATCHES
@@ -131,7 +132,7 @@ def _compare_configs(config: Config, run: RunDir) -> Decision:
             found = find_at(expand_path(resume))
         except CheckpointError as error:
             raise ConfigError.single("checkpoint.resume", str(error)) from None
-        old, location, source, newest = found.told("config", dict), found.location, found.location, found
+        old, location, source, newest = from_json(found.told("config", dict)), found.location, found.location, found
     else:
         return Decision(fits=fits, warnings=warnings)
     changes = compare(old, config.to_dict())
@@ -166,7 +167,7 @@ def _config_before(run: RunDir, store: CheckpointStore, warnings: list[str]) -> 
     for found in store.published():
         if isinstance(config := found.meta.get("config"), dict):
             warnings.append(f"{wrong}: the config in {found.name} counts instead")
-            return config
+            return from_json(config)
     raise ConfigError.single("run.name", f"{wrong}, and no manifest has the config of {run.location}. {_CURE}")
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import dist_train
 from dist_train.config.errors import ConfigError
+from dist_train.config.fields import to_json
 from dist_train.engine import unfreezing
 from dist_train.engine.callbacks import callback_states, load_callback_states
 from dist_train.engine.evaluate import on_rank_zero
@@ -108,7 +109,7 @@ def _small_parts(parts: Parts) -> dict[str, Any]:
 def facts(config: Config) -> dict[str, Any]:
     """What a run is trained with: goes into every manifest, and is shown in the report."""
     versions = {"dist_train": dist_train.__version__, "torch": torch.__version__, "python": platform.python_version()}
-    found: dict[str, Any] = {"config": config.to_dict(), "versions": versions, "host": socket.gethostname()}
+    found: dict[str, Any] = {"config": to_json(config.to_dict()), "versions": versions, "host": socket.gethostname()}
     for folder in config.run.code_paths[:1]:
         command = ["git", "-C", folder, "rev-parse", "HEAD"]
         try:

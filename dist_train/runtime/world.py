@@ -258,6 +258,8 @@ def _threads(choice: int | str, placement: Placement, device: torch.device) -> i
     With a GPU the share is one: waking more for the little that is left to the CPU cost a quarter of the speed (bench/RESULTS.md)
     """
     if choice != "auto":
+        if int(choice) > (most := max(64, 16 * usable_cpus())):
+            raise ConfigError.single("distributed.threads", f"expected at most {most} on this machine, found {choice}")
         return int(choice)
     if os.environ.get("OMP_NUM_THREADS", "").isdigit():
         return max(1, int(os.environ["OMP_NUM_THREADS"]))

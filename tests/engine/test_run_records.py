@@ -258,3 +258,30 @@ def test_a_test_row_is_of_the_step_whose_weights_are_kept(tmp_path: Path, monkey
     for checkpoint, is_kept in ((None, True), ("best", True), ("last", False)):
         loaded = load("runs/kept", checkpoint, model=Scaled()).state_dict()
         assert all(torch.equal(value, kept[name]) for name, value in loaded.items()) == is_kept
+
+
+class Capped(nn.Module):
+    def __init__(self, most: float) -> None:
+        super().__init__()
+        self.layer, self.most = nn.Linear(2, 1), most
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.layer(inputs).clamp(max=self.most)
+
+
+def test_an_infinite_number_in_the_config_is_saved_and_found_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = {
+        "data": {"train": TensorDataset(torch.ones(8, 2), torch.ones(8, 1)), "global_batch_size": 4},
+        "model": {"_target_": Capped, "most": float("inf")},
+        "loss": nn.MSELoss(),
+        "optimizer": {"_target_": "torch.optim.SGD", "lr": 0.1},
+        "trainer": {"duration": "1ep"},
+        "run": {"name": "capped"},
+        "tracking": {"tensorboard": False, "report": False},
+    }
+    assert train(config)["step"] == 2
+    Path("runs/capped/config.yaml").unlink()  # what is in the manifest counts
+    assert train({**config, "trainer": {"duration": "2ep"}})["step"] == 4
