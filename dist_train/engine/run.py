@@ -242,6 +242,7 @@ class Start:
         outcome = trainer.fit()
         if outcome == "completed":
             result = finish(trainer, checkpoints)
+            world.barrier()  # whoever has a live model reads the model.pt that rank 0 has written
         else:
             seconds = round(progress.seconds, 3)
             result = {"state": outcome, "reason": trainer.reason, "step": trainer.step, "epoch": trainer.epoch}

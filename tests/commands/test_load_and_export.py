@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 import shutil
 import subprocess
@@ -11,9 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import environment
+from runs import CONFIGS, environment
+from torch import nn
 
 import dist_train
+from dist_train import train
 from dist_train.config.errors import ConfigError
 from dist_train.data import Digits
 from dist_train.main import main
@@ -96,7 +99,7 @@ def exported(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, use in USES.items():
         ending = {"safetensors": ".safetensors", "torch_export": ".pt2"}.get(name, ".pt")
         assert main(["export", str(digits), "--format", name, "--output", str(folder / (name + ending))]) == 0
-        lines.append(f"path = '{name}{ending}'; {use}; (m.eval() if '{name}' != 'torch_export' else m)")
+        lines.append(f"path = '{name}{ending}'; {use}")
         lines.append(f"torch.save(m(x).detach(), '{name}.out')")
     subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=folder, env=environment(), check=True)
     return folder
@@ -111,6 +114,25 @@ def test_every_format_gives_the_same_outputs_in_a_fresh_process(digits: Path, ex
         torch.testing.assert_close(got, expected)
     else:
         assert torch.equal(got, expected)
+
+
+def test_what_is_exported_normalizes_by_what_it_has_seen_and_drops_nothing(tmp_path: Path) -> None:
+    """A model with BatchNorm and dropout is in eval mode, whoever reads it."""
+    kinds = [("Linear", 64, 8), ("BatchNorm1d", 8), ("Dropout", 0.5), ("Linear", 8, 10)]
+    layers = [{"_target_": f"torch.nn.{name}", "_args_": list(sizes)} for name, *sizes in kinds]
+    config = {"extends": str(CONFIGS / "digits_mlp.yaml"), "run": {"name": "a", "dir": str(tmp_path)}}
+    model = {"_target_": "torch.nn.Sequential", "_args_": layers}
+    quick = ["tracking={tensorboard: false, report: false}", "data.num_workers=0", "trainer.duration=4step"]
+    train({**config, "model": model}, *quick)
+    net = nn.Sequential(nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 10)).eval()
+    net.load_state_dict(torch.load(tmp_path / "a" / "model.pt", weights_only=True))
+    expected = net(images())
+    for form in ("module", "torch_export"):
+        assert main(["export", str(tmp_path / "a"), "--format", form, "--output", str(tmp_path / form)]) == 0
+    program = io.BytesIO((tmp_path / "torch_export").read_bytes())
+    read = torch.load(tmp_path / "module", weights_only=False), torch.export.load(program).module()
+    for exported in (*read, dist_train.load(tmp_path / "a")):
+        torch.testing.assert_close(exported(images()), expected)
 
 
 def test_the_module_comes_with_a_warning(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

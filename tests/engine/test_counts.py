@@ -25,3 +25,6 @@ def test_a_step_reads_no_value_and_starts_no_more_collectives_than_a_raw_ddp_loo
     # A small model: one message to the other rank, and one from it; on the same machine over a socket.
     assert counts["far"] == {"reads": 0, "collectives": ["gloo:recv"] * 3 + ["gloo:send"] * 3}
     assert counts["near"] == {"reads": 0, "collectives": []}
+    # Nor do those of a whole run, by what three more of them cost: with schedule, EMA and clipping.
+    assert counts["train auto"] == {"reads": 0, "collectives": []}
+    assert counts["train ddp"] == {"reads": 0, "collectives": ["gloo:all_reduce"] * 3}

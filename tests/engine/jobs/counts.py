@@ -1,14 +1,19 @@
 """Counts what a training step does beyond its kernels: reads of device values by the host, and collectives.
 
-Run by torchrun with two processes; rank 0 prints, for three steps of each form of reduction and of a raw DDP loop,
-{form: {"reads": n, "collectives": [names]}}.
+Run by torchrun with two processes; rank 0 prints, for three steps of each form of reduction, of a raw DDP loop, and of
+`train()` by strategy, {form: {"reads": n, "collectives": [names]}}.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import sys
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from gradients import BATCH, INPUTS, LABELS, model, reducer
@@ -17,6 +22,7 @@ from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import TensorDataset
 
+from dist_train import train
 from dist_train.config.schema import DataConfig, DistributedConfig
 from dist_train.data.loader import Reading, TrainLoader
 from dist_train.data.plan import Plan
@@ -85,6 +91,30 @@ def ours(world: World, form: int) -> Callable[[], object]:
     return steps
 
 
+def of_training(strategy: str) -> dict[str, Any]:
+    """What three steps more of a whole run cost: all that is done once and at its end is the same."""
+    costs = []
+    for steps in (5, 8):
+        parts = {
+            "run": {"name": f"{strategy}{steps}"},
+            "data": {"train": TensorDataset(INPUTS, LABELS), "global_batch_size": BATCH, "num_workers": 0},
+            "model": model(),  # a live one: every rank gets its weights back in the end
+            "loss": nn.CrossEntropyLoss(weight=torch.ones(4)),
+            "optimizer": {"_target_": "torch.optim.AdamW", "lr": 0.1},
+            "scheduler": {"_target_": "torch.optim.lr_scheduler.CosineAnnealingLR", "T_max": 9, "every": "1step"},
+            "trainer": {"duration": f"{steps}step", "log_every": "9step", "clip_grad_norm": 1.0, "ema_decay": 0.9,
+                        "micro_batch_size": 4},
+            "checkpoint": {"every": []},
+            "tracking": {"tensorboard": False, "report": False},
+            "distributed": {"strategy": strategy, "device": "cpu"},
+        }  # fmt: skip
+        with Reads() as reads, contextlib.redirect_stdout(sys.stderr):
+            names = collectives(partial(train, parts))
+        costs.append((reads.count, Counter(names)))
+    (few, before), (many, after) = costs
+    return {"reads": many - few, "collectives": sorted((after - before).elements())}
+
+
 def main() -> None:
     """Print the counts."""
     with open_world(DistributedConfig(device="cpu"), read_placement(os.environ)) as world:
@@ -98,8 +128,9 @@ def main() -> None:
             with Reads() as reads:
                 steps()
             counts[form] = {"reads": reads.count, "collectives": collectives(steps)}
-        if world.is_main:
-            print(json.dumps(counts))
+    counts |= {f"train {strategy}": of_training(strategy) for strategy in ("auto", "ddp")}
+    if os.environ["RANK"] == "0":
+        print(json.dumps(counts))
 
 
 if __name__ == "__main__":
