@@ -170,8 +170,8 @@ class Digit:
 
 
 def test_samples_are_counted_by_the_plan_ties_go_to_the_better_loss_and_json_stays_json(tmp_path: Path) -> None:
-    """Losses of 6, 2 and 5 at the same metric: the second evaluation is kept."""
-    told = iter([6.0, 2.0, 5.0])
+    """Losses of 6, 2, 2 and 5 at the same metric: the second evaluation is kept, and the third no better, so not saved."""
+    told = iter([6.0, 2.0, 2.0, 5.0])
     data = torch.utils.data.TensorDataset(torch.randn(10, 3, generator=GENERATOR), torch.zeros(10))
 
     class Loss(nn.Module):
@@ -192,7 +192,8 @@ def test_samples_are_counted_by_the_plan_ties_go_to_the_better_loss_and_json_sta
             "loss": Loss(),
             "metrics": [Given(), Given("never", figure=float("nan"))],
             "optimizer": {"_target_": torch.optim.SGD, "lr": 0.1},
-            "trainer": {"duration": "3ep"},
+            "trainer": {"duration": "4ep"},
+            "checkpoint": {"every": "4ep"},
             "tracking": {"tensorboard": False, "report": False},
         }
     )
@@ -206,5 +207,5 @@ def test_samples_are_counted_by_the_plan_ties_go_to_the_better_loss_and_json_sta
     (kept,) = (tmp_path / "ties" / "checkpoints").glob("step-00000002/manifest.json")
     assert strictly(kept)["metrics"]["val/never"] is None
     found = CheckpointStore(Storage(str(tmp_path / "ties" / "checkpoints")))
-    assert found.ranked("val/given", "max") == [2, 3, 1]
+    assert found.ranked("val/given", "max") == [2, 4, 1]
     assert found.ranked("val/never", "max") == []

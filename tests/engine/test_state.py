@@ -22,7 +22,8 @@ from dist_train.engine.restore import open_run
 
 KEPT = Path(__file__).parent / "jobs" / "kept.py"
 CONFIG = """
-data: {train: {_target_: kept.Data}, val: {_target_: kept.Data, seed: 1}, global_batch_size: 8, num_workers: 0}
+data: {train: {_target_: kept.Data}, val: {_target_: kept.Data, seed: 1}, global_batch_size: 8, num_workers: 0,
+       eval_batch_size: 9}
 model: {_target_: kept.Drift}
 loss: {_target_: kept.Arc}
 metrics: [accuracy]
