@@ -51,6 +51,15 @@ def _component(value: Any) -> Any:
     return value
 
 
+def _optimizer(value: Any) -> Any:
+    if isinstance(value, list):
+        raise ValueError(
+            "several optimizers (of a GAN, say) aren't supported: name one, give parameters settings of their own by its "
+            "`groups`, and let the task return the sum of the losses"
+        )
+    return _component(value)
+
+
 def _metric(value: Any) -> Any:
     if isinstance(value, str) and value not in METRICS:
         known = f"; those with a name are {', '.join(METRICS)}, any class goes by {{_target_: ...}}"
@@ -77,6 +86,7 @@ def _one_or_more(item: Any) -> BeforeValidator:
 
 
 Component = Annotated[Any, BeforeValidator(_component), WithJsonSchema(_COMPONENT_SCHEMA)]
+Optimizer = Annotated[Any, BeforeValidator(_optimizer), WithJsonSchema(_COMPONENT_SCHEMA)]
 Metric = Annotated[Any, BeforeValidator(_metric), WithJsonSchema(_METRIC_SCHEMA)]
 Length = Annotated[Duration, BeforeValidator(Duration.parse), *_AS_TEXT]
 Time = Annotated[Duration, BeforeValidator(Duration.parse_time), *_AS_TEXT]

@@ -24,6 +24,7 @@ from .fields import (
     Name,
     NonNegative,
     Number,
+    Optimizer,
     Patterns,
     Positive,
     Section,
@@ -318,7 +319,7 @@ class Config(Section):
         None, "Class, function or factory; called with (output, target). Needed without `task`."
     )
     metrics: list[Metric] = harmless([], "Names of built-in metrics, or components (torchmetrics classes, say).")
-    optimizer: Component = consent(
+    optimizer: Optimizer = consent(
         ...,
         "Called with the parameters. Reserved key `groups`: a list of {match: name pattern or list of patterns, then "
         "the group's own options}, e.g. {match: 'head.*', lr: 0.1}; the first group that matches takes a parameter. A "

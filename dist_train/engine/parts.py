@@ -411,11 +411,12 @@ class Parts:
                 if self.loss is not None and self.config.task is None
                 else "the task's loss"
             )
+            own = " unless it gathers the outputs of all ranks itself" if count == self.world.size > 1 else ""
             return (
                 f"{what} isn't a sum over samples: {found.samples} of them at once give {found.whole:.4g}, in two halves "
                 f"{found.halves:.4g}. It compares samples with each other, or divides by something else than the weight that "
                 f"it returns; a step is cut into {count} micro-batches here (over {self.world.size} process(es)), so training "
-                "differs from that on whole batches, and with the cut. One process with trainer.micro_batch_size="
+                f"differs from that on whole batches, and with the cut{own}. One process with trainer.micro_batch_size="
                 f"{self.plan.global_batch_size} takes them whole"
             )
         if self.loss is None or self.loss.exact is not False or count == 1:

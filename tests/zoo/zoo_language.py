@@ -1,0 +1,119 @@
+"""Language models as nanoGPT, transformers and peft have them, on numbers that count up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
+from transformers import BatchEncoding, GPT2Config, GPT2LMHeadModel
+
+from dist_train.metrics import Metric
+
+VOCABULARY = 32
+
+
+class Windows(torch.utils.data.Dataset[Any]):
+    """nanoGPT's get_batch as a dataset: each item a window from anywhere in the text."""
+
+    def __init__(self, n: int, seed: int = 0, block: int = 8, anywhere: bool = True):
+        generator = torch.Generator().manual_seed(seed)
+        self.text = (torch.arange(512) + torch.randint(0, 2, (512,), generator=generator)) % VOCABULARY
+        self.n, self.block, self.anywhere = n, block, anywhere
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        at = int(torch.randint(len(self.text) - self.block - 1, (1,))) if self.anywhere else index * self.block
+        window = self.text[at : at + self.block + 1]
+        return window[:-1], window[1:]
+
+
+class NanoGPT(nn.Module):
+    """As nanoGPT's: returns (logits, loss), the loss None without targets; the head is the embedding."""
+
+    def __init__(self, d: int = 16):
+        super().__init__()
+        self.embedding, self.place = nn.Embedding(VOCABULARY, d), nn.Embedding(8, d)
+        self.block = nn.TransformerEncoderLayer(d, 2, 2 * d, dropout=0.1, batch_first=True, norm_first=True)
+        self.head = nn.Linear(d, VOCABULARY, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        length = tokens.shape[1]
+        mask = nn.Transformer.generate_square_subsequent_mask(length, dtype=self.place.weight.dtype)
+        embedded = self.embedding(tokens) + self.place(torch.arange(length, device=tokens.device))
+        logits = self.head(self.block(embedded, src_mask=mask, is_causal=True))
+        return logits, None if targets is None else functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def of_tokens(outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The first of the model's outputs; the sum over tokens and their number."""
+    loss = functional.cross_entropy(outputs[0].flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")
+    return loss, (targets != -1).sum()
+
+
+class Perplexity(Metric):
+    """exp of the mean loss of a token."""
+
+    name, size = "perplexity", 2
+
+    def sums(self, outputs: Any, targets: Tensor) -> Tensor:
+        return torch.stack(of_tokens((outputs,) if isinstance(outputs, Tensor) else outputs, targets)).double()
+
+    def result(self, sums: Tensor) -> float:
+        return float((sums[0] / sums[1]).exp())
+
+
+def gpt2(dropout: float = 0.1) -> nn.Module:
+    """transformers' GPT-2, small and with random weights."""
+    sizes = {"vocab_size": VOCABULARY, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    return GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout))
+
+
+def lora() -> nn.Module:
+    """The same, of which peft trains adapters only."""
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(gpt2(), LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, lora_dropout=0.1))
+
+
+def lines(n: int, seed: int = 0) -> datasets.Dataset:
+    """A dataset of datasets: lines of unequal lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    begins = torch.randint(0, VOCABULARY, (n,), generator=generator).tolist()
+    lengths = torch.randint(3, 13, (n,), generator=generator).tolist()
+    ids = [[(begin + k) % VOCABULARY for k in range(length)] for begin, length in zip(begins, lengths, strict=True)]
+    return datasets.Dataset.from_dict({"input_ids": ids}).with_format("torch")
+
+
+def pad(samples: list[dict[str, Tensor]]) -> BatchEncoding:
+    """As transformers' collators do: padded to the longest of the batch, padding masked and without a label."""
+    ids = [sample["input_ids"] for sample in samples]
+    mask = pad_sequence([torch.ones_like(line) for line in ids], batch_first=True)
+    padded = pad_sequence(ids, batch_first=True)
+    return BatchEncoding({"input_ids": padded, "attention_mask": mask, "labels": padded.masked_fill(mask == 0, -100)})
+
+
+class CausalLM:
+    """labels in, .loss out: a mean over the labels of the micro-batch, given back as a sum and their number."""
+
+    def step(self, model: nn.Module, batch: Any) -> tuple[Any, ...]:
+        outputs = model(**batch)
+        labels = batch["labels"][:, 1:]
+        count = (labels != -100).sum()
+        return outputs.loss * count, count, outputs.logits[:, :-1], labels.masked_fill(labels == -100, -1)
+
+    def predict(self, model: nn.Module, batch: Any) -> Tensor:
+        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+
+
+class Naive(CausalLM):
+    """What a user of transformers writes first."""
+
+    def step(self, model: nn.Module, batch: Any) -> Any:
+        return model(**batch).loss
