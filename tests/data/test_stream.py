@@ -208,7 +208,7 @@ def test_a_stream_whose_readers_get_other_samples_is_refused_on_every_rank() -> 
             for error in on_two_ranks(make):
                 assert re.search(r"gives other samples on rank 1 than on rank 0.*shard\(index, count\)", str(error))
 
-    class Cut(Known):  # as where one host's file isn't whole; shows behind the samples that are compared
+    class Cut(Stream):  # as where one host's file isn't whole; shows behind the samples that are compared
         def __init__(self, rank: int) -> None:
             super().__init__()
             self.length = 20 - rank
