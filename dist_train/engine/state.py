@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from dist_train.engine.trainer import Trainer
     from dist_train.runtime.world import World
 
+SAME_WEIGHTS = 1e-4  # unequal GPUs may round otherwise; what isn't reduced differs by far more
+
 
 @dataclass
 class Progress:
@@ -83,15 +85,33 @@ def of_every_rank(modules: Modules, world: World) -> list[dict[str, Any]]:
     """On rank 0: what of it no state_dict holds, then in what each other rank's buffers and numbers differ from rank 0's.
 
     Every rank calls it; the others get nothing.
+
+    Raises:
+        ValueError: this rank's weights aren't those of rank 0.
     """
     if world.size == 1:
         return [modules.unsaved()]
     mine = {name: v.cpu() if isinstance(v, Tensor) else v for name, v in modules.every_value().items()}
     digests = {name: _digest(value) for name, value in mine.items()}
-    first = world.share(digests)
+    norms = _norms(modules)
+    first, first_norms = world.share((digests, norms))
+    for name, norm in norms.items():
+        if abs(norm - first_norms[name]) > SAME_WEIGHTS * abs(norm):  # not so for nan
+            raise ValueError(
+                f"the ranks' weights have become different: the norm of {name} is {norm:.6g} on rank {world.rank} and "
+                f"{first_norms[name]:.6g} on rank 0. A forward, a callback or the optimizer changes it by what it sees or draws "
+                "on its rank alone: let all ranks do the same, or make it a buffer, which each rank may have for itself"
+            )
     here.phase = MEETING
     ranks = on_rank_zero(world, {name: value for name, value in mine.items() if digests[name] != first.get(name)})
     return [modules.unsaved(), *ranks[1:]] if world.is_main else []
+
+
+@torch.no_grad()
+def _norms(modules: Modules) -> dict[str, float]:
+    parameters = dict(modules.named_parameters())
+    norms = torch._foreach_norm(list(parameters.values()))
+    return dict(zip(parameters, torch.stack([norm.double() for norm in norms]).tolist(), strict=True))
 
 
 def _digest(value: Any) -> str:

@@ -64,6 +64,7 @@ class Stepper:
         self._samples = (1, torch.ones((), dtype=torch.float64, device=device))
         self._factor = torch.ones((), dtype=torch.float64, device=device)
         self._warm, self._look = False, look
+        self._own_optimizer = not type(optimizer).__module__.startswith("torch.")
 
     def __call__(self, work: StepWork, want_norm: bool) -> None:
         """Run the optimizer step that `work` describes.
@@ -98,6 +99,8 @@ class Stepper:
         self._divide(gradients, weight, work.samples)
         self.guard.check([loss.clone(), *gradients])
         self._clip(gradients, want_norm)
+        if self._own_optimizer:  # one that draws (SGLD) does so alike on all ranks
+            seed_forward(self.seed, work.step, work.samples, self.device)
         self._update(loss, weight, before)
         for parameter in self.parameters:
             parameter.grad = None

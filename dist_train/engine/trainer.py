@@ -153,8 +153,10 @@ class Trainer:
         """What is due after a step: callbacks and the log, then what `_settle` does."""
         parts, progress, step = self.parts, self.progress, self.step
         here.phase, here.steps, here.waited = CALLBACK, here.steps + 1, parts.train_loader.waited
-        if here.steps == 1 and (warning := parts.inexactness()):
-            self.console.warn(warning)
+        if here.steps == 1:
+            self._trained.check_known()
+            if warning := parts.inexactness():
+                self.console.warn(warning)
         self._call("on_step_end")
         if step % self.plan.steps_per_epoch == 0:
             self._call("on_epoch_end")
@@ -242,6 +244,7 @@ class Trainer:
         """Save a checkpoint of this step; all ranks call it, rank 0 writes."""
         here.phase = MEETING
         self.stepper.guard.read()
+        self._trained.check_known()
         ranks = of_every_rank(self.parts.modules, self.world)
         stream = self.parts.train_loader.state_dict(lambda value: on_rank_zero(self.world, value))
         here.phase = SAVING

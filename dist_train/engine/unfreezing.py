@@ -55,6 +55,16 @@ class Trained:
         gc.collect()  # DDP refers to itself: until it is gone its hooks stay on the parameters
         self._seen = self._now()
 
+    def check_known(self) -> None:
+        """Raises ValueError: there are parameters that weren't there when the optimizer was built."""
+        known = {id(parameter) for parameter in self._parameters}
+        new = [name for name, parameter in self.parts.modules.named_parameters() if id(parameter) not in known]
+        if new:
+            raise ValueError(
+                f"{', '.join(new[:5])}: made in the middle of a run (by a forward, say), which the optimizer and the other ranks "
+                "don't know. Make every parameter in __init__, and change it in place"
+            )
+
     def _now(self) -> Any:
         groups = self.parts.optimizer.param_groups
         return [parameter.requires_grad for parameter in self._parameters], [len(group["params"]) for group in groups]

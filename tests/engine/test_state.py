@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +18,11 @@ from dist_train.commands import doctor
 from dist_train.commands.train import train
 from dist_train.config.errors import ConfigError
 from dist_train.data.plan import Plan
+from dist_train.engine.modules import Modules
 from dist_train.engine.prepare import seed_everything
 from dist_train.engine.restore import open_run
+from dist_train.engine.state import of_every_rank
+from dist_train.runtime.seeding import seed_forward
 
 KEPT = Path(__file__).parent / "jobs" / "kept.py"
 CONFIG = """
@@ -50,7 +54,12 @@ KINDS = {
         "scheduler={_target_: torch.optim.lr_scheduler.CosineAnnealingLR, T_max: 20, every: 1step}",
     ],
     "foreign": [PLAIN, "model._target_=kept.Foreign", "optimizer={_target_: kept.Slowing, lr: 0.1}"],
-    "ddp-foreign": [PLAIN, "model._target_=kept.Foreign", "distributed.strategy=ddp"],
+    "ddp-foreign": [
+        PLAIN,
+        "model._target_=kept.Foreign",
+        "optimizer={_target_: kept.Slowing, lr: 0.1}",
+        "distributed.strategy=ddp",
+    ],
     "ddp": [*THAW, OURS, "distributed.strategy=ddp", "distributed.bucket_mb=0.0001"],
     "ddp-task": ["loss=null", "task={_target_: kept.Teaches}", "distributed.strategy=ddp"],
 }
@@ -209,11 +218,23 @@ def test_what_other_peoples_models_do_is_what_they_do_in_a_plain_loop(
         index = plan.batch(step).copy()
         optimizer.zero_grad()
         functional.cross_entropy(net(data.x[index]), data.y[index]).backward()
+        seed_forward(0, step, 8, torch.device("cpu"))  # for the optimizer's draws: as of a sample behind the last
         optimizer.step()
     got = torch.load("runs/alone/model.pt", weights_only=True)
     for key, value in net.state_dict().items():
         torch.testing.assert_close(got[key], value, rtol=1e-4, atol=1e-5, msg=key)
     assert int(got["norm.num_batches_tracked"]) == 0
+
+
+def test_weights_that_are_not_the_runs_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    model = "model={_target_: kept.Growing, in_features: 6, out_features: 2}"
+    with pytest.raises(ValueError, match=r"late: made in the middle of a run .* Make every parameter in __init__"):
+        train("c.yaml", PLAIN, model, "run.name=growing")
+    assert not list(Path("runs/growing/checkpoints").glob("step-*"))
+    world: Any = SimpleNamespace(size=2, rank=1, share=lambda mine: (mine[0], {**mine[1], "weight": 9.0}))
+    with pytest.raises(ValueError, match=r"the norm of weight is \S+ on rank 1 and 9 on rank 0"):
+        of_every_rank(Modules(nn.Linear(2, 2)), world)
 
 
 def test_evaluate_and_load_know_all_that_was_saved(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -219,7 +219,7 @@ class Foreign(nn.Module):
 
 
 class Slowing(torch.optim.SGD):
-    """Counts its steps in an attribute of its own, which `state_dict` leaves out."""
+    """Counts its steps in an attribute of its own, which `state_dict` leaves out; and adds noise, as Langevin dynamics does."""
 
     def __init__(self, params: Any, lr: float):
         super().__init__(params, lr=lr)
@@ -231,3 +231,16 @@ class Slowing(torch.optim.SGD):
         for group in self.param_groups:
             group["lr"] = 0.1 / self.steps
         super().step()
+        with torch.no_grad():
+            for parameter in self.param_groups[0]["params"]:
+                parameter.add_(torch.randn_like(parameter), alpha=0.01)
+
+
+class Growing(nn.Linear):
+    """Makes a parameter when it is first called."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Adds it to the outputs."""
+        if not hasattr(self, "late"):
+            self.late = nn.Parameter(torch.zeros(2))
+        return super().forward(x) + self.late
