@@ -60,8 +60,20 @@ def with_run(
         parser.error(f"expected one run, found {', '.join(options.runs)}")
     options.run = options.runs[0]
     if getattr(options, "output", None) is not None:
+        if _is_of_a_run(Path(options.output).resolve()):
+            raise ConfigError.single("--output", f"{options.output} is a run's own file; give another name or place")
         _part_of(options.output).unlink()
     return options
+
+
+def _is_of_a_run(path: Path) -> bool:
+    from dist_train.engine.rundir import FILES, FOLDERS
+
+    place = next((folder for folder in path.parents if (folder / "config.yaml").is_file()), None)
+    if place is None or not (place / "checkpoints").is_dir():
+        return False
+    first = path.relative_to(place).parts
+    return first[0] in FOLDERS or (len(first) == 1 and first[0] in FILES)
 
 
 def add_split(parser: Parser) -> None:

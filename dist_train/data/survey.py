@@ -55,7 +55,7 @@ class _Look(Dataset[dict[str, Any]]):
         length = len(head) + sum(1 for _ in first) if self.count else None
         resumes = False
         if callable(getattr(dataset, "state_dict", None)) and callable(getattr(dataset, "load_state_dict", None)):
-            resumes = self._leads_back(dataset)
+            resumes = self._leads_back(dataset, stays=whole is self.dataset and not inside)
         elif shards_itself(whole) and head != [
             _digest(sample) for sample in itertools.islice(Pass(dataset, self.seed, 0), FIRST)
         ]:
@@ -65,8 +65,11 @@ class _Look(Dataset[dict[str, Any]]):
             )
         return {"first": head, "length": length, "resumes": resumes}
 
-    def _leads_back(self, dataset: Any) -> bool:
-        """Whether a loaded state goes on as the stream did (a shuffle buffer isn't in it), and in that pass only."""
+    def _leads_back(self, dataset: Any, stays: bool) -> bool:
+        """Whether a loaded state goes on as the stream did (a shuffle buffer isn't in it), and in that pass only.
+
+        `stays`: training reads this very object.
+        """
         begun = Pass(dataset, self.seed, 0)
         begun.skip(_PLACE)
         state = copy.deepcopy(dataset.state_dict())
@@ -80,7 +83,7 @@ class _Look(Dataset[dict[str, Any]]):
         loaded = Pass(dataset, self.seed, 0, place=_PLACE, state=state)
         back = [_digest(sample) for sample in itertools.islice(loaded, FIRST)] == after
         again = [_digest(sample) for sample in itertools.islice(Pass(dataset, self.seed, 1), FIRST)] == other
-        if not again and dataset is self.dataset and get_worker_info() is None:
+        if not again and stays:
             raise DataError(
                 f"{dataset_name(dataset)}: after load_state_dict every pass begins at that place, not only the next; "
                 f"forget it at the end of __iter__, or leave state_dict out"

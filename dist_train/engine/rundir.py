@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("dist_train")
 MICRO_BATCHES = "micro_batches.json"  # what fits, once memory has run out
 _APPENDED = ("metrics.jsonl", "attempts.jsonl")
-_FILES = ("config.yaml", "status.json", "result.json", "model.pt", MICRO_BATCHES, *_APPENDED)
-_FOLDERS = (".lease", "checkpoints", "logs", "trace")
+FILES = ("config.yaml", "status.json", "result.json", "model.pt", MICRO_BATCHES, *_APPENDED)
+FOLDERS = (".lease", "checkpoints", "logs", "trace")
 _LONGEST = 100  # characters of a path inside a run's directory
 
 
@@ -111,11 +111,11 @@ def _obstacle(root: Path) -> str:
     longest = max(len(os.fsencode(part)) for part in root.parts)
     if longest > 255 or len(os.fsencode(root)) + _LONGEST > 4095:
         return f"the path is too long ({str(root)[:200]})"
-    needed = [there, *(root / name for name in _FOLDERS)]
+    needed = [there, *(root / name for name in FOLDERS)]
     for path in needed:
         if os.path.lexists(path) and not path.is_dir():
             return f"{path} is {'a link to nothing' if not path.exists() else 'no directory'}"
-    for path in (root / name for name in _FILES):
+    for path in (root / name for name in FILES):
         if os.path.lexists(path) and not path.is_file():
             return f"{path} is no file"
     for path in (*needed, *(root / name for name in _APPENDED)):

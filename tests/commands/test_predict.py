@@ -99,6 +99,9 @@ def test_a_place_that_cannot_be_written_is_named(
         assert main(["predict", str(digits), "--output", place]) == 2
         assert f"--output: {place} can't be written: it is a" in capsys.readouterr().err
     assert not (tmp_path / "elsewhere").exists()
+    for own in ("model.pt", "config.yaml", "checkpoints/x.csv"):
+        assert main(["predict", str(digits), "--output", str(digits / own)]) == 2
+        assert "is a run's own file" in capsys.readouterr().err
 
 
 class Stub:

@@ -231,7 +231,7 @@ def test_sections_are_frozen() -> None:
 
 
 def test_schema_errors_come_without_torch_numpy_or_user_code(folder: Path) -> None:
-    (folder / "mynet.py").write_text("raise SystemExit('imported')\n")
+    (folder / "mynet.py").write_text("raise SystemExit('imported')\nclass Net: pass\n")
     (folder / "x.yaml").write_text("extends: base.yaml\nmodel: {_target_: mynet.Net}\nseed: x\noptimizer: {lrr: 3}\n")
     code = (
         "import sys\nfrom dist_train.config.load import load_config\nfrom dist_train.config.errors import ConfigError\n"
