@@ -170,7 +170,9 @@ def test_garbage_beside_the_checkpoints_is_named_and_the_run_stands(
 def test_checkpoints_whose_config_is_lost_everywhere_are_never_started_over(runs: Path) -> None:
     (runs / "a" / "config.yaml").unlink()
     (runs / "a" / "result.json").unlink()
+    trained = rows(runs / "a", "train", clock=True)
     assert start(runs)["step"] == 3  # by the config in the newest manifest
+    assert rows(runs / "a", "train", clock=True) == trained, "nothing was trained again"
     assert (runs / "a" / "config.yaml").exists()
     (runs / "a" / "config.yaml").write_text("optimizer: {lr: 0.1}\n")
     for path in (runs / "a" / "checkpoints").glob("*/manifest.json"):

@@ -1,4 +1,4 @@
-"""A host that dies or loses its network: the others learn of it within seconds, and say which."""
+"""Hosts that die, lose their network (the others learn of it within seconds, and say which) or share no directory."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,22 +15,35 @@ import pytest
 from hosts import Hosts, missing
 from test_failures import CONFIG
 
-pytestmark = pytest.mark.chaos
-
 
 @pytest.fixture
-def hosts(tmp_path: Path) -> Iterator[Hosts]:
-    """Three hosts, with a user's project."""
+def hosts(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Hosts]:
+    """Three hosts, or as many as `request` says, with a user's project."""
     reason = missing()
     if reason is not None:
         pytest.skip(reason)
     shutil.copy(Path(__file__).parent / "faulty.py", tmp_path)
     (tmp_path / "faulty.yaml").write_text(CONFIG)
-    hosts = Hosts(3, tmp_path)
+    hosts = Hosts(getattr(request, "param", 3), tmp_path)
     yield hosts
     hosts.close()
 
 
+@pytest.mark.parametrize("hosts", [2], indirect=True)
+def test_a_run_directory_that_the_hosts_do_not_share_is_refused(hosts: Hosts) -> None:
+    (hosts.folder / "runs").mkdir()
+    command = [sys.executable, "-m", "dist_train.main", "--config", "faulty.yaml"]
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "h1", "MASTER_PORT": "29400"}
+    first = hosts.run(1, *command, **place, RANK="0")
+    second = hosts.run(2, *command, before="mount -t tmpfs tmpfs runs", **place, RANK="1")
+    (out, told), (_, silent) = [job.communicate(timeout=90) for job in (first, second)]
+    assert (first.returncode, second.returncode) == (2, 2), out + told + silent
+    message = "is not the same directory on all nodes: h2 can't see a file that h1 (rank 0) wrote there"
+    assert message in " ".join((told + silent).split())
+    assert not [path for path in (hosts.folder / "runs").rglob("*") if path.is_file()]
+
+
+@pytest.mark.chaos
 @pytest.mark.parametrize("way", ["crash", "cut"])
 def test_a_host_that_goes_is_named_and_the_others_end_their_ranks(hosts: Hosts, way: str) -> None:
     """The rank of h3 stands still at step 13 first, so that nothing else ends the run."""
