@@ -74,7 +74,7 @@ class Modules(nn.Module):
         self._told_apart()
         self.buffers_at: list[Slot] = []
         self.numbers_at: list[Slot] = []
-        self._memory = {p.untyped_storage().data_ptr() for p in self.parameters() if p.layout == torch.strided}
+        self._memory = {p.untyped_storage()._cdata for p in self.parameters() if p.layout == torch.strided}
         for place, module in self.named_modules():
             self._look_at(module, f"{place}." if place else "")
         for name, other in others.items():
@@ -199,7 +199,7 @@ class Modules(nn.Module):
 
     def _is_of_parameter(self, tensor: Tensor) -> bool:
         """A view of a parameter, as the `weight` that torch.nn.utils.spectral_norm makes before its first forward."""
-        return tensor.numel() > 0 and tensor.untyped_storage().data_ptr() in self._memory
+        return tensor.numel() > 0 and tensor.untyped_storage()._cdata in self._memory
 
 
 def give_own_memory(slots: list[Slot]) -> None:
