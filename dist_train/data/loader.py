@@ -250,7 +250,7 @@ class TrainLoader(_Loader):
             finite=stream_length(dataset) == self.plan.length, deal=self.sampler.deal,
         )  # fmt: skip
         found = _survey(dataset, "train", workers, reading)
-        reader.resumes, self._first = found["resumes"], found["first"]
+        reader.resumes, reader.steady, self._first = found["resumes"], found["steady"], found["first"]
         self.notes = reader.notes()
         return reader
 

@@ -36,6 +36,7 @@ class StreamReader(Seeded):
 
     Attributes:
         resumes: whether the dataset's own `state_dict` leads back to a place (see `survey`).
+        steady: whether it gives the same samples when it is read again.
         saved: by reader, what `MicroBatch.state` held after the last sample of a committed step.
     """
 
@@ -54,7 +55,7 @@ class StreamReader(Seeded):
         self.read = None
         self.whole = dataset
         self.length, self.rank, self.finite, self.deal = length, rank, finite, deal
-        self.resumes = False
+        self.resumes, self.steady = False, True
         self.saved: dict[int, dict[str, Any]] = {}
         self._reader = 0
         self._pass: Pass | None = None
@@ -70,6 +71,11 @@ class StreamReader(Seeded):
                 f"depend on their number{uneven}"
             ]
         how = "by the dataset's state_dict" if self.resumes else "by reading forward to the place"
+        if not (self.resumes or self.steady):
+            how += (
+                "; but each reading of this one gives other samples, so that a start that goes on is refused or trains on some "
+                "twice (draw from torch, numpy or random, which are seeded)"
+            )
         return [
             f"an IterableDataset is not shuffled here; every rank and worker reads the whole stream and keeps its part "
             f"(a method shard(index, count) gives each its own); resuming goes on {how}"

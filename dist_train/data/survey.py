@@ -53,17 +53,16 @@ class _Look(Dataset[dict[str, Any]]):
         first = Pass(dataset, self.seed, 0)
         head = [_digest(sample) for sample in itertools.islice(first, FIRST)]
         length = len(head) + sum(1 for _ in first) if self.count else None
+        steady = head == [_digest(sample) for sample in itertools.islice(Pass(dataset, self.seed, 0), FIRST)]
         resumes = False
         if callable(getattr(dataset, "state_dict", None)) and callable(getattr(dataset, "load_state_dict", None)):
             resumes = self._leads_back(dataset, stays=whole is self.dataset and not inside)
-        elif shards_itself(whole) and head != [
-            _digest(sample) for sample in itertools.islice(Pass(dataset, self.seed, 0), FIRST)
-        ]:
+        elif shards_itself(whole) and not steady:
             raise DataError(
                 f"{dataset_name(dataset)} gives other samples when it is read again, so that a start that goes on couldn't "
                 f"find its place in a part (shard): draw from torch, numpy or random, which are seeded, or by set_epoch"
             )
-        return {"first": head, "length": length, "resumes": resumes}
+        return {"first": head, "length": length, "resumes": resumes, "steady": steady}
 
     def _leads_back(self, dataset: Any, stays: bool) -> bool:
         """Whether a loaded state goes on as the stream did (a shuffle buffer isn't in it), and in that pass only.
@@ -95,7 +94,7 @@ def survey(
     dataset: Any, seed: int, *, slot: str, workers: int, context: Any, gather: Gather, count: bool, world_size: int
 ) -> dict[str, Any]:
     """{"length": samples, where `count` asks for them, "resumes": whether its state_dict can be relied on, "first": the
-    first samples, hashed}.
+    first samples, hashed, "steady": whether a second reading gives the same}.
 
     All ranks call it. As many workers as read later, two at most, look at the stream; without any this process does,
     which can see its rank.

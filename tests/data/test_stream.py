@@ -435,6 +435,9 @@ def test_a_stream_of_another_order_at_each_reading_is_refused_where_its_place_wo
     plan = Plan(3, 20, 4, shuffle=False)
     with pytest.raises(DataError, match=r"OwnGenerator gives other samples when it is read again"):
         loader_of(OwnGenerator(1), plan)
+    said = "each reading of this one gives other samples"
+    assert said in loader_of(Unseeded(1), plan).notes[0]
+    assert said not in loader_of(Known(), plan).notes[0]
     begun = loader_of(Unseeded(1), plan).state_dict(lambda value: [value])
     loader_of(Unseeded(1), plan).load_state_dict(begun, 3)
     with pytest.raises(DataError, match=r"Unseeded gives other samples than when this run began"):
