@@ -188,6 +188,7 @@ class Start:
             self._inform_peers()
             return self._train()
         except BaseException as raised:
+            peers.leave_a_fork(raised)
             error = self._lost() or raised  # what failed, failed for it
             if isinstance(error, LeaseLostError):
                 peers.closing = None  # the records are another's by now

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -68,6 +69,7 @@ class Peers:
 
     def __init__(self, rank: int = 0, size: int = 1, store: Any | None = None, hang_timeout: float | None = None):
         self.rank, self.size, self.store, self.hang_timeout = rank, size, store, hang_timeout
+        self._pid = os.getpid()
         self.logs = ""
         self.samples: Callable[[int, int], Sequence[int]] | None = None
         self.micro_batch_size: int | None = None
@@ -134,6 +136,7 @@ class Peers:
 
         Alone: puts what there is to say at the exception, for `failure.tell_crash`.
         """
+        self.leave_a_fork(error)
         if isinstance(error, ConfigError) or (isinstance(error, KeyboardInterrupt) and not signals.held()):
             self.close(CONFIG if isinstance(error, ConfigError) else STOPPED)
             if isinstance(error, ConfigError):
@@ -163,6 +166,16 @@ class Peers:
         if failure.is_peer_failure(error):
             time.sleep(SETTLE_SECONDS)  # the watch finds who it was, and ends this process
         self._conclude(record)
+
+    def leave_a_fork(self, error: BaseException) -> None:
+        """A process that the user's code has forked ends by what it raises, and says nothing in the name of the run."""
+        if os.getpid() == self._pid:
+            return
+        ends = error.__cause__ if isinstance(error.__cause__, SystemExit) else error
+        code = ends.code if isinstance(ends, SystemExit) else 1
+        if not isinstance(ends, SystemExit):
+            traceback.print_exception(error)
+        os._exit(code if isinstance(code, int) else int(code is not None))
 
     def _settle_who_tells(self) -> None:
         """A config error is told by rank 0, or where rank 0 hasn't found one, by the first that has."""

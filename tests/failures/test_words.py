@@ -95,6 +95,15 @@ def test_an_exit_in_the_users_code_is_a_failure_of_the_command(
         assert type(error).__name__ in capsys.readouterr().err
 
 
+def test_a_fork_of_the_users_code_ends_by_itself() -> None:
+    peers = Peers(0, 1)
+    for error, code in ((SystemExit(3), 3), (SystemExit(), 0), (ValueError("in the child"), 1)):
+        if (child := os.fork()) == 0:
+            peers.raised(error)
+            os._exit(77)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
+
+
 def test_a_cause_goes_before_what_it_led_to() -> None:
     def read() -> None:
         try:
