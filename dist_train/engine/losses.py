@@ -19,7 +19,10 @@ from torch import Tensor, nn
 from dist_train.config.errors import ConfigError
 from dist_train.engine.batch import batch_length, in_full_precision
 
-ELEMENTWISE = (nn.MSELoss, nn.L1Loss, nn.BCELoss, nn.BCEWithLogitsLoss, nn.SmoothL1Loss, nn.HuberLoss)
+ELEMENTWISE = (
+    nn.MSELoss, nn.L1Loss, nn.BCELoss, nn.BCEWithLogitsLoss, nn.SmoothL1Loss, nn.HuberLoss,
+    nn.PoissonNLLLoss, nn.KLDivLoss, nn.HingeEmbeddingLoss, nn.SoftMarginLoss,
+)  # fmt: skip
 CLASSWISE = (nn.CrossEntropyLoss, nn.NLLLoss)
 
 _MODULE_OF: dict[Any, type[nn.Module]] = {
@@ -31,6 +34,10 @@ _MODULE_OF: dict[Any, type[nn.Module]] = {
     nn.functional.huber_loss: nn.HuberLoss,
     nn.functional.binary_cross_entropy: nn.BCELoss,
     nn.functional.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss,
+    nn.functional.poisson_nll_loss: nn.PoissonNLLLoss,
+    nn.functional.kl_div: nn.KLDivLoss,
+    nn.functional.hinge_embedding_loss: nn.HingeEmbeddingLoss,
+    nn.functional.soft_margin_loss: nn.SoftMarginLoss,
 }
 Fitted = tuple[Tensor, Tensor, Tensor | float]
 
@@ -60,11 +67,9 @@ class Loss(nn.Module):
         self._fit: Callable[[Tensor, Tensor], Fitted] | None = None  # what fits a batch to one of torch's losses
         if type(function).__module__.startswith("torch.nn"):
             if isinstance(function, ELEMENTWISE):
-                self._fit, reduction = self._elements, "sum"
+                self._fit, reduction = (self._rows if reduction == "batchmean" else self._elements), "sum"
             elif isinstance(function, CLASSWISE):
                 self._fit, reduction = self._classes, "sum"
-            elif reduction == "batchmean":
-                self._fit, reduction = self._rows, "sum"
             elif reduction == "mean" and not isinstance(function, nn.CTCLoss):
                 reduction = "none"
             function = copy.copy(function)
@@ -161,6 +166,8 @@ class Loss(nn.Module):
             )
 
     def _rows(self, outputs: Tensor, targets: Tensor) -> Fitted:
+        """KLDivLoss's `batchmean`: elements, divided by the number of rows."""
+        outputs, targets, _ = self._elements(outputs, targets)
         return outputs, targets, len(outputs)
 
     def _own(self, outputs: Any, targets: Any) -> tuple[Tensor, Tensor | float]:

@@ -43,6 +43,9 @@ CASES = {
     "bce with weights": (nn.BCELoss(weight=WEIGHTS), torch.sigmoid(LOGITS), SHARES),
     "bce with logits": (nn.BCEWithLogitsLoss(pos_weight=WEIGHTS), LOGITS, SHARES),
     "kl batchmean": (nn.KLDivLoss(reduction="batchmean"), torch.log_softmax(LOGITS, 1), SHARES),
+    "kl mean": (nn.KLDivLoss(), torch.log_softmax(LOGITS, 1), SHARES),
+    "poisson": (nn.PoissonNLLLoss(), LOGITS, SHARES),
+    "hinge embedding": (nn.HingeEmbeddingLoss(), LOGITS, REAL.sign()),
     "multi margin": (nn.MultiMarginLoss(), LOGITS, LABELS.clamp(min=0)),
     "soft margin": (nn.SoftMarginLoss(), LOGITS, REAL.sign()),
     "function": (functools.partial(nn.functional.cross_entropy, label_smoothing=0.2), LOGITS, LABELS),
@@ -101,7 +104,17 @@ def test_the_mean_over_nothing_has_no_weight_and_other_nans_stay() -> None:
     assert float(weight) == len(LABELS)
 
 
-@pytest.mark.parametrize("function", [nn.MSELoss(), nn.L1Loss(), nn.BCELoss(), nn.BCEWithLogitsLoss()])
+@pytest.mark.parametrize(
+    "function",
+    [
+        nn.MSELoss(),
+        nn.L1Loss(),
+        nn.BCELoss(),
+        nn.BCEWithLogitsLoss(),
+        nn.PoissonNLLLoss(),
+        nn.KLDivLoss(reduction="batchmean"),
+    ],
+)
 def test_a_trailing_one_is_no_broadcast(function: nn.Module) -> None:
     outputs = torch.rand(8, 1, dtype=torch.float64)
     targets = torch.rand(8, dtype=torch.float64)
