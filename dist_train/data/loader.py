@@ -167,9 +167,9 @@ class _Loader:
             )
             if lost and (how := how_ended(iterator)):
                 raise DataError(
-                    f"a loader worker died without a Python error ({how}). Usually memory ran out (see dmesg) or /dev/shm "
-                    f"is full (df -h /dev/shm; docker run --shm-size=8g); fewer data.num_workers need less of both, and "
-                    f"data.num_workers=0 shows an error in the dataset itself"
+                    f"a loader worker died without a Python error ({how}). If it was killed by SIGKILL or SIGBUS, memory ran "
+                    f"out (see dmesg) or /dev/shm is full (df -h /dev/shm; docker run --shm-size=8g), and fewer "
+                    f"data.num_workers need less of both; else the dataset's own code ended it: data.num_workers=0 shows where"
                 ) from error
             if text.startswith("DataLoader timed out"):
                 raise DataError(

@@ -10,6 +10,8 @@ import socket
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from dist_train.checkpoint.manager import CheckpointManager
 from dist_train.config.code import source_files
 from dist_train.config.errors import ConfigError
@@ -51,6 +53,8 @@ def train_config(config: Config) -> dict[str, Any]:
             signals.restore()  # in somebody else's process Ctrl-C is theirs again
 
 
+@torch.inference_mode(mode=False)
+@torch.enable_grad()  # whatever the caller has switched off
 def train_in(
     world: World, config: Config, console: Console, built: Callable[[Parts], object] | None = None
 ) -> dict[str, Any]:

@@ -146,9 +146,21 @@ class RunDir(Mirror):
         Raises:
             LeaseHeldError: another process trains this run.
         """
-        self.storage.makedirs()
+        self.make()
         self.lease = Lease.acquire(self.storage, log=log)
         return self.lease
+
+    def make(self) -> None:
+        """Make the directory.
+
+        Raises:
+            ConfigError: the system doesn't let one be made there, whatever the permissions say.
+        """
+        try:
+            self.storage.makedirs()
+        except OSError as error:
+            cure = "give run.dir a directory that this process can write to"
+            raise ConfigError.single("run.dir", f"{self.location} can't hold a run: {error.strerror}; {cure}") from None
 
     def assure_own(self) -> None:
         """To be called before anything is written.
@@ -258,7 +270,7 @@ def check_shared(run: RunDir, world: World) -> None:
         return
     nonce = world.share(f".nonce-{secrets.token_hex(8)}")
     if world.is_main:
-        run.storage.makedirs()
+        run.make()
         run.storage.write_atomic(nonce, b"nonce")
     world.barrier()
     deadline = time.monotonic() + 10  # a network file system may show it late

@@ -166,7 +166,13 @@ class Storage:
         else:
             # The listings cache of s3fs and gcsfs hides what other processes write, from `ls` and from `info`.
             options = {"use_listings_cache": False, **self.options}
-            self.fs, self._root = fsspec.core.url_to_fs(self.location, **options)
+            try:
+                self.fs, self._root = fsspec.core.url_to_fs(self.location, **options)
+            except (
+                ValueError,
+                ImportError,
+            ) as error:  # a protocol that fsspec doesn't know, or whose package isn't installed
+                raise ConfigError.single("", f"{self.location} can't be reached: {error}") from None
 
     def sub(self, name: str) -> Storage:
         """The directory ``name`` inside this one (it need not exist)."""
