@@ -13,12 +13,10 @@ TWO = [
     Kill("writing model.pt", 1, all=True),  # of the very first save
     Kill("step", 3, rank=1),
     Kill("published", 4),
-    Kill("writing optimizer.pt", 5, all=True),
     Kill("worker", 2, rank=1),  # a loader worker only
     Kill("evaluation", 6, rank=1),
     Kill("unpublished", 8, all=True),
     Kill("deletion", 10),
-    Kill("writing trainer.pt", 12),
 ]
 THREE = [
     Kill("copy", 1),

@@ -25,9 +25,10 @@ OPTIONS = (
 def test_a_run_that_changes_its_world_size_loses_no_sample_and_keeps_its_curve(tmp_path: Path, seed: int) -> None:
     """Stopped at random steps: in an epoch, at its end, or one step after the other."""
     prepare(tmp_path)
-    stops = sorted(random.Random(seed).sample(range(1, 24), 4))
+    worlds = (1, 2, 3, 1, 4) if seed else (1, 3, 2)  # the ordinary suite takes a short one
+    stops = sorted(random.Random(seed).sample(range(1, 24), len(worlds) - 1))
     run(tmp_path, 1, *OPTIONS, "run.name=whole")
-    for processes, stop in zip((1, 2, 3, 1, 4), [*(f"{step}step" for step in stops), "null"], strict=True):
+    for processes, stop in zip(worlds, [*(f"{step}step" for step in stops), "null"], strict=True):
         expect = 75 if processes == 1 else 0
         run(tmp_path, processes, *OPTIONS, "run.name=moved", f"trainer.stop_at={stop}", expect=expect)
     moved, whole = tmp_path / "runs" / "moved", tmp_path / "runs" / "whole"

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -167,12 +168,16 @@ def test_watching_shows_what_changes_until_it_is_interrupted_and_never_waits_for
         [sys.executable, "-u", "-c", code, os.fspath(tmp_path)], env=environment(), stdout=subprocess.PIPE, text=True
     )
     assert watching.stdout is not None
+    limit = threading.Timer(60, watching.kill)  # its output ends then, and the test fails
+    limit.start()
     lines = iter(watching.stdout)
     assert next(line for line in lines if line.startswith("a ")).split()[1] == "completed"
-    run.write_atomic("status.json", json.dumps({"state": "failed", "step": 40, "error": "out of memory"}).encode())
+    status = {"state": "failed", "step": 40, "epoch": 4, "error": "out of memory"}
+    run.write_atomic("status.json", json.dumps(status).encode())
     changed = next(line for line in lines if line.startswith("a ") and "failed" in line)
     assert changed.split()[2] == "40"
     assert changed.endswith("out of memory\n")
     watching.send_signal(signal.SIGINT)
     assert list(lines)[-1] == "False\n"
     assert watching.wait(timeout=30) == 0
+    limit.cancel()

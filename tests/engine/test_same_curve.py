@@ -9,7 +9,7 @@ from runs import CONFIGS, result, rows, run_several, traced
 
 MLP = (
     str(CONFIGS / "digits_mlp.yaml"),
-    "trainer.duration=200step",
+    "trainer.duration=80step",
     "trainer.log_every=1step",
     "debug.trace_samples=true",
     "data.eval_batch_size=25",  # several cuts a rank, and not as many on each
@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def largest_difference(one: Path, other: Path) -> float:
     """The largest relative difference of the loss over all logged steps."""
     pairs = list(zip(rows(one, "train"), rows(other, "train"), strict=True))
-    assert len(pairs) == 200
+    assert len(pairs) == 80
     assert all(a["step"] == b["step"] for a, b in pairs)
     return max(abs(a["loss"] - b["loss"]) / abs(a["loss"]) for a, b in pairs)
 
@@ -51,12 +51,12 @@ def largest_difference(one: Path, other: Path) -> float:
 @pytest.mark.parametrize("processes", [2, 3])
 def test_every_step_takes_the_same_samples(folder: Path, processes: int) -> None:
     one, many = traced(folder / "single1"), traced(folder / f"single{processes}")
-    assert len(one) == 200
+    assert len(one) == 80
     assert one == many
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_losses_agree_over_200_steps(folder: Path, processes: int) -> None:
+def test_losses_agree_over_80_steps(folder: Path, processes: int) -> None:
     assert largest_difference(folder / "single1", folder / f"single{processes}") < 1e-5
     assert largest_difference(folder / "double1", folder / f"double{processes}") < 1e-12
 

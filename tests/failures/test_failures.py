@@ -35,7 +35,7 @@ KINDS = {
     "model": ("step 13 (forward)", "RuntimeError: a model that fails", "raise RuntimeError", "one process"),
     "loss": ("step 13 (forward)", "KeyError: 'a loss that fails'", "raise KeyError", "one process"),
     "dataset": ("(waiting for data)", "OSError: a file that is torn", "raise OSError", "that sample"),
-    "worker": ("", "DataLoader worker (pid", "", "/dev/shm"),  # torch raises wherever the main thread is
+    "worker": ("", "oader worker", "", "/dev/shm"),  # torch raises wherever the main thread is
     "optimizer": ("step 13 (update)", "ArithmeticError: an optimizer", "raise ArithmeticError", "one process"),
     "callback": ("step 13 (callback)", "LookupError: a callback", "raise LookupError", "one process"),
     "kill": ("step 13 (forward)", GONE, "", "out-of-memory killer"),
