@@ -17,13 +17,13 @@ import torch
 from torch import nn
 
 from dist_train.config.schema import DistributedConfig
-from dist_train.engine.losses import Loss
-from dist_train.engine.modules import Modules
-from dist_train.engine.precision import Precision
-from dist_train.engine.reduce import DataParallel, OneBucket, Reducer, SingleProcess
-from dist_train.engine.task import Supervised
-from dist_train.runtime.placement import read_placement
+from dist_train.runtime.launch import read_placement
 from dist_train.runtime.world import World, open_world
+from dist_train.step.modules import Modules
+from dist_train.step.precision import Precision
+from dist_train.step.reduce import DataParallel, OneBucket, Reducer, SingleProcess
+from dist_train.task.losses import Loss
+from dist_train.task.task import Supervised
 
 
 def ways(world: World, hidden: int) -> dict[str, Reducer]:

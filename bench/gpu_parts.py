@@ -24,17 +24,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dist_train.checkpoint.hostcopy import HostCopy
+from dist_train.checkpoint.staging import HostCopy
 from dist_train.data.loader import StepWork
 from dist_train.data.sampler import MicroBatch
-from dist_train.engine.losses import Loss
-from dist_train.engine.modules import Modules
-from dist_train.engine.optim import build_optimizer
-from dist_train.engine.precision import Precision
-from dist_train.engine.reduce import DataParallel, SingleProcess
-from dist_train.engine.step import Stepper
-from dist_train.engine.task import Supervised
 from dist_train.runtime.seeding import seed_forward
+from dist_train.step.modules import Modules
+from dist_train.step.optim import build_optimizer
+from dist_train.step.precision import Precision
+from dist_train.step.reduce import DataParallel, SingleProcess
+from dist_train.step.step import Stepper
+from dist_train.task.losses import Loss
+from dist_train.task.task import Supervised
 
 ROOT = Path(__file__).resolve().parent.parent
 Findings = Iterator[dict[str, Any]]
@@ -470,7 +470,7 @@ def tests(device: torch.device) -> Findings:
             raise SkippedError(f"{needed} is not installed")
     folders = ["tests/gpu/test_training.py"]
     if device.type == "cuda":
-        folders += ["tests/data/test_augment.py", "tests/runtime/test_seeding.py", "tests/checkpoint/test_hostcopy.py"]
+        folders += ["tests/data/test_augment.py", "tests/runtime/test_seeding.py", "tests/checkpoint/test_staging.py"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *folders],
         cwd=ROOT, env={**os.environ, "DIST_TRAIN_TEST_DEVICE": device.type}, text=True, capture_output=True,

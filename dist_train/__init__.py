@@ -15,7 +15,7 @@ def __getattr__(name: str) -> Any:
 
         return train
     if name == "load":
-        from dist_train.engine.restore import load
+        from dist_train.run.open import load
 
         return load
     raise AttributeError(f"module 'dist_train' has no attribute {name!r}")

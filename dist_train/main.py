@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 
 from dist_train.config.errors import ConfigError, did_you_mean
-from dist_train.runtime import failure, signals
-from dist_train.runtime.peers import Peers
+from dist_train.watch import failure, signals
+from dist_train.watch.peers import Peers
 
 # Each is a module of dist_train.commands, imported when it is asked for.
 COMMANDS = {

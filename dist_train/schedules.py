@@ -1,5 +1,5 @@
-"""Learning rate schedules beyond torch's own (see `dist_train.engine.schedule`)."""
+"""Learning rate schedules beyond torch's own (see `dist_train.step.schedule`)."""
 
-from dist_train.engine.schedule import WarmupCosine
+from dist_train.step.schedule import WarmupCosine
 
 __all__ = ["WarmupCosine"]

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from dist_train.checkpoint.hostcopy import HostCopy
 from dist_train.checkpoint.manifest import CheckpointError
 from dist_train.checkpoint.publish import OwnedStore, Writing
+from dist_train.checkpoint.staging import HostCopy
 from dist_train.checkpoint.store import CheckpointStore, Found
 from dist_train.runtime.lease import Lease, LeaseLostError
 from dist_train.runtime.storage import Storage

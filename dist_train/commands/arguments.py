@@ -67,7 +67,7 @@ def with_run(
 
 
 def _is_of_a_run(path: Path) -> bool:
-    from dist_train.engine.rundir import FILES, FOLDERS
+    from dist_train.runtime.rundir import FILES, FOLDERS
 
     place = next((folder for folder in path.parents if (folder / "config.yaml").is_file()), None)
     if place is None or not (place / "checkpoints").is_dir():

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from dist_train.commands.arguments import Parser, whole_file, with_config
 from dist_train.config.errors import ConfigError
 from dist_train.config.secrets import mask, visible
-from dist_train.runtime.failure import write_error_file
+from dist_train.watch.failure import write_error_file
 
 if TYPE_CHECKING:
     from dist_train.config.schema import Config
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str]) -> int:
     from dist_train.commands.train import checked
     from dist_train.config.durations import Duration
     from dist_train.config.schema import DistributedConfig
-    from dist_train.runtime.placement import read_placement
+    from dist_train.runtime.launch import read_placement
     from dist_train.runtime.world import open_world
 
     config, problem = None, None
@@ -94,7 +94,7 @@ def _examine(
     world: World, config: Config | None, problem: ConfigError | None, options: Any
 ) -> tuple[list[Check], list[dict[str, Any]]]:
     """Every check but the rehearsal (rank 0's list counts), and the facts of each rank."""
-    from dist_train.runtime import probes
+    from dist_train.doctor import probes
 
     mine = {**probes.resources(world.device), "versions": probes.versions(), "problem": str(problem or "")}
     if config is not None:
@@ -190,7 +190,7 @@ def _storage(world: World, where: str) -> Check:
 
 
 def _network(world: World, floor: float | None) -> list[Check]:
-    from dist_train.runtime import probes
+    from dist_train.doctor import probes
 
     right, speed = probes.all_reduce(world)
     links = probes.links(world)
@@ -213,7 +213,7 @@ def _network(world: World, floor: float | None) -> list[Check]:
 
 def _samples(world: World, config: Config, split: str) -> Check:
     """The first samples of a split, read on each host."""
-    from dist_train.engine.rehearsal import look_at
+    from dist_train.doctor.dry_run import look_at
 
     text, error = "", ""
     if world.placement.local_rank == 0:
@@ -226,7 +226,7 @@ def _samples(world: World, config: Config, split: str) -> Check:
 
 
 def _rehearsal(world: World, config: Config) -> Check:
-    from dist_train.engine.rehearsal import rehearse
+    from dist_train.doctor.dry_run import rehearse
 
     with _scratch(world, config) as where:
         if where is None:

@@ -14,9 +14,9 @@ def main(arguments: Sequence[str]) -> int:
     add_split(parser)
     parser.add_argument("--output", metavar="FILE.json", help="write the JSON there too")
     options = with_run(parser, arguments)
-    from dist_train.engine.restore import open_run
+    from dist_train.run.open import open_run
+    from dist_train.text import format_number, two_columns
     from dist_train.tracking.records import finite
-    from dist_train.tracking.text import format_number, two_columns
 
     with open_run(options.run, options.checkpoint, options.overrides) as restored:
         split = restored.split(options.split)

@@ -14,7 +14,7 @@ from dist_train.commands.arguments import Parser, whole_file, with_run
 if TYPE_CHECKING:
     from torch import nn
 
-    from dist_train.engine.restore import Restored
+    from dist_train.run.open import Restored
 
 ENDINGS = {"state_dict": ".pt", "module": ".module.pt", "safetensors": ".safetensors", "torch_export": ".pt2"}
 PICKLE = (
@@ -29,11 +29,11 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--format", choices=tuple(ENDINGS), default="state_dict", help="by default state_dict")
     parser.add_argument("--output", metavar="FILE", help="by default the run's name, in this directory")
     options = with_run(parser, arguments)
-    from dist_train.runtime.placement import read_placement
+    from dist_train.runtime.launch import read_placement
 
     if read_placement(os.environ).rank != 0:
         return 0
-    from dist_train.engine.restore import open_run
+    from dist_train.run.open import open_run
 
     plain = ["trainer.compile=false", "trainer.channels_last=false", "distributed.device=cpu"]
     with open_run(options.run, options.checkpoint, [*plain, *options.overrides], alone=True) as restored:
@@ -78,7 +78,7 @@ def _export_graph(restored: Restored, path: Path) -> str:
     from torch.utils.data import default_collate
 
     from dist_train.config.components import build_callable
-    from dist_train.engine.prepare import build_dataset
+    from dist_train.training.prepare import build_dataset
 
     config, model = restored.config, restored.evaluator.model
     dataset = build_dataset(config, restored.split(None))

@@ -15,7 +15,7 @@ from dist_train.config.secrets import visible
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dist_train.engine.predict import Meaning, Predicted
+    from dist_train.training.predict import Meaning, Predicted
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -24,8 +24,8 @@ def main(arguments: Sequence[str]) -> int:
     add_split(parser)
     parser.add_argument("--output", metavar="FILE.csv", help="where to write; by default the table is printed")
     options = with_run(parser, arguments)
-    from dist_train.engine.predict import gathered, read_meaning
-    from dist_train.engine.restore import open_run
+    from dist_train.run.open import open_run
+    from dist_train.training.predict import gathered, read_meaning
 
     with open_run(options.run, options.checkpoint, options.overrides) as restored:
         split = restored.split(options.split)
@@ -62,7 +62,7 @@ class Table:
     """index, prediction, probabilities or further values, target: numbers of classes with their names beside them."""
 
     def __init__(self, meaning: Meaning, dataset: Any):
-        from dist_train.engine.restore import attribute_of
+        from dist_train.run.open import attribute_of
 
         self.meaning = meaning
         self.classes = [visible(str(name), keep="") for name in attribute_of(dataset, "classes") or []]

@@ -20,8 +20,8 @@ def main(arguments: Sequence[str]) -> int:
         return compare(options.runs, options.output or "comparison.html")
     if options.output is not None:
         parser.error("--output is for a comparison; the report of one run is the report.html in its directory")
-    from dist_train.engine.showing import report_again
-    from dist_train.runtime.placement import read_placement
+    from dist_train.runtime.launch import read_placement
+    from dist_train.views.model import report_again
 
     path = report_again(options.run, options.checkpoint, options.overrides)
     if path is None:
@@ -33,10 +33,10 @@ def main(arguments: Sequence[str]) -> int:
 def compare(runs: Sequence[str], output: str) -> int:
     """Curves over each other, results, and the keys in which the configs differ; reads files only."""
     from dist_train.config.errors import ConfigError
-    from dist_train.engine.rundir import RunDir
-    from dist_train.runtime.placement import read_placement
+    from dist_train.runtime.launch import read_placement
+    from dist_train.runtime.rundir import RunDir
     from dist_train.runtime.sidefiles import problems
-    from dist_train.tracking.report import write_comparison
+    from dist_train.views.report import write_comparison
 
     if read_placement(os.environ).rank != 0:
         return 0

@@ -163,7 +163,7 @@ def _moment(text: Any) -> datetime | None:
 def best_of(rows: Sequence[dict[str, Any]], config: dict[str, Any]) -> dict[str, Any] | None:
     """The best evaluation by the metric that decides which checkpoint is kept: its metric, value and step."""
     from dist_train.config.names import better_is_lower
-    from dist_train.tracking.curves import metric_names
+    from dist_train.views.curves import metric_names
 
     choice = str((config.get("checkpoint") or {}).get("keep_best") or "auto")
     mode, _, metric = choice.rpartition(" ")
@@ -182,7 +182,7 @@ def best_of(rows: Sequence[dict[str, Any]], config: dict[str, Any]) -> dict[str,
 
 def _differing(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, str]]:
     """key -> run -> value, of the keys in which the configs differ."""
-    from dist_train.tracking.report import differences
+    from dist_train.views.report import differences
 
     with_config = [run for run in runs if run["config"]]
     rows = differences([run["config"] for run in with_config]) if len(with_config) > 1 else []
@@ -208,7 +208,7 @@ def _by_key(differing: dict[str, dict[str, str]]) -> list[list[str]]:
 
 
 def _cells(shown: dict[str, Any]) -> list[str]:
-    from dist_train.tracking.text import format_number, format_seconds
+    from dist_train.text import format_number, format_seconds
 
     best, speed, age = shown["best"], shown["samples_per_s"], shown["age_seconds"]
     reason = " ".join(visible(mask(shown["reason"])).split())

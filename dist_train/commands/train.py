@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str]) -> int:
     """Train by a config; the exit code says how it ended (75: stopped and saved, run again to go on; 0 under torchrun)."""
-    from dist_train.runtime.placement import read_placement
+    from dist_train.runtime.launch import read_placement
 
     options = with_config(Parser("train", "Train, or go on with the run of that name."), arguments)
     result = train(options.config, *options.overrides)
@@ -34,7 +34,7 @@ def train(config: str | Mapping[str, Any] | None = None, *overrides: str) -> dic
     from dist_train.config.load import load_config
 
     whole = load_config(config, overrides)
-    from dist_train.engine.run import seems_completed, train_config
+    from dist_train.run.start import seems_completed, train_config
 
     try:
         if not seems_completed(whole):

@@ -26,7 +26,7 @@ harmless = partial(_declare, "harmless")
 consent = partial(_declare, "consent")
 refused = partial(_declare, "refused")
 
-# The metrics that have a name; tests hold this equal to dist_train.engine.metrics.NAMED.
+# The metrics that have a name; tests hold this equal to dist_train.task.metrics.NAMED.
 METRICS = ("accuracy", "top5", "binary_accuracy", "mae", "mse", "rmse", "r2")
 
 

@@ -1,6 +1,5 @@
 """Data: the plan of samples, the sampler, loaders, datasets and batched augmentation."""
 
-from dist_train.data.arrays import Arrays
 from dist_train.data.augment import (
     Augment,
     CutMix,
@@ -11,9 +10,10 @@ from dist_train.data.augment import (
     RandomHorizontalFlip,
     RandomShift,
 )
-from dist_train.data.datasets import Digits, Gaussians, RandomSplit
 from dist_train.data.errors import DataError
-from dist_train.data.tables import CSV
+from dist_train.library.arrays import Arrays
+from dist_train.library.datasets import Digits, Gaussians, RandomSplit
+from dist_train.library.tables import CSV
 
 __all__ = [
     "Arrays",

@@ -19,8 +19,8 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
-from dist_train.runtime.processes import machine, process_state, started
 from dist_train.runtime.storage import Storage, StorageError
+from dist_train.watch.processes import machine, process_state, started
 
 _MISSED = 3  # renewals, after which an owner on another machine counts as dead
 _LOOK = 1.0  # seconds between two looks at one's own lease on a disk

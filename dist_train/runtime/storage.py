@@ -25,7 +25,7 @@ import fsspec
 
 from dist_train.config.errors import ConfigError
 from dist_train.config.secrets import CURE, holds_secret
-from dist_train.runtime.here import here
+from dist_train.watch.status import here
 
 T = TypeVar("T")
 

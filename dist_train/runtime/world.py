@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_train.config.errors import ConfigError, Problem
-from dist_train.runtime import signals
-from dist_train.runtime.here import MEETING, STARTING, here
-from dist_train.runtime.peers import Peers
-from dist_train.runtime.placement import Placement, check_launcher, in_a_shell, join, meet
-from dist_train.runtime.processes import AGAIN, die_with_parent, machine, raise_file_limit
+from dist_train.runtime.launch import Placement, check_launcher, in_a_shell, join, meet
+from dist_train.watch import signals
+from dist_train.watch.peers import Peers
+from dist_train.watch.processes import AGAIN, die_with_parent, machine, raise_file_limit
+from dist_train.watch.status import MEETING, STARTING, here
 
 if TYPE_CHECKING:
     import torch

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from dist_train.config.secrets import mask, visible
+from dist_train.text import WIDTH, format_number, format_seconds, two_columns
 from dist_train.tracking.logs import Capture, setup_logging
-from dist_train.tracking.text import WIDTH, format_number, format_seconds, two_columns
 
 if TYPE_CHECKING:
     from dist_train.tracking.live import Live

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
-from dist_train.tracking.text import format_number, format_seconds
+from dist_train.text import format_number, format_seconds
 
 BAR = 12  # columns of the bar at least
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from dist_train.runtime.storage import append_whole, retried
 from dist_train.tracking.records import cut_back, encode, make_row
-from dist_train.tracking.sinks import SinkThread, TensorBoard
-from dist_train.tracking.wandb_run import Wandb
+from dist_train.views.sinks import SinkThread, TensorBoard
+from dist_train.views.wandb_run import Wandb
 
 if TYPE_CHECKING:
     from dist_train.config.schema import Config

@@ -24,8 +24,8 @@ for arguments in json.loads(sys.argv[1]):
 MUTE = """
 import torch.distributed as dist
 from torch import nn
-from dist_train.engine.losses import Loss
-from dist_train.engine.task import Supervised
+from dist_train.task.losses import Loss
+from dist_train.task.task import Supervised
 
 class Mute(Supervised):
     def __init__(self):

@@ -117,7 +117,7 @@ def test_damaged_weights_are_not_evaluated(digits: Path, capsys: pytest.CaptureF
 def test_a_checkpoint_that_training_deletes_while_it_is_read_gives_way_to_the_next(
     digits: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dist_train.engine import restore
+    from dist_train.run import open as restore
 
     copy, load = shutil.copytree(digits, tmp_path / "run"), restore.load_averaged
     gone: list[str] = []
@@ -134,8 +134,8 @@ def test_a_checkpoint_that_training_deletes_while_it_is_read_gives_way_to_the_ne
 
 
 def test_the_best_checkpoint_is_the_one_that_the_run_kept(digits: Path, tmp_path: Path) -> None:
-    from dist_train.engine.restore import find_weights
-    from dist_train.engine.rundir import RunDir
+    from dist_train.run.open import find_weights
+    from dist_train.runtime.rundir import RunDir
 
     copy = shutil.copytree(digits, tmp_path / "run")
     steps = sorted(int(path.name.removeprefix("step-")) for path in (copy / "checkpoints").glob("step-*"))

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from runs import result
 
-from dist_train.engine.restore import Restored, open_run
-from dist_train.engine.showing import pictures_of
 from dist_train.main import main
-from dist_train.tracking.figures import Confusion, Regression
+from dist_train.run.open import Restored, open_run
+from dist_train.views.figures import Confusion, Regression
+from dist_train.views.model import pictures_of
 
 
 def page(folder: Path) -> str:
@@ -58,7 +58,7 @@ def test_every_sample_is_counted_once(digits: Path) -> None:
 def test_a_sample_of_a_larger_dataset_keeps_its_numbers(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_run(str(digits), None) as restored:
         (whole,) = shown(restored)
-        monkeypatch.setattr("dist_train.engine.showing.SAMPLES", 120)
+        monkeypatch.setattr("dist_train.views.model.SAMPLES", 120)
         (part,) = shown(restored)
     assert isinstance(whole, Confusion)
     assert isinstance(part, Confusion)

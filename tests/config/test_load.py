@@ -244,7 +244,7 @@ def test_schema_errors_come_without_torch_numpy_or_user_code(folder: Path) -> No
 
 def test_the_metrics_with_names_are_those_of_the_engine() -> None:
     from dist_train.config.fields import METRICS
-    from dist_train.engine.metrics import NAMED
+    from dist_train.task.metrics import NAMED
 
     assert list(NAMED) == list(METRICS)
 

@@ -6,7 +6,7 @@ import pytest
 
 from dist_train.config.load import load_config
 from dist_train.config.names import expand_name
-from dist_train.engine.rundir import run_location
+from dist_train.runtime.rundir import run_location
 
 
 @pytest.mark.parametrize(

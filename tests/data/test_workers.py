@@ -24,8 +24,8 @@ from dist_train.data.errors import SampleError
 from dist_train.data.loader import Reading, TrainLoader
 from dist_train.data.plan import Plan
 from dist_train.data.workers import resolve_workers, run_signals_blocked
-from dist_train.runtime.processes import raise_file_limit
 from dist_train.runtime.world import usable_cpus
+from dist_train.watch.processes import raise_file_limit
 
 HANGS = """
 import json, multiprocessing, os, time

@@ -12,23 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import CONFIGS, environment, rows, run, start
+from failing import CONFIG
+from runs import environment, rows, run, start
 
-from dist_train.runtime.processes import process_state
+from dist_train.watch.processes import process_state
 
-CONFIG = f"""
-extends: {CONFIGS / "digits.yaml"}
-run: {{name: run}}
-data: {{train: {{_target_: faulty.Data, split: train}}, num_workers: 0, augment: [], eval_batch_size: 90}}
-model: {{_target_: faulty.Model, in_features: 64, hidden: [32], out_features: 10}}
-loss: {{_target_: faulty.Loss}}
-optimizer: {{_target_: faulty.Optimizer, lr: 0.1}}
-scheduler: null
-callbacks: [{{_target_: faulty.Watch}}]
-trainer: {{duration: 60step, log_every: 10step, evaluate_every: 19step}}
-checkpoint: {{every: 15step, keep_best: null}}
-tracking: {{tensorboard: false}}
-"""
 GONE = "its process has ended without a word"
 # kind: phase, what the line `error` says, what the user's line says, what to try
 KINDS = {
@@ -218,7 +206,7 @@ def test_a_hang_anywhere_is_named(folder: Path, kind: str, rank: int, processes:
 def test_a_rank_alone_in_c_code_that_holds_the_gil_ends_with_its_stacks() -> None:
     script = """
 import ctypes, time
-from dist_train.runtime import here, peers
+from dist_train.watch import status as here, peers
 
 peers.DEAF_SECONDS, peers.Peers.may_exit = 0.5, True
 peers.Peers(hang_timeout=1.0).start()

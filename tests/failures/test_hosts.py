@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from failing import CONFIG
 from hosts import Hosts, missing
-from test_failures import CONFIG
 
 
 @pytest.fixture

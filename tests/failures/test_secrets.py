@@ -11,18 +11,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from failing import CONFIG
 from runs import start
-from test_failures import CONFIG
 
 from dist_train.config.errors import ConfigError, describe
 from dist_train.config.load import load_config
 from dist_train.config.secrets import mask, visible
-from dist_train.runtime.failure import describe as describe_failure
-from dist_train.runtime.failure import one_line
 from dist_train.runtime.storage import Storage
 from dist_train.tracking.console import Console, setup_logging
-from dist_train.tracking.figures import Confusion, Example
-from dist_train.tracking.report import write_report
+from dist_train.views.figures import Confusion, Example
+from dist_train.views.report import write_report
+from dist_train.watch.failure import describe as describe_failure
+from dist_train.watch.failure import one_line
 
 PLANTED = {
     "SERVICE_TOKEN": "pl4nted-4c1d-token",

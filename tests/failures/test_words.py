@@ -22,14 +22,15 @@ from runs import environment
 from dist_train.data.errors import SampleError
 from dist_train.data.reading import Seeded
 from dist_train.data.sampler import MicroBatch
-from dist_train.engine.losses import Loss as EngineLoss
-from dist_train.engine.parts import Parts
+from dist_train.doctor import probes
 from dist_train.main import main
-from dist_train.runtime import failure, probes, signals
-from dist_train.runtime.here import EVALUATION, FORWARD, PHASES, Here, descriptor, here, of_process
-from dist_train.runtime.pace import IN_A_ROW, Pace
-from dist_train.runtime.peers import Peers
-from dist_train.runtime.processes import process_state
+from dist_train.task.losses import Loss as EngineLoss
+from dist_train.training.parts import Parts
+from dist_train.watch import failure, signals
+from dist_train.watch.pace import IN_A_ROW, Pace
+from dist_train.watch.peers import Peers
+from dist_train.watch.processes import process_state
+from dist_train.watch.status import EVALUATION, FORWARD, PHASES, Here, descriptor, here, of_process
 
 
 def caught(action: object) -> BaseException:
@@ -275,7 +276,7 @@ def test_torchrun_is_told_in_its_own_way(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_where_a_process_stood_can_be_read_after_it_was_killed() -> None:
     code = (
-        "import os, time; from dist_train.runtime.here import here, descriptor, FORWARD\n"
+        "import os, time; from dist_train.watch.status import here, descriptor, FORWARD\n"
         "here.phase, here.step = FORWARD, 41\nprint(descriptor, flush=True)\ninput()\nhere.step = 42\nos.kill(os.getpid(), 9)"
     )
     child = subprocess.Popen(

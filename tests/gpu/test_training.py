@@ -13,8 +13,8 @@ import runs
 import torch
 from torch import nn
 
-from dist_train.engine.finite import NonFiniteError
-from dist_train.engine.precision import resolve_precision
+from dist_train.step.finite import NonFiniteError
+from dist_train.step.precision import resolve_precision
 
 sys.path.append(str(runs.ROOT / "bench"))
 from gpu_parts import network, stepper, work

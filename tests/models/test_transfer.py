@@ -16,7 +16,6 @@ from torchvision import models
 
 from dist_train.config.errors import ConfigError
 from dist_train.config.load import load_config
-from dist_train.engine.prepare import build_model
 from dist_train.models import MLP, Cifar10Quick, DigitsCNN, LogisticRegression, MnistCNN
 from dist_train.models.layers import layer_table, output_shapes
 from dist_train.models.transfer import (
@@ -29,6 +28,7 @@ from dist_train.models.transfer import (
     replace_head,
 )
 from dist_train.models.weights import is_torchvision_name, read_file, read_torchvision
+from dist_train.training.prepare import build_model
 
 
 def told(call: Any, *arguments: Any, **named: Any) -> tuple[str, str]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
-from dist_train.engine.callbacks import Callback
+from dist_train.training.callbacks import Callback
 
 
 class Points(Dataset[Any]):

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from runs import environment
 
 from dist_train.config.errors import ConfigError
-from dist_train.runtime import placement
-from dist_train.runtime.placement import Placement, check_launcher, meet, read_placement
+from dist_train.runtime import launch as placement
+from dist_train.runtime.launch import Placement, check_launcher, meet, read_placement
 from dist_train.runtime.world import pick_device
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "6", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "1"}
@@ -72,7 +72,9 @@ def test_rank_and_size_follow_from_the_launcher(
 
 def test_steps_started_in_a_shell_of_srun_have_no_terminal_and_are_jobs() -> None:
     """In a session of its own: the variables alone, which such steps inherit, don't make a shell."""
-    script = "import os; os.setsid(); from dist_train.runtime.placement import read_placement as r; print(r(os.environ).size)"
+    script = (
+        "import os; os.setsid(); from dist_train.runtime.launch import read_placement as r; print(r(os.environ).size)"
+    )
     env = environment(**SRUN, SLURM_PTY_PORT="33781")
     assert subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True).stdout == "5\n"
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from dist_train.text import format_number, format_seconds, two_columns
 from dist_train.tracking.console import Console, setup_logging
-from dist_train.tracking.text import format_number, format_seconds, two_columns
 
 SCRIPT = """
 import sys, time, warnings

@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dist_train.tracking import logger as logger_module
 from dist_train.tracking.logger import Logger, open_logger
 from dist_train.tracking.records import read_rows
-from dist_train.tracking.sinks import SinkThread
+from dist_train.views.sinks import SinkThread
 
 
 class Warnings(list[str]):
@@ -148,8 +148,8 @@ def test_a_sink_that_hangs_costs_a_bounded_time_and_one_warning(
 
 
 def test_a_sink_that_takes_nothing_does_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dist_train.tracking.sinks.BACKLOG", 100)
-    monkeypatch.setattr("dist_train.tracking.sinks.STUCK", 0.05)
+    monkeypatch.setattr("dist_train.views.sinks.BACKLOG", 100)
+    monkeypatch.setattr("dist_train.views.sinks.STUCK", 0.05)
     never = threading.Event()
     said: list[str] = []
     thread = SinkThread("wandb", lambda: never.wait() and None, said.append)

@@ -180,12 +180,12 @@ def in_reading(module: ModuleType) -> None:
 
 
 PLACES = {
-    "dist_train.engine.trainer": in_trainer,
+    "dist_train.training.trainer": in_trainer,
     "dist_train.runtime.storage": in_storage,
     "dist_train.checkpoint.publish": in_publishing,
-    "dist_train.checkpoint.hostcopy": in_copying,
-    "dist_train.engine.evaluate": in_evaluating,
-    "dist_train.engine.rundir": in_starting,
+    "dist_train.checkpoint.staging": in_copying,
+    "dist_train.training.evaluate": in_evaluating,
+    "dist_train.runtime.rundir": in_starting,
     "dist_train.data.reading": in_reading,
 }
 

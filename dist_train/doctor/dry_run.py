@@ -1,0 +1,115 @@
+"""A few steps of a run in a temporary directory: what a big job would stumble over, found in seconds."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import default_collate
+
+from dist_train.checkpoint.store import find_at
+from dist_train.config.components import build_callable, is_spec
+from dist_train.config.durations import Duration
+from dist_train.data.passes import is_stream
+from dist_train.run.start import train_in
+from dist_train.tracking.console import Console
+from dist_train.tracking.records import read_rows
+from dist_train.training.forgotten import forgotten
+from dist_train.training.parts import Parts
+from dist_train.training.prepare import build_dataset, reading_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from dist_train.config.schema import Config
+    from dist_train.runtime.world import World
+
+SAMPLES = 8  # of each split that are read and shown
+STEPS = 3
+
+
+def look_at(config: Config, split: str) -> str:
+    """The first samples of a split as one batch: shapes, dtypes, range; raises whatever its dataset raises."""
+    dataset = build_dataset(config, split)
+    collate = build_callable(config.data.collate) if config.data.collate is not None else default_collate
+    if is_stream(dataset):
+        return f"a stream; {_form(collate(list(itertools.islice(iter(dataset), SAMPLES))))}"
+    samples = [dataset[index] for index in range(min(SAMPLES, len(dataset)))]
+    return f"{len(dataset):,} samples; {_form(collate(samples))}"
+
+
+def _form(value: Any) -> str:
+    if isinstance(value, torch.Tensor | np.ndarray):
+        tensor = torch.as_tensor(value)
+        form = f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+        if not tensor.numel() or tensor.dtype == torch.bool or tensor.is_complex():
+            return form
+        return f"{form} {float(tensor.min()):.4g} ... {float(tensor.max()):.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_form(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_form(item) for item in value)
+    return type(value).__name__
+
+
+def rehearse(config: Config, world: World, where: Path) -> tuple[list[str], str]:
+    """Three steps, an evaluation and a save below `where`, then one step more from there.
+
+    All ranks call it. What it raises is what training would raise.
+
+    Returns:
+        Lines for the person (on rank 0), and what a checkpoint doesn't hold of the model's state ("" for nothing).
+    """
+    out, kept = io.StringIO(), list[Parts]()
+    train_in(world, _shortened(config, where, STEPS), Console(world.is_main, out=out, err=out), kept.append)
+    missing = "" if config.has_live_objects else _forgotten(kept[0], config, world, where)
+    kept.clear()
+    train_in(world, _shortened(config, where, STEPS + 1), Console(world.is_main, out=io.StringIO(), err=io.StringIO()))
+    if not world.is_main:
+        return [], missing
+    block = [line for line in out.getvalue().splitlines() if line.startswith("  ")]
+    shown = list(itertools.takewhile(lambda line: not line.lstrip().startswith("state "), block))
+    place = where / "rehearsal"
+    losses = {"train": "", "val": ""}
+    for row in read_rows(place / "metrics.jsonl"):
+        losses[row["split"]] += f" {row['loss']:.4f}"
+    size = sum(file.stat().st_size for file in sorted((place / "checkpoints").glob("step-*/*")))
+    shown.append(f"  loss of {STEPS} steps, and of one more after going on from their checkpoint:{losses['train']}")
+    shown += [f"  loss in evaluation:{losses['val']}"] if losses["val"] else []
+    return [*shown, f"  saved: {size / 1e6:.1f} MB"], missing
+
+
+def _forgotten(trained: Parts, config: Config, world: World, where: Path) -> str:
+    dataset, collate = trained.datasets["train"], reading_of(config, world).collate or default_collate
+    some = list(itertools.islice(iter(dataset), SAMPLES)) if is_stream(dataset) else []
+    some = some or [dataset[index] for index in range(min(SAMPLES, len(dataset)))]
+    found = find_at(str(where / "rehearsal"))
+    return forgotten(trained, Parts(config, world), found, trained.move(collate(some)))
+
+
+def _shortened(config: Config, where: Path, steps: int) -> Config:
+    """The config, with an end after so many steps and little to evaluate; a schedule keeps its span."""
+    once, every, whole = Duration(1, "step"), Duration(STEPS, "step"), config.trainer.duration
+    data: dict[str, Any] = {"test": None}
+    if config.data.val is not None:
+        val = build_dataset(config, "val")
+        some = range(0) if is_stream(val) else range(min(len(val), 2 * config.data.eval_batch_size))
+        # Named, as a config would: a file's rehearsal holds no live objects.
+        target = {"_target_": "torch.utils.data.Subset", "dataset": config.data.val, "indices": list(some)}
+        data["val"] = target if some else None
+    changes: dict[str, dict[str, Any]] = {
+        "trainer": {"duration": Duration(steps, "step"), "stop_at": None, "stop_when": None, "log_every": once},
+        "data": data,
+        "run": {"dir": str(where), "name": "rehearsal"},
+        "checkpoint": {"every": [every], "keep_best": None, "resume": "auto"},
+        "tracking": {"tensorboard": False, "wandb": None},
+    }
+    changes["trainer"]["evaluate_every"] = every
+    sections: dict[str, Any] = {name: getattr(config, name).model_copy(update=new) for name, new in changes.items()}
+    scheduler = config.scheduler
+    if isinstance(scheduler, dict) and is_spec(scheduler) and not whole.is_time and "horizon" not in scheduler:
+        sections["scheduler"] = {**scheduler, "horizon": str(whole)}
+    return config.model_copy(update=sections)

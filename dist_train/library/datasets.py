@@ -1,0 +1,133 @@
+"""Datasets that come with the package. Any other `Dataset` is named by its import path."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+from array import array
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Subset
+
+from dist_train.data.errors import DataError
+from dist_train.data.reading import dataset_length
+from dist_train.library.arrays import Arrays
+from dist_train.library.splits import split_indices, split_place
+from dist_train.runtime.seeding import SPLIT
+
+
+@cache
+def _digits() -> tuple[np.ndarray, np.ndarray]:
+    """All 1,797 digits: pixels (1797, 64) float32 in 0..16, and labels (1797,) int64."""
+    # Importing scikit-learn takes a second on every rank, reading its data file 20 ms: so the file is read directly
+    # where it lies as it has for ten years, and through the library otherwise.
+    spec = importlib.util.find_spec("sklearn")
+    path = Path(spec.origin if spec and spec.origin else "").parent / "datasets/data/digits.csv.gz"
+    if not path.is_file():
+        from sklearn.datasets import load_digits
+
+        bunch = load_digits()
+        return bunch.data.astype(np.float32), bunch.target.astype(np.int64)
+    with gzip.open(path, "rt", encoding="ascii") as file:
+        table = np.loadtxt(file, delimiter=",", dtype=np.float32)
+    return table[:, :-1], table[:, -1].astype(np.int64)
+
+
+class Digits(Arrays):
+    """Real handwritten digits: 1,797 grey images of 8x8 pixels in ten classes, shipped with scikit-learn.
+
+    Source: UCI "Optical Recognition of Handwritten Digits" (E. Alpaydin, C. Kaynak, 1998), its test part.
+
+    Args:
+        split: "train" (1257), "val" (180) or "test" (360): disjoint, stratified by class, fixed.
+        flat: items are (64,) instead of (1, 8, 8).
+
+    Items are (float32 in [0, 1], int64 label). Raises DataError for another split.
+    """
+
+    def __init__(self, split: str = "train", *, flat: bool = False) -> None:
+        pixels, labels = _digits()
+        part = split_indices("Digits", split, len(labels), [1257, 180, 360], labels=labels)
+        images = torch.from_numpy(pixels[part] / 16.0)
+        shaped = images if flat else images.view(-1, 1, 8, 8)
+        super().__init__(shaped, torch.from_numpy(labels[part]), classes=[str(digit) for digit in range(10)])
+
+
+class Gaussians(Arrays):
+    """Two clouds of points for logistic regression: class 0 around +mean + bias, class 1 around -mean + bias.
+
+    Args:
+        split: "train", "val" or "test": each is drawn on its own.
+        samples: points of each class.
+        mean, bias: place of the clouds in every dimension; their standard deviation is 1.
+        dimensions: numbers of a point.
+        seed: draws other points.
+
+    Items are ((dimensions,) float32, float32 0 or 1), as BCELoss wants them.
+    """
+
+    def __init__(
+        self,
+        split: str = "train",
+        *,
+        samples: int = 100,
+        mean: float = 1.7,
+        bias: float = 1.0,
+        dimensions: int = 2,
+        seed: int = 0,
+    ) -> None:
+        if samples < 1 or dimensions < 1:
+            raise DataError(f"Gaussians: samples and dimensions must be at least 1, found {samples} and {dimensions}")
+        random = np.random.RandomState([SPLIT, seed & 0xFFFFFFFF, split_place("Gaussians", split)])
+        noise = random.standard_normal((2, samples, dimensions))
+        points = noise + bias + np.array([mean, -mean])[:, None, None]
+        targets = np.repeat(np.array([0, 1], dtype=np.float32), samples)
+        inputs = torch.from_numpy(points.reshape(-1, dimensions)).float()
+        super().__init__(inputs, torch.from_numpy(targets), classes=["0", "1"])
+
+
+class RandomSplit(Subset[Any]):
+    """One part of a dataset that has no splits of its own: name it three times, with another `split` each.
+
+    Args:
+        dataset: map-style. Each part builds its own, so that each may have its own transform.
+        split: "train", "val" or "test".
+        parts: sizes of train, val and test: fractions of the whole, or counts.
+        seed: cuts otherwise.
+        stratify: give each part each class in its share; classes come from the dataset's `targets`, or from reading
+            every item once.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        split: str,
+        *,
+        parts: Sequence[float] = (0.8, 0.1, 0.1),
+        seed: int = 0,
+        stratify: bool = False,
+    ) -> None:
+        total = dataset_length(dataset, "RandomSplit")
+        labels = _labels(dataset, total) if stratify else None
+        indices = split_indices("RandomSplit", split, total, parts, seed=seed, labels=labels)
+        if not len(indices):
+            raise DataError(f"RandomSplit: no sample is left for {split}: {list(parts)} of {total} samples")
+        # An array gives Python numbers as a list does, without an object for each, whose reference counts would make loader
+        # workers copy all of them bit by bit.
+        super().__init__(dataset, array("q", indices.tobytes()))
+        self.classes = getattr(dataset, "classes", None)
+
+
+def _labels(dataset: Any, total: int) -> np.ndarray:
+    labels = getattr(dataset, "targets", None)
+    if labels is None:
+        labels = [dataset[index][1] for index in range(total)]
+    array = np.asarray(labels)
+    if array.ndim != 1 or len(np.unique(array)) > total // 2:
+        raise DataError("RandomSplit: stratify needs a class for each sample; set stratify: false for other targets")
+    return array

@@ -1,0 +1,188 @@
+"""Going on with a run: whether there is one, whether the config still fits it, and which checkpoint it goes on from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from dist_train.checkpoint.manifest import CheckpointError
+from dist_train.checkpoint.store import CheckpointStore, find_at, step_name
+from dist_train.config.changes import compare, refusal_message
+from dist_train.config.code import source_files
+from dist_train.config.errors import ConfigError
+from dist_train.config.fields import from_json
+from dist_train.config.names import expand_path
+from dist_train.run.objects import differences, facts_of, sample_digests
+from dist_train.runtime.rundir import MICRO_BATCHES
+from dist_train.runtime.sidefiles import SideFileError, read_lines, read_mapping
+from dist_train.training.due import in_steps
+
+if TYPE_CHECKING:
+    from dist_train.checkpoint.manager import CheckpointManager
+    from dist_train.checkpoint.store import Found
+    from dist_train.config.schema import Config
+    from dist_train.runtime.rundir import RunDir
+    from dist_train.runtime.world import World
+
+
+_CURE = "Put it back from a copy, give the run another run.name, or delete that directory"
+_LAST_SECTION = "debug"  # of config.yaml, which is written whole
+
+
+@dataclass
+class Decision:
+    """What a start does, decided by rank 0 from what it finds in the run's directory; nothing is changed there.
+
+    Attributes:
+        action: `fresh`, `resume`, or `completed` (nothing to do).
+        changes: what differs from the config of the last start, as lines to log. changed: the keys.
+        source: the checkpoint of another run to begin from.
+        done: step and seconds of a completed run of which a changed config may want more.
+        fits: the most samples of a forward, where memory has run out before.
+        warnings: what can't be read there, and what counts instead.
+        horizon: the optimizer steps that the schedule has spanned so far.
+    """
+
+    action: str = "fresh"
+    changes: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+    source: str | None = None
+    done: tuple[int, float] | None = None
+    fits: int | None = None
+    warnings: list[str] = field(default_factory=list)
+    horizon: int | None = None
+
+    def is_over(self, config: Config, steps_per_epoch: int) -> bool:
+        """Whether the run is completed, and has been trained for at least the duration of this config."""
+        if self.done is None:
+            return False
+        duration, (step, seconds) = config.trainer.duration, self.done
+        end = in_steps(duration, steps_per_epoch)
+        return seconds >= duration.value if end is None else step >= end
+
+
+def decide(config: Config, run: RunDir) -> Decision:
+    """See `Decision`. Nothing that the config names is imported.
+
+    Raises:
+        ConfigError: the run can't be continued under this config or with these objects; says with what differs, and what to do.
+    """
+    decision = _compare_configs(config, run)
+    if decision.action != "fresh" and decision.source is None:
+        decision.warnings += _compare_code(config, run, completed=decision.action == "completed")
+    return decision
+
+
+def _compare_code(config: Config, run: RunDir, completed: bool) -> list[str]:
+    """What to say where the user's files are others than at the last start; see `decide` for live objects."""
+    records, _ = read_lines(run.storage, "attempts.jsonl")  # `Start` tells what is wrong with it
+    start = next((record for record in reversed(records) if isinstance(record.get("code"), dict)), None)
+    if start is None:
+        return []
+    differing = differences(start.get("objects"), facts_of(config))
+    if completed:
+        end: dict[str, Any] = next((record for record in reversed(records) if "samples" in record), {"samples": {}})
+        differing += differences(end["samples"], sample_digests(config))
+    if differing and (completed or not config.checkpoint.accept_changes):
+        cure = "begin another run: another run.name"
+        if not completed:
+            cure += ", or go on with them: checkpoint.accept_changes=true"
+        done = "is completed, and its result is that of" if completed else "was begun with"
+        raise ConfigError.single("run.name", f"{run.location} {done} other objects ({'; '.join(differing)}); {cure}")
+    old, new = start["code"], source_files(config)
+    edited = [name for name in new if name in old and old[name] != new[name]]
+    changed = ", ".join(edited or sorted(old.keys() ^ new.keys()))  # a file comes or goes by another that imports it
+    if not changed:
+        return []
+    since = f"the code has changed since {run.location} was {'trained' if completed else 'last started'}: {changed}"
+    return [
+        f"{since}. This is the result of the code before; another run.name trains with what it is now"
+        if completed
+        else f"{since}. The run goes on with what it is now; another run.name begins anew with it"
+    ]
+
+
+def _compare_configs(config: Config, run: RunDir) -> Decision:
+    store, resume = CheckpointStore(run.storage.sub("checkpoints")), config.checkpoint.resume
+    # What is left of a save that was killed under a URL is no checkpoint; a damaged one that was set aside was one.
+    known = [step_name(step) for step in store.steps() if store.is_there(step)]
+    known += [name for name in store.asides() if name.startswith("damaged-")]
+    begun = run.storage.exists("config.yaml")
+    if resume == "never" and (known or begun):
+        raise ConfigError.single(
+            "checkpoint.resume",
+            f"`never` begins a new run, but {run.location} holds one already ({len(known)} checkpoint(s)); give it another "
+            "run.name, or delete that directory",
+        )
+    location, source, warnings = run.location, None, list[str]()
+    newest = next(store.published(), None)
+    fits = (run.read_json(MICRO_BATCHES, warnings.append) or {}).get("micro_batch_size")
+    result = run.read_json("result.json", warnings.append)
+    completed = result is not None and result["state"] == "completed"
+    old: dict[str, Any]
+    if known or completed:
+        old = _config_before(run, store, warnings)
+    elif begun and result is None and run.storage.exists("result.json"):
+        message = (
+            f"{warnings[-1]}, and {run.location} has no checkpoint: whether it is completed can't be told. {_CURE}"
+        )
+        raise ConfigError.single("run.name", message)
+    elif resume not in ("auto", "never"):
+        try:
+            found = find_at(expand_path(resume))
+        except CheckpointError as error:
+            raise ConfigError.single("checkpoint.resume", str(error)) from None
+        old, location, source, newest = from_json(found.told("config", dict)), found.location, found.location, found
+    else:
+        return Decision(fits=fits, warnings=warnings)
+    changes = compare(old, config.to_dict())
+    asked = [change for change in changes if change.kind == "consent"]
+    bad = [change for change in changes if change.kind == "refused"]
+    if bad or (asked and not config.checkpoint.accept_changes):
+        raise ConfigError.single("", refusal_message(bad + asked, location))
+    lines, keys = [str(change) for change in changes], [change.key for change in changes]
+    done = (result["step"], float(result["seconds"])) if result is not None and completed and source is None else None
+    if done and not asked and not any(key.startswith("trainer.duration") for key in keys):
+        return Decision("completed", lines, keys, warnings=warnings)
+    if done and not known:
+        message = f"{run.location} is completed, and its checkpoints are gone: it can't be trained on. {_CURE}"
+        raise ConfigError.single("run.name", message)
+    return Decision("resume", lines, keys, source, done, fits, warnings, newest.meta.get("horizon") if newest else None)
+
+
+def _config_before(run: RunDir, store: CheckpointStore, warnings: list[str]) -> dict[str, Any]:
+    """The config of the last start: config.yaml's, or where that is lost the newest manifest's.
+
+    Raises:
+        ConfigError: neither can be read.
+    """
+    place = run.storage.join("config.yaml")
+    try:
+        old = read_mapping(run.storage, "config.yaml")
+        if old is not None and _LAST_SECTION in old:
+            return old
+        wrong = f"{place}: {'missing' if old is None else f'cut off, there is no {_LAST_SECTION} in it'}"
+    except SideFileError as error:
+        wrong = str(error)
+    for found in store.published():
+        if isinstance(config := found.meta.get("config"), dict):
+            warnings.append(f"{wrong}: the config in {found.name} counts instead")
+            return from_json(config)
+    raise ConfigError.single("run.name", f"{wrong}, and no manifest has the config of {run.location}. {_CURE}")
+
+
+def find_checkpoint(world: World, decision: Decision, manager: CheckpointManager) -> Found:
+    """The newest checkpoint that verifies, or that of another run: rank 0 looks, and all take the same.
+
+    Raises:
+        CheckpointError: none of those that are there is whole.
+    """
+
+    def look() -> str:
+        if decision.source is not None:
+            return find_at(decision.source).location
+        found = manager.newest()
+        assert found is not None  # `decide` has seen some; where none of them is whole, `newest` says so
+        return found.location
+
+    return find_at(world.on_main(look))

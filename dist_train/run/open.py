@@ -1,0 +1,270 @@
+"""Opening a run that was trained: its config, the weights of one of its checkpoints, its data. Nothing is written."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from dist_train.checkpoint.manifest import CheckpointError, DamagedError
+from dist_train.checkpoint.store import CheckpointStore, Found
+from dist_train.config.components import add_code_paths, build
+from dist_train.config.errors import ConfigError
+from dist_train.config.load import load_config
+from dist_train.config.slots import check_components
+from dist_train.data.loader import EvalLoader
+from dist_train.runtime.launch import Placement, read_placement
+from dist_train.runtime.rundir import RunDir
+from dist_train.runtime.seeding import undisturbed_generators
+from dist_train.runtime.sidefiles import SideFileError, read_mapping
+from dist_train.runtime.world import World, open_world
+from dist_train.step.modules import Modules
+from dist_train.training.evaluate import Evaluator
+from dist_train.training.parts import Parts
+from dist_train.training.prepare import build_dataset, build_model, eval_loader
+from dist_train.training.state import load_weights
+
+if TYPE_CHECKING:
+    from dist_train.config.schema import Config
+
+
+@dataclass
+class Restored:
+    """A run with the weights of one checkpoint in its model: the EMA's where there is one.
+
+    Attributes:
+        found: the checkpoint.
+        evaluator: the model in eval mode, on this rank's device, with the run's task, metrics and precision.
+    """
+
+    run: RunDir
+    config: Config
+    world: World
+    found: Found
+    evaluator: Evaluator
+
+    def split(self, wanted: str | None) -> str:
+        """The split that is asked for; by default test where the run has one, else val.
+
+        Raises:
+            ConfigError: the run has no data for it.
+        """
+        split = wanted or ("test" if self.config.data.test is not None else "val")
+        if getattr(self.config.data, split) is None:
+            cure = f"give it some: data.{split}._target_=... behind the command, or choose another --split"
+            raise ConfigError.single(f"data.{split}", f"the run in {self.run.location} has none; {cure}")
+        return split
+
+    def loader(self, split: str) -> EvalLoader:
+        """Every sample of a split once, over all ranks."""
+        return eval_loader(self.config, self.world, build_dataset(self.config, split, self.world), split)
+
+
+@contextlib.contextmanager
+def open_run(
+    location: str, checkpoint: str | None, overrides: Sequence[str] = (), *, alone: bool = False
+) -> Iterator[Restored]:
+    """A run restored for evaluation, on however many processes there are.
+
+    Args:
+        location: the run's directory.
+        checkpoint: `best`, `last` or `step-N`; None is best where the run keeps it, else last.
+        overrides: `key.path=value`, applied to the run's config.
+        alone: this process doesn't wait for others, whatever launched it.
+
+    Raises:
+        ConfigError: there is no such run or checkpoint, or it doesn't fit the config.
+        DamagedError: the checkpoint isn't whole.
+    """
+    run = RunDir(location)
+    config = _checked(run, overrides)
+    with open_world(config.distributed, Placement() if alone else read_placement(os.environ)) as world:
+        restored = restore_in(world, run, config, checkpoint)
+        restored.evaluator.modules.eval()
+        yield restored
+
+
+def restore_in(world: World, run: RunDir, config: Config, checkpoint: str | None = None) -> Restored:
+    """The same among processes that have met, by a config whose components are there; modules keep their modes."""
+    evaluator = Parts(config, world).evaluator
+    return Restored(run, config, world, _restore(evaluator.modules, run, checkpoint, world), evaluator)
+
+
+def load(run: str | os.PathLike[str], checkpoint: str | None = None, model: nn.Module | None = None) -> nn.Module:
+    """The model of a run, in eval mode on the CPU, with the weights of a checkpoint: the EMA's where there is one.
+
+    Its attribute `dist_train_run` is a `LoadedRun`: where it came from, its config, and `transform`, what to do to an
+    input before the model sees it.
+
+    Args:
+        run: the run's directory.
+        checkpoint: `best`, `last` or `step-N`; None is best where the run keeps it, else last.
+        model: a module of your own to load the weights into; nothing that the run's config names is called then.
+
+    Raises:
+        ConfigError: there is no such run or checkpoint, or it doesn't fit the model.
+        DamagedError: the checkpoint isn't whole.
+    """
+    directory = RunDir(os.fspath(run))
+    if model is None:
+        config = _checked(directory)
+        with undisturbed_generators():
+            model = build_model(config)
+    found = _restore(Modules(model), directory, checkpoint)
+    model.dist_train_run = LoadedRun(directory.location, found.step)  # type: ignore[assignment]
+    return model.eval()
+
+
+@dataclass
+class LoadedRun:
+    """Where a module of `load` came from.
+
+    Attributes:
+        location: the run's directory. step: that of the checkpoint.
+    """
+
+    location: str
+    step: int
+
+    @cached_property
+    def config(self) -> Config:
+        """The run's resolved config."""
+        return _checked(RunDir(self.location))
+
+    @cached_property
+    def transform(self) -> Any:
+        """What the run applies to an input of val (else test, else train); None if its data are used as they are.
+
+        The config's own `transform` argument where there is one, so that no data have to be there; else the attribute
+        `transform` of the dataset.
+        """
+        data = self.config.data
+        split = "val" if data.val is not None else "test" if data.test is not None else "train"
+        spec = getattr(data, split)
+        while isinstance(spec, dict):
+            if "transform" in spec:
+                return build(spec["transform"])
+            spec = spec.get("dataset")
+        return attribute_of(build_dataset(self.config, split), "transform")
+
+
+def attribute_of(dataset: Any, name: str) -> Any:
+    """An attribute of a dataset or of the dataset that it wraps (`Subset`, `RandomSplit`); None without one."""
+    while dataset is not None:
+        value = getattr(dataset, name, None)
+        if value is not None:
+            return value
+        dataset = getattr(dataset, "dataset", None)
+    return None
+
+
+def _restore(modules: Modules, run: RunDir, checkpoint: str | None, world: World | None = None) -> Found:
+    """Put the weights that are asked for into a model, the same on all ranks, and say where they were.
+
+    A run that is training deletes checkpoints, perhaps the one that is being read here: then it is looked up again.
+    """
+    store = _store(run)
+
+    def find() -> int:
+        while True:
+            before = store.steps()
+            try:
+                return find_weights(run, checkpoint).step
+            except DamagedError:
+                if store.steps() == before:
+                    raise
+
+    while True:
+        step = world.on_main(find) if world is not None else find()
+        try:
+            found = store.open(step)
+            if found is not None:
+                load_averaged(modules, found)
+        except DamagedError:
+            found = None
+            if step in store.steps():
+                raise
+        missed = [found is None] if world is None else world.gather(found is None)
+        if found is not None and not any(missed):
+            return found
+
+
+def find_weights(run: RunDir, checkpoint: str | None) -> Found:
+    """The checkpoint that is asked for, verified.
+
+    Raises:
+        ConfigError: there is no such one; says which there are.
+        DamagedError: it isn't whole.
+    """
+    store = _store(run)
+    if not store.steps():
+        raise ConfigError.single("--run", f"{run.location} holds no checkpoint{_near(run)}")
+    try:
+        if checkpoint not in (None, "best"):
+            return store.find(str(checkpoint))
+        newest = store.find("last")
+        choice = newest.told("best", list | None)
+        best = store.best(*choice) if choice is not None else None
+        if best is None and checkpoint == "best":
+            raise ConfigError.single("--checkpoint", f"{run.location} keeps no best checkpoint; use last or step-N")
+        return best or newest
+    except DamagedError:
+        raise
+    except CheckpointError as error:
+        raise ConfigError.single("--checkpoint", str(error)) from None
+
+
+@torch.no_grad()
+def load_averaged(modules: Modules, found: Found) -> None:
+    """Put a checkpoint's weights into a model (and its loss or task), then the averages that it holds for some or all of them.
+
+    Raises:
+        ConfigError: they don't fit.
+        DamagedError: the bytes aren't those that were saved.
+    """
+    load_weights(modules, found)
+    if "ema" in found.parts:
+        averages = found.load("ema")
+        for name, parameter in modules.named_parameters():
+            if name in averages:
+                parameter.copy_(averages[name])
+
+
+def _store(run: RunDir) -> CheckpointStore:
+    return CheckpointStore(run.storage.sub("checkpoints"), lambda line: print(line, file=sys.stderr))
+
+
+def _checked(run: RunDir, overrides: Sequence[str] = ()) -> Config:
+    """The run's config under `overrides`, with its components looked up; without what only training needs."""
+    if not run.storage.exists("config.yaml"):
+        raise ConfigError.single("--run", f"{run.location} holds no run: config.yaml isn't there{_near(run)}")
+    try:
+        read_mapping(run.storage, "config.yaml")
+    except SideFileError as error:
+        raise ConfigError.single("--run", str(error)) from None
+    config = load_config(run.fetch("config.yaml"), overrides)
+    add_code_paths(config.run.code_paths)
+    problems = check_components(config)
+    if problems:
+        raise ConfigError(problems)
+    # One process evaluates what many have trained, and a CPU what GPUs have. Kernels add up in another order with other
+    # numbers of threads, and launchers set one: so it is one here too, unless the config or the environment says more.
+    plain = {"sync_batchnorm": False, "strategy": "auto"}
+    threads = {"threads": 1} if config.distributed.threads == "auto" and "OMP_NUM_THREADS" not in os.environ else {}
+    return config.model_copy(update={"distributed": config.distributed.model_copy(update=plain | threads)})
+
+
+def _near(run: RunDir) -> str:
+    """`; runs are in ...`: runs beside or inside a directory that is none."""
+    for folder in (run.root, run.root.parent) if run.storage.is_local else ():
+        names = sorted(str(path.parent) for path in folder.glob("*/config.yaml"))
+        if names:
+            return f"; runs that are there: {', '.join(names[:5])}"
+    return ""

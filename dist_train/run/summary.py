@@ -1,0 +1,136 @@
+"""The block that a run begins with and the one it ends with: what a person wants to know, in a few lines."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import default_collate
+
+from dist_train.config.components import build_callable
+from dist_train.data.passes import is_stream, stream_length
+from dist_train.models.layers import layer_table, output_shapes
+from dist_train.text import format_seconds
+
+if TYPE_CHECKING:
+    from dist_train.runtime.rundir import RunDir
+    from dist_train.training.parts import Parts
+    from dist_train.training.trainer import Trainer
+
+Lines = list[tuple[str, str]]
+LIVE = (
+    "parts of this config are Python objects: the run can be continued only from Python, with the same objects. For more devices "
+    "name them in a file: torchrun --nproc_per_node=N -m dist_train.main --config FILE"
+)
+
+
+def start_lines(parts: Parts, trainer: Trainer, run: RunDir, resumed: int) -> Lines:
+    """Model, world, precision, data, batch arithmetic, run directory."""
+    config, world, plan = parts.config, parts.world, parts.plan
+    parameters = list(parts.model.parameters())
+    frozen = sum(parameter.numel() for parameter in parameters if not parameter.requires_grad)
+    model = f"{type(parts.model).__name__}, {sum(parameter.numel() for parameter in parameters):,} parameters"
+    data = ", ".join(
+        f"{split} (a stream)" if is_stream(dataset) and stream_length(dataset) is None else f"{split} {len(dataset):,}"
+        for split, dataset in parts.datasets.items()
+    )
+    data += f"; {plan.steps_per_epoch:,} steps an epoch"
+    if plan.samples_per_epoch < plan.length:
+        data += f", {plan.length - plan.samples_per_epoch} samples of each epoch left out (data.drop_last)"
+    total = f" = {trainer.total_steps:,} steps" if trainer.total_steps else ""
+    lines = [
+        ("run", run.location + (f", going on from step {resumed:,}" if resumed else "")),
+        ("model", model + (f", {frozen:,} of them frozen" if frozen else "")),
+        ("transfer", "\n".join(parts.notes)),
+        ("layers", "\n".join(layer_lines(parts))),
+        ("world", _world(parts)),
+        ("precision", parts.precision.name),
+        ("data", data),
+        ("batch", batch_arithmetic(parts)),
+        ("training", f"{config.trainer.duration}{total}"),
+        *(("note", note) for note in parts.train_loader.notes),
+        ("note", LIVE if config.has_live_objects else ""),
+        ("note", parts.precision.note or ""),
+        ("note", _left_in_eval_mode(parts)),
+        ("note", parts.schedule.note if parts.schedule is not None else ""),
+    ]
+    count = torch.cuda.device_count() if world.size == 1 and world.device.type == "cuda" else 1
+    if count > 1:
+        command = f"torchrun --nproc_per_node={count} -m dist_train.main"
+        lines.append(("note", f"{count} GPUs are here: {command} uses them all"))
+    return [(label, text) for label, text in lines if text]
+
+
+def _left_in_eval_mode(parts: Parts) -> str:
+    """The outermost modules that the model's own code has put into eval mode, as transformers' from_pretrained does."""
+    left = [name for name, module in parts.modules.named_modules() if not module.training]
+    left = [name for name in left if name.rpartition(".")[0] not in left]
+    if not left or parts.config.transfer.freeze:
+        return ""
+    shown = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
+    return f"in eval mode, as the model's own code left them, and so they stay in training: {shown}"
+
+
+def layer_lines(parts: Parts) -> list[str]:
+    """The layers in short, or all of them with their output shapes (`debug.layers`; rank 0 runs one sample for it)."""
+    model, config = parts.model, parts.config
+    if not config.debug.layers or not parts.world.is_main:
+        return layer_table(model)
+    try:
+        collate = build_callable(config.data.collate) if config.data.collate is not None else default_collate
+        batch = parts.move(collate([parts.datasets["train"][0]]))
+        with parts.evaluator.serving(average=False), parts.precision.autocast():
+            shapes = output_shapes(model, lambda: parts.task.predict(model, batch))
+    except Exception as error:  # a stream, or a model that can't take one sample: no reason not to train
+        note = f"(shapes are those of the weights: one sample couldn't be run: {error})"
+        return [*layer_table(model, full=True), note]
+    return layer_table(model, full=True, shapes=shapes)
+
+
+def _world(parts: Parts) -> str:
+    world = parts.world
+    place = f"{world.size} process" + ("es" if world.size > 1 else "")
+    nodes = world.placement.nodes
+    if nodes > 1:
+        place += f" on {nodes} nodes"
+    if world.backend is not None:
+        place += f", {'nccl' if world.device.type == 'cuda' else 'gloo'}"
+    if world.device.type == "cuda":
+        return f"{place}, {torch.cuda.get_device_name(world.device)}"
+    return f"{place}, CPU, {torch.get_num_threads()} thread(s) each"
+
+
+def batch_arithmetic(parts: Parts) -> str:
+    """`64 = 4 ranks x 16; for 64 a GPU: data.global_batch_size=256, and raise lr`."""
+    size, ranks, micro = parts.plan.global_batch_size, parts.world.size, parts.micro_batch_size
+    text = str(size)
+    if ranks > 1:
+        text += f" = {ranks} ranks x {size // ranks}" + (f" or {size // ranks + 1}" if size % ranks else "")
+    if micro < -(-size // ranks):
+        text += f", in micro-batches of {micro} at most"
+    if ranks > 1:
+        unit = "GPU" if parts.world.device.type == "cuda" else "process"
+        text += f"; for {size} a {unit}: data.global_batch_size={size * ranks}, and raise lr"
+    return text
+
+
+def end_lines(result: dict[str, Any], run: RunDir) -> Lines:
+    """How it ended, the figures, and where things lie, of those that are there."""
+    lines = [("state", f"{result['state']} at step {result['step']:,}: {result['reason']}")]
+    for split, metrics in result.get("metrics", {}).items():
+        figures = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "eval_samples")
+        lines.append((split, f"{figures}  ({metrics.get('eval_samples', 0):,} samples)"))
+    lines.append(("time", f"{format_seconds(result['seconds'])} of training, over all starts"))
+    completed = result["state"] == "completed"
+    if completed:
+        kept = f" (step {result['kept_step']:,})" if result["kept_step"] != result["step"] else ""
+        lines.append(("model", f"{run.location}/model.pt{kept}"))
+    shown = [("report", "report.html", "")] if completed else []
+    for label, name, command in (
+        *shown,
+        ("curves", "curves.png", ""),
+        ("board", "tensorboard", "tensorboard --logdir "),
+    ):
+        if run.path(name).exists():
+            lines.append((label, f"{command}{run.location}/{name}"))
+    return lines if completed else [*lines, ("next", "the same command goes on from here")]

@@ -1,0 +1,242 @@
+"""This process's place among those of its job: its rank as the launcher tells it, the rest as the hosts themselves tell."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from dist_train.config.errors import ConfigError, Problem
+from dist_train.watch.processes import machine
+
+# What `accelerate launch` may ask for by the environment and wouldn't get here.
+_NOT_TAKEN = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_FSDP": "its FSDP plugin",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
+    "ACCELERATE_DYNAMO_BACKEND": "a dynamo_backend (trainer.compile=true is the way here)",
+    "ACCELERATE_MIXED_PRECISION": "a mixed_precision beside no, fp16 and bf16",
+}
+_TAKEN = ("", "no", "false", "fp16", "bf16")
+# Rank and number of processes, as mpirun tells them: Open MPI; MPICH, Intel MPI and others with its `hydra`; MVAPICH.
+_MPI = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALNRANKS"),
+    ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE"),
+)
+_SAY_SECONDS = (5.0, 60.0)  # until a wait for partners is told of, and told of again
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A process's place among the processes of its job.
+
+    Attributes:
+        rank, size, launcher: as the launcher's environment tells them. launcher: none, torchrun, accelerate, srun, mpirun, or
+            environment (RANK and WORLD_SIZE of somebody else, as of Kubernetes' PyTorchJob).
+        names: the variables that told rank and size.
+        local_rank, local_size, nodes: among the ranks of this host, and the number of hosts; known once all have met.
+        gpu, gpu_ranks: among the ranks that see the same GPUs (under `srun --gpus-per-task=1` each sees its own).
+    """
+
+    rank: int = 0
+    size: int = 1
+    launcher: str = "none"
+    names: tuple[str, ...] = ()
+    local_rank: int = 0
+    local_size: int = 1
+    nodes: int = 1
+    gpu: int = 0
+    gpu_ranks: int = 1
+
+    @property
+    def under_torchrun(self) -> bool:
+        """Whether a torchrun agent watches this process (`accelerate launch` with several processes is one)."""
+        return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def read_placement(env: Mapping[str, str]) -> Placement:
+    """The rank that a launcher left in the environment; one process if none did.
+
+    `accelerate launch` with one process sets no RANK; a shell inside a Slurm job has SLURM_PROCID but no step, and one by
+    `srun --pty` has all of a step's variables, and a terminal, which no task of an ordinary step has.
+
+    Raises:
+        ConfigError: the variables don't make a place.
+    """
+    accelerate = "ACCELERATE_MIXED_PRECISION" in env
+    if "RANK" in env or env.get("WORLD_SIZE", "1") != "1":
+        torchrun = "TORCHELASTIC_RUN_ID" in env or "LOCAL_WORLD_SIZE" in env
+        launcher = "accelerate" if accelerate else "torchrun" if torchrun else "environment"
+        return _placed(env, launcher, "RANK", "WORLD_SIZE")
+    slurm = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
+    by_slurm = [env.get(name) for name in slurm] if "SLURM_STEP_ID" in env else []
+    for rank, size, _ in _MPI:
+        if rank in env and not (rank == "PMI_RANK" and by_slurm == [env[rank], env.get(size)]):  # srun --mpi=pmi2
+            return _placed(env, "mpirun", rank, size)
+    if by_slurm and by_slurm[1] not in (None, "1") and not in_a_shell(env):
+        return _placed(env, "srun", *slurm)
+    if "PMIX_RANK" in env and not by_slurm:  # prterun, which tells no size
+        return _placed(env, "mpirun", "PMIX_RANK", "OMPI_COMM_WORLD_SIZE")
+    return Placement(launcher="accelerate" if accelerate else "none")
+
+
+def in_a_shell(env: Mapping[str, str]) -> bool:
+    """Whether somebody has typed this command in a shell that `srun --pty` has opened, one task among several."""
+    if "SLURM_PTY_PORT" not in env:  # steps that such a shell starts inherit it, but not the terminal
+        return False
+    with contextlib.suppress(OSError):
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+        return True
+    return False
+
+
+def _placed(env: Mapping[str, str], launcher: str, *names: str) -> Placement:
+    told = [env.get(name, "") for name in names]
+    if not all(value.isascii() and value.isdigit() for value in told) or int(told[0]) >= int(told[1]):
+        seen = ", ".join(f"{name}={env[name]}" if name in env else f"no {name}" for name in names)
+        message = (
+            f"the environment says {seen}; a process of several needs both, the rank below the size. Export what is missing, "
+            f"start them by torchrun, or unset {' and '.join(name for name in names if name in env)} to train with this one"
+        )
+        raise ConfigError.single(names[0], message, where="environment")
+    return Placement(int(told[0]), int(told[1]), launcher, names)
+
+
+def check_launcher(env: Mapping[str, str]) -> None:
+    """Refuse what accelerate's configuration asks for and would silently not get.
+
+    Raises:
+        ConfigError: naming each such setting.
+    """
+    asked = {name: what for name, what in _NOT_TAKEN.items() if env.get(name, "").lower() not in _TAKEN}
+    advice = "which isn't taken here: leave it out, as launch/accelerate/ddp.yaml does"
+    if asked:
+        told = [(f"{name}={env[name]}", f"asks for {what}, {advice}") for name, what in asked.items()]
+        raise ConfigError([Problem("accelerate launch", *problem) for problem in told])
+
+
+def meet(placement: Placement, store: Any, gpus: str, timeout: float) -> tuple[Placement, str]:
+    """All processes meet in `store`; this one's whole place, and a word of rank 0's that is new with each meeting.
+
+    Hosts are told apart by what their processes say of themselves. `gpus` names those that this process sees, by names that no
+    other host's have.
+
+    Raises:
+        TimeoutError: some never came.
+    """
+    # All of Slurm's nodes may be on one machine (a test's are).
+    mine = [f"{machine()} {os.environ.get('SLURMD_NODENAME', '')}", gpus, uuid.uuid4().hex]
+    store.set(f"here/{placement.rank}", "\0".join(mine))
+    keys = [f"here/{rank}" for rank in range(placement.size)]
+    began, say_at, pause = time.monotonic(), _SAY_SECONDS[0], 0.01
+    while not store.check(keys):
+        waited = time.monotonic() - began
+        if waited > min(say_at, timeout):
+            absent = [rank for rank in range(placement.size) if not store.check([keys[rank]])]
+            if waited > timeout:
+                raise TimeoutError(_waiting(placement, waited, absent))
+            if placement.rank == 0 and absent:
+                print(_waiting(placement, waited, absent), file=sys.stderr, flush=True)
+            say_at = waited + _SAY_SECONDS[1]
+        time.sleep(pause)
+        pause = min(2 * pause, 0.5)
+    told = [value.decode().split("\0") for value in store.multi_get(keys)]
+    hosts = [host for host, _, _ in told]
+    near = [rank for rank in range(placement.size) if hosts[rank] == mine[0]]
+    sharing = [rank for rank in range(placement.size) if told[rank][1] == gpus]  # in containers, perhaps
+    place = dataclasses.replace(
+        placement, local_rank=near.index(placement.rank), local_size=len(near), nodes=len(set(hosts)),
+        gpu=sharing.index(placement.rank), gpu_ranks=len(sharing),
+    )  # fmt: skip
+    return place, told[0][2]
+
+
+def join(placement: Placement, timeout: timedelta) -> Any:
+    """The store in which all processes meet: that of torchrun's agent, else rank 0's.
+
+    Raises:
+        ConfigError: nobody says where rank 0 lives.
+    """
+    import torch.distributed as dist
+
+    _name_master(placement)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store, _, _ = next(dist.rendezvous("env://", placement.rank, placement.size, timeout=timeout))
+        store.set_timeout(timeout)
+        return store
+    calling = threading.Timer(_SAY_SECONDS[0], _tell_calling, [placement])
+    calling.daemon = True
+    calling.start()
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        return dist.TCPStore(
+            address, port, placement.size, placement.rank == 0, timeout, wait_for_workers=False, multi_tenant=True
+        )
+    finally:
+        calling.cancel()
+
+
+def _tell_calling(placement: Placement) -> None:
+    print(_waiting(placement, _SAY_SECONDS[0], [0]), file=sys.stderr, flush=True)
+
+
+def _waiting(placement: Placement, seconds: float, absent: list[int]) -> str:
+    """Who is missing, and what made this process wait for them."""
+    few = ", ".join(str(rank) for rank in absent[:8]) + (", ..." if len(absent) > 8 else "")
+    there = f"{placement.size - len(absent)} of {placement.size} processes are here"
+    if placement.rank and absent == [0]:
+        there = "nobody answers where rank 0 should be"
+    names = (*placement.names, "MASTER_ADDR", "MASTER_PORT")
+    went_by = ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
+    return (
+        f"dist_train: rank {placement.rank} on {socket.gethostname()} has waited for its partners for {seconds:.0f} s: {there}, "
+        f"no word of rank {few}. It went by {went_by} ({placement.launcher}); to train with this process alone, unset "
+        f"{' and '.join(placement.names)}"
+    )
+
+
+def _name_master(placement: Placement) -> None:
+    """Under srun and mpirun nobody says where rank 0 lives: the step's first host, and a port that follows from the job."""
+    env = os.environ
+    if placement.launcher == "srun":
+        job, step = int(env.get("SLURM_JOB_ID", "0")), int(env.get("SLURM_STEP_ID", "0"))
+        env.setdefault("MASTER_PORT", str(20000 + (job * 7 + step) % 20000))
+        if "MASTER_ADDR" not in env:
+            env["MASTER_ADDR"] = _first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", "")))
+    elif placement.launcher == "mpirun" and str(placement.size) in [env.get(local) for _, _, local in _MPI]:
+        job_name = env.get("PMIX_NAMESPACE") or str(os.getppid())  # mpirun, or its proxy: the parent of all ranks here
+        env.setdefault("MASTER_PORT", str(20000 + zlib.crc32(job_name.encode()) % 12000))
+        env.setdefault("MASTER_ADDR", "127.0.0.1")
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not env.get(name)]
+    if missing or not env["MASTER_PORT"].isdigit():
+        what = f"not set: {', '.join(missing)}" if missing else f"not a port: MASTER_PORT={env['MASTER_PORT']}"
+        message = (
+            f"{what}. {placement.names[0]} and {placement.names[1]} say that this is one of {placement.size} processes; export "
+            "the address of rank 0's host and a free port there to all of them (mpirun -x MASTER_ADDR=node1 -x "
+            "MASTER_PORT=29500), or start them by torchrun"
+        )
+        raise ConfigError.single("MASTER_ADDR", message, where="environment")
+
+
+def _first_host(nodes: str) -> str:
+    try:
+        listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        message = (
+            f"can't tell the first host of {nodes!r} (scontrol failed: {error}); export MASTER_ADDR in the batch script"
+        )
+        raise ConfigError.single("MASTER_ADDR", message) from None
+    return listed.stdout.split()[0]

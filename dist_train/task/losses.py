@@ -1,0 +1,250 @@
+"""A loss as (sum, weight): what is summed over samples, ranks and micro-batches, and the one number it is divided by.
+
+The mean of means is wrong wherever the denominators differ: class weights, `ignore_index`, `reduction="sum"`, a short last
+batch (transformers #34191 was such a bug). So every loss here yields a sum and its own denominator, the sums are added up,
+and one division by the global weight follows.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dist_train.config.errors import ConfigError
+from dist_train.task.batch import batch_length, in_full_precision
+
+ELEMENTWISE = (
+    nn.MSELoss, nn.L1Loss, nn.BCELoss, nn.BCEWithLogitsLoss, nn.SmoothL1Loss, nn.HuberLoss,
+    nn.PoissonNLLLoss, nn.KLDivLoss, nn.HingeEmbeddingLoss, nn.SoftMarginLoss,
+)  # fmt: skip
+CLASSWISE = (nn.CrossEntropyLoss, nn.NLLLoss)
+
+_MODULE_OF: dict[Any, type[nn.Module]] = {
+    nn.functional.cross_entropy: nn.CrossEntropyLoss,
+    nn.functional.nll_loss: nn.NLLLoss,
+    nn.functional.mse_loss: nn.MSELoss,
+    nn.functional.l1_loss: nn.L1Loss,
+    nn.functional.smooth_l1_loss: nn.SmoothL1Loss,
+    nn.functional.huber_loss: nn.HuberLoss,
+    nn.functional.binary_cross_entropy: nn.BCELoss,
+    nn.functional.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss,
+    nn.functional.poisson_nll_loss: nn.PoissonNLLLoss,
+    nn.functional.kl_div: nn.KLDivLoss,
+    nn.functional.hinge_embedding_loss: nn.HingeEmbeddingLoss,
+    nn.functional.soft_margin_loss: nn.SoftMarginLoss,
+}
+Fitted = tuple[Tensor, Tensor, Tensor | float]
+
+
+class Loss(nn.Module):
+    """Any loss function, called with (outputs, targets), as a sum and the weight to divide it by.
+
+    Known exactly: torch's own losses, as modules or functions; a function that returns one value a sample; a function that
+    returns (sum, weight). A function that returns one number is taken for a mean over the samples of the micro-batch; where
+    that is nan and all labels are negative (ignored), it has no weight.
+
+    Attributes:
+        summed: the loss asks for the plain sum (`reduction="sum"`): gradients aren't divided, logs show the mean over samples.
+        exact: whether the denominator is known, so that the gradient of several micro-batches is that of one big batch; None
+            until the first call of a loss that isn't torch's own.
+    """
+
+    def __init__(self, function: Callable[..., Any]):
+        super().__init__()
+        base, given = (function.func, function.keywords) if isinstance(function, functools.partial) else (function, {})
+        if base in _MODULE_OF:
+            function = _MODULE_OF[base](**given)
+        self.name = getattr(function, "__name__", None) or getattr(base, "__name__", type(function).__name__)
+        reduction = getattr(function, "reduction", None) if isinstance(function, nn.Module) else None
+        self.summed = reduction == "sum"
+        self._checked = False
+        self._fit: Callable[[Tensor, Tensor], Fitted] | None = None  # what fits a batch to one of torch's losses
+        if type(function).__module__.startswith("torch.nn"):
+            if isinstance(function, ELEMENTWISE):
+                self._fit, reduction = (self._rows if reduction == "batchmean" else self._elements), "sum"
+            elif isinstance(function, CLASSWISE):
+                self._fit, reduction = self._classes, "sum"
+            elif reduction == "mean" and not isinstance(function, nn.CTCLoss):
+                reduction = "none"
+            function = copy.copy(function)
+            function.reduction = reduction  # type: ignore[attr-defined]
+        _check_form(function, self.name)
+        self.function: Any = function
+        self.exact: bool | None = None if self._fit is None else True
+
+    def forward(self, outputs: Any, targets: Any) -> tuple[Tensor, Tensor | float]:
+        """The loss summed over this micro-batch (0-dim, float32 or float64), and its weight (a number or a 0-dim tensor).
+
+        Raises:
+            ValueError: outputs and targets don't fit the loss; the message says what it expects and what it got.
+        """
+        outputs = in_full_precision(outputs)
+        if self._fit is None:
+            return self._own(outputs, targets)
+        for what, value in (("model's outputs", outputs), ("targets", targets)):
+            if not isinstance(value, Tensor):
+                raise ValueError(
+                    f"{self.name} expects the {what} as one tensor, but found a {type(value).__name__}; for words as labels "
+                    "return their numbers from the dataset, for anything else name a `task`"
+                )
+        outputs, targets, weight = self._fit(outputs, targets)
+        self._checked = True
+        total = self.function.forward(outputs, targets)
+        return total, (len(outputs) if self.summed else weight)
+
+    def _elements(self, outputs: Tensor, targets: Tensor) -> Fitted:
+        """A trailing 1 is dropped, as in (N, 1) against (N,); torch would broadcast that to (N, N) with only a warning."""
+        if outputs.shape != targets.shape:
+            if outputs.shape == (*targets.shape, 1):
+                outputs = outputs.squeeze(-1)
+            elif targets.shape == (*outputs.shape, 1):
+                targets = targets.squeeze(-1)
+            else:
+                raise ValueError(
+                    f"{self.name} compares outputs and targets element by element, so it expects equal shapes (up to a last "
+                    f"dimension of 1), but the model gave {_shape(outputs)} and the targets are {_shape(targets)}; check the "
+                    "model's last layer, or what the dataset returns as target"
+                )
+        targets = targets.to(outputs.dtype)
+        if not self._checked and isinstance(self.function, nn.BCELoss | nn.BCEWithLogitsLoss):
+            self._check_range("targets", targets, "check what the dataset returns as target")
+            if isinstance(self.function, nn.BCELoss):
+                self._check_range(
+                    "outputs", outputs.detach(), "end the model with a Sigmoid, or use torch.nn.BCEWithLogitsLoss"
+                )
+        return outputs, targets, outputs.numel()
+
+    def _check_range(self, what: str, values: Tensor, cure: str) -> None:
+        """On the first batch only: it reads values."""
+        low, high = (float(values.min()), float(values.max())) if values.numel() else (0.0, 1.0)
+        if low < 0 or high > 1:
+            raise ValueError(
+                f"{self.name} expects {what} between 0 and 1, but they go from {low:g} to {high:g}: {cure}"
+            )
+
+    def _classes(self, outputs: Tensor, targets: Tensor) -> Fitted:
+        weight = self.function.weight
+        if weight is not None and weight.dtype != outputs.dtype:  # torch takes no float32 weights for a float64 model
+            self.function.weight = weight = weight.to(outputs.dtype)
+        if targets.is_floating_point():
+            if isinstance(self.function, nn.NLLLoss) or outputs.shape != targets.shape or outputs.dim() < 2:
+                raise ValueError(
+                    f"{self.name} expects targets that are class numbers (int64, one for each of the outputs' "
+                    f"{_shape(outputs)}) or, for CrossEntropyLoss, class probabilities of the outputs' shape, but got "
+                    f"{_shape(targets)} of {targets.dtype}; for labels stored as floats return int(label) from the dataset"
+                )
+            return outputs, targets.to(outputs.dtype), outputs.numel() // outputs.shape[1]
+        targets = targets.long()
+        if not self._checked:
+            self._check_labels(outputs, targets)
+        if self.summed:
+            return outputs, targets, 0.0
+        kept = targets != self.function.ignore_index
+        if weight is None:
+            return outputs, targets, kept.sum()
+        return outputs, targets, weight[targets.where(kept, 0)].where(kept, 0).sum()
+
+    def _check_labels(self, outputs: Tensor, targets: Tensor) -> None:
+        """On the first batch only: it reads values. On CUDA a label out of range is a device assertion, which names nothing."""
+        if outputs.dim() < 2 or outputs.shape[:1] + outputs.shape[2:] != targets.shape:
+            raise ValueError(
+                f"{self.name} expects outputs of shape (N, classes, ...) and targets of shape (N, ...), but the model gave "
+                f"{_shape(outputs)} and the targets are {_shape(targets)}"
+            )
+        kept = targets[targets != self.function.ignore_index]
+        classes = outputs.shape[1]
+        if kept.numel() and (int(kept.min()) < 0 or int(kept.max()) >= classes):
+            raise ValueError(
+                f"{self.name}: the model has {classes} outputs, so labels must be 0 to {classes - 1}, but this batch's labels go "
+                f"from {int(kept.min())} to {int(kept.max())}; change the model's last layer or the dataset's labels"
+            )
+
+    def _rows(self, outputs: Tensor, targets: Tensor) -> Fitted:
+        """KLDivLoss's `batchmean`: elements, divided by the number of rows."""
+        outputs, targets, _ = self._elements(outputs, targets)
+        return outputs, targets, len(outputs)
+
+    def _own(self, outputs: Any, targets: Any) -> tuple[Tensor, Tensor | float]:
+        """By what the function returns."""
+        value = self.function(outputs, targets)
+        self.exact = True
+        if isinstance(value, tuple) and len(value) == 2:
+            return self._pair(*value)
+        if not isinstance(value, Tensor):
+            kind = f"a {type(value).__name__}" + (
+                f" of {', '.join(map(str, value))}" if isinstance(value, Mapping) else ""
+            )
+            raise ValueError(
+                f"the loss {self.name} must return one tensor (a mean, or one value a sample) or a tuple (sum, weight), but "
+                f"returned {kind}; add its parts up, and name a `task` or a metric to see each of them"
+            )
+        if value.numel() != 1 or (value.dim() and batch_length(targets) == 1):
+            return value.sum(), (len(value) if self.summed else value.numel())
+        value, samples = value.reshape(()), _samples(outputs, targets)
+        if self.summed:
+            return value, samples
+        self.exact = False
+        if isinstance(targets, Tensor) and targets.dtype == torch.int64:
+            # The mean over nothing is nan: with negative labels only, which is what ignore_index is, nothing has weight.
+            empty = value.isnan() & (targets < 0).all()
+            return torch.where(empty, 0.0, value * samples), torch.where(empty, 0, samples)
+        return value * samples, samples
+
+    def _pair(self, total: Any, weight: Any) -> tuple[Tensor, Tensor | float]:
+        if isinstance(weight, Tensor) and weight.requires_grad:
+            raise ValueError(
+                f"the loss {self.name} returned two values, which are taken as (sum, weight), but the second depends on "
+                "the model too, so it is another loss: return the loss alone, its parts added up"
+            )
+        single = isinstance(total, Tensor) and total.numel() == 1
+        if not single or (weight.numel() != 1 if isinstance(weight, Tensor) else not isinstance(weight, int | float)):
+            found = [_shape(part) if isinstance(part, Tensor) else type(part).__name__ for part in (total, weight)]
+            raise ValueError(
+                f"the loss {self.name} returned two values, which are taken as (sum, weight): a tensor of one number, and a "
+                f"number to divide it by, but they are {found[0]} and {found[1]}; return the loss alone"
+            )
+        return total.reshape(()), (weight.reshape(()) if isinstance(weight, Tensor) else weight)
+
+
+def _check_form(function: Any, name: str | None) -> None:
+    """Losses of three and more (triplets, CTC, a Gaussian's) don't fit (inputs, target)."""
+    try:
+        form = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
+    except (TypeError, ValueError):
+        return  # a built-in
+    try:
+        form.bind(None, None)
+    except TypeError as error:
+        raise ConfigError.single(
+            "loss",
+            f"{name} takes {form}, but a loss is called with (outputs, targets): {error}. Name a function of these two that "
+            "calls it, or a `task`",
+        ) from None
+
+
+def _samples(outputs: Any, targets: Any) -> int:
+    """How many samples a loss of one number is of: the outputs tell where a list may be of samples or of their parts.
+
+    Raises:
+        ValueError: there is no telling.
+    """
+    first = batch_length(targets)
+    listed = isinstance(targets, list) and bool(targets) and not isinstance(targets[0], Tensor)
+    told = batch_length(outputs)
+    known = [len(targets), first] if listed else [first]
+    samples = told if told in known else known[0] or told
+    if not samples:
+        raise ValueError(
+            "there is no tensor in outputs and targets to count the samples by: return (sum, weight) from the loss"
+        )
+    return samples
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))

@@ -1,0 +1,178 @@
+"""Parameters that begin or cease to train in the middle of a run, and all that follows from it."""
+
+from __future__ import annotations
+
+import gc
+from typing import TYPE_CHECKING, Any
+
+from torch.nn.modules.batchnorm import _NormBase
+
+from dist_train.config.durations import Duration
+from dist_train.models.transfer import match_parameters
+from dist_train.step.optim import homes
+from dist_train.step.parameters import fill_momentum
+from dist_train.training.callbacks import Callback
+from dist_train.training.due import in_steps
+
+if TYPE_CHECKING:
+    from dist_train.training.parts import Parts
+    from dist_train.training.trainer import Trainer
+
+
+class Trained:
+    """Notices that a callback has called `requires_grad_` or `optimizer.add_param_group`, and makes the rest follow."""
+
+    def __init__(self, parts: Parts):
+        self.parts = parts
+        self._parameters = list(parts.modules.parameters())
+        self._seen = self._now()
+
+    def follow(self) -> None:
+        """After callbacks: if other parameters train, gradients are cleared, and optimizer, schedule, EMA and reducer take them.
+
+        Raises:
+            ValueError: nothing trains any more, the ranks train different parameters, or the optimizer has a foreign one.
+        """
+        if self._now() == self._seen:
+            return
+        parts = self.parts
+        for parameter in self._parameters:
+            parameter.grad = None
+        _complete_groups(parts)
+        _unfreeze_norms(parts)
+        for rank, theirs in enumerate(parts.world.gather(state(parts))):
+            if theirs != state(parts):
+                raise ValueError(
+                    f"a callback lets rank {rank} train other parameters than rank {parts.world.rank}: on every rank it must do "
+                    "the same at the same step"
+                )
+        fill_momentum(parts.optimizer)
+        if parts.schedule is not None:
+            parts.schedule.extend()
+        if parts.ema is not None:
+            parts.ema.follow()
+        parts.stepper.retrain(parts.new_reducer)
+        gc.collect()  # DDP refers to itself: until it is gone its hooks stay on the parameters
+        self._seen = self._now()
+
+    def check_known(self) -> None:
+        """Raises ValueError: there are parameters that weren't there when the optimizer was built."""
+        known = {id(parameter) for parameter in self._parameters}
+        new = [name for name, parameter in self.parts.modules.named_parameters() if id(parameter) not in known]
+        if new:
+            raise ValueError(
+                f"{', '.join(new[:5])}: made in the middle of a run (by a forward, say), which the optimizer and the other ranks "
+                "don't know. Make every parameter in __init__, and change it in place"
+            )
+
+    def _now(self) -> Any:
+        groups = self.parts.optimizer.param_groups
+        return [parameter.requires_grad for parameter in self._parameters], [len(group["params"]) for group in groups]
+
+
+def state(parts: Parts) -> dict[str, Any]:
+    """Which parameters there are and which train, those of each of the optimizer's groups, and the modules in eval mode."""
+    names = {id(parameter): name for name, parameter in parts.modules.named_parameters()}
+    return {
+        "parameters": list(names.values()),
+        "trained": list(parts.modules.trained()),
+        "groups": [[names.get(id(p)) for p in group["params"]] for group in parts.optimizer.param_groups],
+        "evaluating": [name for name, module in parts.modules.named_modules() if not module.training],
+    }
+
+
+def put_back(parts: Parts, saved: dict[str, Any]) -> bool:
+    """Make it what `state` gave; False, and nothing is changed, where the parameters are others."""
+    parameters = dict(parts.modules.named_parameters())
+    if saved["parameters"] != list(parameters):
+        return False
+    trained, evaluating = set(saved["trained"]), set(saved["evaluating"])
+    for name, parameter in parameters.items():
+        if parameter.requires_grad != (name in trained):
+            parameter.requires_grad_(name in trained)
+    for index, names in enumerate(saved["groups"]):
+        if None in names:  # an optimizer of the user's own, which trains something else as well
+            continue
+        group = {"params": [parameters[name] for name in names]}
+        if index < len(parts.optimizer.param_groups):
+            parts.optimizer.param_groups[index].update(group)
+        else:
+            parts.optimizer.add_param_group(group)
+    for name, module in parts.modules.named_modules():
+        if module.training == (name in evaluating):
+            module.training = name not in evaluating
+    if parts.schedule is not None:
+        parts.schedule.extend()
+    if parts.ema is not None:
+        parts.ema.follow()
+    return True
+
+
+def _complete_groups(parts: Parts) -> None:
+    """Every parameter that trains is in the group that the config gives it; those that it names nowhere in the first."""
+    optimizer, trained = parts.optimizer, parts.modules.trained()
+    if not trained:
+        raise ValueError("a callback has frozen every parameter: nothing is left to train")
+    names = {id(parameter): name for name, parameter in parts.modules.named_parameters()}
+    known = [names.get(id(parameter)) for group in optimizer.param_groups for parameter in group["params"]]
+    if None in known:
+        raise ValueError(
+            "the optimizer was given a parameter that belongs neither to the model nor to its loss or task"
+        )
+    home = homes(parts.modules, parts.config.optimizer)
+    first = optimizer.param_groups[0]["params"]
+    has_default = not first or home[names[id(first[0])]] is None
+    homeless = []
+    for name, parameter in trained.items():
+        if name not in known:
+            index = home[name]
+            if index is None and not has_default:
+                homeless.append(parameter)
+            else:
+                place = 0 if index is None else index + has_default
+                optimizer.param_groups[place]["params"].append(parameter)
+    if homeless:
+        optimizer.add_param_group({"params": homeless})
+
+
+def _unfreeze_norms(parts: Parts) -> None:
+    """Norms that `transfer.freeze` has put into eval mode train again with their parameters."""
+    for module in parts.modules.modules() if parts.config.transfer.freeze else ():
+        if isinstance(module, _NormBase) and any(p.requires_grad for p in module.parameters(recurse=False)):
+            module.train()
+
+
+class Unfreeze(Callback):
+    """Lets parameters that `transfer.freeze` keeps as they are train from some moment on: gradual unfreezing.
+
+    Args:
+        match: name patterns, as in `transfer.freeze`.
+        after: when, in epochs or steps: `3ep`, `500step`.
+        lr: of a group of their own, which follows the schedule from there; None puts them into the group of the config.
+    """
+
+    def __init__(self, match: str | list[str], after: str, lr: float | None = None):
+        self.match = [match] if isinstance(match, str) else list(match)
+        self.after, self.lr = Duration.parse_count(after), lr
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Names are looked up at once: a mistake shows before the first step."""
+        self._names = match_parameters(trainer.parts.modules, self.match, "callbacks")  # type: ignore[arg-type]
+        self._at = in_steps(self.after, trainer.plan.steps_per_epoch) or 0
+        if trainer.step >= self._at:
+            self._unfreeze(trainer)
+
+    def on_step_end(self, trainer: Trainer) -> None:
+        """Once, before the evaluation and the save that are due at that step."""
+        if trainer.step == self._at:
+            self._unfreeze(trainer)
+
+    def _unfreeze(self, trainer: Trainer) -> None:
+        known = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
+        parameters = dict(trainer.parts.modules.named_parameters())
+        chosen = [parameters[name] for name in self._names if not parameters[name].requires_grad]
+        for parameter in chosen:
+            parameter.requires_grad_(True)
+        new = [parameter for parameter in chosen if id(parameter) not in known]
+        if new and self.lr is not None:
+            trainer.optimizer.add_param_group({"params": new, "lr": self.lr})

@@ -1,0 +1,120 @@
+"""The decision boundary of models with two-dimensional inputs, kept after evaluations so that its way can be shown."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from dist_train.data.passes import is_stream
+from dist_train.task.metrics import without_one_column
+from dist_train.training.callbacks import Callback
+from dist_train.training.predict import read_meaning
+
+if TYPE_CHECKING:
+    from dist_train.training.evaluate import Evaluator
+    from dist_train.training.trainer import Trainer
+
+Array = np.ndarray[Any, Any]
+Extent = tuple[float, float, float, float]
+FOLDER = "boundary"
+SIDE = 100  # of the grid on which the model is asked
+POINTS = 1000  # of the dataset that are shown
+GROWTH = 1.1  # a frame is kept when so many times the steps of the last one are done: their number stays small
+
+
+class BoundaryFrames(Callback):
+    """Keeps what the model says on a grid, in `boundary/` of the run's directory, where inputs are points in a plane.
+
+    On rank 0 alone, in eval mode, with nothing drawn at random: training is the same with it and without.
+    """
+
+    def __init__(self) -> None:
+        self._extent: Extent | None = None
+        self._on = True
+
+    def on_evaluation_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        """One more frame, if it is time for one."""
+        # A compiled model would be compiled once more, for the size of the grid.
+        if not self._on or not trainer.world.is_main or trainer.config.trainer.compile:
+            return
+        try:
+            self._on = self._keep(trainer)
+        except Exception as error:  # a picture less is no reason to end a run
+            self._on = False
+            logging.getLogger("dist_train").warning("no decision boundary: %s: %s", type(error).__name__, error)
+
+    def _keep(self, trainer: Trainer) -> bool:
+        """Whether there is a boundary to keep."""
+        if self._extent is None:
+            points = plane(trainer.parts.eval_loaders["val"].dataset)
+            if points is None:
+                return False
+            self._extent = around(points[0])
+        folder = trainer.run.path(FOLDER)
+        before = [step for step in kept_steps(folder) if step < trainer.step]
+        if before and trainer.step < GROWTH * before[-1]:
+            return True
+        classes = classes_on(trainer.parts.evaluator, self._extent)
+        if classes is None:
+            return False
+        folder.mkdir(exist_ok=True)
+        with open(folder / ".part", "wb") as file:
+            np.savez_compressed(file, classes=classes, extent=np.array(self._extent))
+        os.replace(folder / ".part", folder / f"step-{trainer.step:08d}.npz")
+        return True
+
+
+def plane(dataset: Any) -> tuple[Array, Array] | None:
+    """The first points (N, 2) of a dataset and their labels (N,); None if its inputs are no points with a label."""
+    if is_stream(dataset) or not len(dataset):
+        return None
+    sample = dataset[0]
+    if not isinstance(sample, tuple | list) or len(sample) != 2 or not isinstance(sample[0], torch.Tensor):
+        return None
+    if sample[0].shape != (2,) or not sample[0].is_floating_point():
+        return None
+    samples = [sample, *(dataset[k] for k in range(1, min(len(dataset), POINTS)))]
+    return torch.stack([point for point, _ in samples]).numpy(), np.array([round(float(t)) for _, t in samples])
+
+
+def around(points: Array) -> Extent:
+    """(x0, x1, y0, y1) of all points with some room around them."""
+    low, high = points.min(axis=0), points.max(axis=0)
+    room = 0.15 * np.maximum(high - low, 1e-6)
+    (x0, y0), (x1, y1) = (low - room).tolist(), (high + room).tolist()
+    return x0, x1, y0, y1
+
+
+def classes_on(evaluator: Evaluator, extent: Extent) -> Array | None:
+    """The predicted class on a grid, (SIDE, SIDE) uint8 with row 0 at y0; None for a model that gives values."""
+    x0, x1, y0, y1 = extent
+    y, x = torch.meshgrid(torch.linspace(y0, y1, SIDE), torch.linspace(x0, x1, SIDE), indexing="ij")
+    grid = torch.stack([x.reshape(-1), y.reshape(-1)], dim=1).to(evaluator.world.device)
+    with evaluator.serving():
+        outputs = without_one_column(evaluator.task.predict(evaluator.model, grid).float().cpu())
+    meaning = read_meaning(evaluator, outputs)
+    if meaning.kind not in ("classes", "binary"):
+        return None
+    return meaning.predictions(outputs).reshape(SIDE, SIDE).numpy().astype(np.uint8)
+
+
+def kept_steps(folder: Path) -> list[int]:
+    """Steps whose frames are there, in order."""
+    return sorted(int(path.stem.removeprefix("step-")) for path in folder.glob("step-*.npz"))
+
+
+def read_frames(folder: Path, most: int) -> tuple[Extent, Sequence[tuple[int, Array]]] | None:
+    """The extent and at most so many (step, classes), spread over all that were kept; None without any."""
+    steps = kept_steps(folder)
+    frames, extent = [], (0.0, 1.0, 0.0, 1.0)
+    for step in sorted({steps[round(k)] for k in np.linspace(0, len(steps) - 1, min(most, len(steps)))}):
+        with np.load(folder / f"step-{step:08d}.npz", allow_pickle=False) as archive:
+            frames.append((step, archive["classes"]))
+            extent = tuple(archive["extent"].tolist())
+    return (extent, frames) if frames else None

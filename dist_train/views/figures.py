@@ -1,0 +1,170 @@
+"""Pictures of what a model does, from plain arrays: confusion matrix, predicted against true, decision boundary."""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dist_train.views.curves import dress, new_figure, plain, render
+
+if TYPE_CHECKING:
+    import numpy
+    from matplotlib.figure import Figure
+
+NUMBERED = 20  # up to so many classes a confusion matrix carries its numbers
+
+
+@dataclass
+class Example:
+    """One sample that the model got wrong.
+
+    picture: (H, W) or (H, W, 3), uint8 or float in [0, 1], or None where the input isn't a picture. probability: what
+    the model gave its prediction.
+    """
+
+    index: int
+    truth: str
+    prediction: str
+    probability: float
+    picture: numpy.ndarray[Any, Any] | None = None
+
+
+@dataclass
+class Confusion:
+    """Classification: counts (C, C), a row a true class, a column a predicted one; and the worst errors."""
+
+    counts: numpy.ndarray[Any, Any]
+    classes: Sequence[str] = ()
+    worst: Sequence[Example] = ()
+
+
+@dataclass
+class Regression:
+    """Regression: true and predicted values, (N,) each, in original units."""
+
+    truth: numpy.ndarray[Any, Any]
+    prediction: numpy.ndarray[Any, Any]
+    name: str = "target"
+
+
+@dataclass
+class Boundary:
+    """Two-dimensional inputs: points (N, 2), their labels (N,), and the predicted class on a grid as training went on.
+
+    extent: (x0, x1, y0, y1) of the grid. frames: (step, classes (H, W) with row 0 at y0), in the order of steps.
+    """
+
+    points: numpy.ndarray[Any, Any]
+    labels: numpy.ndarray[Any, Any]
+    extent: tuple[float, float, float, float]
+    frames: Sequence[tuple[int, numpy.ndarray[Any, Any]]]
+
+    @functools.cached_property
+    def pngs(self) -> list[bytes]:
+        """Each frame as a PNG."""
+        return [render(draw_boundary(self, step, classes), "png") for step, classes in self.frames]
+
+
+def draw_confusion(confusion: Confusion) -> Figure:
+    """The matrix as shares of each true class, with the counts where they are readable."""
+    import numpy
+
+    counts = numpy.asarray(confusion.counts)
+    names = [plain(str(name)) for name in confusion.classes] or [str(i) for i in range(len(counts))]
+    shares = counts / numpy.maximum(1, counts.sum(axis=1, keepdims=True))
+    side = min(9.0, max(3.2, 1.6 + 0.32 * len(counts)))  # small: on a phone the numbers shrink with it
+    figure = new_figure(side, side)
+    axis = figure.subplots()
+    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    dress(axis, "true (rows) and predicted (columns)", "")
+    axis.grid(False)
+    stride = -(-len(counts) // 40)
+    ticks = range(0, len(counts), stride)
+    turned = 90 if max(map(len, names)) > 3 else 0
+    axis.set_xticks(ticks, [names[i] for i in ticks], rotation=turned, fontsize=8)
+    axis.set_yticks(ticks, [names[i] for i in ticks], fontsize=8)
+    for (row, column), count in numpy.ndenumerate(counts):
+        if count and len(counts) <= NUMBERED:
+            color = "white" if shares[row, column] > 0.5 else "#1f2937"
+            axis.text(column, row, f"{int(count)}", ha="center", va="center", fontsize=8, color=color)
+    return figure
+
+
+def draw_regression(regression: Regression) -> Figure:
+    """Predicted over true values, with the line on which a perfect model lies."""
+    import numpy
+
+    truth, prediction = numpy.ravel(regression.truth), numpy.ravel(regression.prediction)
+    figure = new_figure(5.2, 5.0)
+    axis = figure.subplots()
+    axis.scatter(truth, prediction, s=14, color="#4c78a8", alpha=0.6, linewidth=0)
+    both = numpy.concatenate([truth, prediction])
+    both = both[numpy.isfinite(both)]
+    ends = (both.min(), both.max()) if both.size else (0.0, 1.0)
+    axis.plot(ends, ends, color="#e4572e", linewidth=1.2)
+    dress(axis, f"{regression.name}: predicted over true", "true")
+    axis.set_ylabel("predicted", fontsize=9)
+    axis.locator_params(integer=False)
+    return figure
+
+
+def draw_boundary(boundary: Boundary, step: int, classes: numpy.ndarray[Any, Any]) -> Figure:
+    """The points on the classes that the model predicted at a step."""
+    import numpy
+
+    figure = new_figure(5.0, 4.4)
+    axis = figure.subplots()
+    pairs: dict[str, Any] = {"cmap": "tab20", "vmin": -0.5, "vmax": 19.5}  # ten colors, each dark and light
+    light, dark = numpy.asarray(classes) % 10 * 2 + 1, numpy.asarray(boundary.labels) % 10 * 2
+    axis.imshow(
+        light, extent=boundary.extent, origin="lower", aspect="auto", alpha=0.6, interpolation="nearest", **pairs
+    )
+    x, y = numpy.asarray(boundary.points).T
+    axis.scatter(x, y, c=dark, s=16, edgecolor="white", linewidth=0.4, **pairs)
+    dress(axis, f"step {step:,}", "")
+    axis.set_xlim(boundary.extent[:2])
+    axis.set_ylim(boundary.extent[2:])
+    return figure
+
+
+def boundary_gif(boundary: Boundary, milliseconds: int = 400) -> bytes:
+    """All frames as an animated GIF; the last one stays three times as long."""
+    from PIL import Image
+
+    frames = [Image.open(io.BytesIO(png)).convert("RGB") for png in boundary.pngs]
+    out = io.BytesIO()
+    times = [milliseconds] * (len(frames) - 1) + [3 * milliseconds]
+    frames[0].save(out, "GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)
+    return out.getvalue()
+
+
+def write_boundary(boundary: Boundary, folder: str | os.PathLike[str]) -> None:
+    """boundary-STEP.png for each frame, and boundary.gif."""
+    folder = Path(folder)
+    folder.mkdir(exist_ok=True)  # whose own directory, if it is gone, isn't brought back
+    for (step, _), png in zip(boundary.frames, boundary.pngs, strict=True):
+        (folder / f"boundary-{step:08d}.png").write_bytes(png)
+    (folder / "boundary.gif").write_bytes(boundary_gif(boundary))
+
+
+def picture_png(picture: numpy.ndarray[Any, Any], side: int = 112) -> bytes:
+    """A sample's picture as a PNG, small ones enlarged without smoothing to about `side` pixels."""
+    import numpy
+    from PIL import Image
+
+    array = numpy.asarray(picture)
+    if array.dtype != numpy.uint8:
+        array = (numpy.nan_to_num(array).clip(0, 1) * 255).round().astype(numpy.uint8)
+    image = Image.fromarray(array.squeeze())
+    times = max(1, side // max(image.size))
+    if times > 1:
+        image = image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
+    image.thumbnail((2 * side, 2 * side))
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return out.getvalue()

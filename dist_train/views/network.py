@@ -1,0 +1,238 @@
+"""What a network sees, for TensorBoard: its inputs, the feature maps of its layers, histograms, and its graph.
+
+All of it is taken on rank 0, from the first micro-batch of a step, as it is about to go into the model: at step 0 that is
+before training. Training is bit-identical with it and without: the forward is one of its own, in eval mode, and comes
+before the seeding of the step's own; the gradients are read in a hook of the optimizer that is there only when asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dist_train.config.durations import Duration
+from dist_train.models.layers import watch
+from dist_train.models.transfer import match_modules
+from dist_train.task.batch import first_rows
+from dist_train.training.callbacks import Callback
+from dist_train.training.due import NEVER, in_steps
+
+if TYPE_CHECKING:
+    from dist_train.config.schema import TrackingConfig
+    from dist_train.training.trainer import Trainer
+
+Array = np.ndarray[Any, Any]
+MOST = 1 << 18  # values of one histogram: of larger tensors every n-th is taken
+GAP = 1  # pixels between the pictures of a grid
+
+
+class Pictures(Callback):
+    """Puts into TensorBoard what `tracking.images`, `tracking.histograms` and `tracking.graph` ask for.
+
+    Raises:
+        ConfigError: `tracking.images.modules` names no module of the model.
+    """
+
+    def __init__(self, config: TrackingConfig, model: nn.Module) -> None:
+        self.config = config
+        patterns = config.images.modules if config.images is not None else []
+        self.modules = match_modules(model, patterns, "tracking.images.modules")
+        self._off: set[str] = set()
+        self._rows: Any = None  # what was shown last, for the pictures at the end
+        self._seen = -1  # the last step that was looked at
+
+    def on_start(self, trainer: Trainer) -> None:
+        """From here on each step's first micro-batch is seen on its way into the model."""
+        images, histograms = self.config.images, self.config.histograms
+        if not trainer.world.is_main:
+            return
+        if images is not None or self.config.graph:
+            stepper, prepare = trainer.parts.stepper, trainer.parts.stepper.prepare
+            show = _Every(images.every, trainer) if images is not None else None
+
+            def prepare_and_look(batch: Any, epoch: int, indices: Any) -> Any:
+                batch = prepare(batch, epoch, indices)
+                if self._seen != trainer.step:
+                    self._seen = trainer.step
+                    if images is not None and show is not None and show.due():
+                        self._rows = first_rows(batch, images.samples)
+                        self._try("images", self._show_images, trainer)
+                    if self.config.graph and trainer.step == 0:
+                        self._try("graph", self._show_graph, trainer, batch)
+                return batch
+
+            stepper.prepare = prepare_and_look
+        if histograms is not None:
+            count = _Every(histograms, trainer)
+
+            def before_update(*_: Any) -> None:
+                self._seen = trainer.step
+                if count.due():
+                    self._try("histograms", self._show_histograms, trainer)
+
+            self._try("histograms", trainer.optimizer.register_step_pre_hook, before_update)
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Once more, by the model as it was trained."""
+        if self._seen < 0 or trainer.outcome != "completed":
+            return
+        if self._rows is not None:
+            self._try("images", self._show_images, trainer)
+        if self.config.histograms is not None:
+            self._try("histograms", self._show_histograms, trainer)
+
+    def _try(self, key: str, show: Callable[..., object], *args: Any) -> None:
+        """A picture less is no reason to end a run."""
+        try:
+            if key not in self._off:
+                show(*args)
+        except Exception as error:
+            self._off.add(key)
+            text = "tracking.%s: nothing more of it in this run: %s: %s"
+            logging.getLogger("dist_train").warning(text, key, type(error).__name__, error)
+
+    def _show_images(self, trainer: Trainer) -> None:
+        shown: dict[str, list[Array]] = {}
+
+        def show(name: str, values: Any, color: bool = False) -> None:
+            shown[name] = pictures(values, color)  # at once: what comes next may work in place
+
+        def on_inputs(inputs: Any) -> None:
+            for name, tensor in _named("inputs", inputs):
+                self._try(f"images of {name}", show, name, tensor, True)
+
+        def on_layer(name: str, output: Any) -> None:
+            if name in self.modules and f"features/{name}" not in shown:
+                self._try(f"images of {name}", show, f"features/{name}", output)
+
+        _look(trainer, self._rows, on_inputs, on_layer)
+        for name in self.modules:
+            if f"features/{name}" not in shown:
+                self._try(f"images of {name}", _not_called, name)
+        for name, arrays in shown.items():
+            for k, array in enumerate(arrays):
+                trainer.logger.image(name if len(arrays) == 1 else f"{name}/{k}", trainer.step, array)
+
+    def _show_graph(self, trainer: Trainer, batch: Any) -> None:
+        got: list[Any] = []
+        _look(trainer, first_rows(batch, 1), got.append, lambda name, output: None)
+        inputs = got[0] if isinstance(got[0], tuple) else (got[0],)
+        if not all(isinstance(part, Tensor) for part in inputs):
+            raise ValueError("only a model whose inputs are tensors by position can be traced")
+        on_cpu = copy.deepcopy(trainer.model).cpu().eval()  # another thread traces it: it shares nothing with training
+        trainer.logger.graph(on_cpu, tuple(part.cpu() for part in inputs))
+
+    def _show_histograms(self, trainer: Trainer) -> None:
+        for name, parameter in trainer.model.named_parameters():
+            if parameter.requires_grad:
+                trainer.logger.histogram(f"weights/{name}", trainer.step, _values(parameter))
+            if parameter.grad is not None:
+                trainer.logger.histogram(f"gradients/{name}", trainer.step, _values(parameter.grad))
+
+
+def _not_called(name: str) -> None:
+    raise LookupError(f"the model's forward doesn't call {name}")
+
+
+class _Every:
+    """When something is due on rank 0 alone: nobody has to agree, so that a time goes by its own clock."""
+
+    def __init__(self, every: Duration, trainer: Trainer) -> None:
+        self.every, self.trainer = every, trainer
+        self._next = (trainer.seconds // every.value + 1) * every.value if every.is_time else math.inf
+
+    def due(self) -> bool:
+        """Whether it is time, asked once a step, before it."""
+        step, seconds = self.trainer.step, self.trainer.seconds
+        if seconds >= self._next:
+            self._next = (seconds // self.every.value + 1) * self.every.value
+            return True
+        return step % (in_steps(self.every, self.trainer.plan.steps_per_epoch) or NEVER) == 0
+
+
+def _look(
+    trainer: Trainer, batch: Any, on_inputs: Callable[[Any], object], on_layer: Callable[[str, Any], None]
+) -> None:
+    """Run a batch through the model, in eval mode, and hand over what goes in and what each layer gives."""
+    model, parts = trainer.model, trainer.parts
+
+    def first(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        on_inputs(kwargs or (args[0] if len(args) == 1 else args))
+
+    # Compiled, it would be compiled again for this.
+    eager = torch.compiler.set_stance("force_eager") if trainer.config.trainer.compile else contextlib.nullcontext()
+    handle = model.register_forward_pre_hook(first, with_kwargs=True)
+    try:
+        with eager, parts.evaluator.serving(average=False), parts.evaluator.precision.autocast():
+            watch(model, lambda: parts.evaluator.task.predict(model, batch), on_layer)
+    finally:
+        handle.remove()
+
+
+def _named(name: str, inputs: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors among a model's inputs: `inputs`, `inputs/0`, `inputs/image`."""
+    if isinstance(inputs, Tensor):
+        yield name, inputs
+    elif isinstance(inputs, Mapping | list | tuple):
+        for key, item in inputs.items() if isinstance(inputs, Mapping) else enumerate(inputs):
+            yield from _named(f"{name}/{key}", item)
+
+
+@torch.no_grad()
+def pictures(values: Tensor, color: bool = False) -> list[Array]:
+    """uint8 pictures (H, W) or (H, W, 3) of a batch.
+
+    Args:
+        values: (N, F) makes one picture, a row a sample. (N, C, H, W) makes one of each sample, a grid of its channels, each
+            stretched from its least value (black) to its largest (white); (N, C, L) one of each with a row a channel.
+        color: they are inputs: with 1 or 3 channels, or none, (N, H, W), they are one grid of N pictures, as they are
+            where they lie in [0, 1], else stretched together.
+
+    Raises:
+        ValueError: any other shape.
+    """
+    if not isinstance(values, Tensor) or values.dim() not in (2, 3, 4) or not values.numel():
+        found = f"a tensor of shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(f"no picture can be made of {found}")
+    if values.dim() == 2:
+        return [_stretch(values, (0, 1)).cpu().numpy()]
+    if values.dim() == 3:
+        values = values[:, None]
+    if color and values.shape[1] in (1, 3):
+        if values.dtype != torch.uint8:
+            inside = bool((values >= 0).all() & (values <= 1).all())
+            values = (values * 255).round().byte() if inside else _stretch(values, (0, 1, 2, 3))
+        return [_grid(values.permute(0, 2, 3, 1).squeeze(-1).cpu().numpy())]
+    return [_grid(maps) for maps in _stretch(values, (2, 3)).cpu().numpy()]
+
+
+def _stretch(values: Tensor, over: tuple[int, ...]) -> Tensor:
+    """Least value to 0, largest to 255, over some dimensions; what is the same everywhere is 0."""
+    values = values.float().nan_to_num()
+    low, high = values.amin(over, keepdim=True), values.amax(over, keepdim=True)
+    return ((values - low) / (high - low).clamp(min=1e-12) * 255).round().byte()
+
+
+def _grid(parts: Array) -> Array:
+    """(n, H, W) or (n, H, W, 3) pictures side by side, nearly a square of them, with white lines between."""
+    columns = math.ceil(math.sqrt(len(parts)))
+    rows = -(-len(parts) // columns)
+    height, width = parts.shape[1] + GAP, parts.shape[2] + GAP
+    whole = np.full((rows * height - GAP, columns * width - GAP, *parts.shape[3:]), 255, np.uint8)
+    for k, part in enumerate(parts):
+        y, x = k // columns * height, k % columns * width
+        whole[y : y + height - GAP, x : x + width - GAP] = part
+    return whole
+
+
+def _values(tensor: Tensor) -> Array:
+    flat = tensor.detach().reshape(-1)
+    return flat[:: -(-flat.numel() // MOST) or 1].to("cpu", torch.float32, copy=True).numpy()

@@ -1,0 +1,158 @@
+"""The control thread: signals, files and clocks are turned into actions on which all ranks agree, at no cost to the step.
+
+Ranks must stop after the same step, and none may sit in a collective that the others will never enter. The main thread
+counts *ticks*: one for each optimizer step and for each round of an evaluation; all ranks run the same sequence of ticks.
+When somebody asks for something (a signal at any rank, the file STOP or SAVE, a clock), every control thread posts the
+tick that its main thread has begun and pledges that it won't begin the one after next. The action happens at the end of
+the largest posted tick plus one: every rank can reach it, and none has passed it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch.distributed as dist
+
+from dist_train.watch import signals
+from dist_train.watch.status import MEETING, here
+
+STOP, FINISH, SAVE, EVALUATE, LOG = "stop", "finish", "save", "evaluate", "log"
+POLL_SECONDS = 0.2
+
+Source = Callable[[], "tuple[str, str] | None"]
+log = logging.getLogger("dist_train")
+
+
+class Control:
+    """Agreement among the control threads of all ranks.
+
+    Main thread: `begin()` before each tick, `due()` after it. `sources` are asked about five times a second on this rank's
+    control thread; each returns None, or (action, reason) once per wish.
+    """
+
+    def __init__(self, rank: int, size: int, store: Any | None, sources: Sequence[Source] = ()):
+        self.rank, self.size, self.store = rank, size, dist.HashStore() if store is None else store
+        self.sources = list(sources)
+        self.reasons: dict[str, str] = {}
+        self._lock = threading.Condition()
+        self._tick = 0  # the tick that the main thread has begun last
+        self._hold: int | None = None  # while an agreement is open: the last tick that may begin
+        self._actions: dict[int, set[str]] = {}
+        self._handled = 0
+        self._closing = threading.Event()
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="dist_train-control", daemon=True)
+
+    def start(self) -> None:
+        """Start listening."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop listening; nothing is agreed any more."""
+        self._closing.set()
+        self._thread.join(timeout=5)
+
+    # The main thread's side: two attribute reads a step while nobody asks for anything.
+
+    def begin(self) -> None:
+        """Begin the next tick; waits only while an agreement that could end before it is still open."""
+        if self._hold is not None and self._tick + 1 > self._hold:
+            here.phase = MEETING
+            with self._lock:
+                self._lock.wait_for(lambda: self._hold is None or self._tick + 1 <= self._hold)
+        self._tick += 1
+
+    def due(self) -> set[str]:
+        """The actions that all ranks take at the end of the tick just run."""
+        if self._failure is not None:
+            raise RuntimeError("the control thread has failed") from self._failure
+        if not self._actions and self._hold is None:
+            return set()
+        here.phase = MEETING
+        with self._lock:
+            # This tick may be the one that an open agreement ends with.
+            self._lock.wait_for(lambda: self._hold is None or self._tick < self._hold)
+            return self._actions.pop(self._tick, set())
+
+    def stop_due(self) -> bool:
+        """Whether a stop is due at the end of the tick just run; whatever else is due is put off to the next one."""
+        actions = self.due()
+        rest = actions - {STOP}
+        if rest:
+            with self._lock:
+                self._actions.setdefault(self._tick + 1, set()).update(rest)
+        return STOP in actions
+
+    # The control thread's side.
+
+    def _run(self) -> None:
+        try:
+            while not self._closing.is_set():
+                self._listen()
+                for source in self.sources:
+                    wish = source()
+                    if wish is not None:
+                        self._propose(*wish)
+                self._answer()
+        except BaseException as error:
+            if not self._closing.is_set():
+                log.error("control thread: %s: %s", type(error).__name__, error)
+                self._failure = error
+                with self._lock:
+                    self._hold = None
+                    self._lock.notify_all()
+
+    def _listen(self) -> None:
+        for number in signals.take(POLL_SECONDS):
+            name = signal.Signals(number).name
+            log.info("received %s", name)
+            self._propose(STOP, name)
+
+    def _propose(self, action: str, reason: str) -> None:
+        if action in self.reasons and action == STOP:
+            return  # a signal may come twice; one stop is enough
+        number = self.store.add("requests", 1)
+        self.store.set(f"request/{number}", json.dumps([action, reason]))
+
+    def _answer(self) -> None:
+        while self._handled < self.store.add("requests", 0):
+            number = self._handled + 1
+            action, reason = json.loads(self.store.get(f"request/{number}"))
+            with self._lock:
+                self._hold = -1  # first the gate, then the reading: the main thread may be one tick past it, never two
+                tick = self._tick
+                self._hold = tick + 1
+                self._lock.notify_all()
+            self.store.set(f"vote/{number}/{self.rank}", str(tick))
+            votes = [int(self.store.get(f"vote/{number}/{rank}")) for rank in range(self.size)]
+            with self._lock:
+                self.reasons.setdefault(action, reason)
+                self._actions.setdefault(max(votes) + 1, set()).add(action)
+                self._hold = None
+                self._lock.notify_all()
+            self._handled = number
+
+
+def watch_file(take: Callable[[str], bool], action: str, name: str) -> Source:
+    """A source that asks for `action` when `take(name)` has found the file, and taken it away."""
+    return lambda: (action, f"file {name}") if take(name) else None
+
+
+def watch_clock(clock: Callable[[], float], due_at: float, every: float | None, action: str, reason: str) -> Source:
+    """A source that asks for `action` when `clock()` (seconds trained, over all attempts) passes `due_at`, then each `every`."""
+    due = due_at
+
+    def source() -> tuple[str, str] | None:
+        nonlocal due
+        now = clock()
+        if now < due:
+            return None
+        due = float("inf") if every is None else (now // every + 1) * every
+        return action, reason
+
+    return source

@@ -1,0 +1,190 @@
+"""The signals that ask for a stop, from the first line of a process on.
+
+A Python signal handler runs only between bytecodes of the main thread, so it stays silent while that thread waits in a
+collective. `signal.set_wakeup_fd` doesn't: the C-level handler writes the signal's number to a socket at once, and a
+thread reads it there. Until the run has begun it ends the process; from `hold()` on it keeps what comes for the control
+thread (`runtime.control`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)
+_GRACE = 3.0  # seconds to end in a better way
+
+
+class _Listener:
+    """The socket of this process, the thread that reads it, and what was there before."""
+
+    def __init__(self, numbers: tuple[signal.Signals, ...]):
+        self.numbers = numbers
+        self.reader, self.writer = socket.socketpair()
+        self.writer.setblocking(False)
+        self.theirs = signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)  # an event loop's
+        self.previous: dict[int, object] = {}
+        threading.Thread(target=self._run, name="dist_train-signals", daemon=True).start()
+
+    def take_over(self) -> None:
+        """Let the signals do nothing but be heard."""
+        for number in self.numbers:
+            ignored = number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN  # by nohup
+            if number not in self.previous and not ignored:
+                self.previous[number] = signal.signal(number, self._late)
+
+    def claim(self) -> None:
+        """Take the wakeup descriptor again where user code has used it since (an event loop that is closed, say)."""
+        theirs = signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
+        if theirs != self.writer.fileno():
+            self.theirs = theirs
+
+    def _late(self, number: int, frame: object) -> None:
+        """The Python half of a handler: the number has been written, unless an event loop has the descriptor."""
+        mine = self.writer.fileno()
+        theirs = signal.set_wakeup_fd(mine, warn_on_full_buffer=False)
+        if theirs != mine:
+            self.writer.send(bytes([number]))
+            with contextlib.suppress(OSError, ValueError):
+                signal.set_wakeup_fd(theirs if theirs >= 0 else mine, warn_on_full_buffer=False)
+
+    def _run(self) -> None:
+        # The C half writes the number of every signal that has a Python handler: SIGCHLD's too, once torch has installed its
+        # own for loader workers, and a user's SIGALRM.
+        while numbers := self.reader.recv(64):
+            others = bytes(number for number in numbers if number not in self.numbers)
+            with contextlib.suppress(OSError):
+                if others and self.theirs >= 0:
+                    os.write(self.theirs, others)
+            for number in numbers:
+                if number in self.numbers:
+                    _heard(number)
+        self.reader.close()
+
+    def restore(self, forked: bool = False) -> None:
+        """Give all back (main thread); in a fork the descriptors, which are the parent's, to nobody."""
+        now = signal.set_wakeup_fd(-1)
+        back = -1 if forked else self.theirs if now == self.writer.fileno() else now
+        with contextlib.suppress(OSError, ValueError):
+            signal.set_wakeup_fd(back)
+        for number, handler in self.previous.items():
+            with contextlib.suppress(TypeError, ValueError):
+                signal.signal(number, handler)  # type: ignore[arg-type]
+        if not forked:
+            self.writer.shutdown(socket.SHUT_RDWR)  # the thread ends
+        self.writer.close()
+
+
+_listener: _Listener | None = None
+_arrived = threading.Condition()
+_pending: list[int] = []
+_held = False  # whether the run has begun
+_interrupted_at: float | None = None
+_before_end: Callable[[], object] | None = None  # tells the other ranks
+
+
+def install(stops: bool = True) -> None:
+    """Listen from here on; does nothing outside the main thread (a notebook's worker, say).
+
+    Args:
+        stops: each of `STOP_SIGNALS` ends this process, with exit code 128 + its number, until somebody calls `hold()`. Else
+            only Ctrl-C is heard, so that it ends a process whose main thread can't take its KeyboardInterrupt.
+    """
+    global _listener
+    if threading.current_thread() is not threading.main_thread():
+        return
+    if _listener is None:
+        _listener = _Listener(STOP_SIGNALS if stops else (signal.SIGINT,))
+    if stops:
+        _listener.numbers = STOP_SIGNALS
+        _listener.take_over()
+        _listener.claim()
+
+
+def hold() -> None:
+    """The run begins: from here on signals wait for whoever takes them."""
+    global _held
+    if threading.current_thread() is threading.main_thread():
+        _held = True
+        install()
+
+
+def held() -> bool:
+    """Whether the run has begun, so that a KeyboardInterrupt of the main thread isn't Ctrl-C's."""
+    return _held
+
+
+def take(seconds: float) -> list[int]:
+    """The signals held so far; waits for one, at most so long."""
+    with _arrived:
+        _arrived.wait_for(lambda: bool(_pending), timeout=seconds)
+        taken = _pending[:]
+        _pending.clear()
+    return taken
+
+
+def before_end(tell: Callable[[], object] | None) -> None:
+    """What to do, for some seconds at most, when a signal ends this process before the run has begun."""
+    global _before_end
+    _before_end = tell
+
+
+def restore() -> None:
+    """Give the signals back to whoever had them; used when `train()` returns inside somebody else's process."""
+    global _listener, _held, _interrupted_at, _before_end
+    if threading.current_thread() is not threading.main_thread():
+        return  # it has taken none
+    listener, _listener, _held, _interrupted_at, _before_end = _listener, None, False, None, None
+    _pending.clear()
+    if listener is not None:
+        listener.restore()
+
+
+def _heard(number: int) -> None:
+    global _interrupted_at
+    now, before = time.monotonic(), _interrupted_at
+    if number == signal.SIGINT:
+        # Ctrl-C comes twice where a shell signals the group and torchrun forwards it: only a later one is a second wish.
+        if before is not None and now - before > 1:
+            os._exit(130)
+        _interrupted_at = before or now
+    if _held:
+        with _arrived:
+            _pending.append(number)
+            _arrived.notify_all()
+    else:
+        threading.Thread(target=_end, args=(number,), name="dist_train-end", daemon=True).start()
+
+
+def _end(number: int) -> None:
+    if _listener is not None and not _listener.previous:
+        time.sleep(_GRACE)  # the main thread has a KeyboardInterrupt
+        os._exit(128 + number)
+    telling = threading.Thread(target=_before_end or (lambda: None), daemon=True)
+    telling.start()
+    telling.join(timeout=_GRACE)
+    from dist_train.watch.failure import rank_of_this_process
+
+    if rank_of_this_process() == 0:
+        text = f"dist_train: {signal.Signals(number).name} before the run had begun: nothing was written\n"
+        with contextlib.suppress(OSError):
+            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
+    os._exit(128 + number)
+
+
+def _in_a_fork() -> None:
+    """A child of a fork (a user's Pool) has the handlers and the socket of its parent: its own signals aren't its parent's."""
+    global _listener
+    if _listener is not None:
+        listener, _listener = _listener, None
+        listener.restore(forked=True)
+        listener.reader.close()
+
+
+os.register_at_fork(after_in_child=_in_a_fork)

@@ -1,0 +1,168 @@
+"""The step on CUDA without a GPU: under fake tensors that claim to be there, nothing in it may make the host wait."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dist_train.data.loader import StepWork
+from dist_train.data.sampler import MicroBatch
+from dist_train.step.modules import Modules
+from dist_train.step.optim import build_optimizer
+from dist_train.step.precision import Precision
+from dist_train.step.reduce import SingleProcess, _Objective
+from dist_train.step.step import Stepper
+from dist_train.task.losses import Loss
+from dist_train.task.task import Supervised
+
+CUDA = torch.device("cuda", 0)
+READS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fused_sgd_has_a_form() -> Iterator[None]:
+    """torch has none for tensors without memory."""
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        with contextlib.suppress(RuntimeError):  # a later torch has
+            library.impl("_fused_sgd_", lambda *args, **kwargs: None, "Meta")
+        yield
+
+
+class Waits(TorchDispatchMode):
+    """Lists what makes the host wait for the device, with its line: reads of values, and copies to or from pageable memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: collections.Counter[str] = collections.Counter()
+        self.kernels = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        name = func.name().removeprefix("aten::").partition(".")[0]
+        self.kernels += 1
+        devices = [torch.device(kwargs["device"]).type] if kwargs.get("device") is not None else []
+        devices += [arg.device.type for arg in args if isinstance(arg, Tensor)]
+        crosses = name in ("_to_copy", "copy_") and len({*devices}) > 1
+        if name in READS or (crosses and not (kwargs.get("non_blocking") or True in args[2:3])):
+            lines = [
+                f
+                for f in traceback.extract_stack()
+                if "test_fake" not in f.filename and "_python_dispatch" not in f.filename
+            ]
+            self.found[f"{name} @ {lines[-1].filename}:{lines[-1].lineno}"] += 1
+        return func(*args, **kwargs)
+
+
+class Objective:
+    """The objective as DDP calls it, without DDP."""
+
+    def __init__(self, modules: Modules, task: Supervised, precision: Precision, scaler: torch.amp.GradScaler | None):
+        self.objective, self.precision = _Objective(modules, task, scaler, 8), precision
+
+    def warm_up(self, batch: Any, rewind: Callable[[], object]) -> None:
+        pass
+
+    def forward_backward(self, batch: Any, *, scale: float, weightless: bool, last: bool) -> None:
+        with self.precision.autocast():
+            self.objective(batch, scale, weightless).backward()
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        weight, loss = self.objective.report.grad.clone().unbind()
+        return loss, weight
+
+
+def work(step: int, batch: Any, parts: int) -> StepWork:
+    """A step of so many micro-batches of 16."""
+    rows = np.arange(32)
+
+    def micro_batches() -> Iterator[MicroBatch]:
+        for k in range(parts):
+            yield MicroBatch(0, step, rows, 16 * k, 16, k == parts - 1, batch)
+
+    return StepWork(step, 0, 16 * parts, rows, rows, micro_batches())
+
+
+def waits(monkeypatch: pytest.MonkeyPatch, loss: Any, target: Any, form: Any, precision: str, **options: Any) -> Waits:
+    """A step after a first one."""
+    monkeypatch.setattr(
+        "dist_train.step.step.seed_forward", lambda *args: None
+    )  # there is no generator without a driver
+    leaves: list[nn.Parameter] = []
+
+    def backward(
+        self: Tensor, gradient: Any = None
+    ) -> None:  # autograd's threads need a device: gradients come ready-made
+        for leaf in leaves:
+            leaf.grad = torch.empty_like(leaf)
+
+    monkeypatch.setattr(Tensor, "backward", backward)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with CUDA:
+            net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
+            batch = (torch.randn(16, 3, 8, 8), target())
+        net.on_host = torch.ones(3)  # a plain attribute, which no .to() takes along
+        task = Supervised(Loss(loss).to(CUDA))
+        task.loss._checked = True  # the check of the first batch reads, by intention
+        monkeypatch.setattr(
+            torch.cuda, "is_available", lambda: True
+        )  # else autocast and the scaler switch themselves off
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args: True)
+        scaler = torch.amp.GradScaler("cuda") if precision == "fp16" else None
+        modules = Modules(net, task=task)
+        optimizer = build_optimizer({"_target_": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9}, modules, CUDA)
+        assert optimizer.param_groups[0]["fused"]
+        reducer = form(modules, task, Precision(precision, "cuda"), scaler)
+        leaves += [*(reducer.objective if form is Objective else net).parameters()]
+        step = Stepper(
+            modules, optimizer, reducer, scaler=scaler, device=CUDA, seed=0, summed=task.summed,
+            prepare=lambda batch, epoch, indices: batch, indices_of=lambda step: range(32), **options,
+        )  # fmt: skip
+        step(work(0, batch, 1), want_norm=True)
+        with Waits() as seen:
+            step(work(1, batch, 2), want_norm=True)
+    return seen
+
+
+LOSSES: dict[str, tuple[Any, Callable[[], Tensor]]] = {
+    "cross-entropy": (nn.CrossEntropyLoss(label_smoothing=0.1), lambda: torch.zeros(16, dtype=torch.int64)),
+    "class weights": (nn.CrossEntropyLoss(weight=torch.ones(10)), lambda: torch.zeros(16, dtype=torch.int64)),
+    "sum": (nn.CrossEntropyLoss(reduction="sum"), lambda: torch.zeros(16, dtype=torch.int64)),
+    "elements": (nn.MSELoss(), lambda: torch.zeros(16, 10)),
+    "own mean": (lambda o, t: nn.functional.cross_entropy(o, t), lambda: torch.zeros(16, dtype=torch.int64)),
+}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("form", [SingleProcess, Objective])
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_step_lists_no_wait(monkeypatch: pytest.MonkeyPatch, name: str, form: Any, precision: str) -> None:
+    options = {"clip_norm": 1.0, "clip_value": 0.5, "skip": True} if name == "elements" else {}
+    seen = waits(monkeypatch, *LOSSES[name], form, precision, **options)
+    assert seen.kernels > 50
+    assert not seen.found
+
+
+def test_a_wait_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy from pageable memory is; a read of a value ends such a step by itself."""
+
+    def copies(outputs: Tensor, targets: Tensor) -> Any:
+        return (outputs - targets).pow(2).sum(), torch.zeros(()).to(outputs.device)
+
+    def reads(outputs: Tensor, targets: Tensor) -> Any:
+        return (outputs - targets).pow(2).sum(), float(targets.sum())
+
+    with monkeypatch.context() as patch:
+        found = waits(patch, copies, LOSSES["elements"][1], Objective, "bf16").found
+    assert [line.partition(" ")[0] for line in found] == ["_to_copy"]
+    with pytest.raises(DataDependentOutputException):
+        waits(monkeypatch, reads, LOSSES["elements"][1], SingleProcess, "bf16")

@@ -1,0 +1,211 @@
+"""Metrics by parts come to what scikit-learn says of the whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sklearn.metrics as reference
+import torch
+from torch import Tensor, nn
+
+import dist_train
+from dist_train.checkpoint.store import CheckpointStore
+from dist_train.config.durations import Duration
+from dist_train.config.schema import StopWhenConfig
+from dist_train.runtime.storage import Storage
+from dist_train.task.losses import Loss
+from dist_train.task.metrics import Metric, Whole, build_metrics, is_lower_better, sums_of
+from dist_train.training.due import StopWhen
+
+GENERATOR = torch.Generator().manual_seed(1)
+LOGITS = torch.randn(60, 9, generator=GENERATOR)
+LABELS = torch.randint(0, 9, (60,), generator=GENERATOR)
+REAL, GUESS = torch.randn(60, generator=GENERATOR), torch.randn(60, generator=GENERATOR)
+YES = (REAL > 0).float()
+
+
+def figure(name: str, outputs: Tensor, targets: Tensor, loss: nn.Module | None = None) -> float:
+    (metric,) = build_metrics([name], Loss(loss) if loss is not None else None)
+    assert metric.name == name
+    parts = [slice(0, 1), slice(1, 30), slice(30, None)]
+    sums = [metric.sums(outputs[part], targets[part]) for part in parts]
+    assert all(part.dtype == torch.float64 and part.shape == (metric.size,) for part in sums)
+    return metric.result(torch.stack(sums).sum(0))
+
+
+@pytest.mark.parametrize(
+    ("name", "outputs", "targets", "expected"),
+    [
+        ("accuracy", LOGITS, LABELS, reference.accuracy_score(LABELS, LOGITS.argmax(1))),
+        ("top5", LOGITS, LABELS, reference.top_k_accuracy_score(LABELS, LOGITS, k=5, labels=range(9))),
+        ("binary_accuracy", torch.sigmoid(GUESS), YES, reference.accuracy_score(YES, GUESS > 0)),
+        ("binary_accuracy", torch.sigmoid(GUESS)[:, None], YES, reference.accuracy_score(YES, GUESS > 0)),
+        ("mae", GUESS, REAL, reference.mean_absolute_error(REAL, GUESS)),
+        ("mae", GUESS[:, None], REAL, reference.mean_absolute_error(REAL, GUESS)),
+        ("mse", GUESS, REAL, reference.mean_squared_error(REAL, GUESS)),
+        ("rmse", GUESS, REAL, np.sqrt(reference.mean_squared_error(REAL, GUESS))),
+        ("r2", GUESS, REAL, reference.r2_score(REAL.numpy(), GUESS.numpy())),
+    ],
+)
+def test_parts_come_to_the_figure_of_the_whole(name: str, outputs: Tensor, targets: Tensor, expected: float) -> None:
+    assert figure(name, outputs, targets) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_binary_accuracy_looks_at_the_sign_of_logits() -> None:
+    expected = reference.accuracy_score(YES, GUESS > 0)
+    assert figure("binary_accuracy", GUESS, YES, nn.BCEWithLogitsLoss()) == expected
+    beyond_half = reference.accuracy_score(YES, GUESS > 0.5)
+    assert figure("binary_accuracy", GUESS, YES, nn.BCELoss()) == beyond_half != expected
+
+
+def test_ignored_labels_are_not_counted_and_mixed_ones_count_by_the_largest_share() -> None:
+    ignored = LABELS.where(torch.arange(60) < 20, -100)
+    assert figure("accuracy", LOGITS, ignored) == reference.accuracy_score(LABELS[:20], LOGITS[:20].argmax(1))
+    mixed = 0.6 * nn.functional.one_hot(LABELS, 9) + 0.4 / 9
+    assert figure("accuracy", LOGITS, mixed) == reference.accuracy_score(LABELS, LOGITS.argmax(1))
+
+
+@pytest.mark.parametrize(("name", "said"), [("accuracy", "binary_accuracy"), ("mae", "element by element")])
+def test_shapes_that_do_not_fit_are_told(name: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        figure(name, GUESS if name == "accuracy" else LOGITS, REAL)
+
+
+def test_classes_of_torchmetrics_are_taken_alone_and_in_collections() -> None:
+    target = "torchmetrics.regression.MeanAbsoluteError"
+    both = [{"_target_": target}, {"_target_": "torchmetrics.regression.R2Score"}]
+    alone, collection = build_metrics(
+        [{"_target_": target}, {"_target_": "torchmetrics.MetricCollection", "metrics": both}], None
+    )
+    for metric in (alone, collection):
+        assert isinstance(metric, Whole)
+        for part in (slice(0, 30), slice(30, None)):
+            metric.update(GUESS[part, None], REAL[part])
+    expected = reference.mean_absolute_error(REAL, GUESS)
+    assert alone.name == "mean_absolute_error"
+    assert alone.figures() == {"mean_absolute_error": pytest.approx(expected, rel=1e-5)}  # type: ignore[attr-defined]
+    assert collection.name == "MeanAbsoluteError"
+    found = collection.figures()  # type: ignore[attr-defined]
+    assert found["MeanAbsoluteError"] == pytest.approx(expected, rel=1e-5)
+    assert found["R2Score"] == pytest.approx(reference.r2_score(REAL.numpy(), GUESS.numpy()), rel=1e-4)
+
+
+class Given(Metric):
+    """Gives what it is told to give."""
+
+    def __init__(self, name: str = "given", sums: Any = None, figure: float = 0.5):
+        self.name, self.gives, self.figure = name, sums, figure
+
+    def sums(self, outputs: Tensor, targets: Any) -> Tensor:
+        return torch.ones(2, dtype=torch.float64) if self.gives is None else self.gives(outputs, targets)
+
+    def result(self, sums: Tensor) -> float:
+        return self.figure
+
+
+MAE = {"_target_": "torchmetrics.regression.MeanAbsoluteError"}
+
+
+@pytest.mark.parametrize(
+    ("specs", "name"),
+    [
+        (["accuracy", "top5", {"_target_": "dist_train.task.metrics.Accuracy", "ignore_index": 0}], "accuracy"),
+        ([MAE, MAE], "mean_absolute_error"),
+        ([{"_target_": "torchmetrics.MetricCollection", "metrics": [MAE]}, Given("MeanAbsoluteError")], "MeanAbsolute"),
+        *(([Given(name)], name) for name in ("loss", "eval_samples", "raw_loss", "step")),
+    ],
+)
+def test_two_figures_of_one_name_are_refused(specs: list[Any], name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        build_metrics(specs, None)
+
+
+@pytest.mark.parametrize(
+    ("gives", "said"),
+    [
+        (lambda o, t: torch.ones(3, dtype=torch.float64), r"metric given: .*shape \(2,\).*gave \(3,\)"),
+        (lambda o, t: torch.ones(2), r"metric given: .*float64.*gave \(2,\) of torch.float32"),
+        (lambda o, t: 0.5, "metric given: .*gave a float"),
+        (lambda o, t: o["logits"], "metric given: "),
+    ],
+)
+def test_a_metric_that_fails_or_gives_other_sums_is_named(gives: Any, said: str) -> None:
+    with pytest.raises(RuntimeError, match=said):
+        sums_of(Given(sums=gives), GUESS, REAL)
+    counts = sums_of(Given(sums=lambda o, t: torch.tensor([3, 2**53 - 1])), GUESS, REAL)
+    assert counts.tolist() == [3, 2**53 - 1], "integers lose nothing"
+
+
+def test_which_way_is_better_is_what_the_metric_says_and_else_its_name() -> None:
+    hamming = {"_target_": "torchmetrics.classification.BinaryHammingDistance"}
+    collection = {"_target_": "torchmetrics.MetricCollection", "metrics": {"off": hamming, "err_free": MAE}}
+    metrics = build_metrics([collection, "accuracy", "mse"], None)
+    lower = {name: is_lower_better(f"val/{name}", metrics) for name in ("off", "err_free", "accuracy", "mse", "loss")}
+    assert lower == {"off": True, "err_free": True, "accuracy": False, "mse": True, "loss": True}
+    assert is_lower_better("val/raw_mse", metrics)
+    assert not is_lower_better("val/neg_mean_squared_error", [])
+
+
+def test_a_figure_that_is_no_number_is_never_the_best() -> None:
+    nan = float("nan")
+
+    def stopped_at(*values: float) -> int | None:
+        rule = StopWhen(StopWhenConfig(metric="val/f1", patience=Duration(3, "ep")), steps_per_epoch=1, lower=False)
+        return next((k for k, value in enumerate(values, 1) if rule.judge({"val/f1": value}, k)), None)
+
+    assert stopped_at(nan, 0.1, 0.2, 0.3, 0.4, 0.5) is None
+    assert stopped_at(nan, 0.4, nan, 0.3, 0.3) == 5
+    assert stopped_at(nan, nan, nan, 0.4) == 3, "as other early stopping counts"
+
+
+class Digit:
+    """A target of a class of one's own, as graphs and detections have."""
+
+    def __init__(self, rows: list[tuple[Tensor, Tensor]]):
+        self.y = torch.stack([row[1] for row in rows])
+
+
+def test_samples_are_counted_by_the_plan_ties_go_to_the_better_loss_and_json_stays_json(tmp_path: Path) -> None:
+    """Losses of 6, 2, 2 and 5 at the same metric: the second evaluation is kept, and the third no better, so not saved."""
+    told = iter([6.0, 2.0, 2.0, 5.0])
+    data = torch.utils.data.TensorDataset(torch.randn(10, 3, generator=GENERATOR), torch.zeros(10))
+
+    class Loss(nn.Module):
+        def forward(self, outputs: Tensor, targets: Digit) -> tuple[Tensor, int]:
+            level = outputs.sum() * 0.0
+            return (level if outputs.requires_grad else level + next(told) * 10), 10
+
+    result = dist_train.train(
+        {
+            "run": {"name": "ties", "dir": str(tmp_path)},
+            "data": {
+                "train": data,
+                "val": data,
+                "global_batch_size": 10,
+                "collate": lambda rows: (torch.stack([row[0] for row in rows]), Digit(rows)),
+            },
+            "model": nn.Linear(3, 1),
+            "loss": Loss(),
+            "metrics": [Given(), Given("never", figure=float("nan"))],
+            "optimizer": {"_target_": torch.optim.SGD, "lr": 0.1},
+            "trainer": {"duration": "4ep"},
+            "checkpoint": {"every": "4ep"},
+            "tracking": {"tensorboard": False, "report": False},
+        }
+    )
+
+    def strictly(path: Path) -> Any:
+        return json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+    assert (result["kept"], result["kept_step"]) == ("best", 2)
+    written = strictly(tmp_path / "ties" / "result.json")
+    assert written["metrics"]["val"] == {"loss": 2.0, "given": 0.5, "never": None, "eval_samples": 10}
+    (kept,) = (tmp_path / "ties" / "checkpoints").glob("step-00000002/manifest.json")
+    assert strictly(kept)["metrics"]["val/never"] is None
+    found = CheckpointStore(Storage(str(tmp_path / "ties" / "checkpoints")))
+    assert found.ranked("val/given", "max") == [2, 4, 1]
+    assert found.ranked("val/never", "max") == []

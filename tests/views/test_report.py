@@ -1,0 +1,195 @@
+"""report.html: one file, no scripts, nothing from the network, everything escaped, drawn from whatever is there."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dist_train.views.figures import (
+    Boundary,
+    Confusion,
+    Example,
+    Regression,
+    boundary_gif,
+    picture_png,
+    write_boundary,
+)
+from dist_train.views.report import differences, write_comparison, write_report
+
+EVIL = '<script>alert("1")</script>&\u6570'
+NAME = "lr=0.1 <b>&{x}"  # what a folder may be called
+
+
+class Page(HTMLParser):
+    """Collects tags, sources, links and the text of a page."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.sources: list[str] = []
+        self.text = ""
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
+        assert not any(name.startswith("on") for name, _ in attrs)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data + "\n"
+
+
+def make_run(root: Path, seed: int = 0, evil: str = "x") -> Path:
+    root.mkdir(parents=True)
+    rows = [
+        {"time": "2026-01-01T00:00:00.000Z", "step": s, "epoch": 1, "samples": s, "split": "train", "loss": 2 / s,
+         "lr": 0.1, "samples_per_s": 1000.0, "data_wait": 0.25, evil: 1.0}
+        for s in range(1, 30)
+    ]  # fmt: skip
+    rows += [{"step": 29, "epoch": 1, "samples": 29, "split": "val", "loss": 0.5, "accuracy": 0.9, evil: None}]
+    (root / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    metrics = {"val": {"loss": 0.5, "accuracy": 0.9}, "test": {"accuracy": 0.875, evil: 1.0}}
+    result = {
+        "state": "completed",
+        "step": 29,
+        "epoch": 1,
+        "metrics": metrics,
+        "world_size": 2,
+        "seconds": 61.0,
+        evil: evil,
+    }
+    (root / "result.json").write_text(json.dumps(result))
+    (root / "status.json").write_text(json.dumps({"state": "failed", "error": f"it broke: {evil}"}))
+    (root / "attempts.jsonl").write_text(
+        json.dumps({"time": "2026-01-01T00:00:00Z", "event": "start", "cause": evil}) + "\n{to"
+    )
+    (root / "config.yaml").write_text(f"seed: {seed}\nmodel: {{hidden: [8, {seed}]}}\n# {evil}\n")
+    return root
+
+
+def pictures(evil: str) -> list[Confusion | Regression | Boundary]:
+    grid = np.indices((6, 8))[0] > 2
+    worst = [Example(3, evil, "b", 0.97, np.zeros((8, 8))), Example(4, "a", "b", 0.9, None)]
+    return [
+        Confusion(np.array([[3, 1], [0, 2]]), [evil, "b"], worst),
+        Regression(np.arange(5.0), np.arange(5.0) * 1.1, evil),
+        Boundary(np.zeros((3, 2)), np.array([0, 1, 1]), (-1, 1, -1, 1), [(0, grid), (5, ~grid)]),
+    ]
+
+
+def test_a_report_shows_everything_and_runs_nothing(tmp_path: Path) -> None:
+    path = write_report(make_run(tmp_path / NAME, evil=EVIL), pictures=pictures(EVIL), environment={EVIL: EVIL})
+    page = Page(path)
+    assert "script" not in page.tags
+    assert "b" in page.tags  # our own; the name's stays text
+    assert NAME in page.text
+    assert all(source.startswith("data:image/") for source in page.sources)
+    assert "http" not in path.read_text().replace("http-equiv", "")
+    for text in (
+        "completed",
+        "0.8750",
+        "61.0",
+        "25%",
+        "1,000",
+        "it broke",
+        "Confusion matrix",
+        "Most wrong",
+        "taken for b",
+    ):
+        assert text in page.text
+    for title in ("Curves", "Predicted against true", "Decision boundary", "Starts and ends", "Config", "Environment"):
+        assert title in page.text
+    assert page.text.count(EVIL) >= 6
+    assert "seed: 0" in page.text
+    assert [p.name for p in path.parent.iterdir() if p.name.startswith(".")] == []
+    assert '<div class="tile failed"><span>state</span>' in path.read_text(), "it was completed, and went on"
+
+
+def test_a_run_that_has_only_begun_has_a_report_too(tmp_path: Path) -> None:
+    assert "unknown" in Page(write_report(tmp_path)).text
+    (tmp_path / "status.json").write_text('{"state": "running", "step": 0, "epoch": 0}')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "epoch": 1, "samples": 1, "split": "train", "loss": null}\n')
+    page = Page(write_report(tmp_path))
+    assert "running" in page.text
+    assert "Curves" in page.text
+    assert "Confusion" not in page.text
+
+
+def test_many_classes_and_values_that_are_not_finite_are_drawn(tmp_path: Path) -> None:
+    many = Confusion(np.eye(120, dtype=int), [f"class {i}" for i in range(120)])
+    broken = Regression(np.array([1.0, math.nan]), np.array([math.inf, 2.0]))
+    empty = Regression(np.array([]), np.array([]))
+    path = write_report(tmp_path, pictures=[many, broken, empty, Confusion(np.zeros((2, 2), int))])
+    assert Page(path).tags.count("img") == 4
+
+
+def test_runs_are_laid_over_each_other_and_their_differing_keys_named(tmp_path: Path) -> None:
+    first, second = make_run(tmp_path / "a" / NAME, 0), make_run(tmp_path / "b" / "other", 7)
+    (second / "metrics.jsonl").unlink()
+    page = Page(write_comparison([first, second], tmp_path / "compare.html"))
+    assert "script" not in page.tags
+    assert NAME in page.text
+    for text in ("seed", "model.hidden.1", "7", "accuracy 0.9000"):
+        assert text in page.text
+    assert "model.hidden.0" not in page.text
+    same = Page(write_comparison([first, first], tmp_path / "same.html"))
+    assert "nowhere" in same.text
+    assert str(first) in same.text  # runs of one name are told apart by their paths
+
+
+def test_differences_compare_leaf_by_leaf() -> None:
+    one = {"a": 1, "b": {"c": [1, 2], "d": None}, "e": {}}
+    two = {"a": 1, "b": {"c": [1, 3]}, "e": {"f": 2}}
+    assert differences([one, two]) == [("b.c.1", "2", "3"), ("b.d", "None", "-"), ("e", "{}", "-"), ("e.f", "-", "2")]
+    assert differences([one, one, one]) == []
+
+
+def test_the_boundary_moves_in_a_gif_and_stands_in_pngs(tmp_path: Path) -> None:
+    boundary = pictures("x")[2]
+    assert isinstance(boundary, Boundary)
+    write_boundary(boundary, tmp_path)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["boundary-00000000.png", "boundary-00000005.png", "boundary.gif"]
+    gif = Image.open(tmp_path / "boundary.gif")
+    assert gif.n_frames == 2  # type: ignore[attr-defined]
+    assert gif.size == Image.open(tmp_path / names[0]).size
+    assert (tmp_path / "boundary.gif").read_bytes() == boundary_gif(boundary)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (8, 8, 1), (8, 8, 3), (300, 200, 3)])
+def test_sample_pictures_are_enlarged_without_smoothing(shape: tuple[int, ...]) -> None:
+    array = np.zeros(shape, np.float32)
+    array[0, 0] = 2.0  # beyond 1: clipped
+    image = Image.open(io.BytesIO(picture_png(array)))
+    assert 100 <= max(image.size) <= 224
+    if shape[0] == 8:
+        assert image.size == (112, 112)
+        assert {color for _, color in image.convert("RGB").getcolors()} == {(0, 0, 0), (255, 255, 255)}
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+def test_chromium_opens_the_report_without_an_error(tmp_path: Path) -> None:
+    path = write_report(make_run(tmp_path / "run", evil=EVIL), pictures=pictures(EVIL))
+    shot = tmp_path / "shot.png"
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--enable-logging=stderr",
+        f"--user-data-dir={tmp_path}/c",
+    ]
+    done = subprocess.run(
+        ["chromium", *options, "--window-size=390,800", f"--screenshot={shot}", path.as_uri()],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert "CONSOLE" not in done.stderr
+    assert len(Image.open(shot).convert("RGB").getcolors(1 << 24)) > 10
