@@ -471,8 +471,9 @@ def tests(device: torch.device) -> Findings:
     folders = ["tests/gpu/test_training.py"]
     if device.type == "cuda":
         folders += ["tests/data/test_augment.py", "tests/runtime/test_seeding.py", "tests/checkpoint/test_staging.py"]
+    several = ["-n", "8"] if importlib.util.find_spec("xdist") else []
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *folders],
+        [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *several, *folders],
         cwd=ROOT, env={**os.environ, "DIST_TRAIN_TEST_DEVICE": device.type}, text=True, capture_output=True,
     )  # fmt: skip
     yield {
