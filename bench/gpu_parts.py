@@ -344,7 +344,7 @@ if torch.cuda.is_available():  # NCCL refuses two ranks on one card; gloo carrie
         return torch.device("cuda", 0)
     world.pick_device, join = one_card, dist.init_process_group
     dist.init_process_group = lambda backend, **options: join("cpu:gloo,cuda:gloo", **{**options, "device_id": None})
-from dist_train.commands.train import train
+from dist_train.run.api import train
 
 for overrides in json.loads(sys.argv[1]):  # one after another in the same processes: starting them is what takes the time
     train("c.yaml", *overrides)

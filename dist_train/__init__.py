@@ -9,13 +9,9 @@ __all__ = ["load", "train"]
 
 
 def __getattr__(name: str) -> Any:
-    """`train` and `load`, imported when they are asked for: `--help` and config errors don't wait for more."""
-    if name == "train":
-        from dist_train.commands.train import train
+    """`train` and `load`, imported on first use: `--help` and config errors don't wait for more."""
+    if name in __all__:
+        from dist_train.run import api
 
-        return train
-    if name == "load":
-        from dist_train.run.open import load
-
-        return load
+        return getattr(api, name)
     raise AttributeError(f"module 'dist_train' has no attribute {name!r}")

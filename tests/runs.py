@@ -70,7 +70,7 @@ F1 = "metrics=[{_target_: torchmetrics.classification.MulticlassF1Score, num_cla
 SEVERAL = """
 import json, sys
 
-from dist_train.commands.train import train
+from dist_train.run.api import train
 
 if __name__ == "__main__":
     for path, *overrides in json.loads(sys.argv[1]):

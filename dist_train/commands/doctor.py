@@ -64,9 +64,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", metavar="FILE", help="write what was found")
     options = with_config(parser, arguments)
 
-    from dist_train.commands.train import checked
     from dist_train.config.durations import Duration
     from dist_train.config.schema import DistributedConfig
+    from dist_train.run.api import checked
     from dist_train.runtime.launch import read_placement
     from dist_train.runtime.world import open_world
 

@@ -62,7 +62,7 @@ class Table:
     """index, prediction, probabilities or further values, target: numbers of classes with their names beside them."""
 
     def __init__(self, meaning: Meaning, dataset: Any):
-        from dist_train.run.open import attribute_of
+        from dist_train.data.reading import attribute_of
 
         self.meaning = meaning
         self.classes = [visible(str(name), keep="") for name in attribute_of(dataset, "classes") or []]

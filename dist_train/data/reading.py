@@ -131,3 +131,13 @@ class Seeded(Dataset[Any]):
 def _listed(indices: np.ndarray) -> str:
     shown = ", ".join(str(index) for index in indices[:8])
     return f"{shown}, ... ({len(indices)} in all)" if len(indices) > 8 else shown
+
+
+def attribute_of(dataset: Any, name: str) -> Any:
+    """An attribute of a dataset or of the dataset that it wraps (`Subset`, `RandomSplit`); None without one."""
+    while dataset is not None:
+        value = getattr(dataset, name, None)
+        if value is not None:
+            return value
+        dataset = getattr(dataset, "dataset", None)
+    return None

@@ -7,15 +7,14 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from dist_train.checkpoint.manifest import CheckpointError, DamagedError
 from dist_train.checkpoint.store import CheckpointStore, Found
-from dist_train.config.components import add_code_paths, build
+from dist_train.config.components import add_code_paths
 from dist_train.config.errors import ConfigError
 from dist_train.config.load import load_config
 from dist_train.config.slots import check_components
@@ -84,7 +83,7 @@ def open_run(
         DamagedError: the checkpoint isn't whole.
     """
     run = RunDir(location)
-    config = _checked(run, overrides)
+    config = read_config(run, overrides)
     with open_world(config.distributed, Placement() if alone else read_placement(os.environ)) as world:
         restored = restore_in(world, run, config, checkpoint)
         restored.evaluator.modules.eval()
@@ -97,72 +96,13 @@ def restore_in(world: World, run: RunDir, config: Config, checkpoint: str | None
     return Restored(run, config, world, _restore(evaluator.modules, run, checkpoint, world), evaluator)
 
 
-def load(run: str | os.PathLike[str], checkpoint: str | None = None, model: nn.Module | None = None) -> nn.Module:
-    """The model of a run, in eval mode on the CPU, with the weights of a checkpoint: the EMA's where there is one.
-
-    Its attribute `dist_train_run` is a `LoadedRun`: where it came from, its config, and `transform`, what to do to an
-    input before the model sees it.
-
-    Args:
-        run: the run's directory.
-        checkpoint: `best`, `last` or `step-N`; None is best where the run keeps it, else last.
-        model: a module of your own to load the weights into; nothing that the run's config names is called then.
-
-    Raises:
-        ConfigError: there is no such run or checkpoint, or it doesn't fit the model.
-        DamagedError: the checkpoint isn't whole.
-    """
-    directory = RunDir(os.fspath(run))
+def load_model(run: RunDir, checkpoint: str | None, model: nn.Module | None = None) -> tuple[nn.Module, int]:
+    """The model of a run (or `model`) on the CPU, with the weights of a checkpoint, and that checkpoint's step."""
     if model is None:
-        config = _checked(directory)
+        config = read_config(run)
         with undisturbed_generators():
             model = build_model(config)
-    found = _restore(Modules(model), directory, checkpoint)
-    model.dist_train_run = LoadedRun(directory.location, found.step)  # type: ignore[assignment]
-    return model.eval()
-
-
-@dataclass
-class LoadedRun:
-    """Where a module of `load` came from.
-
-    Attributes:
-        location: the run's directory. step: that of the checkpoint.
-    """
-
-    location: str
-    step: int
-
-    @cached_property
-    def config(self) -> Config:
-        """The run's resolved config."""
-        return _checked(RunDir(self.location))
-
-    @cached_property
-    def transform(self) -> Any:
-        """What the run applies to an input of val (else test, else train); None if its data are used as they are.
-
-        The config's own `transform` argument where there is one, so that no data have to be there; else the attribute
-        `transform` of the dataset.
-        """
-        data = self.config.data
-        split = "val" if data.val is not None else "test" if data.test is not None else "train"
-        spec = getattr(data, split)
-        while isinstance(spec, dict):
-            if "transform" in spec:
-                return build(spec["transform"])
-            spec = spec.get("dataset")
-        return attribute_of(build_dataset(self.config, split), "transform")
-
-
-def attribute_of(dataset: Any, name: str) -> Any:
-    """An attribute of a dataset or of the dataset that it wraps (`Subset`, `RandomSplit`); None without one."""
-    while dataset is not None:
-        value = getattr(dataset, name, None)
-        if value is not None:
-            return value
-        dataset = getattr(dataset, "dataset", None)
-    return None
+    return model, _restore(Modules(model), run, checkpoint).step
 
 
 def _restore(modules: Modules, run: RunDir, checkpoint: str | None, world: World | None = None) -> Found:
@@ -241,7 +181,7 @@ def _store(run: RunDir) -> CheckpointStore:
     return CheckpointStore(run.storage.sub("checkpoints"), lambda line: print(line, file=sys.stderr))
 
 
-def _checked(run: RunDir, overrides: Sequence[str] = ()) -> Config:
+def read_config(run: RunDir, overrides: Sequence[str] = ()) -> Config:
     """The run's config under `overrides`, with its components looked up; without what only training needs."""
     if not run.storage.exists("config.yaml"):
         raise ConfigError.single("--run", f"{run.location} holds no run: config.yaml isn't there{_near(run)}")

@@ -19,7 +19,8 @@ from dist_train.config.errors import ConfigError
 from dist_train.config.secrets import visible
 from dist_train.config.slots import check_components
 from dist_train.data.passes import is_stream
-from dist_train.run.open import Restored, attribute_of, open_run, restore_in
+from dist_train.data.reading import attribute_of
+from dist_train.run.open import Restored, open_run, restore_in
 from dist_train.runtime.launch import read_placement
 from dist_train.runtime.rundir import RunDir
 from dist_train.runtime.seeding import seed_sample

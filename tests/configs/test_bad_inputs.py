@@ -16,8 +16,8 @@ import torch
 import yaml
 from runs import CONFIGS
 
-from dist_train.commands.train import train
 from dist_train.config.errors import ConfigError
+from dist_train.run.api import train
 
 OWN = '''
 import torch

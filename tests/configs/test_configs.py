@@ -19,8 +19,8 @@ import small_data
 import torch
 from runs import CONFIGS, ROOT, environment, result, rows, run, run_several, traced
 
-from dist_train.commands.train import train
 from dist_train.config.errors import ConfigError
+from dist_train.run.api import train
 
 VGG = [f"data.{split}.dataset.transform.transforms.{k}.size={size}" for split, k, size in
        [("train", 0, 32), ("val", 0, 36), ("val", 1, 32), ("test", 0, 36), ("test", 1, 32)]]  # fmt: skip

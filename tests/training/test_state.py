@@ -15,9 +15,9 @@ from torch.nn import functional
 
 import dist_train
 from dist_train.commands import doctor
-from dist_train.commands.train import train
 from dist_train.config.errors import ConfigError
 from dist_train.data.plan import Plan
+from dist_train.run.api import train
 from dist_train.run.open import open_run
 from dist_train.runtime.seeding import seed_forward
 from dist_train.step.modules import Modules
