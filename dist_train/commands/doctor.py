@@ -83,7 +83,7 @@ def main(arguments: Sequence[str]) -> int:
         if config is not None and options.config is not None:
             _write(world, options.json, [*checks, Check("rehearsal", "FAIL", "it didn't come to its end")], ranks)
             checks.append(_rehearsal(world, config))
-        checks = [Check(**check) for check in world.share([asdict(check) for check in checks])]
+        checks = [Check(**check) for check in world.broadcast([asdict(check) for check in checks])]
         _write(world, options.json, checks, ranks)
         if world.is_main:
             _print(checks, ranks, time.monotonic() - began)
@@ -103,7 +103,7 @@ def _examine(
         mine["versions"]["config"] = hashlib.sha256(
             json.dumps(plain, sort_keys=True, default=str).encode()
         ).hexdigest()[:12]
-    ranks = world.gather(mine)
+    ranks = world.all_gather(mine)
     if problem is not None and all(rank["problem"] for rank in ranks):
         raise problem
     for rank, offset in zip(ranks, probes.clock_offsets(world)):
@@ -163,7 +163,7 @@ def _storage(world: World, where: str) -> Check:
     """Write, read and delete in the directory of the runs, from each host; whether all see the same one."""
     from dist_train.runtime.storage import Storage
 
-    name = world.share(f".doctor-{secrets.token_hex(6)}")
+    name = world.broadcast(f".doctor-{secrets.token_hex(6)}")
     mine, error, leads = f"{name}-{world.rank}", "", world.placement.local_rank == 0
     if leads:
         try:
@@ -180,7 +180,7 @@ def _storage(world: World, where: str) -> Check:
         with contextlib.suppress(Exception):
             if not storage.exists(f"{name}-0"):
                 error = f" has another {where} than rank 0's host: a shared file system is needed"
-    found = world.gather([socket.gethostname(), error])
+    found = world.all_gather([socket.gethostname(), error])
     if leads:
         with contextlib.suppress(Exception):  # what couldn't be opened, too
             storage.delete(mine)
@@ -194,7 +194,7 @@ def _network(world: World, floor: float | None) -> list[Check]:
 
     right, speed = probes.all_reduce(world)
     links = probes.links(world)
-    hosts = list(dict.fromkeys(world.gather(socket.gethostname())))
+    hosts = list(dict.fromkeys(world.all_gather(socket.gethostname())))
     usual = sorted(links.values())[len(links) // 2] if links else 0.0
     limit = max(SLOW_LINK * usual, floor or 0.0)
     slow = {pair: value for pair, value in links.items() if value < limit}
@@ -221,7 +221,7 @@ def _samples(world: World, config: Config, split: str) -> Check:
             text = look_at(config, split)
         except Exception as failed:
             error = f" can't read it: {type(failed).__name__}: {failed}"
-    found = world.gather([socket.gethostname(), error, text])
+    found = world.all_gather([socket.gethostname(), error, text])
     return Check.of(f"data.{split}", [(host, wrong) for host, wrong, _ in found], found[0][2])
 
 
@@ -249,7 +249,7 @@ def _scratch(world: World, config: Config) -> Iterator[Path | None]:
     if world.is_main and (one_host or os.path.isdir(config.run.place)):
         with contextlib.suppress(OSError):
             place = tempfile.mkdtemp(prefix=".doctor-", dir=None if one_host else config.run.place)
-    place = world.share(place)
+    place = world.broadcast(place)
     try:
         yield None if place is None else Path(place)
     finally:

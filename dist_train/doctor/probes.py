@@ -67,7 +67,7 @@ def clock_offsets(world: World) -> list[float]:
             dist.all_reduce(token)
             token.item()
         mine.append(time.time())
-    read = world.gather(mine)
+    read = world.all_gather(mine)
     return [statistics.median(theirs - first for theirs, first in zip(times, read[0])) for times in read]
 
 
@@ -84,15 +84,15 @@ def all_reduce(world: World) -> tuple[bool, float]:
         began = time.perf_counter()
         dist.all_reduce(tensor)
         tensor[0].item()
-        return world.share(time.perf_counter() - began)
+        return world.broadcast(time.perf_counter() - began)
 
     speed = _bandwidth(transfer, LARGEST[world.device.type])
-    return all(world.gather(right)), 2 * (world.size - 1) / world.size * speed
+    return all(world.all_gather(right)), 2 * (world.size - 1) / world.size * speed
 
 
 def links(world: World) -> dict[tuple[str, str], float]:
     """GB/s between each host and the next, by the first ranks, there and back; in two turns, so that none has two at once."""
-    hosts = world.gather([socket.gethostname(), world.placement.local_rank])
+    hosts = world.all_gather([socket.gethostname(), world.placement.local_rank])
     first = [rank for rank, (_, local) in enumerate(hosts) if local == 0]
     mine: list[tuple[str, str, float]] = []
     for turn in (0, 1):
@@ -102,7 +102,7 @@ def links(world: World) -> dict[tuple[str, str], float]:
                 if world.rank == left:
                     mine.append((hosts[left][0], hosts[right][0], speed))
         world.barrier()
-    return {(one, other): speed for found in world.gather(mine) for one, other, speed in found}
+    return {(one, other): speed for found in world.all_gather(mine) for one, other, speed in found}
 
 
 def _link(world: World, peer: int, leads: bool) -> float:

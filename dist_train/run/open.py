@@ -131,7 +131,7 @@ def _restore(modules: Modules, run: RunDir, checkpoint: str | None, world: World
             found = None
             if step in store.steps():
                 raise
-        missed = [found is None] if world is None else world.gather(found is None)
+        missed = [found is None] if world is None else world.all_gather(found is None)
         if found is not None and not any(missed):
             return found
 

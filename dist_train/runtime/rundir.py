@@ -268,7 +268,7 @@ def check_shared(run: RunDir, world: World) -> None:
     """
     if world.size == 1:
         return
-    nonce = world.share(f".nonce-{secrets.token_hex(8)}")
+    nonce = world.broadcast(f".nonce-{secrets.token_hex(8)}")
     if world.is_main:
         run.make()
         run.storage.write_atomic(nonce, b"nonce")
@@ -276,7 +276,7 @@ def check_shared(run: RunDir, world: World) -> None:
     deadline = time.monotonic() + 10  # a network file system may show it late
     while not (seen := run.storage.exists(nonce)) and time.monotonic() < deadline:
         time.sleep(0.2)
-    answers = world.gather([seen, socket.gethostname()])
+    answers = world.all_gather([seen, socket.gethostname()])
     if world.is_main:
         run.storage.delete(nonce)
     blind = sorted({host for saw, host in answers if not saw})

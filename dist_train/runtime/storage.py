@@ -25,7 +25,7 @@ import fsspec
 
 from dist_train.config.errors import ConfigError
 from dist_train.config.secrets import CURE, holds_secret
-from dist_train.watch.status import here
+from dist_train.watch.status import status
 
 T = TypeVar("T")
 
@@ -116,7 +116,7 @@ class HashingWriter:
                 piece = view[start : start + _CHUNK]
                 self._sink.write(piece)
                 self.hash.update(piece)
-                here.bytes += len(piece)  # a save that moves is no hang
+                status.bytes += len(piece)  # a save that moves is no hang
         except Exception as error:
             self.failure = error
             raise

@@ -18,7 +18,7 @@ from dist_train.runtime.launch import Placement, check_launcher, in_a_shell, joi
 from dist_train.watch import signals
 from dist_train.watch.peers import Peers
 from dist_train.watch.processes import AGAIN, die_with_parent, machine, raise_file_limit
-from dist_train.watch.status import MEETING, STARTING, here
+from dist_train.watch.status import STARTING, SYNC, status
 
 if TYPE_CHECKING:
     import torch
@@ -148,7 +148,7 @@ class World:
         """Whether this is rank 0, which speaks and writes for all."""
         return self.rank == 0
 
-    def share(self, value: Any = None) -> Any:
+    def broadcast(self, value: Any = None) -> Any:
         """Give rank 0's `value` (anything JSON can hold) to all ranks; every rank must call it."""
         return self._exchange(value, 1)[0]
 
@@ -160,18 +160,18 @@ class World:
                 answer = {"value": action()}
             except ConfigError as error:
                 answer = {"problems": [vars(problem) for problem in error.problems]}
-        answer = self.share(answer)
+        answer = self.broadcast(answer)
         if "problems" in answer:
             raise ConfigError([Problem(**problem) for problem in answer["problems"]])
         return answer["value"]
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """Every rank's `value` (anything JSON can hold), in order of rank, on all ranks; every rank must call it."""
         return self._exchange(value, self.size)
 
     def barrier(self) -> None:
         """Wait until every rank has come here."""
-        self.gather(None)
+        self.all_gather(None)
 
     def clone_store(self) -> Any | None:
         """A store client of its own for another thread (a client serves one caller at a time)."""
@@ -185,11 +185,11 @@ class World:
         key = f"exchange/{self._sequence}"
         if self.rank < givers:
             self.store.set(f"{key}/{self.rank}", json.dumps(value))
-        phase = here.phase
+        phase = status.phase
         if phase != STARTING:
-            here.phase = MEETING
+            status.phase = SYNC
         values = [json.loads(value) for value in self.store.multi_get([f"{key}/{rank}" for rank in range(givers)])]
-        here.phase = phase
+        status.phase = phase
         return values
 
 

@@ -44,15 +44,15 @@ class Links:
         """
         with contextlib.ExitStack() as stack:
             ear, folder = _listen(stack, len(others) + 8)
-            places = world.gather([machine(), os.getpid(), folder])
+            places = world.all_gather([machine(), os.getpid(), folder])
             for other in others:
                 host, pid, theirs = places[other]
                 if other < world.rank and host == machine() and theirs is not None:
                     self._call(f"/proc/{pid}/fd/{theirs}/ear", other, world.rank)
-            called = world.gather(list(self._sockets))
+            called = world.all_gather(list(self._sockets))
             for _ in range(sum(world.rank in whom for whom in called)):
                 self._answer(ear)
-            agreed = world.gather(list(self._sockets))
+            agreed = world.all_gather(list(self._sockets))
         for other in [other for other in self._sockets if world.rank not in agreed[other]]:
             self._sockets.pop(other).close()  # one end alone has it
         for line in self._sockets.values():

@@ -106,7 +106,7 @@ class Modules(nn.Module):
             ValueError: the processes have built different models.
         """
         shapes = {name: [list(p.shape), str(p.dtype), p.requires_grad] for name, p in self.named_parameters()}
-        if world.size > 1 and shapes != world.share(shapes):
+        if world.size > 1 and shapes != world.broadcast(shapes):
             raise ValueError("the model's parameters differ from rank 0's: every process must build the same model")
         take_from_rank_zero(self.parameters(), world)
         take_from_rank_zero((slot.value for slot in self.buffers_at), world)

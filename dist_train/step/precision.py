@@ -35,7 +35,7 @@ class Precision:
 def agreed(mine: Precision, world: World) -> Precision:
     """What all ranks run in: the best that suits each rank's device. Every rank must call it."""
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type
-    ranks = world.gather([mine.name, device])
+    ranks = world.all_gather([mine.name, device])
     names = [name for name, _ in ranks]
     if len({*names}) == 1:
         return mine

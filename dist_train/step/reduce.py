@@ -20,7 +20,7 @@ from dist_train.step.modules import Modules
 from dist_train.step.precision import Precision
 from dist_train.task.batch import copied
 from dist_train.task.task import StepOutput, Task, as_step_output
-from dist_train.watch.status import BACKWARD, here
+from dist_train.watch.status import BACKWARD, status
 
 if TYPE_CHECKING:
     from dist_train.config.schema import DistributedConfig
@@ -167,9 +167,9 @@ class DataParallel:
         with contextlib.nullcontext() if last else self.ddp.no_sync():
             with self.precision.autocast():
                 objective = self.ddp(batch, scale, weightless)
-            here.phase = BACKWARD
+            status.phase = BACKWARD
             if last:  # from here on the ranks wait for each other
-                here.busy += time.perf_counter() - here.began
+                status.busy += time.perf_counter() - status.began
             objective.backward()
 
     def finish(self) -> tuple[Tensor, Tensor]:
@@ -212,7 +212,7 @@ class SingleProcess:
         with self.precision.autocast():
             output = with_gradient(self.task.step(self.model, batch))
         loss = output.loss
-        here.phase = BACKWARD
+        status.phase = BACKWARD
         if self.scaler is not None:
             self.scaler.scale(loss * scale).backward()
         else:
@@ -276,8 +276,8 @@ class OneBucket(SingleProcess):
     @torch.no_grad()
     def finish(self) -> tuple[Tensor, Tensor]:
         """See `Reducer`."""
-        here.phase = BACKWARD
-        here.busy += time.perf_counter() - here.began  # from here on the ranks wait for each other
+        status.phase = BACKWARD
+        status.busy += time.perf_counter() - status.began  # from here on the ranks wait for each other
         if self._loss is None:
             self.bucket.zero_()
         else:

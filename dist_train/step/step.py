@@ -18,7 +18,7 @@ from dist_train.step.finite import FiniteGuard, by_dtype, values_of_gradients
 from dist_train.step.modules import Modules
 from dist_train.step.reduce import Reducer
 from dist_train.task.batch import HALF
-from dist_train.watch.status import DATA, FORWARD, UPDATE, here
+from dist_train.watch.status import DATA, FORWARD, UPDATE, status
 
 if TYPE_CHECKING:
     from dist_train.data.loader import StepWork
@@ -73,11 +73,11 @@ class Stepper:
             NonFiniteError: before the update where the check can act there (see `FiniteGuard`).
         """
         scale = 1.0 if self.summed else 1.0 / work.samples
-        here.phase = DATA
+        status.phase = DATA
         before = BufferSnapshot(self.modules) if self.guard.skips else None
         for micro in work.micro_batches:
-            here.phase = FORWARD
-            here.item += 1
+            status.phase = FORWARD
+            status.item += 1
             batch = self.prepare(micro.batch, work.epoch, micro.indices)
             if self._look is not None:
                 self._look(batch, micro.samples, work.samples)
@@ -89,9 +89,9 @@ class Stepper:
             self.reducer.forward_backward(batch, scale=scale, weightless=micro.weightless, last=micro.last)
             if kept is not None:
                 kept.restore()
-            here.phase = DATA
+            status.phase = DATA
         loss, weight = self.reducer.finish()
-        here.phase = UPDATE
+        status.phase = UPDATE
         gradients = values_of_gradients(self.parameters)
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)

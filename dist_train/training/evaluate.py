@@ -16,7 +16,7 @@ from dist_train.step.precision import Precision
 from dist_train.task.batch import in_full_precision, map_tensors
 from dist_train.task.metrics import Metric, Whole, check_names, naming, sums_of
 from dist_train.task.task import Task, as_step_output
-from dist_train.watch.status import EVALUATION, MEETING, here
+from dist_train.watch.status import EVALUATION, SYNC, status
 
 if TYPE_CHECKING:
     from dist_train.data.loader import EvalLoader
@@ -35,7 +35,7 @@ def in_rounds(loader: EvalLoader, control: Control | None = None) -> Iterator[tu
     for _ in range(loader.rounds):
         if control is not None:
             control.begin()
-        here.phase, here.item = EVALUATION, here.item + 1
+        status.phase, status.item = EVALUATION, status.item + 1
         yield next(batches, None)
 
 
@@ -44,7 +44,7 @@ def on_rank_zero(world: World, value: Any) -> list[Any]:
     if world.size == 1:
         return [value]
     every: list[Any] = [None] * world.size
-    here.phase = MEETING
+    status.phase = SYNC
     torch.distributed.gather_object(value, every if world.is_main else None, dst=0)
     return every if world.is_main else []
 
@@ -102,7 +102,7 @@ class Evaluator:
             kept.restore()
 
     def _run(self, loader: EvalLoader) -> dict[str, float]:
-        here.phase = MEETING
+        status.phase = SYNC
         take_from_rank_zero((slot.value for slot in self.modules.buffers_at), self.world)
         size = 3 + sum(metric.size for metric in self.metrics)
         whole = [metric for metric in self.metrics if isinstance(metric, Whole)]
@@ -123,7 +123,7 @@ class Evaluator:
                         metric.update(outputs, targets)
             if self.control is not None and self.control.stop_due():
                 raise EvaluationInterruptedError
-        here.phase = MEETING
+        status.phase = SYNC
         if self.world.size > 1:
             torch.distributed.all_reduce(sums)
         return self._figures(torch.from_numpy(sums.cpu().numpy().sum(axis=0)))

@@ -90,7 +90,7 @@ def reading_of(config: Config, world: World) -> Reading:
     with building("data.collate"):
         collate = build_callable(config.data.collate) if config.data.collate is not None else None
     place = (world.rank, world.size, world.placement.local_size)
-    return Reading(config.data, config.seed, world.device, *place, collate, world.gather)
+    return Reading(config.data, config.seed, world.device, *place, collate, world.all_gather)
 
 
 def eval_loader(config: Config, world: World, dataset: Any, split: str = "val") -> EvalLoader:

@@ -23,7 +23,7 @@ from dist_train.training.callbacks import callback_states, load_callback_states
 from dist_train.training.due import in_steps
 from dist_train.training.evaluate import on_rank_zero
 from dist_train.training.prepare import building
-from dist_train.watch.status import MEETING, here
+from dist_train.watch.status import SYNC, status
 
 if TYPE_CHECKING:
     from dist_train.checkpoint.store import Found
@@ -94,7 +94,7 @@ def of_every_rank(modules: Modules, world: World) -> list[dict[str, Any]]:
     mine = {name: v.cpu() if isinstance(v, Tensor) else v for name, v in modules.every_value().items()}
     digests = {name: _digest(value) for name, value in mine.items()}
     norms = _norms(modules)
-    first, first_norms = world.share((digests, norms))
+    first, first_norms = world.broadcast((digests, norms))
     for name, norm in norms.items():
         if abs(norm - first_norms[name]) > SAME_WEIGHTS * abs(norm):  # not so for nan
             raise ValueError(
@@ -102,7 +102,7 @@ def of_every_rank(modules: Modules, world: World) -> list[dict[str, Any]]:
                 f"{first_norms[name]:.6g} on rank 0. A forward, a callback or the optimizer changes it by what it sees or draws "
                 "on its rank alone: let all ranks do the same, or make it a buffer, which each rank may have for itself"
             )
-    here.phase = MEETING
+    status.phase = SYNC
     ranks = on_rank_zero(world, {name: value for name, value in mine.items() if digests[name] != first.get(name)})
     return [modules.unsaved(), *ranks[1:]] if world.is_main else []
 

@@ -15,7 +15,7 @@ from dist_train.training.state import Progress, facts, meta, of_every_rank, snap
 from dist_train.training.trace import Trace
 from dist_train.training.unfreezing import Trained
 from dist_train.watch.control import EVALUATE, FINISH, LOG, SAVE, STOP, Control
-from dist_train.watch.status import CALLBACK, LOGGING, MEETING, SAVING, here
+from dist_train.watch.status import CALLBACK, LOGGING, SAVING, SYNC, status
 
 if TYPE_CHECKING:
     from dist_train.checkpoint.manager import CheckpointManager
@@ -109,7 +109,7 @@ class Trainer:
         steps = self.parts.train_loader.steps(self.step, min(ends) if ends else None)
         while self.outcome is None:
             work = next(steps)
-            here.step = work.step + 1
+            status.step = work.step + 1
             self.control.begin()
             self._run_step(work)
             self._boundary(self.control.due())
@@ -121,7 +121,7 @@ class Trainer:
         self.world.barrier()  # nobody stops listening while another may still have to agree on something
         self.control.close()
         if self.checkpoints is not None:
-            here.phase = SAVING
+            status.phase = SAVING
             self.checkpoints.wait()
             if self.outcome == "preempted" and self.checkpoints.tolerated is not None:
                 raise self.checkpoints.tolerated
@@ -137,7 +137,7 @@ class Trainer:
     def _run_step(self, work: StepWork) -> None:
         """One optimizer step, then schedule and EMA."""
         parts, number = self.parts, work.step + 1
-        here.began = time.perf_counter()
+        status.began = time.perf_counter()
         if self.trace is not None:
             self.trace.write(number, work.local_indices)
         self.rows.lr = self.optimizer.param_groups[0]["lr"]
@@ -152,8 +152,8 @@ class Trainer:
     def _boundary(self, actions: set[str]) -> None:
         """What is due after a step: callbacks and the log, then what `_settle` does."""
         parts, progress, step = self.parts, self.progress, self.step
-        here.phase, here.steps, here.waited = CALLBACK, here.steps + 1, parts.train_loader.waited
-        if here.steps == 1:
+        status.phase, status.steps, status.waited = CALLBACK, status.steps + 1, parts.train_loader.waited
+        if status.steps == 1:
             self._trained.check_known()
             if warning := parts.inexactness():
                 self.console.warn(warning)
@@ -200,7 +200,7 @@ class Trainer:
         progress.evaluation_due = False
         progress.evaluated_step = self.step
         self._saved_step = -1  # there is more to save by now
-        here.phase = CALLBACK
+        status.phase = CALLBACK
         progress.metrics = metrics = {f"val/{name}": value for name, value in figures.items()}
         self._write_row("val", figures)
         self.console.evaluation("val", self.step, figures)
@@ -221,7 +221,7 @@ class Trainer:
 
     def _log(self) -> None:
         """A train row, for the records and for the person."""
-        here.phase = LOGGING
+        status.phase = LOGGING
         self.stepper.guard.read()
         row = self.rows.take()
         self._write_row("train", row)
@@ -242,12 +242,12 @@ class Trainer:
 
     def _save(self) -> None:
         """Save a checkpoint of this step; all ranks call it, rank 0 writes."""
-        here.phase = MEETING
+        status.phase = SYNC
         self.stepper.guard.read()
         self._trained.check_known()
         ranks = of_every_rank(self.parts.modules, self.world)
         stream = self.parts.train_loader.state_dict(lambda value: on_rank_zero(self.world, value))
-        here.phase = SAVING
+        status.phase = SAVING
         progress = self.progress
         self._saved_step = self.step
         progress.seconds = self.seconds

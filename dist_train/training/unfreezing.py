@@ -40,7 +40,7 @@ class Trained:
             parameter.grad = None
         _complete_groups(parts)
         _unfreeze_norms(parts)
-        for rank, theirs in enumerate(parts.world.gather(state(parts))):
+        for rank, theirs in enumerate(parts.world.all_gather(state(parts))):
             if theirs != state(parts):
                 raise ValueError(
                     f"a callback lets rank {rank} train other parameters than rank {parts.world.rank}: on every rank it must do "

@@ -19,7 +19,7 @@ from typing import Any
 import torch.distributed as dist
 
 from dist_train.watch import signals
-from dist_train.watch.status import MEETING, here
+from dist_train.watch.status import SYNC, status
 
 STOP, FINISH, SAVE, EVALUATE, LOG = "stop", "finish", "save", "evaluate", "log"
 POLL_SECONDS = 0.2
@@ -62,7 +62,7 @@ class Control:
     def begin(self) -> None:
         """Begin the next tick; waits only while an agreement that could end before it is still open."""
         if self._hold is not None and self._tick + 1 > self._hold:
-            here.phase = MEETING
+            status.phase = SYNC
             with self._lock:
                 self._lock.wait_for(lambda: self._hold is None or self._tick + 1 <= self._hold)
         self._tick += 1
@@ -73,7 +73,7 @@ class Control:
             raise RuntimeError("the control thread has failed") from self._failure
         if not self._actions and self._hold is None:
             return set()
-        here.phase = MEETING
+        status.phase = SYNC
         with self._lock:
             # This tick may be the one that an open agreement ends with.
             self._lock.wait_for(lambda: self._hold is None or self._tick < self._hold)

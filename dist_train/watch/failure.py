@@ -19,7 +19,7 @@ from dist_train.config.errors import ConfigError
 from dist_train.config.secrets import mask, said, visible
 from dist_train.runtime.launch import read_placement
 from dist_train.watch import signals
-from dist_train.watch.status import DONE, EVALUATION, PHASES, STARTING, here
+from dist_train.watch.status import DONE, EVALUATION, PHASES, STARTING, status
 
 Record = dict[str, Any]
 
@@ -104,8 +104,8 @@ def standing(rank: int) -> Record:
         "rank": rank,
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "phase": here.phase,
-        "step": here.step,
+        "phase": status.phase,
+        "step": status.step,
     }
 
 
@@ -168,7 +168,7 @@ def less_memory(micro: int, changes: str) -> str:
 def advice(text: str) -> str:
     """What to try, from what is known to cause such an error."""
     if is_out_of_memory(text):
-        if here.phase == EVALUATION:
+        if status.phase == EVALUATION:
             return "data.eval_batch_size smaller: an evaluation takes that many samples in a forward"
         return "a smaller model or input, trainer.precision=bf16; data.num_workers=0 if it is the host's memory"
     return next(hint for pattern, hint in _HINTS.items() if re.search(pattern, text))

@@ -7,7 +7,7 @@ from typing import Any
 
 from dist_train.watch.failure import standing
 from dist_train.watch.processes import machine, process_state
-from dist_train.watch.status import descriptor, here, of_process
+from dist_train.watch.status import status, status_fd, status_of
 
 
 def heartbeat(rank: int) -> dict[str, Any]:
@@ -16,9 +16,9 @@ def heartbeat(rank: int) -> dict[str, Any]:
         **standing(rank),
         "n": time.monotonic(),
         "machine": machine(),
-        "descriptor": descriptor,
-        "at": here.position(),
-        "sums": [here.steps, here.busy, here.waited],
+        "status_fd": status_fd,
+        "progress": status.progress(),
+        "sums": [status.steps, status.busy, status.waited],
     }
 
 
@@ -33,13 +33,13 @@ class Seat:
     def __init__(self, beat: dict[str, Any]):
         self.beat, self.heard, self.moved = beat, time.monotonic(), time.monotonic()
         self.near = beat["machine"] == machine()
-        self._memory = of_process(beat["pid"], beat["descriptor"]) if self.near else None
+        self._memory = status_of(beat["pid"], beat["status_fd"]) if self.near else None
 
     def hear(self, beat: dict[str, Any]) -> None:
         """Take its next heartbeat, or the same one again."""
         now = time.monotonic()
         self.heard = now if beat["n"] != self.beat["n"] else self.heard
-        self.moved = now if beat["at"] != self.beat["at"] else self.moved
+        self.moved = now if beat["progress"] != self.beat["progress"] else self.moved
         self.beat = beat
 
     def stands(self) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from dist_train.watch.failure import Record
 from dist_train.watch.heartbeat import Seat, heartbeat
 from dist_train.watch.pace import Pace
 from dist_train.watch.processes import stacks, start_again, started
-from dist_train.watch.status import CONFIG, DONE, PHASES, STARTING, STOPPED, here
+from dist_train.watch.status import CONFIG, DONE, PHASES, STARTING, STOPPED, status
 
 LOOK_SECONDS = 0.5
 POST_SECONDS = 1.0
@@ -92,7 +92,7 @@ class Peers:
 
     def start(self) -> None:
         """Begin to post and to look."""
-        here.reset()
+        status.reset()
         self._post()
         self._thread.start()
 
@@ -100,7 +100,7 @@ class Peers:
         """The others no longer need this rank; it may end when it likes."""
         if not self._thread.is_alive():
             return
-        here.phase = phase
+        status.phase = phase
         self._stop.set()
         self._thread.join(timeout=5)
         if self._expects:
@@ -123,7 +123,7 @@ class Peers:
         """
         self._stop.set()
         self._thread.join(timeout=1)
-        here.phase = STOPPED
+        status.phase = STOPPED
         if self.store is not None:
             if self.store.check(["failure"]):
                 self._leave(json.loads(self.store.get("failure")), mine=False)
@@ -152,13 +152,13 @@ class Peers:
         record = failure.describe(told, self.rank, samples)
         record["logs"] = self._logs(self.rank)
         micro = self.micro_batch_size
-        if micro and here.phase in (place.FORWARD, place.BACKWARD) and failure.is_out_of_memory(record["error"]):
+        if micro and status.phase in (place.FORWARD, place.BACKWARD) and failure.is_out_of_memory(record["error"]):
             changes = self.changes()
             record["try"] = failure.less_memory(micro, changes)
             if self.may_halve and self.may_exit and not changes and micro > 1:
                 record["halved"] = micro // 2
         if not self._leaving.locked():  # else the log is being closed
-            _note("failed in step %d (%s)\n%s", here.step, PHASES[here.phase], record["details"].rstrip())
+            _note("failed in step %d (%s)\n%s", status.step, PHASES[status.phase], record["details"].rstrip())
         if self.store is None and "halved" not in record:
             self._stop.set()
             error.dist_train_record = record  # type: ignore[attr-defined]
@@ -213,7 +213,7 @@ class Peers:
         """C code that holds the GIL silences this watch too: a thread in C then ends the process, with the stacks on stderr."""
         if self.hang_timeout is None or not (self.size > 1 or self.may_exit) or sys.__stderr__ is None:
             return
-        if here.phase not in (STARTING, DONE):
+        if status.phase not in (STARTING, DONE):
             self._expects = True
             faulthandler.dump_traceback_later(self.hang_timeout + DEAF_SECONDS, exit=True, file=sys.__stderr__)
         elif self._expects:
@@ -263,7 +263,7 @@ class Peers:
                 continue
             seat.hear(json.loads(self.store.get(f"beat/{rank}")))
             phase = seat.stands()["phase"]
-            if phase == STOPPED == here.phase:
+            if phase == STOPPED == status.phase:
                 continue  # as this rank is
             if phase in (CONFIG, STOPPED):  # it has told what is wrong with its config, or that it was stopped
                 os._exit(2 if phase == CONFIG else 143)
@@ -285,7 +285,7 @@ class Peers:
 
     def _look_for_a_hang(self) -> None:
         limit, now = self.hang_timeout, time.monotonic()
-        if limit is None or now - self._me.moved < limit or here.phase in (STARTING, DONE):
+        if limit is None or now - self._me.moved < limit or status.phase in (STARTING, DONE):
             return
         if any(now - seat.moved < limit - 2 and seat.beat["phase"] != DONE for seat in self._others().values()):
             return

@@ -1,8 +1,8 @@
-"""Where the main thread of this process stands: plain attributes that it writes, and that others read.
+"""What the main thread of this process is doing: plain attributes that it writes and other threads and processes read.
 
-They lie in memory that the kernel keeps for as long as anybody looks at it, so that another process of the same machine sees
-where this one stood when it was killed. Writing an attribute costs some 40 ns; nothing is locked and nobody is told.
-`runtime.peers` looks about twice a second.
+They live in shared memory that the kernel keeps for as long as anybody maps it, so another process on this machine can read
+the last position of one that was killed. Writing an attribute costs about 40 ns and takes no lock; `watch.peers` reads twice
+a second.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import ctypes
 import mmap
 import os
 
-# Within a step every rank comes through these in this order, so the rank whose (step, phase) is least is the one behind.
+# Within a step every rank goes through these in this order, so the rank with the lowest (step, phase) is the one behind.
 PHASES = (
     "starting",
     "waiting for data",
@@ -25,25 +25,26 @@ PHASES = (
     "saving",
     "waiting for the other ranks",
     "done",
-    "wrong config",
-    "stopped before the run had begun",
+    "invalid config",
+    "stopped before the run started",
 )
-STARTING, DATA, FORWARD, BACKWARD, UPDATE, LOGGING, CALLBACK, EVALUATION, SAVING, MEETING, DONE, CONFIG, STOPPED = (
-    range(13)
+STARTING, DATA, FORWARD, BACKWARD, UPDATE, LOGGING, CALLBACK, EVALUATION, SAVING, SYNC, DONE, CONFIG, STOPPED = range(
+    13
 )
 
 
-class Here(ctypes.Structure):
+class Status(ctypes.Structure):
     """What a process is doing.
 
     Attributes:
-        phase: a number that names one of `PHASES`. step: the optimizer step (from 1) that it belongs to; 0 before the first.
-        item: micro-batches and evaluation rounds begun; together with `bytes` it tells slow from stuck.
+        phase: index into `PHASES`. step: the current optimizer step (from 1); 0 before the first.
+        item: micro-batches and evaluation rounds started; with `bytes`, it tells slow from stuck.
         bytes: bytes written to storage, by any thread.
-        began: `time.perf_counter()` when this step began. busy: seconds from there to the last backward, over all steps: a
-            rank's own time, before it waits for the others (on CUDA: until its kernels are queued).
+        steps: optimizer steps that `busy` and `waited` are summed over.
+        began: `time.perf_counter()` at the start of this step.
+        busy: seconds from there to the last backward: a rank's own time, before it waits for the others (on CUDA: until its
+            kernels are queued).
         waited: seconds that the main thread has waited for data.
-        steps: optimizer steps that `busy` and `waited` are sums over.
     """
 
     _fields_ = [(name, ctypes.c_int64) for name in ("phase", "step", "item", "bytes", "steps")] + [
@@ -59,34 +60,34 @@ class Here(ctypes.Structure):
     waited: float
 
     def reset(self) -> None:
-        """Begin anew; a notebook may train twice."""
+        """Set everything to 0: a notebook may train twice."""
         ctypes.memset(ctypes.addressof(self), 0, ctypes.sizeof(self))
 
-    def position(self) -> list[int]:
+    def progress(self) -> list[int]:
         """What changes while anything moves."""
         return [self.step, self.phase, self.item, self.bytes]
 
 
-def _make() -> tuple[Here, int | None]:
-    with contextlib.suppress(OSError, AttributeError):  # memfd_create is Linux's
-        number = os.memfd_create("dist_train-here")
-        os.ftruncate(number, ctypes.sizeof(Here))
-        return Here.from_buffer(mmap.mmap(number, ctypes.sizeof(Here))), number
-    return Here(), None
+def _create() -> tuple[Status, int | None]:
+    with contextlib.suppress(OSError, AttributeError):  # memfd_create exists on Linux only
+        fd = os.memfd_create("dist_train-status")
+        os.ftruncate(fd, ctypes.sizeof(Status))
+        return Status.from_buffer(mmap.mmap(fd, ctypes.sizeof(Status))), fd
+    return Status(), None
 
 
-here, descriptor = _make()
+status, status_fd = _create()
 
 
-def of_process(pid: int, number: int | None) -> Here | None:
-    """The `here` of a living process of this machine, from its `descriptor`; it can be read after that process has gone."""
-    if number is None:
+def status_of(pid: int, fd: int | None) -> Status | None:
+    """The status of a running process on this machine, from its `status_fd`; it stays readable after that process exits."""
+    if fd is None:
         return None
     try:
-        other = os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR)
+        opened = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR)
         try:
-            return Here.from_buffer(mmap.mmap(other, ctypes.sizeof(Here)))
+            return Status.from_buffer(mmap.mmap(opened, ctypes.sizeof(Status)))
         finally:
-            os.close(other)
+            os.close(opened)
     except (OSError, ValueError):
         return None

@@ -206,11 +206,11 @@ def test_a_hang_anywhere_is_named(folder: Path, kind: str, rank: int, processes:
 def test_a_rank_alone_in_c_code_that_holds_the_gil_ends_with_its_stacks() -> None:
     script = """
 import ctypes, time
-from dist_train.watch import status as here, peers
+from dist_train.watch import peers, status
 
 peers.DEAF_SECONDS, peers.Peers.may_exit = 0.5, True
 peers.Peers(hang_timeout=1.0).start()
-here.here.phase = here.FORWARD
+status.status.phase = status.FORWARD
 time.sleep(0.8)
 ctypes.PyDLL(None).sleep(60)
 """

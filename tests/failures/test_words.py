@@ -30,7 +30,7 @@ from dist_train.watch import failure, signals
 from dist_train.watch.pace import IN_A_ROW, Pace
 from dist_train.watch.peers import Peers
 from dist_train.watch.processes import process_state
-from dist_train.watch.status import EVALUATION, FORWARD, PHASES, Here, descriptor, here, of_process
+from dist_train.watch.status import EVALUATION, FORWARD, PHASES, Status, status, status_fd, status_of
 
 
 def caught(action: object) -> BaseException:
@@ -240,13 +240,13 @@ def test_memory_that_runs_out_is_halved_where_that_changes_nothing_and_else_it_i
     peers.micro_batch_size, peers.may_halve, peers.may_exit = micro, True, True
     peers.changes = lambda: Parts.what_splitting_changes(SimpleNamespace(model=model, loss=EngineLoss(loss)))  # type: ignore[arg-type]
     monkeypatch.setattr(peers, "_conclude", ended.append)
-    monkeypatch.setattr(here, "phase", FORWARD)
+    monkeypatch.setattr(status, "phase", FORWARD)
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
     peers.raised(error)
     (record,) = ended or [error.dist_train_record]  # type: ignore[attr-defined]
     assert hint in record["try"]
     assert record.get("halved") == halved
-    monkeypatch.setattr(here, "phase", EVALUATION)
+    monkeypatch.setattr(status, "phase", EVALUATION)
     peers.raised(other := MemoryError())
     assert "data.eval_batch_size" in other.dist_train_record["try"]  # type: ignore[attr-defined]
 
@@ -276,16 +276,17 @@ def test_torchrun_is_told_in_its_own_way(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_where_a_process_stood_can_be_read_after_it_was_killed() -> None:
     code = (
-        "import os, time; from dist_train.watch.status import here, descriptor, FORWARD\n"
-        "here.phase, here.step = FORWARD, 41\nprint(descriptor, flush=True)\ninput()\nhere.step = 42\nos.kill(os.getpid(), 9)"
+        "import os, time; from dist_train.watch.status import status, status_fd, FORWARD\n"
+        "status.phase, status.step = FORWARD, 41\nprint(status_fd, flush=True)\ninput()\n"
+        "status.step = 42\nos.kill(os.getpid(), 9)"
     )
     child = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
     )
     assert child.stdin is not None
     assert child.stdout is not None
-    other = of_process(child.pid, int(child.stdout.readline()))
-    assert isinstance(other, Here)
+    other = status_of(child.pid, int(child.stdout.readline()))
+    assert isinstance(other, Status)
     assert (PHASES[other.phase], other.step) == ("forward", 41)
     child.stdin.write("\n")
     child.stdin.flush()
@@ -293,8 +294,8 @@ def test_where_a_process_stood_can_be_read_after_it_was_killed() -> None:
     assert (other.phase, other.step) == (FORWARD, 42)
     assert process_state(child.pid) == "gone"
     assert process_state(os.getpid()) == "running"
-    assert descriptor is not None
-    assert here.step != 42
+    assert status_fd is not None
+    assert status.step != 42
 
 
 def test_a_rank_is_named_once_when_it_has_been_slow_for_a_while() -> None:

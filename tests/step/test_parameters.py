@@ -196,7 +196,7 @@ class Ranks:
     def __init__(self, *said: list[str]):
         self.said, self.device = said, CPU
 
-    def gather(self, mine: Any) -> list[list[str]]:
+    def all_gather(self, mine: Any) -> list[list[str]]:
         return list(self.said)
 
 

@@ -232,7 +232,7 @@ def test_weights_that_are_not_the_runs_are_refused(folder: Path, monkeypatch: py
     with pytest.raises(ValueError, match=r"late: made in the middle of a run .* Make every parameter in __init__"):
         train("c.yaml", PLAIN, model, "run.name=growing")
     assert not list(Path("runs/growing/checkpoints").glob("step-*"))
-    world: Any = SimpleNamespace(size=2, rank=1, share=lambda mine: (mine[0], {**mine[1], "weight": 9.0}))
+    world: Any = SimpleNamespace(size=2, rank=1, broadcast=lambda mine: (mine[0], {**mine[1], "weight": 9.0}))
     with pytest.raises(ValueError, match=r"the norm of weight is \S+ on rank 1 and 9 on rank 0"):
         of_every_rank(Modules(nn.Linear(2, 2)), world)
 

@@ -132,7 +132,7 @@ def main() -> None:
                     errors[f"{name}, {count} micro-batches, form {form}"] = error(wanted, got)
             got = gradient(world, nn.CrossEntropyLoss(), LABELS, 4, samples=1, form=form)
             errors[f"one sample for all ranks, form {form}"] = error(alone, got)
-            copies = world.gather([part.tolist() for part in got])
+            copies = world.all_gather([part.tolist() for part in got])
             errors[f"ranks that differ, form {form}"] = sum(copy != copies[0] for copy in copies)
             if world.size > 1:
                 try:
