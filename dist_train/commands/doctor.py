@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_train.commands.arguments import Parser, whole_file, with_config
-from dist_train.config.errors import ConfigError
-from dist_train.config.secrets import mask, visible
+from dist_train.config.errors import ConfigError, mask, visible
 from dist_train.watch.failure import write_error_file
 
 if TYPE_CHECKING:
@@ -64,7 +63,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", metavar="FILE", help="write what was found")
     options = with_config(parser, arguments)
 
-    from dist_train.config.durations import Duration
+    from dist_train.config.fields import Duration
     from dist_train.config.schema import DistributedConfig
     from dist_train.run.api import checked
     from dist_train.runtime.launch import read_placement

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from dist_train.commands.arguments import Parser, add_split, whole_file, with_run
-from dist_train.config.secrets import visible
+from dist_train.config.errors import visible
 
 if TYPE_CHECKING:
     from torch import Tensor

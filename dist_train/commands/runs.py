@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from dist_train.commands.arguments import Parser
-from dist_train.config.secrets import mask, visible
+from dist_train.config.errors import mask, visible
 
 if TYPE_CHECKING:
     from dist_train.runtime.storage import Storage
@@ -162,7 +162,7 @@ def _moment(text: Any) -> datetime | None:
 
 def best_of(rows: Sequence[dict[str, Any]], config: dict[str, Any]) -> dict[str, Any] | None:
     """The best evaluation by the metric that decides which checkpoint is kept: its metric, value and step."""
-    from dist_train.config.names import better_is_lower
+    from dist_train.config.fields import better_is_lower
     from dist_train.views.curves import metric_names
 
     choice = str((config.get("checkpoint") or {}).get("keep_best") or "auto")

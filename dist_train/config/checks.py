@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
-from .durations import Duration
-from .errors import describe, did_you_mean
-from .fields import METRICS
-from .names import PLACEHOLDER
+from .errors import REFUSED, SECRET_HINT, describe, did_you_mean, holds_secret, mask
+from .fields import METRICS, PLACEHOLDER, Duration
 from .schema import Config
 
 Finding = tuple[str, str]  # the dotted key, what is wrong
+_ARGUMENT = re.compile(
+    r"(^|_)(password|passwd|passphrase|secret|credential|api_?key|(access|account|secret|private)_key)s?$"
+    r"|^((auth|access|api|bearer|hf|use_auth)_)?token$|_(auth|access|refresh|session|security|secret|service|bearer)_token$"
+    r"|^(github|gitlab|wandb|session|refresh|security|secret|service|oauth|jwt)_token$"
+)
 
 
 def cross_checks(config: Config) -> Iterator[Finding]:
@@ -154,3 +158,26 @@ def _is_computed(config: Config, key: str, name: str) -> Iterator[Finding]:
         if metric not in known:
             cure = f"; add {metric} to metrics" if metric in METRICS else did_you_mean(metric, known, prefix="val/")
             yield key, f"{name} isn't computed{cure or '; the config gives val/' + ', val/'.join(known)}"
+
+
+def secrets_in(value: Any, key: str = "", named: bool = False) -> Iterator[Finding]:
+    """Every secret in a config of plain values: its dotted key, and what to do about it.
+
+    named: something above is called like a secret, so that all below is one.
+    """
+    if isinstance(value, dict | list):
+        for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[^A-Za-z0-9]+", "_", str(name)).lower()
+            where = f"{key}.{name}" if key else str(name)
+            if holds_secret(str(name)):
+                yield (
+                    mask(where, REFUSED),
+                    f"this key holds a secret, which would be written into the run's records; {SECRET_HINT}",
+                )
+            yield from secrets_in(inner, where, named or _ARGUMENT.search(words) is not None)
+    elif isinstance(value, str | int | float) and not isinstance(value, bool):
+        if holds_secret(str(value)):
+            said = mask(str(value), REFUSED)
+            yield key, f"{said} holds a secret, which would be written into the run's records; {SECRET_HINT}"
+        elif named and value != "":
+            yield key, f"a secret would be written into the run's records; {SECRET_HINT}"

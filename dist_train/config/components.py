@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from .errors import ConfigError, did_you_mean
-from .names import expand_argument
+from .fields import expand_argument
 
 
 def add_code_paths(paths: Iterable[str]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .fields import Section, about, section_of, walk
-from .foreign import FOREIGN, example_of
+from .load import example_of, foreign
 from .schema import Config
 
 SCHEMA_FILE = Path(__file__).with_name("schema.json")
@@ -44,7 +44,7 @@ def reference() -> str:
             parts += [f"## {name}", "", about(section), "", *_table(section, name + "."), ""]
     parts += ["## Names from elsewhere", "", "| you may know it as | here |", "| --- | --- |"]
     answers: dict[str, list[str]] = {}
-    for name, answer in FOREIGN.items():
+    for name, answer in foreign()[0].items():
         answers.setdefault(example_of(answer), []).append(f"`{name}`")
     parts += [f"| {', '.join(names)} | {answer} |" for answer, names in answers.items()]
     return "\n".join(parts) + "\n"

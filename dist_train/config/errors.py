@@ -1,12 +1,77 @@
-"""What is wrong with a config, said once, all of it, with the place of each key."""
+"""Config errors: every mistake at once, each with its place; and texts made safe to write: secrets masked, escapes shown.
+
+A config that holds a secret is refused, and secrets in what errors and libraries say are masked. Nothing here knows every
+secret: what counts are the password in a URL and its signed query, arguments named like `token` or `api_key`, and the values
+of environment variables that are named so. Mask before a text is truncated or quoted again: half a secret isn't recognized.
+"""
 
 from __future__ import annotations
 
 import difflib
+import functools
+import html
+import json
+import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .secrets import mask, visible
+MASK = "***"
+SECRET_HINT = (
+    "leave it out: the code can read it from the environment (os.environ), and fsspec takes credentials from the environment "
+    "or from its own file (AWS_ACCESS_KEY_ID, FSSPEC_S3_KEY, ~/.config/fsspec)"
+)
+SHORTEST = 8  # characters of a variable's value that is masked; a shorter one may be an ordinary word
+REFUSED = 16  # and of one that is refused: a weak password may well be a part of a path
+_HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_VARIABLE = re.compile(
+    r"(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|(API|ACCESS|ACCOUNT|SECRET|PRIVATE)_?KEY)$", re.IGNORECASE
+)
+_IN_URL = re.compile(
+    r"(?<=://)[^\s/?#@:'\"]*:[^\s/?#@'\"]+(?=@)"  # user:password@
+    r"|(?<=http://)[^\s/?#@'\"]+(?=@)|(?<=https://)[^\s/?#@'\"]+(?=@)"  # a token in the user's place
+    r"|(?<=[?&])((?:[\w.-]*(?:token|signature|secret|password|passwd|credential|api_?key|accesskeyid)|sig|key)=)[^\s&'\"]+",
+    re.IGNORECASE,
+)
+
+
+def mask(text: str, shortest: int = SHORTEST) -> str:
+    """The text with `***` in place of what looks like a secret, or is the value of an environment variable that holds one."""
+    for name, value in os.environ.items():
+        if len(value) >= shortest and _is_secret(name):
+            for form in _forms(value):
+                text = text.replace(form, MASK)
+    return _IN_URL.sub(lambda found: (found[1] or "") + MASK, text)
+
+
+@functools.cache
+def _is_secret(variable: str) -> bool:
+    return _VARIABLE.search(variable) is not None
+
+
+@functools.cache
+def _forms(value: str) -> list[str]:
+    """A value as it is, and as it stands in a text that quotes it; the longest first."""
+    forms = {value, value.strip(), repr(value)[1:-1], json.dumps(value)[1:-1], html.escape(value)}
+    return sorted((form for form in forms if len(form) >= SHORTEST), key=len, reverse=True)
+
+
+def visible(text: str, keep: str = "\n\t") -> str:
+    """The text with escapes (`\\x1b`, `\\udcff`) for what a terminal would obey or a file can't hold; `keep` stays."""
+    return _HIDDEN.sub(lambda found: found[0] if found[0] in keep else repr(found[0])[1:-1], text)
+
+
+def error_text(error: BaseException) -> str:
+    """`str(error)`, also where its own `__str__` fails."""
+    try:
+        return str(error)
+    except Exception as wrong:
+        return f"(its __str__ raises {type(wrong).__name__})"
+
+
+def holds_secret(text: str) -> bool:
+    """Whether such a thing is in a text that would be recorded."""
+    return mask(text, REFUSED) != text
 
 
 @dataclass(frozen=True)

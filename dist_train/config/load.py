@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 from collections import Counter
@@ -10,15 +11,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
+import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from . import checks, slots
 from .errors import ConfigError, describe, did_you_mean
-from .fields import walk
-from .names import expand_argument, expand_path
+from .fields import expand_argument, expand_path, walk
 from .schema import Config
-from .secrets import found_in
 from .source import COMMAND_LINE, DICT, Key, Place, Reader, as_problems, dotted, keyed, nearest
 
 DEFAULT = Path(__file__).with_name("default.yaml")
@@ -47,7 +47,7 @@ def load_config(
     root = reader.overrides(root, overrides)
     root = root.as_written(_is_text)
     data, places = root.plain(), dict(root.places())
-    for key, message in [*((keyed(name), text) for name, text in found_in(data)), *_unset(data)]:
+    for key, message in [*((keyed(name), text) for name, text in checks.secrets_in(data)), *_unset(data)]:
         reader.note(nearest(places, key), key, message)
 
     config: Config | None
@@ -186,8 +186,6 @@ def _key(data: Any, item: ErrorDetails) -> Key:
 
 def _mismatch(key: Key, items: list[ErrorDetails]) -> str:
     """`expected X, found Y`, with a hint for the slips that YAML invites. `items` are the branches of a union."""
-    from .foreign import SYNONYMS  # a file that only errors need
-
     value, kinds = items[0]["input"], {item["type"] for item in items}
     wanted = [_EXPECTED.get(item["type"], item["msg"]).format(**item.get("ctx", {})) for item in items]
     words = re.findall("'([^']*)'", " ".join(wanted)) + ["true", "false"] * ("bool_type" in kinds)
@@ -196,7 +194,7 @@ def _mismatch(key: Key, items: list[ErrorDetails]) -> str:
     hint = ""
     if isinstance(value, str):
         number = value.replace("_", "").replace(",", ".").strip()
-        word = SYNONYMS.get(value.lower())
+        word = foreign()[1].get(value.lower())
         if kinds & {"int_type", "float_type"} and re.fullmatch(r"[-+]?[0-9]*\.?[0-9]+(e[-+]?[0-9]+)?", number.lower()):
             hint = f"; write it as a number: {number}"
         else:
@@ -210,11 +208,9 @@ def _mismatch(key: Key, items: list[ErrorDetails]) -> str:
 
 def _advice(key: Key, value: Any) -> str:
     """What to write instead of an unknown key."""
-    from .foreign import FOREIGN, example_of
-
     name, above = str(key[-1]), dotted((*key[:-1], ""))
-    if name in FOREIGN:
-        named = FOREIGN[name].replace("{key}", name)
+    if name in foreign()[0]:
+        named = foreign()[0][name].replace("{key}", name)
         simple = isinstance(value, int | float | str) and not isinstance(value, bool) and str(value).strip()
         return "; " + (named.replace("{value}", str(value)) if simple else example_of(named))
     homes = [path for path in KEYS if path.rpartition(".")[2] == name]
@@ -222,3 +218,20 @@ def _advice(key: Key, value: Any) -> str:
         return f"; {name} belongs to another section: {homes[0]}"
     beside = [path[len(above) :] for path in KEYS if path.startswith(above) and "." not in path[len(above) :]]
     return did_you_mean(name, beside, prefix=above) or f"; the keys here are {', '.join(beside)}"
+
+
+@functools.cache
+def foreign() -> tuple[dict[str, str], dict[str, str]]:
+    """Names that people know from other tools (foreign.yaml): the answer for each key, and the word for each value."""
+    tables = yaml.safe_load(Path(__file__).with_name("foreign.yaml").read_text(encoding="utf-8"))
+    answers, synonyms = (
+        {name: word for word, names in tables[kind].items() for name in names.split()}
+        for kind in ("answers", "synonyms")
+    )
+    return answers, synonyms
+
+
+def example_of(answer: str) -> str:
+    """An answer of FOREIGN with an example for the value."""
+    answer = answer.replace("{value}ep", "20ep").replace("{value}step", "500step")
+    return answer.replace("={value}", "").replace("{key}", "...")

@@ -10,13 +10,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PrivateAttr
 
-from .durations import Duration
 from .fields import (
     AtLeastZero,
     Auto,
     Component,
     Count,
     Decay,
+    Duration,
     EpochsOrSteps,
     Length,
     Lengths,
@@ -33,12 +33,12 @@ from .fields import (
     Time,
     about,
     consent,
+    expand_path,
     harmless,
     live_objects,
     plain,
     refused,
 )
-from .names import expand_path
 from .source import Key, Place, dump, keyed, nearest
 
 

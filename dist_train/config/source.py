@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from .errors import ConfigError, Problem, describe, did_you_mean
-from .names import expand_path
-from .secrets import mask
+from .errors import ConfigError, Problem, describe, did_you_mean, mask
+from .fields import expand_path
 
 Key = tuple[str | int, ...]
 COMMAND_LINE = "command line"

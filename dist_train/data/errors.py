@@ -7,7 +7,7 @@ import tempfile
 import traceback
 from typing import Any
 
-from dist_train.config.secrets import said
+from dist_train.config.errors import error_text
 
 
 class DataError(ValueError):
@@ -28,7 +28,7 @@ def told(error: BaseException) -> str:
     """The error in one line with the user's own place: the innermost frame of its traceback."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name})" if len(frames) > 1 else ""
-    return f"{type(error).__name__}: {' '.join(said(error)[:2000].split())}{place}"
+    return f"{type(error).__name__}: {' '.join(error_text(error)[:2000].split())}{place}"
 
 
 def shortage(error: BaseException) -> str:

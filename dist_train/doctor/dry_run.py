@@ -12,7 +12,7 @@ from torch.utils.data import default_collate
 
 from dist_train.checkpoint.store import find_at
 from dist_train.config.components import build_callable, is_spec
-from dist_train.config.durations import Duration
+from dist_train.config.fields import Duration
 from dist_train.data.passes import is_stream
 from dist_train.run.start import train_in
 from dist_train.tracking.console import Console

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import json
 import logging
 import os
+import re
 import secrets
 import socket
 import sys
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_train.config.errors import ConfigError
-from dist_train.config.names import expand_name
+from dist_train.config.fields import PLACEHOLDER
 from dist_train.runtime.lease import Lease
 from dist_train.runtime.mirror import COPIES, Mirror, Watch
 from dist_train.runtime.sidefiles import SideFileError, read_mapping
@@ -35,6 +37,34 @@ _APPENDED = ("metrics.jsonl", "attempts.jsonl")
 FILES = ("config.yaml", "status.json", "result.json", "model.pt", MICRO_BATCHES, *_APPENDED)
 FOLDERS = (".lease", "checkpoints", "logs", "trace")
 _LONGEST = 100  # characters of a path inside a run's directory
+
+
+def expand_name(template: str, config: Config, *, time: str, job: str) -> str:
+    """Fill `{time}`, `{job}` and keys like `{optimizer.lr}` in; what isn't safe in a path becomes `-`.
+
+    Other values give other names: a text that loses something by this gets a few digits of its hash behind it.
+
+    Raises:
+        KeyError: the config has no such key (`load_config` has refused such a name before).
+    """
+
+    def fill(match: re.Match[str]) -> str:
+        key = match.group(1)
+        value: Any = {"time": time, "job": job}.get(key)
+        if value is None:
+            value = config.get(key)
+        if isinstance(value, str) and key not in ("time", "job") and key.endswith("_target_"):
+            value = value.rpartition(".")[2]
+        if value and isinstance(value, list) and all(type(item) in (int, float) for item in value):
+            value = "-".join(map(str, value))
+        text = str(value)
+        safe = re.sub(r"[^\w.=+-]+", "-", text)
+        safe = safe if text[:1] == "-" and text == safe else safe.strip("-.")
+        if (safe and safe == text) or key in ("time", "job"):
+            return safe or "none"
+        return f"{safe or 'none'}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+
+    return PLACEHOLDER.sub(fill, template)
 
 
 def job_id() -> str | None:

@@ -23,8 +23,7 @@ from typing import Any, BinaryIO, TypeVar
 
 import fsspec
 
-from dist_train.config.errors import ConfigError
-from dist_train.config.secrets import CURE, holds_secret
+from dist_train.config.errors import SECRET_HINT, ConfigError, holds_secret
 from dist_train.watch.status import status
 
 T = TypeVar("T")
@@ -155,7 +154,9 @@ class Storage:
         options: Mapping[str, Any] | None = None,
     ) -> None:
         if holds_secret(os.fspath(location)):
-            raise ConfigError.single("", f"{location} holds a secret, and a place is named in many records; {CURE}")
+            raise ConfigError.single(
+                "", f"{location} holds a secret, and a place is named in many records; {SECRET_HINT}"
+            )
         self.options = dict(options or {})
         self.patience = (3.0 if self.is_local else 60.0) if patience is None else patience
         self.location = os.fspath(location).rstrip("/")

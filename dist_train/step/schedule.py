@@ -20,9 +20,8 @@ from torch.optim.lr_scheduler import (
 )
 
 from dist_train.config.components import build, is_spec, locate, reserved, signature
-from dist_train.config.durations import Duration
 from dist_train.config.errors import ConfigError
-from dist_train.config.fields import METRICS
+from dist_train.config.fields import METRICS, Duration
 from dist_train.task.metrics import figure
 
 

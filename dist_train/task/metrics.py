@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.config.components import build
-from dist_train.config.names import better_is_lower
+from dist_train.config.fields import better_is_lower
 from dist_train.task.losses import Loss
 from dist_train.tracking.records import FIELDS
 

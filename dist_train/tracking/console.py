@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
-from dist_train.config.secrets import mask, visible
+from dist_train.config.errors import mask, visible
 from dist_train.text import WIDTH, format_number, format_seconds, two_columns
 from dist_train.tracking.logs import Capture, setup_logging
 

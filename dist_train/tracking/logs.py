@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from dist_train.config.secrets import mask, visible
+from dist_train.config.errors import mask, visible
 from dist_train.runtime.storage import retried
 
 NAMES = ("dist_train", "py.warnings")  # the second is where logging.captureWarnings sends Python's warnings

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from dist_train.config.durations import Duration
+from dist_train.config.fields import Duration
 from dist_train.task.metrics import figure
 from dist_train.watch.control import EVALUATE, FINISH, LOG, SAVE, STOP, Source, watch_clock
 

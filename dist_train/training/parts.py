@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from dist_train.config.components import build, build_callable
-from dist_train.config.durations import Duration
 from dist_train.config.errors import ConfigError
+from dist_train.config.fields import Duration
 from dist_train.data.augment import Augmentation
 from dist_train.data.loader import EvalLoader, TrainLoader, build_plan
 from dist_train.data.plan import Plan, parts, smallest_part

@@ -18,7 +18,7 @@ from dist_train.checkpoint.manifest import CheckpointError
 from dist_train.checkpoint.store import find_at
 from dist_train.config.components import build, build_callable, is_spec, locate, reserved
 from dist_train.config.errors import ConfigError
-from dist_train.config.names import expand_argument, expand_path
+from dist_train.config.fields import expand_argument, expand_path
 from dist_train.data.download import downloads, expected_files, missing_data, once_per_node
 from dist_train.data.errors import DataError
 from dist_train.data.loader import EvalLoader, Reading

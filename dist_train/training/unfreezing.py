@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.nn.modules.batchnorm import _NormBase
 
-from dist_train.config.durations import Duration
+from dist_train.config.fields import Duration
 from dist_train.models.transfer import match_parameters
 from dist_train.step.optim import homes
 from dist_train.step.parameters import fill_momentum

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_train.config.secrets import visible
+from dist_train.config.errors import visible
 from dist_train.tracking.records import FIELDS, Row
 
 if TYPE_CHECKING:

@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from dist_train.checkpoint.manifest import CheckpointError
-from dist_train.config.errors import ConfigError
-from dist_train.config.secrets import visible
+from dist_train.config.errors import ConfigError, visible
 from dist_train.config.slots import check_components
 from dist_train.data.passes import is_stream
 from dist_train.data.reading import attribute_of

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dist_train.config.durations import Duration
+from dist_train.config.fields import Duration
 from dist_train.models.layers import watch
 from dist_train.models.transfer import match_modules
 from dist_train.task.batch import first_rows

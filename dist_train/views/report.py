@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from dist_train.config.secrets import visible
+from dist_train.config.errors import visible
 from dist_train.runtime.sidefiles import SideFileError, problems, read_lines, read_mapping
 from dist_train.runtime.storage import Storage
 from dist_train.text import format_number, format_seconds

@@ -15,8 +15,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dist_train.config.errors import ConfigError
-from dist_train.config.secrets import mask, said, visible
+from dist_train.config.errors import ConfigError, error_text, mask, visible
 from dist_train.runtime.launch import read_placement
 from dist_train.watch import signals
 from dist_train.watch.status import DONE, EVALUATION, PHASES, STARTING, status
@@ -127,7 +126,7 @@ def describe(error: BaseException, rank: int = 0, samples: Sequence[int] = ()) -
 
 def one_line(error: BaseException) -> str:
     """Type and message on one line; of an exception that a loader worker raised, its own and not the wrapping."""
-    text = mask(said(error))
+    text = mask(error_text(error))
     if "Original Traceback" in text:
         return visible(text.strip().splitlines()[-1].strip())
     text = " ".join(text.split())

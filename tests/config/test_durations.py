@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_train.config.durations import Duration
+from dist_train.config.fields import Duration
 
 
 @pytest.mark.parametrize(

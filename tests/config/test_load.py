@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_train.config import components
-from dist_train.config.durations import Duration
 from dist_train.config.errors import ConfigError
+from dist_train.config.fields import Duration
 from dist_train.config.load import DEFAULT, KEYS, load_config
 from dist_train.config.source import Place, Reader, dump
 

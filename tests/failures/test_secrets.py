@@ -14,9 +14,8 @@ import pytest
 from failing import CONFIG
 from runs import start
 
-from dist_train.config.errors import ConfigError, describe
+from dist_train.config.errors import ConfigError, describe, mask, visible
 from dist_train.config.load import load_config
-from dist_train.config.secrets import mask, visible
 from dist_train.runtime.storage import Storage
 from dist_train.tracking.console import Console, setup_logging
 from dist_train.views.figures import Confusion, Example

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import dist_train
 from dist_train.checkpoint.store import CheckpointStore
-from dist_train.config.durations import Duration
+from dist_train.config.fields import Duration
 from dist_train.config.schema import StopWhenConfig
 from dist_train.runtime.storage import Storage
 from dist_train.task.losses import Loss

@@ -13,7 +13,7 @@ from PIL import Image
 from runs import result, rows, run, run_several, same_state_dicts, traced
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dist_train.config.durations import Duration
+from dist_train.config.fields import Duration
 from dist_train.views.network import MOST, Pictures, _Every, _values, pictures
 
 NET = """
