@@ -1,51 +1,37 @@
-"""The logger: every row goes into metrics.jsonl at once, then to the views (TensorBoard, ...) in the background."""
+"""The logger: every row goes into metrics.jsonl at once, then to sinks (TensorBoard, wandb) in the background.
+
+A sink is an object with any of the methods row(row), image(name, step, array), histogram(name, step, array), graph(model,
+inputs), flush() and close(outcome) (see `Logger`); a method that it lacks isn't called. It lives in a thread of its own, where
+it may fail or hang without hurting the run; `abandon()` is called from another thread when it hangs.
+"""
 
 from __future__ import annotations
 
 import io
 import os
+import threading
 import time
-from collections.abc import Collection, Mapping
+from collections import deque
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dist_train.runtime.storage import append_whole, retried
-from dist_train.tracking.records import cut_back, encode, make_row
-from dist_train.views.sinks import SinkThread, TensorBoard
-from dist_train.views.wandb_run import Wandb
+from dist_train.tracking.records import encode, make_row
 
-if TYPE_CHECKING:
-    from dist_train.config.schema import Config
-    from dist_train.tracking.console import Console
-
-
-def open_logger(
-    folder: Path, config: Config, console: Console, *, start_step: int = 0, pending: Collection[str] = ()
-) -> Logger:
-    """Rank 0's logger of a run, whose metrics.jsonl is cut back to `start_step`, the step that the run goes on from.
-
-    Args:
-        folder: the run's directory on this host. config: its `tracking` chooses the views.
-        pending: splits that will be evaluated again at `start_step` (see records.cut_back).
-    """
-    cut_back(folder / "metrics.jsonl", start_step, pending)
-    views = []
-    if config.tracking.tensorboard:
-        views.append(SinkThread("tensorboard", lambda: TensorBoard(folder / "tensorboard", start_step), console.warn))
-    if config.tracking.wandb is not None and config.tracking.wandb.mode != "disabled":
-        settings, known = config.tracking.wandb.model_dump(exclude_none=True), config.to_dict()
-        views.append(SinkThread("wandb", lambda: Wandb(folder, settings, known, console.note), console.warn))
-    return Logger(folder / "metrics.jsonl", views)
+BACKLOG = 10_000  # calls that may wait for a slow sink before it is switched off
+STUCK = 60.0  # seconds that one call may take once the backlog is full
+PAUSE = 0.5  # seconds between two polls of the queue: waking for each row would take the GIL from the training loop
 
 
 class Logger:
-    """What is recorded: into a file, opened for appending, and to the views.
+    """What is recorded: into a file, opened for appending, and to the sinks.
 
-    Ranks other than 0 have one without a file and without views, which keeps nothing.
+    Ranks other than 0 have one without a file and without sinks, which keeps nothing.
     """
 
-    def __init__(self, path: Path | None = None, views: Collection[SinkThread] = ()) -> None:
-        self._path, self._views = path or Path(os.devnull), views
+    def __init__(self, path: Path | None = None, sinks: Collection[SinkThread] = ()) -> None:
+        self._path, self._sinks = path or Path(os.devnull), sinks
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file: io.FileIO | None = None
         if path is not None:
@@ -76,14 +62,14 @@ class Logger:
     def graph(self, model: Any, inputs: Any, timeout: float = 600.0) -> None:
         """The model's graph, traced on an example of its inputs.
 
-        This waits for it: the trace meddles with torch's random numbers, in the view's thread.
+        This waits for it: the trace meddles with torch's random numbers, in the sink's thread.
         """
         self._put("graph", model, inputs, wait=timeout)
 
     def flush(self, wait: float = 0.0) -> None:
         """Returns when the rows so far would survive a power failure: call it before a checkpoint is published.
 
-        It costs an fsync, and may be called from the thread that publishes. The views are told to flush too; `wait` is
+        It costs an fsync, and may be called from the thread that publishes. The sinks are told to flush too; `wait` is
         for how many seconds that is waited for (before their files are uploaded).
         """
         self._sync()
@@ -92,14 +78,14 @@ class Logger:
     def close(self, outcome: str, timeout: float = 15.0) -> None:
         """The end of this start: outcome is completed, preempted or failed.
 
-        Takes at most `timeout` seconds; a view that isn't done by then is given up with a warning.
+        Takes at most `timeout` seconds; a sink that isn't done by then is given up with a warning.
         """
         self._sync()
         if self._file is not None:
             self._file.close()
         end = time.monotonic() + timeout
-        for view in self._views:
-            view.close(outcome, end - time.monotonic())
+        for sink in self._sinks:
+            sink.close(outcome, end - time.monotonic())
 
     def _sync(self) -> None:
         if self._file is None or self._file.closed:
@@ -121,7 +107,68 @@ class Logger:
         retried("sync", self._path, sync)
 
     def _put(self, method: str, *args: Any, wait: float | None = None) -> None:
-        waiting = [view.put(method, *args, hurry=wait is not None) for view in self._views]
+        waiting = [sink.put(method, *args, hurry=wait is not None) for sink in self._sinks]
         end = time.monotonic() + (wait or 0.0)
         for done in waiting if wait else ():
             done.wait(max(0.0, end - time.monotonic()))
+
+
+class SinkThread:
+    """Runs one sink behind a queue. The first call starts the thread; `make` (with its imports) runs inside it.
+
+    Whatever the sink raises, or a hang, switches it off with one call of `warn` that names it.
+    """
+
+    def __init__(self, name: str, make: Callable[[], Any], warn: Callable[[str], None]) -> None:
+        self.name, self._make, self._warn = name, make, warn
+        self._queue: deque[tuple[str, tuple[Any, ...], threading.Event]] = deque()
+        self._sink: Any = None
+        self._hurry = threading.Event()  # don't wait for the next look into the queue
+        self._thread: threading.Thread | None = None
+        self._off = threading.Lock()  # held for ever by whoever switches the sink off
+        self._since = time.monotonic()  # when the sink's present call began
+
+    def put(self, method: str, *args: Any, hurry: bool = False) -> threading.Event:
+        """Queues `sink.method(*args)`; what it returns is set afterwards. Costs microseconds, never raises."""
+        done = threading.Event()
+        if self._off.locked() or (self._thread is None and method in ("flush", "close")):
+            done.set()
+            return done
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name=f"tracking-{self.name}", daemon=True)
+            self._thread.start()
+        self._queue.append((method, args, done))
+        if hurry:
+            self._hurry.set()
+        elif len(self._queue) > BACKLOG and time.monotonic() - self._since > STUCK:
+            self._switch_off(f"it has taken nothing for {time.monotonic() - self._since:.0f} s")
+        return done
+
+    def close(self, outcome: str, timeout: float) -> None:
+        """Closes the sink after all that was queued; one that takes longer than `timeout` seconds is switched off."""
+        if not self.put("close", outcome, hurry=True).wait(max(0.0, timeout)):
+            self._switch_off(f"it did not end within {timeout:.0f} s")
+
+    def _switch_off(self, why: str) -> None:
+        if self._off.acquire(blocking=False):
+            self._warn(f"tracking: {self.name} is switched off for the rest of this run: {why}; metrics.jsonl goes on")
+            getattr(self._sink, "abandon", lambda: None)()
+
+    def _run(self) -> None:
+        method = ""
+        while method != "close" and not self._off.locked():
+            self._since = time.monotonic()
+            if not self._queue:
+                self._hurry.wait(PAUSE)
+                self._hurry.clear()
+                continue
+            method, args, done = self._queue.popleft()
+            try:
+                self._sink = self._sink or self._make()
+                getattr(self._sink, method, lambda *_: None)(*args)
+            except Exception as error:
+                self._switch_off(str(error) if type(error) is RuntimeError else f"{type(error).__name__}: {error}")
+            finally:
+                done.set()
+        for _, _, done in self._queue:  # nobody waits for a sink that is off
+            done.set()

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from dist_train.checkpoint.store import merit
 from dist_train.task.metrics import figure
-from dist_train.tracking.logger import Logger, open_logger
+from dist_train.tracking.logger import Logger
 from dist_train.training.due import Due, clocks
 from dist_train.training.evaluate import EvaluationInterruptedError, on_rank_zero
 from dist_train.training.rows import TrainRows
 from dist_train.training.state import Progress, facts, meta, of_every_rank, snapshot
 from dist_train.training.trace import Trace
 from dist_train.training.unfreezing import Trained
+from dist_train.views.sinks import open_logger
 from dist_train.watch.control import EVALUATE, FINISH, LOG, SAVE, STOP, Control
 from dist_train.watch.status import CALLBACK, LOGGING, SAVING, SYNC, status
 

@@ -1,90 +1,42 @@
-"""Views of the record: each sink lives in a thread of its own, where it may fail or hang without hurting the run.
-
-A sink is an object with any of the methods row(row), image(name, step, array), histogram(name, step, array), graph(model,
-inputs), flush() and close(outcome) (see `Logger`); what it lacks it isn't asked for. `abandon()` is called from another
-thread when it hangs.
-"""
+"""TensorBoard, and the logger of a run with the views that its config asks for."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import logging
-import threading
-import time
 import warnings
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Collection
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dist_train.tracking.records import FIELDS, Row
+from dist_train.tracking.logger import Logger, SinkThread
+from dist_train.tracking.records import FIELDS, Row, cut_back
+from dist_train.views.wandb_run import Wandb
 
-BACKLOG = 10_000  # calls that may wait for a slow sink before it is given up
-STUCK = 60.0  # seconds that one call may take once the backlog is full
-PAUSE = 0.5  # seconds between two looks into the queue: waking for each row would take the GIL from the training loop
+if TYPE_CHECKING:
+    from dist_train.config.schema import Config
+    from dist_train.tracking.console import Console
 
 
-class SinkThread:
-    """Runs one sink behind a queue. The first call starts the thread; `make` (with its imports) runs inside it.
+def open_logger(
+    folder: Path, config: Config, console: Console, *, start_step: int = 0, pending: Collection[str] = ()
+) -> Logger:
+    """Rank 0's logger of a run, whose metrics.jsonl is cut back to `start_step`, the step that the run goes on from.
 
-    Whatever the sink raises, or a hang, switches it off with one call of `warn` that names it.
+    Args:
+        folder: the run's directory on this host. config: its `tracking` chooses the views.
+        pending: splits that will be evaluated again at `start_step` (see records.cut_back).
     """
-
-    def __init__(self, name: str, make: Callable[[], Any], warn: Callable[[str], None]) -> None:
-        self.name, self._make, self._warn = name, make, warn
-        self._queue: deque[tuple[str, tuple[Any, ...], threading.Event]] = deque()
-        self._sink: Any = None
-        self._hurry = threading.Event()  # don't wait for the next look into the queue
-        self._thread: threading.Thread | None = None
-        self._off = threading.Lock()  # held for ever by whoever switches the sink off
-        self._since = time.monotonic()  # when the sink's present call began
-
-    def put(self, method: str, *args: Any, hurry: bool = False) -> threading.Event:
-        """Queues `sink.method(*args)`; what it returns is set afterwards. Costs microseconds, never raises."""
-        done = threading.Event()
-        if self._off.locked() or (self._thread is None and method in ("flush", "close")):
-            done.set()
-            return done
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name=f"tracking-{self.name}", daemon=True)
-            self._thread.start()
-        self._queue.append((method, args, done))
-        if hurry:
-            self._hurry.set()
-        elif len(self._queue) > BACKLOG and time.monotonic() - self._since > STUCK:
-            self._switch_off(f"it has taken nothing for {time.monotonic() - self._since:.0f} s")
-        return done
-
-    def close(self, outcome: str, timeout: float) -> None:
-        """Closes the sink after all that was queued; one that takes longer than `timeout` seconds is switched off."""
-        if not self.put("close", outcome, hurry=True).wait(max(0.0, timeout)):
-            self._switch_off(f"it did not end within {timeout:.0f} s")
-
-    def _switch_off(self, why: str) -> None:
-        if self._off.acquire(blocking=False):
-            self._warn(f"tracking: {self.name} is switched off for the rest of this run: {why}; metrics.jsonl goes on")
-            getattr(self._sink, "abandon", lambda: None)()
-
-    def _run(self) -> None:
-        method = ""
-        while method != "close" and not self._off.locked():
-            self._since = time.monotonic()
-            if not self._queue:
-                self._hurry.wait(PAUSE)
-                self._hurry.clear()
-                continue
-            method, args, done = self._queue.popleft()
-            try:
-                self._sink = self._sink or self._make()
-                getattr(self._sink, method, lambda *_: None)(*args)
-            except Exception as error:
-                self._switch_off(str(error) if type(error) is RuntimeError else f"{type(error).__name__}: {error}")
-            finally:
-                done.set()
-        for _, _, done in self._queue:  # nobody waits for a sink that is off
-            done.set()
+    cut_back(folder / "metrics.jsonl", start_step, pending)
+    sinks = []
+    if config.tracking.tensorboard:
+        sinks.append(SinkThread("tensorboard", lambda: TensorBoard(folder / "tensorboard", start_step), console.warn))
+    if config.tracking.wandb is not None and config.tracking.wandb.mode != "disabled":
+        settings, known = config.tracking.wandb.model_dump(exclude_none=True), config.to_dict()
+        sinks.append(SinkThread("wandb", lambda: Wandb(folder, settings, known, console.note), console.warn))
+    return Logger(folder / "metrics.jsonl", sinks)
 
 
 class TensorBoard:

@@ -17,10 +17,10 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dist_train.tracking import logger as logger_module
-from dist_train.tracking.logger import Logger, open_logger
+from dist_train.tracking.logger import Logger, SinkThread
 from dist_train.tracking.records import read_rows
-from dist_train.views.sinks import SinkThread
+from dist_train.views import sinks
+from dist_train.views.sinks import open_logger
 
 
 class Warnings(list[str]):
@@ -82,7 +82,7 @@ def test_tensorboard_is_imported_only_when_the_first_row_arrives_and_never_if_it
     script = """
 import sys, pathlib, types
 from dist_train.tracking.console import Console
-from dist_train.tracking.logger import open_logger
+from dist_train.views.sinks import open_logger
 def heavy(): return sorted({"torch", "tensorboard", "rich", "matplotlib", "wandb"} & set(sys.modules))
 for on in (False, True):
     config = types.SimpleNamespace(tracking=types.SimpleNamespace(tensorboard=on, wandb=None))
@@ -103,7 +103,7 @@ class Broken:
 
 
 def test_a_sink_that_raises_is_switched_off_with_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logger_module, "TensorBoard", lambda *args: Broken())
+    monkeypatch.setattr(sinks, "TensorBoard", lambda *args: Broken())
     log, said = make(tmp_path)
     for step in range(1, 20):
         log.row("train", step, 1, step, {"loss": 1.0})
@@ -134,7 +134,7 @@ def test_a_sink_that_hangs_costs_a_bounded_time_and_one_warning(
         def row(self, row: Any) -> None:
             never.wait()
 
-    monkeypatch.setattr(logger_module, "TensorBoard", lambda *args: Hanging())
+    monkeypatch.setattr(sinks, "TensorBoard", lambda *args: Hanging())
     log, said = make(tmp_path)
     log.row("train", 1, 1, 1, {"loss": 1.0})
     began = time.monotonic()
@@ -148,8 +148,8 @@ def test_a_sink_that_hangs_costs_a_bounded_time_and_one_warning(
 
 
 def test_a_sink_that_takes_nothing_does_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dist_train.views.sinks.BACKLOG", 100)
-    monkeypatch.setattr("dist_train.views.sinks.STUCK", 0.05)
+    monkeypatch.setattr("dist_train.tracking.logger.BACKLOG", 100)
+    monkeypatch.setattr("dist_train.tracking.logger.STUCK", 0.05)
     never = threading.Event()
     said: list[str] = []
     thread = SinkThread("wandb", lambda: never.wait() and None, said.append)

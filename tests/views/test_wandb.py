@@ -17,14 +17,15 @@ import pytest
 from wandb.proto.wandb_internal_pb2 import Record
 
 from dist_train.config.schema import WandbConfig
-from dist_train.tracking.logger import Logger, open_logger
+from dist_train.tracking.logger import Logger
 from dist_train.tracking.records import read_rows
 from dist_train.views import wandb_run
+from dist_train.views.sinks import open_logger
 
 SCRIPT = """
 import os, pathlib, signal, sys, types
 from dist_train.tracking.console import Console
-from dist_train.tracking.logger import open_logger
+from dist_train.views.sinks import open_logger
 from dist_train.config.schema import WandbConfig
 root, first, last, end = pathlib.Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 wandb = WandbConfig(project="p", mode="offline", tags=["a"])
