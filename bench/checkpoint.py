@@ -24,7 +24,7 @@ import torch
 import torchvision
 
 from dist_train.checkpoint.manager import CheckpointManager
-from dist_train.runtime.storage import Storage
+from dist_train.runtime.storage import open_storage
 
 
 def build_state(device: str) -> dict[str, Any]:
@@ -74,8 +74,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         place = options.directory or f"{scratch}/checkpoints"
         quiet: Callable[[str], None] = lambda line: None  # noqa: E731
-        asynchronous = CheckpointManager(Storage(place).sub("asynchronous"), keep_last=1, log=quiet)
-        synchronous = CheckpointManager(Storage(place).sub("synchronous"), keep_last=1, asynchronous=False, log=quiet)
+        asynchronous = CheckpointManager(open_storage(place).sub("asynchronous"), keep_last=1, log=quiet)
+        synchronous = CheckpointManager(
+            open_storage(place).sub("synchronous"), keep_last=1, asynchronous=False, log=quiet
+        )
         before = resident()
         first = seconds(lambda: asynchronous.save(1, state, {}))
         asynchronous.wait()

@@ -30,7 +30,7 @@ from dist_train.callbacks import Callback
 from dist_train.checkpoint.manager import CheckpointManager
 from dist_train.checkpoint.store import CheckpointStore
 from dist_train.data.plan import Plan
-from dist_train.runtime.storage import Storage
+from dist_train.runtime.storage import open_storage
 
 LENGTH, BATCH = 20_000_000, 100
 HERE = Path(__file__).resolve().parent
@@ -93,10 +93,10 @@ def moved(trained: Path, samples: int) -> int:
     place, step = trained.parent / f"at{samples}", samples // BATCH
     shutil.rmtree(place, ignore_errors=True)
     shutil.copytree(trained, place, ignore=shutil.ignore_patterns("checkpoints"))
-    found = CheckpointStore(Storage(trained / "checkpoints")).find("last")
+    found = CheckpointStore(open_storage(trained / "checkpoints")).find("last")
     parts = {part: found.load(part) for part in found.parts}
     parts["trainer"]["progress"] |= {"step": step, "samples": samples}
-    CheckpointManager(Storage(place / "checkpoints")).save(step, parts, found.meta, wait=True)
+    CheckpointManager(open_storage(place / "checkpoints")).save(step, parts, found.meta, wait=True)
     return step
 
 

@@ -12,13 +12,13 @@ import hashlib
 import json
 import secrets
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
 from typing import Any, BinaryIO
 
 from dist_train.checkpoint.manifest import MANIFEST, CheckpointError, DamagedError, FileEntry, Manifest
 from dist_train.checkpoint.store import CheckpointStore, Found, step_name
+from dist_train.files import StorageError, utc_now
 from dist_train.runtime.lease import Lease, LeaseLostError
-from dist_train.runtime.storage import LocalStorage, Storage, StorageError
+from dist_train.runtime.storage import LocalStorage, Storage
 
 
 class Writing:
@@ -78,8 +78,8 @@ class OwnedStore(CheckpointStore):
         Raises:
             LeaseLostError: another process owns the run.
         """
-        now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        manifest = Manifest(writing.step, writing.files, writing.attempt, dict(metrics), meta, now, self.check())
+        held = self.check()
+        manifest = Manifest(writing.step, writing.files, writing.attempt, dict(metrics), meta, utc_now(), held)
         if isinstance(self.storage, LocalStorage):
             self._publish_directory(self.storage, writing, manifest.to_bytes())
         else:

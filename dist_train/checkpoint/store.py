@@ -28,7 +28,7 @@ from dist_train.checkpoint.manifest import (
     Manifest,
     NewerFormatError,
 )
-from dist_train.runtime.storage import Storage
+from dist_train.runtime.storage import Storage, open_storage
 
 T = TypeVar("T")
 
@@ -296,8 +296,8 @@ def find_at(location: str, log: Callable[[str], None] = print) -> Found:
     """
     parent, _, name = location.rstrip("/").rpartition("/")
     if _STEP.fullmatch(name):
-        return CheckpointStore(Storage(parent or "."), log).find(name)
-    storage = Storage(location)
+        return CheckpointStore(open_storage(parent or "."), log).find(name)
+    storage = open_storage(location)
     if not any(_STEP.fullmatch(entry) for entry in storage.list()):
         storage = storage.sub("checkpoints")
     return CheckpointStore(storage, log).find("last")

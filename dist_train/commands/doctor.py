@@ -160,13 +160,13 @@ def _clocks(ranks: list[dict[str, Any]]) -> Check:
 
 def _storage(world: World, where: str) -> Check:
     """Write, read and delete in the directory of the runs, from each host; whether all see the same one."""
-    from dist_train.runtime.storage import Storage
+    from dist_train.runtime.storage import open_storage
 
     name = world.broadcast(f".doctor-{secrets.token_hex(6)}")
     mine, error, leads = f"{name}-{world.rank}", "", world.placement.local_rank == 0
     if leads:
         try:
-            storage = Storage(where, patience=2.0)
+            storage = open_storage(where, patience=2.0)
             new = not storage.exists("")
             storage.makedirs()
             storage.write_atomic(mine, b"doctor")

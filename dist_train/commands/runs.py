@@ -34,9 +34,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--watch", action="store_true", help="look again every two seconds, until Ctrl-C")
     options = parser.parse_args(list(arguments))
     from dist_train.config.errors import ConfigError
-    from dist_train.runtime.storage import Storage
+    from dist_train.runtime.storage import open_storage
 
-    root = Storage(options.dir)
+    root = open_storage(options.dir)
     if root.is_local and not os.path.isdir(root.location):
         raise ConfigError.single("DIR", f"expected a directory with runs, found no directory {options.dir}")
     if not options.watch:
@@ -66,7 +66,7 @@ def _page(root: Storage, as_json: bool) -> str:
 
 def find_runs(root: Storage) -> list[str]:
     """Names of the directories that hold a run, sorted; an empty one where `root` itself does."""
-    from dist_train.runtime.storage import StorageError
+    from dist_train.files import StorageError
 
     found: list[str] = []
 

@@ -17,9 +17,9 @@ def main(arguments: Sequence[str]) -> int:
     from dist_train.checkpoint.store import CheckpointStore
     from dist_train.config.errors import ConfigError
     from dist_train.runtime.sidefiles import problems
-    from dist_train.runtime.storage import Storage
+    from dist_train.runtime.storage import open_storage
 
-    storage = Storage(options.run)
+    storage = open_storage(options.run)
     if not storage.exists("checkpoints") or (storage.is_local and not os.path.isdir(storage.join("checkpoints"))):
         found = f"{storage.location} holds no checkpoints directory; expected a run's directory"
         raise ConfigError.single("--run", found)

@@ -9,7 +9,8 @@ import re
 from typing import Any
 
 from dist_train.config.errors import ConfigError, did_you_mean
-from dist_train.runtime.storage import Storage, StorageError, is_url
+from dist_train.files import StorageError
+from dist_train.runtime.storage import is_url, open_storage
 
 _SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".safetensors")
 KEY = "transfer.weights"
@@ -71,7 +72,7 @@ def read_file(location: str) -> Any:
 
     folder, _, name = location.rpartition("/")
     try:
-        data = Storage(folder or "." if folder or not location.startswith("/") else "/").read_bytes(name)
+        data = open_storage(folder or "." if folder or not location.startswith("/") else "/").read_bytes(name)
         if name.endswith(".safetensors"):
             from safetensors.torch import load
 

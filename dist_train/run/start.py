@@ -17,6 +17,7 @@ from dist_train.config.code import source_files
 from dist_train.config.errors import ConfigError
 from dist_train.config.slots import check_components
 from dist_train.data.plan import share
+from dist_train.files import StorageError
 from dist_train.run.decide import Decision, decide, find_checkpoint
 from dist_train.run.finish import finish, give_weights
 from dist_train.run.objects import facts_of, sample_digests
@@ -25,7 +26,7 @@ from dist_train.runtime.launch import read_placement
 from dist_train.runtime.lease import Lease, LeaseHeldError, LeaseLostError, look_at_owner
 from dist_train.runtime.rundir import MICRO_BATCHES, RunDir, check_place, check_shared, run_location
 from dist_train.runtime.sidefiles import read_lines
-from dist_train.runtime.storage import LocalStorage, StorageError
+from dist_train.runtime.storage import LocalStorage
 from dist_train.runtime.world import World, open_world
 from dist_train.tracking.console import Console, setup_logging
 from dist_train.training.parts import Parts

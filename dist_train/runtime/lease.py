@@ -19,7 +19,8 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
-from dist_train.runtime.storage import Storage, StorageError
+from dist_train.files import StorageError, utc_now
+from dist_train.runtime.storage import Storage
 from dist_train.watch.processes import machine, process_state, started
 
 _MISSED = 3  # renewals, after which an owner on another machine counts as dead
@@ -84,7 +85,7 @@ class Lease:
             if numbers:
                 _wait_for_end(storage, numbers[-1], log)
             number = numbers[-1] + 1 if numbers else 1
-            record["acquired_at"] = datetime.now(UTC).isoformat(timespec="milliseconds")
+            record["acquired_at"] = utc_now()
             if not storage.create_exclusive(_name(number), json.dumps(record).encode()):
                 continue  # another one that waited was faster
             if (_numbers(storage) or [0])[-1] > number:
@@ -120,7 +121,7 @@ class Lease:
         """
         storage = self._storage
         if patience is not None:
-            storage = Storage(storage.location, patience=patience, options=storage.options)
+            storage = storage.sub("", patience=patience)
         last, mine = (_numbers(storage) or [0])[-1], _read(storage, self.number)
         if self.lost or last > self.number or mine is None or mine.get("nonce") != self.nonce:
             self.lost = True
@@ -172,7 +173,7 @@ class Lease:
                 self.check()
                 if time.monotonic() - renewed >= interval - pause / 2:
                     self._record["renewals"] += 1
-                    self._record["renewed_at"] = datetime.now(UTC).isoformat(timespec="milliseconds")
+                    self._record["renewed_at"] = utc_now()
                     self._write()
                     renewed = time.monotonic()
 

@@ -17,7 +17,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import BinaryIO
 
-from dist_train.runtime.storage import LocalStorage, Storage, StorageError
+from dist_train.files import StorageError
+from dist_train.runtime.storage import Storage, open_storage
 
 log = logging.getLogger("dist_train")
 POLL_SECONDS = 5.0
@@ -47,7 +48,7 @@ class Mirror:
     """
 
     def __init__(self, location: str):
-        self.storage = Storage(location)
+        self.storage = open_storage(location)
         self.location = self.storage.location
         self.root = Path(self.location) if self.storage.is_local else mirror_root(self.location)
         self.shared: Collection[str] | None = None
@@ -127,7 +128,7 @@ class Mirror:
             self._sending.join()
 
     def _keep(self, name: str, data: bytes) -> None:
-        copies = LocalStorage(self.root)
+        copies = open_storage(self.root)
         copies.makedirs()
         copies.write_atomic(name, data)
 
@@ -148,7 +149,7 @@ class Watch:
     """Looks for files (STOP, SAVE) every few seconds, in a thread of its own: whoever asks doesn't wait for the storage."""
 
     def __init__(self, storage: Storage, names: Collection[str]):
-        self._storage = Storage(storage.location, patience=0.0, options=storage.options)
+        self._storage = storage.sub("", patience=0.0)
         self._names = names
         self._seen: set[str] = set()
         self._over = threading.Event()

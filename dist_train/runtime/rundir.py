@@ -14,16 +14,17 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_train.config.errors import ConfigError
 from dist_train.config.fields import PLACEHOLDER
+from dist_train.files import StorageError, utc_now
 from dist_train.runtime.lease import Lease
 from dist_train.runtime.mirror import COPIES, Mirror, Watch
 from dist_train.runtime.sidefiles import SideFileError, read_mapping
-from dist_train.runtime.storage import LocalStorage, Storage, StorageError
+from dist_train.runtime.storage import LocalStorage, Storage, open_storage
 from dist_train.tracking.records import finite
 from dist_train.watch.control import SAVE, STOP, Source, watch_file
 
@@ -96,7 +97,7 @@ def run_location(config: Config) -> str:
     """
     template, place = config.run.name or "run", config.run.place
     job = job_id()
-    memory, told = Storage(place).sub(".jobs"), job or str(os.getpid())
+    memory, told = open_storage(place).sub(".jobs"), job or str(os.getpid())
     stamp = ""
     if "{time}" in template:
         check_place(place)
@@ -123,7 +124,7 @@ def check_place(location: str) -> None:
     Raises:
         ConfigError: it can't; names what is in the way.
     """
-    storage = Storage(location)
+    storage = open_storage(location)
     wrong = _obstacle(storage.path()) if isinstance(storage, LocalStorage) else ""
     if wrong:
         cure = "give run.dir a directory that this process can write to"
@@ -316,8 +317,3 @@ def check_shared(run: RunDir, world: World) -> None:
             f"{run.location} is not the same directory on all nodes: {', '.join(blind)} can't see a file that "
             f"{answers[0][1]} (rank 0) wrote there; give run.dir a path on a shared file system",
         )
-
-
-def utc_now() -> str:
-    """The time as ISO 8601 in UTC."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -1,7 +1,7 @@
 """Files of a run on a local disk or on any fsspec URL (``s3://``, ``gs://``, ``memory://``).
 
-The two worlds differ in what publishes: on a local disk a rename does, on an object store a single PUT does (there is
-no rename, and an object can't be appended to). Everything here is either published whole or absent. Listings are never
+The two differ in what publishes a file: on a local disk a rename does; on an object store a single PUT does (it has no
+rename, and an object can't be appended to). Here everything is either published whole or absent. Listings are never
 served from a cache, ``fs.transaction`` is never used, and a stream that fails is discarded, because leaving a
 ``with fs.open(..., "wb")`` by an exception would publish the partial object (s3fs issue 154).
 """
@@ -11,9 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import io
 import os
-import secrets
 import shutil
 import stat
 import time
@@ -24,24 +22,25 @@ from typing import Any, BinaryIO, TypeVar
 import fsspec
 
 from dist_train.config.errors import SECRET_HINT, ConfigError, holds_secret
+from dist_train.files import (
+    StorageError,
+    append_whole,
+    fsync_directory,
+    retried,
+    temporary_beside,
+    write_atomic,
+    write_new,
+)
 from dist_train.watch.status import status
 
 T = TypeVar("T")
 
 _CHUNK = 4 << 20
-# Errors that waiting doesn't cure. Anything else that an operating system or a store reports may be a passing one.
-_FINAL = {"ENOSPC", "EDQUOT", "EROFS", "ENAMETOOLONG", "EFBIG", "EMFILE", "ENOTEMPTY"}
-_FINAL |= {"NoCredentialsError", "PartialCredentialsError", "ParamValidationError", "ProfileNotFound"}
-_FINAL_TYPES = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
-_CLIENT_LIBRARIES = {"botocore", "aiobotocore", "aiohttp", "s3fs", "gcsfs", "google", "adlfs", "azure", "urllib3"}
-
-
-class StorageError(Exception):
-    """A disk or a store that failed for longer than its patience. Says nothing about the bytes being damaged."""
+_KINDS = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", 0: "a link to itself"}
 
 
 class NotAFileError(IsADirectoryError):
-    """A directory, FIFO, device or socket where a file was expected (reading it could wait for ever, or act), or far too much."""
+    """Something other than a regular file (reading a FIFO or a device could block, or act), or a file that is too large."""
 
 
 def is_url(location: str | os.PathLike[str]) -> bool:
@@ -50,51 +49,30 @@ def is_url(location: str | os.PathLike[str]) -> bool:
     return "://" in text and not text.startswith(("file://", "local://"))
 
 
-def retried(what: str, place: str | os.PathLike[str], action: Callable[[], T], patience: float = 3.0) -> T:
-    """What ``action`` returns; it is called again after an error that may pass, for so many seconds.
+def open_storage(
+    location: str | os.PathLike[str], *, patience: float | None = None, options: Mapping[str, Any] | None = None
+) -> Storage:
+    """The directory at a path or URL; it need not exist.
+
+    Args:
+        location: a path, or any URL that fsspec knows.
+        patience: seconds for which a failing operation is retried, with growing pauses; by default 3 on a local disk and
+            60 on an object store.
+        options: passed to fsspec (credentials, endpoint). fsspec's own configuration files and variables count too.
 
     Raises:
-        StorageError: it went on failing; names place and cause. FileNotFoundError, FileExistsError, NotAFileError and errors
-            that aren't of a disk or a store come as they are.
+        ConfigError: the location has a password in it, or its protocol is unknown or not installed.
     """
-    give_up, pause = 0.0, 0.1
-    while True:
-        try:
-            return action()
-        except _FINAL_TYPES:
-            raise
-        except Exception as error:
-            if not isinstance(error, OSError) and type(error).__module__.split(".")[0] not in _CLIENT_LIBRARIES:
-                raise
-            now = time.monotonic()
-            give_up = give_up or now + patience
-            final = _FINAL & {errno.errorcode.get(getattr(error, "errno", None) or 0), type(error).__name__}
-            if final or now + pause > give_up:
-                raise StorageError(f"cannot {what} {place}: {type(error).__name__}: {error}") from error
-        time.sleep(pause)  # no jitter: it would draw from a generator that training may use
-        pause = min(pause * 2, 8.0)
-
-
-def append_whole(file: io.FileIO, data: bytes, *, sync: bool = False) -> None:
-    """Write at the end of an unbuffered file, and make it durable if asked; what fails leaves nothing, and may be repeated.
-
-    Raises:
-        OSError: of the write or the sync.
-    """
-    end = file.seek(0, os.SEEK_END)
-    try:
-        if file.write(data) != len(data):
-            raise OSError(errno.ENOSPC, "written in part only; is the disk full?", str(file.name))
-        if sync:
-            os.fsync(file.fileno())
-    except OSError:
-        with contextlib.suppress(OSError):
-            file.truncate(end)
-        raise
+    if holds_secret(os.fspath(location)):
+        raise ConfigError.single(
+            "", f"{location} holds a secret, and a location is named in many records; {SECRET_HINT}"
+        )
+    kind, usual = (Storage, 60.0) if is_url(location) else (LocalStorage, 3.0)
+    return kind(os.fspath(location), usual if patience is None else patience, options)
 
 
 class HashingWriter:
-    """A write-only file that hashes and counts what passes, and remembers why its sink failed.
+    """A write-only file that hashes and counts what passes, and keeps the error of its sink.
 
     ``torch.save`` turns an error of the file into a ``RuntimeError`` without a cause; ``failure`` keeps the real one.
     """
@@ -108,14 +86,14 @@ class HashingWriter:
     def write(self, data: Any) -> int:
         """Write all of ``data`` (bytes-like) or raise."""
         view = memoryview(data).cast("B")
-        if self.failure is not None:  # torch's zip writer goes on to write its index after a failed record
+        if self.failure is not None:  # torch's zip writer still writes its index after a failed record
             raise self.failure
         try:
             for start in range(0, len(view), _CHUNK):
                 piece = view[start : start + _CHUNK]
                 self._sink.write(piece)
                 self.hash.update(piece)
-                status.bytes += len(piece)  # a save that moves is no hang
+                status.bytes += len(piece)  # a save that progresses is no hang
         except Exception as error:
             self.failure = error
             raise
@@ -123,61 +101,36 @@ class HashingWriter:
         return len(view)
 
     def flush(self) -> None:
-        """Nothing is held back here; the sink is flushed when it is closed."""
+        """Nothing is buffered here; the sink is flushed when it is closed."""
 
 
 class Storage:
-    """One directory of a run, by path or URL. Names are relative to it, with ``/`` between their parts.
+    """One directory of a run under a URL; :class:`LocalStorage` is one on a disk, and :func:`open_storage` makes either.
 
-    ``Storage(location)`` makes a :class:`LocalStorage` of a path; what stands here is for object stores and the like.
-
-    Args:
-        location: a path, or any URL that fsspec knows.
-        patience: seconds for which a failing operation is tried again, with growing pauses. By default 3 on a local
-            disk and 60 on a store.
-        options: passed to fsspec (credentials, endpoint). fsspec's own configuration files and variables count too.
+    Names are relative to it, with ``/`` between their parts.
 
     Raises (from all methods): :class:`StorageError` when the patience has run out, naming place and cause;
-    ``FileNotFoundError`` and ``FileExistsError`` as they are. ``ConfigError``: the location has a password in it.
+    ``FileNotFoundError`` and ``FileExistsError`` as they are.
+
+    Attributes:
+        location: URL, or absolute path.
+        patience: seconds for which a failing operation is retried.
+        fs: the fsspec file system.
     """
 
     is_local = False
 
-    def __new__(cls, location: str | os.PathLike[str], **_: Any) -> Storage:
-        return object.__new__(cls if is_url(location) else LocalStorage)
-
-    def __init__(
-        self,
-        location: str | os.PathLike[str],
-        *,
-        patience: float | None = None,
-        options: Mapping[str, Any] | None = None,
-    ) -> None:
-        if holds_secret(os.fspath(location)):
-            raise ConfigError.single(
-                "", f"{location} holds a secret, and a place is named in many records; {SECRET_HINT}"
-            )
-        self.options = dict(options or {})
-        self.patience = (3.0 if self.is_local else 60.0) if patience is None else patience
-        self.location = os.fspath(location).rstrip("/")
-        if self.is_local:
-            path = os.fspath(location).removeprefix("file://").removeprefix("local://")
-            self.location = self._root = os.path.abspath(os.path.expanduser(path))
-            self.fs = fsspec.filesystem("file")
-        else:
+    def __init__(self, location: str, patience: float, options: Mapping[str, Any] | None = None) -> None:
+        self.location, self.patience, self.options = location.rstrip("/"), patience, dict(options or {})
+        try:
             # The listings cache of s3fs and gcsfs hides what other processes write, from `ls` and from `info`.
-            options = {"use_listings_cache": False, **self.options}
-            try:
-                self.fs, self._root = fsspec.core.url_to_fs(self.location, **options)
-            except (
-                ValueError,
-                ImportError,
-            ) as error:  # a protocol that fsspec doesn't know, or whose package isn't installed
-                raise ConfigError.single("", f"{self.location} can't be reached: {error}") from None
+            self.fs, self._root = fsspec.core.url_to_fs(self.location, **{"use_listings_cache": False, **self.options})
+        except (ValueError, ImportError) as error:  # an unknown protocol, or its package isn't installed
+            raise ConfigError.single("", f"{self.location} can't be reached: {error}") from None
 
-    def sub(self, name: str) -> Storage:
-        """The directory ``name`` inside this one (it need not exist)."""
-        return Storage(self.join(name), patience=self.patience, options=self.options)
+    def sub(self, name: str, *, patience: float | None = None) -> Storage:
+        """The directory ``name`` inside this one (it need not exist), with a patience of its own."""
+        return type(self)(self.join(name), self.patience if patience is None else patience, self.options)
 
     def join(self, name: str) -> str:
         """Path or URL of ``name``."""
@@ -192,9 +145,8 @@ class Storage:
 
         def action() -> bytes:
             if most is not None and (size := self.fs.info(self._at(name))["size"]) > most:
-                raise NotAFileError(
-                    errno.EFBIG, f"{size:,} bytes, where at most {most:,} are expected", self.join(name)
-                )
+                message = f"{size:,} bytes, where at most {most:,} are expected"
+                raise NotAFileError(errno.EFBIG, message, self.join(name))
             return self._read(name)
 
         return self._retry("read", name, action)
@@ -210,14 +162,14 @@ class Storage:
         return self._retry("read", name, action)
 
     def write_atomic(self, name: str, data: bytes) -> None:
-        """Create or replace a file; a reader sees the old bytes or the new ones, also after a power cut."""
+        """Create or replace a file; a reader sees the old bytes or the new ones, also after a power failure."""
         self._retry("write", name, lambda: self._put(name, data))
 
     def create_exclusive(self, name: str, data: bytes) -> bool:
-        """Create a file with all its bytes; of many that try, one gets ``True``.
+        """Create a file with all its bytes; of many processes that try, one gets ``True``.
 
-        ``False`` if it is there already with other bytes: a client's library tries again by itself when an answer is lost,
-        and finds what it has written. So ``data`` must be the caller's own.
+        ``False`` if it exists with other bytes. One with the same bytes is the caller's own: a client library retries by
+        itself when a response is lost, and finds what it has written. So no two callers may pass the same ``data``.
         """
 
         def action() -> bool:
@@ -232,8 +184,8 @@ class Storage:
     def write_stream(self, name: str, produce: Callable[[BinaryIO], object]) -> tuple[int, str]:
         """Write what ``produce`` writes into the file it is given; returns bytes and sha256 of what was written.
 
-        Not atomic (callers publish by other means), but durable on return, and on a store nothing of a failed try is
-        left. ``produce`` may be called again after a passing error, so it must be able to repeat itself.
+        Not atomic (callers publish by other means), but durable on return, and a failed attempt leaves nothing on an
+        object store. ``produce`` may be called again after a passing error, so it must be repeatable.
         """
 
         def action() -> tuple[int, str]:
@@ -249,33 +201,30 @@ class Storage:
         return self._retry("write", name, action)
 
     def append_line(self, name: str, line: str) -> None:
-        """Append one line, durably. On a store the object is written anew, so only its single owner may do this.
+        """Append one line, durably. On an object store the object is rewritten, so only its single owner may do this.
 
-        A last line that a kill has torn is left alone: the new one stands on a line of its own.
+        A last line that a kill left torn stays as it is: the new one gets a line of its own.
         """
         self._retry("append to", name, lambda: self._append(name, line.rstrip("\n").encode() + b"\n"))
 
     def exists(self, name: str) -> bool:
-        """Whether a file or directory of that name is there now."""
-
+        """Whether a file or directory of that name exists now."""
         try:
-            return bool(self._afresh("look up", name, lambda: self.fs.info(self._at(name))))
+            return bool(self._refreshed("look up", name, lambda: self.fs.info(self._at(name))))
         except (FileNotFoundError, NotADirectoryError):
             return False
 
     def list(self, name: str = "") -> Sequence[str]:
-        """Sorted names of the files and directories in ``name``, read afresh; empty if it isn't there."""
-
+        """Sorted names of the files and directories in ``name``, never from a cache; empty if it doesn't exist."""
         try:
-            entries = self._afresh("list", name, lambda: self.fs.ls(self._at(name), detail=False))
+            entries = self._refreshed("list", name, lambda: self.fs.ls(self._at(name), detail=False))
         except FileNotFoundError:
             return []
         return sorted({path.rstrip("/").rsplit("/", 1)[-1] for path in entries if path.rstrip("/") != self._at(name)})
 
     def walk(self, name: str = "") -> dict[str, int]:
         """Every file below ``name`` with its size in bytes; names are relative to this storage."""
-
-        found = self._afresh("list", name, lambda: self.fs.find(self._at(name), detail=True))
+        found = self._refreshed("list", name, lambda: self.fs.find(self._at(name), detail=True))
         return {path[len(self._root) :].lstrip("/"): entry["size"] for path, entry in found.items()}
 
     def delete(self, name: str) -> None:
@@ -283,31 +232,13 @@ class Storage:
         self._retry("delete", name, lambda: self._delete(name))
 
     def makedirs(self, name: str = "") -> None:
-        """Create this directory with its parents, or one inside it, durably (nothing to do on a store).
+        """Create this directory with its parents, or one inside it, durably (nothing to do on an object store).
 
         Raises:
-            FileNotFoundError: `name` is wanted inside a directory that is gone. Nothing that is written inside brings it back.
+            FileNotFoundError: ``name`` is inside a directory that was deleted; no write brings that back.
         """
 
-    def abort_uploads(self) -> int:
-        """Abort the multipart uploads that killed writers left here (S3 has such); returns how many."""
-        if not hasattr(self.fs, "list_multipart_uploads"):
-            return 0
-
-        def action() -> int:
-            bucket, prefix, _ = self.fs.split_path(self._root)
-            try:
-                uploads = self.fs.list_multipart_uploads(bucket)
-            except FileNotFoundError as error:
-                raise StorageError(f"cannot use {self.location}: {error}") from error
-            stale = [upload for upload in uploads if upload["Key"].startswith(prefix.rstrip("/") + "/")]
-            for upload in stale:
-                self.fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
-            return len(stale)
-
-        return self._retry("list uploads below", "", action)
-
-    def _afresh(self, what: str, name: str, action: Callable[[], T]) -> T:
+    def _refreshed(self, what: str, name: str, action: Callable[[], T]) -> T:
         self.fs.invalidate_cache()
         return self._retry(what, name, action)
 
@@ -317,6 +248,7 @@ class Storage:
     def _at(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root
 
+    # What a local disk does differently; each without retries.
     def _open(self, name: str) -> BinaryIO:
         return self.fs.open(self._at(name), "rb", cache_type="readahead")
 
@@ -343,26 +275,48 @@ class Storage:
             with contextlib.suppress(AttributeError):
                 file.closed = True
             raise
-        if (held := self.fs.info(self._at(name))["size"]) != size:
-            raise OSError(errno.EIO, f"the store holds {held} bytes where {size} were written", name)
+        if (stored := self.fs.info(self._at(name))["size"]) != size:
+            raise OSError(errno.EIO, f"the store holds {stored} bytes where {size} were written", name)
 
     def _append(self, name: str, line: bytes) -> None:
         before = b""
         with contextlib.suppress(FileNotFoundError):
             before = self._read(name)
-        torn = before and not before.endswith(b"\n")
-        self._put(name, before + (b"\n" if torn else b"") + line)
+        self._put(name, before + _after(before[-1:], line))
 
     def _delete(self, name: str) -> None:
         for path in self.walk(name) or [name]:
             with contextlib.suppress(FileNotFoundError):
                 self.fs.rm_file(self._at(path))
 
+    def abort_uploads(self) -> int:
+        """Abort the multipart uploads that killed writers left here (S3 has such); returns how many."""
+        if not hasattr(self.fs, "list_multipart_uploads"):
+            return 0
+
+        def action() -> int:
+            bucket, prefix, _ = self.fs.split_path(self._root)
+            try:
+                uploads = self.fs.list_multipart_uploads(bucket)
+            except FileNotFoundError as error:
+                raise StorageError(f"cannot use {self.location}: {error}") from error
+            stale = [upload for upload in uploads if upload["Key"].startswith(prefix.rstrip("/") + "/")]
+            for upload in stale:
+                self.fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+            return len(stale)
+
+        return self._retry("list uploads below", "", action)
+
 
 class LocalStorage(Storage):
     """A directory of a mounted file system."""
 
     is_local = True
+
+    def __init__(self, location: str, patience: float, options: Mapping[str, Any] | None = None) -> None:
+        path = location.removeprefix("file://").removeprefix("local://")
+        self.location = self._root = os.path.abspath(os.path.expanduser(path))
+        self.patience, self.options, self.fs = patience, dict(options or {}), fsspec.filesystem("file")
 
     def path(self, name: str = "") -> Path:
         """Path of ``name``."""
@@ -375,19 +329,18 @@ class LocalStorage(Storage):
 
     def fsync(self, name: str = "") -> None:
         """Make the names in directory ``name`` durable."""
-        self._retry("sync", name, lambda: _fsync_directory(self.path(name)))
+        self._retry("sync", name, lambda: fsync_directory(self.path(name)))
 
     def makedirs(self, name: str = "") -> None:
-        """Create this directory with its parents, or one inside it, if this one is still there; durably."""
-        wanted, root = self.path(name), self.path()
-        missing = [path for path in (wanted, *wanted.parents) if not path.exists()]
+        """Create this directory with its parents, or one inside it, if this one still exists; durably."""
+        wanted, top = self.path(name), self.path(name.split("/")[0])
 
         def create(path: Path) -> None:
             path.mkdir(exist_ok=True)
-            _fsync_directory(path.parent)
+            fsync_directory(path.parent)
 
-        for path in reversed(missing):
-            if not name or path.is_relative_to(root / name.split("/")[0]):
+        for path in [path for path in (wanted, *wanted.parents) if not path.exists()][::-1]:
+            if not name or path.is_relative_to(top):
                 self._retry("create the directory", name, lambda path=path: create(path))  # type: ignore[misc]
 
     def sweep_temporaries(self, older_than: float = 600.0) -> None:
@@ -397,33 +350,20 @@ class LocalStorage(Storage):
                 if time.time() - path.stat().st_mtime >= older_than:
                     self.delete(path.name)
 
-    @contextlib.contextmanager
-    def _temporary(self, name: str, data: bytes) -> Iterator[Path]:
-        """The bytes, durably, under a passing name beside the wanted one, which is durable afterwards."""
-        path = self.path(name)
-        self._make_room(name)
-        temporary = path.parent / f".tmp-{path.name}-{os.getpid()}-{secrets.token_hex(4)}"
-        try:
-            _write_new(temporary, data)
-            yield temporary
-        finally:
-            temporary.unlink(missing_ok=True)
-        _fsync_directory(path.parent)
-
     def _put(self, name: str, data: bytes) -> None:
-        with self._temporary(name, data) as temporary:
-            os.replace(temporary, self.join(name))
+        write_atomic(self._with_folder(name), data)
 
     def _create(self, name: str, data: bytes) -> None:
-        with self._temporary(name, data) as temporary:
+        path = self._with_folder(name)
+        with temporary_beside(path) as temporary:
+            write_new(temporary, data)
             try:
-                os.link(
-                    temporary, self.join(name)
-                )  # it appears with all its bytes, or fails if the name is taken; on NFS too
+                os.link(temporary, path)  # it appears with all its bytes, or fails if the name is taken; on NFS too
             except OSError as error:
                 if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
                     raise
-                _write_new(self.path(name), data)  # a file system without hard links
+                write_new(path, data)  # a file system without hard links
+        fsync_directory(path.parent)
 
     @contextlib.contextmanager
     def _sink(self, name: str) -> Iterator[BinaryIO]:
@@ -433,15 +373,14 @@ class LocalStorage(Storage):
             os.fsync(file.fileno())
 
     def _append(self, name: str, line: bytes) -> None:
-        self._make_room(name)
-        with open(self.join(name), "a+b", buffering=0) as file:
+        with open(self._with_folder(name), "a+b", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)
-            torn = end and os.pread(file.fileno(), 1, end - 1) != b"\n"
-            append_whole(file, (b"\n" if torn else b"") + line, sync=True)
+            append_whole(file, _after(os.pread(file.fileno(), 1, max(end - 1, 0)), line), sync=True)
 
-    def _make_room(self, name: str) -> None:
+    def _with_folder(self, name: str) -> Path:
         if folder := os.path.dirname(name):
             self.makedirs(folder)
+        return self.path(name)
 
     def _open(self, name: str) -> BinaryIO:
         path = self.join(name)
@@ -452,14 +391,9 @@ class LocalStorage(Storage):
                 raise
             mode = 0
         if not stat.S_ISREG(mode):
-            kinds = {
-                stat.S_IFDIR: "a directory",
-                stat.S_IFIFO: "a FIFO",
-                stat.S_IFSOCK: "a socket",
-                0: "a link to itself",
-            }
-            kind = kinds.get(stat.S_IFMT(mode), "a device")
-            raise NotAFileError(errno.EISDIR, f"expected a file, found {kind}", path)
+            raise NotAFileError(
+                errno.EISDIR, f"expected a file, found {_KINDS.get(stat.S_IFMT(mode), 'a device')}", path
+            )
         return open(path, "rb")
 
     def _read(self, name: str) -> bytes:
@@ -475,16 +409,6 @@ class LocalStorage(Storage):
                 path.unlink()
 
 
-def _write_new(path: Path, data: bytes) -> None:
-    with open(path, "xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _fsync_directory(path: str | os.PathLike[str]) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _after(last: bytes, line: bytes) -> bytes:
+    """What to append after a file's last byte, so that a torn line before keeps to itself."""
+    return line if last in (b"", b"\n") else b"\n" + line

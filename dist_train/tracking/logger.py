@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from dist_train.runtime.storage import append_whole, retried
+from dist_train.files import append_whole, retried
 from dist_train.tracking.records import encode, make_row
 
 BACKLOG = 10_000  # calls that may wait for a slow sink before it is switched off

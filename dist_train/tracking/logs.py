@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dist_train.config.errors import mask, visible
-from dist_train.runtime.storage import retried
+from dist_train.files import retried
 
 NAMES = ("dist_train", "py.warnings")  # the second is where logging.captureWarnings sends Python's warnings
 EARLY = 1000  # records kept from before the log file's place is known

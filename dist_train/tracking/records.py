@@ -11,11 +11,10 @@ import json
 import math
 import os
 from collections.abc import Collection, Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dist_train.runtime.storage import retried
+from dist_train.files import retried, utc_now
 
 Row = dict[str, Any]
 FIELDS = ("time", "step", "epoch", "samples", "split")
@@ -23,14 +22,9 @@ _BLOCK = 1 << 16
 _encode = json.JSONEncoder(allow_nan=False).encode
 
 
-def now() -> str:
-    """The time in UTC as ISO 8601 with milliseconds, such as 2026-03-01T12:00:00.123Z."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
 def make_row(split: str, step: int, epoch: int | float, samples: int, metrics: Mapping[str, Any]) -> Row:
     """One row as it is written; metrics become plain int or float. ValueError for a metric named like a field."""
-    row: Row = {"time": now(), "step": int(step), "epoch": epoch, "samples": int(samples), "split": split}
+    row: Row = {"time": utc_now(), "step": int(step), "epoch": epoch, "samples": int(samples), "split": split}
     for name, value in metrics.items():
         if name in FIELDS:
             raise ValueError(f"a metric may not be called {name!r}: {', '.join(FIELDS)} are fields of every row")

@@ -23,9 +23,10 @@ from dist_train.data.download import downloads, expected_files, missing_data, on
 from dist_train.data.errors import DataError
 from dist_train.data.loader import EvalLoader, Reading
 from dist_train.data.passes import is_stream
+from dist_train.files import StorageError
 from dist_train.models import transfer
 from dist_train.models.weights import is_folder, is_torchvision_name, read_file, read_torchvision
-from dist_train.runtime.storage import Storage, StorageError
+from dist_train.runtime.storage import open_storage
 from dist_train.step.parameters import check_parameters
 
 if TYPE_CHECKING:
@@ -185,7 +186,7 @@ def _read_weights(weights: str, config: Config, world: World | None) -> Any:
         return _in_turns(lambda: read_torchvision(weights, builder), world)
     if not is_folder(location):
         return read_file(location)
-    storage = Storage(location)
+    storage = open_storage(location)
     try:
         return read_file(storage.join("model.pt")) if storage.exists("model.pt") else find_at(location).load("model")
     except (CheckpointError, StorageError) as error:

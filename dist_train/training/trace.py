@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from dist_train.data.plan import Indices
-from dist_train.runtime.storage import append_whole, retried
+from dist_train.files import append_whole, retried
 
 
 class Trace:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 
 from dist_train.data.passes import is_stream
+from dist_train.files import replacing
 from dist_train.task.metrics import without_one_column
 from dist_train.training.callbacks import Callback
 from dist_train.training.predict import read_meaning
@@ -64,9 +64,8 @@ class BoundaryFrames(Callback):
         if classes is None:
             return False
         folder.mkdir(exist_ok=True)
-        with open(folder / ".part", "wb") as file:
+        with replacing(folder / f"step-{trainer.step:08d}.npz") as part, open(part, "wb") as file:
             np.savez_compressed(file, classes=classes, extent=np.array(self._extent))
-        os.replace(folder / ".part", folder / f"step-{trainer.step:08d}.npz")
         return True
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_train.config.errors import visible
+from dist_train.files import replacing
 from dist_train.tracking.records import FIELDS, Row
 
 if TYPE_CHECKING:
@@ -60,10 +61,8 @@ def draw_curves(rows: Sequence[Row], path: str | os.PathLike[str], title: str = 
         draw_panel(axis, rows, name)
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
-    path = Path(path)
-    part = path.with_name(f".{path.name}.part")
-    part.write_bytes(render(figure, "png"))
-    os.replace(part, path)
+    with replacing(Path(path)) as part:
+        part.write_bytes(render(figure, "png"))
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -13,8 +13,9 @@ from statistics import fmean, median
 from typing import Any
 
 from dist_train.config.errors import visible
+from dist_train.files import replacing
 from dist_train.runtime.sidefiles import SideFileError, problems, read_lines, read_mapping
-from dist_train.runtime.storage import Storage
+from dist_train.runtime.storage import open_storage
 from dist_train.text import format_number, format_seconds
 from dist_train.tracking.records import Row, read_rows
 from dist_train.views.curves import ASIDE, TITLES, draw_panel, dress, metric_names, new_figure, plain, render, series
@@ -83,7 +84,7 @@ def write_report(
     body = [
         f'<section><div class="tiles">{_tiles(rows, {**result, **status})}</div></section>',
         _section("Error", _code(str(status.get("error") or ""))),
-        _section("Files that can't be read", _table(("", ""), problems(Storage(root)))),
+        _section("Files that can't be read", _table(("", ""), problems(open_storage(root)))),
         _section("Curves", _panels(_panel(rows, name) for name in panels if rows)),
         _section("The model that was kept", _table(("", ""), kept.items())),
         *(_picture(picture) for picture in pictures),
@@ -238,16 +239,15 @@ def _image(data: bytes, text: str, kind: str = "svg+xml") -> str:
 
 
 def _write(path: Path, title: str, body: Sequence[str]) -> Path:
-    part = path.with_name(f".{path.name}.part")
     page = PAGE.format(title=escape(title), style=STYLE, body="\n".join(filter(None, body)))
-    part.write_text(visible(page), encoding="utf-8")
-    os.replace(part, path)
+    with replacing(path) as part:
+        part.write_text(visible(page), encoding="utf-8")
     return path
 
 
 def _records(root: Path) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
     """The mappings in config.yaml, status.json and result.json, {} where one can't be read, and the starts and ends."""
-    storage, known = Storage(root), dict[str, dict[str, Any]]()
+    storage, known = open_storage(root), dict[str, dict[str, Any]]()
     for name in ("config.yaml", "status.json", "result.json"):
         try:
             known[name] = read_mapping(storage, name, whole=False) or {}

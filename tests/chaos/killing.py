@@ -15,7 +15,7 @@ import torch
 from runs import CONFIGS, ROOT, result, rows, run, same_state_dicts, start, traced
 
 from dist_train.checkpoint.store import CheckpointStore
-from dist_train.runtime.storage import Storage
+from dist_train.runtime.storage import open_storage
 
 HOOK = Path(__file__).parent / "hook"
 
@@ -112,7 +112,7 @@ def killed(folder: Path, processes: int, kill: Kill, *options: str, timeout: flo
 
 def states(place: Path) -> dict[str, Any]:
     """All parts of the last checkpoint, without what the clock says."""
-    found = CheckpointStore(Storage(place / "checkpoints")).find("last")
+    found = CheckpointStore(open_storage(place / "checkpoints")).find("last")
     parts = {part: found.load(part) for part in found.parts}
     del parts["trainer"]["progress"]["seconds"]
     return {"step": found.step, **parts}

@@ -16,7 +16,7 @@ from killing import ONE, assert_each_sample_once
 from runs import environment, rows, run, start, traced
 
 from dist_train.checkpoint.store import CheckpointStore
-from dist_train.runtime.storage import Storage
+from dist_train.runtime.storage import open_storage
 
 
 @pytest.mark.chaos
@@ -46,7 +46,7 @@ def test_a_job_that_wakes_up_after_its_successor_writes_nothing_and_ends(alone: 
     assert changed <= {"trace/attempt-0-rank-0.jsonl"}, "only its own trace"
     steps = [row["step"] for row in rows(place, "train")]
     assert steps == sorted(set(steps))
-    assert {row.state for row in CheckpointStore(Storage(place / "checkpoints")).verify_all()} == {"good"}
+    assert {row.state for row in CheckpointStore(open_storage(place / "checkpoints")).verify_all()} == {"good"}
 
 
 @pytest.mark.chaos
@@ -75,7 +75,7 @@ def test_two_hosts_that_share_only_a_store_leave_one_whole_record(alone: Path, s
 
     job("trainer.stop_at=10step")
     job()
-    storage, there = Storage(f"{url}/pair"), tmp_path / "there"
+    storage, there = open_storage(f"{url}/pair"), tmp_path / "there"
     storage.fs.get(f"{url}/pair", str(there), recursive=True)  # type: ignore[attr-defined]
     assert_each_sample_once(there)
     assert len(list((there / "trace").glob("*-rank-1.jsonl"))) == 2

@@ -12,14 +12,14 @@ from killing import ONE, assert_each_sample_once, assert_equal_runs
 from runs import run, start
 
 from dist_train.checkpoint.store import CheckpointStore
-from dist_train.runtime.storage import Storage
+from dist_train.runtime.storage import open_storage
 
 URL = "s3://bucket/outages"
 
 
 def started(alone: Path, cable: Any, name: str) -> tuple[subprocess.Popen[str], CheckpointStore]:
     """A run at the far end of the cable, which has published a checkpoint, and what reads its checkpoints past the cable."""
-    store = CheckpointStore(Storage(f"{URL}/{name}/checkpoints"))
+    store = CheckpointStore(open_storage(f"{URL}/{name}/checkpoints"))
     process = start(alone, 1, *ONE, f"run.dir={URL}", f"run.name={name}", env={"AWS_ENDPOINT_URL": cable.url})
     while not list(store.published()):
         assert process.poll() is None, process.communicate()
@@ -29,7 +29,7 @@ def started(alone: Path, cable: Any, name: str) -> tuple[subprocess.Popen[str], 
 
 def assert_as_if_undisturbed(alone: Path, name: str, there: Path) -> None:
     """The records in the store are those of the run that nobody disturbed."""
-    Storage(f"{URL}/{name}").fs.get(f"{URL}/{name}", str(there), recursive=True)
+    open_storage(f"{URL}/{name}").fs.get(f"{URL}/{name}", str(there), recursive=True)
     assert_equal_runs(there, alone / "runs" / "whole")
     assert_each_sample_once(there)
 

@@ -16,7 +16,7 @@ from killing import NOISY, alive, assert_each_sample_once, assert_equal_runs, as
 from runs import CONFIGS, run, start, traced
 
 from dist_train.checkpoint.store import CheckpointStore
-from dist_train.runtime.storage import Storage
+from dist_train.runtime.storage import open_storage
 
 # Saves, evaluations and deletions all the time, so that a random moment often falls into one.
 CONFIG = f"""
@@ -141,7 +141,7 @@ def test_signalled_at_random_moments(folder: Path, processes: int, number: signa
                 continue
             sent += 1
             assert status["state"] == "preempted", f"{target} of {process.pid}, {ranks}: {status}\n{out}\n{err}"
-            found = CheckpointStore(Storage(place / "checkpoints")).find("last")
+            found = CheckpointStore(open_storage(place / "checkpoints")).find("last")
             assert found.step == status["step"]
             assert max(traced(place), default=0) == status["step"], "a rank went on for longer than another"
         assert_equal_runs(place, folder / "runs" / f"whole{processes}")

@@ -17,7 +17,7 @@ from runs import run, start, uploads_below
 
 from dist_train.checkpoint.store import CheckpointStore
 from dist_train.main import main
-from dist_train.runtime.storage import Storage
+from dist_train.runtime.storage import open_storage
 
 
 def flip_a_bit(path: Path) -> None:
@@ -93,7 +93,7 @@ def test_a_full_disk_ends_the_run_with_file_and_cause_and_leaves_the_last_good_c
     assert "No space left on device" in done.stderr
     assert ".pt: cannot write" in done.stderr
     assert "step 4 is untouched" in done.stderr
-    found = CheckpointStore(Storage(small_disk / "full" / "checkpoints")).find("last")
+    found = CheckpointStore(open_storage(small_disk / "full" / "checkpoints")).find("last")
     assert found.step == 4
     status = json.loads((small_disk / "full" / "status.json").read_text())
     assert status["state"] == "failed"
@@ -102,7 +102,9 @@ def test_a_full_disk_ends_the_run_with_file_and_cause_and_leaves_the_last_good_c
     done = run(alone, 1, *options, "checkpoint.on_error=warn")
     assert "going on from step 4" in " ".join(done.stdout.split())
     assert "going on, as checkpoint.on_error says" in done.stderr
-    assert [found.step for found in CheckpointStore(Storage(small_disk / "full" / "checkpoints")).published()] == [4]
+    assert [found.step for found in CheckpointStore(open_storage(small_disk / "full" / "checkpoints")).published()] == [
+        4
+    ]
     whole = json.loads((alone / "runs" / "whole" / "result.json").read_text())
     result = json.loads((small_disk / "full" / "result.json").read_text())
     assert (result["state"], result["weights_sha256"]) == ("completed", whole["weights_sha256"])
@@ -123,7 +125,7 @@ def test_the_whole_life_of_a_run_in_a_store(
     options = (*ONE, f"run.dir={url}", "run.name=life")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one"))
     killed(alone, 1, Kill("unpublished", 12), *options)
-    storage = Storage(f"{url}/life")
+    storage = open_storage(f"{url}/life")
     before = CheckpointStore(storage.sub("checkpoints")).find("last").step
     assert before in (6, 8)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "two"))

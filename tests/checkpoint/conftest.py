@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dist_train.checkpoint.manager import CheckpointManager
-from dist_train.runtime.storage import Storage
+from dist_train.runtime.storage import Storage, open_storage
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -47,7 +47,7 @@ def gs_url(gs_server: None) -> str:
 def storage(request: pytest.FixtureRequest, tmp_path: Any) -> Storage:
     """An empty directory of checkpoints, of each kind."""
     if request.param == "local":
-        return Storage(tmp_path / "run" / "checkpoints")
+        return open_storage(tmp_path / "run" / "checkpoints")
     if request.param == "memory":
-        return Storage(f"memory://{uuid.uuid4().hex}/checkpoints")
-    return Storage(request.getfixturevalue(f"{request.param}_url"))
+        return open_storage(f"memory://{uuid.uuid4().hex}/checkpoints")
+    return open_storage(request.getfixturevalue(f"{request.param}_url"))

@@ -16,8 +16,9 @@ from checkpoint_states import assert_whole, save
 from dist_train.checkpoint.manager import CheckpointManager
 from dist_train.checkpoint.manifest import MANIFEST, CheckpointError, DamagedError, NewerFormatError
 from dist_train.checkpoint.store import CheckpointStore, find_at
+from dist_train.files import StorageError
 from dist_train.main import main
-from dist_train.runtime.storage import Storage, StorageError
+from dist_train.runtime.storage import Storage, open_storage
 
 Make = Callable[..., CheckpointManager]
 OLD, NEW = 10, 20
@@ -168,7 +169,7 @@ class Attack:
 
 def test_a_malicious_checkpoint_runs_no_code(tmp_path: Path, manager_at: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    manager = manager_at(Storage(tmp_path))
+    manager = manager_at(open_storage(tmp_path))
     save(manager, NEW)
     folder = tmp_path / "step-00000020"
     files = {}
@@ -184,7 +185,7 @@ def test_a_malicious_checkpoint_runs_no_code(tmp_path: Path, manager_at: Make, m
     content["files"] = files
     own = hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
     (folder / MANIFEST).write_text(json.dumps({**content, "sha256": own}, indent=1) + "\n")
-    found = manager_at(Storage(tmp_path)).newest()  # the hashes of the forger are right
+    found = manager_at(open_storage(tmp_path)).newest()  # the hashes of the forger are right
     assert found is not None
     for part in ("zip", "plain"):
         with pytest.raises(CheckpointError, match=r"refused: it holds objects that only running code could rebuild"):
@@ -197,7 +198,7 @@ def test_a_malicious_checkpoint_runs_no_code(tmp_path: Path, manager_at: Make, m
 def test_a_disk_that_cannot_be_read_is_no_damage(
     tmp_path: Path, manager_at: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    storage = Storage(tmp_path, patience=0.3)
+    storage = open_storage(tmp_path, patience=0.3)
     save(manager_at(storage), OLD, NEW)
     real, failures = storage._open, [5]
 
@@ -216,7 +217,7 @@ def test_a_disk_that_cannot_be_read_is_no_damage(
 
 
 def test_a_checkpoint_is_found_by_any_path_that_leads_to_it(tmp_path: Path, manager_at: Make) -> None:
-    save(manager_at(Storage(tmp_path / "run" / "checkpoints")), OLD, NEW)
+    save(manager_at(open_storage(tmp_path / "run" / "checkpoints")), OLD, NEW)
     assert_whole(find_at(str(tmp_path / "run")), NEW)
     assert_whole(find_at(str(tmp_path / "run" / "checkpoints") + "/"), NEW)
     assert_whole(find_at(str(tmp_path / "run" / "checkpoints" / "step-00000010")), OLD)
@@ -227,7 +228,7 @@ def test_a_checkpoint_is_found_by_any_path_that_leads_to_it(tmp_path: Path, mana
 
 
 def test_a_wrong_part_is_named_with_those_that_are_there(tmp_path: Path, manager_at: Make) -> None:
-    manager = manager_at(Storage(tmp_path))
+    manager = manager_at(open_storage(tmp_path))
     save(manager, NEW)
     with pytest.raises(CheckpointError, match=r"has no part 'ema'; it has model, optimizer"):
         manager.find("last").load("ema")
@@ -236,7 +237,7 @@ def test_a_wrong_part_is_named_with_those_that_are_there(tmp_path: Path, manager
 def test_verify_prints_a_line_for_each_and_fails_where_one_is_damaged(
     tmp_path: Path, manager_at: Make, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    storage = Storage(tmp_path / "checkpoints")
+    storage = open_storage(tmp_path / "checkpoints")
     save(manager_at(storage), OLD, NEW)
     assert main(["verify", "--run", str(tmp_path)]) == 0
     flip(storage, path_of(storage, NEW, "optimizer.pt"), b"")

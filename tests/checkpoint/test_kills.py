@@ -23,7 +23,7 @@ from runs import uploads_below
 
 from dist_train.checkpoint.manager import CheckpointManager
 from dist_train.checkpoint.store import CheckpointStore
-from dist_train.runtime.storage import Storage
+from dist_train.runtime.storage import Storage, open_storage
 
 Make = Callable[..., CheckpointManager]
 DISK = {"write", "fsync", "rename", "replace", "link", "unlink", "remove", "rmdir", "mkdir"}
@@ -106,11 +106,11 @@ def leftovers(storage: Storage) -> list[str]:
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_killed_at_any_call_of_a_save_on_a_local_disk(tmp_path: Path, manager_at: Make, asynchronous: bool) -> None:
     options = {"keep_last": 1, "keep_best": ("f1", "max"), "asynchronous": asynchronous}
-    storage, results, place = Storage(tmp_path), set(), 0
+    storage, results, place = open_storage(tmp_path), set(), 0
 
     def prepare() -> None:
         nonlocal storage
-        storage = Storage(tmp_path / uuid.uuid4().hex)
+        storage = open_storage(tmp_path / uuid.uuid4().hex)
         manager = manager_at(storage, **options)
         save(manager, 10, f1=0.5)
         save(manager, 20, f1=0.9)
@@ -140,11 +140,11 @@ def test_killed_at_any_call_of_a_save_on_a_local_disk(tmp_path: Path, manager_at
 
 
 def test_killed_at_any_call_of_the_very_first_save(tmp_path: Path, manager_at: Make) -> None:
-    storage, results = Storage(tmp_path), set()
+    storage, results = open_storage(tmp_path), set()
 
     def prepare() -> None:
         nonlocal storage
-        storage = Storage(tmp_path / uuid.uuid4().hex / "run" / "checkpoints")
+        storage = open_storage(tmp_path / uuid.uuid4().hex / "run" / "checkpoints")
 
     def work() -> None:
         save(manager_at(storage), 10)
@@ -161,11 +161,11 @@ def test_killed_at_any_call_of_the_very_first_save(tmp_path: Path, manager_at: M
 
 
 def test_killed_at_any_call_of_replacing_a_step(tmp_path: Path, manager_at: Make) -> None:
-    storage, results = Storage(tmp_path), set()
+    storage, results = open_storage(tmp_path), set()
 
     def prepare() -> None:
         nonlocal storage
-        storage = Storage(tmp_path / uuid.uuid4().hex)
+        storage = open_storage(tmp_path / uuid.uuid4().hex)
 
     def work() -> None:
         manager = manager_at(storage)
@@ -182,11 +182,11 @@ def test_killed_at_any_call_of_replacing_a_step(tmp_path: Path, manager_at: Make
 
 
 def test_killed_while_it_sweeps(tmp_path: Path, manager_at: Make) -> None:
-    storage = Storage(tmp_path)
+    storage = open_storage(tmp_path)
 
     def prepare() -> None:
         nonlocal storage
-        storage = Storage(tmp_path / uuid.uuid4().hex)
+        storage = open_storage(tmp_path / uuid.uuid4().hex)
         save(manager_at(storage), 10)
         for name in (".tmp-step-00000020-ab", ".trash-step-00000005-cd"):
             storage.makedirs(name)
@@ -203,12 +203,12 @@ def test_killed_while_it_sweeps(tmp_path: Path, manager_at: Make) -> None:
 
 def test_killed_at_requests_of_a_save_on_s3(s3_url: str, manager_at: Make) -> None:
     s3fs = pytest.importorskip("s3fs")
-    storage, results = Storage(s3_url), set()
+    storage, results = open_storage(s3_url), set()
     state = {**state_of(20), "big": torch.zeros(3 << 19)}  # large enough for a multipart upload
 
     def prepare() -> None:
         nonlocal storage
-        storage = Storage(f"{s3_url}/{uuid.uuid4().hex}")
+        storage = open_storage(f"{s3_url}/{uuid.uuid4().hex}")
         save(manager_at(storage, keep_last=1), 10)
 
     def work(death: Death) -> None:
@@ -219,7 +219,7 @@ def test_killed_at_requests_of_a_save_on_s3(s3_url: str, manager_at: Make) -> No
             return await real(*arguments, **keywords)
 
         s3fs.S3FileSystem._call_s3 = call
-        manager = manager_at(Storage(storage.location, options={"default_block_size": 5 << 20}), keep_last=1)
+        manager = manager_at(open_storage(storage.location, options={"default_block_size": 5 << 20}), keep_last=1)
         manager.newest()
         manager.save(20, state, {})
         manager.close()

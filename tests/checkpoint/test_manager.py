@@ -19,7 +19,7 @@ from dist_train.checkpoint.manager import CheckpointManager
 from dist_train.checkpoint.manifest import CheckpointError
 from dist_train.checkpoint.publish import OwnedStore
 from dist_train.checkpoint.store import CheckpointStore
-from dist_train.runtime.storage import Storage
+from dist_train.runtime.storage import Storage, open_storage
 
 Make = Callable[..., CheckpointManager]
 
@@ -154,7 +154,7 @@ def save_and_poll(manager: CheckpointManager) -> None:
 def test_a_failed_write_of_any_file_fails_the_save_and_names_the_file(
     tmp_path: Path, manager_at: Make, monkeypatch: pytest.MonkeyPatch, file: str, asynchronous: bool
 ) -> None:
-    storage = Storage(tmp_path)
+    storage = open_storage(tmp_path)
     manager = manager_at(storage, asynchronous=asynchronous)
     save(manager, 1)
     real = storage._sink
@@ -176,7 +176,7 @@ def test_a_failed_write_of_any_file_fails_the_save_and_names_the_file(
 def test_an_error_in_the_middle_of_a_file_is_told_by_its_cause(
     tmp_path: Path, manager_at: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    storage = Storage(tmp_path)
+    storage = open_storage(tmp_path)
     manager = manager_at(storage)
 
     @contextlib.contextmanager
@@ -239,7 +239,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_fails_the_save_and_leaves_the_last_one(small_disk: Path, manager_at: Make) -> None:
-    storage = Storage(small_disk / "checkpoints")
+    storage = open_storage(small_disk / "checkpoints")
     manager = manager_at(storage)
     save(manager, 1)
     manager.save(2, {**state_of(2), "big": torch.zeros(500_000)}, {})
@@ -254,7 +254,7 @@ def test_a_full_disk_fails_the_save_and_leaves_the_last_one(small_disk: Path, ma
 
 
 def test_a_disk_that_turned_read_only_is_named(small_disk: Path, manager_at: Make) -> None:
-    storage = Storage(small_disk / "checkpoints", patience=0.2)
+    storage = open_storage(small_disk / "checkpoints", patience=0.2)
     manager = manager_at(storage)
     save(manager, 1)
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
@@ -284,7 +284,7 @@ def test_an_older_one_that_cannot_be_deleted_does_not_fail_the_save(
 def test_a_rename_that_a_network_disk_did_but_denies_is_a_publication(
     tmp_path: Path, manager_at: Make, monkeypatch: pytest.MonkeyPatch, steps_saved: list[int]
 ) -> None:
-    manager = manager_at(Storage(tmp_path))
+    manager = manager_at(open_storage(tmp_path))
     save(manager, *steps_saved)
     real = os.rename
 
@@ -296,14 +296,14 @@ def test_a_rename_that_a_network_disk_did_but_denies_is_a_publication(
     with monkeypatch.context() as patch:
         patch.setattr(os, "rename", rename)
         save(manager, 2)
-    assert_whole(manager_at(Storage(tmp_path)).newest(), 2)
+    assert_whole(manager_at(open_storage(tmp_path)).newest(), 2)
     assert [name for name in os.listdir(tmp_path) if name.startswith(".")] == []
 
 
 def test_a_failed_rename_puts_the_replaced_one_back(
     tmp_path: Path, manager_at: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    manager = manager_at(Storage(tmp_path, patience=0.2))
+    manager = manager_at(open_storage(tmp_path, patience=0.2))
     save(manager, 2, f1=0.5)
     real = os.rename
 
@@ -316,7 +316,7 @@ def test_a_failed_rename_puts_the_replaced_one_back(
         patch.setattr(os, "rename", rename)
         with pytest.raises(CheckpointError, match=r"saving step 2 .*Input/output error"):
             save(manager, 2, f1=0.9)
-    found = CheckpointStore(Storage(tmp_path)).newest()
+    found = CheckpointStore(open_storage(tmp_path)).newest()
     assert_whole(found, 2)
     assert found is not None
     assert found.metrics == {"f1": 0.5}

@@ -18,7 +18,8 @@ from runs import uploads_below
 from dist_train.checkpoint.manager import CheckpointManager
 from dist_train.checkpoint.manifest import CheckpointError
 from dist_train.checkpoint.store import CheckpointStore, find_at
-from dist_train.runtime.storage import Storage, StorageError
+from dist_train.files import StorageError
+from dist_train.runtime.storage import Storage, open_storage
 
 Make = Callable[..., CheckpointManager]
 
@@ -32,7 +33,7 @@ def wired(cable: Any, s3_url: str) -> Storage:
         "config_kwargs": {"retries": {"max_attempts": 0}, "connect_timeout": 2, "read_timeout": 2},
         "default_block_size": 5 << 20,
     }
-    return Storage(s3_url, options=options, patience=1.0)
+    return open_storage(s3_url, options=options, patience=1.0)
 
 
 def big_state(step: int) -> dict[str, Any]:
@@ -49,7 +50,7 @@ def test_a_store_that_is_away_for_a_moment_is_waited_for(
     cable.cut()
     threading.Timer(2, cable.heal).start()
     save(manager, 2)
-    assert_whole(CheckpointStore(Storage(s3_url)).newest(), 2)
+    assert_whole(CheckpointStore(open_storage(s3_url)).newest(), 2)
 
 
 def test_a_store_that_stays_away_fails_the_save_and_keeps_the_last_one(
@@ -63,7 +64,7 @@ def test_a_store_that_stays_away_fails_the_save_and_keeps_the_last_one(
     with pytest.raises(StorageError, match=rf"cannot list uploads below {s3_url}: .*onnect"):
         manager_at(wired).newest()
     cable.heal()
-    reader = CheckpointStore(Storage(s3_url))
+    reader = CheckpointStore(open_storage(s3_url))
     assert [row.state for row in reader.verify_all()] == ["good"]
     assert_whole(reader.newest(), 1)
     save(manager, 3)
@@ -81,7 +82,7 @@ def test_a_cable_cut_in_the_middle_of_an_upload_leaves_nothing_to_be_seen(
     with pytest.raises(CheckpointError, match=r"saving step 2 .*big\.pt: cannot write s3://.*step 1 is untouched"):
         manager.wait()
     cable.heal()
-    far = Storage(s3_url)
+    far = open_storage(s3_url)
     assert [row.state for row in CheckpointStore(far).verify_all()] == ["good"]
     assert not [name for name in far.walk() if name.endswith("big.pt")]
     fresh = manager_at(far)
@@ -99,16 +100,16 @@ def test_a_passing_failure_in_an_upload_is_mended(wired: Storage, s3_url: str, c
     threading.Timer(1.5, cable.heal).start()
     manager.save(2, big_state(2), {})
     manager.wait()
-    found = CheckpointStore(Storage(s3_url)).newest()
+    found = CheckpointStore(open_storage(s3_url)).newest()
     assert_whole(found, 2)
     assert found is not None
     assert torch.equal(found.load("big"), torch.zeros(3 << 20))
 
 
 def test_what_another_process_published_is_seen_at_once(s3_url: str, manager_at: Make) -> None:
-    reader = CheckpointStore(Storage(s3_url))
+    reader = CheckpointStore(open_storage(s3_url))
     assert reader.newest() is None
-    save(manager_at(Storage(s3_url)), 1)
+    save(manager_at(open_storage(s3_url)), 1)
     assert_whole(reader.newest(), 1)
     assert_whole(find_at(s3_url.removesuffix("/checkpoints")), 1)
     assert_whole(find_at(f"{s3_url}/step-00000001"), 1)
@@ -116,7 +117,7 @@ def test_what_another_process_published_is_seen_at_once(s3_url: str, manager_at:
 
 def test_a_bucket_that_is_not_there_is_named_at_once(s3_url: str, manager_at: Make) -> None:
     started = time.monotonic()
-    storage = Storage(f"s3://no-such-bucket-{uuid.uuid4().hex}/checkpoints")
+    storage = open_storage(f"s3://no-such-bucket-{uuid.uuid4().hex}/checkpoints")
     with pytest.raises(StorageError, match=r"cannot use s3://no-such-bucket.*bucket does not exist"):
         manager_at(storage).newest()
     assert time.monotonic() - started < 10
@@ -125,7 +126,7 @@ def test_a_bucket_that_is_not_there_is_named_at_once(s3_url: str, manager_at: Ma
 def test_a_checkpoint_copied_from_a_store_to_a_disk_is_whole_there(
     s3_url: str, manager_at: Make, tmp_path: Any
 ) -> None:
-    far, near = Storage(s3_url), Storage(tmp_path)
+    far, near = open_storage(s3_url), open_storage(tmp_path)
     save(manager_at(far), 1)
     for name in far.walk():
         near.write_atomic(name, far.read_bytes(name))
@@ -135,7 +136,7 @@ def test_a_checkpoint_copied_from_a_store_to_a_disk_is_whole_there(
 def test_a_publication_whose_answer_is_lost_for_good_is_whole_all_the_same(
     s3_url: str, manager_at: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    storage = Storage(s3_url, patience=0.3)
+    storage = open_storage(s3_url, patience=0.3)
     manager = manager_at(storage)
     save(manager, 1)
     real = storage._create
@@ -148,16 +149,16 @@ def test_a_publication_whose_answer_is_lost_for_good_is_whole_all_the_same(
     monkeypatch.setattr(storage, "_create", create)
     with pytest.raises(CheckpointError, match=r"saving step 2 .*no answer"):
         save(manager, 2)
-    reader = CheckpointStore(Storage(s3_url))
+    reader = CheckpointStore(open_storage(s3_url))
     assert [row.state for row in reader.verify_all()] == ["good", "good"]
-    assert_whole(manager_at(Storage(s3_url)).newest(), 2)
+    assert_whole(manager_at(open_storage(s3_url)).newest(), 2)
 
 
 def test_a_publication_that_the_clients_library_sent_twice_keeps_its_data(
     s3_url: str, manager_at: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """botocore and gcsfs try again by themselves: where the first answer was lost, the second is that it is there."""
-    storage = Storage(s3_url)
+    storage = open_storage(s3_url)
     real = storage._create
 
     def create(name: str, data: bytes) -> None:
@@ -172,7 +173,7 @@ def test_a_publication_that_the_clients_library_sent_twice_keeps_its_data(
 def test_a_replaced_one_that_cannot_be_deleted_does_not_undo_its_successor(
     s3_url: str, manager_at: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    storage = Storage(s3_url)
+    storage = open_storage(s3_url)
     manager = manager_at(storage)
     save(manager, 1)
 
@@ -182,7 +183,7 @@ def test_a_replaced_one_that_cannot_be_deleted_does_not_undo_its_successor(
     with monkeypatch.context() as patch:
         patch.setattr(storage, "delete", refuse)
         save(manager, 1, f1=0.5)
-    found = manager_at(Storage(s3_url)).newest()
+    found = manager_at(open_storage(s3_url)).newest()
     assert_whole(found, 1)
     assert found is not None
     assert found.metrics == {"f1": 0.5}

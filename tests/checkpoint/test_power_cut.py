@@ -15,7 +15,7 @@ from checkpoint_states import assert_whole, save
 from dist_train.checkpoint.manager import CheckpointManager
 from dist_train.checkpoint.manifest import DamagedError
 from dist_train.checkpoint.store import CheckpointStore
-from dist_train.runtime.storage import Storage
+from dist_train.runtime.storage import open_storage
 
 CALLS = ("fsync", "rename", "replace", "link", "unlink", "remove", "rmdir", "mkdir")
 
@@ -97,7 +97,7 @@ def power_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgets: str
     promised, wrong = 0, []  # promised: the step of the last save that has returned
 
     def lost(there: Path) -> None:
-        store = CheckpointStore(Storage(there), log=wrong.append)  # it says what is damaged
+        store = CheckpointStore(open_storage(there), log=wrong.append)  # it says what is damaged
         kept = [found.step for found in store.published()]
         for step in kept:
             try:
@@ -108,7 +108,7 @@ def power_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgets: str
             wrong.append(f"{kept}, but {promised} was saved")
 
     disk = Disk(root, lost, forgets, tmp_path / "left")
-    manager = CheckpointManager(Storage(root), keep_last=2, log=lambda line: None)
+    manager = CheckpointManager(open_storage(root), keep_last=2, log=lambda line: None)
     with monkeypatch.context() as patch:
         for call in CALLS:
             patch.setattr(os, call, disk.spied(call))

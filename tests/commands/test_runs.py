@@ -17,7 +17,7 @@ from runs import environment
 
 from dist_train.main import main
 from dist_train.runtime.lease import Lease
-from dist_train.runtime.storage import Storage
+from dist_train.runtime.storage import Storage, open_storage
 
 
 def ago(seconds: float) -> str:
@@ -33,7 +33,7 @@ def write_run(
     state: str = "completed",
     **config: object,
 ) -> Storage:
-    run = place if isinstance(place, Storage) else Storage(place)
+    run = place if isinstance(place, Storage) else open_storage(place)
     name = run.location.rpartition("/")[2]
     whole = {"run": {"name": name}, "metrics": [metric], "optimizer": {"lr": lr, "momentum": 0.9}, **config}
     status = {"state": state, "step": 30, "epoch": 3, "updated_at": ago(90), "error": None}
@@ -97,7 +97,7 @@ def test_runs_with_all_that_one_wants_to_know_and_where_they_differ(
 
 
 def test_runs_below_a_url_are_listed_too(s3_port: int, capsys: pytest.CaptureFixture[str]) -> None:
-    root = Storage("s3://bucket/listed")
+    root = open_storage("s3://bucket/listed")
     write_run(root.sub("a"), 0.1, [0.5])
     write_run(root.sub("sweep/b"), 0.2, [0.6])
     runs = told(capsys, "s3://bucket/listed/")
@@ -111,7 +111,8 @@ def test_a_run_whose_process_is_gone_is_not_running(tmp_path: Path, capsys: pyte
     runs = {
         name: write_run(tmp_path / name, 0.1, [0.5], state="running") for name in ("here", "gone", "near", "silent")
     }
-    take = "import os, sys; from dist_train.runtime.lease import *; Lease.acquire(Storage(sys.argv[1])); os._exit(0)"
+    imports = "import os, sys; from dist_train.runtime.lease import Lease; from dist_train.runtime.storage import open_storage"
+    take = f"{imports}; Lease.acquire(open_storage(sys.argv[1])); os._exit(0)"
     subprocess.run([sys.executable, "-c", take, str(tmp_path / "gone")], env=environment(), check=True)
     for name, silent in (("near", 5), ("silent", 100)):
         owner = {"host": name, "machine": "another", "pid": 1, "acquired_at": ago(1000), "interval": 10.0}
@@ -128,7 +129,7 @@ def test_a_run_whose_process_is_gone_is_not_running(tmp_path: Path, capsys: pyte
 
 
 def test_a_run_that_has_only_begun_is_listed_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with Lease.acquire(Storage(tmp_path / "x")):
+    with Lease.acquire(open_storage(tmp_path / "x")):
         assert told(capsys, tmp_path)["x"]["state"] == "starting"
     assert told(capsys, tmp_path)["x"]["state"] == "never started"
 

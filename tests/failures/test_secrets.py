@@ -16,7 +16,7 @@ from runs import start
 
 from dist_train.config.errors import ConfigError, describe, mask, visible
 from dist_train.config.load import load_config
-from dist_train.runtime.storage import Storage
+from dist_train.runtime.storage import open_storage
 from dist_train.tracking.console import Console, setup_logging
 from dist_train.views.figures import Confusion, Example
 from dist_train.views.report import write_report
@@ -135,7 +135,7 @@ def test_what_a_terminal_would_obey_is_shown_as_an_escape(tmp_path: Path) -> Non
 
 def test_a_place_on_the_command_line_with_a_password_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"s3://\*\*\*@bucket holds a secret"):
-        Storage("s3://key:planted@bucket")
+        open_storage("s3://key:planted@bucket")
 
 
 def test_a_weak_password_that_is_part_of_a_path_is_masked_and_not_refused(
@@ -143,7 +143,7 @@ def test_a_weak_password_that_is_part_of_a_path_is_masked_and_not_refused(
 ) -> None:
     monkeypatch.setenv("DATABASE_PASSWORD", "postgres")
     assert mask("/home/postgres/runs") == "/home/***/runs"
-    assert Storage(tmp_path / "postgres").list() == []
+    assert open_storage(tmp_path / "postgres").list() == []
 
 
 @pytest.mark.parametrize(

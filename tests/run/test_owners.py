@@ -19,9 +19,10 @@ from dist_train import train
 from dist_train.checkpoint.manifest import CheckpointError
 from dist_train.checkpoint.store import CheckpointStore
 from dist_train.config.errors import ConfigError
+from dist_train.files import StorageError
 from dist_train.main import main
 from dist_train.runtime.lease import LeaseLostError
-from dist_train.runtime.storage import Storage, StorageError
+from dist_train.runtime.storage import Storage, open_storage
 from dist_train.training.callbacks import Callback
 
 QUICK = ["tracking.tensorboard=false", "tracking.report=false", "data.num_workers=0", "trainer.log_every=1step"]
@@ -124,7 +125,7 @@ def test_a_run_whose_directory_goes_stops_says_why_and_brings_nothing_back(tmp_p
     assert place.exists() == (way == "another")
     assert (everything(place) if way == "another" else {}) == other
     if way == "mv":
-        assert [found.step for found in CheckpointStore(Storage(moved / "checkpoints")).published()] == [2, 1]
+        assert [found.step for found in CheckpointStore(open_storage(moved / "checkpoints")).published()] == [2, 1]
         assert json.loads((moved / "status.json").read_text())["state"] == "running"
 
 
@@ -133,7 +134,7 @@ def test_a_run_whose_prefix_goes_stops_and_writes_nothing_there(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     url = f"memory://{uuid.uuid4().hex}"
-    storage = Storage(f"{url}/a")
+    storage = open_storage(f"{url}/a")
     with pytest.raises(LeaseLostError, match="deleted or moved"):
         start(url, "trainer.duration=500step", callbacks=[Gone(lambda: storage.delete(""))])
     assert storage.walk() == {}

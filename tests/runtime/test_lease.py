@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 
 from dist_train.runtime.lease import Lease, LeaseHeldError, LeaseLostError
-from dist_train.runtime.storage import Storage
+from dist_train.runtime.storage import Storage, open_storage
 
 
 @pytest.fixture(params=["local", "memory"])
 def run(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     """A run's directory."""
-    return Storage(tmp_path if request.param == "local" else f"memory://{uuid.uuid4().hex}")
+    return open_storage(tmp_path if request.param == "local" else f"memory://{uuid.uuid4().hex}")
 
 
 def pretend_elsewhere(run: Storage, lease: Lease) -> None:
@@ -51,7 +51,7 @@ def test_a_released_lease_is_taken_at_once_with_the_next_number(run: Storage) ->
 
 def hold(path: str, ready: multiprocessing.synchronize.Event) -> None:
     """Hold the lease until killed."""
-    Lease.acquire(Storage(path))
+    Lease.acquire(open_storage(path))
     ready.set()
     time.sleep(60)
 
@@ -64,15 +64,15 @@ def test_an_owner_that_was_killed_on_this_machine_is_succeeded_at_once(tmp_path:
     try:
         assert ready.wait(20)
         with pytest.raises(LeaseHeldError, match=f"process {process.pid} on"):
-            Lease.acquire(Storage(tmp_path))
+            Lease.acquire(open_storage(tmp_path))
         assert process.pid is not None
         os.kill(process.pid, signal.SIGSTOP)  # stopped isn't dead
         with pytest.raises(LeaseHeldError):
-            Lease.acquire(Storage(tmp_path))
+            Lease.acquire(open_storage(tmp_path))
         os.kill(process.pid, signal.SIGKILL)
         time.sleep(0.2)  # it is dead, though its parent hasn't asked after it yet
         started = time.monotonic()
-        with Lease.acquire(Storage(tmp_path)) as lease:
+        with Lease.acquire(open_storage(tmp_path)) as lease:
             assert lease.number == 2
         assert time.monotonic() - started < 1
     finally:  # else pytest would wait for a stopped child for ever

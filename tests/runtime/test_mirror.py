@@ -11,13 +11,13 @@ import pytest
 
 from dist_train.runtime import mirror
 from dist_train.runtime.mirror import Mirror, Watch, mirror_root
-from dist_train.runtime.storage import Storage
+from dist_train.runtime.storage import Storage, open_storage
 
 
 @pytest.fixture
 def storage() -> Storage:
     """A run's prefix in a store."""
-    return Storage(f"memory://{uuid.uuid4().hex}/runs/digits")
+    return open_storage(f"memory://{uuid.uuid4().hex}/runs/digits")
 
 
 @pytest.fixture

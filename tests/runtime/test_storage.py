@@ -16,13 +16,14 @@ from typing import BinaryIO
 
 import pytest
 
-from dist_train.runtime.storage import LocalStorage, NotAFileError, Storage, StorageError, is_url
+from dist_train.files import StorageError
+from dist_train.runtime.storage import LocalStorage, NotAFileError, Storage, is_url, open_storage
 
 
 @pytest.fixture(params=["local", "memory"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     """An empty directory, of each kind (S3 is used by the tests of checkpoints)."""
-    storage = Storage(tmp_path / "run" if request.param == "local" else f"memory://{uuid.uuid4().hex}/run")
+    storage = open_storage(tmp_path / "run" if request.param == "local" else f"memory://{uuid.uuid4().hex}/run")
     storage.makedirs()
     return storage
 
@@ -30,9 +31,9 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
 def test_paths_and_urls_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert [is_url(text) for text in ("runs/x", "/abs", "file:///abs", "s3://b/x", "memory://x")] == [0, 0, 0, 1, 1]
-    assert Storage("runs/x").location == str(tmp_path / "runs/x")
-    assert Storage("file:///abs/x").location == "/abs/x"
-    assert Storage("memory://x/y/").sub("a").join("b") == "memory://x/y/a/b"
+    assert open_storage("runs/x").location == str(tmp_path / "runs/x")
+    assert open_storage("file:///abs/x").location == "/abs/x"
+    assert open_storage("memory://x/y/").sub("a").join("b") == "memory://x/y/a/b"
 
 
 def test_files_are_written_read_listed_and_deleted(storage: Storage) -> None:
@@ -62,7 +63,7 @@ def test_files_are_written_read_listed_and_deleted(storage: Storage) -> None:
 
 
 def test_nothing_that_is_written_brings_back_a_directory_that_is_gone(tmp_path: Path) -> None:
-    run = Storage(tmp_path / "run")
+    run = open_storage(tmp_path / "run")
     run.makedirs()
     run.write_atomic("sub/x", b"1")
     (tmp_path / "run").rename(tmp_path / "moved")
@@ -91,10 +92,10 @@ def test_what_is_no_file_is_named_and_never_waited_for(tmp_path: Path, kind: str
         path.mkdir()
     else:
         path.symlink_to("/dev/zero" if kind == "a device" else path)
-    for read in (Storage(tmp_path).read_bytes, Storage(tmp_path).digest):
+    for read in (open_storage(tmp_path).read_bytes, open_storage(tmp_path).digest):
         with pytest.raises(NotAFileError, match=f"expected a file, found {kind}"):
             read("x")
-    Storage(tmp_path).delete("x")
+    open_storage(tmp_path).delete("x")
     assert not os.path.lexists(path)
 
 
@@ -118,7 +119,7 @@ def test_one_of_many_creates_a_file_exclusively(storage: Storage) -> None:
 
 
 def test_a_creation_whose_answer_was_lost_is_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    storage = Storage(tmp_path)
+    storage = open_storage(tmp_path)
     real, tries = storage._create, []
 
     def create(name: str, data: bytes) -> None:
@@ -210,7 +211,7 @@ def test_a_lasting_error_is_told_with_its_place_and_cause(storage: Storage, monk
 
 
 def test_a_full_disk_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    storage = Storage(tmp_path, patience=60)
+    storage = open_storage(tmp_path, patience=60)
     monkeypatch.setattr(storage, "_put", failing(storage, "_put", OSError(28, "No space left on device"), 99))
     with pytest.raises(StorageError, match="No space left on device"):
         storage.write_atomic("x", b"")
@@ -218,13 +219,13 @@ def test_a_full_disk_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def rewrite_for_ever(path: str) -> None:
     """Write two contents in turn until killed."""
-    storage = Storage(path)
+    storage = open_storage(path)
     for number in range(10**9):
         storage.write_atomic("status.json", (b"a" if number % 2 else b"b") * 100_000)
 
 
 def test_a_killed_writer_leaves_the_old_bytes_or_the_new_ones(tmp_path: Path) -> None:
-    storage = Storage(tmp_path)
+    storage = open_storage(tmp_path)
     for pause in (0.0, 0.003, 0.006, 0.011, 0.017):
         process = multiprocessing.get_context("fork").Process(target=rewrite_for_ever, args=(str(tmp_path),))
         process.start()
@@ -241,7 +242,7 @@ def test_a_killed_writer_leaves_the_old_bytes_or_the_new_ones(tmp_path: Path) ->
 
 
 def test_a_directory_is_renamed_but_never_onto_another(tmp_path: Path) -> None:
-    storage = Storage(tmp_path)
+    storage = open_storage(tmp_path)
     assert isinstance(storage, LocalStorage)
     for name in ("a", "b"):
         storage.write_atomic(f"{name}/x", name.encode())

@@ -16,7 +16,7 @@ import dist_train
 from dist_train.checkpoint.store import CheckpointStore
 from dist_train.config.fields import Duration
 from dist_train.config.schema import StopWhenConfig
-from dist_train.runtime.storage import Storage
+from dist_train.runtime.storage import open_storage
 from dist_train.task.losses import Loss
 from dist_train.task.metrics import Metric, Whole, build_metrics, is_lower_better, sums_of
 from dist_train.training.due import StopWhen
@@ -206,6 +206,6 @@ def test_samples_are_counted_by_the_plan_ties_go_to_the_better_loss_and_json_sta
     assert written["metrics"]["val"] == {"loss": 2.0, "given": 0.5, "never": None, "eval_samples": 10}
     (kept,) = (tmp_path / "ties" / "checkpoints").glob("step-00000002/manifest.json")
     assert strictly(kept)["metrics"]["val/never"] is None
-    found = CheckpointStore(Storage(str(tmp_path / "ties" / "checkpoints")))
+    found = CheckpointStore(open_storage(str(tmp_path / "ties" / "checkpoints")))
     assert found.ranked("val/given", "max") == [2, 4, 1]
     assert found.ranked("val/never", "max") == []
