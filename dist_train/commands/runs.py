@@ -182,10 +182,10 @@ def best_of(rows: Sequence[dict[str, Any]], config: dict[str, Any]) -> dict[str,
 
 def _differing(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, str]]:
     """key -> run -> value, of the keys in which the configs differ."""
-    from dist_train.views.report import differences
+    from dist_train.config.changes import differing
 
     with_config = [run for run in runs if run["config"]]
-    rows = differences([run["config"] for run in with_config]) if len(with_config) > 1 else []
+    rows = differing([run["config"] for run in with_config]) if len(with_config) > 1 else []
     values = {row[0]: row[1:] for row in rows if not row[0].startswith(UNTOLD)}
     names = [run["shown"]["run"] for run in with_config]
     every = {run["shown"]["run"]: "-" for run in runs}

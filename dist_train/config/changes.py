@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -98,3 +98,20 @@ def _shown(value: Any) -> str:
     if isinstance(value, dict) and "_live_" in value:
         return f"an object of class {value['_live_']}"
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def differing(configs: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """(key, value in each config) of the dotted keys that aren't the same in all; `-` where there is none."""
+    flat = [dict(_leaves(config)) for config in configs]
+    keys = dict.fromkeys(key for config in flat for key in config)
+    rows = [(key, *(str(config.get(key, "-")) for config in flat)) for key in keys]
+    return [row for row in rows if len(set(row[1:])) > 1]
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else None
+    if items is None or not value:
+        yield key, value
+        return
+    for name, part in items:
+        yield from _leaves(part, f"{key}.{name}" if key else str(name))

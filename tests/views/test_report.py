@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dist_train.config.changes import differing
 from dist_train.views.figures import (
     Boundary,
     Confusion,
@@ -23,7 +24,7 @@ from dist_train.views.figures import (
     picture_png,
     write_boundary,
 )
-from dist_train.views.report import differences, write_comparison, write_report
+from dist_train.views.report import write_comparison, write_report
 
 EVIL = '<script>alert("1")</script>&\u6570'
 NAME = "lr=0.1 <b>&{x}"  # what a folder may be called
@@ -149,8 +150,8 @@ def test_runs_are_laid_over_each_other_and_their_differing_keys_named(tmp_path: 
 def test_differences_compare_leaf_by_leaf() -> None:
     one = {"a": 1, "b": {"c": [1, 2], "d": None}, "e": {}}
     two = {"a": 1, "b": {"c": [1, 3]}, "e": {"f": 2}}
-    assert differences([one, two]) == [("b.c.1", "2", "3"), ("b.d", "None", "-"), ("e", "{}", "-"), ("e.f", "-", "2")]
-    assert differences([one, one, one]) == []
+    assert differing([one, two]) == [("b.c.1", "2", "3"), ("b.d", "None", "-"), ("e", "{}", "-"), ("e.f", "-", "2")]
+    assert differing([one, one, one]) == []
 
 
 def test_the_boundary_moves_in_a_gif_and_stands_in_pngs(tmp_path: Path) -> None:
