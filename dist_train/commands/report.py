@@ -20,8 +20,8 @@ def main(arguments: Sequence[str]) -> int:
         return compare(options.runs, options.output or "comparison.html")
     if options.output is not None:
         parser.error("--output is for a comparison; the report of one run is the report.html in its directory")
+    from dist_train.run.report import report_again
     from dist_train.runtime.launch import read_placement
-    from dist_train.views.model import report_again
 
     path = report_again(options.run, options.checkpoint, options.overrides)
     if path is None:

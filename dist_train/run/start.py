@@ -21,6 +21,7 @@ from dist_train.files import StorageError
 from dist_train.run.decide import Decision, decide, find_checkpoint
 from dist_train.run.finish import finish, give_weights
 from dist_train.run.objects import facts_of, sample_digests
+from dist_train.run.report import report_in
 from dist_train.run.summary import end_lines, start_lines
 from dist_train.runtime.launch import read_placement
 from dist_train.runtime.lease import Lease, LeaseHeldError, LeaseLostError, look_at_owner
@@ -32,7 +33,7 @@ from dist_train.tracking.console import Console, setup_logging
 from dist_train.training.parts import Parts
 from dist_train.training.state import Progress, restore
 from dist_train.training.trainer import Trainer
-from dist_train.views.model import report_at_end, report_in, write_curves
+from dist_train.views.model import report_at_end, write_curves
 from dist_train.watch import failure, signals
 from dist_train.watch.peers import Peers
 

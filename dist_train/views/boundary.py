@@ -1,4 +1,4 @@
-"""The decision boundary of models with two-dimensional inputs, kept after evaluations so that its way can be shown."""
+"""The decision boundary of models with two-dimensional inputs, recorded at evaluations to show how it moves."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 Extent = tuple[float, float, float, float]
 FOLDER = "boundary"
-SIDE = 100  # of the grid on which the model is asked
-POINTS = 1000  # of the dataset that are shown
-GROWTH = 1.1  # a frame is kept when so many times the steps of the last one are done: their number stays small
+SIDE = 100  # of the grid of inputs, in points
+POINTS = 1000  # of the dataset, drawn at most
+GROWTH = 1.1  # ratio of the steps of successive frames: their number stays logarithmic
 
 
 class BoundaryFrames(Callback):
-    """Keeps what the model says on a grid, in `boundary/` of the run's directory, where inputs are points in a plane.
+    """Records the predictions on a grid in the run's `boundary/`, where inputs are points in a plane.
 
-    On rank 0 alone, in eval mode, with nothing drawn at random: training is the same with it and without.
+    On rank 0 only, in eval mode, without random draws: training is bitwise identical with it and without.
     """
 
     def __init__(self) -> None:
@@ -39,18 +39,18 @@ class BoundaryFrames(Callback):
         self._on = True
 
     def on_evaluation_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        """One more frame, if it is time for one."""
-        # A compiled model would be compiled once more, for the size of the grid.
+        """Record a frame if one is due."""
+        # A compiled model would be recompiled for the size of the grid.
         if not self._on or not trainer.world.is_main or trainer.config.trainer.compile:
             return
         try:
             self._on = self._keep(trainer)
-        except Exception as error:  # a picture less is no reason to end a run
+        except Exception as error:  # a missing picture is no reason to end a run
             self._on = False
             logging.getLogger("dist_train").warning("no decision boundary: %s: %s", type(error).__name__, error)
 
     def _keep(self, trainer: Trainer) -> bool:
-        """Whether there is a boundary to keep."""
+        """Record a frame; False where there is no boundary to draw."""
         if self._extent is None:
             points = plane(trainer.parts.eval_loaders["val"].dataset)
             if points is None:
@@ -70,7 +70,7 @@ class BoundaryFrames(Callback):
 
 
 def plane(dataset: Any) -> tuple[Array, Array] | None:
-    """The first points (N, 2) of a dataset and their labels (N,); None if its inputs are no points with a label."""
+    """The first points (N, 2) of a dataset and their labels (N,); None if its samples aren't labeled points."""
     if is_stream(dataset) or not len(dataset):
         return None
     sample = dataset[0]
@@ -83,7 +83,7 @@ def plane(dataset: Any) -> tuple[Array, Array] | None:
 
 
 def around(points: Array) -> Extent:
-    """(x0, x1, y0, y1) of all points with some room around them."""
+    """(x0, x1, y0, y1) of all points, with a margin."""
     low, high = points.min(axis=0), points.max(axis=0)
     room = 0.15 * np.maximum(high - low, 1e-6)
     (x0, y0), (x1, y1) = (low - room).tolist(), (high + room).tolist()
@@ -104,12 +104,12 @@ def classes_on(evaluator: Evaluator, extent: Extent) -> Array | None:
 
 
 def kept_steps(folder: Path) -> list[int]:
-    """Steps whose frames are there, in order."""
+    """Steps of the recorded frames, ascending."""
     return sorted(int(path.stem.removeprefix("step-")) for path in folder.glob("step-*.npz"))
 
 
 def read_frames(folder: Path, most: int) -> tuple[Extent, Sequence[tuple[int, Array]]] | None:
-    """The extent and at most so many (step, classes), spread over all that were kept; None without any."""
+    """The extent and at most `most` frames (step, classes), spread over all recorded ones; None without any."""
     steps = kept_steps(folder)
     frames, extent = [], (0.0, 1.0, 0.0, 1.0)
     for step in sorted({steps[round(k)] for k in np.linspace(0, len(steps) - 1, min(most, len(steps)))}):

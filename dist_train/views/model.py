@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,16 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
-from dist_train.checkpoint.manifest import CheckpointError
 from dist_train.config.errors import ConfigError, visible
-from dist_train.config.slots import check_components
 from dist_train.data.passes import is_stream
 from dist_train.data.reading import attribute_of
-from dist_train.run.open import Restored, open_run, restore_in
-from dist_train.runtime.launch import read_placement
 from dist_train.runtime.rundir import RunDir
 from dist_train.runtime.seeding import seed_sample
-from dist_train.runtime.sidefiles import problems
 from dist_train.tracking.records import read_rows
 from dist_train.training.evaluate import on_rank_zero
 from dist_train.training.predict import Meaning, Predicted, predict, read_meaning
@@ -36,74 +29,22 @@ from dist_train.views.report import Picture, write_report
 if TYPE_CHECKING:
     from dist_train.config.schema import Config
     from dist_train.data.loader import EvalLoader
-    from dist_train.runtime.world import World
     from dist_train.training.evaluate import Evaluator
     from dist_train.training.trainer import Trainer
 
-SAMPLES = 20_000  # at most so many are asked about, spread evenly over the dataset
+SAMPLES = 20_000  # predicted at most, spread evenly over the dataset
 WORST, DOTS, TARGETS, FRAMES = 24, 2000, 4, 10  # shown at most: errors, points and targets of a regression, boundaries
 
 
 def report_at_end(trainer: Trainer) -> None:
-    """Write the report of a run that is completed, with the model as it stands; all ranks call it."""
+    """Write the report of a completed run with the model in memory; all ranks call it."""
     parts = trainer.parts
     loader = parts.eval_loaders.get("test") or parts.eval_loaders.get("val")
     make_report(trainer.run, parts.config, parts.evaluator, loader, trainer.step, trainer.record, trainer.console.warn)
 
 
-def report_again(location: str, checkpoint: str | None, overrides: Sequence[str]) -> Path | None:
-    """Write the report of a run as it is now; its path on rank 0. Where its model can't be had, without pictures.
-
-    Raises:
-        ConfigError: there is no run, or what was asked for by name can't be had.
-    """
-    run = RunDir(location)
-    is_main = read_placement(os.environ).rank == 0
-
-    def warn(text: str) -> None:
-        if is_main:
-            print(f"warning: {text}", file=sys.stderr)
-
-    for name, wrong in problems(run.storage):
-        warn(f"{name} can't be read: {wrong}")
-    try:
-        with open_run(location, checkpoint, overrides) as restored:
-            return _report_of(restored, warn)
-    except (ConfigError, CheckpointError) as error:
-        if checkpoint is not None or overrides or not run.storage.exists("config.yaml"):
-            raise
-        warn(f"the report has no pictures: {error}")
-        return _written(run) if is_main else None
-
-
-def report_in(world: World, run: RunDir, config: Config, warn: Callable[[str], None]) -> None:
-    """The same among processes that have met: the report of a completed run that a kill has kept from being written."""
-    try:
-        if problems := check_components(config):
-            raise ConfigError(problems)
-        restored = restore_in(world, run, config)
-        modes = [(module, module.training) for module in restored.evaluator.modules.modules()]
-        _report_of(restored, warn)
-        for module, training in modes:
-            module.training = training
-    except (ConfigError, CheckpointError) as error:
-        warn(f"the report has no pictures: {error}")
-        if world.is_main:
-            with run.only_a_view():
-                _written(run)
-
-
-def _report_of(restored: Restored, warn: Callable[[str], None]) -> Path | None:
-    config, found = restored.config, restored.found
-    restored.evaluator.modules.eval()
-    loader = (
-        restored.loader(restored.split(None)) if config.data.test is not None or config.data.val is not None else None
-    )
-    return make_report(restored.run, config, restored.evaluator, loader, found.step, found.meta, warn)
-
-
 def write_curves(run: RunDir) -> None:
-    """curves.png, from the records as they are; rank 0 calls it. It raises nothing: a picture is no reason to fail."""
+    """Write curves.png from metrics.jsonl on rank 0. Never raises: a missing picture is no reason to fail."""
     try:
         draw_curves(read_rows(run.records() / "metrics.jsonl"), run.path("curves.png"), title=run.name)
         run.upload(("curves.png",))
@@ -122,13 +63,13 @@ def make_report(
     record: Mapping[str, Any],
     warn: Callable[[str], None],
 ) -> Path | None:
-    """Write report.html with pictures; all ranks call it, rank 0 writes and gets its path. It raises nothing.
+    """Write report.html with pictures; all ranks call it, rank 0 writes it and returns its path. Never raises.
 
     Args:
         loader: what the pictures are of; None for none.
         step: that of the model.
         record: `versions`, `host`, `commit`: what a manifest holds.
-        warn: takes a line when something couldn't be shown.
+        warn: called with a line for whatever couldn't be shown.
     """
     pictures: list[Picture] = []
     try:
@@ -144,13 +85,13 @@ def make_report(
         environment |= {name: str(record[name]) for name in ("host", "commit") if record.get(name)}
         environment["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         environment["precision"] = evaluator.precision.name
-        return _written(run, pictures=pictures, environment=environment)
+        return write_page(run, pictures=pictures, environment=environment)
     except Exception as error:
         warn(f"there is no report.html: {type(error).__name__}: {error}")
         return None
 
 
-def _written(run: RunDir, **shown: Any) -> Path:
+def write_page(run: RunDir, **shown: Any) -> Path:
     write_curves(run)
     run.assure_own()
     path = write_report(run.records(), **shown)
@@ -159,12 +100,12 @@ def _written(run: RunDir, **shown: Any) -> Path:
 
 
 def pictures_of(run: RunDir, config: Config, evaluator: Evaluator, loader: EvalLoader, step: int) -> list[Picture]:
-    """On rank 0; [] on the others."""
+    """The pictures on rank 0, [] on the other ranks; a collective."""
     world, dataset = evaluator.world, loader.dataset
     where: Any = range(loader.plan.length)
     mine: list[Predicted] = []
     problem = ""
-    try:  # whatever fails on one rank: all of them come to the exchange
+    try:  # a rank that fails still joins the all_gather
         if len(where) > SAMPLES:
             if is_stream(dataset):
                 return []
@@ -172,7 +113,7 @@ def pictures_of(run: RunDir, config: Config, evaluator: Evaluator, loader: EvalL
             loader = eval_loader(config, world, Subset(dataset, where.tolist()))
         mine = [part for part in predict(evaluator, loader) if part is not None]
     except ConfigError:
-        pass  # outputs that are no table: there is nothing to show
+        pass  # outputs that are no table: nothing to show
     except Exception as error:
         problem = f"rank {world.rank}: {type(error).__name__}: {error}"
     every = on_rank_zero(world, (mine, problem))
@@ -220,10 +161,10 @@ def _confusion(
 
 
 def _picture(seed: int, dataset: Any, index: int) -> Any:
-    """A sample's input as an image, stretched to the range of a screen if it was normalised; None if it isn't one."""
+    """A sample's input as an image, rescaled to [0, 1] if it was normalized; None if it isn't an image."""
     if is_stream(dataset):
         return None
-    seed_sample(seed, -1, index)  # as evaluation reads it
+    seed_sample(seed, -1, index)  # as in evaluation
     sample = dataset[index]
     image = sample[0] if isinstance(sample, tuple | list) else sample
     if isinstance(image, Tensor) and image.dim() == 3 and image.shape[0] in (1, 3):
@@ -252,7 +193,7 @@ def _regressions(outputs: Tensor, targets: Tensor, dataset: Any) -> list[Regress
 
 
 def _boundary(run: RunDir, evaluator: Evaluator, dataset: Any, step: int) -> Boundary | None:
-    """The boundaries that were kept on the way, else the model's own; also written as PNGs and a GIF."""
+    """The boundaries recorded during training, else the final model's; also written as PNGs and a GIF."""
     points = plane(dataset)
     if points is None:
         return None

@@ -1,8 +1,8 @@
-"""What a network sees, for TensorBoard: its inputs, the feature maps of its layers, histograms, and its graph.
+"""A network's inputs, feature maps, histograms and graph for TensorBoard.
 
-All of it is taken on rank 0, from the first micro-batch of a step, as it is about to go into the model: at step 0 that is
-before training. Training is bit-identical with it and without: the forward is one of its own, in eval mode, and comes
-before the seeding of the step's own; the gradients are read in a hook of the optimizer that is there only when asked for.
+Taken on rank 0 from the first micro-batch of a step, right before the model gets it. Training is bitwise identical with it
+and without: the forward is a separate one, in eval mode, before the seeding of the step's own; gradients are read in an
+optimizer hook that is registered only when asked for.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     from dist_train.training.trainer import Trainer
 
 Array = np.ndarray[Any, Any]
-MOST = 1 << 18  # values of one histogram: of larger tensors every n-th is taken
+MOST = 1 << 18  # values of one histogram; larger tensors are strided
 GAP = 1  # pixels between the pictures of a grid
 
 
 class Pictures(Callback):
-    """Puts into TensorBoard what `tracking.images`, `tracking.histograms` and `tracking.graph` ask for.
+    """Logs what `tracking.images`, `tracking.histograms` and `tracking.graph` ask for.
 
     Raises:
         ConfigError: `tracking.images.modules` names no module of the model.
@@ -81,7 +81,7 @@ class Pictures(Callback):
             self._try("histograms", trainer.optimizer.register_step_pre_hook, before_update)
 
     def on_end(self, trainer: Trainer) -> None:
-        """Once more, by the model as it was trained."""
+        """Log the trained model's too."""
         if self._seen < 0 or trainer.outcome != "completed":
             return
         if self._rows is not None:
@@ -90,20 +90,20 @@ class Pictures(Callback):
             self._try("histograms", self._show_histograms, trainer)
 
     def _try(self, key: str, show: Callable[..., object], *args: Any) -> None:
-        """A picture less is no reason to end a run."""
+        """A missing picture is no reason to end a run."""
         try:
             if key not in self._off:
                 show(*args)
         except Exception as error:
             self._off.add(key)
-            text = "tracking.%s: nothing more of it in this run: %s: %s"
+            text = "tracking.%s is off for the rest of this run: %s: %s"
             logging.getLogger("dist_train").warning(text, key, type(error).__name__, error)
 
     def _show_images(self, trainer: Trainer) -> None:
         shown: dict[str, list[Array]] = {}
 
         def show(name: str, values: Any, color: bool = False) -> None:
-            shown[name] = pictures(values, color)  # at once: what comes next may work in place
+            shown[name] = pictures(values, color)  # copied now: the next layer may work in place
 
         def on_inputs(inputs: Any) -> None:
             for name, tensor in _named("inputs", inputs):
@@ -127,7 +127,7 @@ class Pictures(Callback):
         inputs = got[0] if isinstance(got[0], tuple) else (got[0],)
         if not all(isinstance(part, Tensor) for part in inputs):
             raise ValueError("only a model whose inputs are tensors by position can be traced")
-        on_cpu = copy.deepcopy(trainer.model).cpu().eval()  # another thread traces it: it shares nothing with training
+        on_cpu = copy.deepcopy(trainer.model).cpu().eval()  # traced in another thread: shares nothing with training
         trainer.logger.graph(on_cpu, tuple(part.cpu() for part in inputs))
 
     def _show_histograms(self, trainer: Trainer) -> None:
@@ -161,13 +161,13 @@ class _Every:
 def _look(
     trainer: Trainer, batch: Any, on_inputs: Callable[[Any], object], on_layer: Callable[[str, Any], None]
 ) -> None:
-    """Run a batch through the model, in eval mode, and hand over what goes in and what each layer gives."""
+    """Run a batch through the model in eval mode and pass its inputs and each layer's output to the callbacks."""
     model, parts = trainer.model, trainer.parts
 
     def first(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         on_inputs(kwargs or (args[0] if len(args) == 1 else args))
 
-    # Compiled, it would be compiled again for this.
+    # A compiled model would be recompiled for this.
     eager = torch.compiler.set_stance("force_eager") if trainer.config.trainer.compile else contextlib.nullcontext()
     handle = model.register_forward_pre_hook(first, with_kwargs=True)
     try:
