@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forking
 import pytest
 from filelock import FileLock
 
@@ -37,9 +38,12 @@ def command(processes: int, *arguments: str) -> list[str]:
     return [*torchrun, *module]
 
 
-def start(folder: Path, processes: int, *arguments: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
-    """Start a run in `folder`, in a session of its own."""
-    return subprocess.Popen(
+def start(
+    folder: Path, processes: int, *arguments: str, env: dict[str, str] | None = None, real: bool = False
+) -> subprocess.Popen[str]:
+    """Start a run in `folder`, in a session of its own; `real`: never as a fork of a process that has imported torch."""
+    popen = subprocess.Popen if real else forking.in_this_process()
+    return popen(
         command(processes, *arguments), cwd=folder, env=environment(**(env or {})), text=True, start_new_session=True,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
@@ -52,9 +56,10 @@ def run(
     env: dict[str, str] | None = None,
     expect: int | None = 0,
     timeout: float = 120,
+    real: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     """Run to the end; fails with the whole output where the exit code isn't `expect`."""
-    process = start(folder, processes, *arguments, env=env)
+    process = start(folder, processes, *arguments, env=env, real=real)
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:

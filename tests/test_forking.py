@@ -1,0 +1,160 @@
+"""A forked process can't tell, and its parent can't, that no Python was started for it (tests/forking.py)."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from forking import in_this_process
+from runs import command, environment, run
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
+
+PROBE = """
+import json, os, signal, sys, tempfile, threading
+
+def streams(name):
+    stream, first = getattr(sys, name), getattr(sys, f"__{name}__")
+    return [stream is first, stream.fileno(), stream.encoding, stream.errors, stream.line_buffering, stream.mode,
+            stream.write_through, type(stream.buffer).__name__, stream.name]
+
+main = sys.modules["__main__"]
+print(json.dumps({
+    "name": __name__, "main": main.__dict__ is globals(), "spec": getattr(__spec__, "name", None), "package": __package__,
+    "argv": sys.argv, "orig_argv": sys.orig_argv, "path": sys.path, "flags": str(sys.flags), "executable": sys.executable,
+    "cwd": os.getcwd(), "env": dict(os.environ), "temp": tempfile.gettempdir(), "umask": os.umask(0o22),
+    "signals": [str(signal.getsignal(number)) for number in sorted(signal.valid_signals())],
+    "mask": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])), "wakeup": signal.set_wakeup_fd(-1),
+    "descriptors": sorted(name for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{name}")),
+    "tasks": len(os.listdir("/proc/self/task")), "threads": [thread.name for thread in threading.enumerate()],
+    "parent": os.getppid(), "own group": os.getpgrp() == os.getpid(), "own session": os.getsid(0) == os.getpid(),
+    "ours": [name for name in sys.modules if name.split(".")[0] == "dist_train"],
+    "streams": [streams(name) for name in ("stdin", "stdout", "stderr")], "tracing": sys.gettrace() is None,
+}))
+print("torch" in sys.modules)
+"""
+
+
+def told(popen: Any, *args: str, **options: Any) -> tuple[dict[str, Any], bool]:
+    """What a Python process with the probe says of itself; whether it was forked."""
+    options = {"env": environment(), "stdin": subprocess.DEVNULL, **options}
+    process = popen([sys.executable, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    facts, forked = out.splitlines()
+    return json.loads(facts), forked == "True"
+
+
+@pytest.mark.parametrize("session", [False, True])
+@pytest.mark.parametrize(
+    "how", [["-c", PROBE], ["probe.py"], ["-m", "probe"], ["-u", "-m", "probe"]], ids=lambda how: how[0]
+)
+def test_a_forked_process_finds_itself_as_a_real_one_does(tmp_path: Path, how: list[str], session: bool) -> None:
+    (tmp_path / "probe.py").write_text(PROBE)
+    options = {"cwd": tmp_path, "env": environment(SOMETHING="here"), "start_new_session": session}
+    real, forked = told(subprocess.Popen, *how, "an argument", "--and=one", **options)
+    assert not forked
+    ours, forked = told(in_this_process(), *how, "an argument", "--and=one", **options)
+    assert forked
+    assert ours == real
+    assert ours["ours"] == []
+    assert ours["tasks"] == 1
+
+
+def test_what_is_read_at_the_start_of_a_process_makes_a_real_one(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").touch()
+    path = os.pathsep.join([environment()["PYTHONPATH"], str(tmp_path)])
+    for extra in ({"OMP_NUM_THREADS": "2"}, {"PYTHONWARNINGS": "ignore"}, {"PYTHONPATH": path}, {"LD_BIND_NOW": "1"}):
+        assert told(in_this_process(), "-c", PROBE, env=environment(**extra))[1] is False
+    assert told(in_this_process(), "-P", "-c", PROBE)[1] is False
+    assert told(in_this_process(), "-c", PROBE, preexec_fn=lambda: None)[1] is False
+    assert told(in_this_process(), "-c", PROBE, env=environment(PYTHONPATH=str(tmp_path.parent)))[1] is True
+
+
+@pytest.mark.parametrize(
+    ("code", "left_with"),
+    [
+        ("", 0), ("sys.exit()", 0), ("sys.exit(75)", 75), ("sys.exit('a reason')", 1), ("raise ValueError('one')", 1),
+        ("raise KeyboardInterrupt", -signal.SIGINT), ("os.kill(os.getpid(), 9)", -9), ("os.abort()", -signal.SIGABRT),
+        ("os._exit(3)", 3), ("os.kill(os.getpid(), signal.SIGTERM)", -signal.SIGTERM), ("os.close(1)", 0),
+        ("atexit.register(print, 'at the end')", 0), ("threading.Timer(0.2, print, ['late']).start()", 0),
+    ],
+)  # fmt: skip
+def test_it_ends_as_a_real_one_does(tmp_path: Path, code: str, left_with: int) -> None:
+    (tmp_path / "ends.py").write_text(
+        f"import atexit, os, signal, sys, threading\nprint('begun', flush=True)\n{code}\n"
+    )
+    ends = []
+    for popen in (subprocess.Popen, in_this_process()):
+        process = popen(
+            [sys.executable, "ends.py"],
+            cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        out, err = process.communicate(timeout=60)
+        ends.append((process.returncode, out, err.splitlines()[-1:]))
+        assert not Path(f"/proc/{process.pid}").exists()
+    assert ends[0] == ends[1]
+    assert ends[0][0] == left_with
+
+
+def test_signals_reach_it_from_its_first_moment_on() -> None:
+    for _ in range(20):
+        process = in_this_process()([sys.executable, "-c", "import time; time.sleep(60)"], env=environment())
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == -signal.SIGTERM
+
+
+def test_torchrun_and_its_workers_are_forked_as_well(tmp_path: Path) -> None:
+    (tmp_path / "worker.py").write_text(
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "begun = 'torch' in sys.modules\n"
+        "Path(f'{os.environ[\"RANK\"]}.txt').write_text(f'{begun} {os.getppid()} {os.environ[\"WORLD_SIZE\"]}')\n"
+        "sys.exit(7 if os.environ['RANK'] == '1' else 0)\n"
+    )
+    args = [*command(2)[:-2], "worker.py"]
+    process = in_this_process()(args, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
+    told = process.communicate(timeout=60)[1]
+    assert process.returncode == 1, told
+    assert "exitcode  : 7" in told
+    for rank in "01":
+        assert (tmp_path / f"{rank}.txt").read_text() == f"True {process.pid} 2"
+
+
+def test_workers_of_a_forked_torchrun_end_when_it_is_killed(tmp_path: Path) -> None:
+    process = in_this_process()(
+        [*command(2), "trainer.duration=10000ep", "run.dir=runs"],
+        cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("runs/*/metrics.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) == 3  # its copy, which forks, and the workers
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    while any(running(int(child)) for child in children) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(running(int(child)) for child in children)
+
+
+def running(pid: int) -> bool:
+    """Whether a process is there, and more than a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def test_a_forked_run_has_the_weights_of_a_real_one(tmp_path: Path) -> None:
+    for real in (False, True):
+        run(tmp_path, 1, "trainer.duration=5step", f"run.name=real-{real}", "tracking.report=false", real=real)
+    one, other = (json.loads((tmp_path / f"runs/real-{real}/result.json").read_text()) for real in (False, True))
+    assert one["weights_sha256"] == other["weights_sha256"]
