@@ -19,7 +19,12 @@ if (
 ):  # a job in a script's background, whose children would all ignore it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+import forking
 from cable import Cable
+from runs import environment
+
+# Commands of this Python, `runs.run` and all of `subprocess`, are forks of a process that has imported torch.
+forking.take_over(environment())
 
 # Where tests start runs, launchers and daemons; elsewhere a module that does has one of the names.
 PROCESS_FOLDERS = {"chaos", "commands", "failures", "gpu", "launch"}

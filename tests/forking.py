@@ -1,10 +1,10 @@
 """Python processes that begin as a fork of one that has imported torch: most of the suite's time was that import.
 
-`Popen(args, ...)` is `subprocess.Popen` for a command of this Python: the same pid, pipes, session, signals, exit code and
-parent, but the process is forked from a *template* that has imported what every run imports. The template has no thread, no
-process group and nothing of dist_train, so whatever dist_train does while it is imported happens in each process as usual.
-Where something that is only read at a process's start differs (`_at_start`), and on other systems than Linux, it is a real
-one. A forked torchrun forks its workers as well.
+tests/conftest.py puts `Popen` in the place of `subprocess.Popen`. For a command of this Python it gives the same pid, pipes,
+session, signals, exit code and parent, but the process is forked from a *template* that has imported what every run imports.
+The template has no thread, no process group and nothing of dist_train, so whatever dist_train does while it is imported
+happens in each process as usual. Where something differs that is only read at a process's start (`_at_start`), and on other
+systems than Linux, it is a real one. A forked torchrun forks its workers as well.
 
 The child is handed to the process that asked for it: its first parent ends, and the kernel gives it to the nearest ancestor
 that has declared itself a subreaper.
@@ -33,6 +33,7 @@ import tempfile
 import threading
 import time
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -50,6 +51,7 @@ _AT_START = (
 _ASKED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER
 _HEADER = struct.Struct("Q")
+RealPopen = subprocess.Popen
 
 
 def _at_start(env: dict[str, str]) -> dict[str, str]:
@@ -73,19 +75,13 @@ class Template:
         """A new one, with this environment; it ends with its owner."""
         ours, theirs = socket.socketpair()
         code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import forking; forking._main({theirs.fileno()})"
-        subprocess.Popen([sys.executable, "-c", code], env=env, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        RealPopen([sys.executable, "-c", code], env=env, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
         theirs.close()
         return cls(ours, env)
 
-    def suits(self, args: Any, env: dict[str, str]) -> bool:
-        """Whether a command can be one of its children: of this Python, and with nothing else to read at its start."""
-        options = (
-            list(args[1:2]) if not isinstance(args, str | bytes | os.PathLike) and args[0] == sys.executable else []
-        )
-        if options == ["-u"]:
-            options = list(args[2:3])
-        known = bool(options) and (options[0] in ("-c", "-m") or not options[0].startswith("-"))
-        return known and os.getpid() == self._owner and _at_start(env) == self._env
+    def suits(self, env: dict[str, str]) -> bool:
+        """Whether a process that this one starts may have been begun before its environment was known."""
+        return os.getpid() == self._owner and _at_start(env) == self._env
 
     def fork(self, request: dict[str, Any], streams: list[int]) -> int:
         """The pid of a new child of this process, which is what a request says, with these three descriptors."""
@@ -104,10 +100,10 @@ class Template:
         return pid
 
 
-class Popen(subprocess.Popen):  # type: ignore[type-arg]
+class Popen(RealPopen):  # type: ignore[type-arg]
     """`subprocess.Popen`; a command of this Python is forked from the template where that makes no difference."""
 
-    template: Template | None = None  # this process's
+    template: Callable[[], Template] | None = None  # this process's
 
     def _execute_child(self, args: Any, *rest: Any) -> None:  # type: ignore[override]
         given = inspect.signature(super()._execute_child).bind(args, *rest).arguments  # type: ignore[misc]
@@ -116,8 +112,8 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
             name for name in ("preexec_fn", "pass_fds", "shell", "executable", "gid", "gids", "uid") if given[name]
         ]
         plain = not asked and given["umask"] < 0 and given["process_group"] < 0
-        template = self.template
-        if template is None or not plain or not template.suits(args, env):
+        template = Popen.template() if Popen.template is not None and plain and _is_python(args) else None
+        if template is None or not template.suits(env):
             super()._execute_child(args, *rest)  # type: ignore[misc]
             return
         request = {
@@ -130,14 +126,19 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
         self._close_pipe_fds(*(given[n] for n in ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")))
 
 
-@functools.cache
-def in_this_process() -> type[Popen]:
-    """`Popen` with a template of this process, begun at the first call."""
+def take_over(env: dict[str, str]) -> None:
+    """Let `subprocess` fork in this process, from a template that begins, when it is first needed, with `env`."""
     if sys.platform == "linux":
-        from runs import environment
+        Popen.template = functools.cache(lambda: Template.start(env))
+        subprocess.Popen = Popen  # type: ignore[misc]
 
-        Popen.template = Template.start(environment())
-    return Popen
+
+def _is_python(args: Any) -> bool:
+    """Whether a command is this Python with a module, a script or a text, and no option but -u."""
+    if isinstance(args, str | bytes | os.PathLike) or args[0] != sys.executable:
+        return False
+    words = [word for word in args[1:3] if word != "-u"]
+    return bool(words) and (words[0] in ("-c", "-m") or not os.fspath(words[0]).startswith("-"))
 
 
 def _read(channel: socket.socket, size: int) -> bytes:
@@ -298,7 +299,8 @@ def _fork_workers(request: dict[str, Any]) -> None:
             os.dup2(null, number)
         _become(_serve(theirs))
     theirs.close()
-    Popen.template = Template(ours, request["env"])
+    template = Template(ours, request["env"])
+    Popen.template = lambda: template
     importlib.import_module(
         "torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler"
     ).Popen = Popen

@@ -42,7 +42,7 @@ def start(
     folder: Path, processes: int, *arguments: str, env: dict[str, str] | None = None, real: bool = False
 ) -> subprocess.Popen[str]:
     """Start a run in `folder`, in a session of its own; `real`: never as a fork of a process that has imported torch."""
-    popen = subprocess.Popen if real else forking.in_this_process()
+    popen = forking.RealPopen if real else subprocess.Popen
     return popen(
         command(processes, *arguments), cwd=folder, env=environment(**(env or {})), text=True, start_new_session=True,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forking import in_this_process
+from forking import Popen, RealPopen
 from runs import command, environment, run
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
@@ -59,9 +59,9 @@ def told(popen: Any, *args: str, **options: Any) -> tuple[dict[str, Any], bool]:
 def test_a_forked_process_finds_itself_as_a_real_one_does(tmp_path: Path, how: list[str], session: bool) -> None:
     (tmp_path / "probe.py").write_text(PROBE)
     options = {"cwd": tmp_path, "env": environment(SOMETHING="here"), "start_new_session": session}
-    real, forked = told(subprocess.Popen, *how, "an argument", "--and=one", **options)
+    real, forked = told(RealPopen, *how, "an argument", "--and=one", **options)
     assert not forked
-    ours, forked = told(in_this_process(), *how, "an argument", "--and=one", **options)
+    ours, forked = told(Popen, *how, "an argument", "--and=one", **options)
     assert forked
     assert ours == real
     assert ours["ours"] == []
@@ -72,10 +72,10 @@ def test_what_is_read_at_the_start_of_a_process_makes_a_real_one(tmp_path: Path)
     (tmp_path / "sitecustomize.py").touch()
     path = os.pathsep.join([environment()["PYTHONPATH"], str(tmp_path)])
     for extra in ({"OMP_NUM_THREADS": "2"}, {"PYTHONWARNINGS": "ignore"}, {"PYTHONPATH": path}, {"LD_BIND_NOW": "1"}):
-        assert told(in_this_process(), "-c", PROBE, env=environment(**extra))[1] is False
-    assert told(in_this_process(), "-P", "-c", PROBE)[1] is False
-    assert told(in_this_process(), "-c", PROBE, preexec_fn=lambda: None)[1] is False
-    assert told(in_this_process(), "-c", PROBE, env=environment(PYTHONPATH=str(tmp_path.parent)))[1] is True
+        assert told(Popen, "-c", PROBE, env=environment(**extra))[1] is False
+    assert told(Popen, "-P", "-c", PROBE)[1] is False
+    assert told(Popen, "-c", PROBE, preexec_fn=lambda: None)[1] is False
+    assert told(Popen, "-c", PROBE, env=environment(PYTHONPATH=str(tmp_path.parent)))[1] is True
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_it_ends_as_a_real_one_does(tmp_path: Path, code: str, left_with: int) -
         f"import atexit, os, signal, sys, threading\nprint('begun', flush=True)\n{code}\n"
     )
     ends = []
-    for popen in (subprocess.Popen, in_this_process()):
+    for popen in (RealPopen, Popen):
         process = popen(
             [sys.executable, "ends.py"],
             cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -106,7 +106,7 @@ def test_it_ends_as_a_real_one_does(tmp_path: Path, code: str, left_with: int) -
 
 def test_signals_reach_it_from_its_first_moment_on() -> None:
     for _ in range(20):
-        process = in_this_process()([sys.executable, "-c", "import time; time.sleep(60)"], env=environment())
+        process = Popen([sys.executable, "-c", "import time; time.sleep(60)"], env=environment())
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == -signal.SIGTERM
 
@@ -120,7 +120,7 @@ def test_torchrun_and_its_workers_are_forked_as_well(tmp_path: Path) -> None:
         "sys.exit(7 if os.environ['RANK'] == '1' else 0)\n"
     )
     args = [*command(2)[:-2], "worker.py"]
-    process = in_this_process()(args, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
+    process = Popen(args, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
     told = process.communicate(timeout=60)[1]
     assert process.returncode == 1, told
     assert "exitcode  : 7" in told
@@ -129,7 +129,7 @@ def test_torchrun_and_its_workers_are_forked_as_well(tmp_path: Path) -> None:
 
 
 def test_workers_of_a_forked_torchrun_end_when_it_is_killed(tmp_path: Path) -> None:
-    process = in_this_process()(
+    process = Popen(
         [*command(2), "trainer.duration=10000ep", "run.dir=runs"],
         cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip

@@ -141,7 +141,7 @@ def test_out_of_memory_halves_the_micro_batches_of_all_and_goes_on_and_a_slow_ra
 
 
 def test_a_single_rank_dies_with_its_torchrun_and_the_next_start_says_what_it_could_not(folder: Path) -> None:
-    process = start(folder, 0, "--config", "faulty.yaml", env={"FAIL": "hang-model@0"})
+    process = start(folder, 0, "--config", "faulty.yaml", env={"FAIL": "hang-model@0"}, real=True)
     while not (folder / "happened").exists():
         assert process.poll() is None
         time.sleep(0.05)
