@@ -384,11 +384,11 @@ def said(done: subprocess.CompletedProcess[str], word: str = "") -> list[str]:
 
 
 def memory(device: torch.device) -> Findings:
-    """Out of memory: begins anew with half, in the same process, and the card is free for it."""
+    """Out of memory: restarts with half the size in the same process, and the GPU is free for it."""
     with project() as (_, python):
         done = python(*train(device, "model._target_=user.Hungry"))
-        halved = done.stderr.count("start again with micro-batches of")
-        yield {"what": "halved", "rc": done.returncode, "times": halved, "said": said(done, "start again"),
+        halved = done.stderr.count("restart with micro-batches of")
+        yield {"what": "halved", "rc": done.returncode, "times": halved, "said": said(done, "restart"),
                "ok": done.returncode == 0 and halved >= 1}  # fmt: skip
 
 

@@ -8,8 +8,9 @@ import sys
 from collections.abc import Sequence
 
 from dist_train.config.errors import ConfigError, did_you_mean
-from dist_train.watch import failure, signals
-from dist_train.watch.peers import Peers
+from dist_train.runtime.launch import rank_of_environment
+from dist_train.watch import failure, leave, signals
+from dist_train.watch.processes import owned_by_command
 
 # Each is a module of dist_train.commands, imported when it is asked for.
 COMMANDS = {
@@ -49,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     named = arguments and not arguments[0].startswith("-") and "=" not in arguments[0]
     name = arguments.pop(0) if named else "train"
-    signals.install(stops=name == "train")
+    rank = rank_of_environment()
+    signals.install(stops=name == "train", reports=rank == 0)
     try:
         if name not in COMMANDS:
             guess = (
@@ -57,23 +59,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             known = f"{guess}; commands: {', '.join(COMMANDS)}"
             raise ConfigError.single("", f"there is no command {name!r}{known}", where="command line")
-        Peers.may_exit = True
-        return importlib.import_module(f"dist_train.commands.{name}").main(arguments)
+        with owned_by_command():
+            return importlib.import_module(f"dist_train.commands.{name}").main(arguments)
     except ConfigError as error:
-        failure.tell_config_error(str(error))
+        leave.report_config_error(str(error), rank)
         return 2
-    except BrokenPipeError:
+    except (BrokenPipeError, leave.ReportedError):
         return 1
-    except BaseException as error:
-        # Those that the user's code raised within a run are failures: their code would tell a script that all is well.
-        if isinstance(error, SystemExit | KeyboardInterrupt) and not hasattr(error, "dist_train_record"):
-            if isinstance(error, KeyboardInterrupt):
-                return 130
-            raise
-        failure.tell_crash(error)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        failure.report(failure.describe(error, rank))
         return 1
     finally:  # somebody else's process may go on, and train in its own way
-        Peers.may_exit = False
         signals.restore()
 
 

@@ -35,7 +35,8 @@ from dist_train.training.state import Progress, restore
 from dist_train.training.trainer import Trainer
 from dist_train.views.model import report_at_end, write_curves
 from dist_train.watch import failure, signals
-from dist_train.watch.peers import Peers
+from dist_train.watch.leave import RunFacts
+from dist_train.watch.processes import is_owned
 
 if TYPE_CHECKING:
     from dist_train.config.schema import Config
@@ -51,7 +52,7 @@ def train_config(config: Config) -> dict[str, Any]:
         with open_world(config.distributed, read_placement(os.environ)) as world:
             return train_in(world, config, Console(world.is_main))
     finally:
-        if not Peers.may_exit:
+        if not is_owned():
             signals.restore()  # in somebody else's process Ctrl-C is theirs again
 
 
@@ -148,6 +149,7 @@ class Start:
         self.trainer: Trainer | None = None
         self.attempt = 0
         self.decision = decision
+        self._attached = False  # whether a failure is this run's, to be recorded
 
     def _own(self) -> tuple[tuple[int, str], int, dict[str, Any]]:
         """The first writes: rank 0 takes the lease, looks again at what there is, and claims this start's number.
@@ -190,17 +192,15 @@ class Start:
                 self.parts = build_parts(self.config, self.world, self.decision)
             self.run.begin(self.world)
             setup_logging(self.run.path(f"logs/rank-{self.world.rank}.log"), self.world.rank)
-            peers.parting, peers.closing = self._part, self._record_failure
-            self._inform_peers()
+            peers.attach(self._facts())
+            self._attached = True
             return self._train()
         except BaseException as raised:
             peers.leave_a_fork(raised)
             error = self._lost() or raised  # what failed, failed for it
-            if isinstance(error, LeaseLostError):
-                peers.closing = None  # the records are another's by now
-            peers.raised(error)  # with several processes this one ends here
-            if peers.closing is not None and self.world.is_main:
-                peers.closing(getattr(error, "dist_train_record", None) or failure.describe(error))
+            record = peers.raised(error)  # with several processes this one ends here
+            if self._attached and self.world.is_main:
+                self._record_failure(record or failure.describe(error))
             if error is raised:
                 raise
             raise error from raised
@@ -293,20 +293,21 @@ class Start:
             objects=facts_of(self.config),
         )
 
-    def _inform_peers(self) -> None:
-        """What the summary of a failure needs to know of this run."""
-        parts, world, peers = self.parts, self.world, self.world.peers
+    def _facts(self) -> RunFacts:
+        """What a failure's report needs of this run, and what the run does about it."""
+        parts, world, logs = self.parts, self.world, self.run.path("logs")
+        auto = self.config.trainer.micro_batch_size == "auto"
 
         def samples(step: int, rank: int) -> Sequence[int]:
             indices = parts.plan.batch(step - 1)
             return indices[share(len(indices), rank, world.size)].tolist()
 
-        peers.samples, peers.micro_batch_size = samples, parts.micro_batch_size
-        peers.logs = str(self.run.path("logs"))
-        peers.may_halve = self.config.trainer.micro_batch_size == "auto"
-        peers.changes = parts.what_splitting_changes
-        if peers.may_exit:  # a crash inside C code leaves its Python stack in the log
-            faulthandler.enable(open(self.run.path(f"logs/rank-{world.rank}.log"), "a"))  # noqa: SIM115
+        def less_memory() -> tuple[str, int | None]:
+            return failure.less_memory(parts.micro_batch_size, parts.what_splitting_changes(), auto=auto)
+
+        if is_owned():  # a crash inside C code leaves its Python stack in the log
+            faulthandler.enable(open(logs / f"rank-{world.rank}.log", "a"))  # noqa: SIM115
+        return RunFacts(str(logs), samples, less_memory, self._record_failure, self._on_exit)
 
     def _tell_unfinished(self) -> None:
         """A process that was killed alone could not say so: its start has no end in attempts.jsonl."""
@@ -322,7 +323,7 @@ class Start:
                 "-T | grep -i kill) and the scheduler's limits"
             )
 
-    def _part(self) -> None:
+    def _on_exit(self) -> None:
         """What a rank that leaves in the middle owes to others: the run for the next start, and the terminal."""
         if self.run.lease is not None:
             self.run.lease.release()
@@ -331,7 +332,8 @@ class Start:
     def _record_failure(self, record: failure.Record) -> None:
         """Leave word of a failure, as far as disk and store let one: what they say now must not hide the failure itself."""
         run, trainer = self.run, self.trainer
-        run.hurry()
+        if self._lost() is not None:
+            return  # the records are another's by now
         cause = failure.cause(record)
 
         def tell() -> None:

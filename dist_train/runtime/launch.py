@@ -1,4 +1,4 @@
-"""This process's place among those of its job: its rank as the launcher tells it, the rest as the hosts themselves tell."""
+"""This process's place among those of its job: its rank from the launcher's environment, the rest from the hosts themselves."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from typing import Any
 from dist_train.config.errors import ConfigError, Problem
 from dist_train.watch.processes import machine
 
-# What `accelerate launch` may ask for by the environment and wouldn't get here.
-_NOT_TAKEN = {
+# What `accelerate launch` requests by the environment and would silently not get here.
+_UNSUPPORTED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_FSDP": "its FSDP plugin",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
-    "ACCELERATE_DYNAMO_BACKEND": "a dynamo_backend (trainer.compile=true is the way here)",
-    "ACCELERATE_MIXED_PRECISION": "a mixed_precision beside no, fp16 and bf16",
+    "ACCELERATE_DYNAMO_BACKEND": "a dynamo_backend (use trainer.compile=true here)",
+    "ACCELERATE_MIXED_PRECISION": "a mixed_precision other than no, fp16 and bf16",
 }
-_TAKEN = ("", "no", "false", "fp16", "bf16")
-# Rank and number of processes, as mpirun tells them: Open MPI; MPICH, Intel MPI and others with its `hydra`; MVAPICH.
+_SUPPORTED = ("", "no", "false", "fp16", "bf16")
+# Rank, world size and local size as mpirun sets them: Open MPI; MPICH, Intel MPI and others with `hydra`; MVAPICH.
 _MPI = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"),
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALNRANKS"),
     ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE"),
 )
-_SAY_SECONDS = (5.0, 60.0)  # until a wait for partners is told of, and told of again
+_NOTICE_SECONDS = (5.0, 60.0)  # until a wait for other processes is reported, and between later reports
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ class Placement:
     """A process's place among the processes of its job.
 
     Attributes:
-        rank, size, launcher: as the launcher's environment tells them. launcher: none, torchrun, accelerate, srun, mpirun, or
-            environment (RANK and WORLD_SIZE of somebody else, as of Kubernetes' PyTorchJob).
-        names: the variables that told rank and size.
-        local_rank, local_size, nodes: among the ranks of this host, and the number of hosts; known once all have met.
+        rank, size, launcher: from the launcher's environment. launcher: none, torchrun, accelerate, srun, mpirun, or
+            environment (RANK and WORLD_SIZE set by something else, such as Kubernetes' PyTorchJob).
+        names: the variables that gave rank and size.
+        local_rank, local_size, nodes: among the ranks of this host, and the number of hosts; known after the rendezvous.
         gpu, gpu_ranks: among the ranks that see the same GPUs (under `srun --gpus-per-task=1` each sees its own).
     """
 
@@ -68,13 +68,13 @@ class Placement:
 
 
 def read_placement(env: Mapping[str, str]) -> Placement:
-    """The rank that a launcher left in the environment; one process if none did.
+    """The rank that a launcher put into the environment; a single process if none did.
 
-    `accelerate launch` with one process sets no RANK; a shell inside a Slurm job has SLURM_PROCID but no step, and one by
-    `srun --pty` has all of a step's variables, and a terminal, which no task of an ordinary step has.
+    `accelerate launch` with one process sets no RANK; a shell inside a Slurm job has SLURM_PROCID but no step, and one opened
+    by `srun --pty` has all variables of a step, and a terminal, which no task of an ordinary step has.
 
     Raises:
-        ConfigError: the variables don't make a place.
+        ConfigError: the variables are incomplete or contradictory.
     """
     accelerate = "ACCELERATE_MIXED_PRECISION" in env
     if "RANK" in env or env.get("WORLD_SIZE", "1") != "1":
@@ -88,14 +88,21 @@ def read_placement(env: Mapping[str, str]) -> Placement:
             return _placed(env, "mpirun", rank, size)
     if by_slurm and by_slurm[1] not in (None, "1") and not in_a_shell(env):
         return _placed(env, "srun", *slurm)
-    if "PMIX_RANK" in env and not by_slurm:  # prterun, which tells no size
+    if "PMIX_RANK" in env and not by_slurm:  # prterun, which sets no size
         return _placed(env, "mpirun", "PMIX_RANK", "OMPI_COMM_WORLD_SIZE")
     return Placement(launcher="accelerate" if accelerate else "none")
 
 
+def rank_of_environment() -> int:
+    """The rank as the environment states it, before anything is set up; 0 where it states none, or nonsense."""
+    with contextlib.suppress(ConfigError):
+        return read_placement(os.environ).rank
+    return 0
+
+
 def in_a_shell(env: Mapping[str, str]) -> bool:
-    """Whether somebody has typed this command in a shell that `srun --pty` has opened, one task among several."""
-    if "SLURM_PTY_PORT" not in env:  # steps that such a shell starts inherit it, but not the terminal
+    """Whether this command was typed in a shell that `srun --pty` has opened, one task among several."""
+    if "SLURM_PTY_PORT" not in env:  # steps started from such a shell inherit it, but not the terminal
         return False
     with contextlib.suppress(OSError):
         os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
@@ -104,112 +111,113 @@ def in_a_shell(env: Mapping[str, str]) -> bool:
 
 
 def _placed(env: Mapping[str, str], launcher: str, *names: str) -> Placement:
-    told = [env.get(name, "") for name in names]
-    if not all(value.isascii() and value.isdigit() for value in told) or int(told[0]) >= int(told[1]):
-        seen = ", ".join(f"{name}={env[name]}" if name in env else f"no {name}" for name in names)
+    values = [env.get(name, "") for name in names]
+    if not all(value.isascii() and value.isdigit() for value in values) or int(values[0]) >= int(values[1]):
+        found = ", ".join(f"{name}={env[name]}" if name in env else f"no {name}" for name in names)
         message = (
-            f"the environment says {seen}; a process of several needs both, the rank below the size. Export what is missing, "
-            f"start them by torchrun, or unset {' and '.join(name for name in names if name in env)} to train with this one"
+            f"the environment has {found}; a distributed process needs both, with the rank below the size. Export what is "
+            f"missing, launch with torchrun, or unset {' and '.join(name for name in names if name in env)} to train with this "
+            "process alone"
         )
         raise ConfigError.single(names[0], message, where="environment")
-    return Placement(int(told[0]), int(told[1]), launcher, names)
+    return Placement(int(values[0]), int(values[1]), launcher, names)
 
 
 def check_launcher(env: Mapping[str, str]) -> None:
-    """Refuse what accelerate's configuration asks for and would silently not get.
+    """Refuse what accelerate's configuration requests and would silently not get.
 
     Raises:
-        ConfigError: naming each such setting.
+        ConfigError: with each such setting.
     """
-    asked = {name: what for name, what in _NOT_TAKEN.items() if env.get(name, "").lower() not in _TAKEN}
-    advice = "which isn't taken here: leave it out, as launch/accelerate/ddp.yaml does"
-    if asked:
-        told = [(f"{name}={env[name]}", f"asks for {what}, {advice}") for name, what in asked.items()]
-        raise ConfigError([Problem("accelerate launch", *problem) for problem in told])
+    requested = {name: what for name, what in _UNSUPPORTED.items() if env.get(name, "").lower() not in _SUPPORTED}
+    fix = "which is not supported here: leave it out, as launch/accelerate/ddp.yaml does"
+    if requested:
+        problems = [(f"{name}={env[name]}", f"requests {what}, {fix}") for name, what in requested.items()]
+        raise ConfigError([Problem("accelerate launch", *problem) for problem in problems])
 
 
-def meet(placement: Placement, store: Any, gpus: str, timeout: float) -> tuple[Placement, str]:
-    """All processes meet in `store`; this one's whole place, and a word of rank 0's that is new with each meeting.
+def complete_placement(placement: Placement, store: Any, gpus: str, timeout: float) -> tuple[Placement, str]:
+    """Wait for all processes in `store`, and compare hosts and GPUs.
 
-    Hosts are told apart by what their processes say of themselves. `gpus` names those that this process sees, by names that no
-    other host's have.
+    Hosts are told apart by what their processes post, not by the launcher's word. `gpus`: the GPUs that this process sees, by
+    names that are unique over hosts.
+
+    Returns:
+        The whole placement, and a nonce of rank 0's that is new with each rendezvous.
 
     Raises:
-        TimeoutError: some never came.
+        TimeoutError: some processes never joined.
     """
     # All of Slurm's nodes may be on one machine (a test's are).
     mine = [f"{machine()} {os.environ.get('SLURMD_NODENAME', '')}", gpus, uuid.uuid4().hex]
-    store.set(f"here/{placement.rank}", "\0".join(mine))
-    keys = [f"here/{rank}" for rank in range(placement.size)]
-    began, say_at, pause = time.monotonic(), _SAY_SECONDS[0], 0.01
+    store.set(f"joined/{placement.rank}", "\0".join(mine))
+    keys = [f"joined/{rank}" for rank in range(placement.size)]
+    began, notice_at, pause = time.monotonic(), _NOTICE_SECONDS[0], 0.01
     while not store.check(keys):
         waited = time.monotonic() - began
-        if waited > min(say_at, timeout):
+        if waited > min(notice_at, timeout):
             absent = [rank for rank in range(placement.size) if not store.check([keys[rank]])]
             if waited > timeout:
                 raise TimeoutError(_waiting(placement, waited, absent))
             if placement.rank == 0 and absent:
                 print(_waiting(placement, waited, absent), file=sys.stderr, flush=True)
-            say_at = waited + _SAY_SECONDS[1]
+            notice_at = waited + _NOTICE_SECONDS[1]
         time.sleep(pause)
         pause = min(2 * pause, 0.5)
-    told = [value.decode().split("\0") for value in store.multi_get(keys)]
-    hosts = [host for host, _, _ in told]
-    near = [rank for rank in range(placement.size) if hosts[rank] == mine[0]]
-    sharing = [rank for rank in range(placement.size) if told[rank][1] == gpus]  # in containers, perhaps
-    place = dataclasses.replace(
-        placement, local_rank=near.index(placement.rank), local_size=len(near), nodes=len(set(hosts)),
+    posted = [value.decode().split("\0") for value in store.multi_get(keys)]
+    local = [rank for rank, (host, _, _) in enumerate(posted) if host == mine[0]]
+    sharing = [rank for rank, (_, theirs, _) in enumerate(posted) if theirs == gpus]  # in containers, perhaps
+    complete = dataclasses.replace(
+        placement, local_rank=local.index(placement.rank), local_size=len(local), nodes=len({host for host, _, _ in posted}),
         gpu=sharing.index(placement.rank), gpu_ranks=len(sharing),
     )  # fmt: skip
-    return place, told[0][2]
+    return complete, posted[0][2]
 
 
-def join(placement: Placement, timeout: timedelta) -> Any:
-    """The store in which all processes meet: that of torchrun's agent, else rank 0's.
+def rendezvous(placement: Placement, timeout: timedelta) -> Any:
+    """A client of the store that connects all processes: that of torchrun's agent, else rank 0's.
 
     Raises:
-        ConfigError: nobody says where rank 0 lives.
+        ConfigError: the environment doesn't say where rank 0 is.
     """
     import torch.distributed as dist
 
-    _name_master(placement)
+    _set_master(placement)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store, _, _ = next(dist.rendezvous("env://", placement.rank, placement.size, timeout=timeout))
         store.set_timeout(timeout)
         return store
-    calling = threading.Timer(_SAY_SECONDS[0], _tell_calling, [placement])
-    calling.daemon = True
-    calling.start()
+    notice = threading.Timer(
+        _NOTICE_SECONDS[0], lambda: print(_waiting(placement, _NOTICE_SECONDS[0], [0]), file=sys.stderr, flush=True)
+    )
+    notice.daemon = True
+    notice.start()
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
         return dist.TCPStore(
             address, port, placement.size, placement.rank == 0, timeout, wait_for_workers=False, multi_tenant=True
         )
     finally:
-        calling.cancel()
-
-
-def _tell_calling(placement: Placement) -> None:
-    print(_waiting(placement, _SAY_SECONDS[0], [0]), file=sys.stderr, flush=True)
+        notice.cancel()
 
 
 def _waiting(placement: Placement, seconds: float, absent: list[int]) -> str:
-    """Who is missing, and what made this process wait for them."""
+    """Which ranks are missing, and which variables made this process wait for them."""
     few = ", ".join(str(rank) for rank in absent[:8]) + (", ..." if len(absent) > 8 else "")
-    there = f"{placement.size - len(absent)} of {placement.size} processes are here"
+    joined = f"{placement.size - len(absent)} of {placement.size} processes have joined, rank {few} missing"
     if placement.rank and absent == [0]:
-        there = "nobody answers where rank 0 should be"
+        joined = "no answer from rank 0"
     names = (*placement.names, "MASTER_ADDR", "MASTER_PORT")
-    went_by = ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
+    found = ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
     return (
-        f"dist_train: rank {placement.rank} on {socket.gethostname()} has waited for its partners for {seconds:.0f} s: {there}, "
-        f"no word of rank {few}. It went by {went_by} ({placement.launcher}); to train with this process alone, unset "
+        f"dist_train: rank {placement.rank} on {socket.gethostname()} has waited {seconds:.0f} s for the other processes: "
+        f"{joined}. The environment has {found} (launcher: {placement.launcher}); to train with this process alone, unset "
         f"{' and '.join(placement.names)}"
     )
 
 
-def _name_master(placement: Placement) -> None:
-    """Under srun and mpirun nobody says where rank 0 lives: the step's first host, and a port that follows from the job."""
+def _set_master(placement: Placement) -> None:
+    """srun and mpirun set no rendezvous address: use the step's first host, and a port derived from the job."""
     env = os.environ
     if placement.launcher == "srun":
         job, step = int(env.get("SLURM_JOB_ID", "0")), int(env.get("SLURM_STEP_ID", "0"))
@@ -226,7 +234,7 @@ def _name_master(placement: Placement) -> None:
         message = (
             f"{what}. {placement.names[0]} and {placement.names[1]} say that this is one of {placement.size} processes; export "
             "the address of rank 0's host and a free port there to all of them (mpirun -x MASTER_ADDR=node1 -x "
-            "MASTER_PORT=29500), or start them by torchrun"
+            "MASTER_PORT=29500), or launch with torchrun"
         )
         raise ConfigError.single("MASTER_ADDR", message, where="environment")
 
@@ -236,7 +244,7 @@ def _first_host(nodes: str) -> str:
         listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         message = (
-            f"can't tell the first host of {nodes!r} (scontrol failed: {error}); export MASTER_ADDR in the batch script"
+            f"can't find the first host of {nodes!r} (scontrol failed: {error}); export MASTER_ADDR in the batch script"
         )
         raise ConfigError.single("MASTER_ADDR", message) from None
     return listed.stdout.split()[0]

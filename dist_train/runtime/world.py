@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_train.config.errors import ConfigError, Problem
-from dist_train.runtime.launch import Placement, check_launcher, in_a_shell, join, meet
-from dist_train.watch import signals
+from dist_train.runtime.launch import Placement, check_launcher, complete_placement, in_a_shell, rendezvous
+from dist_train.watch import failure, signals
+from dist_train.watch.leave import ReportedError
 from dist_train.watch.peers import Peers
-from dist_train.watch.processes import AGAIN, die_with_parent, machine, raise_file_limit
+from dist_train.watch.processes import die_with_parent, is_owned, machine, raise_file_limit, restarts
 from dist_train.watch.status import STARTING, SYNC, status
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     from dist_train.config.schema import DistributedConfig
 
 
-_GROUPS = itertools.count(1000 * int(os.environ.get(AGAIN, "0")))  # process groups that this process has joined
+# Numbers for the process groups that this process joins: the store of torchrun's agent keeps the keys of earlier ones.
+_GROUPS = itertools.count(1000 * restarts())
 
 
 def usable_cpus() -> int:
@@ -198,7 +200,8 @@ def open_world(config: DistributedConfig, placement: Placement) -> Iterator[Worl
     """Join the other processes of the job: store, device and process group (NCCL on CUDA, gloo on CPU).
 
     The process group's timeout is the hang timeout plus a minute, so that whoever watches for hangs speaks first. An
-    exception inside (other than a ConfigError) ends this process and all others, where there are others: see `Peers`.
+    exception inside (other than a ConfigError) ends this process and all others, where there are others: see `Peers`. Alone in a
+    process that a command owns, it is reported and becomes a `ReportedError`.
 
     Raises:
         ConfigError: the device can't be had (see `pick_device`), or the launcher asks for what there isn't (`check_launcher`).
@@ -214,9 +217,11 @@ def open_world(config: DistributedConfig, placement: Placement) -> Iterator[Worl
     launchers = own = backend = None
     if placement.size > 1:
         # A process that trains a second time would else meet the keys of its first group in the launcher's store, and hang.
-        launchers = dist.PrefixStore(f"group-{next(_GROUPS)}", join(placement, timeout))
-        placement, word = meet(placement, launchers, visible_gpus(config.device), timeout.total_seconds())
-        own = dist.PrefixStore(f"dist_train/{word}", launchers)  # an agent's store outlives a restart of its workers
+        launchers = dist.PrefixStore(f"group-{next(_GROUPS)}", rendezvous(placement, timeout))
+        placement, nonce = complete_placement(
+            placement, launchers, visible_gpus(config.device), timeout.total_seconds()
+        )
+        own = dist.PrefixStore(f"dist_train/{nonce}", launchers)  # an agent's store outlives a restart of its workers
     elif placement.launcher == "none" and in_a_shell(os.environ):
         print("warning: a shell of `srun --pty`: training with this process alone", file=sys.stderr, flush=True)
     peers = Peers(placement.rank, placement.size, own and own.clone(), config.hang_timeout.value)
@@ -230,9 +235,12 @@ def open_world(config: DistributedConfig, placement: Placement) -> Iterator[Worl
         yield World(placement, device, own, backend, peers)
         peers.close()
     except BaseException as error:
-        peers.raised(error)
-        if Peers.may_exit:
-            backend = None  # this process says what is wrong and ends; the group would first wait for the others
+        record = peers.raised(error)
+        if is_owned():
+            backend = None  # this process ends: destroying the group would first wait for the others
+            if record is not None and not isinstance(error, BrokenPipeError):
+                failure.report(record)
+                raise ReportedError from error
         raise
     finally:
         signals.before_end(None)

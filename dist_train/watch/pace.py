@@ -20,9 +20,9 @@ class Pace:
         self.size = size
         self._known: dict[int, tuple[float, float]] = {}
         self._candidate, self._times = -1, 0
-        self._told: set[int] = set()
+        self._reported: set[int] = set()
 
-    def hear(self, rank: int, sums: Sequence[float], before: Sequence[float] | None) -> None:
+    def update(self, rank: int, sums: Sequence[float], before: Sequence[float] | None) -> None:
         """Two readings of a rank's (steps, own seconds, seconds of waiting for data), each a sum since its start."""
         if before is not None and sums[0] > before[0]:
             steps, own, waited = (new - old for new, old in zip(sums, before, strict=True))
@@ -47,9 +47,9 @@ class Pace:
         slow = own > SLOW * usual and own - usual > NOTICEABLE
         self._times = 0 if not slow else self._times + 1 if rank == self._candidate else 1
         self._candidate = rank
-        if self._times < IN_A_ROW or rank in self._told:
+        if self._times < IN_A_ROW or rank in self._reported:
             return None, ""
-        self._told.add(rank)
+        self._reported.add(rank)
         return rank, (
             f"{own * 1e3:.0f} ms a step until its gradients are ready ({waited * 1e3:.0f} ms of it waiting for data), "
             f"{usual * 1e3:.0f} ms on the others, which wait for it"

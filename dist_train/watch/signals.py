@@ -24,8 +24,8 @@ _GRACE = 3.0  # seconds to end in a better way
 class _Listener:
     """The socket of this process, the thread that reads it, and what was there before."""
 
-    def __init__(self, numbers: tuple[signal.Signals, ...]):
-        self.numbers = numbers
+    def __init__(self, numbers: tuple[signal.Signals, ...], reports: bool):
+        self.numbers, self.reports = numbers, reports
         self.reader, self.writer = socket.socketpair()
         self.writer.setblocking(False)
         self.theirs = signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)  # an event loop's
@@ -89,18 +89,19 @@ _interrupted_at: float | None = None
 _before_end: Callable[[], object] | None = None  # tells the other ranks
 
 
-def install(stops: bool = True) -> None:
+def install(stops: bool = True, reports: bool = True) -> None:
     """Listen from here on; does nothing outside the main thread (a notebook's worker, say).
 
     Args:
         stops: each of `STOP_SIGNALS` ends this process, with exit code 128 + its number, until somebody calls `hold()`. Else
             only Ctrl-C is heard, so that it ends a process whose main thread can't take its KeyboardInterrupt.
+        reports: whether this process says so (rank 0).
     """
     global _listener
     if threading.current_thread() is not threading.main_thread():
         return
     if _listener is None:
-        _listener = _Listener(STOP_SIGNALS if stops else (signal.SIGINT,))
+        _listener = _Listener(STOP_SIGNALS if stops else (signal.SIGINT,), reports)
     if stops:
         _listener.numbers = STOP_SIGNALS
         _listener.take_over()
@@ -169,10 +170,8 @@ def _end(number: int) -> None:
     telling = threading.Thread(target=_before_end or (lambda: None), daemon=True)
     telling.start()
     telling.join(timeout=_GRACE)
-    from dist_train.watch.failure import rank_of_this_process
-
-    if rank_of_this_process() == 0:
-        text = f"dist_train: {signal.Signals(number).name} before the run had begun: nothing was written\n"
+    if _listener is not None and _listener.reports:
+        text = f"dist_train: {signal.Signals(number).name} before the run started: nothing was written\n"
         with contextlib.suppress(OSError):
             os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
     os._exit(128 + number)

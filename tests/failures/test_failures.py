@@ -17,7 +17,7 @@ from runs import environment, rows, run, start
 
 from dist_train.watch.processes import process_state
 
-GONE = "its process has ended without a word"
+LOST = "its process ended without a message"
 # kind: phase, what the line `error` says, what the user's line says, what to try
 KINDS = {
     "model": ("step 13 (forward)", "RuntimeError: a model that fails", "raise RuntimeError", "one process"),
@@ -26,14 +26,14 @@ KINDS = {
     "worker": ("", "oader worker", "", "/dev/shm"),  # torch raises wherever the main thread is
     "optimizer": ("step 13 (update)", "ArithmeticError: an optimizer", "raise ArithmeticError", "one process"),
     "callback": ("step 13 (callback)", "LookupError: a callback", "raise LookupError", "one process"),
-    "kill": ("step 13 (forward)", GONE, "", "out-of-memory killer"),
-    "exit": ("step 13 (forward)", GONE, "", "out-of-memory killer"),
-    "segfault": ("step 13 (forward)", GONE, "", "out-of-memory killer"),
+    "kill": ("step 13 (forward)", LOST, "", "out-of-memory killer"),
+    "exit": ("step 13 (forward)", LOST, "", "out-of-memory killer"),
+    "segfault": ("step 13 (forward)", LOST, "", "out-of-memory killer"),
     "memory": ("step 13 (forward)", "MemoryError", "raise MemoryError", "trainer.micro_batch_size="),
     "allocation": ("step 13 (forward)", "allocate", "torch.empty", "trainer.micro_batch_size="),
     "nan": ("step 13 (update)", "NonFiniteError: step 13: the loss or a gradient is inf or nan", "", "optimizer.lr"),
     "evaluation": ("step 19 (evaluation)", "ValueError: an evaluation", "raise ValueError", "one process"),
-    "save": ("", "No space left on device", "raise OSError", "make room"),
+    "save": ("", "No space left on device", "raise OSError", "free disk space"),
 }
 KILLED = ("kill", "exit", "segfault")
 ONLY_RANK_ZERO = ("save",)
@@ -124,13 +124,13 @@ def test_out_of_memory_halves_the_micro_batches_of_all_and_goes_on_and_a_slow_ra
     options = ("loss._target_=torch.nn.CrossEntropyLoss", "trainer.log_every=4step", "checkpoint.every=1000step")
     duration, fails = "trainer.duration=60step", {"FAIL": f"large+slow@{rank}"}
     done = run(folder, processes, "--config", "faulty.yaml", *options, duration, env=fails)
-    assert done.stderr.count("MemoryError; all ranks start again with micro-batches of 16") == 1
-    assert "without a word" not in done.stderr
+    assert done.stderr.count("MemoryError; all ranks restart with micro-batches of 16") == 1
+    assert "without a message" not in done.stderr
     place = folder / "runs/run"
     assert json.loads((place / "micro_batches.json").read_text())["micro_batch_size"] == 16
     assert json.loads((place / "status.json").read_text())["state"] == "completed"
     again = run(folder, 1, "--config", "faulty.yaml", *options, "trainer.duration=61step", env=fails)
-    assert "start again" not in again.stderr, "it is kept on resume"
+    assert "restart" not in again.stderr, "it is kept on resume"
     if processes > 1:
         told = [line for line in done.stderr.splitlines() if " is slow: " in line]
         assert len(told) == 1
@@ -160,8 +160,8 @@ HANGS = {
     "hang-model": "forward, step 13",
     "hang-dataset": "waiting for data, step ",
     "hang-save": "saving, step ",
-    "stop": "forward, step 13, no sign of life for ",
-    "deaf": "forward, step 13, no sign of life for ",
+    "stop": "forward, step 13, no heartbeat for ",
+    "deaf": "forward, step 13, no heartbeat for ",
     "hang-evaluation": "evaluation, step 19",
 }
 
@@ -175,7 +175,7 @@ def check_hang(folder: Path, kind: str, rank: int, processes: int) -> None:
     assert seconds < 5 + 5 + 5, "hang_timeout + 5 s, and torchrun's own end"
     assert f"rank {rank} on {os.uname().nodename}" in text
     assert HANGS[kind] in text
-    assert "nothing has moved for 5 s" in text
+    assert "no progress for 5 s" in text
     assert ("; the others wait for it" in text) == (processes > 1)
     for other in range(processes):
         if kind not in ("stop", "deaf") or other != rank:
@@ -183,7 +183,7 @@ def check_hang(folder: Path, kind: str, rank: int, processes: int) -> None:
             assert "most recent call first" in log, "the stacks of all threads"
     status = json.loads((folder / "runs/run/status.json").read_text())
     assert status["state"] == "failed"
-    assert "nothing has moved" in status["error"]
+    assert "no progress" in status["error"]
 
 
 @pytest.mark.parametrize(("kind", "rank", "processes"), [("hang-dataset", 0, 1), ("deaf", 0, 2)])
@@ -207,15 +207,17 @@ def test_a_rank_alone_in_c_code_that_holds_the_gil_ends_with_its_stacks() -> Non
     script = """
 import ctypes, time
 from dist_train.watch import peers, status
+from dist_train.watch.processes import owned_by_command
 
-peers.DEAF_SECONDS, peers.Peers.may_exit = 0.5, True
-peers.Peers(hang_timeout=1.0).start()
-status.status.phase = status.FORWARD
-time.sleep(0.8)
-ctypes.PyDLL(None).sleep(60)
+peers.DEAF_SECONDS = 0.5
+with owned_by_command():
+    peers.Peers(hang_timeout=1.0).start()
+    status.status.phase = status.FORWARD
+    time.sleep(0.8)
+    ctypes.PyDLL(None).sleep(60)
 """
     began = time.monotonic()
     done = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True, timeout=30)
     assert done.returncode == 1
-    assert "line 9 in <module>" in done.stderr
+    assert "line 11 in <module>" in done.stderr
     assert time.monotonic() - began < 10

@@ -72,6 +72,6 @@ def test_a_host_that_goes_is_named_and_the_others_end_their_ranks(hosts: Hosts, 
     print(told, f"{way}: gone after {seconds:.1f} s")
     lines = [line for line in told.splitlines() if line.startswith("dist_train: ")]
     assert len(lines) == 1
-    assert re.fullmatch(r"dist_train: rank \d of 3 on h3 has gone in step 13 \(forward\)", lines[0])
+    assert re.fullmatch(r"dist_train: rank \d of 3 on h3 was lost in step 13 \(forward\)", lines[0])
     assert seconds < 10
-    assert "no sign of life for 6 s" in told
+    assert "no heartbeat for 6 s" in told

@@ -19,17 +19,21 @@ import torch
 from faulty import Loss
 from runs import environment
 
+from dist_train.config.schema import DistributedConfig
 from dist_train.data.errors import SampleError
 from dist_train.data.reading import Seeded
 from dist_train.data.sampler import MicroBatch
 from dist_train.doctor import probes
 from dist_train.main import main
+from dist_train.runtime.launch import Placement
+from dist_train.runtime.world import open_world
 from dist_train.task.losses import Loss as EngineLoss
 from dist_train.training.parts import Parts
 from dist_train.watch import failure, signals
+from dist_train.watch.leave import RunFacts
 from dist_train.watch.pace import IN_A_ROW, Pace
 from dist_train.watch.peers import Peers
-from dist_train.watch.processes import process_state
+from dist_train.watch.processes import owned_by_command, process_state
 from dist_train.watch.status import EVALUATION, FORWARD, PHASES, Status, status, status_fd, status_of
 
 
@@ -85,8 +89,8 @@ def test_an_exit_in_the_users_code_is_a_failure_of_the_command(
     def ends(error: BaseException) -> Any:
         def command(arguments: object) -> int:
             signals.hold()
-            Peers(0, 1).raised(error)
-            raise error
+            with open_world(DistributedConfig(device="cpu"), Placement()):
+                raise error
 
         return SimpleNamespace(main=command)
 
@@ -164,16 +168,16 @@ Backend, Accelerator = torch.distributed.DistBackendError, torch.AcceleratorErro
 def test_memory_that_ran_out_is_known_in_all_its_words(error: Exception) -> None:
     text = failure.one_line(error)
     assert failure.is_out_of_memory(text)
-    assert "a smaller model or input" in failure.advice(text)
+    assert "a smaller model or input" in failure.hint(text)
 
 
 @pytest.mark.parametrize(
     ("error", "hint"),
     [
-        (OSError(28, "No space left on device"), "make room"),
+        (OSError(28, "No space left on device"), "free disk space"),
         (IndexError("Target 10 is out of bounds."), "labels must be"),
         (ValueError("anything"), "one process"),
-        (Accelerator(CUDA.format("device-side assert triggered")), "distributed.device=cpu, names the true line"),
+        (Accelerator(CUDA.format("device-side assert triggered")), "distributed.device=cpu to get the true line"),
         (Accelerator(CUDA.format("an illegal memory access was encountered")), "compute-sanitizer"),
         (Accelerator(CUDA.format("misaligned address")), "compute-sanitizer"),
         (Accelerator(CUDA.format("unspecified launch failure")), "dmesg | grep Xid"),
@@ -183,19 +187,19 @@ def test_memory_that_ran_out_is_known_in_all_its_words(error: Exception) -> None
         (RuntimeError("Unexpected error from cudaGetDeviceCount(). Error 804: forward compatibility was "
                       "attempted on non supported HW"), "reboot"),
         (RuntimeError("Unexpected error from cudaGetDeviceCount(). Error 802: system not yet initialized"), "fabricmanager"),
-        (Accelerator(CUDA.format("uncorrectable ECC error encountered")), "another host"),
-        (Accelerator(CUDA.format("uncorrectable NVLink error detected during the execution")), "another host"),
-        (Accelerator(CUDA.format("unknown error")), "another host"),
+        (Accelerator(CUDA.format("uncorrectable ECC error encountered")), "use another host"),
+        (Accelerator(CUDA.format("uncorrectable NVLink error detected during the execution")), "use another host"),
+        (Accelerator(CUDA.format("unknown error")), "use another host"),
         (Accelerator(CUDA.format("CUDA-capable device(s) is/are busy or unavailable")), "compute mode"),
         (RuntimeError("Cannot re-initialize CUDA in forked subprocess. To use CUDA with multiprocessing, you must use the "
                       "'spawn' start method"), "multiprocessing_context=spawn"),
-        (Backend(NCCL.format("cuda error", UNHANDLED, "Cuda failure 999 'unknown error'")), "another host"),
+        (Backend(NCCL.format("cuda error", UNHANDLED, "Cuda failure 999 'unknown error'")), "use another host"),
         (Backend(NCCL.format("system error", SYSTEM, "Error while creating shared memory segment /dev/shm/nccl-CsYXMW (size 9)")),
          "--shm-size=8g, or"),
         (Backend(NCCL.format("system error", SYSTEM, "socketStartConnect: Connect to 10.0.0.2<41235> failed : Software caused")),
          "NCCL_SOCKET_IFNAME"),
         (Backend(NCCL.format("cuda error", "ncclInvalidUsage: This usually reflects invalid usage of NCCL library.",
-                             "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1b000")), "a GPU a rank"),
+                             "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1b000")), "one GPU per rank"),
         (Backend("[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=1580, OpType=ALLREDUCE, NumelIn=466, "
                  "NumelOut=466, Timeout(ms)=600000) ran for 600004 milliseconds before timing out."), "nccl-rank-N.json"),
         (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"), "too little memory left"),
@@ -209,7 +213,7 @@ def test_memory_that_ran_out_is_known_in_all_its_words(error: Exception) -> None
 def test_what_to_try_follows_from_the_error(error: Exception, hint: str) -> None:
     text = failure.one_line(error)
     assert not failure.is_out_of_memory(text)
-    assert hint in failure.advice(text)
+    assert hint in failure.hint(text)
 
 
 def test_a_bandwidth_is_that_of_warm_connections() -> None:
@@ -227,7 +231,7 @@ def test_a_bandwidth_is_that_of_warm_connections() -> None:
     ("loss", "model", "micro", "hint", "halved"),
     [
         (torch.nn.CrossEntropyLoss(), torch.nn.Linear(2, 2), 32, "=16 (it was 32): the same gradient", 16),
-        (torch.nn.CrossEntropyLoss(), torch.nn.Linear(2, 2), 1, "not even one sample at a time fits", None),
+        (torch.nn.CrossEntropyLoss(), torch.nn.Linear(2, 2), 1, "not even a single sample fits", None),
         (torch.nn.CrossEntropyLoss(), torch.nn.BatchNorm1d(2), 32, "=16 (it was 32): less memory, but BatchNorm", None),
         (torch.nn.CrossEntropyLoss(), torch.nn.Dropout(0.1), 32, "=16 (it was 32): less memory, but dropout", None),
         (lambda outputs, targets: outputs.mean(), torch.nn.Linear(2, 2), 32, "isn't known that the loss", None),
@@ -236,19 +240,24 @@ def test_a_bandwidth_is_that_of_warm_connections() -> None:
 def test_memory_that_runs_out_is_halved_where_that_changes_nothing_and_else_it_is_told_what_changes(
     loss: Any, model: torch.nn.Module, micro: int, hint: str, halved: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    peers, ended = Peers(0, 1), []
-    peers.micro_batch_size, peers.may_halve, peers.may_exit = micro, True, True
-    peers.changes = lambda: Parts.what_splitting_changes(SimpleNamespace(model=model, loss=EngineLoss(loss)))  # type: ignore[arg-type]
-    monkeypatch.setattr(peers, "_conclude", ended.append)
-    monkeypatch.setattr(status, "phase", FORWARD)
-    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-    peers.raised(error)
-    (record,) = ended or [error.dist_train_record]  # type: ignore[attr-defined]
+    def less_memory() -> tuple[str, int | None]:
+        changes = Parts.what_splitting_changes(SimpleNamespace(model=model, loss=EngineLoss(loss)))  # type: ignore[arg-type]
+        return failure.less_memory(micro, changes, auto=True)
+
+    def raised(error: Exception, phase: int) -> Any:
+        peers = Peers(0, 1)
+        peers.attach(RunFacts(less_memory=less_memory))
+        monkeypatch.setattr(status, "phase", phase)
+        monkeypatch.setattr(peers.leaver, "conclude", lambda record: None)
+        with owned_by_command():
+            return peers.raised(error)
+
+    before = signal.getsignal(signal.SIGCHLD)
+    record = raised(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), FORWARD)
     assert hint in record["try"]
     assert record.get("halved") == halved
-    monkeypatch.setattr(status, "phase", EVALUATION)
-    peers.raised(other := MemoryError())
-    assert "data.eval_batch_size" in other.dist_train_record["try"]  # type: ignore[attr-defined]
+    assert "data.eval_batch_size" in raised(MemoryError(), EVALUATION)["try"]
+    signal.signal(signal.SIGCHLD, before)
 
 
 @pytest.mark.parametrize(
@@ -303,7 +312,7 @@ def test_a_rank_is_named_once_when_it_has_been_slow_for_a_while() -> None:
 
     def hear(seconds: tuple[float, float, float], steps: int) -> None:
         for rank, own in enumerate(seconds):
-            pace.hear(rank, [steps, own * steps, 0.0], [0, 0.0, 0.0])
+            pace.update(rank, [steps, own * steps, 0.0], [0, 0.0, 0.0])
 
     assert pace.spread() == {}
     hear((0.1, 0.1, 0.11), 10)
@@ -318,19 +327,20 @@ def test_a_rank_is_named_once_when_it_has_been_slow_for_a_while() -> None:
     assert "300 ms a step" in told[IN_A_ROW - 1][1]
 
 
-def test_a_killed_loader_worker_is_named_though_its_socket_is_missed_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_loader_worker_is_named_though_its_socket_is_missed_first() -> None:
     def handler(number: int, frame: object) -> None:
         raise RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed.")
 
-    monkeypatch.setattr(Peers, "may_exit", True)
     before = signal.signal(signal.SIGCHLD, handler)
     threading.Timer(0.1, os.kill, [os.getpid(), signal.SIGCHLD]).start()
     try:
-        Peers().raised(error := ConnectionResetError(104, "Connection reset by peer"))
-        told = error.dist_train_record["error"]  # type: ignore[attr-defined]
-        assert told == "RuntimeError: DataLoader worker (pid 5) is killed by signal: Killed."
-        Peers().raised(other := ValueError("of one's own"))
-        os.kill(os.getpid(), signal.SIGCHLD)  # nothing is raised any more
-        assert "one's own" in other.dist_train_record["error"]  # type: ignore[attr-defined]
+        with owned_by_command():
+            record = Peers().raised(ConnectionResetError(104, "Connection reset by peer"))
+            assert record is not None
+            assert record["error"] == "RuntimeError: DataLoader worker (pid 5) is killed by signal: Killed."
+            other = Peers().raised(ValueError("of one's own"))
+            os.kill(os.getpid(), signal.SIGCHLD)  # nothing is raised any more
+            assert other is not None
+            assert "one's own" in other["error"]
     finally:
         signal.signal(signal.SIGCHLD, before)

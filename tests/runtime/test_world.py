@@ -14,7 +14,7 @@ from runs import environment
 
 from dist_train.config.errors import ConfigError
 from dist_train.runtime import launch as placement
-from dist_train.runtime.launch import Placement, check_launcher, meet, read_placement
+from dist_train.runtime.launch import Placement, check_launcher, complete_placement, read_placement
 from dist_train.runtime.world import pick_device
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "6", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "1"}
@@ -83,7 +83,7 @@ def test_steps_started_in_a_shell_of_srun_have_no_terminal_and_are_jobs() -> Non
     "env", [{"RANK": "3"}, {"WORLD_SIZE": "4"}, {"RANK": "4", "WORLD_SIZE": "4"}, {"PMIX_RANK": "1"}]
 )
 def test_half_a_place_is_refused_with_what_is_missing(env: dict[str, str]) -> None:
-    with pytest.raises(ConfigError, match=f"the environment says .*unset {next(iter(env))}"):
+    with pytest.raises(ConfigError, match=f"the environment has .*unset {next(iter(env))}"):
         read_placement(env)
 
 
@@ -96,7 +96,7 @@ def test_hosts_and_gpus_are_told_apart_by_what_their_ranks_say(monkeypatch: pyte
     def one(rank: int) -> None:
         name.host = ("a", "b")[rank % 2]
         gpus = "GPU-9" if rank == 3 else f"GPU-{rank % 2}0, GPU-{rank % 2}1"
-        place, word = meet(Placement(rank, 4), store, gpus, 20.0)
+        place, word = complete_placement(Placement(rank, 4), store, gpus, 20.0)
         found[rank] = (place.local_rank, place.local_size, place.nodes, place.gpu, place.gpu_ranks, word)
 
     threads = [threading.Thread(target=one, args=(rank,), daemon=True) for rank in range(4)]
@@ -110,19 +110,19 @@ def test_hosts_and_gpus_are_told_apart_by_what_their_ranks_say(monkeypatch: pyte
     assert len({place[5] for place in found.values()}) == 1
 
 
-def test_a_wait_for_partners_says_how_many_are_there_and_what_it_went_by(
+def test_a_wait_for_other_processes_reports_how_many_have_joined_and_the_environment_it_found(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(placement, "_SAY_SECONDS", (0.1, 60.0))
+    monkeypatch.setattr(placement, "_NOTICE_SECONDS", (0.1, 60.0))
     for name, value in {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}.items():
         monkeypatch.setenv(name, value)
     store = dist.HashStore()
-    store.set("here/2", "")
-    with pytest.raises(TimeoutError, match="2 of 4 processes are here, no word of rank 1, 3"):
-        meet(read_placement(os.environ), store, "", 0.5)
+    store.set("joined/2", "")
+    with pytest.raises(TimeoutError, match="2 of 4 processes have joined, rank 1, 3 missing"):
+        complete_placement(read_placement(os.environ), store, "", 0.5)
     told = capsys.readouterr().err
-    assert told.count("2 of 4 processes are here") == 1
-    assert "by RANK=0, WORLD_SIZE=4, MASTER_ADDR=node1, MASTER_PORT=29500 (environment)" in told
+    assert told.count("2 of 4 processes have joined") == 1
+    assert "has RANK=0, WORLD_SIZE=4, MASTER_ADDR=node1, MASTER_PORT=29500 (launcher: environment)" in told
 
 
 def test_what_accelerate_asks_for_and_would_not_get_is_refused_all_at_once() -> None:

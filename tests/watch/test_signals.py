@@ -11,7 +11,7 @@ from runs import environment
 
 from dist_train.main import main
 from dist_train.watch import signals
-from dist_train.watch.peers import Peers
+from dist_train.watch.processes import is_owned
 
 BEGIN = """
 import asyncio, ctypes, multiprocessing, os, signal, subprocess, sys, threading, time
@@ -88,7 +88,7 @@ def test_signals_that_mean_stop_and_no_others_are_taken(case: str) -> None:
 def test_before_the_run_has_begun_each_of_them_ends_the_process(number: str, code: int) -> None:
     done = run(f"signals.install(); threading.Timer(0.1, me, [signal.{number}]).start(); time.sleep(20)")
     assert done.returncode == code
-    assert done.stderr == f"dist_train: {number} before the run had begun: nothing was written\n"
+    assert done.stderr == f"dist_train: {number} before the run started: nothing was written\n"
 
 
 def test_other_commands_take_ctrl_c_as_python_does_unless_their_main_thread_cannot() -> None:
@@ -103,6 +103,6 @@ def test_main_leaves_nothing_behind_for_a_later_train_in_the_same_process(capsys
     before = [signal.getsignal(number) for number in signals.STOP_SIGNALS]
     assert main(["train", "--config", "none.yaml"]) == 2
     assert main(["config", "--schema"]) == 0
-    assert not Peers.may_exit
+    assert not is_owned()
     assert [signal.getsignal(number) for number in signals.STOP_SIGNALS] == before
     assert "none.yaml" in capsys.readouterr().err

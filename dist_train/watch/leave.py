@@ -1,0 +1,203 @@
+"""How a process ends when something is wrong: exactly one rank reports it, and all leave within seconds.
+
+The first rank that increments `failures` in the store reports for all: the one that raised, or the first survivor to miss a
+rank that was killed. The others write their logs and leave silently. All leave by `os._exit`: with peers lost, an ordinary
+exit can hang, or end in SIGABRT.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from dist_train.watch import failure, signals
+from dist_train.watch.failure import Record
+from dist_train.watch.processes import kill_later, restart, stacks
+from dist_train.watch.status import CONFIG
+
+LEAVE_SECONDS = 4.0
+_LAUNCHER_SECONDS = 10.0  # for the launcher to end a rank, after another has reported a config error and left
+
+log = logging.getLogger("dist_train")
+
+
+class ReportedError(Exception):
+    """The run has failed and that has been reported: nothing is left to do but to exit with 1."""
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a failure's report needs of the run that this process trains, and what the run does about it.
+
+    Attributes:
+        logs: directory of the ranks' logs.
+        samples: gives the samples of optimizer step (from 1) on a rank.
+        less_memory: what to do when memory ran out, see `failure.less_memory`.
+        record_failure: done by the rank that reports, before it does (status, ledger, lease); takes a few seconds at most.
+        on_exit: done by every rank as it leaves (the lease, the terminal's live bar).
+    """
+
+    logs: str = ""
+    samples: Callable[[int, int], Sequence[int]] = lambda step, rank: ()
+    less_memory: Callable[[], tuple[str, int | None]] | None = None
+    record_failure: Callable[[Record], object] = lambda record: None
+    on_exit: Callable[[], object] = lambda: None
+
+
+def log_only(text: str, *values: object) -> None:
+    """Into the log file only: the terminal gets the summary, once."""
+    log.error(text, *values, extra={"shown": True})
+
+
+class Leaver:
+    """Ends this rank, from any thread, once it or another one has failed.
+
+    Args:
+        rank, store: this rank, and a store client; None with one process.
+        neighbors: gives the pids of the job's other processes on this machine.
+    """
+
+    def __init__(self, rank: int, store: Any | None, neighbors: Callable[[], Iterable[int]]):
+        self.rank, self.store, self.run = rank, store, RunFacts()
+        self._neighbors = neighbors
+        self._leaving = threading.Lock()
+
+    def attach(self, run: RunFacts) -> None:
+        """The run begins."""
+        self.run = run
+
+    @property
+    def leaving(self) -> bool:
+        """Whether a thread is at it: the log is being closed."""
+        return self._leaving.locked()
+
+    def conclude(self, record: Record) -> NoReturn:
+        """What this rank has found is the cause, unless another rank was first."""
+        mine = True
+        if self.store is not None:
+            with contextlib.suppress(Exception):
+                mine = self.store.add("failures", 1) == 1
+                if mine:
+                    self.store.set("failure", json.dumps(record))
+                else:
+                    record = json.loads(self.store.get("failure"))
+        self.leave(record, mine)
+
+    def leave(self, record: Record, mine: bool) -> NoReturn:
+        """Write the log, report the failure if it is `mine` or nobody else does, and exit."""
+        if not self._leaving.acquire(blocking=False):
+            time.sleep(LEAVE_SECONDS)  # the other thread is leaving, and ends this process
+            os._exit(1)
+        deadline = time.monotonic() + LEAVE_SECONDS
+        # A C thread: it ends this process even while other C code holds the GIL.
+        faulthandler.dump_traceback_later(LEAVE_SECONDS, exit=True, file=open(os.devnull, "w"))  # noqa: SIM115
+        try:
+            log_only("leaving\n%s", failure.summary(record))
+            if record["kind"] == "hang" or record["rank"] != self.rank:
+                log_only("stacks of all threads of this rank\n%s", stacks())
+                self._dump_flight_recorder()
+            _bounded(self.run.on_exit, 2.0)
+            if mine or not self._wait_for_report(deadline - 1.5):
+                self._report(record)
+            if "halved" not in record:
+                # One that is stopped, or in C code that holds the GIL, can't leave by itself, nor by SIGTERM, and torchrun
+                # would wait 30 s and more for it.
+                kill_later(self._neighbors(), LEAVE_SECONDS)
+        finally:
+            for handler in log.handlers:
+                handler.flush()
+            sys.stdout.flush()
+            if "halved" in record:
+                restart()
+            os._exit(1)
+
+    def _report(self, record: Record) -> None:
+        _bounded(lambda: self.run.record_failure(record), LEAVE_SECONDS - 1)
+        with contextlib.suppress(Exception):
+            if self.store is not None and self.store.add("reports", 1) > 1:
+                return  # a slow reporter and its stand-in: one of them is enough
+        if self.rank and sys.stderr.isatty():
+            time.sleep(0.5)  # rank 0 removes its live bar
+        if "halved" in record:
+            text = f"{failure.cause(record)}; all ranks restart with micro-batches of {record['halved']}"
+            print(f"warning: {text}", file=sys.stderr, flush=True)
+        else:
+            failure.report(record)
+        with contextlib.suppress(Exception):
+            if self.store is not None:
+                self.store.set("reported", "")
+
+    def _wait_for_report(self, deadline: float) -> bool:
+        """Whether another rank has reported; it then leaves first, so that torchrun takes its exit for the cause."""
+        assert self.store is not None
+        with contextlib.suppress(Exception):
+            while time.monotonic() < deadline:
+                if self.store.check(["reported"]):
+                    time.sleep(1.0)  # torchrun compares times in whole seconds
+                    return True
+                time.sleep(0.05)
+        return False
+
+    def _dump_flight_recorder(self) -> None:
+        """NCCL's record of the last collectives, where there is one, beside the log."""
+        with contextlib.suppress(Exception):
+            import torch
+
+            if self.run.logs and torch.distributed.is_nccl_available() and torch.cuda.is_initialized():
+                content = torch._C._distributed_c10d._dump_nccl_trace_json()  # type: ignore[attr-defined]
+                with open(os.path.join(self.run.logs, f"nccl-rank-{self.rank}.json"), "wb") as file:
+                    file.write(content if isinstance(content, bytes) else str(content).encode())
+
+
+def _bounded(action: Callable[[], object], seconds: float) -> None:
+    """Call it, whatever it raises, and wait for it that long at most."""
+
+    def run() -> None:
+        with contextlib.suppress(Exception):
+            action()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(timeout=seconds)
+
+
+# Config errors: nothing has started, so no failure is recorded; but one rank only should report.
+
+_elected = False
+
+
+def elect_reporter(store: Any | None, rank: int) -> None:
+    """Rank 0 reports a config error, or where rank 0 has found none, the first rank that has."""
+    global _elected
+    deadline = time.monotonic() + 1.5
+    with contextlib.suppress(Exception):
+        while store is not None and rank and time.monotonic() < deadline:
+            if json.loads(store.get("beat/0"))["phase"] == CONFIG:
+                return
+            time.sleep(0.1)
+        _elected = store is not None and store.add("reports", 1) == 1
+
+
+def report_config_error(text: str, rank: int) -> None:
+    """Report a config error on rank 0 only. The others wait: torchrun ends everybody as soon as one rank has left.
+
+    A rank that nobody ends meanwhile has found an error that rank 0 hasn't (a module that only its node lacks, say): it reports.
+    """
+    if rank != 0:
+        if not _elected:
+            signals.hold()
+            if signals.take(_LAUNCHER_SECONDS):
+                return  # the launcher ends this rank, because rank 0 has reported and left
+        text = f"rank {rank} on {socket.gethostname()}:\n{text}"
+    failure.write_error_file(text)
+    print(text, file=sys.stderr, flush=True)
