@@ -83,7 +83,9 @@ if __name__ == "__main__":
 """
 
 
-def run_several(folder: Path, processes: int, jobs: list[list[str]], timeout: float = 400) -> None:
+def run_several(
+    folder: Path, processes: int, jobs: list[list[str]], timeout: float = 400
+) -> subprocess.CompletedProcess[str]:
     """Trainings of [config, override, ...] one after another in the same processes: starting these is what costs."""
     (folder / "several.py").write_text(SEVERAL)
     launcher = command(processes)[:-2]  # all before `-m dist_train.main`
@@ -92,6 +94,7 @@ def run_several(folder: Path, processes: int, jobs: list[list[str]], timeout: fl
         cwd=folder, env=environment(), timeout=timeout, text=True, capture_output=True, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done
 
 
 def rows(folder: Path, split: str | None = None, clock: bool = False) -> list[dict[str, Any]]:

@@ -87,7 +87,7 @@ def _forgotten(trained: Parts, config: Config, world: World, where: Path) -> str
     some = list(itertools.islice(iter(dataset), SAMPLES)) if is_stream(dataset) else []
     some = some or [dataset[index] for index in range(min(SAMPLES, len(dataset)))]
     found = find_at(str(where / "rehearsal"))
-    return forgotten(trained, Parts(config, world), found, trained.move(collate(some)))
+    return forgotten(trained.trainee(), Parts(config, world).trainee(), found, trained.move(collate(some)))
 
 
 def _shortened(config: Config, where: Path, steps: int) -> Config:

@@ -63,11 +63,11 @@ def _seed(value: int, device: torch.device | None) -> None:
 
 
 @contextlib.contextmanager
-def undisturbed_generators() -> Iterator[None]:
-    """Whatever is seeded and drawn inside leaves the caller's random numbers as they were."""
+def undisturbed_generators(device: torch.device | None = None) -> Iterator[None]:
+    """Whatever is seeded and drawn inside, on the CPU and on `device`, leaves the caller's random numbers as they were."""
     numpy_state, python_state = np.random.get_state(), random.getstate()
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else []):
             yield
     finally:
         np.random.set_state(numpy_state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Collection, Iterator
@@ -71,6 +72,7 @@ class Modules(nn.Module):
         known = set(model.modules())
         for name, other in others.items():
             self.add_module(name, other if isinstance(other, nn.Module) else _holder(other, known))
+        self._others = others
         self._told_apart()
         self.buffers_at: list[Slot] = []
         self.numbers_at: list[Slot] = []
@@ -82,6 +84,12 @@ class Modules(nn.Module):
                 self._look_at(other, f"{name}.")
         give_own_memory(self.buffers_at)
         self._first: dict[str, Mark] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Modules:
+        """A copy whose slots lead to its own buffers and numbers."""
+        other = Modules(copy.deepcopy(self.model, memo), **copy.deepcopy(self._others, memo))
+        other._first = dict(self._first)
+        return other
 
     def take_in(self, optimizer: torch.optim.Optimizer) -> None:
         """Numbers and tensors among an optimizer's attributes, which its `state_dict` leaves out (a counter of steps, say)."""

@@ -44,7 +44,7 @@ def parted(task: Task, model: nn.Module, batch: Any, *, length: int, samples: in
         model._compiled_call_impl = None  # to compile it for three more shapes would take minutes
     try:
         whole, *halves, again = [
-            _loss(task, model, copied(_cut(batch, length, rows)))
+            _loss(task, model, copied(cut(batch, length, rows)))
             for rows in (slice(0, 2 * half), slice(0, half), slice(half, 2 * half), slice(0, 2 * half))
         ]
     except Exception:  # not of this form; whatever is wrong with it, training will say
@@ -77,15 +77,15 @@ def _loss(task: Task, model: nn.Module, batch: Any) -> tuple[float, float]:
     return float(output.loss), float(output.weight)
 
 
-def _cut(value: Any, length: int, rows: slice) -> Any:
-    """Some samples of a batch: rows of its tensors, items of its lists of samples."""
+def cut(value: Any, length: int, rows: slice) -> Any:
+    """Some samples of a batch: rows of its tensors, items of its lists of samples. Raises where they can't be told apart."""
 
     def take(tensor: Tensor) -> Tensor:
         if not tensor.dim() or len(tensor) != length:
             raise _CannotTellError
         return tensor[rows]
 
-    walk: Callable[[Any], Any] = lambda item: _cut(item, length, rows)  # noqa: E731
+    walk: Callable[[Any], Any] = lambda item: cut(item, length, rows)  # noqa: E731
     if type(value) is dict:
         return {key: walk(item) for key, item in value.items()}
     if type(value) in (list, tuple):

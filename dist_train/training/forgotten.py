@@ -1,28 +1,79 @@
-"""Whether a model that is built anew and has loaded a checkpoint computes what the trained one does."""
+"""Whether a fresh model that has loaded a checkpoint computes what the trained one does: if not, a resumed run differs.
+
+`doctor` compares after three steps of a dry run. A fresh start compares copies before its own first step, on the first
+micro-batch: no sample is read out of turn (a dataset may keep a generator of its own), streams work too, and live objects,
+which can't be built twice, can be copied.
+"""
 
 from __future__ import annotations
 
 import copy
+import gc
+import logging
+import sys
+import time
+import types
 from collections import deque
 from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from dist_train.runtime.seeding import seed_forward
-from dist_train.task.batch import tensors_in
-from dist_train.task.task import as_step_output
-from dist_train.training.state import load_weights
+from dist_train.runtime.seeding import seed_forward, undisturbed_generators
+from dist_train.task.batch import copied, tensors_in
+from dist_train.task.samplewise import cut
+from dist_train.task.task import StepOutput, Task, as_step_output
+from dist_train.training.state import Saved, load_weights
 
 if TYPE_CHECKING:
-    from dist_train.checkpoint.store import Found
-    from dist_train.training.parts import Parts
+    from dist_train.step.modules import Modules
+    from dist_train.step.precision import Precision
 
-PLAIN = (bool, str, list, tuple, dict, set, deque)  # numbers and tensors are saved (see `Modules`)
+# A check at the start that is larger or slower is skipped: bytes and objects to copy, numbers of a batch times parameters,
+# and seconds of a step. The default model takes 25 ms, some of which the run's own first step saves.
+BYTES, OBJECTS, WORK, SECONDS = 16 << 20, 20_000, 1e10, 0.02
+SAMPLES, STEPS, LR = 8, 3, 1e-3
+PLAIN = (bool, int, float, str, list, tuple, dict, set, deque, np.ndarray)  # told apart by their representation
+_log = logging.getLogger("dist_train")
 
 
-def forgotten(trained: Parts, fresh: Parts, found: Found, batch: Any) -> str:
+@dataclass(frozen=True)
+class Trainee:
+    """A model with its loss or task, and what a forward of it needs to know."""
+
+    modules: Modules
+    task: Task
+    precision: Precision
+    device: torch.device
+    seed: int
+
+    def copy(self) -> Trainee:
+        """Modules and task of its own."""
+        modules, task = copy.deepcopy((self.modules, self.task))
+        return replace(self, modules=modules, task=task)
+
+    def forward(self, batch: Any, step: int = 0) -> StepOutput:
+        """Loss and outputs of a forward as in training, never compiled."""
+        seed_forward(self.seed, step, 0, self.device)
+        with self.precision.autocast(), torch.compiler.set_stance("force_eager"):
+            return as_step_output(self.task.step(self.modules.model, copied(batch)))
+
+    def train(self, batch: Any, step: int) -> None:
+        """A step of gradient descent that touches nothing but this model's parameters: no hooks, no `.grad`."""
+        loss, parameters = self.forward(batch, step).loss, list(self.modules.trained().values())
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        with torch.no_grad():
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                if gradient is not None:
+                    parameter.add_(gradient, alpha=-LR)
+
+
+def forgotten(trained: Trainee, fresh: Trainee, found: Saved, batch: Any) -> str:
     """What training has left in a model, its loss or its task that a checkpoint doesn't hold, in words; "" for nothing.
 
     Args:
@@ -33,7 +84,7 @@ def forgotten(trained: Parts, fresh: Parts, found: Found, batch: Any) -> str:
     modes = {name: module.training for name, module in trained.modules.named_modules()}
     for name, module in fresh.modules.named_modules():
         module.training = modes.get(name, module.training)
-    ours, theirs = _outcome(trained, batch), _outcome(fresh, batch)
+    ours, theirs = _values(trained, batch), _values(fresh, batch)
     if len(ours) == len(theirs) and all(map(_same, ours, theirs)):
         return ""
     names = ", ".join(_differing(trained, fresh)) or "an object that can't be looked into, or a generator of its own"
@@ -43,11 +94,111 @@ def forgotten(trained: Parts, fresh: Parts, found: Found, batch: Any) -> str:
     )
 
 
-def _outcome(parts: Parts, batch: Any) -> list[Tensor]:
-    """Loss and outputs of a forward as in training."""
-    seed_forward(parts.config.seed, 0, 0, parts.world.device)
-    with torch.no_grad(), parts.precision.autocast(), torch.compiler.set_stance("force_eager"):
-        output = as_step_output(parts.task.step(parts.model, copy.deepcopy(batch)))
+def forgotten_at_start(start: Trainee, batch: Any, length: int) -> str:
+    """The same before the first step of a run, on copies of `start` that train on some of the `length` samples of `batch`.
+
+    "" too where it would cost much, or where it can't be told. It raises nothing, leaves everything as it is (generators
+    included), and runs on one rank alone: collectives inside a forward end it.
+    """
+    try:
+        some = cut(batch, length, slice(0, SAMPLES))
+        if not (_is_little_work(start, some) and _is_cheap_to_copy([start.modules, start.task])):
+            return ""
+        others = torch.distributed.is_available() and torch.distributed.is_initialized()
+        with undisturbed_generators(start.device), _NoCollectives() if others else nullcontext():
+            return _compare(start, some)
+    except Exception as error:  # the user's code: whatever is wrong with it shows in training
+        _log.debug(
+            "whether a resumed run equals one that never stopped wasn't checked: %s: %s", type(error).__name__, error
+        )
+        return ""
+
+
+def _compare(start: Trainee, batch: Any) -> str:
+    trained = start.copy()
+    if not {*map(id, _owned(trained))}.isdisjoint(map(id, _owned(start))):
+        return ""  # by a __deepcopy__ of its own: it would be the run's that is trained here
+    for step in range(STEPS):
+        began = time.thread_time()
+        trained.train(batch, step)
+        limit = SECONDS if step else 5 * SECONDS  # the first one loads kernels; of a GPU's the run pays for it anyway
+        if time.thread_time() - began > limit and (step or start.device.type == "cpu"):
+            return ""
+    found = _Held(trained.modules)
+    if not (told := forgotten(trained, start.copy(), found, batch)):
+        return ""
+    # Kernels that add up in any order, or the clock: then two that have loaded the same differ as well.
+    other = start.copy()
+    load_weights(other.modules, found)
+    return "" if forgotten(other, start.copy(), found, batch) else told
+
+
+class _Held:
+    """What a checkpoint would hold of a model, in memory."""
+
+    location = "memory"
+
+    def __init__(self, modules: Modules):
+        states = {"model": modules.model.state_dict(), "task": modules.task_state(), "ranks": [modules.unsaved()]}
+        self._states = copy.deepcopy(states)
+        self.parts = list(states)
+
+    def load(self, part: str) -> Any:
+        return self._states[part]
+
+
+class _NoCollectives(TorchDispatchMode):
+    """Other ranks aren't here: a collective would meet with one of their first step."""
+
+    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "c10d" in func.namespace:
+            raise RuntimeError(f"{func} is called in a forward")
+        return func(*args, **(kwargs or {}))
+
+
+def _is_little_work(start: Trainee, batch: Any) -> bool:
+    parameters = sum(parameter.numel() for parameter in start.modules.parameters())
+    return parameters * sum(tensor.numel() for tensor in tensors_in(batch)) <= WORK
+
+
+def _is_cheap_to_copy(todo: list[Any]) -> bool:
+    """Whether all that a deep copy of these would visit is little, and safe to be copied.
+
+    Not safe are functions that close over something (a copy's hook would write into the original's list), and objects that
+    clean up when they are deleted.
+    """
+    seen, size = set[int](), 0
+    while todo:
+        value = todo.pop()
+        if id(value) in seen or isinstance(value, type | types.ModuleType | types.BuiltinFunctionType):
+            continue
+        seen.add(id(value))
+        if isinstance(value, types.FunctionType):
+            if value.__closure__:
+                return False
+            continue
+        size += _bytes(value)
+        if size > BYTES or len(seen) > OBJECTS or hasattr(type(value), "__del__"):
+            return False
+        todo += gc.get_referents(value)
+    return True
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):  # a view's whole memory is copied
+        return value.untyped_storage().nbytes()
+    return value.nbytes if isinstance(value, Tensor | np.ndarray) else sys.getsizeof(value)
+
+
+def _owned(trainee: Trainee) -> Iterator[Any]:
+    yield from trainee.modules.modules()
+    yield from trainee.modules.parameters()
+    yield from (slot.value for slot in trainee.modules.buffers_at if slot.value is not None)
+
+
+def _values(trainee: Trainee, batch: Any) -> list[Tensor]:
+    with torch.no_grad():
+        output = trainee.forward(batch)
     return [output.loss.detach(), *(tensor.detach() for tensor in tensors_in(output.outputs))]
 
 
@@ -55,7 +206,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.allclose(one, other, rtol=0.0, atol=0.0, equal_nan=True)
 
 
-def _differing(trained: Parts, fresh: Parts) -> Iterator[str]:
+def _differing(trained: Trainee, fresh: Trainee) -> Iterator[str]:
     """Attributes that show the difference."""
     pairs: list[tuple[str, Any, Any]] = [
         (name, module, other)

@@ -32,6 +32,7 @@ from dist_train.task.task import Supervised, Task
 from dist_train.training.callbacks import Callback
 from dist_train.training.due import StopWhen, in_steps
 from dist_train.training.evaluate import Evaluator
+from dist_train.training.forgotten import Trainee, forgotten_at_start
 from dist_train.training.prepare import (
     build_dataset,
     build_model,
@@ -62,6 +63,7 @@ class Parts:
         notes: lines for the person, on what `transfer` did to the model.
         memory_format: that of images, once the model is built.
         parted: how the loss differs on whole batches, once the first one has shown that it does.
+        forgotten: what training leaves behind that no checkpoint holds, once the first one has shown that it does.
 
     Every part raises ConfigError, naming its key, where it can't be built.
     """
@@ -80,6 +82,7 @@ class Parts:
         self.notes: list[str] = []
         self.memory_format: torch.memory_format | None = None
         self.parted: Parted | None = None
+        self.forgotten = ""
         if config.distributed.deterministic is True:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's BLAS is first used
             torch.use_deterministic_algorithms(True)
@@ -183,6 +186,10 @@ class Parts:
             prepare=self.move,
             seed=self.config.seed,
         )
+
+    def trainee(self) -> Trainee:
+        """The model and its task, as far as their forwards need."""
+        return Trainee(self.modules, self.task, self.precision, self.world.device, self.config.seed)
 
     def move(self, batch: Any) -> Any:
         """The batch on the model's device."""
@@ -341,7 +348,7 @@ class Parts:
             clip_norm=config.trainer.clip_grad_norm,
             clip_value=config.trainer.clip_grad_value,
             skip=config.trainer.on_nonfinite == "skip",
-            look=self._look if self._pieces > 1 else None,
+            look=self._look if self._pieces > 1 or self.fresh else None,
         )
 
     def new_reducer(self, scaler: torch.amp.GradScaler | None) -> Reducer:
@@ -391,7 +398,14 @@ class Parts:
         return -(-self.plan.global_batch_size // self.micro_batch_size)
 
     def _look(self, batch: Any, length: int, samples: int) -> None:
-        """Find out on the first micro-batch whether the loss is one of samples; all ranks take as many of theirs."""
+        """Find out on the first micro-batch of a start whether the loss is one of samples; all ranks take as many of theirs.
+
+        On that of a run, rank 0 alone also finds out whether a checkpoint will hold all that training leaves behind.
+        """
+        if self.fresh and self.world.is_main:
+            self.forgotten = forgotten_at_start(self.trainee(), batch, length)
+        if self._pieces == 1:
+            return
         sizes = [
             min(
                 (cut.stop - cut.start for cut in parts(samples, rank, self.world.size, self.micro_batch_size)),

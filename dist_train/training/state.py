@@ -9,7 +9,7 @@ import socket
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -153,7 +153,17 @@ def meta(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def load_weights(modules: Modules, found: Found, fresh: Sequence[str] = ()) -> None:
+class Saved(Protocol):
+    """A checkpoint (`Found`), or what one would hold."""
+
+    location: str
+    parts: list[str]
+
+    def load(self, part: str) -> Any:
+        """The state tree of a part."""
+
+
+def load_weights(modules: Modules, found: Saved, fresh: Sequence[str] = ()) -> None:
     """Put what was saved into a model, and into its loss or task where it comes with one; buffers are rank 0's.
 
     Args:

@@ -156,7 +156,7 @@ class Trainer:
         status.phase, status.steps, status.waited = CALLBACK, status.steps + 1, parts.train_loader.waited
         if status.steps == 1:
             self._trained.check_known()
-            if warning := parts.inexactness():
+            for warning in filter(None, (parts.inexactness(), parts.forgotten)):
                 self.console.warn(warning)
         self._call("on_step_end")
         if step % self.plan.steps_per_epoch == 0:

@@ -182,6 +182,53 @@ class Hidden(nn.Linear):
         return super().forward(x) * (1 + sum(self.seen))
 
 
+class Late(nn.Linear):
+    """A number that its first forward makes."""
+
+    def __init__(self) -> None:
+        super().__init__(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps = getattr(self, "steps", 0) + 1
+        return super().forward(x) / self.steps
+
+
+class Usual(nn.Sequential):
+    """Statistics and dropout, as in most models."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Dropout(0.3), nn.Linear(5, 2))
+
+
+class Hooked(nn.Linear):
+    """A hook that writes into a list of its own: a copy's would too, so none may run."""
+
+    def __init__(self) -> None:
+        super().__init__(6, 2)
+        calls = self.calls = list[int]()
+        self.register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / (1 + len(self.calls))
+
+
+class Gathers:
+    """A task whose step is a collective."""
+
+    def step(self, model: nn.Module, batch: Any) -> tuple[Tensor, int, Tensor, Tensor]:
+        """Cross-entropy and the share of all ranks in it."""
+        outputs = model(batch[0])
+        total = torch.tensor(float(len(outputs)))
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(total)
+        loss = functional.cross_entropy(outputs, batch[1], reduction="sum")
+        return loss * (8 / total), len(outputs), outputs, batch[1]
+
+    def predict(self, model: nn.Module, batch: Any) -> Tensor:
+        """The outputs."""
+        return model(batch[0])
+
+
 class Mode(enum.IntEnum):
     """A number with a name."""
 
