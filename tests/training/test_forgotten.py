@@ -13,7 +13,7 @@ import torch
 from runs import result, rows, run_several, same_state_dicts
 from torch import nn
 
-from dist_train.commands.train import train
+from dist_train.run.api import train
 from dist_train.training import forgotten, parts
 
 KEPT = Path(__file__).parent / "jobs" / "kept.py"
