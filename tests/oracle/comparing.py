@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
+import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from plain_loop import PlainLoop
 from runs import result, rows
 
 from dist_train import train
@@ -23,9 +25,9 @@ def trained(folder: Path, config: dict[str, Any]) -> Path:
     return folder / "run"
 
 
-def differences(plain: PlainLoop, run: Path, tolerance: float = 0.0) -> list[str]:
+def differences(plain: SimpleNamespace, run: Path, tolerance: float = 0.0) -> list[str]:
     """Everything in which a run isn't the plain loop, by name: records, result, model.pt and every checkpoint."""
-    found = different("rows", plain.rows, rows(run), tolerance)
+    found = different("rows", [as_json(row) for row in plain.rows], rows(run), tolerance)
     steps = {int(path.name.removeprefix("step-")): path for path in (run / "checkpoints").iterdir()}
     found += different("checkpoints", sorted(plain.saved), sorted(steps), tolerance)
     for step in plain.saved.keys() & steps.keys():
@@ -38,11 +40,26 @@ def differences(plain: PlainLoop, run: Path, tolerance: float = 0.0) -> list[str
     if plain.result["state"] == told["state"] == "completed":
         told = result(run)
         del told["reason"]
-        ours = {**plain.result, **({"weights_sha256": told["weights_sha256"]} if tolerance else {})}
+        digest = told["weights_sha256"] if tolerance else weights_sha256(plain.saved[max(plain.saved)]["model"])
+        ours = {**plain.result, "weights_sha256": digest}
         found += different("result", ours, told, tolerance)
         model_file = torch.load(run / "model.pt", weights_only=True)
         found += different("model.pt", plain.model_file, model_file, tolerance)
     return found
+
+
+def as_json(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as the records have it: JSON knows neither inf nor nan."""
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+
+
+def weights_sha256(weights: dict[str, torch.Tensor]) -> str:
+    """Of key, dtype, shape and bytes of each tensor, keys sorted."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def different(name: str, one: Any, other: Any, tolerance: float = 0.0) -> list[str]:

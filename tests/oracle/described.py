@@ -8,24 +8,75 @@ import inspect
 import re
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset, default_collate
 
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "data": {
-        "val": None, "test": None, "global_batch_size": 64, "shuffle": True, "eval_batch_size": 256, "collate": None,
-        "steps_per_epoch": None, "drop_last": True, "augment": [],
-    },
-    "trainer": {
-        "duration": "20ep", "precision": "fp32", "stop_at": None, "micro_batch_size": "auto", "clip_grad_norm": None,
-        "clip_grad_value": None, "ema_decay": None, "channels_last": False, "evaluate_every": "1ep",
-        "evaluate_at_start": False, "log_every": "50step", "stop_when": None, "on_nonfinite": "stop",
-    },
-    "checkpoint": {"every": "1ep", "keep_last": 3, "keep_best": "auto"},
-    "transfer": {"weights": None, "strict": True, "head": None, "append": None, "freeze": []},
+INF, NEVER = float("inf"), 1 << 60  # steps, or samples of a micro-batch
+DATA = {
+    "val": None, "test": None, "global_batch_size": 64, "shuffle": True, "eval_batch_size": 256, "collate": None,
+    "steps_per_epoch": None, "drop_last": True, "augment": [],
 }  # fmt: skip
+TRAINER = {
+    "duration": "20ep", "precision": "fp32", "stop_at": None, "micro_batch_size": NEVER, "clip_grad_norm": INF,
+    "clip_grad_value": INF, "ema_decay": None, "channels_last": False, "evaluate_every": "1ep",
+    "evaluate_at_start": False, "log_every": "50step", "stop_when": None, "on_nonfinite": "stop",
+}  # fmt: skip
+CHECKPOINT = {"every": "1ep", "keep_last": 3, "keep_best": "auto"}
+TRANSFER = {"weights": None, "strict": True, "head": None, "append": None, "freeze": []}
+
+
+def described(config: dict[str, Any]) -> SimpleNamespace:
+    """Every key of data, trainer and checkpoint as a plain value (lengths in steps), and all that the config names, built."""
+    c = SimpleNamespace(**DATA, **TRAINER, **CHECKPOINT, seed=config.get("seed", 0))
+    for section in ("data", "trainer", "checkpoint"):
+        vars(c).update(config.get(section, {}))
+    c.train, c.val, c.test, c.augment = made(c.train), made(c.val), made(c.test), made(c.augment)
+    c.collate = default_collate if c.collate is None else named(c.collate)
+    stream = isinstance(c.train, IterableDataset)
+    c.length, c.shuffle = c.steps_per_epoch * c.global_batch_size if stream else len(c.train), c.shuffle and not stream
+    c.global_batch_size = c.length if c.global_batch_size == "all" else c.global_batch_size
+    epoch = c.length // c.global_batch_size if c.drop_last else -(-c.length // c.global_batch_size)
+    c.every = [steps_of(every, epoch) for every in (c.every if isinstance(c.every, list) else [c.every])]
+    for key in ("duration", "stop_at", "log_every", "evaluate_every"):
+        setattr(c, key, steps_of(getattr(c, key), epoch))
+
+    c.model = model_of(config, c.seed)
+    if c.channels_last:
+        c.model.to(memory_format=torch.channels_last)
+    c.task = made(config.get("task"))
+    c.loss = None if c.task is not None else loss_of(config["loss"])
+    c.summed = c.task is None and config["loss"].get("reduction") == "sum"
+    c.optimizer = optimizer_of(config, c.model)
+    c.half = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[c.precision]
+    c.scaler = torch.amp.GradScaler("cpu", enabled=c.half is torch.float16)
+    c.callbacks = made(config.get("callbacks", []))
+    c.metrics = {name: METRICS[name] for name in config.get("metrics", [])}
+    if c.keep_best == "auto":
+        c.keep_best = f"val/{[*c.metrics, 'loss'][0]}"
+    mode, _, metric = (c.keep_best or "val/loss").rpartition(" ")
+    c.best_metric, c.best_sign = metric.removeprefix("val/"), sign_of(metric, mode or "auto")
+    c.schedule, c.schedule_every, metric = schedule_of(config, c.optimizer, c.duration, epoch)
+    on_plateau = isinstance(c.schedule, torch.optim.lr_scheduler.ReduceLROnPlateau)
+    c.plateau_metric = (metric or c.best_metric).removeprefix("val/") if on_plateau else None
+    c.stop_when = stop_rule(c.stop_when or {}, epoch)
+    return c
+
+
+def stop_rule(spec: dict[str, Any], epoch: int) -> SimpleNamespace:
+    """trainer.stop_when; one that never ends a run for {}."""
+    metric, patience = spec.get("metric", "val/loss"), steps_of(spec.get("patience"), epoch)
+    rule = {"above": INF, "below": -INF, "min_delta": 0.0, **spec, "sign": sign_of(metric, spec.get("mode", "auto"))}
+    return SimpleNamespace(**{**rule, "metric": metric.removeprefix("val/"), "patience": patience})
+
+
+def sign_of(metric: str, mode: str) -> float:
+    """-1 where lower is better: by `min` or `max`, else by the metric's name."""
+    lower = any(word in metric for word in ("loss", "mae")) if mode == "auto" else mode == "min"
+    return -1.0 if lower else 1.0
 
 
 def made(spec: Any, *arguments: Any, **more: Any) -> Any:
@@ -51,7 +102,7 @@ def named(spec: dict[str, Any]) -> Any:
 def steps_of(length: str | None, epoch: int) -> int:
     """`3ep` or `7step` in optimizer steps; more than any run has for null."""
     if length is None:
-        return 1 << 60
+        return NEVER
     count, unit = re.fullmatch(r"(\d+)(ep|step)", length).groups()  # type: ignore[union-attr]
     return int(count) * (epoch if unit == "ep" else 1)
 
@@ -65,7 +116,7 @@ def matches(model: nn.Module, patterns: str | list[str]) -> list[str]:
 
 def model_of(config: dict[str, Any], seed: int) -> nn.Module:
     """The model with its first weights: under the run's seed; weights, head, what is appended, first values, frozen."""
-    transfer = {**DEFAULTS["transfer"], **(config.get("transfer") or {})}
+    transfer = {**TRANSFER, **(config.get("transfer") or {})}
     torch.manual_seed(seed)
     model = made(config["model"])
     if transfer["weights"] is not None:
@@ -107,7 +158,7 @@ def schedule_of(config: dict[str, Any], optimizer: Any, duration: int, epoch: in
     """(scheduler, steps between its steps, the metric that it watches)."""
     spec = dict(config.get("scheduler") or {})
     if not spec:
-        return None, 0, None
+        return None, NEVER, None
     each_step = spec["_target_"].rpartition(".")[2] in ("OneCycleLR", "CyclicLR", "WarmupCosine")
     every, metric, horizon = (spec.pop(key, None) for key in ("every", "metric", "horizon"))
     numbers = {"total_steps": steps_of(horizon, epoch) if horizon else duration, "steps_per_epoch": epoch}
@@ -135,3 +186,22 @@ def loss_of(spec: dict[str, Any]) -> Callable[[Any, Any], tuple[Tensor, Any]]:
         return loss(outputs, targets), kept.numel() if loss.weight is None else loss.weight[kept].sum()
 
     return summed
+
+
+def accuracy(outputs: Tensor, targets: Tensor) -> tuple[Any, Any]:
+    """(how many are right, how many count)."""
+    kept = targets != -100
+    return (outputs.argmax(1) == targets)[kept].sum(), kept.sum()
+
+
+def binary_accuracy(logits: Tensor, targets: Tensor) -> tuple[Any, Any]:
+    """(how many are right, how many there are)."""
+    return ((logits.view(-1) > 0) == (targets > 0.5)).sum(), len(logits)
+
+
+def mae(outputs: Tensor, targets: Tensor) -> tuple[Any, Any]:
+    """(sum of the absolute errors, how many there are)."""
+    return (outputs.double() - targets.double().view_as(outputs)).abs().sum(), outputs.numel()
+
+
+METRICS = {"accuracy": accuracy, "binary_accuracy": binary_accuracy, "mae": mae}

@@ -135,7 +135,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "model": layers(("Linear", 5, 4), ("Tanh",), ("Linear", 4, 1)), "loss": piece("weighted_squares", power=1.5),
         "metrics": ["mae"], "optimizer": {"_target_": "torch.optim.RMSprop", "lr": 0.01},
         "callbacks": [piece("Cooling")],
-        "checkpoint": {"keep_best": "max val/mae"},  # which would be that before the first step
+        "checkpoint": {"keep_best": "max val/mae", "every": "2step"},  # the best would be that before the first step
         "trainer": {"duration": "3ep", "micro_batch_size": 3, "log_every": "1step", "evaluate_at_start": True,
                     "stop_when": {"metric": "val/mae", "below": 0.1, "patience": "1ep", "mode": "max"}},
     },
@@ -160,9 +160,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "optimizer": {"_target_": SGD, "lr": 0.1, "momentum": 0.9, "weight_decay": 0.1},
         "trainer": {"duration": "3ep", "on_nonfinite": "skip", "ema_decay": 0.9, "log_every": "1step"},
     },
-    "weightless": {  # two of three batches have no label at all; momentum and weight decay go on
+    "zero_weight": {  # of two of three batches, where momentum and weight decay still act; all other weights are below 1
         "data": {"train": piece("Points", samples=12, ignored=8), **VAL, "global_batch_size": 4, "shuffle": False},
-        "model": MLP, "loss": {"_target_": CE, "weight": [0.5, 1.0, 2.0]}, "metrics": ["accuracy"],
+        "model": MLP, "loss": {"_target_": CE, "weight": [0.02, 0.04, 0.08]}, "metrics": ["accuracy"],
         "optimizer": {"_target_": SGD, "lr": 0.1, "momentum": 0.9, "weight_decay": 0.1},
         "trainer": {"duration": "3ep", "log_every": "1step", "ema_decay": 0.9, "micro_batch_size": 2},
     },

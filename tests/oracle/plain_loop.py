@@ -1,201 +1,195 @@
-"""The independent loop: a whole run in plain PyTorch, from its first step to the weights that are kept.
+"""The loop that `train()` must equal bit for bit, in plain PyTorch: to be checked by eye against docs/how-it-works.md.
 
-It is compared with `train()` bit for bit. The step is in plain_step.py, what a config's components are in described.py.
+Of dist_train it imports the data plan, the seeding functions and the augmentation, which have tests of their own. What a
+config names is built in described.py; test_equal.py shows that a mistake in a line of this file is noticed.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
+import itertools
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from plain_step import PlainStep
-from torch import Tensor
+from described import described
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+
+from dist_train.data.augment import Augmentation
+from dist_train.data.plan import Plan, parts
+from dist_train.runtime.seeding import seed_forward, seed_sample
+
+CPU, INF = torch.device("cpu"), float("inf")
 
 
-def finite(figure: float | None) -> float | None:
-    """As the records have it: JSON knows neither inf nor nan."""
-    return None if figure is None or figure - figure != 0 else figure
+def clone(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
-def direction(metric: str) -> str:
-    """Which way is better, by the metric's name."""
-    return "min" if any(word in metric for word in ("loss", "mae")) else "max"
+def endless(stream: Any, seed: int) -> Iterator[Any]:
+    """A stream's samples as they come, over and over; each under the seeds of its pass and of its place in the pass."""
+    for number in itertools.count():
+        seed_sample(seed, number, -1)
+        iterator = iter(stream)
+        seed_sample(seed, number, 0)
+        for place, sample in enumerate(iterator, start=1):
+            yield sample
+            seed_sample(seed, number, place)
 
 
-class PlainLoop(PlainStep):
-    """`run()`, then look at `rows`, `saved` (by step), `result` and `model_file`."""
+def plain_loop(config: dict[str, Any], ranks: int = 1) -> SimpleNamespace:
+    """Train what a config describes as `ranks` processes would; `rows`, `saved` (by step), `result` and `model_file`."""
+    c = described(config)
+    model, optimizer, schedule, scaler = c.model, c.optimizer, c.schedule, c.scaler
+    plan, augmentation = Plan(c.seed, c.length, c.global_batch_size, c.shuffle, c.drop_last), Augmentation(c.augment)
+    stream = endless(c.train, c.seed)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    ema = clone(parameters) if c.ema_decay else {}
+    evaluated = copy.deepcopy(model).eval()  # so that an evaluation leaves no trace in the one that is trained
 
-    def __init__(self, config: dict[str, Any], ranks: int = 1):
-        super().__init__(config, ranks)
-        self.rows: list[dict[str, Any]] = []
-        self.extra: dict[str, float] = {}
-        self.log = self.extra.__setitem__  # for callbacks
-        self.saved: dict[int, dict[str, Any]] = {}
-        self.best: tuple[tuple[float, float], int] | None = None
-        self.waited: tuple[float, int] | None = None
-        self.metrics: dict[str, float] = {}
-        chosen = self.saving["keep_best"] if "val" in self.sets else None
-        if chosen == "auto":
-            chosen = f"val/{([*config.get('metrics', []), 'loss'])[0]}"
-        said, _, name = (chosen or "").rpartition(" ")
-        self.keep_best = (name, said or direction(name)) if chosen else None
+    def read(dataset: Any, indices: Any, epoch: int) -> Any:
+        samples = []
+        for index in map(int, indices):
+            if isinstance(dataset, IterableDataset):
+                samples.append(next(stream))
+            else:
+                seed_sample(c.seed, epoch, index)
+                samples.append(dataset[index])
+        batch = c.collate(samples)
+        if c.channels_last:
+            batch = [x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in batch]
+        return batch
 
-    @property
-    def epoch(self) -> int:
-        return 0 if self.step == 0 else self.plan.epoch_of(self.step - 1) + 1
-
-    def run(self) -> PlainLoop:
-        options, outcome = self.options, None
-        every = self.saving["every"] if isinstance(self.saving["every"], list) else [self.saving["every"]]
-        if options["evaluate_at_start"]:
-            self.evaluate_val()
-        while outcome is None:
-            self.train_step(self.step)
-            self.samples += self.plan.batch_samples(self.step)
-            self.step += 1
-            self.after_update()
-            for callback in self.callbacks:
-                callback.on_step_end(self)
-                if self.step % self.epoch_steps == 0:
-                    callback.on_epoch_end(self)
-            over, improved = self.step >= self.last_step, False
-            if over or self.step % self.steps(options["log_every"]) == 0:
-                self.row("train", self.train_figures())
-            if "val" in self.sets and (over or self.step % self.steps(options["evaluate_every"]) == 0):
-                figures = self.evaluate_val()
-                over = self.stops(figures) or over
-                improved = self.improves(figures)
-            stopped = not over and self.step >= self.steps(options["stop_at"])
-            outcome = "completed" if over else "preempted" if stopped else None
-            if outcome or improved or any(self.step % self.steps(length) == 0 for length in every):
-                self.save()
-        self.finish(outcome)
-        return self
-
-    # Records.
-
-    def row(self, split: str, figures: dict[str, float]) -> None:
-        stand = {"step": self.step, "epoch": self.epoch, "samples": self.samples, "split": split}
-        self.rows.append({**stand, **{k: finite(v) for k, v in figures.items()}})
-
-    def train_figures(self) -> dict[str, float]:
-        loss, weight = self.open
-        figures = {"loss": loss / weight if weight else None, "lr": self.lr, "grad_norm": float(self.norm)}
-        figures |= ({"skipped": self.skipped} if self.skipped else {}) | self.extra
-        self.open = [0.0, 0.0]
-        self.extra.clear()
-        return figures
-
-    # Evaluation.
-
-    def evaluate_val(self) -> dict[str, float]:
-        figures = self.evaluate(self.sets["val"])
-        self.row("val", figures)
-        self.metrics = figures
-        if self.schedule is not None and self.plateau:
-            self.schedule.step(figures[(self.schedule_metric or self.keep_best[0]).removeprefix("val/")])
-        return figures
-
-    def evaluate(self, dataset: Any) -> dict[str, float]:
-        """With an EMA its figures, then those of the raw weights."""
-        if self.ema is None:
-            return self.measure(dataset)
-        raw = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-        self.model.load_state_dict(self.ema, strict=False)
-        figures = self.measure(dataset)
-        self.model.load_state_dict(raw, strict=False)
-        samples = figures.pop("eval_samples")
-        own = self.measure(dataset)
-        return figures | {f"raw_{n}": v for n, v in own.items() if n != "eval_samples"} | {"eval_samples": samples}
+    def forward(model: nn.Module, batch: Any) -> tuple[Any, ...]:
+        """(loss sum, its weight, outputs, targets); a loss is computed outside autocast, a task inside."""
+        with torch.autocast("cpu", c.half, enabled=c.half is not None):
+            if c.task is not None:
+                return c.task.step(model, batch)
+            outputs = model(batch[0])
+        return *c.loss(outputs, batch[1]), outputs, batch[1]
 
     @torch.no_grad()
-    def measure(self, dataset: Any) -> dict[str, float]:
-        """Sums over the cuts of the dataset, in its order, in double precision; one division each at the end."""
-        names, size = self.config.get("metrics", []), self.data["eval_batch_size"]
-        total = torch.zeros(2 + 2 * len(names), dtype=torch.float64)
-        modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
-        for start in range(0, len(dataset), size):
-            batch = self.read(dataset, range(start, min(len(dataset), start + size)), -1)
-            loss, weight, outputs, targets = self.forward(batch)
-            sums = [loss, weight, *(x for name in names for x in self.metric(name, outputs.float(), targets))]
-            total += torch.tensor([float(x) for x in sums], dtype=torch.float64)
-        for module, mode in modes:
-            module.training = mode
-        figures = {n: float(total[2 * k] / total[2 * k + 1]) for k, n in enumerate(["loss", *names])}
-        return {**figures, "eval_samples": len(dataset)}
+    def measure(dataset: Any, weights: dict[str, Tensor]) -> dict[str, float]:
+        """Sums over the eval batches, in the order of the dataset and in float64, and one division at the end."""
+        evaluated.load_state_dict(weights)
+        sums = torch.zeros(1 + len(c.metrics), 2, dtype=torch.float64)
+        for start in range(0, len(dataset), c.eval_batch_size):
+            indices = range(start, min(start + c.eval_batch_size, len(dataset)))
+            loss, weight, outputs, targets = forward(evaluated, read(dataset, indices, epoch=-1))
+            pairs = [(loss, weight), *(metric(outputs.float(), targets) for metric in c.metrics.values())]
+            sums += torch.tensor([[float(total), float(count)] for total, count in pairs], dtype=torch.float64)
+        values = (sums[:, 0] / sums[:, 1]).tolist()
+        return {**dict(zip(["loss", *c.metrics], values, strict=True)), "eval_samples": len(dataset)}
 
-    def metric(self, name: str, outputs: Tensor, targets: Tensor) -> tuple[Any, Any]:
-        if name == "mae":
-            return (outputs.double() - targets.double().view_as(outputs)).abs().sum(), outputs.numel()
-        if name == "binary_accuracy":  # of logits
-            return ((outputs.view(-1) > 0) == (targets > 0.5)).sum(), len(outputs)
-        kept = targets != -100
-        return (outputs.argmax(1) == targets)[kept].sum(), kept.sum()
+    def evaluate(dataset: Any, weights: dict[str, Tensor], ema: dict[str, Tensor]) -> dict[str, float]:
+        """With an EMA the values of its weights, and as `raw_*` those of the weights that are trained."""
+        raw = measure(dataset, weights)
+        if not ema:
+            return raw
+        renamed = {f"raw_{name}": value for name, value in raw.items() if name != "eval_samples"}
+        return {**measure(dataset, {**weights, **ema}), **renamed}
 
-    # The end, the best, and what is saved.
+    def validate() -> dict[str, float]:
+        values = evaluate(c.val, model.state_dict(), ema)
+        run.rows.append({**place, "split": "val", **values})
+        if c.plateau_metric is not None:
+            schedule.step(values[c.plateau_metric])
+        return values
 
-    def stops(self, figures: dict[str, float]) -> bool:
-        rule = self.options["stop_when"]
-        if rule is None:
-            return False
-        value = figures[rule["metric"].removeprefix("val/")]
-        if value > rule.get("above", float("inf")) or value < rule.get("below", -float("inf")):
-            return True
-        lower = rule.get("mode", direction(rule["metric"])) == "min"
-        sign, delta = (-1 if lower else 1), rule.get("min_delta", 0.0)
-        if self.waited is None or sign * (value - self.waited[0]) > delta:
-            self.waited = value, self.step
-        return self.step - self.waited[1] >= self.steps(rule.get("patience"))
+    logged: dict[str, float] = {}  # by callbacks
+    run = SimpleNamespace(rows=[], saved={}, step=0, optimizer=optimizer, log=logged.__setitem__)
+    place = {"step": 0, "epoch": 0, "samples": 0}
+    open_loss, open_weight, skipped = 0.0, 0.0, 0  # since the last row; in the whole run
+    best, best_step, stop_best, stop_step, state = (-INF, -INF), None, -INF, 0, None
+    val = validate() if c.evaluate_at_start else None
 
-    def improves(self, figures: dict[str, float]) -> bool:
-        if self.keep_best is None:
-            return False
-        value, lower = figures[self.keep_best[0].removeprefix("val/")], self.keep_best[1] == "min"
-        now = (value if lower else -value, figures["loss"])  # of equal ones that with the least loss
-        better = value == value and (self.best is None or now < self.best[0])
-        if better:
-            self.best = now, self.step
-        return better
+    while state is None:
+        indices, epoch = plan.batch(run.step), plan.epoch_of(run.step)
+        n, loss_sum, weight_sum = len(indices), torch.zeros((), dtype=torch.float64), 0
+        buffers = before = clone(dict(model.named_buffers()))
+        # 1. Each micro-batch; an augmentation that mixes samples reads the next ones of the global batch too.
+        for rank in range(ranks):
+            for part in parts(n, rank, ranks, c.micro_batch_size):
+                rows = indices.take(range(part.start, part.stop + augmentation.neighbours), mode="wrap")
+                batch = augmentation(read(c.train, rows, epoch), seed=c.seed, epoch=epoch, indices=rows)
+                seed_forward(c.seed, run.step, part.start, CPU)
+                loss, weight, *_ = forward(model, batch)
+                scaler.scale(loss if c.summed else loss * (1 / n)).backward()
+                loss_sum, weight_sum = loss_sum + loss.detach().double(), weight_sum + weight
+            if rank == 0:  # each rank has buffers of its own: those of rank 0 are evaluated and saved
+                buffers = clone(dict(model.named_buffers()))
+        # 2. fp16.
+        scaler.unscale_(optimizer)
+        # 3. Over the weight instead of the samples.
+        gradients = [p.grad for p in parameters.values() if p.grad is not None]
+        if not c.summed:
+            for gradient in gradients:
+                gradient.mul_(n / float(weight_sum) if weight_sum else 0.0)
+        # 4. and 5. Is it a bad step? Clipping; the norm is known after the clipping by value.
+        finite = all(bool(x.isfinite().all()) for x in [loss_sum, *gradients])
+        nn.utils.clip_grad_value_(parameters.values(), c.clip_grad_value)
+        norm = nn.utils.clip_grad_norm_(parameters.values(), c.clip_grad_norm)
+        finite = finite and (bool(norm.isfinite()) or c.clip_grad_norm == INF)
+        if not finite and not scaler.is_enabled() and c.on_nonfinite == "stop":
+            raise FloatingPointError(f"step {run.step + 1}")
+        model.load_state_dict(buffers if finite else before, strict=False)
+        # 6. The update.
+        lr = optimizer.param_groups[0]["lr"]
+        if finite:
+            open_loss, open_weight = open_loss + float(loss_sum), open_weight + float(weight_sum)
+            scaler.step(optimizer)
+        else:
+            skipped += 1
+        scaler.update()
+        optimizer.zero_grad()
+        run.step += 1
+        # 7. Schedule and EMA.
+        if c.plateau_metric is None and run.step % c.schedule_every == 0:
+            schedule.step()
+        for name, average in ema.items():
+            average.lerp_(parameters[name].detach(), 1 - c.ema_decay)
 
-    def save(self) -> None:
-        weights = {name: value.clone() for name, value in self.model.state_dict().items()}
-        ema = {name: value.clone() for name, value in self.ema.items()} if self.ema is not None else {}
-        scale = self.scaler.state_dict() if self.scaler is not None else {}
-        state = {"model": weights, "optimizer": copy.deepcopy(self.optimizer.state_dict()), "ema": ema, "scaler": scale}
-        place = {"step": self.step, "epoch": self.epoch, "samples": self.samples}
-        self.saved[self.step] = {**state, "metrics": self.metrics, "place": place}
-        newest = sorted(self.saved)[-self.saving["keep_last"] :]
-        best = self.best[1] if self.best else -1
-        self.saved = {step: held for step, held in self.saved.items() if step in newest or step == best}
+        # After a step: callbacks, the row, evaluation with early stop and the best, saving.
+        place = {"step": run.step, "epoch": epoch + 1, "samples": place["samples"] + n}
+        for callback in c.callbacks:
+            callback.on_step_end(run)
+            if run.step % plan.steps_per_epoch == 0:
+                callback.on_epoch_end(run)
+        over, improved = run.step >= c.duration, False
+        if over or run.step % c.log_every == 0:
+            mean = open_loss / open_weight if open_weight else None
+            row = {**place, "split": "train", "loss": mean, "lr": lr, "grad_norm": float(norm), **logged}
+            run.rows.append({**row, "skipped": skipped} if skipped else row)
+            open_loss, open_weight = 0.0, 0.0
+            logged.clear()
+        if c.val is not None and (over or run.step % c.evaluate_every == 0):
+            val = validate()
+            value, rule = val[c.stop_when.metric], c.stop_when
+            if rule.sign * value - stop_best > rule.min_delta:
+                stop_best, stop_step = rule.sign * value, run.step
+            over = over or value > rule.above or value < rule.below or run.step - stop_step >= rule.patience
+            merit = (c.best_sign * val[c.best_metric], -val["loss"])  # of equal ones the one with the least loss
+            if c.keep_best is not None and merit > best:
+                improved, best, best_step = True, merit, run.step
+        state = "completed" if over else "preempted" if run.step >= c.stop_at else None
+        if state is not None or improved or any(run.step % every == 0 for every in c.every):
+            weights = {"model": clone(model.state_dict()), "ema": clone(ema)}
+            states = {"optimizer": copy.deepcopy(optimizer.state_dict()), "scaler": scaler.state_dict()}
+            run.saved[run.step] = {**weights, **states, "place": place, "val": val}
+            newest = sorted(run.saved)[-c.keep_last :]
+            run.saved = {step: saved for step, saved in run.saved.items() if step in newest or step == best_step}
 
-    def finish(self, outcome: str) -> None:
-        self.result: dict[str, Any] = {"state": outcome, "step": self.step, "epoch": self.epoch}
-        self.model_file = {}
-        if outcome == "preempted":
-            return
-        best = self.keep_best is not None and self.best is not None
-        kept = self.best[1] if best else self.step
-        digest, held = self.digest(), self.saved[kept]
-        self.model.load_state_dict(held["model"])
-        self.ema = held["ema"] if self.ema is not None else None
-        metrics = {"val": held["metrics"]} if "val" in self.sets else {}
-        if "test" in self.sets:
-            metrics["test"] = self.evaluate(self.sets["test"])
-            self.row("test", metrics["test"])
-            self.rows[-1] |= held["place"]  # of the weights that were measured
-        self.model_file = {**held["model"], **held["ema"]}
-        self.result |= {
-            "samples": self.samples, "kept": "best" if best else "last", "kept_step": kept, "ema": self.ema is not None,
-            "metrics": metrics, "weights_sha256": digest, "world_size": self.ranks,
-        }  # fmt: skip
-
-    def digest(self) -> str:
-        """Of the raw weights: key, dtype, shape and bytes of each tensor, keys sorted."""
-        found = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            found.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-            found.update(tensor.contiguous().numpy().tobytes())
-        return found.hexdigest()
+    run.result = {"state": state, **place, "world_size": ranks}
+    if state == "preempted":
+        return run
+    # The end: where there are best weights they are kept, and tested.
+    kept = run.saved[best_step or run.step]
+    run.model_file = {**kept["model"], **kept["ema"]}
+    run.result["metrics"] = {} if kept["val"] is None else {"val": kept["val"]}
+    if c.test is not None:
+        run.result["metrics"]["test"] = evaluate(c.test, kept["model"], kept["ema"])
+        run.rows.append({**kept["place"], "split": "test", **run.result["metrics"]["test"]})
+    run.result |= {"kept": "best" if best_step else "last", "kept_step": kept["place"]["step"], "ema": bool(ema)}
+    return run

@@ -6,26 +6,28 @@ Each way of getting the arithmetic a little wrong is shown to be noticed.
 from __future__ import annotations
 
 import copy
+import json
+import subprocess
+import sys
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import plain_loop as plain_loop_module
 import pytest
-import torch
 import yaml
 from comparing import QUIET, differences, trained
 from oracle_configs import CONFIGS
-from plain_loop import PlainLoop
-from runs import run_several
-from torch import Tensor, nn
+from plain_loop import plain_loop
+from runs import environment, result
 
 RunOf = Callable[[str], Path]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_training_is_the_plain_loop(name: str, run_of: RunOf) -> None:
-    assert differences(PlainLoop(CONFIGS[name]).run(), run_of(name)) == []
+    assert differences(plain_loop(CONFIGS[name]), run_of(name)) == []
 
 
 @pytest.mark.parametrize(
@@ -42,178 +44,122 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_end(tmp_path: Path, name: st
     for stop in (*stops, None):
         config["trainer"]["stop_at"] = stop and f"{stop}step"
         run = trained(tmp_path, config)
-    assert differences(PlainLoop(config).run(), run) == []
+    assert differences(plain_loop(config), run) == []
 
 
 # A rank of "weighted" has no sample in an epoch's last step; "images" mixes samples over the cuts.
 ON_RANKS = {
-    2: {"weighted": "auto", "images": "ddp", "fp16": "auto", "own": "ddp", "stream": "auto", "weightless": "ddp"},
+    2: {"weighted": "auto", "images": "ddp", "fp16": "auto", "own": "ddp", "stream": "auto", "zero_weight": "ddp"},
     3: {"weighted": "ddp", "dropout": "auto", "images": "auto", "fp16": "ddp", "plateau": "ddp", "skipped": "auto"},
 }
 
 
 @pytest.fixture(scope="module")
-def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """The runs on so many processes, by the exchange of messages (`auto`) and by DDP; all in one start."""
-
-    @cache
-    def runs(ranks: int) -> Path:
-        folder = tmp_path_factory.mktemp(f"ranks{ranks}")
-        for name in ON_RANKS[ranks]:
-            whole = {"run": {"name": name, "code_paths": [str(Path(__file__).parent)]}, "tracking": QUIET}
-            (folder / f"{name}.yaml").write_text(yaml.safe_dump({**whole, **CONFIGS[name]}))
-        run_several(folder, ranks, [[f"{n}.yaml", f"distributed.strategy={s}"] for n, s in ON_RANKS[ranks].items()])
-        return folder / "runs"
-
-    return runs
+def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runs on several processes, by pairwise exchange (`auto`) and by DDP; all in one start."""
+    folder = tmp_path_factory.mktemp("ranks")
+    jobs: dict[int, list[list[str]]] = {}
+    for ranks, strategies in ON_RANKS.items():
+        for name, strategy in strategies.items():
+            run = {"name": f"{name}-{ranks}", "code_paths": [str(Path(__file__).parent)]}
+            config = folder / f"{name}-{ranks}.yaml"
+            config.write_text(yaml.safe_dump({"run": run, "tracking": QUIET, **CONFIGS[name]}))
+            jobs.setdefault(ranks, []).append([config.name, f"distributed.strategy={strategy}"])
+    command = [sys.executable, str(Path(__file__).with_name("forked_ranks.py")), json.dumps(jobs)]
+    done = subprocess.run(command, cwd=folder, env=environment(), text=True, capture_output=True, timeout=400)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return folder / "runs"
 
 
 @pytest.mark.parametrize(("ranks", "name"), [(ranks, name) for ranks, names in ON_RANKS.items() for name in names])
-def test_several_processes_train_the_plain_loop_at_the_same_cut(
-    ranks: int, name: str, on_ranks: Callable[[int], Path]
-) -> None:
-    half = (
-        CONFIGS[name]["trainer"].get("precision") == "fp16"
-    )  # DDP scales the loss by the ranks: fp16 rounds otherwise
-    found = differences(PlainLoop(CONFIGS[name], ranks).run(), on_ranks(ranks) / name, tolerance=3e-3 if half else 2e-5)
-    assert found == []
+def test_several_processes_train_the_plain_loop_at_the_same_cut(ranks: int, name: str, on_ranks: Path) -> None:
+    # DDP scales the loss by the number of ranks, after which fp16 rounds differently.
+    tolerance = 3e-3 if CONFIGS[name]["trainer"].get("precision") == "fp16" else 2e-5
+    assert differences(plain_loop(CONFIGS[name], ranks), on_ranks / f"{name}-{ranks}", tolerance) == []
 
 
-# Negative controls: the plain loop with one mistake each, and the config in which it shows.
+def test_a_run_that_the_clock_ends_is_the_plain_loop_of_as_many_steps(tmp_path: Path) -> None:
+    config = copy.deepcopy(CONFIGS["plain"])
+    # Nothing is due but by the end itself. (Without clipping its row has no norm: a step doesn't know that it is the last.)
+    config["trainer"] = {"duration": "0.2s", "log_every": "1000ep", "evaluate_every": None, "clip_grad_norm": 1.0}
+    config["checkpoint"] = {"every": "1000ep"}
+    run = trained(tmp_path, config)
+    config["trainer"]["duration"] = f"{result(run)['step']}step"
+    assert differences(plain_loop(config), run) == []
 
 
-class ClipsBeforeDividing(PlainLoop):
-    def finish_gradients(self, gradients: list[Tensor], n: int, loss: Tensor, weight: Any) -> bool:
-        nn.utils.clip_grad_value_(self.parameters, self.options["clip_grad_value"])
-        self.norm = nn.utils.get_total_norm(gradients)
-        self.divide(gradients, n, weight)
-        return False
+def with_mistake(changes: dict[str, str]) -> Callable[[dict[str, Any]], SimpleNamespace]:
+    """The plain loop with other text in place of some."""
+    source = Path(plain_loop_module.__file__).read_text()
+    for right, wrong in changes.items():
+        assert source.count(right) == 1, f"expected once in plain_loop.py: {right}"
+        source = source.replace(right, wrong)
+    names: dict[str, Any] = {"__name__": "mistaken_loop"}
+    exec(compile(source, "mistaken_loop.py", "exec"), names)
+    return names["plain_loop"]
 
 
-class ClipsTheNormFirst(PlainLoop):
-    def finish_gradients(self, gradients: list[Tensor], n: int, loss: Tensor, weight: Any) -> bool:
-        self.divide(gradients, n, weight)
-        self.norm = nn.utils.clip_grad_norm_(self.parameters, self.options["clip_grad_norm"])
-        nn.utils.clip_grad_value_(self.parameters, self.options["clip_grad_value"])
-        return False
+BY_VALUE = "nn.utils.clip_grad_value_(parameters.values(), c.clip_grad_value)"
+BY_NORM = "norm = nn.utils.clip_grad_norm_(parameters.values(), c.clip_grad_norm)"
+GRADIENTS = "gradients = [p.grad for p in parameters.values() if p.grad is not None]"
+FACTOR = "gradient.mul_(n / float(weight_sum) if weight_sum else 0.0)"
+AVERAGE = "average.lerp_(parameters[name].detach(), 1 - c.ema_decay)"
+SCHEDULED = "run.step % c.schedule_every == 0"
+READ = "read(c.train, rows, epoch)"
+# A mistake: the text of the plain loop that it changes, and the configs in which it shows.
+MISTAKES: dict[str, tuple[dict[str, str], list[str]]] = {
+    "clips by value before the division": ({BY_VALUE: "pass", GRADIENTS: f"{GRADIENTS}; {BY_VALUE}"}, ["weighted"]),
+    "clips the norm before the values": (
+        {f"{BY_VALUE}\n        {BY_NORM}": f"{BY_NORM}\n        {BY_VALUE}"},
+        ["images"],
+    ),
+    "divides by the weight alone": ({FACTOR: "gradient.mul_(n).div_(float(weight_sum))"}, ["weighted"]),
+    "divides by the samples": ({FACTOR: "pass"}, ["weighted", "own"]),
+    "a step takes a weight below 1 for 1": (
+        {FACTOR: "gradient.mul_(n / max(float(weight_sum), 1.0))"},
+        ["zero_weight"],
+    ),
+    "a row takes a weight below 1 for 1": (
+        {"open_loss / open_weight if": "open_loss / max(open_weight, 1.0) if"},
+        ["zero_weight"],
+    ),
+    "an evaluation takes a weight below 1 for 1": (
+        {"sums[:, 0] / sums[:, 1]": "sums[:, 0] / sums[:, 1].clamp(min=1)"},
+        ["zero_weight"],
+    ),
+    "no EMA": ({AVERAGE: "pass"}, ["dropout", "skipped"]),
+    "an EMA by the textbook": (
+        {AVERAGE: "average.copy_(c.ema_decay * average + (1 - c.ema_decay) * parameters[name].detach())"},
+        ["dropout"],
+    ),
+    "an EMA before the update": (
+        {AVERAGE: "pass", "lr = optimizer": f"[{AVERAGE} for name, average in ema.items()]; lr = optimizer"},
+        ["fp16"],
+    ),
+    "draws the same in every step": ({"seed_forward(c.seed, run.step,": "seed_forward(c.seed, 0,"}, ["dropout"]),
+    "draws the same in every micro-batch": ({"part.start, CPU": "0, CPU"}, ["dropout"]),
+    "augments without the epoch": ({"epoch=epoch": "epoch=0"}, ["images"]),
+    "reads without the epoch": ({READ: "read(c.train, rows, 0)"}, ["weighted"]),
+    "a schedule one step late": ({SCHEDULED: "(run.step - 1) % c.schedule_every == 0"}, ["weighted", "fp16"]),
+    "no schedule": ({SCHEDULED: "False"}, ["dropout"]),
+    "keeps the first of equal ones": ({'-val["loss"])': "0.0)"}, ["dropout"]),
+    "counts the weights of the start among the best": (
+        {"\n\n    while state": "\n    best = (c.best_sign * val[c.best_metric], INF)\n    while state"},
+        ["own"],
+    ),
+    "evaluates in train mode": ({"copy.deepcopy(model).eval()": "copy.deepcopy(model)"}, ["dropout"]),
+    "evaluates all at once": (
+        {"range(0, len(dataset), c.eval_batch_size)": "[0]", "start + c.eval_batch_size": "len(dataset)"},
+        ["plain"],
+    ),
+    "stops one evaluation late": (
+        {"over = over or value": "over, run.late = over or getattr(run, 'late', False), value"},
+        ["plateau", "above"],
+    ),
+}
 
 
-class DividesByTheWeightAlone(PlainLoop):
-    def divide(self, gradients: list[Tensor], n: int, weight: Any) -> None:
-        for gradient in gradients:
-            gradient.mul_(n).div_(float(weight))
-
-
-class DividesBySamples(PlainLoop):
-    def divide(self, gradients: list[Tensor], n: int, weight: Any) -> None:
-        pass
-
-
-class ForgetsTheAverage(PlainLoop):
-    def average(self) -> None:
-        pass
-
-
-class AveragesByTheTextbook(PlainLoop):
-    @torch.no_grad()
-    def average(self) -> None:
-        decay = self.options["ema_decay"]
-        for name, average in self.ema.items():
-            average.copy_(decay * average + (1 - decay) * self.model.get_parameter(name))
-
-
-class AveragesBeforeTheUpdate(PlainLoop):
-    def train_step(self, step: int) -> None:
-        super().average()
-        super().train_step(step)
-
-    average = ForgetsTheAverage.average
-
-
-class DrawsTheSameEveryStep(PlainLoop):
-    def seeds(self, step: int, position: int) -> None:
-        super().seeds(0, position)
-
-
-class DrawsTheSameInEveryMicroBatch(PlainLoop):
-    def seeds(self, step: int, position: int) -> None:
-        super().seeds(step, 0)
-
-
-class AugmentsWithoutTheEpoch(PlainLoop):
-    def augmented(self, batch: Any, epoch: int, indices: Any) -> Any:
-        return super().augmented(batch, 0, indices)
-
-
-class ReadsWithoutTheEpoch(PlainLoop):
-    def read(self, dataset: Any, indices: Any, epoch: int) -> Any:
-        return super().read(dataset, indices, min(epoch, 0))
-
-
-class SchedulesLate(PlainLoop):
-    def after_update(self) -> None:
-        self.step -= 1
-        super().after_update()
-        self.step += 1
-
-
-class ForgetsTheSchedule(PlainLoop):
-    def after_update(self) -> None:
-        self.schedule = None
-        super().after_update()
-
-
-class KeepsTheFirstOfEquals(PlainLoop):
-    def improves(self, figures: dict[str, float]) -> bool:
-        better = super().improves({**figures, "loss": 0.0})
-        assert self.best is not None
-        return better
-
-
-class EvaluatesInTrainMode(PlainLoop):
-    def measure(self, dataset: Any) -> dict[str, float]:
-        self.model.eval = self.model.train
-        return super().measure(dataset)
-
-
-class EvaluatesAsOneCut(PlainLoop):
-    def measure(self, dataset: Any) -> dict[str, float]:
-        self.data = {**self.data, "eval_batch_size": len(dataset)}
-        return super().measure(dataset)
-
-
-class WaitsOneLonger(PlainLoop):
-    def stops(self, figures: dict[str, float]) -> bool:
-        over = super().stops(figures)
-        late, self.late = getattr(self, "late", False), over
-        return late
-
-
-MISTAKES: list[tuple[type[PlainLoop], str]] = [
-    (ClipsBeforeDividing, "weighted"),
-    (ClipsTheNormFirst, "images"),
-    (DividesByTheWeightAlone, "weighted"),
-    (DividesBySamples, "weighted"),
-    (DividesBySamples, "own"),
-    (ForgetsTheAverage, "dropout"),
-    (ForgetsTheAverage, "skipped"),
-    (AveragesByTheTextbook, "dropout"),
-    (AveragesBeforeTheUpdate, "fp16"),
-    (DrawsTheSameEveryStep, "dropout"),
-    (DrawsTheSameInEveryMicroBatch, "dropout"),
-    (AugmentsWithoutTheEpoch, "images"),
-    (ReadsWithoutTheEpoch, "weighted"),
-    (SchedulesLate, "weighted"),
-    (SchedulesLate, "fp16"),
-    (ForgetsTheSchedule, "dropout"),
-    (KeepsTheFirstOfEquals, "dropout"),
-    (EvaluatesInTrainMode, "dropout"),
-    (EvaluatesAsOneCut, "plain"),
-    (WaitsOneLonger, "plateau"),
-    (WaitsOneLonger, "above"),
-]
-
-
-@pytest.mark.parametrize(("mistaken", "name"), MISTAKES)
-def test_a_mistake_in_the_arithmetic_shows(mistaken: type[PlainLoop], name: str, run_of: RunOf) -> None:
-    assert differences(mistaken(CONFIGS[name]).run(), run_of(name)) != []
+@pytest.mark.parametrize(("mistake", "name"), [(title, name) for title in MISTAKES for name in MISTAKES[title][1]])
+def test_a_mistake_in_the_arithmetic_shows(mistake: str, name: str, run_of: RunOf) -> None:
+    mistaken = with_mistake(MISTAKES[mistake][0])
+    assert differences(mistaken(CONFIGS[name]), run_of(name)) != []

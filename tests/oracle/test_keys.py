@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from comparing import differences, trained
+from described import model_of
 from oracle_configs import CONFIGS, CONV, SGD, piece
-from plain_loop import PlainLoop
+from plain_loop import plain_loop
 
 from dist_train.config.fields import section_of, walk
 from dist_train.config.schema import Config
@@ -151,7 +152,7 @@ def test_every_key_of_the_schema_is_accounted_for() -> None:
 def test_a_key_that_matters_is_wired_through(key: str, run_of: RunOf) -> None:
     name, other = MATTERS[key]
     try:
-        plain = PlainLoop(put(CONFIGS[name], key, other)).run()
+        plain = plain_loop(put(CONFIGS[name], key, other))
     except (RuntimeError, FloatingPointError):
         return  # it can't even be trained so, unlike the run
     assert differences(plain, run_of(name)) != []
@@ -166,18 +167,18 @@ def test_what_changes_no_numbers_changes_not_a_bit(tmp_path: Path) -> None:
         run = trained(tmp_path, config)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert differences(PlainLoop(CONFIGS["dropout"]).run(), run) == []
+    assert differences(plain_loop(CONFIGS["dropout"]), run) == []
 
 
 def test_weights_from_a_file(tmp_path: Path) -> None:
-    other = PlainLoop({**CONFIGS["transfer"], "seed": 1}).model.state_dict()
+    other = model_of(CONFIGS["transfer"], seed=1).state_dict()
     other["1.0.weight"] = torch.zeros(7, 3)
     torch.save(other, tmp_path / "other.pt")
     config = copy.deepcopy(CONFIGS["transfer"])
     del config["transfer"]["append"], config["model_init"]
     config["transfer"] |= {"weights": str(tmp_path / "other.pt"), "strict": False}
     run = trained(tmp_path, config)
-    assert differences(PlainLoop(config).run(), run) == []
-    assert differences(PlainLoop(put(config, "transfer.weights", DEFAULT)).run(), run) != []
+    assert differences(plain_loop(config), run) == []
+    assert differences(plain_loop(put(config, "transfer.weights", DEFAULT)), run) != []
     with pytest.raises(RuntimeError, match="size mismatch"):
-        PlainLoop(put(config, "transfer.strict", DEFAULT))
+        plain_loop(put(config, "transfer.strict", DEFAULT))
