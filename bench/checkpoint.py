@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torchvision
 
-from dist_train.checkpoint.manager import CheckpointManager
+from dist_train.checkpoint.manager import CheckpointManager, SavePolicy
 from dist_train.runtime.storage import open_storage
 
 
@@ -74,10 +74,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         place = options.directory or f"{scratch}/checkpoints"
         quiet: Callable[[str], None] = lambda line: None  # noqa: E731
-        asynchronous = CheckpointManager(open_storage(place).sub("asynchronous"), keep_last=1, log=quiet)
-        synchronous = CheckpointManager(
-            open_storage(place).sub("synchronous"), keep_last=1, asynchronous=False, log=quiet
-        )
+        asynchronous = CheckpointManager(open_storage(place).sub("asynchronous"), SavePolicy(keep_last=1), log=quiet)
+        policy = SavePolicy(keep_last=1, asynchronous=False)
+        synchronous = CheckpointManager(open_storage(place).sub("synchronous"), policy, log=quiet)
         before = resident()
         first = seconds(lambda: asynchronous.save(1, state, {}))
         asynchronous.wait()

@@ -1,4 +1,4 @@
-"""Saving while training goes on, keeping the newest and the best, finding what to go on from."""
+"""Saving while training continues, keeping the newest and the best, and finding the checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
 
 import torch
 
@@ -18,59 +20,64 @@ from dist_train.checkpoint.store import CheckpointStore, Found
 from dist_train.runtime.lease import Lease, LeaseLostError
 from dist_train.runtime.storage import Storage
 
-LOG = logging.getLogger("dist_train")  # what is no news goes to the log file, not to the terminal
+LOG = logging.getLogger("dist_train")  # routine lines go to the log file, not to the terminal
+
+
+@dataclass(frozen=True)
+class SavePolicy:
+    """How checkpoints are saved and which are kept.
+
+    Attributes:
+        keep_last: how many of the newest to keep.
+        keep_best: a metric and ``min`` or ``max``: the best checkpoint by it is kept too.
+        asynchronous: write in a thread; ``False`` writes in :meth:`CheckpointManager.save` itself, and keeps no buffer.
+        on_error: ``warn`` logs a failed save where ``fail`` raises, unless the run has another owner by now.
+    """
+
+    keep_last: int = 3
+    keep_best: tuple[str, str] | None = None
+    asynchronous: bool = True
+    on_error: Literal["fail", "warn"] = "fail"
 
 
 class CheckpointManager:
     """The checkpoints of the run that this process trains. One process of a run has one (rank 0).
 
     The blocking part of an asynchronous save is a copy to host memory; a thread writes and publishes. At most one save
-    is in flight: another waits for it. Leftovers of killed saves are swept before anything else is done.
+    is in flight: the next one waits for it. Leftovers of killed saves are swept before anything else is done.
 
     Args:
         storage: the directory of the checkpoints.
-        keep_last: how many of the newest to keep.
-        keep_best: name of a metric and ``min`` or ``max``: the best by it is kept too.
-        asynchronous: ``False`` writes in :meth:`save` itself, and keeps no buffer.
         log: takes one line, from any thread.
         lease: checked right before anything is published or deleted.
-        on_error: ``warn`` logs that a save failed where ``fail`` raises, unless the run has another owner by now.
-        before_publish: called with the step when all files are written, in the writing thread; may raise.
+
+    Attributes:
+        published: step of the last checkpoint that this process published, or found to resume from.
+        tolerated: the failure of the last save, if it was only logged.
     """
 
     def __init__(
         self,
         storage: Storage,
+        policy: SavePolicy | None = None,
         *,
-        keep_last: int = 3,
-        keep_best: tuple[str, str] | None = None,
-        asynchronous: bool = True,
         log: Callable[[str], None] = print,
         lease: Lease | None = None,
-        on_error: str = "fail",
-        before_publish: Callable[[int], None] | None = None,
     ) -> None:
-        self._log = log
+        self._log, self._lease = log, lease
         self._store = OwnedStore(storage, log, lease)
-        self._lease = lease
-        self._keep_last = keep_last
-        self._keep_best = keep_best
-        self._asynchronous = asynchronous
-        self._before_publish = before_publish
-        self._tolerant = on_error == "warn"
+        self._policy = policy or SavePolicy()
         self._copier = HostCopy()
         self._thread: threading.Thread | None = None
         self._error: CheckpointError | None = None
-        self.tolerated: CheckpointError | None = None
-        """The failure of the last save, if it was only logged."""
         self._swept = False
         self.published: int | None = None
-        """Step of the last checkpoint that this process published or found to go on from."""
+        self.tolerated: CheckpointError | None = None
 
     def assure_owner(self) -> None:
-        """To be called before something is written that a successor writes too: a zombie's records must not mix in.
+        """To be called before writing a record that a successor writes too, so that a zombie's records don't mix in.
 
-        Under a URL nothing is looked up, since records grow on this host, and are uploaded after a check.
+        Under a URL nothing is looked up: records grow on this host, and are uploaded after a check.
 
         Raises:
             LeaseLostError: another process owns the run by now.
@@ -85,14 +92,16 @@ class CheckpointManager:
         meta: dict[str, Any],
         metrics: Mapping[str, float] | None = None,
         *,
+        before_publish: Callable[[], None] | None = None,
         wait: bool = False,
     ) -> None:
-        """Save the state after ``step`` optimizer steps; a checkpoint of that step that is there is replaced.
+        """Save the state after ``step`` optimizer steps; an existing checkpoint of that step is replaced.
 
         Args:
             parts: name to state tree (tensors, numbers, strings, dicts, lists, tuples); ``<name>.pt`` each.
             meta: JSON, into the manifest.
             metrics: measured at this step.
+            before_publish: called when all files are written, in the writing thread; if it raises, the save fails.
             wait: return when it is published.
 
         Raises:
@@ -103,36 +112,36 @@ class CheckpointManager:
         self.poll()
         if self._thread is not None:
             self.wait()
-            self._log(f"step {step}: waited {time.monotonic() - started:.1f} s for the save before")
-        # NaN has no place in JSON, and the caller may change its dictionaries while the thread writes.
+            self._log(f"step {step}: waited {time.monotonic() - started:.1f} s for the previous save")
+        # JSON has no NaN, and the caller may change its dictionaries while the thread writes.
         frozen = json.loads(json.dumps(meta, allow_nan=False))
         state = self._copier.take(dict(parts))
-        arguments = (step, state, frozen, dict(metrics or {}), started)
-        if self._asynchronous and not wait:
-            self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
+        write = partial(self._write, step, state, frozen, dict(metrics or {}), before_publish, started)
+        if self._policy.asynchronous and not wait:
+            self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
             self._thread.start()
         else:
-            self._write(*arguments)
-            if not self._asynchronous:
+            write()
+            if not self._policy.asynchronous:
                 self._copier.release()
         self.poll()
 
     def poll(self) -> None:
-        """Report what the writing thread did, and whether the lease was found lost; cheap, for every step.
+        """Raise what the writing thread or the renewal of the lease has found; cheap, for every step.
 
         Raises:
-            CheckpointError: the save in flight failed; names step, file and cause. The manager can be used on.
-            LeaseLostError: another process owns the run by now, or its directory is gone.
+            CheckpointError: the save in flight failed; names step, file and cause. The manager can still be used.
+            LeaseLostError: another process owns the run by now, or its directory was deleted.
         """
         if self._thread is not None and not self._thread.is_alive():
             self._thread.join()
             self._thread = None
         error, self._error = self._error, None
         if error is not None:
-            if not self._tolerant or isinstance(error.__cause__, LeaseLostError):
+            if self._policy.on_error == "fail" or isinstance(error.__cause__, LeaseLostError):
                 raise error
             self.tolerated = error
-            LOG.warning("%s; going on, as checkpoint.on_error says", error)
+            LOG.warning("%s; training continues, as checkpoint.on_error says", error)
         elif self._lease is not None and self._lease.lost:
             self._lease.check()
 
@@ -143,14 +152,14 @@ class CheckpointManager:
         self.poll()
 
     def close(self) -> None:
-        """Wait, and give the host buffer back. Raises as :meth:`poll`."""
+        """Wait, and free the host buffer. Raises as :meth:`poll`."""
         try:
             self.wait()
         finally:
             self._copier.release()
 
     def newest(self) -> Found | None:
-        """The newest that verifies; damaged ones are set aside with a line each. ``None`` if there never was one.
+        """The newest that verifies; corrupted ones are quarantined with a line each. ``None`` if there never was one.
 
         Raises:
             CheckpointError: there were some and none is whole.
@@ -162,11 +171,11 @@ class CheckpointManager:
         return found
 
     def best(self) -> Found | None:
-        """The best by ``keep_best`` that verifies; damaged ones are set aside. ``None`` if none has that metric."""
-        return self._store.best(*self._keep_best) if self._keep_best else None
+        """The best by ``keep_best`` that verifies; corrupted ones are quarantined. ``None`` if none has that metric."""
+        return self._store.best(*self._policy.keep_best) if self._policy.keep_best else None
 
     def find(self, name: str) -> Found:
-        """``last`` or ``step-N``, verified; raises as :meth:`CheckpointStore.find`. Any process may ask: it changes nothing."""
+        """As :meth:`CheckpointStore.find`. Read-only, so that any process may call it."""
         return CheckpointStore(self._store.storage, self._log).find(name)
 
     def _sweep_once(self) -> None:
@@ -175,17 +184,23 @@ class CheckpointManager:
             self._swept = True
 
     def _write(
-        self, step: int, state: dict[str, Any], meta: dict[str, Any], metrics: dict[str, float], started: float
+        self,
+        step: int,
+        state: dict[str, Any],
+        meta: dict[str, Any],
+        metrics: dict[str, float],
+        before_publish: Callable[[], None] | None,
+        started: float,
     ) -> None:
         writing = None
         try:
             self._sweep_once()
             writing = Writing(self._store.storage, step)
             for name, part in state.items():
-                writing.add(f"{name}.pt", lambda file, part=part: torch.save(part, file))  # type: ignore[misc]
-            if self._before_publish is not None:
+                writing.add(f"{name}.pt", partial(torch.save, part))
+            if before_publish is not None:
                 self._store.check()
-                self._before_publish(step)
+                before_publish()
             self._store.publish(writing, metrics, meta)
         except BaseException as error:
             if writing is not None:
@@ -201,14 +216,14 @@ class CheckpointManager:
         try:
             self._retain(step)
         except Exception as error:
-            # The checkpoint is there. What couldn't be deleted is tried again after the next save.
+            # The new checkpoint is published. What couldn't be deleted is tried again after the next save.
             self._log(f"an older checkpoint could not be deleted: {error}")
 
     def _retain(self, step: int) -> None:
         found = list(self._store.published())
-        keep = {one.step for one in found[: self._keep_last]}
-        if self._keep_best is not None:
-            keep |= set(self._store.ranked(*self._keep_best)[:1])
+        keep = {one.step for one in found[: self._policy.keep_last]}
+        if self._policy.keep_best is not None:
+            keep |= set(self._store.ranked(*self._policy.keep_best)[:1])
         self._store.check()
         for one in found:
             if one.step < step and one.step not in keep:

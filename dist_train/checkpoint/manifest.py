@@ -1,7 +1,7 @@
-"""The manifest: what a checkpoint is made of, and the file whose arrival publishes it.
+"""The manifest: the list of a checkpoint's files, and the file that publishes it.
 
-It lists every other file with its length and sha256, and ends with a sha256 of its own other fields. The bytes of a
-manifest are fixed by its content, so that a changed bit anywhere is noticed, white space included.
+It names every other file with its length and sha256, and ends with a sha256 of its own other fields. Its content
+determines its bytes, so that a changed bit anywhere is noticed, white space included.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from dist_train.tracking.records import finite
+
 FORMAT = 1
 MANIFEST = "manifest.json"
 _FIELDS = ("step", "attempt", "created_at", "lease", "metrics")
@@ -25,8 +27,8 @@ class CheckpointError(Exception):
     """A checkpoint that could not be saved, found or loaded; the message names step, file and cause."""
 
 
-class DamagedError(CheckpointError):
-    """Bytes that were read and aren't what the checkpoint was published with. ``file`` names the file."""
+class CorruptedError(CheckpointError):
+    """Bytes that were read and aren't those that were published, in ``file``."""
 
     def __init__(self, file: str, reason: str) -> None:
         super().__init__(f"{file}: {reason}")
@@ -35,12 +37,12 @@ class DamagedError(CheckpointError):
 
 
 class NewerFormatError(CheckpointError):
-    """A whole checkpoint, written by a newer version of dist_train than this one."""
+    """An intact checkpoint, written by a newer version of dist_train than this one."""
 
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One file of a checkpoint: its length, its sha256, and where it lies, relative to the checkpoint's directory."""
+    """One file of a checkpoint: its length, its sha256, and its path relative to the checkpoint's directory."""
 
     bytes: int
     sha256: str
@@ -51,8 +53,8 @@ class FileEntry:
 class Manifest:
     """Content of ``manifest.json``.
 
-    ``attempt`` is a random name that no other attempt to save has; ``metrics`` are those measured at this step (one
-    that isn't finite is null in the file, and comes back as NaN); ``meta`` is the engine's, any JSON.
+    ``attempt`` is a random name, unique to each attempt to save; ``metrics`` are those measured at this step (one that
+    isn't finite is null in the file and read as NaN); ``meta`` is any JSON.
     """
 
     step: int
@@ -69,20 +71,17 @@ class Manifest:
         Raises:
             TypeError, ValueError: ``meta`` is not JSON (a NaN in it isn't).
         """
-        files: dict[str, dict[str, Any]] = {}
-        for name, entry in self.files.items():
-            files[name] = {"bytes": entry.bytes, "sha256": entry.sha256}
-            if entry.key != name:
-                files[name]["key"] = entry.key
+        files: dict[str, Any] = {name: vars(entry).copy() for name, entry in self.files.items()}
+        for name, entry in files.items():
+            if entry["key"] == name:
+                del entry["key"]
         content = {
             "format": FORMAT,
             **{name: getattr(self, name) for name in _FIELDS},
             "files": files,
             "meta": self.meta,
         }
-        content["metrics"] = {
-            name: float(value) if math.isfinite(value) else None for name, value in self.metrics.items()
-        }
+        content["metrics"] = finite({name: float(value) for name, value in self.metrics.items()})
         return _dump({**content, "sha256": _own_hash(content)})
 
     @classmethod
@@ -90,7 +89,7 @@ class Manifest:
         """Read and check a manifest.
 
         Raises:
-            DamagedError: these are not the bytes that :meth:`to_bytes` made.
+            CorruptedError: these are not the bytes that :meth:`to_bytes` made.
             NewerFormatError: they are whole, but of a newer format.
         """
         try:
@@ -98,50 +97,49 @@ class Manifest:
             claimed = content.pop("sha256")
             own = _own_hash(content)
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-            raise DamagedError(MANIFEST, "empty" if not raw else f"not a manifest ({error})") from None
+            raise CorruptedError(MANIFEST, "empty" if not raw else f"not a manifest ({error})") from None
         if claimed != own:
-            raise DamagedError(MANIFEST, "its content doesn't match the hash at its end")
+            raise CorruptedError(MANIFEST, "its content doesn't match the hash at its end")
         version = content.get("format")
         if not isinstance(version, int) or version < 1:
-            raise DamagedError(MANIFEST, f"format {version!r} is not a version number")
+            raise CorruptedError(MANIFEST, f"format {version!r} is not a version number")
         if version > FORMAT:
-            raise NewerFormatError(
-                f"checkpoint format {version} is newer than format {FORMAT}, which this dist_train reads: "
-                "update dist_train"
-            )
-        # 1e-05 and 1E-05, or two escapes of one letter, mean the same: only the bytes themselves tell.
+            newer = f"checkpoint format {version} is newer than format {FORMAT}, which this dist_train reads"
+            raise NewerFormatError(f"{newer}: update dist_train")
+        # 1e-05 and 1E-05, or two escapes of one letter, mean the same, so the bytes are compared too.
         if _dump({**content, "sha256": claimed}) != raw:
-            raise DamagedError(MANIFEST, "its bytes aren't those that were written")
+            raise CorruptedError(MANIFEST, "its bytes aren't those that were written")
         try:
             return _checked(content)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DamagedError(MANIFEST, f"its hash is right, but not its form ({error!r})") from None
+            raise CorruptedError(MANIFEST, f"its hash is right, but not its form ({error!r})") from None
 
 
 def _checked(content: Mapping[str, Any]) -> Manifest:
-    """The manifest, of whose every field it is known what it is. Raises any error where one isn't that."""
+    """The manifest, with every field of the type it must have. Raises any error where one isn't."""
     attempt, files = content["attempt"], {}
     for name, entry in content["files"].items():
         key, size = entry.get("key", name), entry["bytes"]
         # A name is that of a file inside the checkpoint's directory: nothing else is ever read or deleted.
-        _want(
-            _NAME.fullmatch(name) and name != MANIFEST and key in (name, f"{attempt}/{name}"), f"file {name!r}, {key!r}"
-        )
-        _want(type(size) is int and size > 0 and _HASH.fullmatch(entry["sha256"]), f"{name}: {entry}")
+        inside = _NAME.fullmatch(name) and name != MANIFEST and key in (name, f"{attempt}/{name}")
+        _require(inside, f"file {name!r}, {key!r}")
+        _require(type(size) is int and size > 0 and _HASH.fullmatch(entry["sha256"]), f"{name}: {entry}")
         files[name] = FileEntry(size, entry["sha256"], key)
-    _want(files, "no files")
-    _want(type(content["step"]) is int and content["step"] >= 0, f"step {content['step']!r}")
-    _want(_NAME.fullmatch(attempt), f"attempt {attempt!r}")
-    _want(isinstance(content["created_at"], str) and type(content["lease"]) in (int, type(None)), "created_at, lease")
     metrics = {name: math.nan if value is None else value for name, value in content["metrics"].items()}
-    _want(all(type(value) in (int, float) for value in metrics.values()), f"metrics {metrics!r}")
-    _want(isinstance(content["meta"], dict), f"meta {content['meta']!r}")
-    told = {name: content[name] for name in _FIELDS} | {"metrics": metrics}
-    return Manifest(files=files, meta=content["meta"], **told)
+    _require(files, "no files")
+    _require(type(content["step"]) is int and content["step"] >= 0, f"step {content['step']!r}")
+    _require(_NAME.fullmatch(attempt), f"attempt {attempt!r}")
+    _require(
+        isinstance(content["created_at"], str) and type(content["lease"]) in (int, type(None)), "created_at, lease"
+    )
+    _require(all(type(value) in (int, float) for value in metrics.values()), f"metrics {metrics!r}")
+    _require(isinstance(content["meta"], dict), f"meta {content['meta']!r}")
+    fields = {name: content[name] for name in _FIELDS} | {"metrics": metrics}
+    return Manifest(files=files, meta=content["meta"], **fields)
 
 
-def _want(held: object, found: str) -> None:
-    if not held:
+def _require(condition: object, found: str) -> None:
+    if not condition:
         raise ValueError(found[:200])
 
 

@@ -1,8 +1,8 @@
-"""What only the owner of a run does with its checkpoints: publish, replace, delete, set aside, sweep.
+"""What only the owner of a run does with its checkpoints: publish, replace, delete, quarantine, sweep.
 
 On a local disk a checkpoint is assembled in ``.tmp-*`` and renamed to ``step-00000200``; it is deleted by renaming it
-to ``.trash-*`` first. Under a URL the data lie below ``step-00000200/<attempt>/``, where ``<attempt>`` is drawn for
-each save, and the single PUT of ``step-00000200/manifest.json`` publishes them. Nothing that is published is written to.
+to ``.trash-*`` first. Under a URL the data are below ``step-00000200/<attempt>/``, where ``<attempt>`` is drawn for
+each save, and the single PUT of ``step-00000200/manifest.json`` publishes them. Nothing published is ever written to.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import secrets
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO
 
-from dist_train.checkpoint.manifest import MANIFEST, CheckpointError, DamagedError, FileEntry, Manifest
+from dist_train.checkpoint.manifest import MANIFEST, CheckpointError, CorruptedError, FileEntry, Manifest
 from dist_train.checkpoint.store import CheckpointStore, Found, step_name
 from dist_train.files import StorageError, utc_now
 from dist_train.runtime.lease import Lease, LeaseLostError
@@ -22,14 +22,16 @@ from dist_train.runtime.storage import LocalStorage, Storage
 
 
 class Writing:
-    """A checkpoint that is being written; nobody sees it before :meth:`OwnedStore.publish`."""
+    """A checkpoint that is being written; nobody sees it before :meth:`OwnedStore.publish`.
+
+    Attributes:
+        sent: whether the object store may have the manifest, whatever it answered: then the data stay until a sweep.
+    """
 
     def __init__(self, storage: Storage, step: int) -> None:
         self.attempt = secrets.token_hex(8)
-        self.step = step
+        self.step, self.sent = step, False
         self.files: dict[str, FileEntry] = {}
-        self.sent = False
-        """Whether a store may have got the manifest, whatever it answered: then the data stay, at least until a sweep."""
         self._storage = storage
         self._prefix = "" if storage.is_local else f"{self.attempt}/"
         self.directory = f".tmp-{step_name(step)}-{self.attempt}" if storage.is_local else step_name(step)
@@ -51,7 +53,7 @@ class Writing:
         self.files[name] = FileEntry(length, digest, key)
 
     def discard(self) -> None:
-        """Delete what was written, as far as possible; the next start's sweep does the rest."""
+        """Delete what was written, as far as possible; the sweep at the next start deletes the rest."""
         with contextlib.suppress(Exception):
             if not self.sent:
                 self._storage.delete(f"{self.directory}/{self._prefix}".rstrip("/"))
@@ -61,7 +63,7 @@ class OwnedStore(CheckpointStore):
     """The checkpoints of a run, for the process that trains it.
 
     Args:
-        lease: looked up before anything is published or deleted.
+        lease: checked before anything is published or deleted.
     """
 
     def __init__(self, storage: Storage, log: Callable[[str], None] = print, lease: Lease | None = None) -> None:
@@ -69,7 +71,7 @@ class OwnedStore(CheckpointStore):
         self._lease = lease
 
     def check(self) -> int | None:
-        """The number of the lease; raises if the run has another owner by now."""
+        """The number of the lease; raises LeaseLostError if the run has another owner by now."""
         return self._lease.check() if self._lease is not None else None
 
     def publish(self, writing: Writing, metrics: Mapping[str, float], meta: dict[str, Any]) -> None:
@@ -78,15 +80,15 @@ class OwnedStore(CheckpointStore):
         Raises:
             LeaseLostError: another process owns the run.
         """
-        held = self.check()
-        manifest = Manifest(writing.step, writing.files, writing.attempt, dict(metrics), meta, utc_now(), held)
+        number = self.check()
+        manifest = Manifest(writing.step, writing.files, writing.attempt, dict(metrics), meta, utc_now(), number)
         if isinstance(self.storage, LocalStorage):
             self._publish_directory(self.storage, writing, manifest.to_bytes())
         else:
             self._publish_object(writing, manifest.to_bytes())
 
     def remove(self, found: Found) -> None:
-        """Delete a published one: what publishes it first, so that a kill leaves no half of it to be seen."""
+        """Delete a published one: first what publishes it, so that a kill leaves nothing half visible."""
         if isinstance(self.storage, LocalStorage):
             trash = f".trash-{found.name}-{secrets.token_hex(4)}"
             self.storage.rename(found.name, trash)
@@ -95,9 +97,18 @@ class OwnedStore(CheckpointStore):
             self.storage.delete(f"{found.name}/{MANIFEST}")
             self.storage.delete(f"{found.name}/{found.manifest.attempt}")
 
-    def _set_aside(self, step: int, reason: str) -> str:
-        """Take a damaged checkpoint out of the way for good, with all its bytes."""
-        taken = {name.removesuffix(".json") for name in self.asides()}
+    def sweep(self) -> None:
+        """Delete what killed saves and deletions left behind, before the first save of a start."""
+        self.check()
+        self.storage.makedirs()
+        if isinstance(self.storage, LocalStorage):
+            self._sweep_directory(self.storage)
+        else:
+            self._sweep_objects()
+
+    def _quarantine(self, step: int, reason: str) -> str:
+        """Take a corrupted checkpoint out of the way for good, with all its bytes; returns the new name."""
+        taken = {name.removesuffix(".json") for name in self.quarantined()}
         stem = f"damaged-{step_name(step)}"
         name = next(f"{stem}-{k}" for k in range(1, len(taken) + 2) if f"{stem}-{k}" not in taken)
         if isinstance(self.storage, LocalStorage):
@@ -109,26 +120,23 @@ class OwnedStore(CheckpointStore):
         self.storage.write_atomic(f"{name}.json", json.dumps(record, indent=1).encode())
         return f"{name}.json"
 
-    def sweep(self) -> None:
-        """Delete what killed saves and deletions left behind, before the first save of a start."""
-        self.check()
-        self.storage.makedirs()
-        if isinstance(self.storage, LocalStorage):
-            self._sweep_directory(self.storage)
-        else:
-            self._sweep_objects()
-
-    def _meet_damage(self, step: int, error: DamagedError) -> None:
-        name = self._set_aside(step, str(error))
-        self.log(f"checkpoint {step_name(step)} is damaged ({error}): set aside as {name}")
+    def _on_corruption(self, step: int, error: CorruptedError) -> None:
+        name = self._quarantine(step, str(error))
+        self.log(f"checkpoint {step_name(step)} is corrupted ({error}): quarantined as {name}")
 
     def _to_replace(self, step: int) -> Found | None:
-        """The one of this step that is there already; damage is set aside."""
+        """The published checkpoint of this step; a corrupted one is quarantined."""
         try:
             return self.open(step)
-        except DamagedError as error:
-            self._meet_damage(step, error)
+        except CorruptedError as error:
+            self._on_corruption(step, error)
             return None
+
+    def _has_manifest(self, name: str, body: bytes) -> bool:
+        try:
+            return self.storage.read_bytes(f"{name}/{MANIFEST}") == body
+        except FileNotFoundError:
+            return False
 
     # Local disks
     def _publish_directory(self, storage: LocalStorage, writing: Writing, body: bytes) -> None:
@@ -136,7 +144,7 @@ class OwnedStore(CheckpointStore):
         storage.write_stream(f"{writing.directory}/{MANIFEST}", lambda file: file.write(body))
         storage.fsync(writing.directory)
         self.check()
-        # A directory can't be replaced in one step; `sweep` puts the old one back after a kill between the two.
+        # A directory can't be replaced atomically; `sweep` puts the old one back after a kill between the two renames.
         replaced = self._to_replace(writing.step)
         if replaced:
             storage.rename(name, aside)
@@ -147,7 +155,7 @@ class OwnedStore(CheckpointStore):
                 if replaced:
                     storage.rename(aside, name)
                 raise
-            storage.fsync()  # NFS did it, lost its answer, and found nothing to rename when it was asked again
+            storage.fsync()  # NFS did it, lost its response, and found nothing to rename when it was asked again
         if replaced:
             with contextlib.suppress(StorageError):
                 storage.delete(aside)
@@ -185,12 +193,6 @@ class OwnedStore(CheckpointStore):
             with contextlib.suppress(StorageError):
                 self.storage.delete(f"{name}/{replaced.manifest.attempt}")
 
-    def _has_manifest(self, name: str, body: bytes) -> bool:
-        try:
-            return self.storage.read_bytes(f"{name}/{MANIFEST}") == body
-        except FileNotFoundError:
-            return False
-
     def _sweep_objects(self) -> None:
         self.storage.abort_uploads()
         for step in self.steps():
@@ -198,7 +200,7 @@ class OwnedStore(CheckpointStore):
             try:
                 found = self.open(step)
             except CheckpointError:
-                continue  # damaged or newer: what belongs to it can't be told
+                continue  # corrupted or newer: it isn't known what belongs to it
             if found is not None:
                 kept.add(found.manifest.attempt)
             for attempt in set(self._attempts(step)) - kept:

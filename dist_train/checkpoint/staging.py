@@ -1,8 +1,12 @@
 """Copying a state to host memory: the only part of an asynchronous save that a training step waits for.
 
 A state is a tree of dicts, lists and tuples whose leaves are tensors and plain Python values: exactly what
-``torch.load(weights_only=True)`` gives back. Anything else is refused here, while the run can still be mended, and not
-at the resume.
+``torch.load(weights_only=True)`` gives back. Anything else is refused here, where it can still be fixed, and not when
+the run resumes.
+
+torch's ``StateDictStager`` isn't used (2.15; a ResNet-50 with Adam, 307 MB, on 2 CPU threads: a median of 69 ms here, 594
+ms there): it saves the whole storage of a small view and wrong values of a conjugated tensor, fails on sparse ones and
+where pages can't be locked, accepts objects that can't be loaded, and its locked pages are copied by a fork.
 """
 
 from __future__ import annotations
@@ -31,32 +35,32 @@ log = logging.getLogger("dist_train")
 
 
 class HostCopy:
-    """Copies states into one host buffer that is kept, so that there is at most one extra copy of the state.
+    """Copies states into one host buffer that is reused, so that there is at most one extra copy of the state.
 
     Tensors that share memory (tied weights, views of a flat buffer) are copied once and share memory in the copy too; of
-    a large storage only the stretch that the state uses is taken. For a state on CUDA the buffer is page-locked.
+    a large storage only the range that the state uses is copied. For a state on CUDA the buffer is page-locked.
     """
 
     def __init__(self) -> None:
         self._buffer: np.ndarray | None = None
         self._unlock: weakref.finalize[..., Any] | None = None
-        self._refused = False  # whether the system doesn't lock pages for this process
-        # The arrangement of the last state: the same state has the same one at the next save.
+        self._refused = False  # whether the system refuses to lock pages for this process
+        # The layout of the last state, which is the same at the next save of the same state.
         self._layouts: list[object] = []
         self._copies: list[torch.Tensor] = []
-        self._moves: list[tuple[torch.Tensor, torch.Tensor]] = []  # bytes of the buffer, bytes of the state
+        self._moves: list[tuple[torch.Tensor, torch.Tensor]] = []  # (bytes of the buffer, bytes of the state)
 
     def take(self, tree: Any) -> Any:
         """A copy of ``tree`` on the host, valid until the next call.
 
         Raises:
-            TypeError: a leaf that ``torch.load(weights_only=True)`` would not give back; names its place.
+            TypeError: a leaf that ``torch.load(weights_only=True)`` would not restore; names its place.
         """
         leaves: list[torch.Tensor] = []
         _map(tree, "", leaves.append)
         layouts = [_layout(leaf) for leaf in leaves]
         if layouts != self._layouts:
-            self._arrange([leaf.detach() for leaf in leaves])
+            self._lay_out([leaf.detach() for leaf in leaves])
             self._layouts = layouts
         for room, source in self._moves:
             if source.is_cuda:
@@ -67,8 +71,8 @@ class HostCopy:
         copies = iter(self._copies)
         return _map(tree, "", lambda leaf: next(copies))
 
-    def _arrange(self, leaves: list[torch.Tensor]) -> None:
-        """Give each tensor its place in the buffer."""
+    def _lay_out(self, leaves: list[torch.Tensor]) -> None:
+        """Assign each tensor its place in the buffer."""
         copies, moves = list(leaves), []
         shared: dict[tuple[torch.device, int], list[int]] = {}
         for index, leaf in enumerate(leaves):
@@ -92,7 +96,7 @@ class HostCopy:
         self._copies, self._moves = copies, moves
 
     def release(self) -> None:
-        """Give the buffer back. Trees that :meth:`take` returned stay valid."""
+        """Free the buffer. Trees that :meth:`take` returned stay valid."""
         if self._unlock is not None:
             self._unlock()
         self._buffer = self._unlock = None
@@ -108,29 +112,29 @@ class HostCopy:
         return self._buffer
 
     def _lock(self, buffer: np.ndarray) -> None:
-        """Lock its pages, so that the device writes there directly; without that the copy is slower, and right all the same.
+        """Lock its pages, so that the device writes there directly; otherwise the copy is slower, but just as correct.
 
-        Registering ordinary memory takes just its bytes; torch's own pinned memory comes in powers of two.
+        Registering ordinary memory takes only its own size; torch rounds pinned memory up to powers of two.
         """
         cudart, address = torch.cuda.cudart(), buffer.ctypes.data
         code = int(cudart.cudaHostRegister(address, buffer.nbytes, 0))
         if code == 0:
-            # Memory that is freed while registered would make the next user of its addresses fail: called when the array
-            # dies at the latest, just before its memory is given back.
+            # Memory freed while registered would make the next user of its addresses fail, so this is called at the
+            # latest when the array is destroyed, just before its memory is freed.
             self._unlock = weakref.finalize(buffer, cudart.cudaHostUnregister, address)
             return
         self._refused = True
-        # CUDA keeps the error, and torch would raise it after its next kernel, whosever that is: it is raised here.
+        # CUDA keeps the error, and torch would raise it after the next kernel, whatever that is: clear it here.
         with contextlib.suppress(RuntimeError):
             torch.ones((), device="cuda")
         log.warning(
             "%.1f MB of host memory for saves can't be page-locked (cudaHostRegister: error %d): steps wait longer for the "
-            "copy of a save; a higher limit helps (ulimit -l, docker run --ulimit memlock=-1)", buffer.nbytes / 1e6, code,
+            "copy of a save; raise the limit (ulimit -l, docker run --ulimit memlock=-1)", buffer.nbytes / 1e6, code,
         )  # fmt: skip
 
 
 def _own_pages(nbytes: int) -> np.ndarray:
-    """Memory in pages of its own, which are empty in a forked process: locked pages would be copied by the fork, all at once."""
+    """Memory in pages of its own, which are zero in a forked process; a fork would copy locked pages, all at once."""
     pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON)
     for advice in (_WIPEONFORK, getattr(mmap, "MADV_HUGEPAGE", 0)) if sys.platform == "linux" else ():
         with contextlib.suppress(OSError):  # an old kernel, or one built without
@@ -139,7 +143,7 @@ def _own_pages(nbytes: int) -> np.ndarray:
 
 
 def _span(tensors: list[torch.Tensor]) -> tuple[int, int]:
-    """First byte, and number of bytes, of the stretch of their common storage that tensors use."""
+    """Offset and size in bytes of the range of their common storage that tensors use."""
     begins = [int(t.storage_offset()) * t.itemsize for t in tensors]
     extents = [(1 + sum((n - 1) * s for n, s in zip(t.size(), t.stride()))) * t.itemsize for t in tensors]
     size = max(t.itemsize for t in tensors)  # elements of every type must begin at a multiple of their size
@@ -148,9 +152,9 @@ def _span(tensors: list[torch.Tensor]) -> tuple[int, int]:
 
 
 def _move(moves: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Copy memory of the host: (to, from) each, shared out over up to four threads.
+    """Copy host memory, (to, from) each, on up to four threads.
 
-    Hundreds of parallel copies by torch wait for its threads hundreds of times; this waits once.
+    Hundreds of parallel `copy_` wait for torch's threads hundreds of times (362 ms instead of 87 ms); this waits once.
     """
     places = [(room.data_ptr(), source.data_ptr(), room.nbytes) for room, source in moves]
     pieces = [(to + at, source + at, min(_PIECE, n - at)) for to, source, n in places for at in range(0, n, _PIECE)]
@@ -165,7 +169,7 @@ def _move(moves: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
 
 
 def _layout(tensor: torch.Tensor) -> object:
-    """What the arrangement depends on; something unlike any other where it can't be used again."""
+    """What the layout of the buffer depends on; a value equal to no other where that can't be reused."""
     if not _is_plain(tensor):
         return object()
     place = tensor.device, tensor.untyped_storage().data_ptr(), tensor.storage_offset()
@@ -173,13 +177,17 @@ def _layout(tensor: torch.Tensor) -> object:
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    """Whether its values are the bytes of its storage, and there are some."""
+    """Whether its values are the bytes of its storage, and it has some."""
     special = tensor.layout != torch.strided or tensor.is_quantized or tensor.is_conj() or tensor.is_neg()
     return not special and tensor.numel() > 0
 
 
 def _map(node: Any, place: str, replace: Callable[[torch.Tensor], Any]) -> Any:
-    """Rebuild a tree with its tensors replaced; refuses what is no state."""
+    """Rebuild a tree with its tensors replaced.
+
+    Raises:
+        TypeError: a leaf or key that isn't part of a state.
+    """
     kind = type(node)
     if kind in _TENSORS:
         if node.device.type == "meta":

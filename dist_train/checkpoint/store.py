@@ -1,9 +1,9 @@
-"""Checkpoints in a directory or under a URL: what is there, and whether it is whole. Nothing is changed here.
+"""Checkpoints in a directory or under a URL: which there are, which is chosen, and whether it is whole. Read-only.
 
 A checkpoint is ``step-00000200/`` with ``manifest.json`` and the files that it names. On a local disk one without a
-whole manifest is damage, since checkpoints come and go there by renames; under a URL it is the leftover of a save that
-was killed, since there the manifest is what publishes. What was set aside as ``damaged-step-*`` (a
-directory, or a record in a file) is passed over.
+valid manifest is corrupted, since checkpoints come and go there by renames; under a URL it is the leftover of a save
+that was killed, since there the manifest is what publishes. Quarantined ones (``damaged-step-*``: a directory, or under
+a URL a record in a file) are skipped.
 """
 
 from __future__ import annotations
@@ -21,19 +21,13 @@ from typing import Any, TypeVar
 
 import torch
 
-from dist_train.checkpoint.manifest import (
-    MANIFEST,
-    CheckpointError,
-    DamagedError,
-    Manifest,
-    NewerFormatError,
-)
+from dist_train.checkpoint.manifest import MANIFEST, CheckpointError, CorruptedError, Manifest, NewerFormatError
 from dist_train.runtime.storage import Storage, open_storage
 
 T = TypeVar("T")
 
 _STEP = re.compile(r"step-(\d{8,})")
-_ASIDE = re.compile(r"damaged-step-(\d{8,})-\d+(\.json)?")
+_QUARANTINED = re.compile(r"damaged-step-(\d{8,})-\d+(\.json)?")
 
 
 def step_name(step: int) -> str:
@@ -43,7 +37,7 @@ def step_name(step: int) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of ``verify``: ``state`` is ``good``, ``damaged``, ``newer`` or ``set aside``; ``reason`` says why."""
+    """One line of ``verify``: ``state`` is ``good``, ``corrupted``, ``newer`` or ``quarantined``; ``reason`` says why."""
 
     step: int
     name: str
@@ -55,26 +49,23 @@ class Found:
     """A published checkpoint.
 
     Attributes:
-        name: of its directory.
-        location: path or URL of its directory.
+        name: of its directory. location: path or URL of its directory.
         step, meta, metrics: those of its manifest.
         parts: names that :meth:`load` takes.
     """
 
     def __init__(self, storage: Storage, name: str, manifest: Manifest) -> None:
         self._storage = storage
-        self.name = name
-        self.location = storage.join(name)
-        self.manifest = manifest
+        self.name, self.location, self.manifest = name, storage.join(name), manifest
         self.step, self.meta, self.metrics = manifest.step, manifest.meta, manifest.metrics
         self.parts = [file.removesuffix(".pt") for file in manifest.files if file.endswith(".pt")]
 
     def load(self, part: str, map_location: Any = "cpu") -> Any:
-        """The state tree of a part, from bytes that were checked just before. Runs no code from the file.
+        """The state tree of a part, from bytes that were hashed just before. Runs no code from the file.
 
         Raises:
             CheckpointError: there is no such part, or it holds more than plain values.
-            DamagedError: its bytes aren't those that were published.
+            CorruptedError: its bytes aren't those that were published.
             StorageError: it can't be read now.
         """
         if part not in self.parts:
@@ -85,33 +76,29 @@ class Found:
             return torch.load(io.BytesIO(raw), map_location=map_location, weights_only=True)
         except MemoryError:
             raise
-        except Exception as error:  # bytes that were published so, by whomever
+        except Exception as error:  # the bytes are as they were published, by whomever
+            needs_code = isinstance(error, pickle.UnpicklingError)
             why = (
-                "it holds objects that only running code could rebuild"
-                if isinstance(error, pickle.UnpicklingError)
-                else ""
+                "it holds objects that only running code could rebuild" if needs_code else "torch.save didn't write it"
             )
-            why, said = (
-                why or "it isn't what torch.save writes",
-                next(iter(str(error).splitlines()), type(error).__name__),
-            )
-            raise CheckpointError(f"{self.location}/{part}.pt is refused: {why} ({said})") from None
+            line = next(iter(str(error).splitlines()), type(error).__name__)
+            raise CheckpointError(f"{self.location}/{part}.pt is refused: {why} ({line})") from None
 
-    def told(self, name: str, kind: Any) -> Any:
-        """What the manifest's `meta` says of that name.
+    def value(self, name: str, kind: Any) -> Any:
+        """The value of that name in the manifest's ``meta``.
 
         Raises:
-            DamagedError: nothing, or nothing of that type.
+            CorruptedError: it is missing, or not of that type.
         """
         if not isinstance(self.meta.get(name), kind):
-            raise DamagedError(MANIFEST, f"meta.{name} is {self.meta.get(name)!r:.80}")
+            raise CorruptedError(MANIFEST, f"meta.{name} is {self.meta.get(name)!r:.80}")
         return self.meta[name]
 
     def verify(self) -> None:
-        """Read and check every file.
+        """Read and hash every file.
 
         Raises:
-            DamagedError: naming the first file that isn't as it was published.
+            CorruptedError: naming the first file that isn't as it was published.
         """
         for file in self.manifest.files:
             self._compare(file, *self._read(file, self._storage.digest))
@@ -120,18 +107,18 @@ class Found:
         try:
             return how(f"{self.name}/{self.manifest.files[file].key}")
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-            raise DamagedError(file, "missing") from None
+            raise CorruptedError(file, "missing") from None
 
     def _compare(self, file: str, length: int, digest: str) -> None:
         entry = self.manifest.files[file]
         if length != entry.bytes:
-            raise DamagedError(file, f"{length} bytes, but {entry.bytes} were published")
+            raise CorruptedError(file, f"{length} bytes, but {entry.bytes} were published")
         if digest != entry.sha256:
-            raise DamagedError(file, f"its sha256 is {digest[:12]}..., but {entry.sha256[:12]}... was published")
+            raise CorruptedError(file, f"its sha256 is {digest[:12]}..., but {entry.sha256[:12]}... was published")
 
 
 def merit(metrics: Mapping[str, float], metric: str, mode: str) -> tuple[float, float] | None:
-    """What an evaluation is ranked by, the least first: the metric, of equal ones the loss; None where it isn't finite."""
+    """The key to rank evaluations by, the best first: the metric, then the loss. None if the metric isn't finite."""
     value, loss = metrics.get(metric, math.nan), metrics.get("val/loss", math.nan)
     if not math.isfinite(value):
         return None
@@ -139,7 +126,7 @@ def merit(metrics: Mapping[str, float], metric: str, mode: str) -> tuple[float, 
 
 
 class CheckpointStore:
-    """The checkpoints of a run, for whoever reads them.
+    """The checkpoints of a run, for reading.
 
     Args:
         storage: their directory (a run's ``checkpoints``).
@@ -154,15 +141,15 @@ class CheckpointStore:
         """Steps that have a directory or a prefix, in order; under a URL that doesn't mean that it is published."""
         return sorted(int(match[1]) for name in self.storage.list() if (match := _STEP.fullmatch(name)))
 
-    def asides(self) -> list[str]:
-        """Names of what was set aside."""
-        return [name for name in self.storage.list() if _ASIDE.fullmatch(name)]
+    def quarantined(self) -> list[str]:
+        """Names of the directories or records of quarantined checkpoints."""
+        return [name for name in self.storage.list() if _QUARANTINED.fullmatch(name)]
 
     def open(self, step: int) -> Found | None:
-        """The published checkpoint of a step with its manifest checked, its other files not yet; ``None`` if none.
+        """The published checkpoint of a step, with only its manifest verified; ``None`` if there is none.
 
         Raises:
-            DamagedError, NewerFormatError, StorageError.
+            CorruptedError, NewerFormatError, StorageError.
         """
         raw = self._raw_manifest(step_name(step))
         if raw is None:
@@ -172,13 +159,13 @@ class CheckpointStore:
             return None
         manifest = Manifest.from_bytes(raw)
         if manifest.step != step:
-            raise DamagedError(MANIFEST, f"is that of step {manifest.step}")
+            raise CorruptedError(MANIFEST, f"is that of step {manifest.step}")
         return Found(self.storage, step_name(step), manifest)
 
     def published(self) -> Iterator[Found]:
-        """Those whose manifest is whole, the newest first."""
+        """Those whose manifest is valid, the newest first."""
         for step in reversed(self.steps()):
-            with contextlib.suppress(DamagedError, NewerFormatError):
+            with contextlib.suppress(CorruptedError, NewerFormatError):
                 if found := self.open(step):
                     yield found
 
@@ -189,44 +176,54 @@ class CheckpointStore:
             CheckpointError: there were some, and none is whole.
             NewerFormatError, StorageError.
         """
-        found, damaged = self._first_whole(list(reversed(self.steps())))
-        damaged |= set(self.asides())
-        if found is None and damaged:
+        found, corrupted = self._first_whole(list(reversed(self.steps())))
+        corrupted |= set(self.quarantined())
+        if found is None and corrupted:
             raise CheckpointError(
-                f"no whole checkpoint is left in {self.storage.location} ({', '.join(sorted(damaged))}): put one back "
-                "from a copy, or give the run another run.name to start afresh"
+                f"no whole checkpoint is left in {self.storage.location} ({', '.join(sorted(corrupted))}): put one back "
+                "from a copy, or give the run another run.name to start over"
             )
         return found
 
     def ranked(self, metric: str, mode: str) -> list[int]:
         """Steps from the best to the worst by ``metric`` (``mode`` is ``min`` or ``max``), without those where it is NaN."""
         measured = [(merit(found.metrics, metric, mode), found.step) for found in self.published()]
-        return [step for found, step in sorted((found, step) for found, step in measured if found is not None)]
+        return [step for key, step in sorted((key, step) for key, step in measured if key is not None)]
 
     def best(self, metric: str, mode: str) -> Found | None:
         """The best of the whole ones, or ``None`` if none has the metric."""
         return self._first_whole(self.ranked(metric, mode))[0]
 
-    def find(self, name: str) -> Found:
-        """``last`` or ``step-200`` (zeros don't matter), verified.
+    def find(self, name: str | None = None) -> Found:
+        """``best``, ``last``, ``step-200`` (zeros don't matter), or by default best if one is kept, else last; verified.
 
         Raises:
-            CheckpointError: there is no such one, with those that are there, or it is damaged.
+            CheckpointError: there is none of that name; lists those that there are.
+            CorruptedError: it isn't whole.
         """
-        found = None
-        if name == "last":
-            found = self.newest()
-        elif match := re.fullmatch(r"(?:step-)?(\d+)", name):
-            found = self.open(int(match[1]))
-            if found:
-                found.verify()
+        found, match = None, re.fullmatch(r"(?:step-)?(\d+)", name or "")
+        if match:
+            try:
+                found = self.open(int(match[1]))
+                if found:
+                    found.verify()
+            except CorruptedError:
+                if self.has(int(match[1])):
+                    raise
+                found = None  # its owner deleted it while it was read
+        elif name in (None, "best", "last") and (newest := self.newest()):
+            kept = newest.value("best", list | None) if name != "last" else None
+            found = self.best(*kept) if kept else None
+            if name == "best" and found is None:
+                raise CheckpointError(f"{self.storage.location} keeps no best checkpoint; use last or step-N")
+            found = found or newest
         if found is None:
-            there = ", ".join(f.name for f in self.published()) or "none"
-            raise CheckpointError(f"no checkpoint {name!r} in {self.storage.location}; there: {there}")
+            known = ", ".join(f.name for f in self.published()) or "none"
+            raise CheckpointError(f"no checkpoint {name or 'last'!r} in {self.storage.location}; found: {known}")
         return found
 
     def verify_all(self) -> list[Row]:
-        """Check every file of every checkpoint, the oldest first; then what was set aside."""
+        """Check every file of every checkpoint, the oldest first; then list the quarantined ones."""
         rows = []
         for step in self.steps():
             try:
@@ -235,64 +232,64 @@ class CheckpointStore:
                     continue
                 found.verify()
                 rows.append(Row(step, found.name, "good"))
-            except DamagedError as error:
-                rows.append(Row(step, step_name(step), "damaged", str(error)))
+            except CorruptedError as error:
+                rows.append(Row(step, step_name(step), "corrupted", str(error)))
             except NewerFormatError as error:
                 rows.append(Row(step, step_name(step), "newer", str(error)))
-        return rows + [Row(int(name.split("-")[2]), name, "set aside", "damaged") for name in self.asides()]
+        return rows + [Row(int(name.split("-")[2]), name, "quarantined", "corrupted") for name in self.quarantined()]
 
     def records(self, step: int) -> Iterator[dict[str, Any]]:
-        """What was written about manifests of a step when they were set aside (under a URL)."""
-        for name in self.asides():
+        """The quarantine records of a step's manifests (under a URL)."""
+        for name in self.quarantined():
             if name.endswith(".json") and f"-{step_name(step)}-" in name:
                 try:
                     record = json.loads(self.storage.read_bytes(name))
                     if isinstance(record["manifest_sha256"], str) and isinstance(record["attempts"], list):
                         yield record
                 except (ValueError, KeyError, TypeError, RecursionError):
-                    self.log(f"{self.storage.join(name)} can't be read: passed over")
+                    self.log(f"{self.storage.join(name)} can't be read: skipped")
 
-    def is_there(self, step: int) -> bool:
-        """Whether something published is there, whole or not."""
+    def has(self, step: int) -> bool:
+        """Whether a checkpoint of that step is published, whole or not."""
         try:
             return self.open(step) is not None
         except CheckpointError:
             return True
 
     def _raw_manifest(self, name: str) -> bytes | None:
-        for _ in range(2):  # it may be published, whole, between the first read and the look at its directory
+        for _ in range(2):  # it may be published, whole, between the read and the lookup of its directory
             try:
                 return self.storage.read_bytes(f"{name}/{MANIFEST}")
             except (IsADirectoryError, NotADirectoryError):
-                raise DamagedError(MANIFEST, "not a file") from None
+                raise CorruptedError(MANIFEST, "not a file") from None
             except FileNotFoundError:
                 if not self.storage.is_local or not self.storage.exists(name):
                     return None
-        raise DamagedError(MANIFEST, "missing")
+        raise CorruptedError(MANIFEST, "missing")
 
     def _first_whole(self, steps: list[int]) -> tuple[Found | None, set[str]]:
-        damaged: set[str] = set()
+        corrupted: set[str] = set()
         for step in steps:
             try:
                 found = self.open(step)
                 if found is not None:
                     found.verify()
-                    return found, damaged
-            except DamagedError as error:
-                if self.is_there(step):  # else its owner deleted it while it was read
-                    damaged.add(step_name(step))
-                    self._meet_damage(step, error)
-        return None, damaged
+                    return found, corrupted
+            except CorruptedError as error:
+                if self.has(step):  # else its owner deleted it while it was read
+                    corrupted.add(step_name(step))
+                    self._on_corruption(step, error)
+        return None, corrupted
 
-    def _meet_damage(self, step: int, error: DamagedError) -> None:
-        self.log(f"checkpoint {step_name(step)} is damaged ({error}): passed over")
+    def _on_corruption(self, step: int, error: CorruptedError) -> None:
+        self.log(f"checkpoint {step_name(step)} is corrupted ({error}): skipped")
 
 
 def find_at(location: str, log: Callable[[str], None] = print) -> Found:
     """The checkpoint at a path or URL: of a checkpoint itself, of a ``checkpoints`` directory or of a run.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
+        CheckpointError: there is none, or it is corrupted.
     """
     parent, _, name = location.rstrip("/").rpartition("/")
     if _STEP.fullmatch(name):

@@ -9,7 +9,7 @@ from dist_train.commands.arguments import Parser, with_run
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print a line for each checkpoint, and for each file beside them that can't be read; 1 if any is damaged."""
+    """Print a line for each checkpoint, and for each file beside them that can't be read; 1 if any is corrupted."""
     parser = Parser("verify", "Check every file of every checkpoint of a run.")
     options = with_run(parser, arguments, whole=True)
     if options.overrides:
@@ -25,10 +25,10 @@ def main(arguments: Sequence[str]) -> int:
         raise ConfigError.single("--run", found)
     rows = CheckpointStore(storage.sub("checkpoints")).verify_all()
     for row in rows:
-        print(f"{row.name:<24} {row.state:<10} {row.reason}".rstrip())
+        print(f"{row.name:<24} {row.state:<11} {row.reason}".rstrip())
     beside = problems(storage)
     for name, fault in beside:
-        print(f"{name:<24} {'damaged':<10} {fault}")
+        print(f"{name:<24} {'corrupted':<11} {fault}")
     bad = [row for row in rows if row.state != "good"]
     print(f"{len(rows) - len(bad)} of {len(rows)} checkpoints are whole")
     return 1 if bad or beside else 0

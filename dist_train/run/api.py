@@ -81,7 +81,7 @@ def load(run: str | os.PathLike[str], checkpoint: str | None = None, model: nn.M
 
     Raises:
         ConfigError: there is no such run or checkpoint, or it doesn't fit the model.
-        DamagedError: the checkpoint is corrupted.
+        CorruptedError: the checkpoint is corrupted.
     """
     from dist_train.run import open as opening
     from dist_train.runtime.rundir import RunDir

@@ -103,9 +103,9 @@ def _compare_code(config: Config, run: RunDir, completed: bool) -> list[str]:
 
 def _compare_configs(config: Config, run: RunDir) -> Decision:
     store, resume = CheckpointStore(run.storage.sub("checkpoints")), config.checkpoint.resume
-    # What is left of a save that was killed under a URL is no checkpoint; a damaged one that was set aside was one.
-    known = [step_name(step) for step in store.steps() if store.is_there(step)]
-    known += [name for name in store.asides() if name.startswith("damaged-")]
+    # What is left of a save that was killed under a URL is no checkpoint; a quarantined one was one.
+    known = [step_name(step) for step in store.steps() if store.has(step)]
+    known += store.quarantined()
     begun = run.storage.exists("config.yaml")
     if resume == "never" and (known or begun):
         raise ConfigError.single(
@@ -131,7 +131,7 @@ def _compare_configs(config: Config, run: RunDir) -> Decision:
             found = find_at(expand_path(resume))
         except CheckpointError as error:
             raise ConfigError.single("checkpoint.resume", str(error)) from None
-        old, location, source, newest = from_json(found.told("config", dict)), found.location, found.location, found
+        old, location, source, newest = from_json(found.value("config", dict)), found.location, found.location, found
     else:
         return Decision(fits=fits, warnings=warnings)
     changes = compare(old, config.to_dict())

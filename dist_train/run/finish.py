@@ -53,7 +53,7 @@ def finish(trainer: Trainer, checkpoints: CheckpointManager) -> dict[str, Any]:
         if parts.ema is not None and "ema" in found.parts:
             parts.ema.load_state_dict(found.load("ema"))
         val = found.metrics
-        epoch, samples = found.told("epoch", int), found.told("samples", int)
+        epoch, samples = found.value("epoch", int), found.value("samples", int)
     metrics: dict[str, dict[str, float]] = {}
     if val:
         metrics["val"] = {name.removeprefix("val/"): value for name, value in val.items()}

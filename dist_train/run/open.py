@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from dist_train.checkpoint.manifest import CheckpointError, DamagedError
+from dist_train.checkpoint.manifest import CheckpointError, CorruptedError
 from dist_train.checkpoint.store import CheckpointStore, Found
 from dist_train.config.components import add_code_paths
 from dist_train.config.errors import ConfigError
@@ -80,7 +80,7 @@ def open_run(
 
     Raises:
         ConfigError: there is no such run or checkpoint, or it doesn't fit the config.
-        DamagedError: the checkpoint isn't whole.
+        CorruptedError: the checkpoint isn't whole.
     """
     run = RunDir(location)
     config = read_config(run, overrides)
@@ -113,13 +113,7 @@ def _restore(modules: Modules, run: RunDir, checkpoint: str | None, world: World
     store = _store(run)
 
     def find() -> int:
-        while True:
-            before = store.steps()
-            try:
-                return find_weights(run, checkpoint).step
-            except DamagedError:
-                if store.steps() == before:
-                    raise
+        return find_weights(run, checkpoint).step
 
     while True:
         step = world.on_main(find) if world is not None else find()
@@ -127,7 +121,7 @@ def _restore(modules: Modules, run: RunDir, checkpoint: str | None, world: World
             found = store.open(step)
             if found is not None:
                 load_averaged(modules, found)
-        except DamagedError:
+        except CorruptedError:
             found = None
             if step in store.steps():
                 raise
@@ -141,21 +135,14 @@ def find_weights(run: RunDir, checkpoint: str | None) -> Found:
 
     Raises:
         ConfigError: there is no such one; says which there are.
-        DamagedError: it isn't whole.
+        CorruptedError: it isn't whole.
     """
     store = _store(run)
     if not store.steps():
         raise ConfigError.single("--run", f"{run.location} holds no checkpoint{_near(run)}")
     try:
-        if checkpoint not in (None, "best"):
-            return store.find(str(checkpoint))
-        newest = store.find("last")
-        choice = newest.told("best", list | None)
-        best = store.best(*choice) if choice is not None else None
-        if best is None and checkpoint == "best":
-            raise ConfigError.single("--checkpoint", f"{run.location} keeps no best checkpoint; use last or step-N")
-        return best or newest
-    except DamagedError:
+        return store.find(checkpoint)
+    except CorruptedError:
         raise
     except CheckpointError as error:
         raise ConfigError.single("--checkpoint", str(error)) from None
@@ -167,7 +154,7 @@ def load_averaged(modules: Modules, found: Found) -> None:
 
     Raises:
         ConfigError: they don't fit.
-        DamagedError: the bytes aren't those that were saved.
+        CorruptedError: the bytes aren't those that were saved.
     """
     load_weights(modules, found)
     if "ema" in found.parts:

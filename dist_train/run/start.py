@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dist_train.checkpoint.manager import CheckpointManager
+from dist_train.checkpoint.manager import CheckpointManager, SavePolicy
 from dist_train.config.code import source_files
 from dist_train.config.errors import ConfigError
 from dist_train.config.slots import check_components
@@ -224,15 +224,12 @@ class Start:
         config, world, run, console = self.config, self.world, self.run, self.console
         if world.is_main:
             self._tell_unfinished()
+        saving = config.checkpoint
         checkpoints = CheckpointManager(
             run.storage.sub("checkpoints"),
-            keep_last=config.checkpoint.keep_last,
-            keep_best=self.parts.keep_best,
-            asynchronous=config.checkpoint.asynchronous,
+            SavePolicy(saving.keep_last, self.parts.keep_best, saving.asynchronous, saving.on_error),
             log=console.note,
             lease=run.lease,
-            on_error=config.checkpoint.on_error,
-            before_publish=lambda step: trainer.bring_home(),
         )
         progress = Progress()
         if self.decision.action == "resume":

@@ -171,7 +171,7 @@ def load_weights(modules: Modules, found: Saved, fresh: Sequence[str] = ()) -> N
 
     Raises:
         ConfigError: they don't fit it.
-        DamagedError: the bytes aren't those that were saved.
+        CorruptedError: the bytes aren't those that were saved.
     """
     if "ranks" in found.parts:
         modules.put(found.load("ranks")[0])
@@ -192,7 +192,7 @@ def restore(parts: Parts, found: Found, changed: Sequence[str], note: Callable[[
     """
     _check_data(parts, found)
     load_weights(parts.modules, found, [key for key in changed if key.startswith(("loss", "task"))])
-    parts.keep_horizon(found.told("horizon", int | None))
+    parts.keep_horizon(found.value("horizon", int | None))
     schedule = parts.schedule  # built before the optimizer's state comes back: it writes its first lr into the groups
     state = found.load("trainer")
     _restore_optimizer(parts, found, state.get("trained"), changed, note)
@@ -217,7 +217,7 @@ def restore(parts: Parts, found: Found, changed: Sequence[str], note: Callable[[
     load_callback_states(parts.callbacks, parts.config.callbacks, state["callbacks"], note)
     with building("data.train"):
         parts.train_loader.load_state_dict(state.get("stream"), progress.step)
-    if found.told("best", list | None) != (list(parts.keep_best) if parts.keep_best else None):
+    if found.value("best", list | None) != (list(parts.keep_best) if parts.keep_best else None):
         progress.best = None  # it is that of another metric
     if any(key.startswith(("trainer.duration", "trainer.stop_when")) for key in changed):
         progress.finished = None  # a run that had reached its end goes on where another end is asked for now
@@ -226,7 +226,7 @@ def restore(parts: Parts, found: Found, changed: Sequence[str], note: Callable[[
 
 def _check_data(parts: Parts, found: Found) -> None:
     """The dataset must still be the one that the position counts in."""
-    old, plan = found.told("plan", dict), parts.plan
+    old, plan = found.value("plan", dict), parts.plan
     if old.get("length") != plan.length:
         raise ConfigError.single(
             "data.train",

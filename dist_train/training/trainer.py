@@ -256,7 +256,8 @@ class Trainer:
             self.run.upload_meanwhile()
             return
         metrics = progress.metrics if progress.evaluated_step == self.step else None
-        self.checkpoints.save(self.step, snapshot(self.parts, progress, ranks, stream), meta(self), metrics)
+        state = snapshot(self.parts, progress, ranks, stream)
+        self.checkpoints.save(self.step, state, meta(self), metrics, before_publish=self.bring_home)
 
     def bring_home(self) -> None:
         """What has been recorded so far is made as durable as the checkpoint that is about to be published (rank 0)."""

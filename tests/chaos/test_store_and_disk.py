@@ -39,8 +39,8 @@ def test_a_run_whose_newest_checkpoint_is_damaged_takes_the_one_before_and_ends_
     place = copy_of(alone / "runs" / "whole", "damaged")
     flip_a_bit(place / "checkpoints" / "step-00000024" / "optimizer.pt")
     done = run(alone, 1, *ONE, "run.name=damaged")
-    assert "step-00000024 is damaged (optimizer.pt: its sha256" in done.stdout
-    assert "set aside as damaged-step-00000024-1" in done.stdout
+    assert "step-00000024 is corrupted (optimizer.pt: its sha256" in done.stdout
+    assert "quarantined as damaged-step-00000024-1" in done.stdout
     assert "going on from step 20" in " ".join(done.stdout.split())
     assert_equal_runs(place, alone / "runs" / "whole")
 
@@ -101,7 +101,7 @@ def test_a_full_disk_ends_the_run_with_file_and_cause_and_leaves_the_last_good_c
 
     done = run(alone, 1, *options, "checkpoint.on_error=warn")
     assert "going on from step 4" in " ".join(done.stdout.split())
-    assert "going on, as checkpoint.on_error says" in done.stderr
+    assert "training continues, as checkpoint.on_error says" in done.stderr
     assert [found.step for found in CheckpointStore(open_storage(small_disk / "full" / "checkpoints")).published()] == [
         4
     ]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dist_train.checkpoint.manager import CheckpointManager
+from dist_train.checkpoint.manager import CheckpointManager, SavePolicy
 from dist_train.runtime.storage import Storage, open_storage
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -26,7 +26,8 @@ def manager_at(lines: list[str]) -> Callable[..., CheckpointManager]:
     """Makes managers as a fresh start of a run would."""
 
     def make(storage: Storage, **options: Any) -> CheckpointManager:
-        return CheckpointManager(storage, **{"keep_last": 2, "log": lines.append, **options})
+        policy = {name: options.pop(name) for name in vars(SavePolicy()) if name in options}
+        return CheckpointManager(storage, SavePolicy(**{"keep_last": 2, **policy}), **{"log": lines.append, **options})
 
     return make
 

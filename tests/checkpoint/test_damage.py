@@ -14,7 +14,7 @@ import torch
 from checkpoint_states import assert_whole, save
 
 from dist_train.checkpoint.manager import CheckpointManager
-from dist_train.checkpoint.manifest import MANIFEST, CheckpointError, DamagedError, NewerFormatError
+from dist_train.checkpoint.manifest import MANIFEST, CheckpointError, CorruptedError, NewerFormatError
 from dist_train.checkpoint.store import CheckpointStore, find_at
 from dist_train.files import StorageError
 from dist_train.main import main
@@ -66,7 +66,7 @@ CASES += [("s3", "model.pt", delete), ("s3", MANIFEST, flip), ("s3", MANIFEST, d
 
 
 @pytest.mark.parametrize(("storage", "file", "damage"), CASES, indirect=["storage"])
-def test_a_damaged_checkpoint_is_set_aside_and_the_next_is_taken(
+def test_a_corrupted_checkpoint_is_quarantined_and_the_next_is_taken(
     storage: Storage, manager_at: Make, lines: list[str], file: str, damage: Callable[[Storage, str, bytes], None]
 ) -> None:
     save(manager_at(storage), OLD, NEW)
@@ -81,13 +81,13 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_next_is_taken(
     before = storage.walk("step-00000020")
 
     rows = CheckpointStore(storage).verify_all()
-    assert [(row.step, row.state) for row in rows] == [(OLD, "good"), (NEW, "damaged")]
+    assert [(row.step, row.state) for row in rows] == [(OLD, "good"), (NEW, "corrupted")]
     assert file in rows[1].reason
     lines.clear()
     manager = manager_at(storage)
     assert_whole(manager.newest(), OLD)
     assert len(lines) == 1
-    assert "step-00000020 is damaged" in lines[0]
+    assert "step-00000020 is corrupted" in lines[0]
     assert file in lines[0]
 
     # Its bytes stay, nobody looks at it again, and the run can save the same step anew.
@@ -99,7 +99,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_next_is_taken(
     save(again, NEW)
     assert_whole(manager_at(storage).newest(), NEW)
     assert set(aside) - {path_of(storage, NEW, MANIFEST)} <= set(storage.walk())
-    assert [row.state for row in CheckpointStore(storage).verify_all()] == ["good", "good", "set aside"]
+    assert [row.state for row in CheckpointStore(storage).verify_all()] == ["good", "good", "quarantined"]
 
 
 def test_if_none_is_whole_it_is_an_error_and_never_a_silent_start(
@@ -108,10 +108,10 @@ def test_if_none_is_whole_it_is_an_error_and_never_a_silent_start(
     save(manager_at(storage), OLD, NEW)
     for step in (OLD, NEW):
         flip(storage, path_of(storage, step, "model.pt"), b"")
-    for _ in range(2):  # the second start finds only what the first set aside
+    for _ in range(2):  # the second start finds only what the first quarantined
         with pytest.raises(CheckpointError, match=r"no whole checkpoint is left.*give the run another run.name"):
             manager_at(storage).newest()
-    assert len([line for line in lines if "is damaged" in line]) == 2
+    assert len([line for line in lines if "is corrupted" in line]) == 2
 
 
 def test_readers_pass_damage_over_and_change_nothing(storage: Storage, manager_at: Make, lines: list[str]) -> None:
@@ -123,7 +123,7 @@ def test_readers_pass_damage_over_and_change_nothing(storage: Storage, manager_a
     best = store.best("f1", "max")
     assert best is not None
     assert best.step == NEW + 1
-    with pytest.raises(DamagedError, match=r"model\.pt"):
+    with pytest.raises(CorruptedError, match=r"model\.pt"):
         store.find("step-20")
     assert storage.walk() == before
 
@@ -133,7 +133,7 @@ def test_damage_that_happens_after_the_check_is_found_by_the_load(storage: Stora
     found = manager_at(storage).newest()
     assert found is not None
     flip(storage, path_of(storage, NEW, "model.pt"), b"")
-    with pytest.raises(DamagedError, match=r"model\.pt: its sha256"):
+    with pytest.raises(CorruptedError, match=r"model\.pt: its sha256"):
         found.load("model")
     assert found.load("optimizer")["step"] == NEW
 
@@ -221,9 +221,9 @@ def test_a_checkpoint_is_found_by_any_path_that_leads_to_it(tmp_path: Path, mana
     assert_whole(find_at(str(tmp_path / "run")), NEW)
     assert_whole(find_at(str(tmp_path / "run" / "checkpoints") + "/"), NEW)
     assert_whole(find_at(str(tmp_path / "run" / "checkpoints" / "step-00000010")), OLD)
-    with pytest.raises(CheckpointError, match=r"no checkpoint 'step-00000015'.*there: step-00000020, step-00000010"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint 'step-00000015'.*found: step-00000020, step-00000010"):
         find_at(str(tmp_path / "run" / "checkpoints" / "step-00000015"))
-    with pytest.raises(CheckpointError, match=r"no checkpoint 'last'.*there: none"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint 'last'.*found: none"):
         find_at(str(tmp_path / "elsewhere"))
 
 
@@ -234,7 +234,7 @@ def test_a_wrong_part_is_named_with_those_that_are_there(tmp_path: Path, manager
         manager.find("last").load("ema")
 
 
-def test_verify_prints_a_line_for_each_and_fails_where_one_is_damaged(
+def test_verify_prints_a_line_for_each_and_fails_where_one_is_corrupted(
     tmp_path: Path, manager_at: Make, capsys: pytest.CaptureFixture[str]
 ) -> None:
     storage = open_storage(tmp_path / "checkpoints")
@@ -245,5 +245,5 @@ def test_verify_prints_a_line_for_each_and_fails_where_one_is_damaged(
     assert main(["verify", "--run", str(tmp_path)]) == 1
     old, new, total = capsys.readouterr().out.splitlines()
     assert old.split() == ["step-00000010", "good"]
-    assert new.startswith("step-00000020            damaged    optimizer.pt: its sha256 is ")
+    assert new.startswith("step-00000020            corrupted   optimizer.pt: its sha256 is ")
     assert total == "1 of 2 checkpoints are whole"

@@ -54,9 +54,9 @@ def test_the_first_save_deletes_nothing_that_was_there_before_it_is_published(
 ) -> None:
     save(manager_at(storage, keep_last=3), 1, 2, 3)
     seen: list[list[int]] = []
-    manager = manager_at(storage, keep_last=1, before_publish=lambda step: seen.append(steps(storage)))
+    manager = manager_at(storage, keep_last=1)
     manager.newest()
-    save(manager, 4)
+    manager.save(4, state_of(4), {}, before_publish=lambda: seen.append(steps(storage)), wait=True)
     assert seen == [[1, 2, 3]]
     assert steps(storage) == [4]
 
@@ -73,12 +73,12 @@ def test_a_save_of_the_same_step_replaces_the_one_before(storage: Storage, manag
     assert len(storage.walk("step-00000010")) == 3  # nothing of the first is left
 
 
-def test_names_that_are_not_there_are_told_with_those_that_are(storage: Storage, manager_at: Make) -> None:
+def test_an_unknown_name_is_an_error_that_lists_the_known_ones(storage: Storage, manager_at: Make) -> None:
     manager = manager_at(storage)
-    with pytest.raises(CheckpointError, match=r"no checkpoint 'last' in .*; there: none"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint 'last' in .*; found: none"):
         manager.find("last")
     save(manager, 3, 4)
-    with pytest.raises(CheckpointError, match=r"no checkpoint 'step-7' in .*; there: step-00000004, step-00000003"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint 'step-7' in .*; found: step-00000004, step-00000003"):
         manager.find("step-7")
     assert manager_at(storage, keep_best=("f1", "max")).best() is None
     assert_whole(manager.find("step-3"), 3)
@@ -204,11 +204,11 @@ class Small:
 
 
 def test_a_hook_that_fails_before_publishing_fails_the_save(storage: Storage, manager_at: Make) -> None:
-    def upload(step: int) -> None:
+    def upload() -> None:
         raise OSError("no logs today")
 
     with pytest.raises(CheckpointError, match=r"saving step 1 .*no logs today; nothing was published before"):
-        save(manager_at(storage, before_publish=upload), 1)
+        manager_at(storage).save(1, state_of(1), {}, before_publish=upload, wait=True)
     assert storage.walk() == {}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dist_train.checkpoint.manifest import DamagedError, FileEntry, Manifest, NewerFormatError
+from dist_train.checkpoint.manifest import CorruptedError, FileEntry, Manifest, NewerFormatError
 
 MANIFEST = Manifest(
     step=200,
@@ -30,14 +30,14 @@ def test_every_flipped_bit_is_damage() -> None:
     for position in range(len(raw) * 8):
         changed = bytearray(raw)
         changed[position // 8] ^= 1 << position % 8
-        with pytest.raises(DamagedError):
+        with pytest.raises(CorruptedError):
             Manifest.from_bytes(bytes(changed))
 
 
 def test_every_cut_is_damage() -> None:
     raw = MANIFEST.to_bytes()
     for length in range(len(raw)):
-        with pytest.raises(DamagedError):
+        with pytest.raises(CorruptedError):
             Manifest.from_bytes(raw[:length])
 
 
@@ -45,7 +45,7 @@ def test_every_cut_is_damage() -> None:
     "raw", [b"", b"{}", b"[]", b"null", b"\x00" * 300, b"\xff\xfe", b"[" * 100_000, b'{"sha256": 1}']
 )
 def test_garbage_is_damage(raw: bytes) -> None:
-    with pytest.raises(DamagedError):
+    with pytest.raises(CorruptedError):
         Manifest.from_bytes(raw)
 
 
@@ -53,7 +53,7 @@ def test_bytes_that_mean_the_same_are_damage() -> None:
     raw = MANIFEST.to_bytes()
     for changed in (raw.replace(b"1e-07", b"1E-07"), raw.replace(b"\\u00df", b"\\u00DF"), raw + b" "):
         assert json.loads(changed) == json.loads(raw)
-        with pytest.raises(DamagedError):
+        with pytest.raises(CorruptedError):
             Manifest.from_bytes(changed)
 
 
@@ -90,7 +90,7 @@ WRONG: list[dict[str, Any]] = [
 @pytest.mark.parametrize("changed", WRONG, ids=repr)
 def test_a_right_hash_over_a_wrong_form_is_damage(changed: dict[str, Any]) -> None:
     assert Manifest.from_bytes(signed()) == MANIFEST  # the control: the hash is made right
-    with pytest.raises(DamagedError):
+    with pytest.raises(CorruptedError):
         Manifest.from_bytes(signed(**changed))
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from checkpoint_states import assert_whole, save
 
-from dist_train.checkpoint.manager import CheckpointManager
-from dist_train.checkpoint.manifest import DamagedError
+from dist_train.checkpoint.manager import CheckpointManager, SavePolicy
+from dist_train.checkpoint.manifest import CorruptedError
 from dist_train.checkpoint.store import CheckpointStore
 from dist_train.runtime.storage import open_storage
 
@@ -102,13 +102,13 @@ def power_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgets: str
         for step in kept:
             try:
                 assert_whole(store.open(step), step)
-            except DamagedError as error:
+            except CorruptedError as error:
                 wrong.append(f"step {step}: {error}")
         if max(kept, default=0) < promised:
             wrong.append(f"{kept}, but {promised} was saved")
 
     disk = Disk(root, lost, forgets, tmp_path / "left")
-    manager = CheckpointManager(open_storage(root), keep_last=2, log=lambda line: None)
+    manager = CheckpointManager(open_storage(root), SavePolicy(keep_last=2), log=lambda line: None)
     with monkeypatch.context() as patch:
         for call in CALLS:
             patch.setattr(os, call, disk.spied(call))

@@ -32,12 +32,12 @@ def test_a_zombie_that_wakes_up_publishes_nothing(storage: Storage, manager_at: 
     first = Lease.acquire(storage)
     awake, asleep = threading.Event(), threading.Event()
 
-    def sleep(step: int) -> None:
+    def sleep() -> None:
         asleep.set()
         assert awake.wait(30)
 
-    zombie = manager_at(storage, lease=first, before_publish=sleep)
-    zombie.save(2, state_of(2), {"writer": "zombie"})
+    zombie = manager_at(storage, lease=first)
+    zombie.save(2, state_of(2), {"writer": "zombie"}, before_publish=sleep)
     assert asleep.wait(30)
 
     second = successor_of(first, storage)
@@ -89,14 +89,12 @@ def test_a_zombie_that_sleeps_past_the_last_check_is_whole_or_withdrawn(
 def test_two_that_write_the_same_step_at_once_never_make_a_mix(storage: Storage, manager_at: Make) -> None:
     barrier = threading.Barrier(2)
 
-    def meet(step: int) -> None:
-        barrier.wait(30)
-
-    managers = [manager_at(storage, before_publish=meet) for _ in range(2)]
+    managers = [manager_at(storage) for _ in range(2)]
     for manager in managers:
         manager.newest()
     for number, manager in enumerate(managers):
-        manager.save(7, {"model": {"writer": number}, "again": {"writer": number}}, {"writer": number})
+        parts = {"model": {"writer": number}, "again": {"writer": number}}
+        manager.save(7, parts, {"writer": number}, before_publish=lambda: barrier.wait(30))
     published = []
     for number, manager in enumerate(managers):
         with contextlib.suppress(CheckpointError):

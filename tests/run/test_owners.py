@@ -225,11 +225,11 @@ def test_what_is_no_file_in_a_checkpoint_is_damage_and_never_waited_for(
     else:
         path.symlink_to("/dev/zero" if kind == "device" else path)
     assert main(["verify", str(runs / "a")]) == 1
-    assert "step-00000003            damaged" in capfd.readouterr().out
+    assert "step-00000003            corrupted" in capfd.readouterr().out
     assert main(["evaluate", str(runs / "a"), "--checkpoint", "last"]) == 0
     (runs / "a" / "result.json").unlink()
     assert start(runs)["step"] == 3
-    assert "set aside as damaged-step-00000003-1" in " ".join(capfd.readouterr().out.split())
+    assert "quarantined as damaged-step-00000003-1" in " ".join(capfd.readouterr().out.split())
 
 
 def test_a_run_whose_last_save_failed_is_failed_and_not_preempted(
