@@ -12,17 +12,17 @@ from dist_train.runtime.launch import rank_of_environment
 from dist_train.watch import failure, leave, signals
 from dist_train.watch.processes import owned_by_command
 
-# Each is a module of dist_train.commands, imported when it is asked for.
+# Each is a module of dist_train.commands, imported when it is called.
 COMMANDS = {
-    "train": "train, or go on with the run of that name (when no command is given)",
+    "train": "train, or resume the run of that name (the default command)",
     "evaluate": "metrics of a run's checkpoint: --run DIR [--checkpoint best|last|step-N] [--split val|test]",
     "predict": "predictions of each sample as a table: --run DIR [--checkpoint ...] [--split ...] [--output FILE.csv]",
     "export": "a run's weights: --run DIR [--format state_dict|module|safetensors|torch_export] [--output FILE]",
-    "report": "write a run's report.html again: --run DIR; several --run lay their curves over each other",
+    "report": "rewrite a run's report.html: --run DIR; several --run overlay their curves",
     "runs": "the runs below a directory or URL, and where their configs differ: [DIR] [--watch] [--json]",
     "verify": "check every file of every checkpoint of a run: --run DIR",
-    "doctor": "whether all hosts are fit for a job, and a rehearsal: [--config FILE] [--min-bandwidth GB/s] [--json FILE]",
-    "new": "a folder with a model, a dataset, a config and a batch script to begin from: DIR",
+    "doctor": "whether all hosts are ready for a job, with a dry run: [--config FILE] [--min-bandwidth GB/s] [--json FILE]",
+    "new": "a folder with a model, a dataset, a config and a batch script to start from: DIR",
     "config": "print the resolved config; --get KEY one value, --schema its JSON Schema",
 }
 USAGE = """\
@@ -32,14 +32,14 @@ usage: python -m dist_train.main [COMMAND] [--config FILE] [key.path=value ...]
 commands:
 {commands}
 
-A run is its directory: `--run DIR` or just DIR (torchrun takes --run for its own). Keys of its config can be set behind it:
+A run is its directory: `--run DIR` or just DIR (torchrun takes --run for its own). Keys of its config can be overridden after it:
 predict runs/digits data.test.path=new.csv.
 
-Without --config the built-in example is trained (1,797 handwritten digits). Any key of the config can be set behind it,
+Without --config the built-in example is trained (1,797 handwritten digits). Any key of the config can be overridden,
 like optimizer.lr=0.05 trainer.duration=3ep; docs/config.md describes them all.
 
 exit codes: 0 done, 1 failed, 2 the config or the command is wrong (nothing was started), 75 stopped on request and saved,
-run it again to go on (0 under torchrun, which would restart it), 130 or 143 ended by Ctrl-C or SIGTERM before it began."""
+run it again to resume (0 under torchrun, which would restart it), 130 or 143 ended by Ctrl-C or SIGTERM before it started."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,11 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     signals.install(stops=name == "train", reports=rank == 0)
     try:
         if name not in COMMANDS:
-            guess = (
-                f"; did you mean --config {name}?" if name.endswith((".yaml", ".yml")) else did_you_mean(name, COMMANDS)
-            )
-            known = f"{guess}; commands: {', '.join(COMMANDS)}"
-            raise ConfigError.single("", f"there is no command {name!r}{known}", where="command line")
+            is_file = name.endswith((".yaml", ".yml"))
+            guess = f"; did you mean --config {name}?" if is_file else did_you_mean(name, COMMANDS)
+            message = f"unknown command {name!r}{guess}; commands: {', '.join(COMMANDS)}"
+            raise ConfigError.single("", message, where="command line")
         with owned_by_command():
             return importlib.import_module(f"dist_train.commands.{name}").main(arguments)
     except ConfigError as error:
@@ -78,9 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def console_main() -> None:
     """The console script `dist-train`."""
     code = main()
-    if (
-        code == 2
-    ):  # nothing was started: nothing to take down, least of all a process group that other ranks don't leave
+    if code == 2:  # nothing was started, so nothing is torn down: least of all a process group that other ranks are in
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

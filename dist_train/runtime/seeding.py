@@ -20,9 +20,9 @@ ORDER, SAMPLE, FORWARD, AUGMENT, SPLIT = 1, 2, 3, 4, 5
 
 
 def mix(*values: int) -> int:
-    """Hash integers into 64 well-mixed bits, the same on every platform and for ever.
+    """Hash integers into 64 well-mixed bits, the same on every platform, forever.
 
-    Folds the values with the splitmix64 finaliser (Steele, Lea, Flood: "Fast Splittable Pseudorandom Number
+    Folds the values with the splitmix64 finalizer (Steele, Lea, Flood: "Fast Splittable Pseudorandom Number
     Generators", OOPSLA 2014). The order of the values matters; each is taken modulo 2**64.
     """
     state = 0
@@ -32,6 +32,13 @@ def mix(*values: int) -> int:
         z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
         state = z ^ (z >> 31)
     return state
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch (all devices), numpy and `random`: what a constructor draws follows from the run's seed alone."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
 
 
 def seed_sample(seed: int, epoch: int, index: int) -> None:

@@ -1,4 +1,4 @@
-"""Where this process stands: its rank among the others, its device, and the store and process group that connect them."""
+"""The processes of a run: this one's rank and device, and the store and process group that connect them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _GROUPS = itertools.count(1000 * restarts())
 
 
 def usable_cpus() -> int:
-    """CPUs that this process may use: its affinity (where the system has one), cut to the quota of its cgroup."""
+    """CPUs that this process may use: its affinity (where the system has one), limited by the quota of its cgroup."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.suppress(OSError, ValueError):
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
@@ -44,7 +44,7 @@ def pick_device(choice: str, placement: Placement) -> torch.device:
     """The device of this rank: a GPU of its own where GPUs are usable, else the CPU.
 
     Raises:
-        ConfigError: a GPU was asked for, or is there, but torch can't use it; or there are more ranks here than GPUs.
+        ConfigError: a GPU is requested or present, but torch can't use it; or this host has more ranks than GPUs.
     """
     import torch
 
@@ -70,7 +70,7 @@ def pick_device(choice: str, placement: Placement) -> torch.device:
 
 
 def _built_for_others(device: torch.device) -> str:
-    """Why no kernel of this build of torch runs on that GPU; "" where some do. A kernel would say so, but late and obscurely."""
+    """Why no kernel of this build of torch runs on that GPU; "" where some do. A kernel would say so late and obscurely."""
     import torch
 
     major, minor = torch.cuda.get_device_capability(device)
@@ -78,9 +78,10 @@ def _built_for_others(device: torch.device) -> str:
     for code in codes:
         kind, _, number = code.partition("_")
         of, least = divmod(int(number.rstrip("af")), 10)
-        if (
+        runs = (
             (of, least) <= (major, minor) if kind == "compute" else of == major and least <= minor
-        ):  # PTX is compiled anew
+        )  # PTX is recompiled
+        if runs:
             return ""
     if not codes:
         return ""
@@ -95,7 +96,7 @@ def _wants_cpu(choice: str) -> bool:
 
 
 def visible_gpus(choice: str) -> str:
-    """The names of the GPUs that this process may use, as nobody else's are named; "" for none."""
+    """The GPUs that this process may use, by names that no other GPU has; "" for none."""
     import torch
 
     if _wants_cpu(choice) or not torch.cuda.is_available():
@@ -112,7 +113,7 @@ def _why_no_cuda(hidden: bool) -> str:
     import torch
 
     if hidden:
-        why = "a GPU is asked for, but CUDA_VISIBLE_DEVICES hides all of them: unset it"
+        why = "a GPU is requested, but CUDA_VISIBLE_DEVICES hides all of them: unset it"
     elif torch.version.cuda is None and torch.version.hip is None:
         why = f"torch {torch.__version__} is built without CUDA: install a CUDA build of torch"
     else:
@@ -121,15 +122,16 @@ def _why_no_cuda(hidden: bool) -> str:
             torch.cuda.init()
         except (RuntimeError, AssertionError) as error:
             reason = str(error).strip().splitlines()[0]
-        cure = "update the NVIDIA driver, or install a torch build for an older CUDA"
-        why = f"torch {torch.__version__} (CUDA {torch.version.cuda}) can't use the GPU: {reason}; {cure}"
+        fix = "update the NVIDIA driver, or install a torch build for an older CUDA"
+        why = f"torch {torch.__version__} (CUDA {torch.version.cuda}) can't use the GPU: {reason}; {fix}"
     return f"{why}; or train on the CPU with distributed.device=cpu"
 
 
 class World:
     """The processes of one run, and this one's place and device among them.
 
-    Objects are shared through the rendezvous store, never by collectives, so that nothing of this disturbs the GPU streams.
+    Small values (anything JSON can hold) are exchanged through the rendezvous store, never by collectives, so that nothing of
+    this disturbs the GPU streams. Every rank must make the same calls in the same order.
     """
 
     def __init__(
@@ -147,15 +149,15 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, which speaks and writes for all."""
+        """Whether this is rank 0, which prints and writes for all."""
         return self.rank == 0
 
     def broadcast(self, value: Any = None) -> Any:
-        """Give rank 0's `value` (anything JSON can hold) to all ranks; every rank must call it."""
+        """Rank 0's `value` on all ranks."""
         return self._exchange(value, 1)[0]
 
     def on_main(self, action: Callable[[], Any]) -> Any:
-        """Rank 0's answer (anything JSON can hold) on all ranks, its ConfigError as well; every rank must call it."""
+        """Rank 0's result of `action` on all ranks, its ConfigError as well."""
         answer: dict[str, Any] = {}
         if self.is_main:
             try:
@@ -168,29 +170,29 @@ class World:
         return answer["value"]
 
     def all_gather(self, value: Any) -> list[Any]:
-        """Every rank's `value` (anything JSON can hold), in order of rank, on all ranks; every rank must call it."""
+        """Every rank's `value`, ordered by rank, on all ranks."""
         return self._exchange(value, self.size)
 
     def barrier(self) -> None:
-        """Wait until every rank has come here."""
+        """Wait until every rank has called it."""
         self.all_gather(None)
 
     def clone_store(self) -> Any | None:
-        """A store client of its own for another thread (a client serves one caller at a time)."""
+        """A store client for another thread (a client serves one caller at a time)."""
         return None if self.store is None else self.store.clone()
 
-    def _exchange(self, value: Any, givers: int) -> list[Any]:
-        """The values of the first so many ranks."""
+    def _exchange(self, value: Any, senders: int) -> list[Any]:
+        """The values of the first `senders` ranks."""
         if self.store is None:
             return [value]
         self._sequence += 1
         key = f"exchange/{self._sequence}"
-        if self.rank < givers:
+        if self.rank < senders:
             self.store.set(f"{key}/{self.rank}", json.dumps(value))
         phase = status.phase
         if phase != STARTING:
             status.phase = SYNC
-        values = [json.loads(value) for value in self.store.multi_get([f"{key}/{rank}" for rank in range(givers)])]
+        values = [json.loads(value) for value in self.store.multi_get([f"{key}/{rank}" for rank in range(senders)])]
         status.phase = phase
         return values
 
@@ -199,12 +201,12 @@ class World:
 def open_world(config: DistributedConfig, placement: Placement) -> Iterator[World]:
     """Join the other processes of the job: store, device and process group (NCCL on CUDA, gloo on CPU).
 
-    The process group's timeout is the hang timeout plus a minute, so that whoever watches for hangs speaks first. An
-    exception inside (other than a ConfigError) ends this process and all others, where there are others: see `Peers`. Alone in a
-    process that a command owns, it is reported and becomes a `ReportedError`.
+    The process group's timeout is the hang timeout plus a minute, so that the watch reports a hang first. An exception inside
+    (other than a ConfigError) ends this process and all others, where there are others: see `Peers`. With one process, owned by
+    a command, it is reported and becomes a `ReportedError`.
 
     Raises:
-        ConfigError: the device can't be had (see `pick_device`), or the launcher asks for what there isn't (`check_launcher`).
+        ConfigError: see `pick_device`, `rendezvous` and `check_launcher`.
     """
     import torch
     import torch.distributed as dist
@@ -216,7 +218,7 @@ def open_world(config: DistributedConfig, placement: Placement) -> Iterator[Worl
     timeout = timedelta(seconds=config.hang_timeout.value + 60)
     launchers = own = backend = None
     if placement.size > 1:
-        # A process that trains a second time would else meet the keys of its first group in the launcher's store, and hang.
+        # Else a process that trains a second time would find the keys of its first group in the launcher's store, and hang.
         launchers = dist.PrefixStore(f"group-{next(_GROUPS)}", rendezvous(placement, timeout))
         placement, nonce = complete_placement(
             placement, launchers, visible_gpus(config.device), timeout.total_seconds()
@@ -263,7 +265,7 @@ def _join_group(store: Any, placement: Placement, device: torch.device, timeout:
 def _threads(choice: int | str, placement: Placement, device: torch.device) -> int:
     """Intra-op threads: the config's, else OMP_NUM_THREADS, else a fair share of the CPUs among the local ranks.
 
-    With a GPU the share is one: waking more for the little that is left to the CPU cost a quarter of the speed (bench/RESULTS.md)
+    With a GPU the share is one: waking more for the little that is left to the CPU cost 25 % of the speed (bench/RESULTS.md).
     """
     if choice != "auto":
         if int(choice) > (most := max(64, 16 * usable_cpus())):

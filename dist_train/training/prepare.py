@@ -5,13 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import random
 import traceback
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
-import torch
 from torch import nn
 
 from dist_train.checkpoint.manifest import CheckpointError
@@ -26,6 +23,7 @@ from dist_train.data.passes import is_stream
 from dist_train.files import StorageError
 from dist_train.models import transfer
 from dist_train.models.weights import is_folder, is_torchvision_name, read_file, read_torchvision
+from dist_train.runtime.seeding import seed_everything
 from dist_train.runtime.storage import open_storage
 from dist_train.step.parameters import check_parameters
 
@@ -55,13 +53,6 @@ def building(key: str) -> Iterator[None]:
         place = traceback.extract_tb(error.__traceback__)[-1]
         message = f"could not be built: {type(error).__name__}: {error} ({place.filename}:{place.lineno})"
         raise ConfigError.single(key, message) from error
-
-
-def seed_everything(seed: int) -> None:
-    """Seed torch, numpy and `random`: whatever a constructor draws follows from the run's seed alone."""
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
 
 
 def build_dataset(config: Config, split: str, world: World | None = None) -> Any:

@@ -1,10 +1,10 @@
-"""The control thread: signals, files and clocks are turned into actions on which all ranks agree, at no cost to the step.
+"""The control thread: turns signals, files and clocks into actions that all ranks take after the same step, at no cost to it.
 
-Ranks must stop after the same step, and none may sit in a collective that the others will never enter. The main thread
-counts *ticks*: one for each optimizer step and for each round of an evaluation; all ranks run the same sequence of ticks.
-When somebody asks for something (a signal at any rank, the file STOP or SAVE, a clock), every control thread posts the
-tick that its main thread has begun and pledges that it won't begin the one after next. The action happens at the end of
-the largest posted tick plus one: every rank can reach it, and none has passed it.
+No rank may sit in a collective that the others will never enter. The main thread counts *ticks*: one for each optimizer step
+and each round of an evaluation; all ranks run the same sequence of ticks. When somebody requests something (a signal at any
+rank, the file STOP or SAVE, a clock), every control thread posts the tick that its main thread has begun and pledges not to
+begin the one after next. The action is due at the end of the largest posted tick plus one: every rank can reach it, and none
+has passed it.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ log = logging.getLogger("dist_train")
 class Control:
     """Agreement among the control threads of all ranks.
 
-    Main thread: `begin()` before each tick, `due()` after it. `sources` are asked about five times a second on this rank's
-    control thread; each returns None, or (action, reason) once per wish.
+    Main thread: `begin()` before each tick, `due()` after it. `sources` are polled about five times a second on this rank's
+    control thread; each returns None, or (action, reason) once per request.
     """
 
     def __init__(self, rank: int, size: int, store: Any | None, sources: Sequence[Source] = ()):
@@ -40,7 +40,7 @@ class Control:
         self.sources = list(sources)
         self.reasons: dict[str, str] = {}
         self._lock = threading.Condition()
-        self._tick = 0  # the tick that the main thread has begun last
+        self._tick = 0  # the latest tick that the main thread has begun
         self._hold: int | None = None  # while an agreement is open: the last tick that may begin
         self._actions: dict[int, set[str]] = {}
         self._handled = 0
@@ -53,11 +53,11 @@ class Control:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop listening; nothing is agreed any more."""
+        """Stop listening: nothing is agreed any more."""
         self._closing.set()
         self._thread.join(timeout=5)
 
-    # The main thread's side: two attribute reads a step while nobody asks for anything.
+    # Main thread: two attribute reads a step while there is no request.
 
     def begin(self) -> None:
         """Begin the next tick; waits only while an agreement that could end before it is still open."""
@@ -68,7 +68,7 @@ class Control:
         self._tick += 1
 
     def due(self) -> set[str]:
-        """The actions that all ranks take at the end of the tick just run."""
+        """The actions that all ranks take at the end of this tick."""
         if self._failure is not None:
             raise RuntimeError("the control thread has failed") from self._failure
         if not self._actions and self._hold is None:
@@ -80,24 +80,25 @@ class Control:
             return self._actions.pop(self._tick, set())
 
     def stop_due(self) -> bool:
-        """Whether a stop is due at the end of the tick just run; whatever else is due is put off to the next one."""
+        """Whether a stop is due at the end of this tick; other actions are postponed to the next one."""
         actions = self.due()
-        rest = actions - {STOP}
-        if rest:
+        if rest := actions - {STOP}:
             with self._lock:
                 self._actions.setdefault(self._tick + 1, set()).update(rest)
         return STOP in actions
 
-    # The control thread's side.
+    # Control thread.
 
     def _run(self) -> None:
         try:
             while not self._closing.is_set():
-                self._listen()
+                for number in signals.take(POLL_SECONDS):
+                    name = signal.Signals(number).name
+                    log.info("received %s", name)
+                    self._propose(STOP, name)
                 for source in self.sources:
-                    wish = source()
-                    if wish is not None:
-                        self._propose(*wish)
+                    if request := source():
+                        self._propose(*request)
                 self._answer()
         except BaseException as error:
             if not self._closing.is_set():
@@ -106,12 +107,6 @@ class Control:
                 with self._lock:
                     self._hold = None
                     self._lock.notify_all()
-
-    def _listen(self) -> None:
-        for number in signals.take(POLL_SECONDS):
-            name = signal.Signals(number).name
-            log.info("received %s", name)
-            self._propose(STOP, name)
 
     def _propose(self, action: str, reason: str) -> None:
         if action in self.reasons and action == STOP:
@@ -139,12 +134,12 @@ class Control:
 
 
 def watch_file(take: Callable[[str], bool], action: str, name: str) -> Source:
-    """A source that asks for `action` when `take(name)` has found the file, and taken it away."""
+    """A source that requests `action` when `take(name)` has found the file, and removed it."""
     return lambda: (action, f"file {name}") if take(name) else None
 
 
 def watch_clock(clock: Callable[[], float], due_at: float, every: float | None, action: str, reason: str) -> Source:
-    """A source that asks for `action` when `clock()` (seconds trained, over all attempts) passes `due_at`, then each `every`."""
+    """A source that requests `action` when `clock()` (seconds trained, over all attempts) passes `due_at`, then each `every`."""
     due = due_at
 
     def source() -> tuple[str, str] | None:

@@ -12,6 +12,7 @@ import faulthandler
 import json
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
@@ -22,8 +23,8 @@ from typing import Any, NoReturn
 
 from dist_train.watch import failure, signals
 from dist_train.watch.failure import Record
-from dist_train.watch.processes import kill_later, restart, stacks
-from dist_train.watch.status import CONFIG
+from dist_train.watch.processes import is_owned, kill_later, restart, stacks
+from dist_train.watch.status import BACKWARD, CALLBACK, CONFIG, DATA, FORWARD, PHASES, status
 
 LEAVE_SECONDS = 4.0
 _LAUNCHER_SECONDS = 10.0  # for the launcher to end a rank, after another has reported a config error and left
@@ -54,7 +55,7 @@ class RunFacts:
     on_exit: Callable[[], object] = lambda: None
 
 
-def log_only(text: str, *values: object) -> None:
+def _log_only(text: str, *values: object) -> None:
     """Into the log file only: the terminal gets the summary, once."""
     log.error(text, *values, extra={"shown": True})
 
@@ -63,12 +64,13 @@ class Leaver:
     """Ends this rank, from any thread, once it or another one has failed.
 
     Args:
-        rank, store: this rank, and a store client; None with one process.
+        rank, size: this rank, out of how many.
+        store: a store client; None with one process.
         neighbors: gives the pids of the job's other processes on this machine.
     """
 
-    def __init__(self, rank: int, store: Any | None, neighbors: Callable[[], Iterable[int]]):
-        self.rank, self.store, self.run = rank, store, RunFacts()
+    def __init__(self, rank: int, size: int, store: Any | None, neighbors: Callable[[], Iterable[int]]):
+        self.rank, self.size, self.store, self.run = rank, size, store, RunFacts()
         self._neighbors = neighbors
         self._leaving = threading.Lock()
 
@@ -76,10 +78,39 @@ class Leaver:
         """The run begins."""
         self.run = run
 
-    @property
-    def leaving(self) -> bool:
-        """Whether a thread is at it: the log is being closed."""
-        return self._leaving.locked()
+    def describe(self, error: BaseException) -> Record:
+        """The record of what this rank's main thread has raised, which goes into the log as well."""
+        samples = self._samples(failure.own_position(self.rank))
+        try:  # torch raises for a killed loader worker out of SIGCHLD's handler, maybe later than what is seen of it here
+            if isinstance(error, ConnectionError | EOFError):
+                time.sleep(0.5)
+            if is_owned():  # this error ends the process: no more of them
+                with contextlib.suppress(ValueError):  # not the main thread
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        except RuntimeError as late:
+            error = late
+        record = failure.describe(error, self.rank, samples, self.size) | self._logs(self.rank)
+        if self.run.less_memory and status.phase in (FORWARD, BACKWARD) and failure.is_out_of_memory(record["error"]):
+            record["try"], halved = self.run.less_memory()
+            if halved is not None and is_owned():
+                record["halved"] = halved
+        if not self._leaving.locked():  # else the log is being closed
+            _log_only("failed in step %d (%s)\n%s", status.step, PHASES[status.phase], record["details"].rstrip())
+        return record
+
+    def record(self, kind: str, position: Record) -> Record:
+        """The record of a rank that was lost or hangs at that position."""
+        samples, rank = self._samples(position), position["rank"]
+        return failure.new_record(kind, position, samples, self.size) | self._logs(rank)
+
+    def _samples(self, position: Record) -> Sequence[int]:
+        with contextlib.suppress(Exception):
+            if DATA <= position["phase"] <= CALLBACK:
+                return self.run.samples(position["step"], position["rank"])
+        return ()
+
+    def _logs(self, rank: int) -> Record:
+        return {"logs": self.run.logs and f"{self.run.logs}/rank-{rank}.log, and the other ranks' beside it"}
 
     def conclude(self, record: Record) -> NoReturn:
         """What this rank has found is the cause, unless another rank was first."""
@@ -102,9 +133,9 @@ class Leaver:
         # A C thread: it ends this process even while other C code holds the GIL.
         faulthandler.dump_traceback_later(LEAVE_SECONDS, exit=True, file=open(os.devnull, "w"))  # noqa: SIM115
         try:
-            log_only("leaving\n%s", failure.summary(record))
+            _log_only("leaving\n%s", failure.summary(record))
             if record["kind"] == "hang" or record["rank"] != self.rank:
-                log_only("stacks of all threads of this rank\n%s", stacks())
+                _log_only("stacks of all threads of this rank\n%s", stacks())
                 self._dump_flight_recorder()
             _bounded(self.run.on_exit, 2.0)
             if mine or not self._wait_for_report(deadline - 1.5):

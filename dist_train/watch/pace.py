@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 IN_A_ROW = 5  # log intervals that find the same rank slow
 SLOW = 1.5  # times the median
-NOTICEABLE = 0.01  # seconds a step
+NOTICEABLE = 0.01  # seconds per step
 
 
 class Pace:
-    """Seconds a step of each rank: its own time until its gradients are ready, and of that the wait for data.
+    """Seconds per step of each rank: its own time until its gradients are ready, and of that the wait for data.
 
-    One thread tells (`hear`), another asks; nothing is locked, and an answer may be a heartbeat old.
+    One thread calls `update`, another asks; nothing is locked, and an answer may be one heartbeat old.
     """
 
     def __init__(self, size: int):
@@ -22,14 +22,14 @@ class Pace:
         self._candidate, self._times = -1, 0
         self._reported: set[int] = set()
 
-    def update(self, rank: int, sums: Sequence[float], before: Sequence[float] | None) -> None:
+    def update(self, rank: int, sums: Sequence[float], before: Sequence[float]) -> None:
         """Two readings of a rank's (steps, own seconds, seconds of waiting for data), each a sum since its start."""
-        if before is not None and sums[0] > before[0]:
+        if sums[0] > before[0]:
             steps, own, waited = (new - old for new, old in zip(sums, before, strict=True))
             self._known[rank] = (own / steps, waited / steps)
 
     def spread(self) -> dict[str, float]:
-        """The least and the most over all ranks; {} as long as one hasn't been heard, and with one process."""
+        """Minimum and maximum over all ranks; {} until every rank has been heard, and with one process."""
         known = dict(self._known)
         if len(known) < self.size or self.size == 1:
             return {}
@@ -38,7 +38,7 @@ class Pace:
         return dict(zip(names, (min(own), max(own), min(waited), max(waited)), strict=True))
 
     def slow(self) -> tuple[int | None, str]:
-        """A rank that was slow at the last few calls, and how slow; each rank is told once."""
+        """A rank that was slow at the last few calls, and how slow; each rank is reported once."""
         known = dict(self._known)
         if not self.spread():
             return None, ""
@@ -51,6 +51,6 @@ class Pace:
             return None, ""
         self._reported.add(rank)
         return rank, (
-            f"{own * 1e3:.0f} ms a step until its gradients are ready ({waited * 1e3:.0f} ms of it waiting for data), "
+            f"{own * 1e3:.0f} ms per step until its gradients are ready ({waited * 1e3:.0f} ms of it waiting for data), "
             f"{usual * 1e3:.0f} ms on the others, which wait for it"
         )

@@ -12,7 +12,6 @@ import faulthandler
 import json
 import logging
 import os
-import signal
 import sys
 import threading
 import time
@@ -22,23 +21,10 @@ from typing import Any
 from dist_train.config.errors import ConfigError
 from dist_train.watch import failure, signals
 from dist_train.watch.failure import Record
-from dist_train.watch.leave import Leaver, RunFacts, elect_reporter, log_only
+from dist_train.watch.leave import Leaver, RunFacts, elect_reporter
 from dist_train.watch.pace import Pace
 from dist_train.watch.processes import end_fork, is_owned, machine, process_state, stacks
-from dist_train.watch.status import (
-    BACKWARD,
-    CALLBACK,
-    CONFIG,
-    DATA,
-    DONE,
-    FORWARD,
-    PHASES,
-    STARTING,
-    STOPPED,
-    status,
-    status_fd,
-    status_of,
-)
+from dist_train.watch.status import CONFIG, DONE, PHASES, STARTING, STOPPED, status, status_fd, status_of
 
 LOOK_SECONDS = 0.5
 POST_SECONDS = 1.0
@@ -107,7 +93,7 @@ class Peers:
 
     def __init__(self, rank: int = 0, size: int = 1, store: Any | None = None, hang_timeout: float | None = None):
         self.rank, self.size, self.store, self.hang_timeout = rank, size, store, hang_timeout
-        self.leaver = Leaver(rank, store, self._neighbors)
+        self._leaver = Leaver(rank, size, store, self._neighbors)
         self._pid = os.getpid()
         self._failure: Record | None = None
         self._pace = Pace(size)
@@ -130,7 +116,7 @@ class Peers:
 
     def attach(self, run: RunFacts) -> None:
         """A run begins: failures from here on are its failures."""
-        self.leaver.attach(run)
+        self._leaver.attach(run)
 
     def close(self, phase: int = DONE) -> None:
         """The others no longer need this rank; it may end at any time."""
@@ -179,11 +165,11 @@ class Peers:
                 elect_reporter(self.store, self.rank)
             return None
         if self._failure is None:
-            self._failure = self._describe(error)
+            self._failure = self._leaver.describe(error)
             if self.store is not None or "halved" in self._failure:
                 if failure.is_peer_failure(error):
                     time.sleep(SETTLE_SECONDS)  # the watch finds who was lost, and ends this process
-                self.leaver.conclude(self._failure)
+                self._leaver.conclude(self._failure)
             self._stop.set()
         return self._failure
 
@@ -200,22 +186,6 @@ class Peers:
         """Names a rank that has been slow at the last few calls, once (rank 0, at each log interval)."""
         rank, text = self._pace.slow()
         return None if rank is None else f"rank {rank} on {self._states[rank].beat['host']} is slow: {text}"
-
-    def _describe(self, error: BaseException) -> Record:
-        run, samples = self.leaver.run, self._samples(failure.own_position(self.rank))
-        try:
-            error = _of_worker(error)
-        except RuntimeError as late:  # out of SIGCHLD's handler, as the call began
-            error = late
-        record = failure.describe(error, self.rank, samples, self.size)
-        record["logs"] = self._logs(self.rank)
-        if run.less_memory and status.phase in (FORWARD, BACKWARD) and failure.is_out_of_memory(record["error"]):
-            record["try"], halved = run.less_memory()
-            if halved is not None and is_owned():
-                record["halved"] = halved
-        if not self.leaver.leaving:  # else the log is being closed
-            log_only("failed in step %d (%s)\n%s", status.step, PHASES[status.phase], record["details"].rstrip())
-        return record
 
     # Watching thread.
 
@@ -280,7 +250,7 @@ class Peers:
     def _follow_failure(self) -> None:
         assert self.store is not None
         if self.store.check(["failure"]):
-            self.leaver.leave(json.loads(self.store.get("failure")), mine=False)
+            self._leaver.leave(json.loads(self.store.get("failure")), mine=False)
 
     def _look_for_lost(self) -> None:
         assert self.store is not None
@@ -296,12 +266,12 @@ class Peers:
             if phase in (CONFIG, STOPPED):  # it has reported its config error, or that it was stopped
                 os._exit(2 if phase == CONFIG else 143)
             if phase != DONE and not self.store.check(["failure"]):
-                self.leaver.conclude(self._lost(peer))
+                self._leaver.conclude(self._lost(peer))
 
     def _lost(self, peer: PeerState) -> Record:
         how = "its process ended" if peer.local else f"no heartbeat for {LOST_SECONDS:.0f} s"
         return {
-            **self._record("lost", peer.position()),
+            **self._leaver.record("lost", peer.position()),
             "error": f"{how} without a message: killed, or exited by os._exit"
             + ("" if peer.local else ", or its host or network is down"),
             "try": "look for the kernel's out-of-memory killer on that host (dmesg -T | grep -i kill) and the scheduler's "
@@ -328,13 +298,13 @@ class Peers:
             "" if len(behind) == len(positions) else "; the others wait for " + ("it" if len(behind) == 1 else "them")
         )
         record = {
-            **self._record("hang", positions[behind[0]]),
+            **self._leaver.record("hang", positions[behind[0]]),
             "error": f"no progress for {limit:g} s (distributed.hang_timeout)",
             "ranks": named + waiting,
             "try": "the stacks of all threads are in the logs; a longer distributed.hang_timeout if this is only slow",
         }
         if self.size > 1 or is_owned():
-            self.leaver.conclude(record)
+            self._leaver.conclude(record)
         log.error("%s\n%s", failure.summary(record), stacks())
         self._me.moved = float("inf")  # reported once
 
@@ -357,45 +327,11 @@ class Peers:
         if not dead and time.monotonic() - self._store_lost < LOST_SECONDS:
             return
         record = {
-            **self._record("lost", heartbeat(self.rank)),
+            **self._leaver.record("lost", heartbeat(self.rank)),
             "error": f"lost the store that connects the ranks: {failure.one_line(error)}",
             "try": "the process that held it has ended: torchrun on the first host, or rank 0; look at its log",
         }
         if dead:
             record = self._lost(others[dead[0]])
         reporter = min(rank for rank in range(self.size) if rank not in dead)
-        self.leaver.leave(record, mine=self.rank == reporter or not others)
-
-    # Both.
-
-    def _record(self, kind: str, position: Record) -> Record:
-        record = failure.new_record(kind, position, self._samples(position), self.size)
-        return {**record, "logs": self._logs(record["rank"])}
-
-    def _samples(self, position: Record) -> list[int]:
-        """The samples of the step at that position."""
-        with contextlib.suppress(Exception):
-            if DATA <= position["phase"] <= CALLBACK:
-                return list(self.leaver.run.samples(position["step"], position["rank"]))
-        return []
-
-    def _logs(self, rank: int) -> str:
-        logs = self.leaver.run.logs
-        return f"{logs}/rank-{rank}.log, and the other ranks' beside it" if logs else ""
-
-
-def _of_worker(error: BaseException) -> BaseException:
-    """The error, or what torch raises out of SIGCHLD's handler for a loader worker that was killed.
-
-    That may come later than what the main thread sees of it, and anywhere; in a process that ends by this error, no more.
-    """
-    try:
-        if isinstance(error, ConnectionError | EOFError):
-            time.sleep(0.5)
-        if is_owned():
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    except RuntimeError as raised:
-        return raised
-    except ValueError:
-        pass  # not the main thread
-    return error
+        self._leaver.leave(record, mine=self.rank == reporter or not others)

@@ -1,9 +1,9 @@
-"""The signals that ask for a stop, from the first line of a process on.
+"""The signals that request a stop, from the first line of a process on.
 
 A Python signal handler runs only between bytecodes of the main thread, so it stays silent while that thread waits in a
-collective. `signal.set_wakeup_fd` doesn't: the C-level handler writes the signal's number to a socket at once, and a
-thread reads it there. Until the run has begun it ends the process; from `hold()` on it keeps what comes for the control
-thread (`runtime.control`).
+collective. `signal.set_wakeup_fd` doesn't: the C-level handler writes the signal's number to a socket at once, and a thread
+reads it there. Until the run has started a signal ends the process; from `hold()` on it waits for the control thread
+(`watch.control`).
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import time
 from collections.abc import Callable
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)
-_GRACE = 3.0  # seconds to end in a better way
+_GRACE = 3.0  # seconds for a better way to end
 
 
 class _Listener:
-    """The socket of this process, the thread that reads it, and what was there before."""
+    """The socket of this process, the thread that reads it, and what was installed before."""
 
     def __init__(self, numbers: tuple[signal.Signals, ...], reports: bool):
         self.numbers, self.reports = numbers, reports
@@ -33,20 +33,18 @@ class _Listener:
         threading.Thread(target=self._run, name="dist_train-signals", daemon=True).start()
 
     def take_over(self) -> None:
-        """Let the signals do nothing but be heard."""
+        """Let the stop signals do nothing but be heard, also where user code has used the wakeup descriptor since."""
+        self.numbers = STOP_SIGNALS
         for number in self.numbers:
             ignored = number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN  # by nohup
             if number not in self.previous and not ignored:
-                self.previous[number] = signal.signal(number, self._late)
-
-    def claim(self) -> None:
-        """Take the wakeup descriptor again where user code has used it since (an event loop that is closed, say)."""
+                self.previous[number] = signal.signal(number, self._python_handler)
         theirs = signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
         if theirs != self.writer.fileno():
-            self.theirs = theirs
+            self.theirs = theirs  # of an event loop that is closed, say
 
-    def _late(self, number: int, frame: object) -> None:
-        """The Python half of a handler: the number has been written, unless an event loop has the descriptor."""
+    def _python_handler(self, number: int, frame: object) -> None:
+        """The number is in the socket by now, unless an event loop has taken the wakeup descriptor."""
         mine = self.writer.fileno()
         theirs = signal.set_wakeup_fd(mine, warn_on_full_buffer=False)
         if theirs != mine:
@@ -55,8 +53,8 @@ class _Listener:
                 signal.set_wakeup_fd(theirs if theirs >= 0 else mine, warn_on_full_buffer=False)
 
     def _run(self) -> None:
-        # The C half writes the number of every signal that has a Python handler: SIGCHLD's too, once torch has installed its
-        # own for loader workers, and a user's SIGALRM.
+        # The C handler writes the number of every signal that has a Python handler: SIGCHLD's too, once torch has installed
+        # its own for loader workers, and a user's SIGALRM.
         while numbers := self.reader.recv(64):
             others = bytes(number for number in numbers if number not in self.numbers)
             with contextlib.suppress(OSError):
@@ -68,7 +66,7 @@ class _Listener:
         self.reader.close()
 
     def restore(self, forked: bool = False) -> None:
-        """Give all back (main thread); in a fork the descriptors, which are the parent's, to nobody."""
+        """Give everything back (main thread); in a fork, the descriptors belong to the parent."""
         now = signal.set_wakeup_fd(-1)
         back = -1 if forked else self.theirs if now == self.writer.fileno() else now
         with contextlib.suppress(OSError, ValueError):
@@ -84,32 +82,29 @@ class _Listener:
 _listener: _Listener | None = None
 _arrived = threading.Condition()
 _pending: list[int] = []
-_held = False  # whether the run has begun
+_held = False  # whether the run has started
 _interrupted_at: float | None = None
-_before_end: Callable[[], object] | None = None  # tells the other ranks
+_before_end: Callable[[], object] | None = None  # informs the other ranks
 
 
 def install(stops: bool = True, reports: bool = True) -> None:
-    """Listen from here on; does nothing outside the main thread (a notebook's worker, say).
+    """Listen from here on; does nothing outside the main thread (in a notebook's worker, say).
 
     Args:
         stops: each of `STOP_SIGNALS` ends this process, with exit code 128 + its number, until somebody calls `hold()`. Else
             only Ctrl-C is heard, so that it ends a process whose main thread can't take its KeyboardInterrupt.
-        reports: whether this process says so (rank 0).
+        reports: whether this process reports such an end (rank 0).
     """
     global _listener
     if threading.current_thread() is not threading.main_thread():
         return
-    if _listener is None:
-        _listener = _Listener(STOP_SIGNALS if stops else (signal.SIGINT,), reports)
+    _listener = _listener or _Listener(STOP_SIGNALS if stops else (signal.SIGINT,), reports)
     if stops:
-        _listener.numbers = STOP_SIGNALS
         _listener.take_over()
-        _listener.claim()
 
 
 def hold() -> None:
-    """The run begins: from here on signals wait for whoever takes them."""
+    """The run starts: from here on signals wait for whoever takes them."""
     global _held
     if threading.current_thread() is threading.main_thread():
         _held = True
@@ -117,12 +112,12 @@ def hold() -> None:
 
 
 def held() -> bool:
-    """Whether the run has begun, so that a KeyboardInterrupt of the main thread isn't Ctrl-C's."""
+    """Whether the run has started, so that a KeyboardInterrupt of the main thread isn't Ctrl-C's."""
     return _held
 
 
 def take(seconds: float) -> list[int]:
-    """The signals held so far; waits for one, at most so long."""
+    """The signals held so far; waits for one, at most that long."""
     with _arrived:
         _arrived.wait_for(lambda: bool(_pending), timeout=seconds)
         taken = _pending[:]
@@ -130,14 +125,14 @@ def take(seconds: float) -> list[int]:
     return taken
 
 
-def before_end(tell: Callable[[], object] | None) -> None:
-    """What to do, for some seconds at most, when a signal ends this process before the run has begun."""
+def before_end(inform: Callable[[], object] | None) -> None:
+    """What to do, for some seconds at most, when a signal ends this process before the run has started."""
     global _before_end
-    _before_end = tell
+    _before_end = inform
 
 
 def restore() -> None:
-    """Give the signals back to whoever had them; used when `train()` returns inside somebody else's process."""
+    """Give the signals back to whoever had them; for a `train()` that returns inside somebody else's process."""
     global _listener, _held, _interrupted_at, _before_end
     if threading.current_thread() is not threading.main_thread():
         return  # it has taken none
@@ -151,7 +146,7 @@ def _heard(number: int) -> None:
     global _interrupted_at
     now, before = time.monotonic(), _interrupted_at
     if number == signal.SIGINT:
-        # Ctrl-C comes twice where a shell signals the group and torchrun forwards it: only a later one is a second wish.
+        # Ctrl-C comes twice where a shell signals the group and torchrun forwards it: only a later one is a second request.
         if before is not None and now - before > 1:
             os._exit(130)
         _interrupted_at = before or now
@@ -159,18 +154,18 @@ def _heard(number: int) -> None:
         with _arrived:
             _pending.append(number)
             _arrived.notify_all()
-    else:
-        threading.Thread(target=_end, args=(number,), name="dist_train-end", daemon=True).start()
+    elif _listener is not None:
+        threading.Thread(target=_end, args=(number, _listener), name="dist_train-end", daemon=True).start()
 
 
-def _end(number: int) -> None:
-    if _listener is not None and not _listener.previous:
+def _end(number: int, listener: _Listener) -> None:
+    if not listener.previous:
         time.sleep(_GRACE)  # the main thread has a KeyboardInterrupt
         os._exit(128 + number)
-    telling = threading.Thread(target=_before_end or (lambda: None), daemon=True)
-    telling.start()
-    telling.join(timeout=_GRACE)
-    if _listener is not None and _listener.reports:
+    informing = threading.Thread(target=_before_end or (lambda: None), daemon=True)
+    informing.start()
+    informing.join(timeout=_GRACE)
+    if listener.reports:
         text = f"dist_train: {signal.Signals(number).name} before the run started: nothing was written\n"
         with contextlib.suppress(OSError):
             os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
@@ -178,7 +173,7 @@ def _end(number: int) -> None:
 
 
 def _in_a_fork() -> None:
-    """A child of a fork (a user's Pool) has the handlers and the socket of its parent: its own signals aren't its parent's."""
+    """A child of a fork (a user's Pool) has its parent's handlers and socket: its own signals aren't its parent's."""
     global _listener
     if _listener is not None:
         listener, _listener = _listener, None

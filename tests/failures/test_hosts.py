@@ -36,16 +36,16 @@ def test_a_run_directory_that_the_hosts_do_not_share_is_refused(hosts: Hosts) ->
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "h1", "MASTER_PORT": "29400"}
     first = hosts.run(1, *command, **place, RANK="0")
     second = hosts.run(2, *command, before="mount -t tmpfs tmpfs runs", **place, RANK="1")
-    (out, told), (_, silent) = [job.communicate(timeout=90) for job in (first, second)]
-    assert (first.returncode, second.returncode) == (2, 2), out + told + silent
+    (out, reported), (_, silent) = [job.communicate(timeout=90) for job in (first, second)]
+    assert (first.returncode, second.returncode) == (2, 2), out + reported + silent
     message = "is not the same directory on all nodes: h2 can't see a file that h1 (rank 0) wrote there"
-    assert message in " ".join((told + silent).split())
+    assert message in " ".join((reported + silent).split())
     assert not [path for path in (hosts.folder / "runs").rglob("*") if path.is_file()]
 
 
 @pytest.mark.chaos
 @pytest.mark.parametrize("way", ["crash", "cut"])
-def test_a_host_that_goes_is_named_and_the_others_end_their_ranks(hosts: Hosts, way: str) -> None:
+def test_a_host_that_dies_is_named_and_the_others_end_their_ranks(hosts: Hosts, way: str) -> None:
     """The rank of h3 stands still at step 13 first, so that nothing else ends the run."""
     fails = {3: "hang-model@any"}
     jobs = [hosts.torchrun(i, "--config", "faulty.yaml", FAIL=fails.get(i, "none@0")) for i in (1, 2, 3)]
@@ -68,10 +68,10 @@ def test_a_host_that_goes_is_named_and_the_others_end_their_ranks(hosts: Hosts, 
     for i in (1, 2):
         for pid in hosts.pids(i):
             os.kill(pid, signal.SIGKILL)
-    told = "".join("".join(job.communicate(timeout=30)) for job in jobs[:2])
-    print(told, f"{way}: gone after {seconds:.1f} s")
-    lines = [line for line in told.splitlines() if line.startswith("dist_train: ")]
+    reported = "".join("".join(job.communicate(timeout=30)) for job in jobs[:2])
+    print(reported, f"{way}: gone after {seconds:.1f} s")
+    lines = [line for line in reported.splitlines() if line.startswith("dist_train: ")]
     assert len(lines) == 1
     assert re.fullmatch(r"dist_train: rank \d of 3 on h3 was lost in step 13 \(forward\)", lines[0])
     assert seconds < 10
-    assert "no heartbeat for 6 s" in told
+    assert "no heartbeat for 6 s" in reported

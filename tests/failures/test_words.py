@@ -1,4 +1,4 @@
-"""What is said of a failure, and when a rank counts as slow: without any process."""
+"""The words of a failure report, and when a rank counts as slow: without starting a run."""
 
 from __future__ import annotations
 
@@ -70,15 +70,15 @@ class OneThatFails(torch.utils.data.Dataset[Any]):
         raise self.error
 
 
-def test_any_exception_of_a_dataset_is_told_in_one_line() -> None:
+def test_any_exception_of_a_dataset_is_reported_in_one_line() -> None:
     lines = [
         (SystemExit(0), "SystemExit: 0"),
         (MuteError(), r"MuteError: \(its __str__ raises ValueError\)"),
         (ValueError("a\nb"), "a b"),
     ]
-    for error, told in [*lines, (EndlessError(), "EndlessError: x{2000}")]:
+    for error, reported in [*lines, (EndlessError(), "EndlessError: x{2000}")]:
         reader = Seeded(OneThatFails(error), 0)
-        with pytest.raises(SampleError, match=rf"reading sample 4 .* failed: .*{told} \(") as found:
+        with pytest.raises(SampleError, match=rf"reading sample 4 .* failed: .*{reported} \(") as found:
             reader.samples(MicroBatch(0, 0, np.array([4]), 0, 1, True))
         assert len(failure.describe(found.value)["details"]) < 50_000
 
@@ -109,7 +109,7 @@ def test_a_fork_of_the_users_code_ends_by_itself() -> None:
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
 
 
-def test_a_cause_goes_before_what_it_led_to() -> None:
+def test_a_cause_is_named_before_its_consequences() -> None:
     def read() -> None:
         try:
             raise KeyError("the cause")
@@ -119,7 +119,7 @@ def test_a_cause_goes_before_what_it_led_to() -> None:
     assert 'raise KeyError("the cause")' in failure.user_line("".join(traceback.format_exception(caught(read))))
 
 
-def test_an_exception_of_a_loader_worker_is_told_by_its_own_last_line() -> None:
+def test_an_exception_of_a_loader_worker_is_reported_by_its_own_last_line() -> None:
     wrapped = RuntimeError(
         'Caught KeyError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File "/my/data.py", '
         "line 7, in __getitem__\n    return self.rows[index]\nKeyError: 7\n"
@@ -165,7 +165,7 @@ Backend, Accelerator = torch.distributed.DistBackendError, torch.AcceleratorErro
         caught(lambda: torch.zeros(1).numpy().repeat(1 << 60)),
     ],
 )  # fmt: skip
-def test_memory_that_ran_out_is_known_in_all_its_words(error: Exception) -> None:
+def test_out_of_memory_is_recognized_in_every_wording(error: Exception) -> None:
     text = failure.one_line(error)
     assert failure.is_out_of_memory(text)
     assert "a smaller model or input" in failure.hint(text)
@@ -237,7 +237,7 @@ def test_a_bandwidth_is_that_of_warm_connections() -> None:
         (lambda outputs, targets: outputs.mean(), torch.nn.Linear(2, 2), 32, "isn't known that the loss", None),
     ],
 )
-def test_memory_that_runs_out_is_halved_where_that_changes_nothing_and_else_it_is_told_what_changes(
+def test_memory_that_runs_out_is_halved_where_that_changes_nothing_and_else_the_changes_are_named(
     loss: Any, model: torch.nn.Module, micro: int, hint: str, halved: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def less_memory() -> tuple[str, int | None]:
@@ -248,7 +248,7 @@ def test_memory_that_runs_out_is_halved_where_that_changes_nothing_and_else_it_i
         peers = Peers(0, 1)
         peers.attach(RunFacts(less_memory=less_memory))
         monkeypatch.setattr(status, "phase", phase)
-        monkeypatch.setattr(peers.leaver, "conclude", lambda record: None)
+        monkeypatch.setattr(peers._leaver, "conclude", lambda record: None)
         with owned_by_command():
             return peers.raised(error)
 
@@ -270,11 +270,11 @@ def test_memory_that_runs_out_is_halved_where_that_changes_nothing_and_else_it_i
         (OSError("Broken pipe"), False),
     ],
 )
-def test_what_a_rank_hears_of_a_peer_that_has_gone_is_not_its_own_failure(error: Exception, is_one: bool) -> None:
+def test_the_echo_of_a_lost_peer_is_not_a_ranks_own_failure(error: Exception, is_one: bool) -> None:
     assert failure.is_peer_failure(error) is is_one
 
 
-def test_torchrun_is_told_in_its_own_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_file_is_written_as_torchrun_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "deep" / "error.json"
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
     failure.write_error_file("words", "details")
@@ -283,7 +283,7 @@ def test_torchrun_is_told_in_its_own_way(tmp_path: Path, monkeypatch: pytest.Mon
     assert int(message["extraInfo"]["timestamp"]) > 0
 
 
-def test_where_a_process_stood_can_be_read_after_it_was_killed() -> None:
+def test_the_status_of_a_process_can_be_read_after_it_was_killed() -> None:
     code = (
         "import os, time; from dist_train.watch.status import status, status_fd, FORWARD\n"
         "status.phase, status.step = FORWARD, 41\nprint(status_fd, flush=True)\ninput()\n"
@@ -321,13 +321,13 @@ def test_a_rank_is_named_once_when_it_has_been_slow_for_a_while() -> None:
     )
     assert all(pace.slow()[0] is None for _ in range(2 * IN_A_ROW)), "within the usual"
     hear((0.1, 0.3, 0.1), 10)
-    told = [pace.slow() for _ in range(2 * IN_A_ROW)]
-    assert [rank for rank, _ in told if rank is not None] == [1]
-    assert told[IN_A_ROW - 1][0] == 1
-    assert "300 ms a step" in told[IN_A_ROW - 1][1]
+    reported = [pace.slow() for _ in range(2 * IN_A_ROW)]
+    assert [rank for rank, _ in reported if rank is not None] == [1]
+    assert reported[IN_A_ROW - 1][0] == 1
+    assert "300 ms per step" in reported[IN_A_ROW - 1][1]
 
 
-def test_a_killed_loader_worker_is_named_though_its_socket_is_missed_first() -> None:
+def test_a_killed_loader_worker_is_named_though_its_lost_socket_is_seen_first() -> None:
     def handler(number: int, frame: object) -> None:
         raise RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed.")
 

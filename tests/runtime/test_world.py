@@ -1,4 +1,4 @@
-"""A process's place, as each launcher tells it."""
+"""A process's placement, as each launcher sets it."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_steps_started_in_a_shell_of_srun_have_no_terminal_and_are_jobs() -> Non
 @pytest.mark.parametrize(
     "env", [{"RANK": "3"}, {"WORLD_SIZE": "4"}, {"RANK": "4", "WORLD_SIZE": "4"}, {"PMIX_RANK": "1"}]
 )
-def test_half_a_place_is_refused_with_what_is_missing(env: dict[str, str]) -> None:
+def test_an_incomplete_placement_is_refused_with_what_is_missing(env: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match=f"the environment has .*unset {next(iter(env))}"):
         read_placement(env)
 
@@ -120,9 +120,9 @@ def test_a_wait_for_other_processes_reports_how_many_have_joined_and_the_environ
     store.set("joined/2", "")
     with pytest.raises(TimeoutError, match="2 of 4 processes have joined, rank 1, 3 missing"):
         complete_placement(read_placement(os.environ), store, "", 0.5)
-    told = capsys.readouterr().err
-    assert told.count("2 of 4 processes have joined") == 1
-    assert "has RANK=0, WORLD_SIZE=4, MASTER_ADDR=node1, MASTER_PORT=29500 (launcher: environment)" in told
+    printed = capsys.readouterr().err
+    assert printed.count("2 of 4 processes have joined") == 1
+    assert "has RANK=0, WORLD_SIZE=4, MASTER_ADDR=node1, MASTER_PORT=29500 (launcher: environment)" in printed
 
 
 def test_what_accelerate_asks_for_and_would_not_get_is_refused_all_at_once() -> None:
@@ -139,7 +139,7 @@ def test_what_accelerate_asks_for_and_would_not_get_is_refused_all_at_once() -> 
     assert "DeepSpeed" in str(found.value)
 
 
-def test_a_gpu_that_is_asked_for_and_hidden_is_an_error_with_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_is_requested_and_hidden_is_an_error_with_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(ConfigError, match=r"CUDA_VISIBLE_DEVICES hides all of them.*distributed\.device=cpu"):
         pick_device("cuda", Placement())

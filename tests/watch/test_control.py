@@ -13,17 +13,17 @@ from dist_train.watch.control import SAVE, STOP, Control, watch_clock, watch_fil
 
 
 def run_ranks(size: int, ticks: int, ask: dict[int, tuple[int, str]], seed: int) -> list[list[tuple[int, str]]]:
-    """`size` control threads and main threads over one store; rank r asks for `ask[r][1]` while in tick `ask[r][0]`.
+    """`size` control threads and main threads over one store; rank r requests `ask[r][1]` while in tick `ask[r][0]`.
 
     The main threads of real ranks move in lockstep, up to one tick apart, because each step ends in a collective: a barrier
-    stands for it here. Returns what each rank was told, as (tick, action).
+    stands in for it here. Returns the actions of each rank, as (tick, action).
     """
     store = dist.HashStore()
     barrier = threading.Barrier(size)
-    told: list[list[tuple[int, str]]] = [[] for _ in range(size)]
-    wishes: list[list[tuple[str, str]]] = [[] for _ in range(size)]
+    reported: list[list[tuple[int, str]]] = [[] for _ in range(size)]
+    requests: list[list[tuple[str, str]]] = [[] for _ in range(size)]
     controls = [
-        Control(rank, size, store, [lambda rank=rank: wishes[rank].pop() if wishes[rank] else None])
+        Control(rank, size, store, [lambda rank=rank: requests[rank].pop() if requests[rank] else None])
         for rank in range(size)
     ]
 
@@ -32,12 +32,12 @@ def run_ranks(size: int, ticks: int, ask: dict[int, tuple[int, str]], seed: int)
         for tick in range(1, ticks + 1):
             controls[rank].begin()
             if rank in ask and ask[rank][0] == tick:
-                wishes[rank].append((ask[rank][1], f"rank {rank}"))
+                requests[rank].append((ask[rank][1], f"rank {rank}"))
             time.sleep(pauses.random() * 0.02)
             barrier.wait(timeout=30)  # the collective
             for action in controls[rank].due():
-                told[rank].append((tick, action))
-            if any(action == STOP for _, action in told[rank]):
+                reported[rank].append((tick, action))
+            if any(action == STOP for _, action in reported[rank]):
                 break
 
     for control in controls:
@@ -47,29 +47,29 @@ def run_ranks(size: int, ticks: int, ask: dict[int, tuple[int, str]], seed: int)
         thread.start()
     for thread in threads:
         thread.join(timeout=30)
-        assert not thread.is_alive(), "a rank waits for the others for ever"
+        assert not thread.is_alive(), "a rank waits forever for the others"
     for control in controls:
         control.close()
-    return told
+    return reported
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_all_ranks_stop_after_the_same_tick(seed: int) -> None:
-    told = run_ranks(3, 200, {1: (5 + seed, STOP), 2: (6, STOP)}, seed)
-    assert len(told[0]) == 1
-    assert told[0][0][1] == STOP
-    assert told[0] == told[1] == told[2]
+    reported = run_ranks(3, 200, {1: (5 + seed, STOP), 2: (6, STOP)}, seed)
+    assert len(reported[0]) == 1
+    assert reported[0][0][1] == STOP
+    assert reported[0] == reported[1] == reported[2]
 
 
-def test_a_save_is_agreed_and_the_run_goes_on() -> None:
-    told = run_ranks(2, 120, {0: (3, SAVE), 1: (60, SAVE)}, 7)
-    assert [action for _, action in told[0]] == [SAVE, SAVE]
-    assert told[0] == told[1]
+def test_a_save_is_agreed_and_the_run_continues() -> None:
+    reported = run_ranks(2, 120, {0: (3, SAVE), 1: (60, SAVE)}, 7)
+    assert [action for _, action in reported[0]] == [SAVE, SAVE]
+    assert reported[0] == reported[1]
 
 
 def test_one_process_needs_no_store() -> None:
-    wishes = [(STOP, "SIGTERM")]
-    control = Control(0, 1, None, [lambda: wishes.pop() if wishes else None])
+    requests = [(STOP, "SIGTERM")]
+    control = Control(0, 1, None, [lambda: requests.pop() if requests else None])
     control.start()
     seen: set[str] = set()
     deadline = time.monotonic() + 10
@@ -82,9 +82,9 @@ def test_one_process_needs_no_store() -> None:
     assert control.reasons[STOP] == "SIGTERM"
 
 
-def test_inside_an_evaluation_only_a_stop_counts_and_the_rest_is_put_off() -> None:
-    wishes = [(SAVE, "clock")]
-    control = Control(0, 1, None, [lambda: wishes.pop() if wishes else None])
+def test_inside_an_evaluation_only_a_stop_counts_and_the_rest_is_postponed() -> None:
+    requests = [(SAVE, "clock")]
+    control = Control(0, 1, None, [lambda: requests.pop() if requests else None])
     control.start()
     time.sleep(0.6)
     control.begin()
@@ -94,7 +94,7 @@ def test_inside_an_evaluation_only_a_stop_counts_and_the_rest_is_put_off() -> No
     control.close()
 
 
-def test_files_ask_once_and_clocks_ask_each_interval() -> None:
+def test_files_request_once_and_clocks_each_interval() -> None:
     there = {"STOP"}
     source = watch_file(lambda name: name in there and not there.discard(name), STOP, "STOP")
     assert source() == (STOP, "file STOP")

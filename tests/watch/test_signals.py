@@ -85,7 +85,7 @@ def test_signals_that_mean_stop_and_no_others_are_taken(case: str) -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 138)])
-def test_before_the_run_has_begun_each_of_them_ends_the_process(number: str, code: int) -> None:
+def test_before_the_run_has_started_each_of_them_ends_the_process(number: str, code: int) -> None:
     done = run(f"signals.install(); threading.Timer(0.1, me, [signal.{number}]).start(); time.sleep(20)")
     assert done.returncode == code
     assert done.stderr == f"dist_train: {number} before the run started: nothing was written\n"
