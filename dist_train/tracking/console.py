@@ -1,4 +1,4 @@
-"""What a person sees: a live bar and tables on a terminal, plain lines in a log. It can't end a training."""
+"""Terminal output: a live bar and tables, or plain lines in a log. Never raises into the training."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ __all__ = ["Console", "setup_logging"]
 
 
 class _Stream:
-    """A text stream without secrets, whose reader may go away (`| head`, a closed terminal): from then on it is quiet."""
+    """A text stream that masks secrets; silent once its reader has gone (`| head`, a closed terminal)."""
 
     def __init__(self, stream: TextIO | None) -> None:
-        # Some services have no stdout at all.
+        # Some services run without stdout.
         self._stream: Any = _nowhere() if stream is None or stream.closed else stream
         if hasattr(self._stream, "reconfigure"):
             self._stream.reconfigure(errors="replace")  # a C locale
@@ -43,7 +43,7 @@ class _Stream:
     def _quietly(self, act: Callable[[], object]) -> None:
         try:
             act()
-        except (OSError, ValueError):  # gone, or closed
+        except (OSError, ValueError):  # the reader has gone, or the stream is closed
             lost, self._stream = self._stream, _nowhere()
             with contextlib.suppress(OSError, ValueError):  # Python flushes what is left when it exits (docs: SIGPIPE)
                 os.dup2(self._stream.fileno(), lost.fileno())
@@ -54,7 +54,7 @@ def _nowhere() -> TextIO:
 
 
 def wants_live(stream: Any) -> bool:
-    """Whether a live bar fits: a terminal that moves its cursor, no NO_COLOR, no CI."""
+    """Whether the stream is a terminal with cursor control, without NO_COLOR and CI."""
     quiet = os.environ.get("NO_COLOR") or os.environ.get("CI") or os.environ.get("TERM") == "dumb"
     return bool(stream.isatty()) and not quiet
 
@@ -62,8 +62,8 @@ def wants_live(stream: Any) -> bool:
 class Console:
     """Rank 0's terminal and every rank's log. Other ranks (`rank0=False`) write to their log file only.
 
-    Any thread may call any method. Nothing raises because of the terminal. `step` may be set at every step (it costs
-    an attribute): a live bar moves with it between two log intervals.
+    Thread-safe; nothing raises because of the terminal. `step` may be set at every step (it costs an attribute): the
+    live bar moves with it between two log intervals.
     """
 
     def __init__(self, rank0: bool, *, out: TextIO | None = None, err: TextIO | None = None) -> None:
@@ -78,14 +78,14 @@ class Console:
         self._epochs: int | None = None
 
     def start_block(self, lines: Sequence[tuple[str, str]]) -> None:
-        """The block at the start: (label, value) pairs in two columns."""
+        """Print the block at the start: (label, value) pairs in two columns."""
         text = "\n".join(two_columns([(label, mask(value)) for label, value in lines]))
         for line in text.splitlines():
             self._log.info("%s", line)
         self._print(text + "\n")
 
     def begin(self, step: int, total_steps: int | None, epoch: int = 0, epochs: int | None = None) -> None:
-        """Starts the clock that the time left is told by, and the live bar. `step`: done so far (resumed runs)."""
+        """Start the live bar and the clock that estimates the time left. `step`: steps done (of a resumed run)."""
         self.step, self._began, self._epochs = step, (step, time.monotonic()), epochs
         if not self.rank0 or self._live is not None or not wants_live(self._out):
             return
@@ -93,7 +93,7 @@ class Console:
             from dist_train.tracking.live import Live
 
             self._live = Live(self._out, lambda: self.step, total_steps, self._epoch(epoch))
-        except Exception as error:  # a broken rich or terminal: plain lines do as well
+        except Exception as error:  # a broken rich or terminal: fall back to plain lines
             self._log.warning("no live bar: %r", error, extra={"shown": True})
 
     def progress(
@@ -104,9 +104,9 @@ class Console:
         metrics: Mapping[str, float],
         left: float | None = None,
     ) -> None:
-        """At the log interval. metrics: the train row's, the most important first (what doesn't fit isn't shown).
+        """At the log interval. metrics: the train row's, the most important first; what doesn't fit is left out.
 
-        left: seconds to go where the caller knows (a duration in time); otherwise told from the steps.
+        left: seconds to go where the caller knows them (a duration in time); by default estimated from the steps.
         """
         self.step = step
         if not self.rank0:
@@ -130,7 +130,7 @@ class Console:
             self._print(line + tail)
 
     def evaluation(self, split: str, step: int, metrics: Mapping[str, float]) -> None:
-        """After an evaluation: a table on a terminal, a line in a log. `eval_samples` is the count of its samples."""
+        """After an evaluation: a table on a terminal, a line in a log. `eval_samples` is its number of samples."""
         if not self.rank0:
             return
         self.step = max(self.step, step)
@@ -145,7 +145,7 @@ class Console:
             self._print(line)
 
     def note(self, text: str) -> None:
-        """A line for the person; in the log file as well."""
+        """Print a line and log it."""
         self._log.info("%s", text)
         self._print(text)
 
@@ -155,14 +155,14 @@ class Console:
         self._show_warning(text)
 
     def end_block(self, lines: Sequence[tuple[str, str]]) -> None:
-        """The block at the end; the live bar goes."""
+        """Print the block at the end, without the live bar."""
         if self._live is not None:
             self._stop_live()
             self._print("")
         self.start_block(lines)
 
     def close(self) -> None:
-        """Leaves the terminal and Python's logging as they were found; a second call does nothing."""
+        """Restore the terminal and Python's logging; idempotent."""
         self._stop_live()
         self._capture.close()
 
@@ -179,8 +179,8 @@ class Console:
         self._print(f"warning: {text}", self._err, "yellow")
 
     def _print(self, text: str, stream: _Stream | None = None, style: str | None = None) -> None:
-        text = visible(mask(text))  # before anything wraps or cuts it
-        live = self._live  # another thread may end it meanwhile
+        text = visible(mask(text))  # before anything wraps or truncates it
+        live = self._live  # another thread may stop it meanwhile
         if live is not None:
             live.say(text, style)
         elif self.rank0:

@@ -25,9 +25,9 @@ PAUSE = 0.5  # seconds between two polls of the queue: waking for each row would
 
 
 class Logger:
-    """What is recorded: into a file, opened for appending, and to the sinks.
+    """Writes every row to metrics.jsonl and passes it to the sinks.
 
-    Ranks other than 0 have one without a file and without sinks, which keeps nothing.
+    Ranks other than 0 have one without a file and without sinks, which discards everything.
     """
 
     def __init__(self, path: Path | None = None, sinks: Collection[SinkThread] = ()) -> None:
@@ -39,9 +39,9 @@ class Logger:
         self._synced = 0 if self._file is None else self._file.tell()
 
     def row(self, split: str, step: int, epoch: int | float, samples: int, metrics: Mapping[str, Any]) -> None:
-        """One row: {"time", "step", "epoch", "samples", "split", **metrics}; the kernel has it when this returns.
+        """One row: {"time", "step", "epoch", "samples", "split", **metrics}; flushed to the OS when this returns.
 
-        split: train, val or test. step: from 1. samples: consumed since the run's beginning. metrics: numbers.
+        split: train, val or test. step: from 1. samples: consumed since the run started. metrics: numbers.
         Raises ValueError for a metric named like a field, StorageError naming the file when it can't be written whole.
         """
         if self._file is None:
@@ -52,25 +52,25 @@ class Logger:
         self._put("row", row)
 
     def image(self, name: str, step: int, picture: Any) -> None:
-        """A picture: a NumPy array (H, W) or (H, W, 3), uint8 or float in [0, 1], that nobody writes to afterwards."""
+        """A picture: a NumPy array (H, W) or (H, W, 3), uint8 or float in [0, 1], not written to afterwards."""
         self._put("image", name, step, picture)
 
     def histogram(self, name: str, step: int, values: Any) -> None:
-        """A NumPy array of any shape (weights, gradients), that nobody writes to afterwards."""
+        """A NumPy array of any shape (weights, gradients), not written to afterwards."""
         self._put("histogram", name, step, values)
 
     def graph(self, model: Any, inputs: Any, timeout: float = 600.0) -> None:
         """The model's graph, traced on an example of its inputs.
 
-        This waits for it: the trace meddles with torch's random numbers, in the sink's thread.
+        Blocks until it is done: tracing draws from torch's default generator in the sink's thread.
         """
         self._put("graph", model, inputs, wait=timeout)
 
     def flush(self, wait: float = 0.0) -> None:
-        """Returns when the rows so far would survive a power failure: call it before a checkpoint is published.
+        """Make the rows so far durable (they survive a power failure): called before a checkpoint is published.
 
-        It costs an fsync, and may be called from the thread that publishes. The sinks are told to flush too; `wait` is
-        for how many seconds that is waited for (before their files are uploaded).
+        Costs an fsync; may be called from the publishing thread. The sinks flush too; `wait` is for how many seconds
+        to wait for them (before their files are uploaded).
         """
         self._sync()
         self._put("flush", wait=wait)
@@ -78,7 +78,7 @@ class Logger:
     def close(self, outcome: str, timeout: float = 15.0) -> None:
         """The end of this start: outcome is completed, preempted or failed.
 
-        Takes at most `timeout` seconds; a sink that isn't done by then is given up with a warning.
+        Takes at most `timeout` seconds; a sink that isn't done by then is switched off with a warning.
         """
         self._sync()
         if self._file is not None:
@@ -93,7 +93,7 @@ class Logger:
         file, tries = self._file, list[int]()
 
         def sync() -> None:
-            if tries:  # after a sync that failed the kernel takes those bytes for written: they are written once more
+            if tries:  # after a failed fsync the kernel marks those pages clean: write them again
                 with open(self._path, "r+b", buffering=0) as again:
                     again.seek(self._synced)
                     rows = again.read()
@@ -107,7 +107,7 @@ class Logger:
         retried("sync", self._path, sync)
 
     def _put(self, method: str, *args: Any, wait: float | None = None) -> None:
-        waiting = [sink.put(method, *args, hurry=wait is not None) for sink in self._sinks]
+        waiting = [sink.put(method, *args, now=wait is not None) for sink in self._sinks]
         end = time.monotonic() + (wait or 0.0)
         for done in waiting if wait else ():
             done.wait(max(0.0, end - time.monotonic()))
@@ -116,20 +116,20 @@ class Logger:
 class SinkThread:
     """Runs one sink behind a queue. The first call starts the thread; `make` (with its imports) runs inside it.
 
-    Whatever the sink raises, or a hang, switches it off with one call of `warn` that names it.
+    An exception or a hang switches the sink off, with one warning that names it.
     """
 
     def __init__(self, name: str, make: Callable[[], Any], warn: Callable[[str], None]) -> None:
         self.name, self._make, self._warn = name, make, warn
         self._queue: deque[tuple[str, tuple[Any, ...], threading.Event]] = deque()
         self._sink: Any = None
-        self._hurry = threading.Event()  # don't wait for the next look into the queue
+        self._wake = threading.Event()  # don't wait for the next poll
         self._thread: threading.Thread | None = None
-        self._off = threading.Lock()  # held for ever by whoever switches the sink off
+        self._off = threading.Lock()  # acquired for good by whoever switches the sink off
         self._since = time.monotonic()  # when the sink's present call began
 
-    def put(self, method: str, *args: Any, hurry: bool = False) -> threading.Event:
-        """Queues `sink.method(*args)`; what it returns is set afterwards. Costs microseconds, never raises."""
+    def put(self, method: str, *args: Any, now: bool = False) -> threading.Event:
+        """Queue `sink.method(*args)`; the returned event is set when it is done. Costs microseconds, never raises."""
         done = threading.Event()
         if self._off.locked() or (self._thread is None and method in ("flush", "close")):
             done.set()
@@ -138,20 +138,20 @@ class SinkThread:
             self._thread = threading.Thread(target=self._run, name=f"tracking-{self.name}", daemon=True)
             self._thread.start()
         self._queue.append((method, args, done))
-        if hurry:
-            self._hurry.set()
+        if now:
+            self._wake.set()
         elif len(self._queue) > BACKLOG and time.monotonic() - self._since > STUCK:
-            self._switch_off(f"it has taken nothing for {time.monotonic() - self._since:.0f} s")
+            self._switch_off(f"it has accepted nothing for {time.monotonic() - self._since:.0f} s")
         return done
 
     def close(self, outcome: str, timeout: float) -> None:
-        """Closes the sink after all that was queued; one that takes longer than `timeout` seconds is switched off."""
-        if not self.put("close", outcome, hurry=True).wait(max(0.0, timeout)):
+        """Close the sink after what is queued; switched off if that takes longer than `timeout` seconds."""
+        if not self.put("close", outcome, now=True).wait(max(0.0, timeout)):
             self._switch_off(f"it did not end within {timeout:.0f} s")
 
     def _switch_off(self, why: str) -> None:
         if self._off.acquire(blocking=False):
-            self._warn(f"tracking: {self.name} is switched off for the rest of this run: {why}; metrics.jsonl goes on")
+            self._warn(f"tracking: {self.name} is switched off for the rest of this run: {why}; metrics.jsonl is still written")
             getattr(self._sink, "abandon", lambda: None)()
 
     def _run(self) -> None:
@@ -159,8 +159,8 @@ class SinkThread:
         while method != "close" and not self._off.locked():
             self._since = time.monotonic()
             if not self._queue:
-                self._hurry.wait(PAUSE)
-                self._hurry.clear()
+                self._wake.wait(PAUSE)
+                self._wake.clear()
                 continue
             method, args, done = self._queue.popleft()
             try:

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 def open_logger(
     folder: Path, config: Config, console: Console, *, start_step: int = 0, pending: Collection[str] = ()
 ) -> Logger:
-    """Rank 0's logger of a run, whose metrics.jsonl is cut back to `start_step`, the step that the run goes on from.
+    """Rank 0's logger of a run, whose metrics.jsonl is truncated to `start_step`, the step that it resumes from.
 
     Args:
-        folder: the run's directory on this host. config: its `tracking` chooses the views.
+        folder: the run's directory on this host. config: its `tracking` chooses the sinks.
         pending: splits that will be evaluated again at `start_step` (see records.cut_back).
     """
     cut_back(folder / "metrics.jsonl", start_step, pending)
@@ -42,7 +42,7 @@ def open_logger(
 class TensorBoard:
     """TensorBoard event files. Tags are split/metric (train/loss, val/accuracy); the x axis is the step.
 
-    A resumed run passes purge_step, so that TensorBoard hides what the run before it wrote after the checkpoint.
+    A resumed run passes purge_step, so that TensorBoard hides what was written after the checkpoint.
     """
 
     def __init__(self, folder: Path, start_step: int) -> None:
@@ -75,8 +75,8 @@ class TensorBoard:
             self._writer.add_histogram(name, values, step)
 
     def graph(self, model: Any, inputs: Any) -> None:
-        """The model's graph, traced; a model that can't be is told in a warning, and the rest goes on."""
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # it prints its errors too
+        """The model's graph, traced; a model that can't be traced is a warning."""
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # it prints errors as well
             warnings.simplefilter("ignore")
             try:
                 self._writer.add_graph(model, inputs, use_strict_trace=False)
@@ -86,5 +86,5 @@ class TensorBoard:
                 logging.getLogger("dist_train").warning(text, type(error).__name__, reason)
 
     def close(self, outcome: str) -> None:
-        """Writes what is left and closes the file."""
+        """Flush and close the event file."""
         self._writer.close()

@@ -1,8 +1,8 @@
 """Weights & Biases, in a process of its own that reads JSON lines: `Wandb` starts it, `main` is it.
 
-Why a process: a wandb that hangs can then be ended (inside the training its exit hook would hold up the exit for ever),
-its threads don't compete with the training loop for the GIL, and when the training is killed, what was logged is still
-written (wandb inside a killed process loses all of it).
+Why a process: a wandb that hangs can be killed (in the training process its exit hook would block the exit for ever), its
+threads don't compete with the training loop for the GIL, and when the training is killed, what was logged is still written
+(wandb inside a killed process loses all of it).
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from typing import Any
 
 from dist_train.tracking.records import FIELDS, Row, encode, read_rows
 
-LEAVE = 60.0  # seconds to finish in once the training has ended
+FINISH = 60.0  # seconds for wandb to finish once the training has ended
 
 
 class Wandb:
-    """The training's end: a sink that writes lines into the process's stdin, and says with wandb's words what failed."""
+    """The sink in the training process: writes lines to the child's stdin and raises with wandb's own message."""
 
     def __init__(
         self, folder: Path, settings: Mapping[str, Any], config: Mapping[str, Any], note: Callable[[str], None]
@@ -41,55 +41,55 @@ class Wandb:
             )  # fmt: skip
         assert self._child.stdin is not None
         assert self._child.stdout is not None
-        self._to, self._from, self._note = self._child.stdin, self._child.stdout, note
-        os.set_blocking(self._from.fileno(), False)
+        self._stdin, self._stdout, self._note = self._child.stdin, self._child.stdout, note
+        os.set_blocking(self._stdout.fileno(), False)
         init = {"name": folder.name, "config": dict(config), **settings}
-        self._say({"folder": str(folder), "trainer": os.getpid(), "init": init})
+        self._send({"folder": str(folder), "trainer": os.getpid(), "init": init})
 
     def row(self, row: Row) -> None:
         """Sends a row; raises RuntimeError with wandb's message once it has failed."""
-        self._say(("row", json.loads(encode(row))))
+        self._send(("row", json.loads(encode(row))))
 
     def flush(self) -> None:
-        """Only hears what it says: the process writes as it goes."""
-        self._listen()
+        """Only reads its answers: the process writes as it goes."""
+        self._receive()
 
     def close(self, outcome: str) -> None:
-        """Waits until wandb has written or uploaded everything."""
-        self._say(("close", outcome))
-        os.set_blocking(self._from.fileno(), True)
-        self._listen()
+        """Wait until wandb has written or uploaded everything."""
+        self._send(("close", outcome))
+        os.set_blocking(self._stdout.fileno(), True)
+        self._receive()
         self._child.wait()
 
     def abandon(self) -> None:
-        """Ends a process that hangs."""
+        """Kill a process that hangs."""
         with contextlib.suppress(ProcessLookupError):  # its process group: it started a session
             os.killpg(self._child.pid, signal.SIGKILL)
 
-    def _say(self, message: Any) -> None:
-        self._listen()
+    def _send(self, message: Any) -> None:
+        self._receive()
         try:
-            self._to.write(json.dumps(message).encode() + b"\n")
-            self._to.flush()
+            self._stdin.write(json.dumps(message).encode() + b"\n")
+            self._stdin.flush()
         except BrokenPipeError:
             code = self._child.wait()
-            self._listen()
+            self._receive()
             raise RuntimeError(f"wandb's process ended with code {code}; see logs/wandb.log") from None
 
-    def _listen(self) -> None:
-        """What the process has said: its address once, or what went wrong."""
-        for line in self._from:
-            said = json.loads(line)
-            if "error" in said:
-                raise RuntimeError(said["error"])
-            if said.get("url"):
-                self._note(f"wandb: {said['url']}")
+    def _receive(self) -> None:
+        """Read the process's answers: the run's URL once, or an error."""
+        for line in self._stdout:
+            answer = json.loads(line)
+            if "error" in answer:
+                raise RuntimeError(answer["error"])
+            if answer.get("url"):
+                self._note(f"wandb: {answer['url']}")
 
 
 def main() -> None:
-    """Reads messages until `close` or the end of stdin (the training was killed)."""
+    """Read messages until `close` or the end of stdin (the training was killed)."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # a stop is the training's business; it says `close`
+        signal.signal(number, signal.SIG_IGN)  # the training handles stops and sends `close`
     answers, sys.stdout = sys.stdout, sys.stderr  # whatever wandb prints goes to the log
 
     def answer(**what: str | None) -> None:
@@ -106,7 +106,7 @@ def main() -> None:
                 outcome = value
                 break
             view.row(value)
-        threading.Timer(LEAVE, os._exit, [1]).start()
+        threading.Timer(FINISH, os._exit, [1]).start()
         view.close(outcome)
     except Exception as error:
         answer(error=f"{type(error).__name__}: {error}")
@@ -117,8 +117,8 @@ def main() -> None:
 class View:
     """One wandb run. Each row is logged once, over all restarts, with global_step as the x axis and never `step=`.
 
-    wandb drops steps that it has seen, and loses what it hadn't written when it was killed. So what it has is asked for
-    when it starts; what it lacks comes from metrics.jsonl.
+    wandb drops steps that it has seen, and loses what it hadn't written when it was killed. So what it has is read at the
+    start; what it lacks comes from metrics.jsonl.
     """
 
     def __init__(self, folder: str, trainer: int, init: dict[str, Any]) -> None:
@@ -126,16 +126,18 @@ class View:
 
         root = Path(folder)
         (root / "wandb").mkdir(exist_ok=True)
-        # The process of a killed start finishes first, so that what it writes is seen, not doubled.
+        # The process of a killed start finishes first, so that what it writes is seen, not repeated.
         self._lock = open(root / "wandb" / "lock", "w")  # noqa: SIM115  (held as long as this process)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
-        kept = root / "wandb" / "run_id"  # in the run's directory, so that a restart goes on with the same wandb run
+        kept = root / "wandb" / "run_id"  # in the run's directory: a restart resumes the same wandb run
         if not kept.exists() or not kept.read_text():
             kept.write_text(secrets.token_hex(4))
         run_id = kept.read_text()
         self._have = set(_offline(root / "wandb", run_id))
         settings = wandb.Settings(silent=True, console="off", init_timeout=60, x_stats_pid=trainer)
-        again: Any = {"resume": "allow"} if init.get("mode") != "offline" else {}  # it is refused there with a warning
+        again: Any = (
+            {"resume": "allow"} if init.get("mode") != "offline" else {}
+        )  # offline, wandb refuses it with a warning
         self._run = wandb.init(dir=folder, id=run_id, settings=settings, **again, **init)
         self._run.define_metric("global_step")
         self._run.define_metric("*", step_metric="global_step")
@@ -147,7 +149,7 @@ class View:
         self._from = -1
 
     def row(self, row: Row) -> None:
-        """Logs a row unless wandb has it."""
+        """Log a row unless wandb has it."""
         split, step = row["split"], row["step"]
         if (split, step) not in self._have and step > self._from:
             self._have.add((split, step))
@@ -155,7 +157,7 @@ class View:
             self._run.log({"global_step": step, "epoch": row["epoch"], **values})
 
     def close(self, outcome: str) -> None:
-        """Tells wandb how it ended: finished, preempted (to be resumed) or failed."""
+        """Mark the wandb run as finished, preempted (to be resumed) or failed."""
         self._run.summary["outcome"] = outcome
         if outcome == "preempted":
             self._run.mark_preempting()
@@ -163,7 +165,7 @@ class View:
 
 
 def _offline(folder: Path, run_id: str) -> Iterator[tuple[str, int]]:
-    """The (split, step) that earlier offline starts have written."""
+    """The (split, step) pairs written by earlier offline starts."""
     for path in sorted(folder.glob(f"offline-run-*/run-{run_id}*.wandb")):
         for values in read_offline(path):
             step = values.get("global_step")
@@ -173,7 +175,7 @@ def _offline(folder: Path, run_id: str) -> Iterator[tuple[str, int]]:
 
 
 def read_offline(path: Path) -> Iterator[dict[str, Any]]:
-    """The history in wandb's offline file, a step at a time, up to where a crash cut it off.
+    """The history in wandb's offline file, a step at a time, up to where a crash truncated it.
 
     The file is a LevelDB log after 7 bytes of header: blocks of 32 KiB with fragments of (crc, length, kind).
     """
@@ -189,7 +191,7 @@ def read_offline(path: Path) -> Iterator[dict[str, Any]]:
             return
         parts += data[at + 7 : at + 7 + length]
         at += 7 + length
-        if kind in (1, 4):  # whole, or the last fragment
+        if kind in (1, 4):  # full, or the last fragment
             record = Record.FromString(parts)
             parts = b""
             if record.WhichOneof("record_type") == "history":
