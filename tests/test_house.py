@@ -127,7 +127,8 @@ def test_heavy_packages_are_imported_inside_functions_only() -> None:
 
 def test_a_config_is_read_without_torch() -> None:
     code = "import sys; import dist_train.config.load, dist_train.config.docs; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], env=runs.environment()).returncode == 0
+    command = [sys.executable, "-P", "-c", code]  # an option: not forked from one that has imported torch
+    assert subprocess.run(command, env=runs.environment()).returncode == 0
 
 
 def sizes() -> Iterator[tuple[str, int, int]]:

@@ -151,7 +151,9 @@ class SinkThread:
 
     def _switch_off(self, why: str) -> None:
         if self._off.acquire(blocking=False):
-            self._warn(f"tracking: {self.name} is switched off for the rest of this run: {why}; metrics.jsonl is still written")
+            self._warn(
+                f"tracking: {self.name} is switched off for the rest of this run: {why} (metrics.jsonl is complete)"
+            )
             getattr(self._sink, "abandon", lambda: None)()
 
     def _run(self) -> None:

@@ -151,7 +151,7 @@ def test_a_wandb_server_that_never_answers_costs_one_warning_and_no_process(
         assert time.monotonic() - began < 4
     assert len(said) == 1
     assert "it did not end within 2 s" in said[0]
-    child = log._views[0]._sink._child  # type: ignore[union-attr]
+    child = log._sinks[0]._sink._child  # type: ignore[union-attr]
     assert child.wait(timeout=5) == -signal.SIGKILL
 
 
@@ -161,7 +161,7 @@ def test_disabled_starts_nothing(tmp_path: Path) -> None:
         log.row("train", 1, 1, 1, {"loss": 1.0})
         log.close("completed")
         assert said == []
-        assert log._views == []
+        assert log._sinks == []
     assert not (tmp_path / "wandb").exists()
 
 
@@ -169,7 +169,7 @@ def test_a_child_that_dies_costs_one_warning(tmp_path: Path) -> None:
     log, said = logger(tmp_path, {"project": "p", "mode": "offline"})
     log.row("train", 1, 1, 1, {"loss": 1.0})
     log.flush(wait=10)
-    os.kill(log._views[0]._sink._child.pid, signal.SIGKILL)  # type: ignore[union-attr]
+    os.kill(log._sinks[0]._sink._child.pid, signal.SIGKILL)  # type: ignore[union-attr]
     time.sleep(0.3)
     log.row("train", 2, 1, 2, {"loss": 1.0})
     log.close("completed", timeout=20)
