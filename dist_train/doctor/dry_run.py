@@ -18,6 +18,7 @@ from dist_train.run.start import train_in
 from dist_train.tracking.console import Console
 from dist_train.tracking.records import read_rows
 from dist_train.training.forgotten import forgotten
+from dist_train.training.model import build_model_parts
 from dist_train.training.parts import Parts
 from dist_train.training.prepare import build_dataset, reading_of
 
@@ -87,7 +88,7 @@ def _forgotten(trained: Parts, config: Config, world: World, where: Path) -> str
     some = list(itertools.islice(iter(dataset), SAMPLES)) if is_stream(dataset) else []
     some = some or [dataset[index] for index in range(min(SAMPLES, len(dataset)))]
     found = find_at(str(where / "rehearsal"))
-    return forgotten(trained.trainee(), Parts(config, world).trainee(), found, trained.move(collate(some)))
+    return forgotten(trained, build_model_parts(config, world), found, trained.move(collate(some)))
 
 
 def _shortened(config: Config, where: Path, steps: int) -> Config:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from dist_train.config.errors import ConfigError
 from dist_train.runtime.seeding import undisturbed_generators
+from dist_train.training.model import load_weights
 from dist_train.training.prepare import build_model
-from dist_train.training.state import load_weights
 
 if TYPE_CHECKING:
     from dist_train.checkpoint.manager import CheckpointManager
@@ -59,9 +59,8 @@ def finish(trainer: Trainer, checkpoints: CheckpointManager) -> dict[str, Any]:
         metrics["val"] = {name.removeprefix("val/"): value for name, value in val.items()}
         metrics["val"]["eval_samples"] = int(metrics["val"]["eval_samples"])  # a manifest holds floats
     if "test" in parts.eval_loaders:
-        parts.evaluator.control = None  # nothing is left that could be stopped and saved
         metrics["test"] = parts.evaluator.run(parts.eval_loaders["test"])
-        trainer.logger.row("test", kept_step, epoch, samples, metrics["test"])
+        trainer.outputs.logger.row("test", kept_step, epoch, samples, metrics["test"])
         trainer.console.evaluation("test", kept_step, metrics["test"])
     result = {
         "state": "completed",
@@ -85,7 +84,7 @@ def finish(trainer: Trainer, checkpoints: CheckpointManager) -> dict[str, Any]:
             _write_weights(run, "model.pt", trainer.model.state_dict())
         run.path("report.html").unlink(missing_ok=True)  # of an earlier end: whoever finds none writes it
         run.storage.delete("report.html")
-        trainer.bring_home()
+        trainer.outputs.flush_and_upload()
         run.write_json("result.json", result)  # the last: a run that has it is completed
     return result
 

@@ -26,9 +26,8 @@ from dist_train.runtime.sidefiles import SideFileError, read_mapping
 from dist_train.runtime.world import World, open_world
 from dist_train.step.modules import Modules
 from dist_train.training.evaluate import Evaluator
-from dist_train.training.parts import Parts
+from dist_train.training.model import build_model_parts, load_weights
 from dist_train.training.prepare import build_dataset, build_model, eval_loader
-from dist_train.training.state import load_weights
 
 if TYPE_CHECKING:
     from dist_train.config.schema import Config
@@ -92,7 +91,7 @@ def open_run(
 
 def restore_in(world: World, run: RunDir, config: Config, checkpoint: str | None = None) -> Restored:
     """The same among processes that have met, by a config whose components are there; modules keep their modes."""
-    evaluator = Parts(config, world).evaluator
+    evaluator = Evaluator(build_model_parts(config, world))
     return Restored(run, config, world, _restore(evaluator.modules, run, checkpoint, world), evaluator)
 
 

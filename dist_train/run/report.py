@@ -1,4 +1,4 @@
-"""The report of a run that isn't being trained: opened again, with the model that is kept."""
+"""The report of a run: at its end, with the model in memory; and later, with the model that is kept."""
 
 from __future__ import annotations
 
@@ -20,6 +20,14 @@ from dist_train.views.model import make_report, write_page
 if TYPE_CHECKING:
     from dist_train.config.schema import Config
     from dist_train.runtime.world import World
+    from dist_train.training.trainer import Trainer
+
+
+def report_at_end(trainer: Trainer) -> None:
+    """Write the report of a completed run with the model in memory; all ranks call it. Never raises."""
+    parts, loaders, console = trainer.parts, trainer.parts.eval_loaders, trainer.console
+    loader = loaders.get("test") or loaders.get("val")
+    make_report(trainer.run, parts.config, parts.evaluator, loader, trainer.step, trainer.outputs.record, console.warn)
 
 
 def report_again(location: str, checkpoint: str | None, overrides: Sequence[str]) -> Path | None:

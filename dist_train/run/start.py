@@ -21,8 +21,8 @@ from dist_train.files import StorageError
 from dist_train.run.decide import Decision, decide, find_checkpoint
 from dist_train.run.finish import finish, give_weights
 from dist_train.run.objects import facts_of, sample_digests
-from dist_train.run.report import report_in
-from dist_train.run.summary import end_lines, start_lines
+from dist_train.run.report import report_at_end, report_in
+from dist_train.run.summary import end_lines, run_facts, start_lines
 from dist_train.runtime.launch import read_placement
 from dist_train.runtime.lease import Lease, LeaseHeldError, LeaseLostError, look_at_owner
 from dist_train.runtime.rundir import MICRO_BATCHES, RunDir, check_place, check_shared, run_location
@@ -30,10 +30,16 @@ from dist_train.runtime.sidefiles import read_lines
 from dist_train.runtime.storage import LocalStorage
 from dist_train.runtime.world import World, open_world
 from dist_train.tracking.console import Console, setup_logging
+from dist_train.training import parts as building
+from dist_train.training.checks import splitting_changes
 from dist_train.training.parts import Parts
+from dist_train.training.rows import Outputs, Trace
 from dist_train.training.state import Progress, restore
 from dist_train.training.trainer import Trainer
-from dist_train.views.model import report_at_end, write_curves
+from dist_train.views.boundary import BoundaryFrames
+from dist_train.views.model import write_curves
+from dist_train.views.network import Pictures, image_modules
+from dist_train.views.sinks import open_logger
 from dist_train.watch import failure, signals
 from dist_train.watch.leave import RunFacts
 from dist_train.watch.processes import is_owned
@@ -96,8 +102,10 @@ def build_parts(config: Config, world: World, decision: Decision) -> Parts:
     Raises:
         ConfigError: one of them can't be built.
     """
-    parts = Parts(config, world, fresh=decision.action == "fresh", fits=decision.fits, horizon=decision.horizon)
-    parts.build()
+    fresh = decision.action == "fresh"
+    parts = building.build_parts(config, world, fresh=fresh, fits=decision.fits, horizon=decision.horizon)
+    if config.tracking.tensorboard:
+        image_modules(config.tracking, parts.model)  # what it names must be there
     return parts
 
 
@@ -231,11 +239,15 @@ class Start:
             log=console.note,
             lease=run.lease,
         )
-        progress = Progress()
+        progress, stepper_state = Progress(), None
         if self.decision.action == "resume":
             found = find_checkpoint(world, self.decision, checkpoints)
-            progress = restore(self.parts, found, self.decision.changed, console.note)
-        self.trainer = trainer = Trainer(self.parts, run, console, checkpoints, progress, self.attempt)
+            if (horizon := found.value("horizon", int | None)) != self.decision.horizon:  # it isn't the newest one
+                self.decision.horizon = horizon
+                self.parts = build_parts(config, world, self.decision)
+            progress, stepper_state = restore(self.parts, found, self.decision.changed, console.note)
+        outputs = self._outputs(progress, checkpoints)
+        self.trainer = trainer = Trainer(self.parts, progress, outputs, stepper_state)
         for line in self.decision.changes:
             console.note(f"changed since the last start: {line}")
         console.start_block(start_lines(self.parts, trainer, run, trainer.step))
@@ -251,7 +263,7 @@ class Start:
             seconds = round(progress.seconds, 3)
             result = {"state": outcome, "reason": trainer.reason, "step": trainer.step, "epoch": trainer.epoch}
             result["seconds"] = seconds
-        trainer.logger.close(outcome)
+        trainer.outputs.logger.close(outcome)
         run.upload()
         if world.is_main:
             trainer.write_status(outcome)
@@ -273,6 +285,25 @@ class Start:
             give_weights(config, run)
         console.end_block(end_lines(result, run))
         return result
+
+    def _outputs(self, progress: Progress, checkpoints: CheckpointManager) -> Outputs:
+        """Where training writes: on rank 0 the records with their views, the checkpoints; on each rank its trace."""
+        config, parts, run = self.config, self.parts, self.run
+        outputs = Outputs(run, self.console, record=run_facts(config))
+        if config.debug.trace_samples:
+            outputs.trace = Trace(run.path("trace"), self.attempt, self.world.rank)
+        if not self.world.is_main:
+            return outputs
+        pending = ("val", "test") if progress.evaluation_due else ("test",)
+        outputs.checkpoints = checkpoints
+        outputs.logger = open_logger(run.root, config, self.console, start_step=progress.step, pending=pending)
+        if "val" in parts.eval_loaders:
+            outputs.views.append(BoundaryFrames(run.root, parts.eval_loaders["val"].dataset, parts.evaluator))
+        if config.tracking.tensorboard:
+            pictures = Pictures(config.tracking, parts.evaluator, outputs.logger)
+            outputs.views.append(pictures)
+            outputs.watch_batch = pictures.on_batch
+        return outputs
 
     def _record_start(self) -> None:
         assert self.trainer is not None
@@ -300,7 +331,7 @@ class Start:
             return indices[share(len(indices), rank, world.size)].tolist()
 
         def less_memory() -> tuple[str, int | None]:
-            return failure.less_memory(parts.micro_batch_size, parts.what_splitting_changes(), auto=auto)
+            return failure.less_memory(parts.micro_batch_size, splitting_changes(parts), auto=auto)
 
         if is_owned():  # a crash inside C code leaves its Python stack in the log
             faulthandler.enable(open(logs / f"rank-{world.rank}.log", "a"))  # noqa: SIM115
@@ -343,7 +374,7 @@ class Start:
 
         def close() -> None:
             if trainer is not None:
-                trainer.logger.close("failed", timeout=15.0 if self.world.size == 1 else 2.0)
+                trainer.outputs.logger.close("failed", timeout=15.0 if self.world.size == 1 else 2.0)
 
         for leave_word in (tell, close, run.upload):
             try:

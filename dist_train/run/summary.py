@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import platform
+import socket
+import subprocess
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import default_collate
 
+import dist_train
 from dist_train.config.components import build_callable
+from dist_train.config.fields import to_json
 from dist_train.data.passes import is_stream, stream_length
 from dist_train.models.layers import layer_table, output_shapes
 from dist_train.text import format_seconds
 
 if TYPE_CHECKING:
+    from dist_train.config.schema import Config
     from dist_train.runtime.rundir import RunDir
     from dist_train.training.parts import Parts
     from dist_train.training.trainer import Trainer
@@ -37,7 +43,7 @@ def start_lines(parts: Parts, trainer: Trainer, run: RunDir, resumed: int) -> Li
     data += f"; {plan.steps_per_epoch:,} steps an epoch"
     if plan.samples_per_epoch < plan.length:
         data += f", {plan.length - plan.samples_per_epoch} samples of each epoch left out (data.drop_last)"
-    total = f" = {trainer.total_steps:,} steps" if trainer.total_steps else ""
+    total = f" = {trainer.due.end:,} steps" if trainer.due.end else ""
     lines = [
         ("run", run.location + (f", going on from step {resumed:,}" if resumed else "")),
         ("model", model + (f", {frozen:,} of them frozen" if frozen else "")),
@@ -79,7 +85,7 @@ def layer_lines(parts: Parts) -> list[str]:
     try:
         collate = build_callable(config.data.collate) if config.data.collate is not None else default_collate
         batch = parts.move(collate([parts.datasets["train"][0]]))
-        with parts.evaluator.serving(average=False), parts.precision.autocast():
+        with parts.evaluator.serving(ema=False), parts.precision.autocast():
             shapes = output_shapes(model, lambda: parts.task.predict(model, batch))
     except Exception as error:  # a stream, or a model that can't take one sample: no reason not to train
         note = f"(shapes are those of the weights: one sample couldn't be run: {error})"
@@ -134,3 +140,17 @@ def end_lines(result: dict[str, Any], run: RunDir) -> Lines:
         if run.path(name).exists():
             lines.append((label, f"{command}{run.location}/{name}"))
     return lines if completed else [*lines, ("next", "the same command goes on from here")]
+
+
+def run_facts(config: Config) -> dict[str, Any]:
+    """What a run is trained with, for every manifest and the report: config, versions, host, git commit if any."""
+    versions = {"dist_train": dist_train.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    facts: dict[str, Any] = {"config": to_json(config.to_dict()), "versions": versions, "host": socket.gethostname()}
+    for folder in config.run.code_paths[:1]:
+        command = ["git", "-C", folder, "rev-parse", "HEAD"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+            facts["commit"] = done.stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            pass  # not a repository, or no git
+    return facts

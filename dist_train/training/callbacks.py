@@ -1,81 +1,174 @@
-"""Hooks for one's own code: a few named moments, and a state that is saved with the run."""
+"""Hooks for user code: a few named moments of a run, and a state that is saved with it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from dist_train.config.fields import plain
+from dist_train.config.fields import Duration, plain
+from dist_train.models.transfer import match_parameters
+from dist_train.training.due import in_steps
 
 if TYPE_CHECKING:
-    from dist_train.training.trainer import Trainer
+    import torch
+    from torch import nn
+
+    from dist_train.config.schema import Config
+    from dist_train.data.plan import Plan
+    from dist_train.runtime.world import World
+
+
+class Training(Protocol):
+    """What a callback sees of the run that calls it. Everything is to be read only, but for what its comment allows."""
+
+    @property
+    def config(self) -> Config:
+        """The resolved config."""
+
+    @property
+    def world(self) -> World:
+        """`rank`, `size`, `is_main`, `device`."""
+
+    @property
+    def plan(self) -> Plan:
+        """The order of the training samples; `plan.steps_per_epoch`."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The module itself, without DDP around it. `requires_grad_` may be called on its parameters."""
+
+    @property
+    def modules(self) -> nn.Module:
+        """The model together with what its loss or task trains: `named_parameters()` names all of it."""
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """`add_param_group` may be called, and the options of `param_groups` may be changed."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done, over all starts of the run."""
+
+    @property
+    def epoch(self) -> int:
+        """The epoch, from 1, that the last optimizer step belongs to; 0 before the first."""
+
+    @property
+    def seconds(self) -> float:
+        """Seconds trained, over all starts of the run."""
+
+    @property
+    def outcome(self) -> str | None:
+        """None while training; in `on_end`, `completed` or `preempted`."""
+
+    def log(self, name: str, value: float) -> None:
+        """Add a metric to the next train row (that of rank 0 is recorded)."""
 
 
 class Callback:
-    """Base of all callbacks. Every hook runs on every rank, in the order of the config, and may read anything of the trainer:
-    `step`, `epoch`, `model`, `optimizer`, `config`, `world`, and `log(name, value)` for a figure in the next record.
+    """Base class of callbacks. Every hook runs on every rank, in the order of the config; see `Training` for its argument.
 
     A hook must not change how many batches a rank runs, nor call collectives on some ranks only.
     """
 
-    def on_start(self, trainer: Trainer) -> None:
+    def on_start(self, trainer: Training) -> None:
         """Before the first step of this start, after a checkpoint was loaded."""
 
-    def on_step_end(self, trainer: Trainer) -> None:
-        """After an optimizer step, its schedule and EMA; reading a tensor here makes the device wait."""
+    def on_step_end(self, trainer: Training) -> None:
+        """After an optimizer step, its schedule and EMA; reading a tensor here makes the host wait for the device."""
 
-    def on_epoch_end(self, trainer: Trainer) -> None:
+    def on_epoch_end(self, trainer: Training) -> None:
         """After the last step of an epoch, before an evaluation that is due."""
 
-    def on_evaluation_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        """After an evaluation; `metrics` as in the records (`val/loss`, ...)."""
+    def on_evaluation_end(self, trainer: Training, metrics: dict[str, float]) -> None:
+        """After an evaluation; `metrics` as in metrics.jsonl, with their split (`val/loss`, ...)."""
 
-    def on_end(self, trainer: Trainer) -> None:
+    def on_end(self, trainer: Training) -> None:
         """After the last step of this start, before the final save."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What is to be saved: tensors, numbers, strings, lists and dicts."""
+        """What is saved in checkpoints: tensors, numbers, strings, lists and dicts."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Resume from what `state_dict` returned."""
+
+
+class Unfreeze(Callback):
+    """Gradual unfreezing: parameters that `transfer.freeze` has frozen train from some moment on.
+
+    Args:
+        match: name patterns, as in `transfer.freeze`.
+        after: when, in epochs or steps: `3ep`, `500step`.
+        lr: puts them into a parameter group of their own, which the schedule takes up from there; None: into the config's.
+    """
+
+    def __init__(self, match: str | list[str], after: str, lr: float | None = None):
+        self.match = [match] if isinstance(match, str) else list(match)
+        self.after, self.lr = Duration.parse_count(after), lr
+
+    def on_start(self, trainer: Training) -> None:
+        """Look the names up at once, so that a mistake shows before the first step."""
+        self._names = match_parameters(trainer.modules, self.match, "callbacks")
+        self._at = in_steps(self.after, trainer.plan.steps_per_epoch) or 0
+        if trainer.step >= self._at:
+            self._unfreeze(trainer)
+
+    def on_step_end(self, trainer: Training) -> None:
+        """Once, before the evaluation and the save that are due at that step."""
+        if trainer.step == self._at:
+            self._unfreeze(trainer)
+
+    def _unfreeze(self, trainer: Training) -> None:
+        known = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
+        parameters = dict(trainer.modules.named_parameters())
+        frozen = [parameters[name] for name in self._names if not parameters[name].requires_grad]
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        new = [parameter for parameter in frozen if id(parameter) not in known]
+        if new and self.lr is not None:
+            trainer.optimizer.add_param_group({"params": new, "lr": self.lr})
 
 
 def callback_states(callbacks: Sequence[Callback], specs: Sequence[Any]) -> list[dict[str, Any]]:
-    """What a checkpoint holds of them. `specs` are those of the config, to which our own callbacks are behind."""
-    return [{**name, "state": callback.state_dict()} for name, callback in _named(callbacks, specs)]
+    """What a checkpoint holds of the callbacks that `specs`, of the config, describe: class, arguments and state of each."""
+    return [
+        {"name": _name(callback), "spec": _text(spec), "state": callback.state_dict()}
+        for callback, spec in zip(callbacks, specs, strict=True)
+    ]
 
 
 def load_callback_states(
     callbacks: Sequence[Callback], specs: Sequence[Any], saved: Sequence[Any], note: Callable[[str], None]
 ) -> None:
-    """Each state goes to the callback of its class and arguments, and of several such by their index.
+    """Give each saved state to the callback of its class and arguments; of several such, by their order.
 
-    A class that is there once, before and now, keeps its state under other arguments. What has no counterpart begins anew.
+    A class that occurs once, then and now, keeps its state under other arguments. The rest starts over.
     """
-    named = _named(callbacks, specs)
+    named = [(_name(callback), _text(spec), callback) for callback, spec in zip(callbacks, specs, strict=True)]
     if not all(isinstance(entry, dict) and "name" in entry for entry in saved):  # of a version that went by position
-        saved = [{**name, "state": state} for (name, _), state in zip(named, saved, strict=False)]
-    left = list(saved)
-    waiting = []
-    for name, callback in named:
-        index = next((k for k, entry in enumerate(left) if entry.items() >= name.items()), None)
+        saved = [{"name": n, "spec": t, "state": state} for (n, t, _), state in zip(named, saved, strict=False)]
+    left, waiting = list(saved), []
+    for name, text, callback in named:
+        index = next((k for k, entry in enumerate(left) if (entry["name"], entry["spec"]) == (name, text)), None)
         if index is None:
-            waiting.append((name["name"], callback))
+            waiting.append((name, callback))
         else:
             callback.load_state_dict(left.pop(index)["state"])
-    kinds = [kind for kind, _ in waiting]
-    for kind, callback in waiting:
-        states = [entry["state"] for entry in left if entry["name"] == kind]
-        if kinds.count(kind) == len(states) == 1:
+    for name, callback in waiting:
+        states = [entry["state"] for entry in left if entry["name"] == name]
+        if len(states) == 1 and [other for other, _ in waiting].count(name) == 1:
             callback.load_state_dict(states[0])
         elif states:
-            note(f"callbacks: the state of {kind} begins anew: which of several was whose can't be told")
+            note(
+                f"callbacks: the state of {name} starts over: it isn't known which of several callbacks had which state"
+            )
 
 
-def _named(callbacks: Sequence[Callback], specs: Sequence[Any]) -> list[tuple[dict[str, str], Callback]]:
-    texts = [json.dumps(plain(spec), sort_keys=True) for spec in specs]
-    texts += [""] * (len(callbacks) - len(texts))
-    names = [f"{type(callback).__module__}.{type(callback).__qualname__}" for callback in callbacks]
-    return [({"name": name, "spec": text}, one) for name, text, one in zip(names, texts, callbacks, strict=True)]
+def _name(callback: Callback) -> str:
+    return f"{type(callback).__module__}.{type(callback).__qualname__}"
+
+
+def _text(spec: Any) -> str:
+    return json.dumps(plain(spec), sort_keys=True)

@@ -13,19 +13,23 @@ from dist_train.watch.control import EVALUATE, FINISH, LOG, SAVE, STOP, Source, 
 if TYPE_CHECKING:
     from dist_train.config.schema import Config, StopWhenConfig
 
+NEVER = 1 << 62  # steps
+
 
 def in_steps(duration: Duration | None, steps_per_epoch: int) -> int | None:
     """A duration as optimizer steps; None for a time (which the control thread watches) or for nothing."""
-    if duration is None or duration.unit == "s":
+    if duration is None or duration.is_time:
         return None
     return int(duration.value) * (steps_per_epoch if duration.unit == "ep" else 1)
 
 
-NEVER = 1 << 62  # steps
+def next_multiple(seconds: float, every: float) -> float:
+    """The first multiple of `every` after `seconds`: times count from the run's beginning, over all its starts."""
+    return (seconds // every + 1) * every
 
 
 class Due:
-    """What is due after which optimizer step (from 1); what goes by the clock comes from `clocks`.
+    """What is due when so many optimizer steps are done; what goes by the clock comes from `clocks`.
 
     Attributes:
         end, stop: the steps of `trainer.duration` and `trainer.stop_at`; None for a time or nothing.
@@ -35,31 +39,30 @@ class Due:
         trainer = config.trainer
         self.end = in_steps(trainer.duration, steps_per_epoch)
         self.stop = in_steps(trainer.stop_at, steps_per_epoch)
-        log, evaluate, step_schedule, *saves = (
+        self._log, self._evaluate, self._schedule, *self._saves = (
             in_steps(every, steps_per_epoch) or NEVER
             for every in (trainer.log_every, trainer.evaluate_every, schedule, *config.checkpoint.every)
         )
-        self._log, self._evaluate, self._schedule, self._saves = log, evaluate, step_schedule, saves
 
-    def log(self, step: int) -> bool:
+    def log(self, done: int) -> bool:
         """A train row."""
-        return step % self._log == 0 or step == self.end
+        return done % self._log == 0 or done == self.end
 
-    def evaluate(self, step: int) -> bool:
+    def evaluate(self, done: int) -> bool:
         """An evaluation."""
-        return step % self._evaluate == 0
+        return done % self._evaluate == 0
 
-    def save(self, step: int) -> bool:
+    def save(self, done: int) -> bool:
         """A checkpoint."""
-        return any(step % every == 0 for every in self._saves)
+        return any(done % every == 0 for every in self._saves)
 
-    def schedule(self, step: int) -> bool:
+    def schedule(self, done: int) -> bool:
         """A step of the schedule."""
-        return step % self._schedule == 0
+        return done % self._schedule == 0
 
 
 def clocks(config: Config, seconds: Callable[[], float]) -> Iterator[Source]:
-    """What tells when a duration in time is over, by `seconds()` trained, over all starts of a run."""
+    """For the control thread: what becomes due by the clock, `seconds()` trained over all starts of the run."""
     trainer = config.trainer
     for duration, action, key in ((trainer.duration, FINISH, "duration"), (trainer.stop_at, STOP, "stop_at")):
         if duration is not None and duration.is_time:
@@ -67,12 +70,12 @@ def clocks(config: Config, seconds: Callable[[], float]) -> Iterator[Source]:
     repeated = [(trainer.log_every, LOG), (trainer.evaluate_every, EVALUATE)]
     for every, action in repeated + [(every, SAVE) for every in config.checkpoint.every]:
         if every is not None and every.is_time:
-            first = (seconds() // every.value + 1) * every.value
+            first = next_multiple(seconds(), every.value)
             yield watch_clock(seconds, first, every.value, action, f"every {every}")
 
 
 class StopWhen:
-    """Ends a run when a metric passes a threshold, or hasn't got better by `min_delta` for `patience`; saved and resumed."""
+    """Ends a run when a metric passes a threshold, or hasn't improved by `min_delta` for `patience`; saved and restored."""
 
     def __init__(self, config: StopWhenConfig, steps_per_epoch: int, lower: bool):
         self.config = config
@@ -92,7 +95,7 @@ class StopWhen:
         if value == value and gain > self.config.min_delta:  # NaN is never a best, the first one neither
             self.best, self.best_step = value, step
         elif self.patience is not None and step - self.best_step >= self.patience:
-            than = "been a number" if self.best is None else f"got better than {self.best:.6g}"
+            than = "been a number" if self.best is None else f"improved on {self.best:.6g}"
             return f"{self.config.metric} hasn't {than} for {self.config.patience}"
         return None
 
@@ -101,5 +104,5 @@ class StopWhen:
         return {"best": self.best, "best_step": self.best_step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on waiting."""
+        """Resume from them."""
         self.best, self.best_step = state["best"], state["best_step"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,26 +11,27 @@ import torch
 from dist_train.models.layers import evaluating
 from dist_train.runtime.seeding import seed_forward
 from dist_train.step.buffers import BufferSnapshot, take_from_rank_zero
-from dist_train.step.modules import Modules
-from dist_train.step.precision import Precision
 from dist_train.task.batch import in_full_precision, map_tensors
-from dist_train.task.metrics import Metric, Whole, check_names, naming, sums_of
-from dist_train.task.task import Task, as_step_output
+from dist_train.task.metrics import Whole, check_names, naming, sums_of
+from dist_train.task.task import as_step_output
 from dist_train.watch.status import EVALUATION, SYNC, status
 
 if TYPE_CHECKING:
     from dist_train.data.loader import EvalLoader
     from dist_train.runtime.world import World
     from dist_train.step.ema import EMA
+    from dist_train.training.model import ModelParts
     from dist_train.watch.control import Control
+
+FIRST = 3  # sums before those of the metrics: loss, weight, samples
 
 
 class EvaluationInterruptedError(Exception):
-    """A stop was agreed inside an evaluation: it is dropped, and run again after the resume."""
+    """All ranks agreed to stop inside an evaluation: its sums are dropped, and a resumed run evaluates again."""
 
 
 def in_rounds(loader: EvalLoader, control: Control | None = None) -> Iterator[tuple[range, Any] | None]:
-    """This rank's cuts of a dataset with their batches; None for a last round without one, so that all ranks have as many."""
+    """This rank's eval batches with the samples they hold; None for a last round without one, so that all ranks run as many."""
     batches = iter(loader)
     for _ in range(loader.rounds):
         if control is not None:
@@ -40,7 +41,7 @@ def in_rounds(loader: EvalLoader, control: Control | None = None) -> Iterator[tu
 
 
 def on_rank_zero(world: World, value: Any) -> list[Any]:
-    """Every rank's value, in order of rank, on rank 0; nothing on the others. Every rank calls it."""
+    """Every rank's value, in order of rank, on rank 0; [] on the others. All ranks call it."""
     if world.size == 1:
         return [value]
     every: list[Any] = [None] * world.size
@@ -50,112 +51,107 @@ def on_rank_zero(world: World, value: Any) -> list[Any]:
 
 
 class Evaluator:
-    """Runs the module itself, without the DDP wrapper, over fixed cuts of a dataset; sums in float64, one all-reduce."""
+    """Runs the module itself, without the DDP wrapper, over fixed eval batches; sums in float64, one all-reduce.
 
-    def __init__(
-        self,
-        modules: Modules,
-        task: Task,
-        metrics: Sequence[Metric],
-        *,
-        world: World,
-        precision: Precision,
-        prepare: Callable[[Any], Any],
-        seed: int,
-        ema: EMA | None = None,
-        control: Control | None = None,
-    ):
-        self.modules, self.task, self.metrics = modules, task, list(metrics)
-        self.model = modules.model
-        self.world, self.precision, self.prepare = world, precision, prepare
-        self.seed, self.ema, self.control = seed, ema, control
+    Args:
+        ema: its weights are evaluated, and the raw ones beside them; None: the model's own.
+    """
 
-    def run(self, loader: EvalLoader) -> dict[str, float]:
-        """loss, the metrics, and `eval_samples`, the number of samples, as the plan counts them.
+    def __init__(self, parts: ModelParts, ema: EMA | None = None):
+        self.modules, self.task, self.metrics = parts.modules, parts.task, parts.metrics
+        self.model, self.world, self.precision = parts.model, parts.world, parts.precision
+        self.prepare, self.seed, self.ema = parts.move, parts.config.seed, ema
 
-        Where there is an EMA the figures are those of its weights, and those of the raw weights follow as `raw_*`.
+    def run(self, loader: EvalLoader, control: Control | None = None) -> dict[str, float]:
+        """loss, the metrics, and `eval_samples`: how many samples were evaluated.
+
+        With an EMA the metrics are those of its weights; those of the raw weights follow as `raw_*`.
+
+        Args:
+            control: asked after each round whether all ranks have agreed to stop.
 
         Raises:
-            EvaluationInterruptedError: all ranks agreed to stop between two rounds of it.
+            EvaluationInterruptedError: they have.
         """
         with self.serving():
-            figures = self._run(loader)
+            metrics = self._run(loader, control)
         if self.ema is None:
-            return figures
-        samples = figures.pop("eval_samples")
-        with self.serving(average=False):
-            raw = {f"raw_{name}": value for name, value in self._run(loader).items() if name != "eval_samples"}
-        return {**figures, **raw, "eval_samples": samples}
+            return metrics
+        samples = metrics.pop("eval_samples")
+        with self.serving(ema=False):
+            raw = {f"raw_{name}": value for name, value in self._run(loader, control).items() if name != "eval_samples"}
+        return {**metrics, **raw, "eval_samples": samples}
 
     @contextlib.contextmanager
-    def serving(self, average: bool = True) -> Iterator[None]:
-        """The model as it is used after training: in eval mode, with the average of the weights where there is one.
+    def serving(self, ema: bool = True) -> Iterator[None]:
+        """The model as it is used after training: in eval mode, without gradients, with the EMA weights where there are any.
 
-        Afterwards modes, buffers and numbers are what they were, so that training goes on as if nothing had been.
+        Modes, buffers and numbers are restored afterwards, so that training isn't affected.
         """
         kept = BufferSnapshot(self.modules)
-        averaged = self.ema.applied() if self.ema is not None and average else contextlib.nullcontext()
+        averaged = self.ema.applied() if self.ema is not None and ema else contextlib.nullcontext()
         try:
             with evaluating(self.modules), averaged, torch.no_grad():
                 yield
         finally:
             kept.restore()
 
-    def _run(self, loader: EvalLoader) -> dict[str, float]:
+    def _run(self, loader: EvalLoader, control: Control | None) -> dict[str, float]:
         status.phase = SYNC
         take_from_rank_zero((slot.value for slot in self.modules.buffers_at), self.world)
-        size = 3 + sum(metric.size for metric in self.metrics)
+        size = FIRST + sum(metric.size for metric in self.metrics)
         whole = [metric for metric in self.metrics if isinstance(metric, Whole)]
         for metric in whole:
             metric.metric.reset()
-        # A row a cut, added up in the order of the dataset: the bits are those of one process. (Metrics of many numbers count.)
+        # A row for each eval batch, added up in the order of the dataset: the bits are those of one process. (Metrics with
+        # many sums are counts, which are exact in any order.)
         rows = len(loader.plan) if size <= 64 else 1
         sums = torch.zeros(rows, size, dtype=torch.float64, device=self.world.device)
-        for mine in in_rounds(loader, self.control):
+        for mine in in_rounds(loader, control):
             seen = None
             if mine is not None:
-                cut, batch = mine
-                row, seen = self._batch(cut, batch)
-                sums[cut.start // loader.plan.batch_size % rows] += row
+                samples, batch = mine
+                row, seen = self._batch(samples, batch)
+                sums[samples.start // loader.plan.batch_size % rows] += row
             for outputs, targets in filter(None, on_rank_zero(self.world, seen) if whole else []):
                 for metric in whole:
                     with naming(metric):
                         metric.update(outputs, targets)
-            if self.control is not None and self.control.stop_due():
+            if control is not None and control.stop_due():
                 raise EvaluationInterruptedError
         status.phase = SYNC
         if self.world.size > 1:
             torch.distributed.all_reduce(sums)
-        return self._figures(torch.from_numpy(sums.cpu().numpy().sum(axis=0)))
+        return self._results(torch.from_numpy(sums.cpu().numpy().sum(axis=0)))
 
-    def _batch(self, cut: range, batch: Any) -> tuple[torch.Tensor, tuple[Any, ...]]:
-        """What a cut adds to the sums, and its outputs and targets for the metrics that aren't sums."""
+    def _batch(self, samples: range, batch: Any) -> tuple[torch.Tensor, tuple[Any, ...]]:
+        """What an eval batch adds to the sums, and its outputs and targets for metrics that can't be summed."""
         batch = self.prepare(batch)
-        seed_forward(self.seed, 0, cut.start, self.world.device)
+        seed_forward(self.seed, 0, samples.start, self.world.device)
         with self.precision.autocast():
             output = as_step_output(self.task.step(self.model, batch))
         if self.metrics and output.outputs is None:
             raise TypeError("metrics need the outputs: the task's step must return (loss, weight, outputs, targets)")
-        head = torch.zeros(3, dtype=torch.float64, device=self.world.device)
-        head[0], head[1], head[2] = output.loss, output.weight, len(cut)
+        head = torch.zeros(FIRST, dtype=torch.float64, device=self.world.device)
+        head[0], head[1], head[2] = output.loss, output.weight, len(samples)
         outputs = in_full_precision(output.outputs)
         sums = [sums_of(metric, outputs, output.targets) for metric in self.metrics if not isinstance(metric, Whole)]
         seen = (outputs, output.targets) if len(sums) < len(self.metrics) else ()
         return torch.cat([head, *(part.to(head.device) for part in sums)]), map_tensors(torch.Tensor.cpu, seen)
 
-    def _figures(self, sums: torch.Tensor) -> dict[str, float]:
-        loss, weight, samples = sums[:3].tolist()
-        figures: dict[str, float] = {}
+    def _results(self, sums: torch.Tensor) -> dict[str, float]:
+        loss, weight, samples = sums[:FIRST].tolist()
+        results: dict[str, float] = {}
         names: list[str] = []
-        start = 3
+        start = FIRST
         for metric in self.metrics:
             with naming(metric):
                 if isinstance(metric, Whole):
                     found = self.world.on_main(metric.figures)
                 else:
                     found = {metric.name: float(metric.result(sums[start : start + metric.size]))}
-            figures |= found
+            results |= found
             names += found
             start += metric.size
         check_names(names)
-        return {"loss": loss / weight if weight else float("nan"), **figures, "eval_samples": int(samples)}
+        return {"loss": loss / weight if weight else float("nan"), **results, "eval_samples": int(samples)}

@@ -16,7 +16,7 @@ import types
 from collections import deque
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,12 +27,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dist_train.runtime.seeding import seed_forward, undisturbed_generators
 from dist_train.task.batch import copied, tensors_in
 from dist_train.task.samplewise import cut
-from dist_train.task.task import StepOutput, Task, as_step_output
-from dist_train.training.state import Saved, load_weights
+from dist_train.task.task import StepOutput, as_step_output
+from dist_train.training.model import ModelParts, Saved, load_weights
 
 if TYPE_CHECKING:
     from dist_train.step.modules import Modules
-    from dist_train.step.precision import Precision
 
 # A check at the start that is larger or slower is skipped: bytes and objects to copy, numbers of a batch times parameters,
 # and seconds of a step. The default model takes 25 ms, some of which the run's own first step saves.
@@ -42,38 +41,30 @@ PLAIN = (bool, int, float, str, list, tuple, dict, set, deque, np.ndarray)  # to
 _log = logging.getLogger("dist_train")
 
 
-@dataclass(frozen=True)
-class Trainee:
-    """A model with its loss or task, and what a forward of it needs to know."""
-
-    modules: Modules
-    task: Task
-    precision: Precision
-    device: torch.device
-    seed: int
-
-    def copy(self) -> Trainee:
-        """Modules and task of its own."""
-        modules, task = copy.deepcopy((self.modules, self.task))
-        return replace(self, modules=modules, task=task)
-
-    def forward(self, batch: Any, step: int = 0) -> StepOutput:
-        """Loss and outputs of a forward as in training, never compiled."""
-        seed_forward(self.seed, step, 0, self.device)
-        with self.precision.autocast(), torch.compiler.set_stance("force_eager"):
-            return as_step_output(self.task.step(self.modules.model, copied(batch)))
-
-    def train(self, batch: Any, step: int) -> None:
-        """A step of gradient descent that touches nothing but this model's parameters: no hooks, no `.grad`."""
-        loss, parameters = self.forward(batch, step).loss, list(self.modules.trained().values())
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        with torch.no_grad():
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                if gradient is not None:
-                    parameter.add_(gradient, alpha=-LR)
+def _copied(parts: ModelParts) -> ModelParts:
+    """With modules and a task of its own."""
+    modules, task = copy.deepcopy((parts.modules, parts.task))
+    return replace(parts, modules=modules, task=task)
 
 
-def forgotten(trained: Trainee, fresh: Trainee, found: Saved, batch: Any) -> str:
+def _forward(parts: ModelParts, batch: Any, step: int = 0) -> StepOutput:
+    """Loss and outputs of a forward as in training, never compiled."""
+    seed_forward(parts.config.seed, step, 0, parts.world.device)
+    with parts.precision.autocast(), torch.compiler.set_stance("force_eager"):
+        return as_step_output(parts.task.step(parts.model, copied(batch)))
+
+
+def _train(parts: ModelParts, batch: Any, step: int) -> None:
+    """A step of gradient descent that touches nothing but this model's parameters: no hooks, no `.grad`."""
+    loss, parameters = _forward(parts, batch, step).loss, list(parts.modules.trained().values())
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    with torch.no_grad():
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                parameter.add_(gradient, alpha=-LR)
+
+
+def forgotten(trained: ModelParts, fresh: ModelParts, found: Saved, batch: Any) -> str:
     """What training has left in a model, its loss or its task that a checkpoint doesn't hold, in words; "" for nothing.
 
     Args:
@@ -94,7 +85,7 @@ def forgotten(trained: Trainee, fresh: Trainee, found: Saved, batch: Any) -> str
     )
 
 
-def forgotten_at_start(start: Trainee, batch: Any, length: int) -> str:
+def forgotten_at_start(start: ModelParts, batch: Any, length: int) -> str:
     """The same before the first step of a run, on copies of `start` that train on some of the `length` samples of `batch`.
 
     "" too where it would cost much, or where it can't be told. It raises nothing, leaves everything as it is (generators
@@ -105,7 +96,7 @@ def forgotten_at_start(start: Trainee, batch: Any, length: int) -> str:
         if not (_is_little_work(start, some) and _is_cheap_to_copy([start.modules, start.task])):
             return ""
         others = torch.distributed.is_available() and torch.distributed.is_initialized()
-        with undisturbed_generators(start.device), _NoCollectives() if others else nullcontext():
+        with undisturbed_generators(start.world.device), _NoCollectives() if others else nullcontext():
             return _compare(start, some)
     except Exception as error:  # the user's code: whatever is wrong with it shows in training
         _log.debug(
@@ -114,23 +105,23 @@ def forgotten_at_start(start: Trainee, batch: Any, length: int) -> str:
         return ""
 
 
-def _compare(start: Trainee, batch: Any) -> str:
-    trained = start.copy()
+def _compare(start: ModelParts, batch: Any) -> str:
+    trained = _copied(start)
     if not {*map(id, _owned(trained))}.isdisjoint(map(id, _owned(start))):
         return ""  # by a __deepcopy__ of its own: it would be the run's that is trained here
     for step in range(STEPS):
         began = time.thread_time()
-        trained.train(batch, step)
+        _train(trained, batch, step)
         limit = SECONDS if step else 5 * SECONDS  # the first one loads kernels; of a GPU's the run pays for it anyway
-        if time.thread_time() - began > limit and (step or start.device.type == "cpu"):
+        if time.thread_time() - began > limit and (step or start.world.device.type == "cpu"):
             return ""
     found = _Held(trained.modules)
-    if not (told := forgotten(trained, start.copy(), found, batch)):
+    if not (told := forgotten(trained, _copied(start), found, batch)):
         return ""
     # Kernels that add up in any order, or the clock: then two that have loaded the same differ as well.
-    other = start.copy()
+    other = _copied(start)
     load_weights(other.modules, found)
-    return "" if forgotten(other, start.copy(), found, batch) else told
+    return "" if forgotten(other, _copied(start), found, batch) else told
 
 
 class _Held:
@@ -156,7 +147,7 @@ class _NoCollectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _is_little_work(start: Trainee, batch: Any) -> bool:
+def _is_little_work(start: ModelParts, batch: Any) -> bool:
     parameters = sum(parameter.numel() for parameter in start.modules.parameters())
     return parameters * sum(tensor.numel() for tensor in tensors_in(batch)) <= WORK
 
@@ -190,15 +181,15 @@ def _bytes(value: Any) -> int:
     return value.nbytes if isinstance(value, Tensor | np.ndarray) else sys.getsizeof(value)
 
 
-def _owned(trainee: Trainee) -> Iterator[Any]:
-    yield from trainee.modules.modules()
-    yield from trainee.modules.parameters()
-    yield from (slot.value for slot in trainee.modules.buffers_at if slot.value is not None)
+def _owned(parts: ModelParts) -> Iterator[Any]:
+    yield from parts.modules.modules()
+    yield from parts.modules.parameters()
+    yield from (slot.value for slot in parts.modules.buffers_at if slot.value is not None)
 
 
-def _values(trainee: Trainee, batch: Any) -> list[Tensor]:
+def _values(parts: ModelParts, batch: Any) -> list[Tensor]:
     with torch.no_grad():
-        output = trainee.forward(batch)
+        output = _forward(parts, batch)
     return [output.loss.detach(), *(tensor.detach() for tensor in tensors_in(output.outputs))]
 
 
@@ -206,7 +197,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.allclose(one, other, rtol=0.0, atol=0.0, equal_nan=True)
 
 
-def _differing(trained: Trainee, fresh: Trainee) -> Iterator[str]:
+def _differing(trained: ModelParts, fresh: ModelParts) -> Iterator[str]:
     """Attributes that show the difference."""
     pairs: list[tuple[str, Any, Any]] = [
         (name, module, other)

@@ -1,4 +1,4 @@
-"""From a config to its model and datasets: what is fetched once per node, and what is changed before training."""
+"""From a config to its model and datasets: what is downloaded once per node, and what is changed before training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from dist_train.checkpoint.store import find_at
 from dist_train.config.components import build, build_callable, is_spec, locate, reserved
 from dist_train.config.errors import ConfigError
 from dist_train.config.fields import expand_argument, expand_path
-from dist_train.data.download import downloads, expected_files, missing_data, once_per_node
 from dist_train.data.errors import DataError
 from dist_train.data.loader import EvalLoader, Reading
 from dist_train.data.passes import is_stream
@@ -36,7 +35,7 @@ T = TypeVar("T")
 
 @contextlib.contextmanager
 def building(key: str) -> Iterator[None]:
-    """Errors of a component's own code, while it is being built, as errors of its key in the config.
+    """Turn errors of a component's own code, while it is being built, into errors of its key in the config.
 
     Raises:
         ConfigError: naming key, exception and the line that raised.
@@ -47,7 +46,7 @@ def building(key: str) -> Iterator[None]:
         raise
     except DataError as error:
         head, _, rest = str(error).partition(": ")
-        named = head.startswith("data.") and " " not in head  # it says its own key
+        named = head.startswith("data.") and " " not in head  # it names its own key
         raise ConfigError.single(head if named else key, rest if named else str(error)) from error
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
@@ -65,16 +64,66 @@ def build_dataset(config: Config, split: str, world: World | None = None) -> Any
     seed_everything(config.seed)
     with building(f"data.{split}"):
         try:
-            return _in_turns(lambda: build(spec), world if downloads(spec) else None)
+            return once_per_node(lambda: build(spec), world if _downloads(spec) else None)
         except (OSError, RuntimeError) as error:
             for inner in _specs(spec):
                 root, dataset = inner.get("root"), locate(inner["_target_"])
                 if isinstance(root, str):
                     root = expand_argument(root)
-                    files = [root, *expected_files(dataset, root)]
-                    if not all(map(os.path.exists, files)):
+                    if not all(map(os.path.exists, [root, *expected_files(dataset, root)])):
                         raise missing_data(split, dataset, root, error) from error
             raise
+
+
+def _specs(value: Any) -> Iterator[dict[str, Any]]:
+    """Every component in a value, the outer ones first."""
+    if is_spec(value):
+        yield value
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
+        yield from _specs(item)
+
+
+def _downloads(spec: Any) -> bool:
+    return any(inner.get("download") is True for inner in _specs(spec))
+
+
+def once_per_node(make: Callable[[], T], world: World | None) -> T:
+    """`make()` in turns: rank 0, then the first rank of every other node, then all others, which find the files there.
+
+    Rank 0 goes alone because nodes may share a disk, where two downloads would write into each other. Every rank
+    takes part in all barriers, also one whose `make` failed.
+    """
+    if world is None or world.size == 1:
+        return make()
+    turn = 0 if world.is_main else 1 if world.placement.local_rank == 0 else 2
+    for _ in range(turn):
+        world.barrier()
+    try:
+        return make()
+    finally:
+        for _ in range(2 - turn):
+            world.barrier()
+
+
+def expected_files(dataset: Any, root: str | os.PathLike[str]) -> list[str]:
+    """Where torchvision's CIFAR and MNIST classes look for their files; [] for other classes."""
+    names: list[str] = []
+    if hasattr(dataset, "base_folder") and hasattr(dataset, "train_list"):  # CIFAR10, CIFAR100
+        names = [os.path.join(dataset.base_folder, entry[0]) for entry in dataset.train_list + dataset.test_list]
+    elif isinstance(getattr(dataset, "resources", None), list):  # MNIST and its relatives
+        names = [os.path.join(dataset.__name__, "raw", entry[0]) for entry in dataset.resources]
+    return [os.path.join(root, name) for name in names]
+
+
+def missing_data(split: str, dataset: type, root: str | os.PathLike[str], error: BaseException) -> DataError:
+    """The error of a dataset class that didn't find its files in its argument `root`, and couldn't download them."""
+    absent = [file for file in expected_files(dataset, root) if not os.path.exists(file)]
+    reason = next(iter(str(error).splitlines()), "")
+    text = f"data.{split}: {dataset.__name__} has no data in {os.path.abspath(root)}: {type(error).__name__}: {reason}"
+    if not absent:  # a class of the user's own, say
+        return DataError(f"{text}; relative paths count from the working directory")
+    text += f"; expected {len(absent)} files that aren't there: {', '.join(absent)}"  # MNIST takes them unpacked, too
+    return DataError(f"{text}; with a network, download: true fetches them; without one, copy them there")
 
 
 def reading_of(config: Config, world: World) -> Reading:
@@ -100,48 +149,48 @@ def eval_loader(config: Config, world: World, dataset: Any, split: str = "val") 
 def build_model(
     config: Config, world: World | None = None, *, fresh: bool = False, notes: list[str] | None = None
 ) -> nn.Module:
-    """The model with its first weights, a function of the run's seed, with what `transfer` and `model_init` change.
+    """The model with its initial weights, a function of the run's seed, changed as `transfer` and `model_init` say.
 
     Args:
         world: one process per node fetches what the model needs; None for a process alone.
         fresh: load `transfer.weights`; otherwise a checkpoint's weights follow.
-        notes: gets lines for the person, on what `transfer` did.
+        notes: gets lines for the user, on what `transfer` did.
 
     Raises:
         ConfigError: it can't be built, or something doesn't fit it.
     """
-    spec, wanted, notes = config.model, config.transfer, [] if notes is None else notes
+    spec, changes, notes = config.model, config.transfer, [] if notes is None else notes
     hub = any(str(inner["_target_"]).startswith("torchvision.") for inner in _specs(spec))
     fetches = hub and is_spec(spec) and spec.get("weights") is not None
     seed_everything(config.seed)
     with building("model"), _only_weights() if hub else contextlib.nullcontext():
-        model = _in_turns(lambda: build(spec), world if fetches else None)
+        model = once_per_node(lambda: build(spec), world if fetches else None)
     if not isinstance(model, nn.Module):
         message = f"expected a torch.nn.Module, but {config.get('model._target_')} gave {type(model).__name__}"
         raise ConfigError.single("model", message)
     check_parameters(model)
-    head = transfer.find_head(model, wanted.head.at) if wanted.head is not None else None
-    if wanted.weights is not None and fresh:
-        content = _read_weights(wanted.weights, config, world)
-        notes += transfer.load_weights(model, content, wanted.weights, strict=wanted.strict, replaced=head)
-    if head is not None and wanted.head is not None:
-        notes.append(transfer.replace_head(model, head, wanted.head.classes))
-    if wanted.append is not None:
+    head = transfer.find_head(model, changes.head.at) if changes.head is not None else None
+    if changes.weights is not None and fresh:
+        content = _read_weights(changes.weights, config, world)
+        notes += transfer.load_weights(model, content, changes.weights, strict=changes.strict, replaced=head)
+    if head is not None and changes.head is not None:
+        notes.append(transfer.replace_head(model, head, changes.head.classes))
+    if changes.append is not None:
         with building("transfer.append.module"):
-            module = build(wanted.append.module)
-        notes.append(transfer.append_module(model, wanted.append.at, wanted.append.name, module))
+            module = build(changes.append.module)
+        notes.append(transfer.append_module(model, changes.append.at, changes.append.name, module))
     for index, rule in enumerate(config.model_init):
         fill, extra = reserved(rule, {"match"})
         patterns = [extra["match"]] if isinstance(extra["match"], str) else extra["match"]
         transfer.initialise(model, patterns, functools.partial(build, fill), f"model_init.{index}")
-    if wanted.freeze:
-        transfer.freeze(model, wanted.freeze)
+    if changes.freeze:
+        transfer.freeze(model, changes.freeze)
     return model
 
 
 @contextlib.contextmanager
 def _only_weights() -> Iterator[None]:
-    """Files in torch.hub's cache are loaded without running code of theirs: torchvision's builders don't ask for that."""
+    """Load files in torch.hub's cache without running code of theirs, which torchvision's builders don't ask for."""
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)
     os.environ[name] = "1"
@@ -154,32 +203,17 @@ def _only_weights() -> Iterator[None]:
             os.environ[name] = before
 
 
-def _in_turns(make: Callable[[], T], world: World | None) -> T:
-    """`make()` in one process per node while the others wait, and then in these, which find on disk what was fetched."""
-    if world is None or world.size == 1:
-        return make()
-    return once_per_node(make, rank=world.rank, local_rank=world.placement.local_rank, barrier=world.barrier)
-
-
-def _specs(value: Any) -> Iterator[dict[str, Any]]:
-    """Every component in a value, the outer ones first."""
-    if is_spec(value):
-        yield value
-    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from _specs(item)
-
-
 def _read_weights(weights: str, config: Config, world: World | None) -> Any:
-    """What is at `transfer.weights`: torchvision's, a file, or a run's final weights (a checkpoint's where it has none yet)."""
+    """The content of `transfer.weights`: torchvision's, a file's, or a run's (its newest checkpoint's before it has ended)."""
     location = expand_path(weights)
     if is_torchvision_name(weights) and not os.path.exists(weights):
         builder = str(config.model["_target_"]).rpartition(".")[2] if is_spec(config.model) else ""
-        return _in_turns(lambda: read_torchvision(weights, builder), world)
+        return once_per_node(lambda: read_torchvision(weights, builder), world)
     if not is_folder(location):
         return read_file(location)
     storage = open_storage(location)
     try:
         return read_file(storage.join("model.pt")) if storage.exists("model.pt") else find_at(location).load("model")
     except (CheckpointError, StorageError) as error:
-        message = f"{weights} holds neither a model.pt nor a whole checkpoint: {error}"
+        message = f"{weights} holds neither a model.pt nor a valid checkpoint: {error}"
         raise ConfigError.single("transfer.weights", message) from error

@@ -1,31 +1,75 @@
-"""What a train row of the records says: the mean over the samples since the row before, and how fast they were."""
+"""What is recorded of training: where it goes, the metrics of train rows, and which samples each rank has read."""
 
 from __future__ import annotations
 
+import json
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dist_train.files import append_whole, retried
+from dist_train.tracking.logger import Logger
 
 if TYPE_CHECKING:
-    from dist_train.training.parts import Parts
-    from dist_train.training.state import Progress
+    from dist_train.checkpoint.manager import CheckpointManager
+    from dist_train.data.plan import Indices
+    from dist_train.runtime.rundir import RunDir
+    from dist_train.step.step import Stepper
+    from dist_train.tracking.console import Console
+    from dist_train.training.callbacks import Callback, Training
+
+
+@dataclass
+class Outputs:
+    """Where training writes, on this rank.
+
+    Attributes:
+        checkpoints: on rank 0; None on the others.
+        record: what goes into every manifest: config, versions, host, ...
+        views: callbacks of our own, after the config's; they have no state.
+        watch_batch: gets the trainer and each micro-batch on its way into the model.
+    """
+
+    run: RunDir
+    console: Console
+    logger: Logger = field(default_factory=Logger)
+    checkpoints: CheckpointManager | None = None
+    trace: Trace | None = None
+    record: dict[str, Any] = field(default_factory=dict)
+    views: list[Callback] = field(default_factory=list)
+    watch_batch: Callable[[Training, Any], object] | None = None
+
+    def flush_and_upload(self) -> None:
+        """Make what was recorded so far as durable as the checkpoint that is about to be published (rank 0)."""
+        self.logger.flush(wait=0.0 if self.run.storage.is_local else 5.0)
+        self.run.upload()
 
 
 class TrainRows:
-    """Makes the rows, and keeps what lies between two of them.
+    """Makes the metrics of train rows, and keeps what lies between two of them.
+
+    Args:
+        samples: those that the run has consumed so far.
 
     Attributes:
-        lr: of the last step. extra: figures of callbacks, for the next row.
+        lr: of the last step. extra: metrics of callbacks, for the next row.
     """
 
-    def __init__(self, parts: Parts, progress: Progress):
-        self.parts, self.progress = parts, progress
-        self.lr = 0.0
+    def __init__(self, stepper: Stepper, samples: int):
+        self.stepper, self.lr = stepper, 0.0
         self.extra: dict[str, float] = {}
-        self._samples, self._time, self._waited = progress.samples, time.monotonic(), 0.0
+        self._samples, self._time, self._waited = samples, time.monotonic(), 0.0
 
-    def take(self) -> dict[str, float]:
-        """The row up to this step; the next one begins. Waits for the device."""
-        stepper, waited, now = self.parts.stepper, self.parts.train_loader.waited, time.monotonic()
+    def take(self, samples: int, waited: float, pace: dict[str, float]) -> dict[str, float]:
+        """The row up to now; the next one begins. Waits for the device.
+
+        Args:
+            samples: consumed so far. waited: seconds that training has waited for batches in this start.
+            pace: how far the ranks are apart.
+        """
+        stepper, now = self.stepper, time.monotonic()
         loss, weight = stepper.totals.tolist()
         stepper.totals.zero_()
         row: dict[str, float] = {"loss": loss / weight if weight else float("nan"), "lr": self.lr}
@@ -34,9 +78,27 @@ class TrainRows:
         if stepper.guard.skipped:
             row["skipped"] = stepper.guard.skipped
         elapsed = max(now - self._time, 1e-9)
-        row["samples_per_s"] = (self.progress.samples - self._samples) / elapsed
+        row["samples_per_s"] = (samples - self._samples) / elapsed
         row["data_wait"] = (waited - self._waited) / elapsed
-        row |= self.parts.world.peers.pace() | self.extra
+        row |= pace | self.extra
         self.extra.clear()
-        self._samples, self._time, self._waited = self.progress.samples, now, waited
+        self._samples, self._time, self._waited = samples, now, waited
         return row
+
+
+class Trace:
+    """`debug.trace_samples`: `trace/attempt-<n>-rank-<r>.jsonl`, a line a step that the OS has before the backward begins."""
+
+    def __init__(self, folder: Path, attempt: int, rank: int):
+        self._path = folder / f"attempt-{attempt}-rank-{rank}.jsonl"
+        retried("create the directory", folder, lambda: folder.mkdir(parents=True, exist_ok=True))
+        self._file = retried("create", self._path, lambda: open(self._path, "xb", buffering=0))  # noqa: SIM115
+
+    def write(self, step: int, indices: Indices) -> None:
+        """This rank's samples of optimizer step `step` (from 1)."""
+        line = json.dumps({"step": step, "indices": indices.tolist()}).encode() + b"\n"
+        retried("write", self._path, lambda: append_whole(self._file, line))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()

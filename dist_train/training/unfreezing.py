@@ -1,4 +1,4 @@
-"""Parameters that begin or cease to train in the middle of a run, and all that follows from it."""
+"""Parameters that begin or cease to train in the middle of a run: what follows from it, what is saved of it."""
 
 from __future__ import annotations
 
@@ -7,28 +7,25 @@ from typing import TYPE_CHECKING, Any
 
 from torch.nn.modules.batchnorm import _NormBase
 
-from dist_train.config.fields import Duration
-from dist_train.models.transfer import match_parameters
 from dist_train.step.optim import homes
 from dist_train.step.parameters import fill_momentum
-from dist_train.training.callbacks import Callback
-from dist_train.training.due import in_steps
+from dist_train.training.parts import new_reducer
 
 if TYPE_CHECKING:
+    from dist_train.step.step import Stepper
     from dist_train.training.parts import Parts
-    from dist_train.training.trainer import Trainer
 
 
-class Trained:
-    """Notices that a callback has called `requires_grad_` or `optimizer.add_param_group`, and makes the rest follow."""
+class Trainable:
+    """Notices that a callback has called `requires_grad_` or `optimizer.add_param_group`, and makes everything else follow."""
 
-    def __init__(self, parts: Parts):
-        self.parts = parts
+    def __init__(self, parts: Parts, stepper: Stepper):
+        self.parts, self.stepper = parts, stepper
         self._parameters = list(parts.modules.parameters())
         self._seen = self._now()
 
     def follow(self) -> None:
-        """After callbacks: if other parameters train, gradients are cleared, and optimizer, schedule, EMA and reducer take them.
+        """After callbacks: if other parameters train now, gradients are cleared; optimizer, schedule, EMA and reducer follow.
 
         Raises:
             ValueError: nothing trains any more, the ranks train different parameters, or the optimizer has a foreign one.
@@ -40,19 +37,17 @@ class Trained:
             parameter.grad = None
         _complete_groups(parts)
         _unfreeze_norms(parts)
-        for rank, theirs in enumerate(parts.world.all_gather(state(parts))):
-            if theirs != state(parts):
+        mine = trainable_state(parts)
+        for rank, theirs in enumerate(parts.world.all_gather(mine)):
+            if theirs != mine:
                 raise ValueError(
                     f"a callback lets rank {rank} train other parameters than rank {parts.world.rank}: on every rank it must do "
                     "the same at the same step"
                 )
         fill_momentum(parts.optimizer)
-        if parts.schedule is not None:
-            parts.schedule.extend()
-        if parts.ema is not None:
-            parts.ema.follow()
-        parts.stepper.retrain(parts.new_reducer)
-        gc.collect()  # DDP refers to itself: until it is gone its hooks stay on the parameters
+        _extend(parts)
+        self.stepper.retrain(lambda scaler: new_reducer(parts, scaler))
+        gc.collect()  # DDP refers to itself: until it is collected, its hooks stay on the parameters
         self._seen = self._now()
 
     def check_known(self) -> None:
@@ -70,7 +65,7 @@ class Trained:
         return [parameter.requires_grad for parameter in self._parameters], [len(group["params"]) for group in groups]
 
 
-def state(parts: Parts) -> dict[str, Any]:
+def trainable_state(parts: Parts) -> dict[str, Any]:
     """Which parameters there are and which train, those of each of the optimizer's groups, and the modules in eval mode."""
     names = {id(parameter): name for name, parameter in parts.modules.named_parameters()}
     return {
@@ -81,8 +76,8 @@ def state(parts: Parts) -> dict[str, Any]:
     }
 
 
-def put_back(parts: Parts, saved: dict[str, Any]) -> bool:
-    """Make it what `state` gave; False, and nothing is changed, where the parameters are others."""
+def load_trainable_state(parts: Parts, saved: dict[str, Any]) -> bool:
+    """Restore what `trainable_state` returned; False, and nothing is changed, where the parameters are others."""
     parameters = dict(parts.modules.named_parameters())
     if saved["parameters"] != list(parameters):
         return False
@@ -101,15 +96,19 @@ def put_back(parts: Parts, saved: dict[str, Any]) -> bool:
     for name, module in parts.modules.named_modules():
         if module.training == (name in evaluating):
             module.training = name not in evaluating
+    _extend(parts)
+    return True
+
+
+def _extend(parts: Parts) -> None:
     if parts.schedule is not None:
         parts.schedule.extend()
     if parts.ema is not None:
         parts.ema.follow()
-    return True
 
 
 def _complete_groups(parts: Parts) -> None:
-    """Every parameter that trains is in the group that the config gives it; those that it names nowhere in the first."""
+    """Put every parameter that trains into the group that the config gives it; those that it names nowhere into the first."""
     optimizer, trained = parts.optimizer, parts.modules.trained()
     if not trained:
         raise ValueError("a callback has frozen every parameter: nothing is left to train")
@@ -124,55 +123,20 @@ def _complete_groups(parts: Parts) -> None:
     has_default = not first or home[names[id(first[0])]] is None
     homeless = []
     for name, parameter in trained.items():
-        if name not in known:
-            index = home[name]
-            if index is None and not has_default:
-                homeless.append(parameter)
-            else:
-                place = 0 if index is None else index + has_default
-                optimizer.param_groups[place]["params"].append(parameter)
+        if name in known:
+            continue
+        index = home[name]
+        if index is None and not has_default:
+            homeless.append(parameter)
+        else:
+            place = 0 if index is None else index + has_default
+            optimizer.param_groups[place]["params"].append(parameter)
     if homeless:
         optimizer.add_param_group({"params": homeless})
 
 
 def _unfreeze_norms(parts: Parts) -> None:
-    """Norms that `transfer.freeze` has put into eval mode train again with their parameters."""
+    """Norms that `transfer.freeze` has put into eval mode train again together with their parameters."""
     for module in parts.modules.modules() if parts.config.transfer.freeze else ():
         if isinstance(module, _NormBase) and any(p.requires_grad for p in module.parameters(recurse=False)):
             module.train()
-
-
-class Unfreeze(Callback):
-    """Lets parameters that `transfer.freeze` keeps as they are train from some moment on: gradual unfreezing.
-
-    Args:
-        match: name patterns, as in `transfer.freeze`.
-        after: when, in epochs or steps: `3ep`, `500step`.
-        lr: of a group of their own, which follows the schedule from there; None puts them into the group of the config.
-    """
-
-    def __init__(self, match: str | list[str], after: str, lr: float | None = None):
-        self.match = [match] if isinstance(match, str) else list(match)
-        self.after, self.lr = Duration.parse_count(after), lr
-
-    def on_start(self, trainer: Trainer) -> None:
-        """Names are looked up at once: a mistake shows before the first step."""
-        self._names = match_parameters(trainer.parts.modules, self.match, "callbacks")  # type: ignore[arg-type]
-        self._at = in_steps(self.after, trainer.plan.steps_per_epoch) or 0
-        if trainer.step >= self._at:
-            self._unfreeze(trainer)
-
-    def on_step_end(self, trainer: Trainer) -> None:
-        """Once, before the evaluation and the save that are due at that step."""
-        if trainer.step == self._at:
-            self._unfreeze(trainer)
-
-    def _unfreeze(self, trainer: Trainer) -> None:
-        known = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
-        parameters = dict(trainer.parts.modules.named_parameters())
-        chosen = [parameters[name] for name in self._names if not parameters[name].requires_grad]
-        for parameter in chosen:
-            parameter.requires_grad_(True)
-        new = [parameter for parameter in chosen if id(parameter) not in known]
-        if new and self.lr is not None:
-            trainer.optimizer.add_param_group({"params": new, "lr": self.lr})

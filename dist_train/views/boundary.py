@@ -17,8 +17,8 @@ from dist_train.training.callbacks import Callback
 from dist_train.training.predict import read_meaning
 
 if TYPE_CHECKING:
+    from dist_train.training.callbacks import Training
     from dist_train.training.evaluate import Evaluator
-    from dist_train.training.trainer import Trainer
 
 Array = np.ndarray[Any, Any]
 Extent = tuple[float, float, float, float]
@@ -34,11 +34,12 @@ class BoundaryFrames(Callback):
     On rank 0 only, in eval mode, without random draws: training is bitwise identical with it and without.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path, dataset: Any, evaluator: Evaluator) -> None:
+        self._folder, self._dataset, self._evaluator = folder / FOLDER, dataset, evaluator
         self._extent: Extent | None = None
         self._on = True
 
-    def on_evaluation_end(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+    def on_evaluation_end(self, trainer: Training, metrics: dict[str, float]) -> None:
         """Record a frame if one is due."""
         # A compiled model would be recompiled for the size of the grid.
         if not self._on or not trainer.world.is_main or trainer.config.trainer.compile:
@@ -49,18 +50,18 @@ class BoundaryFrames(Callback):
             self._on = False
             logging.getLogger("dist_train").warning("no decision boundary: %s: %s", type(error).__name__, error)
 
-    def _keep(self, trainer: Trainer) -> bool:
+    def _keep(self, trainer: Training) -> bool:
         """Record a frame; False where there is no boundary to draw."""
         if self._extent is None:
-            points = plane(trainer.parts.eval_loaders["val"].dataset)
+            points = plane(self._dataset)
             if points is None:
                 return False
             self._extent = around(points[0])
-        folder = trainer.run.path(FOLDER)
+        folder = self._folder
         before = [step for step in kept_steps(folder) if step < trainer.step]
         if before and trainer.step < GROWTH * before[-1]:
             return True
-        classes = classes_on(trainer.parts.evaluator, self._extent)
+        classes = classes_on(self._evaluator, self._extent)
         if classes is None:
             return False
         folder.mkdir(exist_ok=True)

@@ -30,17 +30,9 @@ if TYPE_CHECKING:
     from dist_train.config.schema import Config
     from dist_train.data.loader import EvalLoader
     from dist_train.training.evaluate import Evaluator
-    from dist_train.training.trainer import Trainer
 
 SAMPLES = 20_000  # predicted at most, spread evenly over the dataset
 WORST, DOTS, TARGETS, FRAMES = 24, 2000, 4, 10  # shown at most: errors, points and targets of a regression, boundaries
-
-
-def report_at_end(trainer: Trainer) -> None:
-    """Write the report of a completed run with the model in memory; all ranks call it."""
-    parts = trainer.parts
-    loader = parts.eval_loaders.get("test") or parts.eval_loaders.get("val")
-    make_report(trainer.run, parts.config, parts.evaluator, loader, trainer.step, trainer.record, trainer.console.warn)
 
 
 def write_curves(run: RunDir) -> None:
@@ -92,6 +84,7 @@ def make_report(
 
 
 def write_page(run: RunDir, **shown: Any) -> Path:
+    """Write curves.png and report.html on rank 0; see `write_report`."""
     write_curves(run)
     run.assure_own()
     path = write_report(run.records(), **shown)

@@ -23,15 +23,27 @@ from dist_train.models.layers import watch
 from dist_train.models.transfer import match_modules
 from dist_train.task.batch import first_rows
 from dist_train.training.callbacks import Callback
-from dist_train.training.due import NEVER, in_steps
+from dist_train.training.due import NEVER, in_steps, next_multiple
 
 if TYPE_CHECKING:
     from dist_train.config.schema import TrackingConfig
-    from dist_train.training.trainer import Trainer
+    from dist_train.tracking.logger import Logger
+    from dist_train.training.callbacks import Training
+    from dist_train.training.evaluate import Evaluator
 
 Array = np.ndarray[Any, Any]
 MOST = 1 << 18  # values of one histogram; larger tensors are strided
 GAP = 1  # pixels between the pictures of a grid
+
+
+def image_modules(config: TrackingConfig, model: nn.Module) -> list[str]:
+    """Names of the modules whose outputs `tracking.images` shows.
+
+    Raises:
+        ConfigError: the model has none of that name.
+    """
+    patterns = config.images.modules if config.images is not None else []
+    return match_modules(model, patterns, "tracking.images.modules")
 
 
 class Pictures(Callback):
@@ -41,46 +53,40 @@ class Pictures(Callback):
         ConfigError: `tracking.images.modules` names no module of the model.
     """
 
-    def __init__(self, config: TrackingConfig, model: nn.Module) -> None:
-        self.config = config
-        patterns = config.images.modules if config.images is not None else []
-        self.modules = match_modules(model, patterns, "tracking.images.modules")
+    def __init__(self, config: TrackingConfig, evaluator: Evaluator, logger: Logger) -> None:
+        self.config, self.evaluator, self.logger = config, evaluator, logger
+        self.modules = image_modules(config, evaluator.model)
+        images = config.images.every if config.images is not None else None
+        self._every = {"images": _Every(images), "histograms": _Every(config.histograms)}
         self._off: set[str] = set()
         self._rows: Any = None  # what was shown last, for the pictures at the end
         self._seen = -1  # the last step that was looked at
 
-    def on_start(self, trainer: Trainer) -> None:
-        """From here on each step's first micro-batch is seen on its way into the model."""
-        images, histograms = self.config.images, self.config.histograms
-        if not trainer.world.is_main:
+    def on_start(self, trainer: Training) -> None:
+        """From here on the gradients are seen before each update."""
+        if self.config.histograms is None:
             return
-        if images is not None or self.config.graph:
-            stepper, prepare = trainer.parts.stepper, trainer.parts.stepper.prepare
-            show = _Every(images.every, trainer) if images is not None else None
 
-            def prepare_and_look(batch: Any, epoch: int, indices: Any) -> Any:
-                batch = prepare(batch, epoch, indices)
-                if self._seen != trainer.step:
-                    self._seen = trainer.step
-                    if images is not None and show is not None and show.due():
-                        self._rows = first_rows(batch, images.samples)
-                        self._try("images", self._show_images, trainer)
-                    if self.config.graph and trainer.step == 0:
-                        self._try("graph", self._show_graph, trainer, batch)
-                return batch
+        def before_update(*_: Any) -> None:
+            self._seen = trainer.step
+            if self._every["histograms"].due(trainer):
+                self._try("histograms", self._show_histograms, trainer)
 
-            stepper.prepare = prepare_and_look
-        if histograms is not None:
-            count = _Every(histograms, trainer)
+        self._try("histograms", trainer.optimizer.register_step_pre_hook, before_update)
 
-            def before_update(*_: Any) -> None:
-                self._seen = trainer.step
-                if count.due():
-                    self._try("histograms", self._show_histograms, trainer)
+    def on_batch(self, trainer: Training, batch: Any) -> None:
+        """The first micro-batch of each step, on its way into the model."""
+        images = self.config.images
+        if (images is None and not self.config.graph) or self._seen == trainer.step:
+            return
+        self._seen = trainer.step
+        if images is not None and self._every["images"].due(trainer):
+            self._rows = first_rows(batch, images.samples)
+            self._try("images", self._show_images, trainer)
+        if self.config.graph and trainer.step == 0:
+            self._try("graph", self._show_graph, trainer, batch)
 
-            self._try("histograms", trainer.optimizer.register_step_pre_hook, before_update)
-
-    def on_end(self, trainer: Trainer) -> None:
+    def on_end(self, trainer: Training) -> None:
         """Log the trained model's too."""
         if self._seen < 0 or trainer.outcome != "completed":
             return
@@ -99,7 +105,7 @@ class Pictures(Callback):
             text = "tracking.%s is off for the rest of this run: %s: %s"
             logging.getLogger("dist_train").warning(text, key, type(error).__name__, error)
 
-    def _show_images(self, trainer: Trainer) -> None:
+    def _show_images(self, trainer: Training) -> None:
         shown: dict[str, list[Array]] = {}
 
         def show(name: str, values: Any, color: bool = False) -> None:
@@ -113,29 +119,47 @@ class Pictures(Callback):
             if name in self.modules and f"features/{name}" not in shown:
                 self._try(f"images of {name}", show, f"features/{name}", output)
 
-        _look(trainer, self._rows, on_inputs, on_layer)
+        self._look(trainer, self._rows, on_inputs, on_layer)
         for name in self.modules:
             if f"features/{name}" not in shown:
                 self._try(f"images of {name}", _not_called, name)
         for name, arrays in shown.items():
             for k, array in enumerate(arrays):
-                trainer.logger.image(name if len(arrays) == 1 else f"{name}/{k}", trainer.step, array)
+                self.logger.image(name if len(arrays) == 1 else f"{name}/{k}", trainer.step, array)
 
-    def _show_graph(self, trainer: Trainer, batch: Any) -> None:
+    def _show_graph(self, trainer: Training, batch: Any) -> None:
         got: list[Any] = []
-        _look(trainer, first_rows(batch, 1), got.append, lambda name, output: None)
+        self._look(trainer, first_rows(batch, 1), got.append, lambda name, output: None)
         inputs = got[0] if isinstance(got[0], tuple) else (got[0],)
         if not all(isinstance(part, Tensor) for part in inputs):
             raise ValueError("only a model whose inputs are tensors by position can be traced")
         on_cpu = copy.deepcopy(trainer.model).cpu().eval()  # traced in another thread: shares nothing with training
-        trainer.logger.graph(on_cpu, tuple(part.cpu() for part in inputs))
+        self.logger.graph(on_cpu, tuple(part.cpu() for part in inputs))
 
-    def _show_histograms(self, trainer: Trainer) -> None:
+    def _show_histograms(self, trainer: Training) -> None:
         for name, parameter in trainer.model.named_parameters():
             if parameter.requires_grad:
-                trainer.logger.histogram(f"weights/{name}", trainer.step, _values(parameter))
+                self.logger.histogram(f"weights/{name}", trainer.step, _values(parameter))
             if parameter.grad is not None:
-                trainer.logger.histogram(f"gradients/{name}", trainer.step, _values(parameter.grad))
+                self.logger.histogram(f"gradients/{name}", trainer.step, _values(parameter.grad))
+
+    def _look(
+        self, trainer: Training, batch: Any, on_inputs: Callable[[Any], object], on_layer: Callable[[str, Any], None]
+    ) -> None:
+        """Run a batch through the model, in eval mode, and hand over what goes in and what each layer gives."""
+        model, evaluator = self.evaluator.model, self.evaluator
+
+        def first(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            on_inputs(kwargs or (args[0] if len(args) == 1 else args))
+
+        # Compiled, it would be compiled again for this.
+        eager = torch.compiler.set_stance("force_eager") if trainer.config.trainer.compile else contextlib.nullcontext()
+        handle = model.register_forward_pre_hook(first, with_kwargs=True)
+        try:
+            with eager, evaluator.serving(ema=False), evaluator.precision.autocast():
+                watch(model, lambda: evaluator.task.predict(model, batch), on_layer)
+        finally:
+            handle.remove()
 
 
 def _not_called(name: str) -> None:
@@ -145,36 +169,21 @@ def _not_called(name: str) -> None:
 class _Every:
     """When something is due on rank 0 alone: nobody has to agree, so that a time goes by its own clock."""
 
-    def __init__(self, every: Duration, trainer: Trainer) -> None:
-        self.every, self.trainer = every, trainer
-        self._next = (trainer.seconds // every.value + 1) * every.value if every.is_time else math.inf
+    def __init__(self, every: Duration | None) -> None:
+        self.every = every
+        self._next: float | None = None
 
-    def due(self) -> bool:
+    def due(self, trainer: Training) -> bool:
         """Whether it is time, asked once a step, before it."""
-        step, seconds = self.trainer.step, self.trainer.seconds
-        if seconds >= self._next:
-            self._next = (seconds // self.every.value + 1) * self.every.value
-            return True
-        return step % (in_steps(self.every, self.trainer.plan.steps_per_epoch) or NEVER) == 0
-
-
-def _look(
-    trainer: Trainer, batch: Any, on_inputs: Callable[[Any], object], on_layer: Callable[[str, Any], None]
-) -> None:
-    """Run a batch through the model in eval mode and pass its inputs and each layer's output to the callbacks."""
-    model, parts = trainer.model, trainer.parts
-
-    def first(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        on_inputs(kwargs or (args[0] if len(args) == 1 else args))
-
-    # A compiled model would be recompiled for this.
-    eager = torch.compiler.set_stance("force_eager") if trainer.config.trainer.compile else contextlib.nullcontext()
-    handle = model.register_forward_pre_hook(first, with_kwargs=True)
-    try:
-        with eager, parts.evaluator.serving(average=False), parts.evaluator.precision.autocast():
-            watch(model, lambda: parts.evaluator.task.predict(model, batch), on_layer)
-    finally:
-        handle.remove()
+        every, now = self.every, trainer.seconds
+        if every is None or not every.is_time:
+            return trainer.step % (in_steps(every, trainer.plan.steps_per_epoch) or NEVER) == 0
+        if self._next is None:
+            self._next = next_multiple(now, every.value)
+        is_due = now >= self._next
+        if is_due:
+            self._next = next_multiple(now, every.value)
+        return is_due or trainer.step == 0
 
 
 def _named(name: str, inputs: Any) -> Iterator[tuple[str, Tensor]]:

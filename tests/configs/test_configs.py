@@ -231,7 +231,7 @@ def train_here(folder: Path, *overrides: str, config: Path = CONFIGS / "digits.y
     [
         ("transfer.weights=runs/nowhere", "transfer.weights: there is no file or directory runs/nowhere"),
         ("transfer.weights=configs/data/diabetes.csv", "diabetes.csv can't be read as weights"),
-        ("transfer.weights=configs", "configs holds neither a model.pt nor a whole checkpoint"),
+        ("transfer.weights=configs", "configs holds neither a model.pt nor a valid checkpoint"),
         (
             "transfer.weights=ResNet18_Weights.BEST",
             "there are no weights ResNet18_Weights.BEST; did you mean ResNet18_Weights.IMAGENET1K_V1?",

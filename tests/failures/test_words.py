@@ -28,7 +28,7 @@ from dist_train.main import main
 from dist_train.runtime.launch import Placement
 from dist_train.runtime.world import open_world
 from dist_train.task.losses import Loss as EngineLoss
-from dist_train.training.parts import Parts
+from dist_train.training.checks import splitting_changes
 from dist_train.watch import failure, signals
 from dist_train.watch.leave import RunFacts
 from dist_train.watch.pace import IN_A_ROW, Pace
@@ -241,7 +241,7 @@ def test_memory_that_runs_out_is_halved_where_that_changes_nothing_and_else_the_
     loss: Any, model: torch.nn.Module, micro: int, hint: str, halved: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def less_memory() -> tuple[str, int | None]:
-        changes = Parts.what_splitting_changes(SimpleNamespace(model=model, loss=EngineLoss(loss)))  # type: ignore[arg-type]
+        changes = splitting_changes(SimpleNamespace(model=model, loss=EngineLoss(loss)))  # type: ignore[arg-type]
         return failure.less_memory(micro, changes, auto=True)
 
     def raised(error: Exception, phase: int) -> Any:

@@ -13,12 +13,14 @@ from torch.utils.data import TensorDataset
 import dist_train
 from dist_train.config.errors import ConfigError
 from dist_train.config.load import load_config
+from dist_train.data.loader import build_plan
 from dist_train.runtime.world import Placement, World
 from dist_train.step.ema import EMA
 from dist_train.step.optim import build_optimizer
 from dist_train.step.parameters import check_optimizer, check_parameters, match_strides
 from dist_train.step.precision import Precision, agreed
-from dist_train.training.parts import Parts
+from dist_train.training.checks import check_batchnorm
+from dist_train.training.model import ModelParts, build_model_parts
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 WORDS = torch.randint(0, 9, (24, 5), generator=torch.Generator().manual_seed(0))
@@ -216,7 +218,7 @@ class Images(nn.Module):
         self.flat, self.deep, self.norm = nn.Conv2d(3, 4, 3), nn.Conv3d(1, 2, 3), nn.SyncBatchNorm(4)
 
 
-def parts(tmp_path: Path, ranks: int, **data: Any) -> Parts:
+def parts(tmp_path: Path, ranks: int, **data: Any) -> ModelParts:
     """Rank 0's parts of a run on so many ranks."""
     config = load_config(
         {
@@ -225,7 +227,13 @@ def parts(tmp_path: Path, ranks: int, **data: Any) -> Parts:
             "trainer": {"duration": "1ep", "channels_last": True, "micro_batch_size": 4}, "run": {"dir": str(tmp_path)},
         }
     )  # fmt: skip
-    return Parts(config, World(Placement(0, ranks), CPU))
+    return build_model_parts(config, World(Placement(0, ranks), CPU))
+
+
+def check_batches(tmp_path: Path, size: int, drop_last: bool) -> None:
+    """The check of a run on two ranks, in micro-batches of 4."""
+    built = parts(tmp_path, 2, global_batch_size=size, drop_last=drop_last)
+    check_batchnorm(built, build_plan(built.config.data.train, seed=0, config=built.config.data), min(-(-size // 2), 4))
 
 
 def test_channels_last_is_for_four_dimensions(tmp_path: Path) -> None:
@@ -237,8 +245,8 @@ def test_channels_last_is_for_four_dimensions(tmp_path: Path) -> None:
 def test_synced_batchnorm_with_unequal_numbers_of_forwards_is_refused(tmp_path: Path) -> None:
     """24 samples leave two for the last step, one a rank, and 8 leave two as well; of 9, one rank gets five and cuts them."""
     for size, drop_last in ((8, True), (8, False), (24, False)):
-        parts(tmp_path, 2, global_batch_size=size, drop_last=drop_last)._check_batchnorm()
+        check_batches(tmp_path, size, drop_last)
     with pytest.raises(ConfigError, match="of a step of 9 samples the 2 ranks run 2, 1 micro-batches of at most 4"):
-        parts(tmp_path, 2, global_batch_size=9)._check_batchnorm()
+        check_batches(tmp_path, 9, True)
     with pytest.raises(ConfigError, match="of a step of 1 samples the 2 ranks run 1, 0"):
-        parts(tmp_path, 2, global_batch_size=7, drop_last=False)._check_batchnorm()
+        check_batches(tmp_path, 7, False)

@@ -209,16 +209,17 @@ def test_large_tensors_are_thinned_and_what_is_kept_is_a_copy() -> None:
 
 def test_a_time_is_counted_by_the_clock_and_a_failure_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     trainer: Any = SimpleNamespace(step=0, seconds=130.0, plan=SimpleNamespace(steps_per_epoch=10))
-    every = _Every(Duration(60.0, "s"), trainer)
-    assert every.due()  # before training
+    every = _Every(Duration(60.0, "s"))
+    assert every.due(trainer)  # before training
     trainer.step = 5
-    assert not every.due()
+    assert not every.due(trainer)
     trainer.seconds = 180.5
-    assert every.due()
-    assert not every.due()
+    assert every.due(trainer)
+    assert not every.due(trainer)
     trainer.seconds = 400.0
-    assert every.due()
-    show = Pictures(SimpleNamespace(images=None), torch.nn.ReLU())  # type: ignore[arg-type]
+    assert every.due(trainer)
+    looked_at: Any = SimpleNamespace(images=None, histograms=None), SimpleNamespace(model=torch.nn.ReLU()), None
+    show = Pictures(*looked_at)
     for _ in range(2):
         show._try("images", lambda: 1 / 0)
     assert caplog.text.count("tracking.images is off for the rest of this run: ZeroDivisionError") == 1

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from dist_train.data import DataError
-from dist_train.data.download import downloads, expected_files, missing_data, once_per_node
+from dist_train.training.prepare import _downloads, expected_files, missing_data, once_per_node
 
 
 def together(world: list[int], fail: int = -1) -> tuple[list[str], list[object]]:
@@ -23,7 +25,13 @@ def together(world: list[int], fail: int = -1) -> tuple[list[str], list[object]]
             return rank
 
         try:
-            got[rank] = once_per_node(make, rank=rank, local_rank=world[rank], barrier=barrier.wait)
+            place: Any = SimpleNamespace(
+                is_main=rank == 0,
+                size=len(world),
+                placement=SimpleNamespace(local_rank=world[rank]),
+                barrier=barrier.wait,
+            )
+            got[rank] = once_per_node(make, place)
         except OSError as error:
             got[rank] = error
 
@@ -51,10 +59,10 @@ def test_a_rank_that_fails_lets_nobody_wait_for_it(fail: int) -> None:
 
 
 def test_download_is_found_in_nested_components() -> None:
-    assert downloads({"_target_": "torchvision.datasets.MNIST", "download": True})
-    assert downloads({"_target_": "RandomSplit", "dataset": {"_target_": "X", "download": True}})
-    assert downloads({"_target_": "Join", "datasets": [{"_target_": "X", "download": True}]})
-    assert not downloads({"_target_": "X", "download": False, "root": "download"})
+    assert _downloads({"_target_": "torchvision.datasets.MNIST", "download": True})
+    assert _downloads({"_target_": "RandomSplit", "dataset": {"_target_": "X", "download": True}})
+    assert _downloads({"_target_": "Join", "datasets": [{"_target_": "X", "download": True}]})
+    assert not _downloads({"_target_": "X", "download": False, "root": "download"})
 
 
 def test_the_files_that_torchvision_expects_are_named_with_their_place(tmp_path: Path) -> None:

@@ -1,0 +1,163 @@
+"""A config's model with its loss or task, metrics and precision: what training, evaluation and prediction share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import nn
+
+from dist_train.config.components import build, build_callable
+from dist_train.config.errors import ConfigError
+from dist_train.models.layers import begin_training
+from dist_train.step.modules import Modules
+from dist_train.step.parameters import check_parameters
+from dist_train.step.precision import Precision, agreed, resolve_precision
+from dist_train.task.batch import move_batch
+from dist_train.task.losses import Loss
+from dist_train.task.metrics import Metric, build_metrics
+from dist_train.task.task import Supervised, Task
+from dist_train.training.prepare import build_model, building, seed_everything
+
+if TYPE_CHECKING:
+    from dist_train.config.schema import Config
+    from dist_train.runtime.world import World
+
+
+@dataclass
+class ModelParts:
+    """What every forward needs.
+
+    Attributes:
+        modules: the model on its device, together with the parameters, buffers and numbers of its loss or task.
+        loss: None where the task computes it.
+        memory_format: that of batches of images.
+        notes: lines for the user on what `transfer` did to the model.
+    """
+
+    config: Config
+    world: World
+    modules: Modules
+    loss: Loss | None
+    task: Task
+    metrics: list[Metric]
+    precision: Precision
+    memory_format: torch.memory_format | None
+    notes: list[str]
+
+    @property
+    def model(self) -> nn.Module:
+        """The module itself, without DDP around it."""
+        return self.modules.model
+
+    def move(self, batch: Any) -> Any:
+        """The batch on the model's device."""
+        return move_batch(batch, self.world.device, self.memory_format)
+
+
+def build_model_parts(config: Config, world: World, *, fresh: bool = False) -> ModelParts:
+    """Build them, always in this order.
+
+    Args:
+        fresh: load `transfer.weights`; otherwise a checkpoint's weights follow.
+
+    Raises:
+        ConfigError: one of them can't be built; names its key.
+    """
+    if config.distributed.deterministic is True:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's BLAS is first used
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    notes: list[str] = []
+    model = build_model(config, world, fresh=fresh, notes=notes)
+    memory_format = _memory_format(config, world, model)
+    model = _placed(model, config, world, memory_format)
+    loss = None
+    if config.loss is not None:
+        seed_everything(config.seed)
+        with building("loss"):
+            loss = Loss(build_callable(config.loss)).to(world.device)
+    modules, task = _with_task(model, loss, config)
+    with building("metrics"):
+        metrics = build_metrics(config.metrics, loss)
+    precision = agreed(resolve_precision(config.trainer.precision, world.device), world)
+    return ModelParts(config, world, modules.to(world.device), loss, task, metrics, precision, memory_format, notes)
+
+
+def _memory_format(config: Config, world: World, model: nn.Module) -> torch.memory_format | None:
+    channels_last = config.trainer.channels_last
+    if channels_last == "auto":
+        convolutional = any(isinstance(module, nn.Conv2d) for module in model.modules())
+        channels_last = world.device.type == "cuda" and convolutional
+    return torch.channels_last if channels_last else None
+
+
+def _placed(model: nn.Module, config: Config, world: World, memory_format: torch.memory_format | None) -> nn.Module:
+    """The model on its device, in train mode, with the BatchNorm that the config asks for."""
+    model = model.to(world.device)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if memory_format is not None and tensor.dim() == 4:  # Module.to(memory_format) fails on 5-D ones
+            tensor.data = tensor.data.contiguous(memory_format=memory_format)
+    begin_training(model)
+    if world.size > 1 and config.distributed.strategy == "none":
+        message = f"`none` trains in one process, but {world.size} were started; use auto or ddp"
+        raise ConfigError.single("distributed.strategy", message)
+    if world.size > 1 and config.distributed.sync_batchnorm:
+        if world.device.type != "cuda":
+            message = "torch's SyncBatchNorm needs CUDA, but this run is on the CPU"
+            raise ConfigError.single("distributed.sync_batchnorm", message)
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if config.trainer.compile:
+        model.compile(dynamic=False)  # with dynamic shapes one batch size changes the bits of another
+    return model
+
+
+def _with_task(model: nn.Module, loss: Loss | None, config: Config) -> tuple[Modules, Task]:
+    if config.task is not None:
+        seed_everything(config.seed)
+        with building("task"):
+            task: Task = build(config.task)
+        modules = Modules(model, task=task)
+    else:
+        assert loss is not None
+        task, function = Supervised(loss), loss.function
+        own = isinstance(function, nn.Module) and type(function).__module__.startswith("torch.nn.")
+        is_torchs = own and next(function.parameters(), None) is None  # type: ignore[union-attr]
+        # The buffers of torch's own losses are arguments of the config.
+        modules = Modules(model) if is_torchs else Modules(model, loss=function)
+    check_parameters(modules)
+    return modules, task
+
+
+class Saved(Protocol):
+    """A checkpoint (`checkpoint.store.Found`), or what one would hold."""
+
+    location: str
+    parts: list[str]
+
+    def load(self, part: str) -> Any:
+        """The state tree of a part."""
+
+
+def load_weights(modules: Modules, found: Saved, fresh: Sequence[str] = ()) -> None:
+    """Load a checkpoint's weights into a model, and into its loss or task where it has any; buffers are rank 0's.
+
+    Args:
+        fresh: `loss` or `task`, whose config has changed: what the config gives of them stays as it was built.
+
+    Raises:
+        ConfigError: they don't fit it.
+        CorruptedError: the bytes aren't those that were saved.
+    """
+    if "ranks" in found.parts:
+        modules.put(found.load("ranks")[0])
+    if "task" in found.parts and len(list(modules.children())) > 1:
+        constants = found.load("trainer").get("constants", []) if fresh else []
+        modules.load_task_state(found.load("task"), keep=constants)
+    try:
+        modules.model.load_state_dict(found.load("model"))
+    except RuntimeError as error:
+        raise ConfigError.single("model", f"the weights in {found.location} don't fit this model: {error}") from None
