@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -47,12 +48,25 @@ def shell(folder: Path, text: str) -> str:
     return done.stdout
 
 
+def simple_commands(folder: Path, text: str) -> str:
+    """Run a block of plain commands, one a line, without a shell: Python is this one, and torchrun its module."""
+    out = ""
+    for line in text.splitlines():
+        program, *arguments = shlex.split(line)
+        words = {"python": [], "torchrun": ["-m", "torch.distributed.run"]}[program]
+        command = [sys.executable, *words, *arguments]
+        done = subprocess.run(command, cwd=folder, env=environment(), text=True, capture_output=True, timeout=500)
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+        out += done.stdout
+    return out
+
+
 def test_the_files_of_a_project_of_ones_own_run_as_they_stand(tmp_path: Path) -> None:
     for language in ("python", "yaml"):
         for name, text in blocks("your-own", language):
             assert name.endswith((".py", ".yaml")), f"a block without a file's name:\n{text}"
             (tmp_path / name).write_text(text)
-    out = "".join(shell(tmp_path, text) for name, text in blocks("your-own", "sh") if name == "run")
+    out = "".join(simple_commands(tmp_path, text) for name, text in blocks("your-own", "sh") if name == "run")
     one, two = (result(tmp_path / "runs" / name) for name in ("waves", "two"))
     assert one["metrics"]["test"]["accuracy"] > 0.9
     assert one["metrics"]["test"]["recall"] > 0.8

@@ -38,7 +38,7 @@ def wait_until_it_trains(run: Path) -> None:
 
 @pytest.fixture(scope="module")
 def uninterrupted(slurm: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The result of a job on two nodes of two processes that nobody stopped."""
+    """The result of a job on two nodes of two processes that nobody stopped, with all that a run writes by default."""
     work = tmp_path_factory.mktemp("uninterrupted")
     (work / "mlp.yaml").write_text((ROOT / "configs" / "digits_mlp.yaml").read_text())
     job = slurm.submit(work, "--nodes=2", TRAIN, "mlp.yaml", LENGTH, env=TWO)

@@ -22,7 +22,7 @@ tracking: {{tensorboard: false, report: false}}
 """
 
 
-CASES = [(1, 2, "spawn"), (2, 2, "fork"), (3, 0, "auto"), (1, 0, "auto")]
+CASES = [(1, 1, "spawn"), (2, 2, "fork"), (3, 0, "auto"), (1, 0, "auto")]
 
 
 def options(processes: int, workers: int, method: str) -> list[str]:
