@@ -45,8 +45,8 @@ PRELOADED = (
 )  # fmt: skip
 # Variables that are read when Python, a C library or a module is loaded.
 _AT_START = (
-    "PYTHON", "LD_", "OMP_", "GOMP_", "MKL_", "OPENBLAS_", "CUDA_", "TORCH_", "TORCHDYNAMO", "TORCHINDUCTOR",
-    "TRITON", "MPL", "TF_", "MALLOC_", "HOME", "LC_", "LANG",
+    "PYTHON", "LD_", "OMP_", "GOMP_", "MKL_", "OPENBLAS_", "CUDA_", "TORCH_", "TORCHDYNAMO", "MPL", "TF_", "MALLOC_", "HOME",
+    "LC_", "LANG",
 )  # fmt: skip
 _ASKED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER
@@ -164,6 +164,7 @@ def _main(number: int) -> NoReturn:
         importlib.import_module(name)
     assert not any(name.split(".")[0] == "dist_train" for name in sys.modules)
     assert len(os.listdir("/proc/self/task")) == 1, "a fork has none of its parent's threads"
+    inspect.stack()  # which torchrun calls: the first time it looks at each module
     gc.collect()
     gc.freeze()  # a collection in a child would touch, and so copy, every page
     _become(_serve(socket.socket(fileno=number)))
@@ -291,6 +292,8 @@ def _open_streams(unbuffered: bool) -> None:
 
 def _fork_workers(request: dict[str, Any]) -> None:
     """Let this torchrun, which has no thread yet, fork its workers: from a copy of itself as it is now."""
+    # It looks at its stack over and over: for frames without a file `inspect` would search all modules each time.
+    inspect.modulesbyfile.update({os.path.abspath(name): "runpy" for name in ("<string>", "<frozen runpy>")})  # type: ignore[attr-defined]
     ours, theirs = socket.socketpair()
     if not os.fork():
         ours.close()
