@@ -56,12 +56,8 @@ RealPopen = subprocess.Popen
 
 def _at_start(env: dict[str, str]) -> dict[str, str]:
     """Of an environment, what a process reads only once, as it starts."""
-    kept = {
-        name: value for name, value in env.items() if name.startswith(_AT_START) and not name.startswith("TORCH_NCCL")
-    }
-    places = kept.pop("PYTHONPATH", "").split(os.pathsep)
-    hooks = [place for place in places if place and (Path(place) / "sitecustomize.py").exists()]
-    return kept | ({"hooks": os.pathsep.join(hooks)} if hooks else {})
+    late = ("PYTHONPATH", "TORCH_NCCL")
+    return {name: value for name, value in env.items() if name.startswith(_AT_START) and not name.startswith(late)}
 
 
 class Template:
@@ -245,6 +241,9 @@ def _run(request: dict[str, Any]) -> int:
     if args[0] == "-u":
         args, unbuffered = args[1:], True
     os.chdir(request["cwd"])
+    launches = args[:2] == ["-m", "torch.distributed.run"]
+    if launches:
+        _fork_workers(request)
     os.environ.clear()
     os.environ.update(request["env"])
     tempfile.tempdir = None
@@ -254,15 +253,17 @@ def _run(request: dict[str, Any]) -> int:
     _open_streams(unbuffered)
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     main.__builtins__ = __builtins__  # type: ignore[attr-defined]
-    first = {"-m": os.getcwd(), "-c": ""}.get(args[0], os.path.dirname(os.path.abspath(args[0])))
     places = [os.path.abspath(place) for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]
-    sys.path[:] = [first, *places, *_installed]
+    sys.path[:] = [*places, *_installed]
     importlib.invalidate_caches()
+    if any(os.path.exists(os.path.join(place, "sitecustomize.py")) for place in places):
+        sys.modules.pop("sitecustomize", None)
+        importlib.import_module("sitecustomize")
+    sys.path.insert(0, {"-m": os.getcwd(), "-c": ""}.get(args[0], os.path.dirname(os.path.abspath(args[0]))))
     if args[0] == "-m":
         sys.argv[:] = ["-m", *args[2:]]
-        if args[1] == "torch.distributed.run":
-            _fork_workers(request)
-            del sys.modules["torch.distributed.run"]  # which runpy imports again, as __main__
+        if launches:
+            del sys.modules[args[1]]  # which is executed again, as __main__
         runpy._run_module_as_main(args[1])  # type: ignore[attr-defined]
     elif args[0] == "-c":
         sys.argv[:] = ["-c", *args[2:]]

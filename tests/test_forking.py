@@ -68,10 +68,17 @@ def test_a_forked_process_finds_itself_as_a_real_one_does(tmp_path: Path, how: l
     assert ours["tasks"] == 1
 
 
+def test_a_sitecustomize_is_executed_first(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import sys\nprint('torch' in sys.modules, sys.path[0], len(sys.argv))")
+    path = os.pathsep.join([str(tmp_path), environment()["PYTHONPATH"]])
+    command = [sys.executable, "-c", "print(2)"]
+    done = subprocess.run(command, env=environment(PYTHONPATH=path), capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith(f"True {tmp_path} ")
+    assert done.stdout.endswith("\n2\n")
+
+
 def test_what_is_read_at_the_start_of_a_process_makes_a_real_one(tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").touch()
-    path = os.pathsep.join([environment()["PYTHONPATH"], str(tmp_path)])
-    for extra in ({"OMP_NUM_THREADS": "2"}, {"PYTHONWARNINGS": "ignore"}, {"PYTHONPATH": path}, {"LD_BIND_NOW": "1"}):
+    for extra in ({"OMP_NUM_THREADS": "2"}, {"PYTHONWARNINGS": "ignore"}, {"LD_BIND_NOW": "1"}):
         assert told(Popen, "-c", PROBE, env=environment(**extra))[1] is False
     assert told(Popen, "-P", "-c", PROBE)[1] is False
     assert told(Popen, "-c", PROBE, preexec_fn=lambda: None)[1] is False

@@ -71,23 +71,23 @@ def prepare(folder: Path) -> None:
     (folder / "chaos.yaml").write_text(CONFIG)
 
 
-def alive(token: str) -> list[str]:
-    """Processes that have `token` in their environment: those of one start, loader workers included."""
+def alive(token: str, folder: Path) -> list[str]:
+    """Processes of one start, loader workers included: with `token` in their environment, or, if forked, in its `folder`."""
     found = []
     for process in Path("/proc").iterdir():
         if process.name.isdigit() and int(process.name) != os.getpid():
             try:
-                if token.encode() in (process / "environ").read_bytes():
+                if token.encode() in (process / "environ").read_bytes() or (process / "cwd").samefile(folder):
                     found.append(f"{process.name} {(process / 'cmdline').read_bytes()[:200]!r}")
             except OSError:
                 continue  # it has just gone
     return found
 
 
-def assert_no_orphans(token: str, patience: float = 10.0) -> None:
+def assert_no_orphans(token: str, folder: Path, patience: float = 10.0) -> None:
     """Nothing of a start is left, a few seconds after it has ended."""
     end = time.monotonic() + patience
-    while orphans := alive(token):
+    while orphans := alive(token, folder):
         assert time.monotonic() < end, orphans
         time.sleep(0.1)
 
@@ -99,6 +99,9 @@ def killed(folder: Path, processes: int, kill: Kill, *options: str, timeout: flo
     spec = json.dumps({**asdict(kill), "mark": str(mark)})
     env = {"PYTHONPATH": f"{HOOK}{os.pathsep}{ROOT}", "DIST_TRAIN_CHAOS": spec, "CHAOS_TOKEN": token}
     process = start(folder, processes, *options, env=env)
+    while not alive(token, folder) and process.poll() is None:
+        time.sleep(0.02)
+    assert process.poll() is None, "what is alive isn't found"
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -107,7 +110,7 @@ def killed(folder: Path, processes: int, kill: Kill, *options: str, timeout: flo
         raise AssertionError(f"{kill}: still running after {timeout} s\n{out}\n{err}") from None
     assert mark.exists(), f"{kill}: it never came to that\n{out}\n{err}"
     assert process.returncode != 0, f"{kill}: went unnoticed\n{out}\n{err}"
-    assert_no_orphans(token)
+    assert_no_orphans(token, folder)
 
 
 def states(place: Path) -> dict[str, Any]:

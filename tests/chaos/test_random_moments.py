@@ -83,7 +83,13 @@ def test_killed_at_random_moments(folder: Path, processes: int) -> None:
             token = uuid.uuid4().hex
             before = starts_of(place)
             process = start(
-                folder, processes, "--config", "chaos.yaml", f"run.name={place.name}", env={"CHAOS_TOKEN": token}
+                folder,
+                processes,
+                "--config",
+                "chaos.yaml",
+                f"run.name={place.name}",
+                env={"CHAOS_TOKEN": token},
+                real=True,
             )
             if kills < KILLS:
                 wait_for_start(process, place, before)
@@ -104,7 +110,7 @@ def test_killed_at_random_moments(folder: Path, processes: int) -> None:
                     except ProcessLookupError:
                         continue
             out, err = process.communicate(timeout=120)
-            assert_no_orphans(token)
+            assert_no_orphans(token, folder)
             assert process.returncode == 0 or targets, out + err
         assert_equal_runs(place, folder / "runs" / f"whole{processes}")
         assert_each_sample_once(place)
@@ -122,7 +128,7 @@ def test_signalled_at_random_moments(folder: Path, processes: int, number: signa
             token = uuid.uuid4().hex
             before = starts_of(place)
             options = ("--config", "chaos.yaml", f"run.name={place.name}")
-            process = start(folder, processes, *options, env={**PATIENT, "CHAOS_TOKEN": token})
+            process = start(folder, processes, *options, env={**PATIENT, "CHAOS_TOKEN": token}, real=True)
             wait_for_start(process, place, before)
             time.sleep(dice.uniform(0, 2))
             ranks = children(process.pid)
@@ -134,8 +140,8 @@ def test_signalled_at_random_moments(folder: Path, processes: int, number: signa
                     if process.poll() is None and Path(f"/proc/{target}").exists():
                         os.kill(target, number)
             out, err = process.communicate(timeout=120)
-            assert_no_orphans(token)
-            assert not alive(token)
+            assert_no_orphans(token, folder)
+            assert not alive(token, folder)
             status = json.loads((place / "status.json").read_text())
             if late or status["state"] == "completed":
                 continue
