@@ -15,7 +15,7 @@ from dist_train.config.errors import visible
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dist_train.training.predict import Meaning, Predicted
+    from dist_train.training.evaluate import Meaning, Predicted
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--output", metavar="FILE.csv", help="where to write; by default the table is printed")
     options = with_run(parser, arguments)
     from dist_train.run.open import open_run
-    from dist_train.training.predict import gathered, read_meaning
+    from dist_train.training.evaluate import gathered, read_meaning
 
     with open_run(options.run, options.checkpoint, options.overrides) as restored:
         split = restored.split(options.split)

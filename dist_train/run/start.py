@@ -31,7 +31,7 @@ from dist_train.runtime.storage import LocalStorage
 from dist_train.runtime.world import World, open_world
 from dist_train.tracking.console import Console, setup_logging
 from dist_train.training import parts as building
-from dist_train.training.checks import splitting_changes
+from dist_train.training.model import splitting_changes
 from dist_train.training.parts import Parts
 from dist_train.training.rows import Outputs, Trace
 from dist_train.training.state import Progress, restore

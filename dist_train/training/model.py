@@ -12,19 +12,22 @@ from torch import nn
 
 from dist_train.config.components import build, build_callable
 from dist_train.config.errors import ConfigError
+from dist_train.data.plan import Plan, parts, smallest_part
 from dist_train.models.layers import begin_training
 from dist_train.step.modules import Modules
 from dist_train.step.parameters import check_parameters
 from dist_train.step.precision import Precision, agreed, resolve_precision
 from dist_train.task.batch import move_batch
 from dist_train.task.losses import Loss
-from dist_train.task.metrics import Metric, build_metrics
+from dist_train.task.metrics import Metric, Whole, build_metrics
 from dist_train.task.task import Supervised, Task
 from dist_train.training.prepare import build_model, building, seed_everything
 
 if TYPE_CHECKING:
     from dist_train.config.schema import Config
     from dist_train.runtime.world import World
+
+_BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 @dataclass
@@ -161,3 +164,83 @@ def load_weights(modules: Modules, found: Saved, fresh: Sequence[str] = ()) -> N
         modules.model.load_state_dict(found.load("model"))
     except RuntimeError as error:
         raise ConfigError.single("model", f"the weights in {found.location} don't fit this model: {error}") from None
+
+
+def check_batchnorm(built: ModelParts, plan: Plan, micro: int) -> None:
+    """BatchNorm takes statistics of a forward's samples: each has more than one, and SyncBatchNorm's ranks run equally many.
+
+    Args:
+        micro: the most samples of a forward.
+
+    Raises:
+        ConfigError: names sizes that work.
+    """
+    world_size, modules = built.world.size, list(built.model.modules())
+    if world_size > 1 and any(isinstance(module, nn.SyncBatchNorm) for module in modules):
+        _check_equal_counts(plan, world_size, micro)
+    if not any(isinstance(module, _BATCHNORMS) and module.training for module in modules):
+        return
+    if smallest_part(plan, world_size, micro) > 1:
+        return
+    good: list[str] = []
+    for size in range(max(2, plan.global_batch_size - 8), min(plan.global_batch_size + 8, plan.length) + 1):
+        candidate = Plan(plan.seed, plan.length, size, plan.shuffle, plan.drop_last)
+        if smallest_part(candidate, world_size, max(micro, 2)) > 1:
+            good.append(str(size))
+    raise ConfigError.single(
+        "data.global_batch_size",
+        f"with {plan.length} samples, global batches of {plan.global_batch_size}, {world_size} process(es) and micro-batches "
+        f"of {micro}, some forward gets a single sample, over which BatchNorm can't take statistics; sizes that work: "
+        f"{', '.join(good[:4]) or f'{2 * world_size} or more'} (with micro-batches of at least 2), or data.drop_last=true",
+    )
+
+
+def _check_equal_counts(plan: Plan, world_size: int, micro: int) -> None:
+    """SyncBatchNorm is a collective in every forward: with unequal numbers of forwards, ranks would wait forever."""
+    for size in (plan.batch_samples(0), plan.batch_samples(plan.steps_per_epoch - 1)):
+        counts = [len(parts(size, rank, world_size, micro)) for rank in range(world_size)]
+        if len({*counts}) > 1:
+            raise ConfigError.single(
+                "distributed.sync_batchnorm",
+                f"SyncBatchNorm needs as many forwards on every rank, but of a step of {size} samples the {world_size} ranks "
+                f"run {', '.join(map(str, counts))} micro-batches of at most {micro}: make data.global_batch_size a "
+                f"multiple of {world_size * micro}, with data.drop_last=true, or change trainer.micro_batch_size",
+            )
+
+
+def check_watched(built: ModelParts, keep_best: tuple[str, str] | None) -> None:
+    """What is watched is computed by an evaluation. (What torchmetrics' classes give is known after the first one only.)
+
+    Raises:
+        ConfigError: it isn't; names the metrics there are.
+    """
+    config = built.config
+    if config.data.val is None or any(isinstance(metric, Whole) for metric in built.metrics):
+        return
+    known = ["val/loss", *(f"val/{metric.name}" for metric in built.metrics)]
+    known += [name.replace("val/", "val/raw_") for name in known if config.trainer.ema_decay is not None]
+    rule, schedule = config.trainer.stop_when, config.scheduler
+    watched = {
+        "checkpoint.keep_best": keep_best[0] if keep_best else None,
+        "trainer.stop_when.metric": rule.metric if rule else None,
+        "scheduler.metric": schedule.get("metric") if isinstance(schedule, dict) else None,
+    }
+    for key, name in watched.items():
+        if name is not None and name not in known:
+            raise ConfigError.single(key, f"{name} isn't computed; the config gives {', '.join(known)}")
+
+
+def splitting_changes(built: ModelParts) -> str:
+    """What smaller micro-batches change beside the memory: "" where they give the same gradient.
+
+    A loss that isn't torch's own shows its denominator when it is called: before that it isn't known.
+    """
+    for module in built.model.modules():
+        drops = [getattr(module, name, 0.0) for name in ("p", "dropout") if not isinstance(module, nn.Sequential)]
+        if isinstance(module, (*_BATCHNORMS, nn.SyncBatchNorm)) and module.training:
+            return "BatchNorm then takes its statistics over fewer samples"
+        if any(isinstance(p, float) and p > 0 for p in drops):
+            return "dropout then draws other numbers"
+    if built.loss is None or not built.loss.exact:
+        return "it isn't known that the loss is then still the mean over the global batch"
+    return ""

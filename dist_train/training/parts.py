@@ -22,10 +22,9 @@ from dist_train.step.schedule import Schedule, Span
 from dist_train.step.step import Stepper
 from dist_train.task.metrics import is_lower_better
 from dist_train.training.callbacks import Callback
-from dist_train.training.checks import check_batchnorm, check_watched
 from dist_train.training.due import StopWhen, in_steps
 from dist_train.training.evaluate import Evaluator
-from dist_train.training.model import ModelParts, build_model_parts
+from dist_train.training.model import ModelParts, build_model_parts, check_batchnorm, check_watched
 from dist_train.training.prepare import build_dataset, building, eval_loader, reading_of
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from dist_train.data.passes import is_stream
 from dist_train.files import replacing
 from dist_train.task.metrics import without_one_column
 from dist_train.training.callbacks import Callback
-from dist_train.training.predict import read_meaning
+from dist_train.training.evaluate import read_meaning
 
 if TYPE_CHECKING:
     from dist_train.training.callbacks import Training

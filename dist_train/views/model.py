@@ -18,8 +18,7 @@ from dist_train.data.reading import attribute_of
 from dist_train.runtime.rundir import RunDir
 from dist_train.runtime.seeding import seed_sample
 from dist_train.tracking.records import read_rows
-from dist_train.training.evaluate import on_rank_zero
-from dist_train.training.predict import Meaning, Predicted, predict, read_meaning
+from dist_train.training.evaluate import Meaning, Predicted, on_rank_zero, predict, read_meaning
 from dist_train.training.prepare import eval_loader
 from dist_train.views.boundary import FOLDER, around, classes_on, plane, read_frames
 from dist_train.views.curves import draw_curves

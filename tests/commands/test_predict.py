@@ -18,7 +18,7 @@ from dist_train.main import main
 from dist_train.task.losses import Loss
 from dist_train.task.metrics import Accuracy, BinaryAccuracy, MeanError, Metric, build_metrics
 from dist_train.task.task import Supervised
-from dist_train.training.predict import Meaning, read_meaning
+from dist_train.training.evaluate import Meaning, read_meaning
 
 
 def predicted(folder: Path, *arguments: str) -> list[dict[str, str]]:

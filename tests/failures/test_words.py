@@ -28,7 +28,7 @@ from dist_train.main import main
 from dist_train.runtime.launch import Placement
 from dist_train.runtime.world import open_world
 from dist_train.task.losses import Loss as EngineLoss
-from dist_train.training.checks import splitting_changes
+from dist_train.training.model import splitting_changes
 from dist_train.watch import failure, signals
 from dist_train.watch.leave import RunFacts
 from dist_train.watch.pace import IN_A_ROW, Pace

@@ -19,8 +19,7 @@ from dist_train.step.ema import EMA
 from dist_train.step.optim import build_optimizer
 from dist_train.step.parameters import check_optimizer, check_parameters, match_strides
 from dist_train.step.precision import Precision, agreed
-from dist_train.training.checks import check_batchnorm
-from dist_train.training.model import ModelParts, build_model_parts
+from dist_train.training.model import ModelParts, build_model_parts, check_batchnorm
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 WORDS = torch.randint(0, 9, (24, 5), generator=torch.Generator().manual_seed(0))

@@ -14,7 +14,7 @@ from runs import result, rows, run_several, same_state_dicts
 from torch import nn
 
 from dist_train.run.api import train
-from dist_train.training import checks, forgotten
+from dist_train.training import first_batch, forgotten
 
 KEPT = Path(__file__).parent / "jobs" / "kept.py"
 WARNED = "training leaves something behind that no checkpoint holds"
@@ -88,13 +88,13 @@ def test_a_fresh_start_warns_and_trains_as_it_would_have(
         assert all(parameter.grad is None for parameter in first.parameters())
         return looked[-1]
 
-    monkeypatch.setattr(checks, "forgotten_at_start", look)
+    monkeypatch.setattr(first_batch, "forgotten_at_start", look)
     start(kept, first, "looked")
     told = " ".join(capsys.readouterr().err.split())
     assert (WARNED in told) == bool(named)
     assert len(looked) == 1
     assert (f"as it would have: {named}. Make it a buffer" in looked[0]) == bool(named)
-    monkeypatch.setattr(checks, "forgotten_at_start", lambda *_: "")
+    monkeypatch.setattr(first_batch, "forgotten_at_start", lambda *_: "")
     start(kept, second, "unseen")
     assert same_run(Path("runs/looked"), Path("runs/unseen"))
 

@@ -1,0 +1,61 @@
+"""What only the first micro-batch of a start shows of a config's loss and model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from dist_train.data.plan import parts
+from dist_train.task.samplewise import Parted, parted
+from dist_train.training.forgotten import forgotten_at_start
+
+if TYPE_CHECKING:
+    from dist_train.training.parts import Parts
+
+
+class FirstBatch:
+    """What the first micro-batch of a start shows: whether the loss is a sum over samples, so that micro-batches give the
+    gradient of the global batch (`samplewise`); and of a run, whether a checkpoint holds all that training changes (`forgotten`).
+    """
+
+    def __init__(self, built: Parts, fresh: bool):
+        self.parts, self.fresh = built, fresh
+        self.pieces = -(-built.plan.global_batch_size // built.micro_batch_size)  # of a global batch, over all ranks
+        self.needed = self.pieces > 1 or fresh
+        self._parted: Parted | None = None
+        self._forgotten = ""
+
+    def look(self, batch: Any, length: int, samples: int) -> None:
+        """Look at a micro-batch of `length` samples, of a step of `samples`; all ranks call it at their first."""
+        built, size = self.parts, self.parts.world.size
+        if self.fresh and built.world.is_main:
+            self._forgotten = forgotten_at_start(built, batch, length)
+        if self.pieces == 1:
+            return
+        of_ranks = [parts(samples, rank, size, built.micro_batch_size) for rank in range(size)]
+        least = min(min((part.stop - part.start for part in mine), default=0) for mine in of_ranks)
+        with built.evaluator.serving(ema=False):
+            self._parted = parted(built.task, built.model, batch, length=length, samples=least)
+
+    def warnings(self) -> list[str]:
+        """What to warn of after the first step, when the loss has been called."""
+        return list(filter(None, (self._inexactness(), self._forgotten)))
+
+    def _inexactness(self) -> str:
+        built, count = self.parts, self.pieces
+        loss, world_size = built.loss, built.world.size
+        if (found := self._parted) is not None:
+            what = f"the loss {loss.name}" if loss is not None and built.config.task is None else "the task's loss"
+            own = " unless it gathers the outputs of all ranks itself" if count == world_size > 1 else ""
+            return (
+                f"{what} isn't a sum over samples: {found.samples} of them at once give {found.whole:.4g}, in two halves "
+                f"{found.halves:.4g}. It compares samples with each other, or divides by something else than the weight that "
+                f"it returns; a step is split into {count} micro-batches here (over {world_size} process(es)), so training "
+                f"differs from that on whole batches, and with the split{own}. One process with trainer.micro_batch_size="
+                f"{built.plan.global_batch_size} takes them whole"
+            )
+        if loss is None or loss.exact is not False or count == 1:
+            return ""
+        return (
+            f"the loss {loss.name} returns one number, taken for a mean over samples: over {count} micro-batches a "
+            "step the gradient is exact only if it is one. Return (sum, weight), or one value a sample, to be sure"
+        )
