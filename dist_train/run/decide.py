@@ -1,4 +1,4 @@
-"""Going on with a run: whether there is one, whether the config still fits it, and which checkpoint it goes on from."""
+"""Resuming a run: whether there is one, whether the config still fits it, and which checkpoint it resumes from."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dist_train.runtime.world import World
 
 
-_CURE = "Put it back from a copy, give the run another run.name, or delete that directory"
+_FIX = "Put it back from a copy, give the run another run.name, or delete that directory"
 _LAST_SECTION = "debug"  # of config.yaml, which is written whole
 
 
@@ -35,10 +35,10 @@ class Decision:
     Attributes:
         action: `fresh`, `resume`, or `completed` (nothing to do).
         changes: what differs from the config of the last start, as lines to log. changed: the keys.
-        source: the checkpoint of another run to begin from.
-        done: step and seconds of a completed run of which a changed config may want more.
+        source: the checkpoint of another run to start from.
+        done: step and seconds of a completed run that a changed config may train longer.
         fits: the most samples of a forward, where memory has run out before.
-        warnings: what can't be read there, and what counts instead.
+        warnings: what can't be read there, and what is used instead.
         horizon: the optimizer steps that the schedule has spanned so far.
     """
 
@@ -64,7 +64,7 @@ def decide(config: Config, run: RunDir) -> Decision:
     """See `Decision`. Nothing that the config names is imported.
 
     Raises:
-        ConfigError: the run can't be continued under this config or with these objects; says with what differs, and what to do.
+        ConfigError: the run can't be resumed under this config or with these objects; names the differences and what to do.
     """
     decision = _compare_configs(config, run)
     if decision.action != "fresh" and decision.source is None:
@@ -73,8 +73,8 @@ def decide(config: Config, run: RunDir) -> Decision:
 
 
 def _compare_code(config: Config, run: RunDir, completed: bool) -> list[str]:
-    """What to say where the user's files are others than at the last start; see `decide` for live objects."""
-    records, _ = read_lines(run.storage, "attempts.jsonl")  # `Start` tells what is wrong with it
+    """Warnings where the user's files have changed since the last start. Raises ConfigError where live objects have."""
+    records, _ = read_lines(run.storage, "attempts.jsonl")  # `Start` reports what is wrong with it
     start = next((record for record in reversed(records) if isinstance(record.get("code"), dict)), None)
     if start is None:
         return []
@@ -83,11 +83,11 @@ def _compare_code(config: Config, run: RunDir, completed: bool) -> list[str]:
         end: dict[str, Any] = next((record for record in reversed(records) if "samples" in record), {"samples": {}})
         differing += differences(end["samples"], sample_digests(config))
     if differing and (completed or not config.checkpoint.accept_changes):
-        cure = "begin another run: another run.name"
+        fix = "start another run: another run.name"
         if not completed:
-            cure += ", or go on with them: checkpoint.accept_changes=true"
-        done = "is completed, and its result is that of" if completed else "was begun with"
-        raise ConfigError.single("run.name", f"{run.location} {done} other objects ({'; '.join(differing)}); {cure}")
+            fix += ", or resume with them: checkpoint.accept_changes=true"
+        done = "is completed, and its result is that of" if completed else "was started with"
+        raise ConfigError.single("run.name", f"{run.location} {done} other objects ({'; '.join(differing)}); {fix}")
     old, new = start["code"], source_files(config)
     edited = [name for name in new if name in old and old[name] != new[name]]
     changed = ", ".join(edited or sorted(old.keys() ^ new.keys()))  # a file comes or goes by another that imports it
@@ -97,20 +97,20 @@ def _compare_code(config: Config, run: RunDir, completed: bool) -> list[str]:
     return [
         f"{since}. This is the result of the code before; another run.name trains with what it is now"
         if completed
-        else f"{since}. The run goes on with what it is now; another run.name begins anew with it"
+        else f"{since}. The run resumes with the code as it is now; another run.name starts over with it"
     ]
 
 
 def _compare_configs(config: Config, run: RunDir) -> Decision:
     store, resume = CheckpointStore(run.storage.sub("checkpoints")), config.checkpoint.resume
-    # What is left of a save that was killed under a URL is no checkpoint; a quarantined one was one.
+    # Under a URL, the leftovers of a killed save are no checkpoint; a quarantined one was one.
     known = [step_name(step) for step in store.steps() if store.has(step)]
     known += store.quarantined()
     begun = run.storage.exists("config.yaml")
     if resume == "never" and (known or begun):
         raise ConfigError.single(
             "checkpoint.resume",
-            f"`never` begins a new run, but {run.location} holds one already ({len(known)} checkpoint(s)); give it another "
+            f"`never` starts a new run, but {run.location} holds one already ({len(known)} checkpoint(s)); give it another "
             "run.name, or delete that directory",
         )
     location, source, warnings = run.location, None, list[str]()
@@ -123,7 +123,7 @@ def _compare_configs(config: Config, run: RunDir) -> Decision:
         old = _config_before(run, store, warnings)
     elif begun and result is None and run.storage.exists("result.json"):
         message = (
-            f"{warnings[-1]}, and {run.location} has no checkpoint: whether it is completed can't be told. {_CURE}"
+            f"{warnings[-1]}, and {run.location} has no checkpoint, so it isn't known whether it is completed. {_FIX}"
         )
         raise ConfigError.single("run.name", message)
     elif resume not in ("auto", "never"):
@@ -144,7 +144,7 @@ def _compare_configs(config: Config, run: RunDir) -> Decision:
     if done and not asked and not any(key.startswith("trainer.duration") for key in keys):
         return Decision("completed", lines, keys, warnings=warnings)
     if done and not known:
-        message = f"{run.location} is completed, and its checkpoints are gone: it can't be trained on. {_CURE}"
+        message = f"{run.location} is completed, and its checkpoints are gone: it can't be trained further. {_FIX}"
         raise ConfigError.single("run.name", message)
     return Decision("resume", lines, keys, source, done, fits, warnings, newest.meta.get("horizon") if newest else None)
 
@@ -165,23 +165,23 @@ def _config_before(run: RunDir, store: CheckpointStore, warnings: list[str]) -> 
         wrong = str(error)
     for found in store.published():
         if isinstance(config := found.meta.get("config"), dict):
-            warnings.append(f"{wrong}: the config in {found.name} counts instead")
+            warnings.append(f"{wrong}: the config in {found.name} is used instead")
             return from_json(config)
-    raise ConfigError.single("run.name", f"{wrong}, and no manifest has the config of {run.location}. {_CURE}")
+    raise ConfigError.single("run.name", f"{wrong}, and no manifest has the config of {run.location}. {_FIX}")
 
 
 def find_checkpoint(world: World, decision: Decision, manager: CheckpointManager) -> Found:
-    """The newest checkpoint that verifies, or that of another run: rank 0 looks, and all take the same.
+    """The newest valid checkpoint, or that of another run: rank 0 looks, and all ranks take the same.
 
     Raises:
-        CheckpointError: none of those that are there is whole.
+        CheckpointError: there are some, and none is valid.
     """
 
     def look() -> str:
         if decision.source is not None:
             return find_at(decision.source).location
         found = manager.newest()
-        assert found is not None  # `decide` has seen some; where none of them is whole, `newest` says so
+        assert found is not None  # `decide` has seen some; where none of them is valid, `newest` raises
         return found.location
 
     return find_at(world.on_main(look))

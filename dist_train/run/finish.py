@@ -1,10 +1,11 @@
-"""The end of a run: the model that is kept, its figures, and the files that a person looks for."""
+"""The end of a run: the model that is kept, its metrics, and the files that a user looks for."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import io
+import math
 import pickle
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.config.errors import ConfigError
+from dist_train.run.report import report_in
+from dist_train.run.summary import end_lines
+from dist_train.runtime.lease import look_at_owner
 from dist_train.runtime.seeding import undisturbed_generators
 from dist_train.training.model import load_weights
 from dist_train.training.prepare import build_model
@@ -19,7 +23,10 @@ from dist_train.training.prepare import build_model
 if TYPE_CHECKING:
     from dist_train.checkpoint.manager import CheckpointManager
     from dist_train.config.schema import Config
+    from dist_train.run.decide import Decision
     from dist_train.runtime.rundir import RunDir
+    from dist_train.runtime.world import World
+    from dist_train.tracking.console import Console
     from dist_train.training.trainer import Trainer
 
 
@@ -28,7 +35,7 @@ def weights_sha256(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if not isinstance(tensor, Tensor):
-            continue  # what a module's get_extra_state gives
+            continue  # what a module's get_extra_state returns
         data = tensor.detach().cpu().contiguous()
         digest.update(f"{name}\0{data.dtype}\0{tuple(data.shape)}\0".encode())
         digest.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -39,9 +46,9 @@ def finish(trainer: Trainer, checkpoints: CheckpointManager) -> dict[str, Any]:
     """Evaluate what is kept and write result.json and model.pt; all ranks call it, rank 0 writes.
 
     `weights_sha256` is that of the last training weights; `metrics` and `model.pt` are of the best checkpoint where best is
-    kept, else of the last, with the EMA's weights where there is one.
+    kept, else of the last, with the EMA weights where there are any.
     """
-    parts, progress, run = trainer.parts, trainer.progress, trainer.run
+    parts, progress, outputs = trainer.parts, trainer.progress, trainer.outputs
     digest = weights_sha256(trainer.model)
     val = progress.metrics
     best_step = trainer.world.on_main(lambda: _best_step(trainer, checkpoints))
@@ -60,8 +67,8 @@ def finish(trainer: Trainer, checkpoints: CheckpointManager) -> dict[str, Any]:
         metrics["val"]["eval_samples"] = int(metrics["val"]["eval_samples"])  # a manifest holds floats
     if "test" in parts.eval_loaders:
         metrics["test"] = parts.evaluator.run(parts.eval_loaders["test"])
-        trainer.outputs.logger.row("test", kept_step, epoch, samples, metrics["test"])
-        trainer.console.evaluation("test", kept_step, metrics["test"])
+        outputs.logger.row("test", kept_step, epoch, samples, metrics["test"])
+        outputs.console.evaluation("test", kept_step, metrics["test"])
     result = {
         "state": "completed",
         "reason": trainer.reason,
@@ -77,40 +84,21 @@ def finish(trainer: Trainer, checkpoints: CheckpointManager) -> dict[str, Any]:
         "seconds": round(progress.seconds, 3),
     }
     if trainer.world.is_main:
-        with parts.ema.applied() if parts.ema is not None else contextlib.nullcontext():
-            run.assure_own()
-            if task := parts.modules.task_state():
-                _write_weights(run, "task.pt", task)
-            _write_weights(run, "model.pt", trainer.model.state_dict())
-        run.path("report.html").unlink(missing_ok=True)  # of an earlier end: whoever finds none writes it
-        run.storage.delete("report.html")
-        trainer.outputs.flush_and_upload()
-        run.write_json("result.json", result)  # the last: a run that has it is completed
+        _write(trainer, result)
     return result
 
 
-def give_weights(config: Config, run: RunDir) -> None:
-    """Where the model is a live one, leave in it what model.pt holds.
-
-    Raises:
-        ConfigError: the file is gone, or can't be read.
-    """
-    model = config.model
-    if not isinstance(model, nn.Module):
-        return
-    try:
-        weights = torch.load(io.BytesIO(run.storage.read_bytes("model.pt")), map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        message = (
-            f"{run.location} is completed, but its model.pt can't be read ({type(error).__name__}: {error}); give this "
-        )
-        raise ConfigError.single("run.name", message + "run another run.name, or put the file back") from error
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError:  # it is as it was before `transfer` changed it
-        with undisturbed_generators():
-            build_model(config)
-        model.load_state_dict(weights)
+def _write(trainer: Trainer, result: dict[str, Any]) -> None:
+    parts, run = trainer.parts, trainer.run
+    with parts.ema.applied() if parts.ema is not None else contextlib.nullcontext():
+        run.assure_own()
+        if task := parts.modules.task_state():
+            _write_weights(run, "task.pt", task)
+        _write_weights(run, "model.pt", trainer.model.state_dict())
+    run.path("report.html").unlink(missing_ok=True)  # of an earlier end: a start that finds none writes it
+    run.storage.delete("report.html")
+    trainer.outputs.flush_and_upload()
+    run.write_json("result.json", result)  # the last: a run that has it is completed
 
 
 def _write_weights(run: RunDir, name: str, state: dict[str, Any]) -> None:
@@ -136,3 +124,50 @@ def _best_step(trainer: Trainer, checkpoints: CheckpointManager) -> int | None:
             f"the best checkpoint, of step {progress.best_step}, is lost: the weights of {kept} are kept"
         )
     return None if found is None else found.step
+
+
+def finish_completed(world: World, config: Config, run: RunDir, console: Console, decision: Decision) -> dict[str, Any]:
+    """The result of a run that this config asks no more of. Nothing is trained; only what a kill has left unwritten is written:
+    status.json and the report."""
+    result = world.on_main(lambda: run.read_json("result.json"))
+    for metrics in result["metrics"].values():
+        metrics.update({name: math.nan for name, value in metrics.items() if value is None})
+    status = run.read_json("status.json") or {}
+    if world.is_main and status.get("state") != "completed" and not look_at_owner(run.storage)[0]:
+        run.write_status("completed", step=result["step"], epoch=result["epoch"], world_size=result["world_size"])
+    console.note(
+        f"{run.location} is completed, after {result['step']:,} steps; a longer trainer.duration resumes it, another "
+        "run.name starts over"
+    )
+    for line in decision.warnings if world.is_main else ():
+        console.warn(line)
+    if config.tracking.report and not world.on_main(lambda: run.storage.exists("report.html")):
+        report_in(world, run, config, console.warn)
+    load_into_live_model(config, run)
+    console.end_block(end_lines(result, run))
+    return result
+
+
+def load_into_live_model(config: Config, run: RunDir) -> None:
+    """Where the config's model is a live object, load model.pt into it.
+
+    Raises:
+        ConfigError: the file is gone, or can't be read.
+    """
+    model = config.model
+    if not isinstance(model, nn.Module):
+        return
+    try:
+        weights = torch.load(io.BytesIO(run.storage.read_bytes("model.pt")), map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ConfigError.single(
+            "run.name",
+            f"{run.location} is completed, but its model.pt can't be read ({type(error).__name__}: {error}); give this run "
+            "another run.name, or restore the file",
+        ) from error
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError:  # it is as it was before `transfer` changed it
+        with undisturbed_generators():
+            build_model(config)
+        model.load_state_dict(weights)

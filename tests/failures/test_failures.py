@@ -155,7 +155,7 @@ def test_a_single_rank_dies_with_its_torchrun_and_the_next_start_says_what_it_co
     assert "dist_train: " not in out
     done = run(folder, 1, "--config", "faulty.yaml", "trainer.duration=5step")
     assert "attempt 0" in done.stderr
-    assert "ended without a word" in done.stderr
+    assert "ended without a message" in done.stderr
     assert "out-of-memory killer" in done.stderr
 
 

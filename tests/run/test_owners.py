@@ -89,7 +89,7 @@ def test_a_completed_run_whose_checkpoints_are_gone_is_neither_trained_again_nor
     shutil.rmtree(runs / "a" / "checkpoints")
     before = everything(runs)
     assert start(runs)["step"] == 3
-    with pytest.raises(ConfigError, match=r"its checkpoints are gone: it can't be trained on"):
+    with pytest.raises(ConfigError, match=r"its checkpoints are gone: it can't be trained further"):
         start(runs, "trainer.duration=5step")
     assert everything(runs) == before
 

@@ -133,7 +133,8 @@ def test_changed_code_is_named_on_resume_and_on_a_completed_run_which_imports_no
     done = train("c.yaml")
     told = capsys.readouterr()
     assert (
-        f"the code has changed since {run} was last started: helper.py. The run goes on with what it is now" in told.err
+        f"the code has changed since {run} was last started: helper.py. The run resumes with the code as it is now"
+        in told.err
     )
     assert done["seconds"] > stopped["seconds"]
     assert "tensorboard" not in told.out
@@ -234,7 +235,7 @@ def test_a_cell_that_is_run_again_gives_its_result_or_names_what_is_another_obje
 
     train(live(run={"name": "stopped"}), "trainer.stop_at=3step")
     with pytest.raises(
-        ConfigError, match=r"was begun with other objects .*model: another settings.*accept_changes=true"
+        ConfigError, match=r"was started with other objects .*model: another settings.*accept_changes=true"
     ):
         train(live(run={"name": "stopped"}, model=Scaled(2.0)))
     assert train(live(run={"name": "stopped"}, model=Scaled(2.0)), "checkpoint.accept_changes=true")["step"] == 12
