@@ -31,8 +31,18 @@ PROCESS_FOLDERS = {"chaos", "commands", "failures", "gpu", "launch"}
 STARTS = {"subprocess", "run", "run_several", "start"}
 
 
+# Files that take longest, so that they begin first: the last ones of a parallel run are short.
+LONGEST = (
+    "test_readme", "launch/test_slurm", "configs/test_configs", "launch/test_elastic", "failures/test_failures",
+    "chaos/test_killed_runs", "training/test_digits", "run/test_resume", "training/test_user_code", "test_forking",
+    "training/test_state", "training/test_stopping", "oracle/test_equal",
+)  # fmt: skip
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests that start processes: they run once, all others on several Pythons (`-m "not processes"`, `.ci/run`)."""
+    rank = {Path(__file__).parent / f"{name}.py": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
     for item in items:
         if item.path.parent.name in PROCESS_FOLDERS or STARTS & vars(item.module).keys():  # type: ignore[attr-defined]
             item.add_marker("processes")

@@ -165,9 +165,8 @@ def test_a_directory_that_is_not_there_is_an_error(tmp_path: Path, capsys: pytes
 def test_watching_shows_what_changes_until_it_is_interrupted_and_never_waits_for_torch(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", 0.1, [0.5])
     code = "import sys; from dist_train.main import main; main(['runs', sys.argv[1], '--watch']); print('torch' in sys.modules)"
-    watching = subprocess.Popen(
-        [sys.executable, "-u", "-c", code, os.fspath(tmp_path)], env=environment(), stdout=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-P", "-u", "-c", code, str(tmp_path)]  # -P: not forked from one that has imported torch
+    watching = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True)
     assert watching.stdout is not None
     limit = threading.Timer(60, watching.kill)  # its output ends then, and the test fails
     limit.start()
