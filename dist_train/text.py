@@ -1,4 +1,4 @@
-"""Numbers, times and blocks as people read them."""
+"""Numbers, sizes, times and tables as people read them."""
 
 from __future__ import annotations
 
@@ -28,14 +28,30 @@ def format_seconds(seconds: float) -> str:
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
 
 
+def format_bytes(size: float) -> str:
+    """12.3 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
+def aligned(rows: Sequence[Sequence[str]], right: int | None = None) -> list[str]:
+    """Rows of cells as lines with aligned columns; column `right` holds numbers."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return [
+        "  ".join(f"{cell:{'>' if k == right else '<'}{widths[k]}}" for k, cell in enumerate(row)).rstrip()
+        for row in rows
+    ]
+
+
 def two_columns(lines: Sequence[tuple[str, str]], width: int = WIDTH) -> list[str]:
-    """Aligned "label  value" lines of at most `width` columns; long values go on under themselves."""
+    """Aligned "label  value" lines of at most `width` columns; long values wrap within their column."""
     left = max((len(label) for label, _ in lines), default=0)
+    wrap = textwrap.TextWrapper(max(20, width - left - 4), break_long_words=False, break_on_hyphens=False).wrap
     out = []
     for label, value in lines:
-        for part in str(value).splitlines() or [""]:
-            wrapped = textwrap.wrap(part, max(20, width - left - 4), break_long_words=False, break_on_hyphens=False)
-            for piece in wrapped or [""]:
-                out.append(f"  {label:<{left}}  {piece}".rstrip())
-                label = ""
+        pieces = [piece for part in str(value).splitlines() or [""] for piece in wrap(part) or [""]]
+        out += [f"  {name:<{left}}  {piece}".rstrip() for name, piece in zip([label] + [""] * len(pieces), pieces)]
     return out

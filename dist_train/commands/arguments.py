@@ -1,104 +1,104 @@
-"""Reading a command's arguments, with the config errors' own way of saying what is wrong."""
+"""The arguments of commands: which options they share, and how what is wrong with them is reported."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from dist_train.config.errors import ConfigError
+from dist_train.files import temporary_beside
+
+Option = tuple[str, dict[str, Any]]  # what argparse's add_argument takes
+
+CONFIG: tuple[Option, ...] = (
+    ("--config", {"metavar": "FILE", "help": "a YAML config; without it the built-in example"}),
+    ("overrides", {"nargs": "*", "metavar": "key.path=value", "help": "overrides take precedence over the file"}),
+)
+CHECKPOINT: Option = (
+    "--checkpoint",
+    {"metavar": "NAME", "help": "best, last or step-N; by default best if it is kept, else last"},
+)
+SPLIT: Option = (
+    "--split",
+    {"choices": ("val", "test", "train"), "help": "which data; by default test where the run has it, else val"},
+)
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are `ConfigError`s, so that only rank 0 tells them."""
+def output(metavar: str, about: str) -> Option:
+    """The option `--output`, which `parse_run` checks before anything starts."""
+    return "--output", {"metavar": metavar, "help": about}
 
-    def __init__(self, name: str, description: str):
-        super().__init__(prog=f"dist-train {name}", description=description, allow_abbrev=False)
 
+class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """Raise instead of exiting."""
-        raise ConfigError.single("", f"{message}; see {self.prog} --help", where="command line")
+        raise command_error(self.prog, message)
 
 
-def with_config(parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
-    """Parse `--config FILE` and `key=value` overrides beside the parser's own arguments."""
-    parser.add_argument("--config", metavar="FILE", help="a YAML config; without it the built-in example")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that go before the file's")
+def command_error(command: str, message: str) -> ConfigError:
+    """What to raise for wrong arguments: a `ConfigError`, so that rank 0 alone reports it."""
+    return ConfigError.single("", f"{message}; see {command} --help", where="command line")
+
+
+def parse(command: str, description: str, arguments: Sequence[str], *options: Option) -> argparse.Namespace:
+    """Parse a command's arguments by a table of its options.
+
+    Raises:
+        ConfigError: the arguments are wrong.
+    """
+    parser = _Parser(prog=f"dist-train {command}", description=description, allow_abbrev=False)
+    for name, settings in options:
+        parser.add_argument(name, **settings)
     return parser.parse_intermixed_args(list(arguments))
 
 
-def with_run(
-    parser: Parser, arguments: Sequence[str], *, several: bool = False, whole: bool = False
+def parse_run(
+    command: str, description: str, arguments: Sequence[str], *options: Option, several: bool = False
 ) -> argparse.Namespace:
-    """Parse which run is meant (`run`, all of them in `runs`), with which weights (`checkpoint`), and `overrides` of its config.
+    """The same for a command on a run: `run`, its directory (all of them in `runs`), and `overrides` of its config.
 
     A run is given by `--run DIR` or by DIR alone: torchrun takes `--run` for one of its own options (before Python 3.12).
-    `several` runs may be given; `whole`: neither one checkpoint nor keys are taken.
+
+    Args:
+        several: more than one run may be given.
     """
-    about = "the run's directory or URL (--run may be left out, and must be behind torchrun)"
-    about += "; give several to lay their curves over each other" if several else ""
-    parser.add_argument("--run", action="append", default=[], metavar="DIR", help=about)
-    about, keys = (
-        "best, last or step-N; by default best if it is kept, else last",
-        "values that go before the run's config",
-    )
-    if whole:
-        parser.set_defaults(checkpoint=None)
-        parser.add_argument("rest", nargs="*", metavar="DIR", help="the run's directory or URL")
-    else:
-        parser.add_argument("--checkpoint", metavar="NAME", help=about)
-        parser.add_argument("rest", nargs="*", metavar="DIR | key.path=value", help=keys)
-    options = parser.parse_intermixed_args(list(arguments))
-    options.overrides = [word for word in options.rest if "=" in word and not os.path.isdir(word)]
-    options.runs = options.run + [word for word in options.rest if word not in options.overrides]
-    if not options.runs:
-        parser.error("which run? give its directory: --run DIR")
-    if len(options.runs) > 1 and not several:
-        parser.error(f"expected one run, found {', '.join(options.runs)}")
-    options.run = options.runs[0]
-    if getattr(options, "output", None) is not None:
-        if _is_of_a_run(Path(options.output).resolve()):
-            raise ConfigError.single("--output", f"{options.output} is a run's own file; give another name or place")
-        _part_of(options.output).unlink()
-    return options
+    about = "the run's directory or URL (--run may be left out, and must be with torchrun)"
+    about += "; give several to overlay their curves" if several else ""
+    keys = {"nargs": "*", "metavar": "DIR | key.path=value", "help": "overrides take precedence over the run's config"}
+    run: Option = ("--run", {"action": "append", "default": [], "metavar": "DIR", "help": about})
+    found = parse(command, description, arguments, run, *options, ("rest", keys))
+    found.overrides = [word for word in found.rest if "=" in word and not os.path.isdir(word)]
+    found.runs = found.run + [word for word in found.rest if word not in found.overrides]
+    if not found.runs:
+        raise command_error(f"dist-train {command}", "no run was given: --run DIR")
+    if len(found.runs) > 1 and not several:
+        raise command_error(f"dist-train {command}", f"expected one run, found {', '.join(found.runs)}")
+    found.run = found.runs[0]
+    if getattr(found, "output", None) is not None:
+        if _is_of_a_run(Path(found.output).resolve()):
+            raise ConfigError.single("--output", f"{found.output} is a run's own file; give another name or directory")
+        writable(found.output)
+    return found
 
 
 def _is_of_a_run(path: Path) -> bool:
     from dist_train.runtime.rundir import FILES, FOLDERS
 
-    place = next((folder for folder in path.parents if (folder / "config.yaml").is_file()), None)
-    if place is None or not (place / "checkpoints").is_dir():
+    run = next((folder for folder in path.parents if (folder / "config.yaml").is_file()), None)
+    if run is None or not (run / "checkpoints").is_dir():
         return False
-    first = path.relative_to(place).parts
-    return first[0] in FOLDERS or (len(first) == 1 and first[0] in FILES)
+    first, *more = path.relative_to(run).parts
+    return first in FOLDERS or (first in FILES and not more)
 
 
-def add_split(parser: Parser) -> None:
-    """Add `--split`."""
-    about = "which data; by default test where the run has it, else val"
-    parser.add_argument("--split", choices=("val", "test", "train"), help=about)
-
-
-@contextlib.contextmanager
-def whole_file(path: str, option: str = "--output") -> Iterator[Path]:
-    """A path to write to, which becomes `path` when all is written and vanishes after an error.
+def writable(path: str, option: str = "--output") -> Path:
+    """The path of a local file that can be written; its directory is made.
 
     Raises:
-        ConfigError: `path` can't be written. (`with_run` finds that before anything starts.)
+        ConfigError: `path` can't be written. (`parse_run` finds that before anything starts.)
     """
-    part = _part_of(path, option)
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _part_of(path: str, option: str = "--output") -> Path:
-    """An empty file beside `path`, which is there now."""
     target = Path(path)
     try:
         if "://" in path:
@@ -108,8 +108,8 @@ def _part_of(path: str, option: str = "--output") -> Path:
         if target.exists() and not target.is_file():
             raise OSError("it is a directory, a device or a pipe; expected a file, or a name that isn't taken")
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f".{target.name}.{os.getpid()}.part")
-        part.touch()
+        with temporary_beside(target) as part:
+            part.touch()
     except OSError as error:
         raise ConfigError.single(option, f"{path} can't be written: {error}") from None
-    return part
+    return target

@@ -5,21 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from dist_train.commands.arguments import Parser, with_config
+from dist_train.commands.arguments import CONFIG, parse
+from dist_train.config.errors import ConfigError, did_you_mean
 
 
 def main(arguments: Sequence[str]) -> int:
     """Print the resolved config, one value of it, or the schema."""
-    parser = Parser("config", "Print the resolved config.")
-    parser.add_argument("--get", metavar="KEY", help="print one value; run.path is where the run lives")
-    parser.add_argument("--schema", action="store_true", help="print the JSON Schema of configs, for editors")
-    options = with_config(parser, arguments)
+    get = {"metavar": "KEY", "help": "print one value; run.path is where the run is written"}
+    schema = {"action": "store_true", "help": "print the JSON Schema of configs, for editors"}
+    options = parse("config", "Print the resolved config.", arguments, *CONFIG, ("--get", get), ("--schema", schema))
     if options.schema:
         from dist_train.config.docs import json_schema
 
         print(json.dumps(json_schema(), indent=2))
         return 0
-    from dist_train.config.errors import ConfigError, did_you_mean
     from dist_train.config.load import load_config
 
     config = load_config(options.config, options.overrides)

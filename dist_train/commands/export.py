@@ -1,4 +1,4 @@
-"""`export`: a run's weights in a form that others read, and which was read back before it is handed out."""
+"""`export`: a run's weights in a format for other programs, read back and compared before the file appears."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_train.commands.arguments import Parser, whole_file, with_run
+from dist_train.commands.arguments import CHECKPOINT, output, parse_run, writable
+from dist_train.files import replacing
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,17 +19,17 @@ if TYPE_CHECKING:
 
 ENDINGS = {"state_dict": ".pt", "module": ".module.pt", "safetensors": ".safetensors", "torch_export": ".pt2"}
 PICKLE = (
-    "warning: this is a pickle: loading it (torch.load(..., weights_only=False)) runs code that the file names, so take it from "
-    "nobody you don't trust; it needs the code of {home} as it is now. state_dict and safetensors need neither"
+    "warning: this is a pickle: loading it (torch.load(..., weights_only=False)) runs code that the file names, so load only "
+    "files that you trust; it needs the code of {home} as it is now. state_dict and safetensors need neither"
 )
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Write one file; one process is enough, and any others leave at once."""
-    parser = Parser("export", "A run's weights, with the average of the weights where it has one.")
-    parser.add_argument("--format", choices=tuple(ENDINGS), default="state_dict", help="by default state_dict")
-    parser.add_argument("--output", metavar="FILE", help="by default the run's name, in this directory")
-    options = with_run(parser, arguments)
+    """Write one file, on rank 0; other ranks exit at once."""
+    form = ("--format", {"choices": tuple(ENDINGS), "default": "state_dict", "help": "by default state_dict"})
+    file = output("FILE", "by default the run's name, in this directory")
+    description = "A run's weights: the EMA weights where it has them."
+    options = parse_run("export", description, arguments, CHECKPOINT, form, file)
     from dist_train.runtime.launch import read_placement
 
     if read_placement(os.environ).rank != 0:
@@ -38,13 +39,13 @@ def main(arguments: Sequence[str]) -> int:
     plain = ["trainer.compile=false", "trainer.channels_last=false", "distributed.device=cpu"]
     with open_run(options.run, options.checkpoint, [*plain, *options.overrides], alone=True) as restored:
         model, note = restored.evaluator.model, ""
-        output = options.output or restored.run.name + ENDINGS[options.format]
-        with whole_file(output) as path:
+        name = options.output or restored.run.name + ENDINGS[options.format]
+        with replacing(writable(name)) as path:
             if options.format == "torch_export":
                 note = _export_graph(restored, path)
             else:
                 _write_weights(options.format, model, path)
-        print(f"{output}: {restored.found.name} of {restored.run.location} as {options.format}, read back and compared")
+        print(f"{name}: {restored.found.name} of {restored.run.location} as {options.format}, read back and compared")
         note = PICKLE.format(home=type(model).__module__) if options.format == "module" else note
         if note:
             print(note, file=sys.stderr)
@@ -52,11 +53,11 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _write_weights(form: str, model: nn.Module, path: Path) -> None:
-    """Raises RuntimeError where the file doesn't hold what was written."""
+    """Write and read back. Raises RuntimeError where the weights that are read differ from those that were written."""
     import torch
     from safetensors.torch import load_file, save_file
 
-    # Each entry with memory of its own, which safetensors insists on and which keeps a file small.
+    # Each entry with memory of its own: safetensors refuses shared memory, and a view would be saved with its whole base.
     state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
     if form == "state_dict":
         torch.save(state, path)
@@ -69,11 +70,15 @@ def _write_weights(form: str, model: nn.Module, path: Path) -> None:
         read = load_file(path)
     wrong = [name for name in state if name not in read or not torch.equal(read[name], state[name])]
     if wrong or len(read) != len(state):
-        raise RuntimeError(f"the file that was written doesn't read back to the same weights: {', '.join(wrong[:5])}")
+        raise RuntimeError(f"the file reads back to other weights than were written: {', '.join(wrong[:5])}")
 
 
 def _export_graph(restored: Restored, path: Path) -> str:
-    """The graph with its weights, for any batch size where the model allows that (else it says so); run against the module."""
+    """Export the graph with its weights, for any batch size if the model allows it, and compare its outputs with the module's.
+
+    Returns:
+        A note for the user ("" for none).
+    """
     import torch
     from torch.utils.data import default_collate
 
@@ -104,7 +109,7 @@ def _export_graph(restored: Restored, path: Path) -> str:
         reason = (str(error).strip().splitlines() or [""])[0]
         note, counts = f"note: exported for batches of 2 samples only: {type(error).__name__}: {reason}", [2]
         program = torch.export.export(model, args, kwargs)
-    content = io.BytesIO()  # by name, torch wants an ending of its own
+    content = io.BytesIO()  # given a path, torch insists on its own suffix
     torch.export.save(program, content)
     path.write_bytes(content.getvalue())
     reread = torch.export.load(io.BytesIO(path.read_bytes())).module()

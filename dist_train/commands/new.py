@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from dist_train.commands.arguments import Parser
+from dist_train.commands.arguments import parse
+from dist_train.config.errors import ConfigError
 
 TEMPLATES = Path(__file__).parent.parent / "templates"
 FILES = ("model.py", "data.py", "config.yaml", "train.sbatch")
@@ -13,16 +14,14 @@ OF_THE_REPOSITORY = {"launch/slurm/train.sbatch": "train.sbatch", "configs/digit
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Write the files; none that is there already is touched."""
-    parser = Parser("new", "A folder with a model, a dataset, a config and a batch script to begin from.")
-    parser.add_argument("dir", metavar="DIR", type=Path, help="the folder, which may exist")
-    folder = parser.parse_args(list(arguments)).dir
-    from dist_train.config.errors import ConfigError
-
+    """Write the files; existing ones are never overwritten."""
+    description = "A folder with a model, a dataset, a config and a batch script to start from."
+    place = ("dir", {"metavar": "DIR", "type": Path, "help": "the folder, which may exist"})
+    folder = parse("new", description, arguments, place).dir
     there = [name for name in FILES if (folder / name).exists()]
     if there:
-        cure = "nothing was written: name another folder"
-        raise ConfigError.single("DIR", f"{folder} has {', '.join(there)} already; {cure}")
+        message = f"{folder} already has {', '.join(there)}; nothing was written: name another folder"
+        raise ConfigError.single("DIR", message)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in FILES:
@@ -32,5 +31,5 @@ def main(arguments: Sequence[str]) -> int:
             (folder / name).write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError.single("DIR", f"{folder} can't be written: {error}") from None
-    print(f"{folder}: {', '.join(FILES)}; begin with\n  cd {folder} && dist-train --config config.yaml")
+    print(f"{folder}: {', '.join(FILES)}; to start:\n  cd {folder} && dist-train --config config.yaml")
     return 0

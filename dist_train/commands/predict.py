@@ -1,4 +1,4 @@
-"""`predict`: what a run's checkpoint says about each sample, as a table in a file."""
+"""`predict`: the predictions of a run's checkpoint for each sample, as a table in a file."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
-from dist_train.commands.arguments import Parser, add_split, whole_file, with_run
+from dist_train.commands.arguments import CHECKPOINT, SPLIT, output, parse_run, writable
 from dist_train.config.errors import visible
+from dist_train.files import replacing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,11 +20,10 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Write a row a sample in dataset order: the same bytes on any number of processes."""
-    parser = Parser("predict", "Predictions of a dataset, with or without labels, as a CSV table.")
-    add_split(parser)
-    parser.add_argument("--output", metavar="FILE.csv", help="where to write; by default the table is printed")
-    options = with_run(parser, arguments)
+    """Write one row per sample in dataset order: the same bytes on any number of processes."""
+    description = "Predictions of a dataset, with or without labels, as a CSV table."
+    table_file = output("FILE.csv", "where to write; by default the table is printed")
+    options = parse_run("predict", description, arguments, CHECKPOINT, SPLIT, table_file)
     from dist_train.run.open import open_run
     from dist_train.training.evaluate import gathered, read_meaning
 
@@ -51,15 +51,15 @@ def _opened(output: str | None) -> Iterator[TextIO]:
         try:
             yield sys.stdout
             sys.stdout.flush()
-        except BrokenPipeError:  # whoever reads has seen enough
+        except BrokenPipeError:  # the reader closed the pipe
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
-    with whole_file(output) as path, open(path, "w", newline="", encoding="utf-8") as file:
+    with replacing(writable(output)) as path, open(path, "w", newline="", encoding="utf-8") as file:
         yield file
 
 
 class Table:
-    """index, prediction, probabilities or further values, target: numbers of classes with their names beside them."""
+    """index, prediction, probabilities or further values, target: class numbers with the names of the classes beside them."""
 
     def __init__(self, meaning: Meaning, dataset: Any):
         from dist_train.data.reading import attribute_of
@@ -70,7 +70,7 @@ class Table:
         self.original = attribute_of(dataset, "original_units")
 
     def columns(self, part: Predicted) -> dict[str, Sequence[Any]]:
-        """The columns of a stretch of the dataset, by name."""
+        """The columns of consecutive samples, by name."""
         columns: dict[str, Sequence[Any]] = {"index": range(part.start, part.start + len(part.outputs))}
         columns |= self._answers("prediction", self.meaning.predictions(part.outputs))
         if self.meaning.kind in ("classes", "binary"):
@@ -97,6 +97,6 @@ class Table:
 
 
 def _texts(values: Tensor) -> list[list[str]]:
-    """Each column's numbers in the fewest digits that read back to the same bits."""
+    """Each column's numbers, in the fewest digits that read back bitwise identical."""
     array = values.numpy()
     return [[str(value) for value in column] for column in (array.T if array.ndim == 2 else [array])]

@@ -1,4 +1,4 @@
-"""`report`: a run's report.html once more, or several runs laid over each other."""
+"""`report`: writes a run's report.html again, or compares several runs."""
 
 from __future__ import annotations
 
@@ -6,47 +6,49 @@ import os
 import sys
 from collections.abc import Sequence
 
-from dist_train.commands.arguments import Parser, whole_file, with_run
+from dist_train.commands.arguments import CHECKPOINT, command_error, output, parse_run, writable
+from dist_train.config.errors import ConfigError
+from dist_train.files import replacing
 
 
 def main(arguments: Sequence[str]) -> int:
-    """One run: its report, with pictures by the model that is kept. Several: one page with all of them."""
-    parser = Parser("report", "Write a run's report.html again, or compare several runs.")
-    parser.add_argument("--output", metavar="FILE.html", help="of a comparison; by default comparison.html, here")
-    options = with_run(parser, arguments, several=True)
-    if len(options.runs) > 1:
-        if options.checkpoint is not None or options.overrides:
-            parser.error("a comparison reads records only: it takes no --checkpoint and no keys of a config")
-        return compare(options.runs, options.output or "comparison.html")
-    if options.output is not None:
-        parser.error("--output is for a comparison; the report of one run is the report.html in its directory")
+    """One run: its report, with pictures by the kept model. Several: one page with all of them."""
+    description = "Write a run's report.html again, or compare several runs."
+    file = output("FILE.html", "of a comparison; by default comparison.html, in this directory")
+    options = parse_run("report", description, arguments, CHECKPOINT, file, several=True)
+    wrong = ""
+    if len(options.runs) > 1 and (options.checkpoint is not None or options.overrides):
+        wrong = "a comparison reads records only: it takes no --checkpoint and no keys of a config"
+    elif len(options.runs) == 1 and options.output is not None:
+        wrong = "--output is for a comparison; the report of one run is the report.html in its directory"
+    if wrong:
+        raise command_error("dist-train report", wrong)
     from dist_train.run.report import report_again
     from dist_train.runtime.launch import read_placement
 
+    is_main = read_placement(os.environ).rank == 0
+    if len(options.runs) > 1:
+        if is_main:
+            compare(options.runs, options.output or "comparison.html")
+        return 0
     path = report_again(options.run, options.checkpoint, options.overrides)
-    if path is None:
-        return int(read_placement(os.environ).rank == 0)  # it couldn't be written, and has said why
-    print(path)
-    return 0
+    if path is not None:
+        print(path)
+    return int(path is None and is_main)  # it couldn't be written, which was reported
 
 
-def compare(runs: Sequence[str], output: str) -> int:
-    """Curves over each other, results, and the keys in which the configs differ; reads files only."""
-    from dist_train.config.errors import ConfigError
-    from dist_train.runtime.launch import read_placement
+def compare(runs: Sequence[str], path: str) -> None:
+    """Overlaid curves, results, and the keys in which the configs differ; reads files only."""
     from dist_train.runtime.rundir import RunDir
     from dist_train.runtime.sidefiles import problems
     from dist_train.views.report import write_comparison
 
-    if read_placement(os.environ).rank != 0:
-        return 0
     opened = [RunDir(location) for location in runs]
     for run in opened:
         if not run.storage.exists("config.yaml"):
-            raise ConfigError.single("--run", f"{run.location} holds no run: config.yaml isn't there")
+            raise ConfigError.single("--run", f"{run.location} is not a run's directory: it has no config.yaml")
         for name, wrong in problems(run.storage):
             print(f"warning: {run.location}/{name} can't be read: {wrong}", file=sys.stderr)
-    with whole_file(output) as path:
-        write_comparison([run.records() for run in opened], path)
-    print(output)
-    return 0
+    with replacing(writable(path)) as part:
+        write_comparison([run.records() for run in opened], part)
+    print(path)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .fields import section_of, walk
+from .fields import dotted, leaves, section_of, walk
 from .schema import Config
 
 Kind = Literal["harmless", "consent", "refused"]
@@ -102,16 +102,7 @@ def _shown(value: Any) -> str:
 
 def differing(configs: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """(key, value in each config) of the dotted keys that aren't the same in all; `-` where there is none."""
-    flat = [dict(_leaves(config)) for config in configs]
+    flat = [{dotted(key): str(value) for key, value in leaves(config)} for config in configs]
     keys = dict.fromkeys(key for config in flat for key in config)
-    rows = [(key, *(str(config.get(key, "-")) for config in flat)) for key in keys]
+    rows = [(key, *(config.get(key, "-") for config in flat)) for key in keys]
     return [row for row in rows if len(set(row[1:])) > 1]
-
-
-def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else None
-    if items is None or not value:
-        yield key, value
-        return
-    for name, part in items:
-        yield from _leaves(part, f"{key}.{name}" if key else str(name))

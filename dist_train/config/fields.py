@@ -16,8 +16,16 @@ from pydantic.fields import FieldInfo
 
 from .errors import describe, did_you_mean
 
+Key = tuple[str | int, ...]  # a dotted key in parts; entries of a list are counted from 0
+
 # The keys of a config, `{time}` and `{job}` in a run's name.
 PLACEHOLDER = re.compile(r"\{([\w.]+)\}")
+
+
+def dotted(key: Key) -> str:
+    """The key as it is written on a command line."""
+    return ".".join(map(str, key))
+
 
 _DURATION = re.compile(r"\s*([+-]?[0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)\s*")
 _SECONDS = {"s": 1, "min": 60, "h": 3600}
@@ -218,9 +226,6 @@ Decay = Annotated[float, Field(gt=0, lt=1)]
 Auto = Literal["auto"]
 
 
-_PLAIN = (bool, int, float, str)
-
-
 class Section(BaseModel):
     """A mapping of known keys; any other key is an error. Sections don't change once they are read."""
 
@@ -247,24 +252,46 @@ def walk(section: type[Section], above: str = "") -> Iterator[tuple[str, FieldIn
             yield from walk(inner, f"{above}{name}.")
 
 
+def leaves(value: Any, key: Key = ()) -> Iterator[tuple[Key, Any]]:
+    """Everything in sections, dicts and lists that is none of these, or is empty, with its key."""
+    value = dict(value) if isinstance(value, Section) else value
+    if not isinstance(value, dict | list | tuple) or not value:
+        yield key, value
+        return
+    for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+        yield from leaves(inner, (*key, name))
+
+
 def plain(value: Any) -> Any:
     """The YAML-safe copy of any value of a config; a live object is {"_live_": its class}."""
     if isinstance(value, Section):
-        return {name: plain(getattr(value, name)) for name in type(value).model_fields}
+        value = dict(value)
     if isinstance(value, Duration):
         return str(value)
     if isinstance(value, dict):
-        return {key if type(key) is int else str(key): plain(item) for key, item in value.items()}
+        return {name if type(name) is int else str(name): plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
-    if value is None or type(value) in _PLAIN:
+    if is_plain(value):
         return value
     named = value if hasattr(value, "__qualname__") else type(value)
     return {"_live_": f"{named.__module__}.{named.__qualname__}"}
 
 
+def is_plain(value: Any) -> bool:
+    """Whether YAML can hold a value that is neither dict nor list."""
+    return value is None or type(value) in (bool, int, float, str)
+
+
+def live_objects(value: Any) -> Iterator[tuple[str, Any]]:
+    """Every object in a value of a config that no file can name, with its dotted key."""
+    for key, leaf in leaves(value):
+        if not isinstance(leaf, Duration | dict | list | tuple) and not is_plain(leaf):
+            yield dotted(key), leaf
+
+
 def to_json(value: Any) -> Any:
-    """A plain value for strict JSON, which has no inf and nan: {"_float_": "inf"}."""
+    """A plain value as strict JSON, which has no inf and nan: {"_float_": "inf"}."""
     if isinstance(value, dict):
         return {key: to_json(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -273,21 +300,7 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(value: Any) -> Any:
-    """What `to_json` was given."""
+    """The inverse of `to_json`."""
     if isinstance(value, dict):
         return float(value["_float_"]) if "_float_" in value else {key: from_json(item) for key, item in value.items()}
     return [from_json(item) for item in value] if isinstance(value, list) else value
-
-
-def live_objects(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Every object in a value of a config that no file can name, with its dotted key."""
-    if isinstance(value, Section):
-        items: Any = [(name, getattr(value, name)) for name in type(value).model_fields]
-    elif isinstance(value, dict):
-        items = value.items()
-    else:
-        items = enumerate(value) if isinstance(value, list | tuple) else ()
-    for name, inner in items:
-        yield from live_objects(inner, f"{key}.{name}" if key else str(name))
-    if not isinstance(value, Section | Duration | dict | list | tuple) and type(value) not in (*_PLAIN, type(None)):
-        yield key, value

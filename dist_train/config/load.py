@@ -17,9 +17,9 @@ from pydantic_core import ErrorDetails
 
 from . import checks, slots
 from .errors import ConfigError, describe, did_you_mean
-from .fields import expand_argument, expand_path, walk
+from .fields import Key, dotted, expand_argument, expand_path, walk
 from .schema import Config
-from .source import COMMAND_LINE, DICT, Key, Place, Reader, as_problems, dotted, keyed, nearest
+from .source import COMMAND_LINE, DICT, Place, Reader, as_problems, keyed, nearest
 
 DEFAULT = Path(__file__).with_name("default.yaml")
 KEYS = dict(walk(Config))  # every key of the schema

@@ -18,6 +18,7 @@ from .fields import (
     Decay,
     Duration,
     EpochsOrSteps,
+    Key,
     Length,
     Lengths,
     Metric,
@@ -39,7 +40,7 @@ from .fields import (
     plain,
     refused,
 )
-from .source import Key, Place, dump, keyed, nearest
+from .source import Place, dump, keyed, nearest
 
 
 class RunConfig(Section):

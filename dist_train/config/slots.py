@@ -10,8 +10,9 @@ from typing import Any
 
 from . import components
 from .errors import ConfigError, Problem, describe, did_you_mean
+from .fields import Key, dotted
 from .schema import Config
-from .source import Key, as_problems, dotted, nearest
+from .source import as_problems, nearest
 from .static import missing, read_signature
 
 Finding = tuple[Key, str]

@@ -18,9 +18,8 @@ from typing import Any, NamedTuple
 import yaml
 
 from .errors import ConfigError, Problem, describe, did_you_mean, mask
-from .fields import expand_path
+from .fields import Key, dotted, expand_path
 
-Key = tuple[str | int, ...]
 COMMAND_LINE = "command line"
 DICT = "dict"
 
@@ -37,11 +36,6 @@ class Place(NamedTuple):
 
 
 Noted = tuple[Place, str, str]  # where, the dotted key, what is wrong
-
-
-def dotted(key: Key) -> str:
-    """The key as it is written on a command line."""
-    return ".".join(map(str, key))
 
 
 def keyed(text: str) -> Key:

@@ -1,4 +1,4 @@
-"""A few steps of a run in a temporary directory: what a big job would stumble over, found in seconds."""
+"""A dry run: a few steps in a temporary directory, to find in seconds what would make the job fail."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from dist_train.config.components import build_callable, is_spec
 from dist_train.config.fields import Duration
 from dist_train.data.passes import is_stream
 from dist_train.run.start import train_in
+from dist_train.text import format_bytes
 from dist_train.tracking.console import Console
 from dist_train.tracking.records import read_rows
 from dist_train.training.forgotten import forgotten
@@ -28,41 +29,42 @@ if TYPE_CHECKING:
     from dist_train.config.schema import Config
     from dist_train.runtime.world import World
 
-SAMPLES = 8  # of each split that are read and shown
+SAMPLES = 8  # read of each split
 STEPS = 3
 
 
-def look_at(config: Config, split: str) -> str:
-    """The first samples of a split as one batch: shapes, dtypes, range; raises whatever its dataset raises."""
+def describe_samples(config: Config, split: str) -> str:
+    """Shapes, dtypes and ranges of the first samples of a split, collated. Raises whatever its dataset raises."""
     dataset = build_dataset(config, split)
     collate = build_callable(config.data.collate) if config.data.collate is not None else default_collate
     if is_stream(dataset):
-        return f"a stream; {_form(collate(list(itertools.islice(iter(dataset), SAMPLES))))}"
+        return f"a stream; {_describe(collate(list(itertools.islice(iter(dataset), SAMPLES))))}"
     samples = [dataset[index] for index in range(min(SAMPLES, len(dataset)))]
-    return f"{len(dataset):,} samples; {_form(collate(samples))}"
+    return f"{len(dataset):,} samples; {_describe(collate(samples))}"
 
 
-def _form(value: Any) -> str:
+def _describe(value: Any) -> str:
     if isinstance(value, torch.Tensor | np.ndarray):
         tensor = torch.as_tensor(value)
-        form = f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+        text = f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
         if not tensor.numel() or tensor.dtype == torch.bool or tensor.is_complex():
-            return form
-        return f"{form} {float(tensor.min()):.4g} ... {float(tensor.max()):.4g}"
+            return text
+        return f"{text} {float(tensor.min()):.4g} ... {float(tensor.max()):.4g}"
     if isinstance(value, dict):
-        return ", ".join(f"{key}: {_form(item)}" for key, item in value.items())
+        return ", ".join(f"{key}: {_describe(item)}" for key, item in value.items())
     if isinstance(value, list | tuple):
-        return ", ".join(_form(item) for item in value)
+        return ", ".join(_describe(item) for item in value)
     return type(value).__name__
 
 
-def rehearse(config: Config, world: World, where: Path) -> tuple[list[str], str]:
-    """Three steps, an evaluation and a save below `where`, then one step more from there.
-
-    All ranks call it. What it raises is what training would raise.
+def run(config: Config, world: World, where: Path) -> tuple[list[str], str]:
+    """Three steps, an evaluation and a save below `where`, then a resume and one more step. All ranks call it.
 
     Returns:
-        Lines for the person (on rank 0), and what a checkpoint doesn't hold of the model's state ("" for nothing).
+        Lines to print (on rank 0), and what of the model's state a checkpoint doesn't hold ("" for nothing).
+
+    Raises:
+        Exception: what training would raise.
     """
     out, kept = io.StringIO(), list[Parts]()
     train_in(world, _shortened(config, where, STEPS), Console(world.is_main, out=out, err=out), kept.append)
@@ -73,38 +75,37 @@ def rehearse(config: Config, world: World, where: Path) -> tuple[list[str], str]
         return [], missing
     block = [line for line in out.getvalue().splitlines() if line.startswith("  ")]
     shown = list(itertools.takewhile(lambda line: not line.lstrip().startswith("state "), block))
-    place = where / "rehearsal"
     losses = {"train": "", "val": ""}
-    for row in read_rows(place / "metrics.jsonl"):
+    for row in read_rows(where / "dry_run" / "metrics.jsonl"):
         losses[row["split"]] += f" {row['loss']:.4f}"
-    size = sum(file.stat().st_size for file in sorted((place / "checkpoints").glob("step-*/*")))
-    shown.append(f"  loss of {STEPS} steps, and of one more after going on from their checkpoint:{losses['train']}")
+    size = sum(file.stat().st_size for file in (where / "dry_run" / "checkpoints").glob("step-*/*"))
+    shown.append(f"  loss of {STEPS} steps, and of one more after resuming from their checkpoint:{losses['train']}")
     shown += [f"  loss in evaluation:{losses['val']}"] if losses["val"] else []
-    return [*shown, f"  saved: {size / 1e6:.1f} MB"], missing
+    return [*shown, f"  saved: {format_bytes(size)}"], missing
 
 
 def _forgotten(trained: Parts, config: Config, world: World, where: Path) -> str:
     dataset, collate = trained.datasets["train"], reading_of(config, world).collate or default_collate
     some = list(itertools.islice(iter(dataset), SAMPLES)) if is_stream(dataset) else []
     some = some or [dataset[index] for index in range(min(SAMPLES, len(dataset)))]
-    found = find_at(str(where / "rehearsal"))
+    found = find_at(str(where / "dry_run"))
     return forgotten(trained, build_model_parts(config, world), found, trained.move(collate(some)))
 
 
 def _shortened(config: Config, where: Path, steps: int) -> Config:
-    """The config, with an end after so many steps and little to evaluate; a schedule keeps its span."""
+    """The config with so many steps and little to evaluate; the schedule keeps its horizon."""
     once, every, whole = Duration(1, "step"), Duration(STEPS, "step"), config.trainer.duration
     data: dict[str, Any] = {"test": None}
     if config.data.val is not None:
         val = build_dataset(config, "val")
         some = range(0) if is_stream(val) else range(min(len(val), 2 * config.data.eval_batch_size))
-        # Named, as a config would: a file's rehearsal holds no live objects.
+        # By _target_: a live object would make this another kind of run.
         target = {"_target_": "torch.utils.data.Subset", "dataset": config.data.val, "indices": list(some)}
         data["val"] = target if some else None
     changes: dict[str, dict[str, Any]] = {
         "trainer": {"duration": Duration(steps, "step"), "stop_at": None, "stop_when": None, "log_every": once},
         "data": data,
-        "run": {"dir": str(where), "name": "rehearsal"},
+        "run": {"dir": str(where), "name": "dry_run"},
         "checkpoint": {"every": [every], "keep_best": None, "resume": "auto"},
         "tracking": {"tensorboard": False, "wandb": None},
     }

@@ -1,4 +1,4 @@
-"""What a host and the links between hosts are like, measured: versions, devices, room, all-reduce, clocks."""
+"""Measurements of hosts and the links between them: versions, devices, memory, all-reduce, clocks."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ import torch.distributed as dist
 import dist_train
 from dist_train.runtime.world import World
 
-LONG_ENOUGH = 0.15  # seconds of one transfer that are measured well
+LONG_ENOUGH = 0.15  # seconds of a transfer that give a stable measurement
 LARGEST = {"cpu": 1 << 25, "cuda": 1 << 29}  # bytes
 
 
 def versions() -> dict[str, str]:
-    """What has to be the same everywhere."""
+    """What must be the same on all hosts."""
     found = {"python": platform.python_version(), "torch": torch.__version__, "CUDA": str(torch.version.cuda or "none")}
     with contextlib.suppress(OSError):
         found["driver"] = Path("/proc/driver/nvidia/version").read_text().split("Module")[1].split()[0]
@@ -42,7 +42,7 @@ def versions() -> dict[str, str]:
 
 
 def resources(device: torch.device) -> dict[str, Any]:
-    """This rank's device and the room on its host; bytes."""
+    """This rank's device, and on its host: free and total memory, free /dev/shm (bytes), the limit of open files."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         name = torch.cuda.get_device_name(device)
@@ -60,7 +60,7 @@ def resources(device: torch.device) -> dict[str, Any]:
 
 
 def clock_offsets(world: World) -> list[float]:
-    """Seconds by which each rank's clock is ahead of rank 0's, to a few milliseconds: all read theirs as one all-reduce ends."""
+    """Seconds by which each rank's clock is ahead of rank 0's, within a few ms: all are read as an all-reduce ends."""
     token, mine = torch.zeros(1, device=world.device), []
     for _ in range(7 if world.size > 1 else 1):
         if world.size > 1:
@@ -91,12 +91,12 @@ def all_reduce(world: World) -> tuple[bool, float]:
 
 
 def links(world: World) -> dict[tuple[str, str], float]:
-    """GB/s between each host and the next, by the first ranks, there and back; in two turns, so that none has two at once."""
+    """GB/s between the first ranks of each host and the next, there and back; in two rounds, one transfer per host at a time."""
     hosts = world.all_gather([socket.gethostname(), world.placement.local_rank])
     first = [rank for rank, (_, local) in enumerate(hosts) if local == 0]
     mine: list[tuple[str, str, float]] = []
-    for turn in (0, 1):
-        for left, right in zip(first[turn::2], first[turn + 1 :: 2]):
+    for phase in (0, 1):
+        for left, right in zip(first[phase::2], first[phase + 1 :: 2]):
             if world.rank in (left, right):
                 speed = _link(world, right if world.rank == left else left, world.rank == left)
                 if world.rank == left:
@@ -120,9 +120,9 @@ def _link(world: World, peer: int, leads: bool) -> float:
 
 
 def _bandwidth(transfer: Callable[[int], float], largest: int) -> float:
-    """GB/s of `transfer(bytes)`, which says its seconds, the same on all that take part: of one that is long enough.
+    """GB/s of `transfer(bytes)`, which returns the seconds, alike on all ranks in it: of one that takes long enough.
 
-    The first isn't counted: it makes connections and loads kernels, which can take longer than any transfer.
+    The first isn't counted: it opens connections and loads kernels, which can take longer than any transfer.
     """
     transfer(size := 1 << 14)
     while True:

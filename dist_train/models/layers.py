@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dist_train.text import aligned
+
 _MOST = 12
-
-
-def aligned(rows: Sequence[Sequence[str]], right: int | None = None) -> list[str]:
-    """Rows of cells as lines with aligned columns; column `right` holds numbers."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return [
-        "  ".join(f"{cell:{'>' if k == right else '<'}{widths[k]}}" for k, cell in enumerate(row)).rstrip()
-        for row in rows
-    ]
 
 
 def layer_table(model: nn.Module, *, full: bool = False, shapes: dict[str, str] | None = None) -> list[str]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from dist_train.config.errors import ConfigError, describe
-from dist_train.models.layers import aligned
+from dist_train.text import aligned
 
 _SHOWN_ROWS = 12
 

@@ -1,4 +1,4 @@
-"""A project to begin from, by the wheel that people install: it trains as it stands."""
+"""A new project, made by the wheel that people install, trains as it is."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_its_classes_have_names_in_predictions_from_another_directory(project: P
 def test_files_that_are_there_are_never_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "model.py").write_text("mine")
     assert main(["new", str(tmp_path)]) == 2
-    assert "model.py already" in capsys.readouterr().err
+    assert "already has model.py" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["model.py"]
     assert main(["new", str(tmp_path / "a" / "b")]) == 0
     assert sorted(path.name for path in (tmp_path / "a" / "b").iterdir()) == FILES

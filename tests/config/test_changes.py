@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from dist_train.config.changes import Change, compare, refusal_message
+from dist_train.config.changes import Change, compare, differing, refusal_message
 from dist_train.config.fields import section_of, walk
 from dist_train.config.load import load_config
 from dist_train.config.schema import Config
@@ -88,3 +88,10 @@ def test_every_key_is_described_and_of_a_known_kind() -> None:
     for key, field in walk(Config):
         assert field.description, key
         assert section_of(field) or field.json_schema_extra["change"] in ("harmless", "consent", "refused"), key  # type: ignore[index, call-overload]
+
+
+def test_differences_compare_leaf_by_leaf() -> None:
+    one = {"a": 1, "b": {"c": [1, 2], "d": None}, "e": {}}
+    two = {"a": 1, "b": {"c": [1, 3]}, "e": {"f": 2}}
+    assert differing([one, two]) == [("b.c.1", "2", "3"), ("b.d", "None", "-"), ("e", "{}", "-"), ("e.f", "-", "2")]
+    assert differing([one, one, one]) == []

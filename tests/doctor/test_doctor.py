@@ -1,4 +1,4 @@
-"""doctor says whether all hosts are fit for a job, and names the one that isn't."""
+"""doctor reports whether all hosts are ready for a job, and names the one that isn't."""
 
 from __future__ import annotations
 
@@ -75,10 +75,10 @@ def test_a_slow_link_is_found_against_a_floor(hosts: Hosts) -> None:
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.chaos)])
-def test_hosts_that_are_fit_rehearse_a_config_and_leave_nothing_behind(tmp_path: Path, processes: int) -> None:
+def test_hosts_that_are_ready_try_a_config_and_leave_nothing_behind(tmp_path: Path, processes: int) -> None:
     arguments = ("doctor", "--config", str(CONFIGS / "digits.yaml"), "--json", "found.json")
     done = run(tmp_path, processes, *arguments)
-    for part in ("DigitsCNN", "(8, 1, 8, 8) float32 0 ... 1", "loss of 3 steps", "loss in evaluation", "fit for a job"):
+    for part in ("DigitsCNN", "(8, 1, 8, 8) float32 0 ... 1", "loss of 3 steps", "loss in evaluation", "doctor: ready"):
         assert part in done.stdout
     assert "Python objects" not in done.stdout
     found = json.loads((tmp_path / "found.json").read_text())
@@ -88,10 +88,10 @@ def test_hosts_that_are_fit_rehearse_a_config_and_leave_nothing_behind(tmp_path:
     assert [path.name for path in tmp_path.iterdir()] == ["found.json"]
 
 
-def test_a_rehearsal_fails_as_training_would(
+def test_a_dry_run_fails_as_training_would(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copy(Path(__file__).parent / "faulty.py", tmp_path)
+    shutil.copy(ROOT / "tests" / "failures" / "faulty.py", tmp_path)
     (tmp_path / "faulty.yaml").write_text(
         CONFIG.replace("faulty.Model, in_features: 64", "faulty.Model, in_features: 65")
     )
@@ -102,7 +102,7 @@ def test_a_rehearsal_fails_as_training_would(
         signals.restore()
     told = capsys.readouterr().out
     assert "mat1 and mat2 shapes cannot be multiplied" in told
-    assert "not fit: rehearsal" in told
+    assert "not ready: dry run" in told
     assert not json.loads((tmp_path / "found.json").read_text())["ok"]
     with pytest.raises(ConfigError, match=r"optimizer\.lr"):
         doctor.main(["--config", "faulty.yaml", "optimizer.lr=fast"])

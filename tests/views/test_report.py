@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dist_train.config.changes import differing
 from dist_train.views.figures import (
     Boundary,
     Confusion,
@@ -145,13 +144,6 @@ def test_runs_are_laid_over_each_other_and_their_differing_keys_named(tmp_path: 
     same = Page(write_comparison([first, first], tmp_path / "same.html"))
     assert "nowhere" in same.text
     assert str(first) in same.text  # runs of one name are told apart by their paths
-
-
-def test_differences_compare_leaf_by_leaf() -> None:
-    one = {"a": 1, "b": {"c": [1, 2], "d": None}, "e": {}}
-    two = {"a": 1, "b": {"c": [1, 3]}, "e": {"f": 2}}
-    assert differing([one, two]) == [("b.c.1", "2", "3"), ("b.d", "None", "-"), ("e", "{}", "-"), ("e.f", "-", "2")]
-    assert differing([one, one, one]) == []
 
 
 def test_the_boundary_moves_in_a_gif_and_stands_in_pngs(tmp_path: Path) -> None:
