@@ -1,1 +1,1 @@
-"""The config: what a run is, read from YAML and checked. Nothing here imports torch or another room."""
+"""The config of a run, read from YAML and checked. Nothing here imports torch or another subpackage."""

@@ -1,4 +1,4 @@
-"""What differs between the config that a run was begun with and the one it is to go on with, and what that means."""
+"""What differs between the config that a run was started with and the one that it resumes with, and what that means."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .schema import Config
 
 Kind = Literal["harmless", "consent", "refused"]
 
-# These say how to start, not what to train; nor is it a property of a run where it lives (`run`).
+# How to start, not what to train; nor is a run's directory (`run`) a property of its training.
 IGNORED = ("checkpoint.resume", "checkpoint.accept_changes")
 
 
@@ -32,7 +32,7 @@ class Change:
 def compare(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
     """Every difference between two `Config.to_dict()`, in the order of the schema.
 
-    A key that `old` doesn't have (a run of an earlier version) counts as its default.
+    A key that `old` doesn't have (a run of an earlier version) has its default.
     """
     found: list[Change] = []
     for key, field in walk(Config):
@@ -52,7 +52,7 @@ def _get(data: Any, key: str, default: Any) -> Any:
 
 
 def _value(key: str, old: Any, new: Any, kind: Any) -> Iterator[Change]:
-    """Differences inside a leaf: a component's arguments one by one, all else as a whole."""
+    """Differences inside a leaf: a component's arguments one by one, anything else as a whole."""
     if _same(old, new):
         return
     if isinstance(old, dict) and isinstance(new, dict) and old.get("_target_") == new.get("_target_"):
@@ -66,7 +66,7 @@ def _value(key: str, old: Any, new: Any, kind: Any) -> Iterator[Change]:
 
 
 def _same(old: Any, new: Any) -> bool:
-    """Equality in which nan is itself and 1 is 1.0, but true isn't 1."""
+    """Equality by which nan equals nan and 1 equals 1.0, but true isn't 1."""
     if isinstance(old, dict) and isinstance(new, dict):
         return old.keys() == new.keys() and all(_same(old[key], new[key]) for key in old)
     if isinstance(old, list) and isinstance(new, list):
@@ -75,7 +75,7 @@ def _same(old: Any, new: Any) -> bool:
 
 
 def refusal_message(changes: Sequence[Change], location: str) -> str:
-    """Why a run can't go on under a changed config, with every difference that stands in the way, and the cures."""
+    """Why a run can't resume with a changed config: every difference that prevents it, and the fixes."""
     refused = [change for change in changes if change.kind == "refused"]
     asked = [change for change in changes if change.kind == "consent"]
     lines = [f"the config differs from the one that {location} was trained with so far:"]
@@ -84,10 +84,10 @@ def refusal_message(changes: Sequence[Change], location: str) -> str:
         note = "  (can't change within a run)" if change.kind == "refused" else ""
         lines.append(f"    {change.key:<{width}}  {_shown(change.old)} -> {_shown(change.new)}{note}")
     if refused:
-        lines.append("  put the old value back, or begin another run: run.name=ANOTHER_NAME")
+        lines.append("  restore the old value, or start another run: run.name=ANOTHER_NAME")
     else:
-        lines.append("  either begin another run: run.name=ANOTHER_NAME")
-        lines.append("  or go on with the new values from the newest checkpoint: checkpoint.accept_changes=true")
+        lines.append("  either start another run: run.name=ANOTHER_NAME")
+        lines.append("  or resume with the new values from the newest checkpoint: checkpoint.accept_changes=true")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Rules that involve several keys, or the inside of a component's reserved keys."""
+"""Rules that pydantic's types can't express: over several keys, inside a component's reserved keys, on secrets and paths."""
 
 from __future__ import annotations
 
@@ -7,38 +7,67 @@ from collections.abc import Iterator
 from typing import Any
 
 from .errors import REFUSED, SECRET_HINT, describe, did_you_mean, holds_secret, mask
-from .fields import METRICS, PLACEHOLDER, Duration
-from .schema import Config
+from .fields import METRICS, PLACEHOLDER, Duration, Key, dotted, expand_argument, expand_path, keyed, leaves
+from .schema import KEYS, Config
 
-Finding = tuple[str, str]  # the dotted key, what is wrong
-_ARGUMENT = re.compile(
+Finding = tuple[Key, str]  # a key, and what is wrong with it
+Complaint = tuple[str, str]  # the same with the dotted key
+PATHS = ("run.dir", "run.code_paths", "transfer.weights", "checkpoint.resume")
+_SECRET_NAME = re.compile(
     r"(^|_)(password|passwd|passphrase|secret|credential|api_?key|(access|account|secret|private)_key)s?$"
     r"|^((auth|access|api|bearer|hf|use_auth)_)?token$|_(auth|access|refresh|session|security|secret|service|bearer)_token$"
     r"|^(github|gitlab|wandb|session|refresh|security|secret|service|oauth|jwt)_token$"
 )
 
 
+def check_values(data: Any) -> Iterator[Finding]:
+    """The secrets in plain data, which would be written into the run's records, and paths with a variable that isn't set."""
+    found = list(leaves(data))
+    secret = {part for part in {part for key, _ in found for part in key} if holds_secret(str(part))}
+    for key, value in found:
+        if bad := [index for index, part in enumerate(key) if part in secret]:
+            masked = tuple(mask(part, REFUSED) if isinstance(part, str) else part for part in key[: bad[0] + 1])
+            yield masked, f"this key holds a secret, which would be written into the run's records; {SECRET_HINT}"
+        if isinstance(value, str | int | float) and not isinstance(value, bool):
+            if holds_secret(str(value)):
+                text = mask(str(value), REFUSED)
+                yield key, f"{text} holds a secret, which would be written into the run's records; {SECRET_HINT}"
+            elif value != "" and any(_SECRET_NAME.search(_words(part)) for part in key):
+                yield key, f"a secret would be written into the run's records; {SECRET_HINT}"
+        if isinstance(value, str):
+            holder = dotted(key[:-1] if key and type(key[-1]) is int else key)
+            try:
+                _ = expand_path(value) if holder in PATHS else holder in KEYS or expand_argument(value)
+            except ValueError as error:
+                yield key, str(error)
+
+
+def _words(name: str | int) -> str:
+    """`api_key` for `apiKey` and `api-key`."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[^A-Za-z0-9]+", "_", str(name)).lower()
+
+
 def cross_checks(config: Config) -> Iterator[Finding]:
-    """Every broken rule."""
-    yield from _name(config)
-    yield from _data(config)
-    yield from _model(config)
-    yield from _optimizer(config)
-    yield from _scheduler(config)
-    yield from _watched(config)
+    """Every broken rule over the keys of a valid config."""
+    for rules in (_name, _data, _model, _optimizer, _scheduler, _watched, _tensorboard):
+        for key, message in rules(config):
+            yield keyed(key), message
+
+
+def _tensorboard(config: Config) -> Iterator[Complaint]:
     for name in ("images", "histograms", "graph"):
         if getattr(config.tracking, name) and not config.tracking.tensorboard:
-            yield f"tracking.{name}", "this goes to TensorBoard, which is off: set tracking.tensorboard=true"
+            yield f"tracking.{name}", "this needs TensorBoard, which is off: set tracking.tensorboard=true"
 
 
-def _name(config: Config) -> Iterator[Finding]:
+def _name(config: Config) -> Iterator[Complaint]:
     name = config.run.name or ""
     for placeholder in PLACEHOLDER.findall(name):
         try:
             _ = placeholder in ("time", "job") or config.get(placeholder)
         except KeyError:
             allowed = "use {time}, {job} or a key like {optimizer.lr}"
-            yield "run.name", f"{{{placeholder}}} is no key of this config; {allowed}"
+            yield "run.name", f"{{{placeholder}}} is not a key of this config; {allowed}"
     parts = name.split("/")
     if name and (name.startswith("~") or {"", ".", ".."} & set(parts) or not all(map(str.isprintable, parts))):
         message = (
@@ -47,7 +76,7 @@ def _name(config: Config) -> Iterator[Finding]:
         yield "run.name", message
 
 
-def _data(config: Config) -> Iterator[Finding]:
+def _data(config: Config) -> Iterator[Complaint]:
     data, micro = config.data, config.trainer.micro_batch_size
     without_effect = {
         "persistent_workers": data.persistent_workers is True,
@@ -57,29 +86,29 @@ def _data(config: Config) -> Iterator[Finding]:
     }
     for name, given in without_effect.items():
         if given and data.num_workers == 0:
-            cure = "leave it out, or set data.num_workers above 0"
-            yield f"data.{name}", f"this does nothing with data.num_workers=0; {cure}"
+            hint = "leave it out, or set data.num_workers above 0"
+            yield f"data.{name}", f"this has no effect with data.num_workers=0; {hint}"
     if isinstance(data.global_batch_size, int) and isinstance(micro, int) and micro > data.global_batch_size:
         most = f"data.global_batch_size={data.global_batch_size}, which all ranks share"
         yield "trainer.micro_batch_size", f"expected at most {most}, found {micro}"
 
 
-def _model(config: Config) -> Iterator[Finding]:
+def _model(config: Config) -> Iterator[Complaint]:
     for index, rule in enumerate(config.model_init):
         if isinstance(rule, dict):
             yield from _patterns(f"model_init.{index}.match", rule.get("match"))
     if config.loss is None and config.task is None:
-        cure = "give it a component such as {_target_: torch.nn.CrossEntropyLoss}"
-        yield "loss", f"a loss is needed, unless there is a task; {cure}"
+        hint = "give it a component such as {_target_: torch.nn.CrossEntropyLoss}"
+        yield "loss", f"a loss is required unless there is a task; {hint}"
 
 
-def _patterns(key: str, value: Any) -> Iterator[Finding]:
+def _patterns(key: str, value: Any) -> Iterator[Complaint]:
     patterns = value if isinstance(value, list) else [value]
     if not patterns or not all(isinstance(pattern, str) and pattern for pattern in patterns):
         yield key, f"expected a name pattern or a list of them, found {describe(value)}"
 
 
-def _optimizer(config: Config) -> Iterator[Finding]:
+def _optimizer(config: Config) -> Iterator[Complaint]:
     groups = config.optimizer.get("groups") if isinstance(config.optimizer, dict) else None
     form = "{match: 'head.*', lr: 0.1}"
     if groups is not None and not isinstance(groups, list):
@@ -92,7 +121,7 @@ def _optimizer(config: Config) -> Iterator[Finding]:
             yield f"optimizer.groups.{index}", f"expected a group like {form}, found {describe(group)}"
 
 
-def _scheduler(config: Config) -> Iterator[Finding]:
+def _scheduler(config: Config) -> Iterator[Complaint]:
     scheduler = config.scheduler
     if not isinstance(scheduler, dict):
         return
@@ -102,30 +131,21 @@ def _scheduler(config: Config) -> Iterator[Finding]:
         except ValueError as error:
             yield f"scheduler.{name}", str(error)
     if config.trainer.duration.is_time and scheduler.get("horizon") is None:
-        cure = "set scheduler.horizon to epochs or steps"
-        for name in (name for name, value in _flat(scheduler) if value == "total_steps"):
-            yield f"scheduler.{name}", f"total_steps isn't known while trainer.duration is a time; {cure}"
+        hint = "set scheduler.horizon to epochs or steps"
+        for key in (dotted(key) for key, value in leaves(scheduler) if value == "total_steps"):
+            yield f"scheduler.{key}", f"total_steps isn't known while trainer.duration is a time; {hint}"
     if scheduler.get("metric") is not None and not isinstance(scheduler["metric"], str):
         yield "scheduler.metric", f"expected a metric such as val/loss, found {describe(scheduler['metric'])}"
     if str(scheduler["_target_"]).endswith("ReduceLROnPlateau"):
         if config.data.val is None:
-            yield "scheduler._target_", "ReduceLROnPlateau looks at a figure of the validation data: set data.val"
+            yield "scheduler._target_", "ReduceLROnPlateau monitors a metric of the validation data: set data.val"
         if scheduler.get("every") is not None:
-            cure = "leave `every` out"
-            yield "scheduler.every", f"ReduceLROnPlateau goes by evaluations (trainer.evaluate_every); {cure}"
+            hint = "leave `every` out"
+            yield "scheduler.every", f"ReduceLROnPlateau is stepped at evaluations (trainer.evaluate_every); {hint}"
 
 
-def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """The dotted keys of everything in a value."""
-    if isinstance(value, dict | list):
-        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _flat(item, f"{key}.{name}" if key else str(name))
-    else:
-        yield key, value
-
-
-def _watched(config: Config) -> Iterator[Finding]:
-    """stop_when, keep_best and scheduler.metric name figures that evaluation really gives."""
+def _watched(config: Config) -> Iterator[Complaint]:
+    """stop_when, keep_best and scheduler.metric name metrics that evaluation computes."""
     rule, best = config.trainer.stop_when, config.checkpoint.keep_best
     if rule is not None:
         if rule.above is None and rule.below is None and rule.patience is None:
@@ -144,10 +164,10 @@ def _watched(config: Config) -> Iterator[Finding]:
         yield from _is_computed(config, "scheduler.metric", config.scheduler["metric"])
 
 
-def _is_computed(config: Config, key: str, name: str) -> Iterator[Finding]:
+def _is_computed(config: Config, key: str, name: str) -> Iterator[Complaint]:
     metric = name.removeprefix("val/")
     if metric == name:
-        wanted = "expected a figure of the validation data, like val/loss"
+        wanted = "expected a metric of the validation data, like val/loss"
         yield key, f"{wanted}, found {describe(name)}; did you mean val/{name.rpartition('/')[2]}?"
     elif config.data.val is None:
         yield key, f"{name} needs validation data: set data.val"
@@ -156,28 +176,5 @@ def _is_computed(config: Config, key: str, name: str) -> Iterator[Finding]:
     elif config.task is None and all(isinstance(item, str) for item in config.metrics):
         known = ["loss", *config.metrics]
         if metric not in known:
-            cure = f"; add {metric} to metrics" if metric in METRICS else did_you_mean(metric, known, prefix="val/")
-            yield key, f"{name} isn't computed{cure or '; the config gives val/' + ', val/'.join(known)}"
-
-
-def secrets_in(value: Any, key: str = "", named: bool = False) -> Iterator[Finding]:
-    """Every secret in a config of plain values: its dotted key, and what to do about it.
-
-    named: something above is called like a secret, so that all below is one.
-    """
-    if isinstance(value, dict | list):
-        for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[^A-Za-z0-9]+", "_", str(name)).lower()
-            where = f"{key}.{name}" if key else str(name)
-            if holds_secret(str(name)):
-                yield (
-                    mask(where, REFUSED),
-                    f"this key holds a secret, which would be written into the run's records; {SECRET_HINT}",
-                )
-            yield from secrets_in(inner, where, named or _ARGUMENT.search(words) is not None)
-    elif isinstance(value, str | int | float) and not isinstance(value, bool):
-        if holds_secret(str(value)):
-            said = mask(str(value), REFUSED)
-            yield key, f"{said} holds a secret, which would be written into the run's records; {SECRET_HINT}"
-        elif named and value != "":
-            yield key, f"a secret would be written into the run's records; {SECRET_HINT}"
+            hint = f"; add {metric} to metrics" if metric in METRICS else did_you_mean(metric, known, prefix="val/")
+            yield key, f"{name} isn't computed{hint or '; the config gives val/' + ', val/'.join(known)}"

@@ -1,81 +1,205 @@
-"""The user's own source files that a config names, and those that these import: with them a run is trained, beside its config.
+"""Source code read without importing it: which files of the user's a config uses, what a module defines, signatures.
 
-Nothing is imported here: files are found below the code paths and their `import` lines are read.
+Importing torch takes seconds. So where a config is wrong anyway, its components are checked by their source, and all
+mistakes are reported at once. Only what the source says plainly counts: what is decorated, inherited, assigned or generated
+is left to the check that imports (`slots.check_components`).
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
+import importlib
+import importlib.util
+import inspect
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
+from functools import cache
+from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import Any
 
+from .components import no_module
+from .errors import did_you_mean
+from .fields import leaves
 from .schema import Config
 
 _OURS = Path(__file__).parents[1]
+# Of what is installed only these are judged: other packages may make names while they are imported.
+_JUDGED = ("torch", "torchvision", "torchmetrics", "dist_train")
 
 
 def source_files(config: Config) -> dict[str, str]:
-    """The first digits of each file's sha256, by its path below the code path that holds it; sorted.
+    """The user's source files that a config names, and those that these import: with them a run is trained.
 
-    A module that is imported by other means than an `import` statement isn't seen, nor is anything outside the code paths
-    (what is installed has a version).
+    Files outside the code paths aren't listed (what is installed has a version), nor are modules that are imported
+    otherwise than by an `import` statement.
+
+    Returns:
+        The first 16 digits of each file's sha256, by its path below the code path that holds it; sorted.
     """
+    importlib.invalidate_caches()  # files may have been written a moment ago
     paths = [Path(path) for path in config.run.code_paths]
-    roots = paths + [Path(entry) for entry in map(os.path.abspath, sys.path) if _below(Path(entry), paths)]
+    inside = [Path(entry) for entry in map(os.path.abspath, sys.path) if _is_below(Path(entry), paths)]
+    roots = [*paths, *inside]
+    # The import paths of specs, and of the classes of live objects.
+    todo = [str(value) for key, value in leaves(config.to_dict()) if key[-1] in ("_target_", "_live_")]
     found: dict[str, str] = {}
-    todo, seen = list(_named(config.to_dict())), set[str]()
+    seen: set[str] = set()
     while todo:
         module = todo.pop()
-        above, _, _ = module.rpartition(".")
-        if module in seen:
+        if not module or module in seen:
             continue
         seen.add(module)
-        todo += [above] if above else []
-        file = _find(module, roots)
+        todo.append(module.rpartition(".")[0])
+        file, package = _find(module, roots)
         if file is None or _OURS in file.parents:
             continue
-        holder = next(path for path in (*paths, *roots) if path in file.parents)
         content = file.read_bytes()
+        holder = next(root for root in roots if root in file.parents)
         found[file.relative_to(holder).as_posix()] = hashlib.sha256(content).hexdigest()[:16]
-        todo += _imported(content, module if file.name == "__init__.py" else above)
+        for node in (inner for statement in _parse(content) for inner in ast.walk(statement)):
+            if isinstance(node, ast.Import):
+                todo += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                todo += [f"{_origin(node, package)}.{alias.name}".lstrip(".") for alias in node.names]
     return dict(sorted(found.items()))
 
 
-def _below(entry: Path, paths: list[Path]) -> bool:
+def _is_below(entry: Path, paths: list[Path]) -> bool:
     return entry not in paths and any(path in entry.parents for path in paths) and "-packages" not in str(entry)
 
 
-def _named(value: Any) -> Iterator[str]:
-    """Every import path in a plain config, of specs and of the classes of live objects."""
-    if isinstance(value, dict):
-        yield from (str(value[name]) for name in ("_target_", "_live_") if name in value)
-    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from _named(inner)
+def read_signature(path: str, search: Sequence[str]) -> tuple[inspect.Signature, bool] | None:
+    """The call signature at an import path and whether it is a class's; None where the source doesn't tell.
 
-
-def _find(module: str, roots: list[Path]) -> Path | None:
-    for root in roots:
-        base = root.joinpath(*module.split("."))
-        for file in (base / "__init__.py", base.with_name(base.name + ".py")):
-            if file.is_file():
-                return file
+    `search` are directories that come before those of sys.path. Defaults other than constants are shown as `...`.
+    """
+    module, _, name = path.rpartition(".")
+    for _ in range(6):  # re-exports of re-exports
+        body, package = _source(module, (*search, *sys.path))
+        for node in body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
+                return _signature(node)
+        imports = [(node, alias) for node in body if isinstance(node, ast.ImportFrom) for alias in node.names]
+        named = [(node, alias.name) for node, alias in imports if (alias.asname or alias.name) == name]
+        found = named or [(node, name) for node, alias in imports if alias.name == "*"]
+        if len(found) != 1:
+            return None
+        node, name = found[0]
+        module = _origin(node, package)
     return None
 
 
-def _imported(content: bytes, package: str) -> Iterator[str]:
-    """The modules (or names in modules) that a source imports, wherever in it; `package` is what relative ones count from."""
+def missing(path: str, search: Sequence[str]) -> str | None:
+    """What an import path names that doesn't exist, as `components.locate` reports it; None where the source doesn't tell."""
+    parts = path.split(".")
+    if len(parts) < 2 or not all(part.isidentifier() for part in parts):
+        return None
+    places = (*search, *sys.path, str(_OURS.parent))
+    if PathFinder.find_spec(parts[0], places) is None:
+        try:
+            exists = importlib.util.find_spec(parts[0]) is not None  # builtins, and what is installed by a hook
+        except ValueError:
+            exists = True
+        if not exists:
+            return no_module(parts[0])
+    judged = places if parts[0] in _JUDGED else tuple(search)
+    for depth in range(len(parts) - 1, 0, -1):
+        holder, name = ".".join(parts[:depth]), parts[depth]
+        body, package = _source(holder, judged)
+        if body:
+            is_module = package == holder and _source(f"{holder}.{name}", judged)[1]
+            names = _definitions(holder, judged)
+            if is_module or names is None or name in names:
+                return None
+            near = did_you_mean(name, (known for known in sorted(names) if known[:1] != "_"), prefix=holder + ".")
+            return f"module {holder} has no {name}{near}"
+    return None
+
+
+@cache
+def _definitions(module: str, search: tuple[str, ...]) -> frozenset[str] | None:
+    """The names that a module's statements define; None where it may define others while it runs."""
+    found: set[str] = set()
+    body, package = _source(module, search)
+    for node in (inner for statement in body for inner in ast.walk(statement)):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            found.add(node.name)
+        elif isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
+            more = _definitions(_origin(node, package), search)
+            if more is None:
+                return None
+            found |= more
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {alias.asname or alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.Name) and node.id in ("globals", "setattr", "exec", "vars"):
+            return None
+    return frozenset(found) if body and "__getattr__" not in found else None
+
+
+@cache
+def _source(module: str, search: tuple[str, ...]) -> tuple[list[ast.stmt], str]:
+    """The statements of a module (none, if it isn't found or isn't Python), and the package of its relative imports."""
+    file, package = _find(module, search)
     try:
-        tree = ast.parse(content)
+        return _parse(file.read_bytes()) if file is not None else [], package
+    except OSError:
+        return [], package
+
+
+def _find(module: str, search: Sequence[str | Path]) -> tuple[Path | None, str]:
+    """The source file of a module, None if it isn't found or isn't Python; and the package of its relative imports."""
+    places: Sequence[str] | None = list(map(str, search))
+    spec = None
+    for depth in range(1, module.count(".") + 2):
+        spec = PathFinder.find_spec(".".join(module.split(".")[:depth]), places) if places is not None else None
+        places = spec.submodule_search_locations if spec is not None else None
+    if spec is None or not str(spec.origin).endswith(".py"):
+        return None, ""
+    return Path(str(spec.origin)), module if places is not None else module.rpartition(".")[0]
+
+
+def _parse(content: bytes) -> list[ast.stmt]:
+    """The statements of a source; none if it isn't Python."""
+    try:
+        return ast.parse(content).body
     except (SyntaxError, ValueError):
-        return
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            above = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
-            module = ".".join([*filter(None, above), *([node.module] if node.module else [])])
-            yield from (f"{module}.{alias.name}".lstrip(".") for alias in node.names)
+        return []
+
+
+def _origin(node: ast.ImportFrom, package: str) -> str:
+    """The module that `from ... import` names; `package` is that of relative imports."""
+    try:
+        return importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+    except ImportError:  # more dots than packages
+        return ""
+
+
+def _signature(node: ast.ClassDef | ast.FunctionDef) -> tuple[inspect.Signature, bool] | None:
+    is_class = isinstance(node, ast.ClassDef)
+    if isinstance(node, ast.ClassDef):
+        makers = [item for item in node.body if getattr(item, "name", "") in ("__init__", "__new__")]
+        maker = makers[0] if len(makers) == 1 and not node.keywords and not node.decorator_list else None
+        if not isinstance(maker, ast.FunctionDef) or maker.name != "__init__":
+            return None
+        node = maker
+    if node.decorator_list:
+        return None
+    # A lambda with the same parameters; no code of the user's is evaluated, since constants replace the defaults.
+    args = node.args
+    for arg in (*args.posonlyargs, *args.args, *args.kwonlyargs, args.vararg, args.kwarg):
+        if arg is not None:
+            arg.annotation = None
+    args.defaults = [_constant(default) for default in args.defaults]
+    args.kw_defaults = [default and _constant(default) for default in args.kw_defaults]
+    body = ast.copy_location(ast.Constant(None), node)
+    code = compile(ast.fix_missing_locations(ast.Expression(ast.Lambda(args, body))), "<signature>", "eval")
+    form = inspect.signature(eval(code))
+    return form.replace(parameters=list(form.parameters.values())[is_class:]), is_class
+
+
+def _constant(default: ast.expr) -> ast.expr:
+    return default if isinstance(default, ast.Constant) else ast.Constant(...)

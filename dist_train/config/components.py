@@ -1,6 +1,6 @@
 """Objects named by import path: `{_target_: package.module.Name, argument: value}`.
 
-A spec is such a dict, or a live object handed over from Python. This module itself imports no torch and no user code.
+A spec is such a dict, or a live object from Python. This module itself imports neither torch nor user code.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .fields import expand_argument
 
 
 def add_code_paths(paths: Iterable[str]) -> None:
-    """Look for user code in `paths` first, in their order. Done twice, it changes nothing."""
+    """Look for user code in `paths` first, in their order. Idempotent."""
     wanted = [os.path.abspath(path) for path in paths]
     rest = [path for path in sys.path if path not in wanted]
     if [*wanted, *rest] != sys.path:
@@ -60,8 +60,8 @@ def locate(path: Any) -> Any:
 
 
 def no_module(name: str) -> str:
-    """What to say of a module that isn't there."""
-    places = f"{', '.join(map(_short, sys.path[:2]))} and among what is installed (run.code_paths adds directories)"
+    """The message for a module that doesn't exist."""
+    places = f"{', '.join(map(_short, sys.path[:2]))} and among installed packages (run.code_paths adds directories)"
     hint = did_you_mean(name, {module.name for module in pkgutil.iter_modules()}) or f"; looked in {places}"
     return f"no module named {name}{hint}"
 
@@ -79,7 +79,7 @@ def _import(name: str) -> types.ModuleType | None:
 
 
 def _import_failure(name: str, error: BaseException) -> str:
-    """A failure inside a module: the last line of it that isn't Python's import machinery or this file."""
+    """The message for a module that raises: the last frame outside Python's import machinery and this file."""
     place = ""
     trace = error.__traceback__
     while trace is not None:
@@ -112,7 +112,7 @@ def reserved(spec: Any, names: Iterable[str]) -> tuple[Any, dict[str, Any]]:
 
 
 def build(spec: Any, *args: Any, **kwargs: Any) -> Any:
-    """The instance that a spec describes; `args` come before its `_args_`, `kwargs` win over its arguments.
+    """The instance that a spec describes; `args` come before its `_args_`, `kwargs` take precedence over its arguments.
 
     A live object is returned as it is; but with `args` or `kwargs`, a live factory (a class, function or partial) is
     called with them. Raises ConfigError where the target isn't found; what the target itself raises goes through.
@@ -142,7 +142,7 @@ def build_callable(spec: Any) -> Callable[..., Any]:
 
 
 def signature(target: Any) -> inspect.Signature | None:
-    """The call signature, or None for builtins that don't tell."""
+    """The call signature, or None for builtins without one."""
     try:
         return inspect.signature(target)
     except (TypeError, ValueError):
@@ -150,7 +150,7 @@ def signature(target: Any) -> inspect.Signature | None:
 
 
 def arguments(target: Any, spec: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-    """The built positional and keyword arguments of a spec: nested specs first, lists as tensors where wanted."""
+    """The built positional and keyword arguments of a spec: nested specs are built, lists become tensors where annotated."""
     keywords = {key: _value(item) for key, item in spec.items() if key not in ("_target_", "_args_")}
     given = [_value(item) for item in spec.get("_args_", [])]
     form = signature(target)
@@ -182,7 +182,7 @@ def _value(value: Any) -> Any:
 
 
 def type_names(annotation: Any) -> set[str]:
-    """The names of the types in an annotation or a union of them, as in the source; empty where there is none."""
+    """The names of the types in an annotation or a union, as in the source; empty without one."""
     if annotation is inspect.Parameter.empty:
         return set()
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):

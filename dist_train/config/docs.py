@@ -1,4 +1,4 @@
-"""`python -m dist_train.config.docs` writes the tables of docs/config.md and dist_train/config/schema.json again."""
+"""`python -m dist_train.config.docs` generates the tables of docs/config.md, and dist_train/config/schema.json."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .schema import Config
 
 SCHEMA_FILE = Path(__file__).with_name("schema.json")
 REFERENCE_FILE = Path(__file__).resolve().parents[2] / "docs" / "config.md"
-# What stands above this line in docs/config.md is written by hand.
+# Above this line, docs/config.md is written by hand.
 MARK = "<!-- From here on generated from the schema by `make docs`; a test keeps it current. -->\n"
 
 
@@ -23,26 +23,26 @@ def json_schema() -> dict[str, Any]:
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "dist_train config"}
     schema["properties"] = {
         "extends": {
-            "description": "A config file, or several, that this one is merged over; relative to this file.",
+            "description": "A config file, or several, over which this one is merged; relative to this file.",
             "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
         },
         **schema["properties"],
     }
-    # With `extends`, everything may stand in the base; what is missing in the end is found when the config is read.
+    # With `extends`, every key may be in the base: required keys are checked when the config is loaded.
     for part in (schema, schema["$defs"]["DataConfig"]):
         part.pop("required", None)
     return schema
 
 
 def reference() -> str:
-    """docs/config.md: its head as it is, then a table for each section."""
+    """docs/config.md: its hand-written part, then a table for each section."""
     parts = [REFERENCE_FILE.read_text(encoding="utf-8").partition(MARK)[0] + MARK, "## Top level", ""]
     parts += [*_table(Config, ""), ""]
     for name, field in walk(Config):
         section = section_of(field)
         if section is not None:
             parts += [f"## {name}", "", about(section), "", *_table(section, name + "."), ""]
-    parts += ["## Names from elsewhere", "", "| you may know it as | here |", "| --- | --- |"]
+    parts += ["## Names from other tools", "", "| name elsewhere | here |", "| --- | --- |"]
     answers: dict[str, list[str]] = {}
     for name, answer in foreign()[0].items():
         answers.setdefault(example_of(answer), []).append(f"`{name}`")
@@ -55,7 +55,7 @@ def _table(section: type[Section], above: str) -> Iterator[str]:
     yield "| --- | --- | --- | --- | --- |"
     for name, schema in section.model_json_schema()["properties"].items():
         if "change" in schema:  # the rest are sections of their own
-            shown = "`" + json.dumps(schema["default"]).replace('"', "") + "`" if "default" in schema else "needed"
+            shown = "`" + json.dumps(schema["default"]).replace('"', "") + "`" if "default" in schema else "required"
             yield f"| `{above}{name}` | {_kind(schema)} | {shown} | {schema['change']} | {schema['description']} |"
 
 

@@ -1,8 +1,8 @@
-"""Config errors: every mistake at once, each with its place; and texts made safe to write: secrets masked, escapes shown.
+"""Config errors: every mistake at once, each with its place; and text made safe to write: secrets masked, escapes shown.
 
-A config that holds a secret is refused, and secrets in what errors and libraries say are masked. Nothing here knows every
-secret: what counts are the password in a URL and its signed query, arguments named like `token` or `api_key`, and the values
-of environment variables that are named so. Mask before a text is truncated or quoted again: half a secret isn't recognized.
+A config that holds a secret is refused, and secrets in the messages of errors and libraries are masked. What counts as a secret:
+the password in a URL and its signed query, arguments named like `token` or `api_key`, and the values of environment variables
+with such names. Mask before a text is truncated or quoted again: half a secret isn't recognized.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SECRET_HINT = (
     "or from its own file (AWS_ACCESS_KEY_ID, FSSPEC_S3_KEY, ~/.config/fsspec)"
 )
 SHORTEST = 8  # characters of a variable's value that is masked; a shorter one may be an ordinary word
-REFUSED = 16  # and of one that is refused: a weak password may well be a part of a path
+REFUSED = 16  # and of one that a config may not hold: a short password may be part of a path
 _HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _VARIABLE = re.compile(
     r"(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|(API|ACCESS|ACCOUNT|SECRET|PRIVATE)_?KEY)$", re.IGNORECASE
@@ -51,18 +51,18 @@ def _is_secret(variable: str) -> bool:
 
 @functools.cache
 def _forms(value: str) -> list[str]:
-    """A value as it is, and as it stands in a text that quotes it; the longest first."""
+    """A value as it is and as it is quoted in other text; the longest first."""
     forms = {value, value.strip(), repr(value)[1:-1], json.dumps(value)[1:-1], html.escape(value)}
     return sorted((form for form in forms if len(form) >= SHORTEST), key=len, reverse=True)
 
 
 def visible(text: str, keep: str = "\n\t") -> str:
-    """The text with escapes (`\\x1b`, `\\udcff`) for what a terminal would obey or a file can't hold; `keep` stays."""
+    """The text with escapes (`\\x1b`, `\\udcff`) for control characters and what UTF-8 can't encode, except `keep`."""
     return _HIDDEN.sub(lambda found: found[0] if found[0] in keep else repr(found[0])[1:-1], text)
 
 
 def error_text(error: BaseException) -> str:
-    """`str(error)`, also where its own `__str__` fails."""
+    """`str(error)`, also if its `__str__` raises."""
     try:
         return str(error)
     except Exception as wrong:
@@ -70,7 +70,7 @@ def error_text(error: BaseException) -> str:
 
 
 def holds_secret(text: str) -> bool:
-    """Whether such a thing is in a text that would be recorded."""
+    """Whether a secret is in a text that would be recorded."""
     return mask(text, REFUSED) != text
 
 
@@ -109,13 +109,13 @@ def did_you_mean(word: object, known: Iterable[str], *, prefix: str = "") -> str
 
 
 def describe(value: object) -> str:
-    """A value in the words of a message: `the string '0,1'`, `the number 3`, `a list`, `nothing`."""
+    """A value as messages describe it: `the string '0,1'`, `the number 3`, `a list`, `nothing (null)`."""
     if value is None:
         return "nothing (null)"
     if isinstance(value, bool):
         return f"the boolean {str(value).lower()}"
     if isinstance(value, str):
-        value = mask(value)  # before it is cut
+        value = mask(value)  # before it is truncated
         return f"the string {value if len(value) <= 60 else value[:57] + '...'!r}"
     if isinstance(value, int | float):
         return f"the number {value!r}"

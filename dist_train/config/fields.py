@@ -1,4 +1,4 @@
-"""The kinds of value that the schema is made of: how each is checked, and written out again."""
+"""The types of the schema: durations, paths, components, ...: how each is checked, and written as YAML."""
 
 from __future__ import annotations
 
@@ -18,13 +18,18 @@ from .errors import describe, did_you_mean
 
 Key = tuple[str | int, ...]  # a dotted key in parts; entries of a list are counted from 0
 
-# The keys of a config, `{time}` and `{job}` in a run's name.
+# In a run's name: `{time}`, `{job}` or a key of the config.
 PLACEHOLDER = re.compile(r"\{([\w.]+)\}")
 
 
 def dotted(key: Key) -> str:
     """The key as it is written on a command line."""
     return ".".join(map(str, key))
+
+
+def keyed(text: str) -> Key:
+    """A dotted key in parts, with the numbers of list entries as ints."""
+    return tuple(int(part) if part.isdigit() else part for part in text.split("."))
 
 
 _DURATION = re.compile(r"\s*([+-]?[0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)\s*")
@@ -51,7 +56,7 @@ class Duration:
         except ValueError:
             raise ValueError(f"expected a number and a unit, like 20ep, 500step or 10min, found {text!r}") from None
         if not unit:
-            raise ValueError(f"{text} of what? Write a unit after the number: {UNITS}; for example {number}ep")
+            raise ValueError(f"{text} has no unit; the units are {UNITS}, for example {number}ep")
         if unit not in ("ep", "step", *_SECONDS):
             raise ValueError(f"unknown unit {unit!r} in {text!r}; the units are {UNITS}")
         if not 0 < value < float("inf"):
@@ -114,7 +119,7 @@ def expand_path(path: str) -> str:
 
 
 def expand_argument(text: str) -> str:
-    """An argument of a component: where it is a path with a variable (`$DATA`, `$DATA/x`, `a/${B}`), that is filled in.
+    """An argument of a component; a path with a variable (`$DATA`, `$DATA/x`, `a/${B}`) has it filled in.
 
     Raises:
         ValueError: a variable isn't set.
@@ -128,7 +133,7 @@ _LOWER_WORDS = {"wer", "cer", "eer", "fid", "kid", "lpips", "ece", "brier", "ppl
 
 
 def better_is_lower(metric: str) -> bool:
-    """Whether less of a metric is better, judged by its name, as `mode: auto` does."""
+    """Whether a lower value of a metric is better, by its name, as for `mode: auto`."""
     name = metric.rsplit("/", 1)[-1].lower()
     if name.startswith("neg_"):  # as scikit-learn turns errors into scores
         return False
@@ -140,13 +145,13 @@ def _declare(change: str, default: Any, description: str) -> Any:
     return Field(default, description=description, json_schema_extra=extra)
 
 
-# What happens when the value differs from the one that a run was begun with. harmless: taken, the difference is logged;
-# consent: needs `checkpoint.accept_changes=true` (or another `run.name`); refused: can't change within one run.
+# What happens when the value differs from the one that a run was started with. harmless: applied, and the difference logged;
+# consent: requires `checkpoint.accept_changes=true` (or another `run.name`); refused: can't change within one run.
 harmless = partial(_declare, "harmless")
 consent = partial(_declare, "consent")
 refused = partial(_declare, "refused")
 
-# The metrics that have a name; tests hold this equal to dist_train.task.metrics.NAMED.
+# Built-in metrics; a test keeps this equal to dist_train.task.metrics.NAMED.
 METRICS = ("accuracy", "top5", "binary_accuracy", "mae", "mse", "rmse", "r2")
 
 
@@ -155,7 +160,7 @@ def _component(value: Any) -> Any:
     if isinstance(value, dict):
         if "_live_" in value:
             raise ValueError(
-                f"this was an object made in Python ({value['_live_']}), which a file can't hold: continue from Python "
+                f"this was an object made in Python ({value['_live_']}), which a file can't hold: resume from Python "
                 "with the same object, or name it by _target_"
             )
         if "_target_" not in value:
@@ -174,16 +179,16 @@ def _component(value: Any) -> Any:
 def _optimizer(value: Any) -> Any:
     if isinstance(value, list):
         raise ValueError(
-            "several optimizers (of a GAN, say) aren't supported: name one, give parameters settings of their own by its "
-            "`groups`, and let the task return the sum of the losses"
+            "several optimizers (of a GAN, say) aren't supported: name one, use its `groups` for settings of some parameters, "
+            "and let the task return the sum of the losses"
         )
     return _component(value)
 
 
 def _metric(value: Any) -> Any:
     if isinstance(value, str) and value not in METRICS:
-        known = f"; those with a name are {', '.join(METRICS)}, any class goes by {{_target_: ...}}"
-        raise ValueError(f"no metric is called {value}{did_you_mean(value, METRICS) or known}")
+        known = f"; there are {', '.join(METRICS)}, and any class by {{_target_: ...}}"
+        raise ValueError(f"there is no metric {value}{did_you_mean(value, METRICS) or known}")
     return value if isinstance(value, str) else _component(value)
 
 
@@ -214,7 +219,7 @@ EpochsOrSteps = Annotated[Duration, BeforeValidator(Duration.parse_count), *_AS_
 Lengths = Annotated[list[Length], _one_or_more(Length)]
 Text = Annotated[str, Field(min_length=1)]
 Patterns = Annotated[list[Text], _one_or_more(Text)]
-# A name may look like a number, in a Python dict too: in YAML it is a text by its key.
+# From a Python dict a name may be a number; from YAML it is text already (see `source.Node.plain`).
 Name = Annotated[Text, BeforeValidator(lambda value: str(value) if type(value) in (int, float) else value)]
 Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -227,18 +232,18 @@ Auto = Literal["auto"]
 
 
 class Section(BaseModel):
-    """A mapping of known keys; any other key is an error. Sections don't change once they are read."""
+    """A mapping of known keys; any other key is an error. Sections are immutable."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, arbitrary_types_allowed=True)
 
 
 def about(section: type[Section]) -> str:
-    """What a section's docstring says, alike on every Python: 3.13 takes the indentation out when it compiles."""
+    """A section's docstring, the same on every Python: 3.13 strips the indentation at compile time."""
     return inspect.cleandoc(section.__doc__ or "")
 
 
 def section_of(field: FieldInfo) -> type[Section] | None:
-    """The section that a field holds (or may hold), or None for a leaf."""
+    """The section that a field holds, or None for a leaf."""
     kinds = (field.annotation, *get_args(field.annotation))
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
 
@@ -263,7 +268,7 @@ def leaves(value: Any, key: Key = ()) -> Iterator[tuple[Key, Any]]:
 
 
 def plain(value: Any) -> Any:
-    """The YAML-safe copy of any value of a config; a live object is {"_live_": its class}."""
+    """A copy of any value of a config that YAML can hold; a live object is {"_live_": its class}."""
     if isinstance(value, Section):
         value = dict(value)
     if isinstance(value, Duration):

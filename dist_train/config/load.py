@@ -1,9 +1,9 @@
-"""`load_config`: from a file, a dict or nothing to a checked `Config`, or to one error that names every mistake."""
+"""`load_config`: from a file, a mapping or nothing to a checked `Config`, or to one error with every mistake."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
+import operator
 import os
 import re
 from collections import Counter
@@ -17,37 +17,32 @@ from pydantic_core import ErrorDetails
 
 from . import checks, slots
 from .errors import ConfigError, describe, did_you_mean
-from .fields import Key, dotted, expand_argument, expand_path, walk
-from .schema import Config
-from .source import COMMAND_LINE, DICT, Place, Reader, as_problems, keyed, nearest
+from .fields import Key, dotted
+from .schema import KEYS, Config
+from .source import Reader, as_problems, nearest
 
 DEFAULT = Path(__file__).with_name("default.yaml")
-KEYS = dict(walk(Config))  # every key of the schema
-PATHS = ("run.dir", "run.code_paths", "transfer.weights", "checkpoint.resume")
 
 
 def load_config(
     source: str | os.PathLike[str] | Mapping[str, Any] | None = None, overrides: Sequence[str] = ()
 ) -> Config:
-    """Read, merge and check a config. torch isn't imported, and no component either (see `slots.check_components`).
+    """Read, merge and check a config. Neither torch nor a component is imported (see `slots.check_components`).
 
     Args:
         source: a YAML file; a mapping, in which any component may be a live object (kept as it is, never copied); None
             for the built-in default.
-        overrides: `a.b.c=value`, as on the command line.
+        overrides: `a.b.c=value`, as on the command line; they take precedence over the source.
 
     Raises:
         ConfigError: with every mistake, sorted by place.
     """
     reader = Reader()
     path = None if source is None or isinstance(source, Mapping) else os.fspath(source)
-    root = (
-        reader.mapping(source) if isinstance(source, Mapping) else reader.file(str(DEFAULT) if path is None else path)
-    )
+    root = reader.mapping(source) if isinstance(source, Mapping) else reader.file(path or str(DEFAULT))
     root = reader.overrides(root, overrides)
-    root = root.as_written(_is_text)
-    data, places = root.plain(), dict(root.places())
-    for key, message in [*((keyed(name), text) for name, text in checks.secrets_in(data)), *_unset(data)]:
+    data, places = root.plain(_is_text), {key: node.place for key, node in root.walk()}
+    for key, message in checks.check_values(data):
         reader.note(nearest(places, key), key, message)
 
     config: Config | None
@@ -55,15 +50,15 @@ def load_config(
     try:
         config = Config.model_validate(data)
     except ValidationError as error:
-        said = {key for _, key, _ in reader.noted}  # of a key whose text is wrong, nothing more needs saying
-        for key, message in _translate(data, error, reader.incomplete):
+        reported = {key for _, key, _ in reader.noted}  # a key whose text is wrong needs no other message
+        for key, message in list(_translate(data, error, reader.incomplete)):
             broken.append(key)
-            if dotted(key) not in said:
+            if key not in reported:
                 reader.note(nearest(places, key), key, message)
-        config = _repaired(root.plain())
+        config = _repaired(data)
     if config is not None:
-        config = _resolve(config, places, path, "digits" if source is None else "run")
-        findings = [] if reader.incomplete else [(keyed(key), text) for key, text in checks.cross_checks(config)]
+        config = config.from_source(path, places, "digits" if source is None else "run")
+        findings = [] if reader.incomplete else list(checks.cross_checks(config))
         if reader.noted or findings:
             findings += slots.check_sources(config)
         for key, message in findings:
@@ -75,49 +70,22 @@ def load_config(
     return config
 
 
+def _kinds(annotation: Any) -> set[Any]:
+    """The types and literals in an annotation."""
+    inside = get_args(annotation)[: 1 if get_origin(annotation) is Annotated else None]
+    return set().union(*map(_kinds, inside)) if inside else {annotation}
+
+
+_TEXTS = {key for key, field in KEYS.items() if _kinds(field.annotation) - {type(None)} == {str}}
+
+
 def _is_text(key: Key) -> bool:
-    """Whether a key of the schema (or an entry of its list) holds a text and nothing else."""
-    field = KEYS.get(dotted(key)) or KEYS.get(dotted(key[:-1]))
-    kinds, todo = set(), [field.annotation if field is not None else None]
-    while todo:
-        kind = todo.pop()
-        todo += get_args(kind) if get_origin(kind) is not Annotated else get_args(kind)[:1]
-        kinds |= {kind} if not get_args(kind) else set()
-    return str in kinds and kinds <= {str, type(None)}
-
-
-def _unset(value: Any, key: Key = ()) -> Iterator[tuple[Key, str]]:
-    """The paths in a config of plain values whose variables aren't set, and what to say of them."""
-    if isinstance(value, dict | list):
-        for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _unset(inner, (*key, name))
-    elif isinstance(value, str):
-        holder = dotted(key[:-1] if key and type(key[-1]) is int else key)
-        try:
-            _ = expand_path(value) if holder in PATHS else holder in KEYS or expand_argument(value)
-        except ValueError as error:
-            yield key, str(error)
-
-
-def _resolve(config: Config, places: dict[Key, Place], path: str | None, default_name: str) -> Config:
-    """Fill in what depends on where the config came from: the run's name, and where user code is looked for."""
-    name = config.run.name or (Path(path).stem if path is not None else default_name)
-    paths: Sequence[str] = config.run.code_paths
-    if paths:
-        written = nearest(places, ("run", "code_paths")).source
-        origin = "" if written in (COMMAND_LINE, DICT) else os.path.dirname(written)
-        with contextlib.suppress(ValueError):  # a variable that isn't set has been told
-            paths = [os.path.abspath(os.path.join(origin, expand_path(entry))) for entry in paths]
-    else:
-        paths = list(dict.fromkeys([os.path.abspath(os.path.dirname(path or "")), os.getcwd()]))
-    where = {"name": name, "code_paths": paths}
-    config = config.model_copy(update={"run": config.run.model_copy(update=where)})
-    config._source, config._places = path, places
-    return config
+    """Whether a key of the schema (or an entry of its list) holds text and nothing else."""
+    return dotted(key) in _TEXTS or dotted(key[:-1]) in _TEXTS
 
 
 def _repaired(data: Any) -> Config | None:
-    """The config with something harmless in place of what is wrong, so that the other checks can go on."""
+    """The config with something valid in place of what is wrong, so that the other checks can run; `data` is changed."""
     tried: Counter[Key] = Counter()
     for _ in range(5):
         try:
@@ -125,20 +93,18 @@ def _repaired(data: Any) -> Config | None:
         except ValidationError as error:
             broken = {_key(data, item) for item in error.errors()}
         tried.update(broken)
-        # First a stand-in that is right wherever a component may stand; then the key is left out, then what holds it.
+        # First a stand-in that is valid wherever a component is; then the key is left out, then what holds it.
         keys = {key[:-1] if tried[key] > 2 or (tried[key] == 2 and type(key[-1]) is int) else key for key in broken}
-        for key in sorted(keys, key=len, reverse=True):
-            holder = data
-            for part in key[:-1]:
-                holder = holder[part]
+        for key in sorted(filter(None, keys), key=len, reverse=True):
+            holder = functools.reduce(operator.getitem, key[:-1], data)
             if tried[key] == 1:
                 holder[key[-1]] = {"_target_": "builtins.object"}
-            elif key:
+            else:
                 holder.pop(key[-1], None)
     return None
 
 
-# --- pydantic's errors, each once, at its key, with what to do --------------------------------------------------------
+# --- pydantic's errors: each once, at its key, with a fix --------------------------------------------------------
 
 _EXPECTED = {
     "int_type": "a whole number",
@@ -161,20 +127,19 @@ def _translate(data: Any, error: ValidationError, incomplete: bool) -> Iterator[
     for item in error.errors(include_url=False):
         by_key.setdefault(_key(data, item), []).append(item)
     for key, items in by_key.items():
-        ours = [item for item in items if item["type"] == "value_error"]
-        kinds = {item["type"] for item in items}
-        if ours:
-            yield key, str(ours[0]["ctx"]["error"])
-        elif kinds & {"extra_forbidden", "invalid_key"}:
+        kinds = {item["type"]: item for item in items}
+        if "value_error" in kinds:  # ours
+            yield key, str(kinds["value_error"]["ctx"]["error"])
+        elif kinds.keys() & {"extra_forbidden", "invalid_key"}:
             yield key, f"unknown key{_advice(key, items[0]['input'])}"
         elif "missing" not in kinds:
             yield key, _mismatch(key, items)
         elif not incomplete:  # else it may be in the part that couldn't be read
-            yield key, f"this key is missing: {KEYS[dotted(key)].description}"
+            yield key, f"this key is required: {KEYS[dotted(key)].description}"
 
 
 def _key(data: Any, item: ErrorDetails) -> Key:
-    """The key that an error is about: its loc goes on into the branches of unions."""
+    """The key that an error is about: its loc continues into the branches of unions."""
     key: Key = ()
     for part in item["loc"]:
         inside = part in data if type(data) is dict else type(data) is list and type(part) is int
@@ -185,7 +150,7 @@ def _key(data: Any, item: ErrorDetails) -> Key:
 
 
 def _mismatch(key: Key, items: list[ErrorDetails]) -> str:
-    """`expected X, found Y`, with a hint for the slips that YAML invites. `items` are the branches of a union."""
+    """`expected X, found Y`, with a hint for common mistakes in YAML. `items` are the branches of a union."""
     value, kinds = items[0]["input"], {item["type"] for item in items}
     wanted = [_EXPECTED.get(item["type"], item["msg"]).format(**item.get("ctx", {})) for item in items]
     words = re.findall("'([^']*)'", " ".join(wanted)) + ["true", "false"] * ("bool_type" in kinds)

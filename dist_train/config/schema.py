@@ -1,11 +1,14 @@
-"""Every key of a config, its type, its default and what it means: the reference that docs/config.md is made from.
+"""Every key of a config, its type, its default and what it means: docs/config.md is generated from this file.
 
 Each leaf is declared by `harmless`, `consent` or `refused`: what happens when its value differs from the one that a run
-was begun with (see `changes.py`). Cross-field rules are in `checks.py`. Importing this module imports no torch.
+was started with (see `changes.py`). Rules over several keys are in `checks.py`. Importing this module imports no torch.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PrivateAttr
@@ -36,26 +39,28 @@ from .fields import (
     consent,
     expand_path,
     harmless,
+    keyed,
     live_objects,
     plain,
     refused,
+    walk,
 )
-from .source import Place, dump, keyed, nearest
+from .source import COMMAND_LINE, DICT, Place, dump, nearest
 
 
 class RunConfig(Section):
-    """Where the run lives. The same name and directory is the same run: starting it again goes on with it."""
+    """The directory of the run. The same name and directory is the same run: starting it again resumes it."""
 
     name: Name | None = harmless(
         None,
-        "The run's directory inside `run.dir`. `{time}`, `{job}` and any key, like `{optimizer.lr}`, are filled in; a text that "
-        "can't stand in a path gets a few digits of its hash, and of starts in one second the later ones a number. "
-        "null: the name of the config file without its ending; from a Python dict: `run`.",
+        "The run's directory inside `run.dir`. `{time}`, `{job}` and any key, like `{optimizer.lr}`, are filled in; characters "
+        "that a path can't hold are replaced, and a hash is appended; runs started in the same second are numbered. "
+        "null: the name of the config file without its suffix; from a Python dict: `run`.",
     )
     dir: Text = harmless(
         "runs",
-        "Where runs are kept: a directory, or any fsspec URL such as `s3://bucket/runs`. In paths `$VAR` and `${VAR}` are "
-        "filled in from the environment, when they are used: config.yaml keeps the text.",
+        "The directory of all runs, or any fsspec URL such as `s3://bucket/runs`. In paths `$VAR` and `${VAR}` are filled in "
+        "from the environment where they are used: config.yaml keeps the text.",
     )
 
     @property
@@ -65,13 +70,13 @@ class RunConfig(Section):
 
     code_paths: list[Text] = harmless(
         [],
-        "Directories that are searched for your own code before what is installed; relative ones count from the "
-        "file. Empty: the directory of the config file, then the working directory. Recorded as absolute paths.",
+        "Directories in which your own code is looked for before installed packages; relative to the file. Empty: the "
+        "directory of the config file, then the working directory. Recorded as absolute paths.",
     )
 
 
 class DataConfig(Section):
-    """What is trained on and evaluated on, and how it is read."""
+    """The datasets, and how they are read."""
 
     train: Component = consent(..., "The training dataset: anything with `__getitem__` and `__len__`.")
     val: Component | None = consent(None, "The validation dataset, evaluated every `trainer.evaluate_every`.")
@@ -79,27 +84,23 @@ class DataConfig(Section):
     global_batch_size: Count | Literal["all"] = refused(
         64, "Samples of one optimizer step, over all ranks. `all`: the whole dataset in every step (full batch)."
     )
-    shuffle: bool = refused(True, "Train in a new order each epoch, a function of seed and epoch. Evaluation never is.")
+    shuffle: bool = refused(True, "Shuffle the training data each epoch, by seed and epoch. Never in evaluation.")
     eval_batch_size: Count = harmless(256, "Samples of one forward in evaluation, on one rank.")
     num_workers: NonNegative | Auto = harmless(
         "auto",
-        "Loader processes of each rank. `auto`: none for a dataset that reads whole batches itself (`read_batch`) or "
-        "where CPUs are few; else the CPUs that this process may use, shared by the ranks of the machine.",
+        "DataLoader workers of each rank. `auto`: none for a dataset that reads whole batches itself (`read_batch`) or "
+        "where CPUs are few; else the CPUs available to this process, divided among the ranks of the machine.",
     )
     pin_memory: bool | Auto = harmless("auto", "Page-locked batches, for faster copies. `auto`: on CUDA only.")
-    steps_per_epoch: Count | None = refused(None, "The length of an epoch, for an IterableDataset that has none.")
-    drop_last: bool = refused(True, "Leave out an epoch's last, smaller batch. false: train on it, by its exact mean.")
-    augment: list[Component] = consent(
-        [], "Augmentations of batches, on the device, random by each sample's own numbers."
-    )
+    steps_per_epoch: Count | None = refused(None, "The length of an epoch, for an IterableDataset without a length.")
+    drop_last: bool = refused(True, "Drop an epoch's last, smaller batch. false: train on it, by its exact mean.")
+    augment: list[Component] = consent([], "Augmentations of batches, on the device, with per-sample randomness.")
     collate: Component | None = consent(None, "Makes a batch from a list of samples. null: torch's default_collate.")
-    persistent_workers: bool | Auto = harmless(
-        "auto", "Keep loader processes over epochs. `auto`: where there are any."
-    )
-    prefetch_factor: Count | None = harmless(None, "Batches that each loader process reads ahead. null: two.")
-    timeout: AtLeastZero = harmless(0.0, "Seconds to wait for a loader process before failing; 0: no limit.")
+    persistent_workers: bool | Auto = harmless("auto", "Keep workers over epochs. `auto`: where there are any.")
+    prefetch_factor: Count | None = harmless(None, "Batches that each worker loads in advance. null: two.")
+    timeout: AtLeastZero = harmless(0.0, "Seconds to wait for a worker before failing; 0: no limit.")
     worker_start_method: Literal["auto", "fork", "spawn", "forkserver"] = harmless(
-        "auto", "How loader processes are started. `auto`: Python's default."
+        "auto", "How workers are started. `auto`: Python's default."
     )
 
 
@@ -111,27 +112,27 @@ class HeadConfig(Section):
 
 
 class AppendConfig(Section):
-    """A module added behind the others of a torch.nn.Sequential."""
+    """A module appended to a torch.nn.Sequential."""
 
     at: Text = refused(..., "Name of the Sequential, such as `classifier`.")
-    name: Text = refused(..., "What the new module is called in it.")
+    name: Text = refused(..., "Name of the new module in it.")
     module: Component = refused(..., "The torch.nn.Module.")
 
 
 class TransferConfig(Section):
-    """Beginning from weights that were trained before: load them, change the model's end, freeze the rest.
+    """Transfer learning: load pretrained weights, change the model's last layers, freeze parameters.
 
-    In this order, at the first start of a run; weights aren't read again when it goes on.
+    In this order, at the first start of a run; weights aren't read again when it resumes.
     """
 
     weights: Text | None = refused(
         None,
         "A state_dict or safetensors file, a run's directory or a checkpoint in it (paths or fsspec URLs), or the name "
-        "of torchvision's weights, like `VGG16_Weights.IMAGENET1K_V1` or `DEFAULT` (fetched by one process per node).",
+        "of torchvision's weights, like `VGG16_Weights.IMAGENET1K_V1` or `DEFAULT` (downloaded by one process per node).",
     )
     strict: bool = harmless(
         True,
-        "Every weight must fit. false: those that fit are taken, and a table shows the others. A layer that `head` "
+        "Every weight must fit. false: those that fit are loaded, and a table lists the others. A layer that `head` "
         "replaces need not fit.",
     )
     head: Annotated[
@@ -143,8 +144,8 @@ class TransferConfig(Section):
     append: AppendConfig | None = refused(None, about(AppendConfig))
     freeze: Patterns = consent(
         [],
-        "Parameters that stay as they are: patterns of their names (`features.*`), of modules (`layer[1-3]`) or of "
-        "classes (`BatchNorm2d`). Normalisation layers that are wholly frozen keep their statistics too.",
+        "Parameters that aren't trained: patterns of their names (`features.*`), of modules (`layer[1-3]`) or of classes "
+        "(`BatchNorm2d`). Normalization layers whose parameters are all frozen keep their statistics too.",
     )
 
 
@@ -152,37 +153,37 @@ _null_is_default = BeforeValidator(lambda v: {} if v is None else v, json_schema
 
 
 class StopWhenConfig(Section):
-    """Ends training early: at a threshold, and/or when a metric stops improving."""
+    """Early stopping: at a threshold, and/or when a metric stops improving."""
 
-    metric: Text = harmless(..., "What is watched, e.g. `val/accuracy` or `val/loss`.")
+    metric: Text = harmless(..., "The monitored metric, e.g. `val/accuracy` or `val/loss`.")
     above: Number | None = harmless(None, "Stop once the metric is above this.")
     below: Number | None = harmless(None, "Stop once the metric is below this.")
-    patience: EpochsOrSteps | None = harmless(None, "Stop when the metric hasn't improved for so long.")
+    patience: EpochsOrSteps | None = harmless(None, "Stop when the metric hasn't improved for this long.")
     min_delta: AtLeastZero = harmless(0.0, "With patience: a smaller change is no improvement.")
     mode: Literal["auto", "min", "max"] = harmless(
         "auto",
-        "With patience: which way is better. `auto`: min for names that say loss, error, mae, mse, perplexity and the "
+        "With patience: which direction is better. `auto`: min for names with loss, error, mae, mse, perplexity and the "
         "like, else max.",
     )
 
 
 class TrainerConfig(Section):
-    """The loop: how long, in what precision, and what happens at which interval."""
+    """The training loop: its length, its precision, and its intervals."""
 
-    duration: Length = harmless(Duration(20, "ep"), "How long to train in all, over every start of this run.")
+    duration: Length = harmless(Duration(20, "ep"), "Total length of training, over all starts of this run.")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = consent(
         "auto",
-        "Arithmetic of forward and backward; weights stay fp32. `auto`: bf16 on CUDA from compute capability 8.0, fp16 "
-        "(with loss scaling) on 7.x, fp32 otherwise and on CPU; ACCELERATE_MIXED_PRECISION decides where it is set.",
+        "Precision of forward and backward; weights stay fp32. `auto`: bf16 on CUDA from compute capability 8.0, fp16 "
+        "(with loss scaling) on 7.x, fp32 otherwise and on CPU; ACCELERATE_MIXED_PRECISION takes precedence where it is set.",
     )
-    stop_at: Length | None = harmless(None, "End this start early, to be continued; the schedule's horizon stays.")
+    stop_at: Length | None = harmless(None, "End this start early, to be resumed; the schedule's horizon stays.")
     micro_batch_size: Count | Auto = harmless(
         "auto",
         "Samples of one forward on one rank; the rest of its share is gradient accumulation. `auto`: the whole share.",
     )
-    clip_grad_norm: Positive | None = consent(None, "Scale the gradient down to this 2-norm if it is longer.")
+    clip_grad_norm: Positive | None = consent(None, "Scale the gradient down to at most this 2-norm.")
     clip_grad_value: Positive | None = consent(None, "Clamp each gradient entry to [-value, value].")
-    ema_decay: Decay | None = consent(None, "Evaluate an exponential moving average of the weights, with this decay.")
+    ema_decay: Decay | None = consent(None, "Evaluate EMA weights (exponential moving average), with this decay.")
     compile: bool = harmless(False, "Compile the model with torch.compile (dynamic=False).")
     channels_last: bool | Auto = harmless(
         "auto", "Memory format of 4-d inputs and weights. `auto`: on CUDA, for models with 2-d convolutions."
@@ -192,18 +193,18 @@ class TrainerConfig(Section):
     log_every: Length = harmless(Duration(50, "step"), "How often a train row is logged: the mean since the last one.")
     stop_when: StopWhenConfig | None = harmless(None, about(StopWhenConfig))
     on_nonfinite: Literal["stop", "skip"] = harmless(
-        "stop", "An infinite or NaN loss or gradient ends the run before the update (stop), or the update is left out."
+        "stop", "At an infinite or NaN loss or gradient, end the run before the update (stop), or skip the update."
     )
 
 
 class DistributedConfig(Section):
-    """Devices, processes and how they talk."""
+    """Devices, processes and their communication."""
 
     device: Literal["auto", "cpu", "cuda"] = harmless("auto", "`auto`: CUDA where there is a GPU, else CPU.")
     strategy: Literal["auto", "ddp", "none"] = harmless(
         "auto",
-        "`auto`: none on one process; on several ddp, or, where gradients of up to 1 MiB on the CPU fit one bucket, an exchange "
-        "of messages that is faster. `none` on several processes is an error.",
+        "`auto`: none on one process; on several ddp, or, where gradients of up to 1 MiB on the CPU fit one bucket, a pairwise "
+        "exchange that is faster. `none` on several processes is an error.",
     )
     sync_batchnorm: bool = consent(False, "BatchNorm statistics over all ranks (torch.nn.SyncBatchNorm; CUDA).")
     find_unused_parameters: bool = harmless(False, "For models that don't use all parameters in each forward; slower.")
@@ -213,59 +214,57 @@ class DistributedConfig(Section):
         "Intra-op threads of a process. `auto`: OMP_NUM_THREADS, else its share of the CPUs (one on CUDA).",
     )
     deterministic: bool | Auto = harmless("auto", "torch.use_deterministic_algorithms. `auto`: no.")
-    hang_timeout: Time = harmless(Duration(600.0, "s"), "A step or collective that hangs for so long ends the run.")
+    hang_timeout: Time = harmless(Duration(600.0, "s"), "A step or collective that takes longer ends the run.")
 
 
 class CheckpointConfig(Section):
-    """When the state is saved, how much of it is kept, and how a run goes on."""
+    """When checkpoints are saved, how many are kept, and how a run resumes."""
 
     every: Lengths = harmless([Duration(1, "ep"), Duration(900.0, "s")], "When to save: one duration or several.")
-    keep_last: Count = harmless(3, "How many of the newest checkpoints stay.")
+    keep_last: Count = harmless(3, "How many of the newest checkpoints are kept.")
     keep_best: Text | None = harmless(
         "auto",
-        "Also keep the best by this metric, e.g. `val/accuracy` (`min val/loss`, `max val/f1` to say which way is "
+        "Also keep the best by this metric, e.g. `val/accuracy` (`min val/loss`, `max val/f1` to say which direction is "
         "better, else as in stop_when.mode). `auto`: the first of `metrics` on val, or val/loss without metrics; "
         "nothing without data.val. null: none.",
     )
     asynchronous: bool = harmless(True, "Write in the background; training waits only for a copy to host memory.")
     on_error: Literal["fail", "warn"] = harmless(
         "fail",
-        "What a failed save does, once trying again (a minute for a store) hasn't helped. `fail`: the run ends. `warn`: "
-        "a warning, and training goes on; a stop whose save fails is a failure all the same.",
+        "What a failed save does, once retries (a minute for a store) haven't helped. `fail`: the run ends. `warn`: a "
+        "warning, and training continues; a stop whose save fails is always a failure.",
     )
     resume: Text = harmless(
         "auto",
-        "`auto`: go on from the newest good checkpoint of this run, if any. `never`: refuse to touch a run that has "
-        "checkpoints. Otherwise the path of a checkpoint or run to begin from.",
+        "`auto`: resume from the newest good checkpoint of this run, if any. `never`: refuse to start a run that has "
+        "checkpoints. Otherwise the path of a checkpoint or run to start from.",
     )
     accept_changes: bool = harmless(
-        False, "Apply changed values that need consent (docs/config.md lists them) to a run that is being continued."
+        False, "Apply changed values that need consent (docs/config.md lists them) to a run that is resumed."
     )
 
 
 class WandbConfig(Section):
-    """Weights & Biases, by rank 0, from a process of its own: one that fails or hangs costs a warning, never the run."""
+    """Weights & Biases, by rank 0, from a separate process: if it fails or hangs, the run continues with a warning."""
 
-    project: Text = harmless(..., "The project that the run is shown in.")
+    project: Text = harmless(..., "The project of the run.")
     mode: Literal["online", "offline", "disabled"] = harmless(
         "online", "`offline` writes files for `wandb sync`; `disabled` writes nothing."
     )
     entity: Text | None = harmless(None, "The user or team; null: the one that is logged in.")
     group: Text | None = harmless(None, "A name that groups runs.")
-    tags: list[Text] = harmless([], "Words to find the run by.")
+    tags: list[Text] = harmless([], "Tags of the run.")
 
 
 class ImagesConfig(Section):
-    """What the network sees, in TensorBoard: batches as they go into it, and what its layers make of them."""
+    """Images in TensorBoard: batches as the network gets them, and the outputs of its layers."""
 
     every: Length = harmless(Duration(1, "ep"), "How often; also before training (step 0) and when it is completed.")
-    samples: Count = harmless(
-        8, "The first samples of rank 0's batch that are shown; each feature map is a picture of one."
-    )
+    samples: Count = harmless(8, "How many samples are shown: the first of rank 0's batch.")
     modules: Patterns = harmless(
         [],
-        "Whose outputs are shown too: patterns of the modules' names (`conv1`, `features.*`) or classes (`ReLU`). The "
-        "channels of a sample are a grid of grey pictures, each from its least value (black) to its largest.",
+        "Modules whose outputs are shown too: patterns of their names (`conv1`, `features.*`) or classes (`ReLU`). The "
+        "channels of a sample are a grid of gray images, each from its minimum (black) to its maximum (white).",
     )
 
 
@@ -276,37 +275,36 @@ class TrackingConfig(Section):
     images: ImagesConfig | None = harmless(None, about(ImagesConfig))
     histograms: Length | None = harmless(
         None,
-        "How often TensorBoard gets histograms of the weights that are trained, and of their gradients as the optimizer "
-        "gets them; also before training (step 0). null: never.",
+        "How often TensorBoard gets histograms of the trained weights, and of their gradients as the optimizer gets them; "
+        "also before training (step 0). null: never.",
     )
     graph: bool = harmless(False, "Show TensorBoard the model's graph (torch.jit.trace, on a copy), before training.")
     wandb: WandbConfig | None = harmless(None, about(WandbConfig))
     report: bool = harmless(
         True,
-        "Write curves.png when a start ends or stops, and report.html, with pictures by the kept model, when it is completed "
-        "(the command `report` does both later, and a start of a completed run that has no report).",
+        "Write curves.png when a start ends or stops, and report.html, with pictures by the kept model, when the run is "
+        "completed (the command `report` writes both later, and so does a start of a completed run without a report).",
     )
 
 
 class DebugConfig(Section):
-    """For finding out what happened."""
+    """Diagnostics."""
 
     trace_samples: bool = harmless(False, "Write the sample indices of every step to trace/, before its backward.")
     layers: bool = harmless(False, "Show every layer of the model at the start: class, output shape, parameters.")
 
 
 class Config(Section):
-    """A whole training run. `_target_` names any class or function by its import path, its arguments beside it."""
+    """A training run. `_target_` names any class or function by its import path, with its arguments beside it."""
 
-    seed: Seed = refused(0, "Everything random is a function of it: weights, order, augmentation, dropout.")
+    seed: Seed = refused(0, "The seed of everything random: weights, order, augmentation, dropout.")
     run: RunConfig = Field(default_factory=RunConfig, description=about(RunConfig))
     data: DataConfig = Field(description=about(DataConfig))
     model: Component = consent(..., "The nn.Module, with its constructor's arguments.")
     model_init: list[Component] = refused(
         [],
-        "Functions that fill parameters before training, in order, each with the key `match`, a pattern or a list of "
-        "patterns of parameters as in transfer.freeze: {match: Conv2d.weight, _target_: "
-        "torch.nn.init.kaiming_normal_}.",
+        "Functions that initialize parameters before training, in order, each with the key `match`, a pattern or a list of "
+        "patterns of parameters as in transfer.freeze: {match: Conv2d.weight, _target_: torch.nn.init.kaiming_normal_}.",
     )
     transfer: Annotated[TransferConfig, _null_is_default] = Field(
         default_factory=TransferConfig, description=about(TransferConfig)
@@ -317,21 +315,21 @@ class Config(Section):
         "and `predict(model, batch)`.",
     )
     loss: Component | None = consent(
-        None, "Class, function or factory; called with (output, target). Needed without `task`."
+        None, "Class, function or factory; called with (output, target). Required without `task`."
     )
     metrics: list[Metric] = harmless([], "Names of built-in metrics, or components (torchmetrics classes, say).")
     optimizer: Optimizer = consent(
         ...,
         "Called with the parameters. Reserved key `groups`: a list of {match: name pattern or list of patterns, then "
-        "the group's own options}, e.g. {match: 'head.*', lr: 0.1}; the first group that matches takes a parameter. A "
+        "the group's own options}, e.g. {match: 'head.*', lr: 0.1}; a parameter is in the first group that matches it. A "
         "fused kernel is used where there is one, unless `fused` or `foreach` is given.",
     )
     scheduler: Component | None = consent(
         None,
-        "Called with the optimizer; schedulers inside it get it too. Reserved keys: `every` (how often it is stepped, "
+        "Called with the optimizer; nested schedulers get it too. Reserved keys: `every` (how often it is stepped, "
         "1step or 1ep, say; by default 1step for OneCycleLR, CyclicLR, WarmupCosine and those of transformers, else "
-        "1ep; needed for LambdaLR, for mixtures, and for functions that get numbers; ReduceLROnPlateau goes by "
-        "evaluations), `metric` (what ReduceLROnPlateau watches, by default the metric of checkpoint.keep_best; its "
+        "1ep; required for LambdaLR, for mixtures, and for functions that get numbers; ReduceLROnPlateau is stepped by "
+        "evaluations), `metric` (what ReduceLROnPlateau monitors, by default the metric of checkpoint.keep_best; its "
         "`mode` follows from it), `horizon` (the duration that `total_steps` counts, by default trainer.duration at the "
         "first start). The values `total_steps` and `steps_per_epoch` are replaced by the numbers, counted in `every`: "
         "with 1ep, `total_steps` is the number of epochs.",
@@ -356,6 +354,20 @@ class Config(Section):
         """Where each key was written, by its path (see `source.Place`)."""
         return self._places
 
+    def from_source(self, source: str | None, places: dict[Key, Place], name: str) -> Config:
+        """The same with its `places`, the run's name (by default the file's, else `name`) and absolute code paths."""
+        name = self.run.name or (Path(source).stem if source is not None else name)
+        paths = list(dict.fromkeys([os.path.abspath(os.path.dirname(source or "")), os.getcwd()]))
+        if self.run.code_paths:
+            written = nearest(places, ("run", "code_paths")).source
+            origin = "" if written in (COMMAND_LINE, DICT) else os.path.dirname(written)
+            with contextlib.suppress(ValueError):  # a variable that isn't set has been reported
+                paths = [os.path.abspath(os.path.join(origin, expand_path(path))) for path in self.run.code_paths]
+        run = self.run.model_copy(update={"name": name, "code_paths": paths})
+        config = self.model_copy(update={"run": run})
+        config._source, config._places = source, places
+        return config
+
     def where(self, key: str) -> str:
         """Where a dotted key, or what holds it, was written: `file:line`, `command line` or `dict`."""
         return str(nearest(self._places, keyed(key)))
@@ -367,8 +379,7 @@ class Config(Section):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and scalars that YAML and JSON can hold; a live object is {"_live_": its class}."""
-        result: dict[str, Any] = plain(self)
-        return result
+        return {name: plain(value) for name, value in self}
 
     def to_yaml(self) -> str:
         """The resolved config as YAML; `load_config` reads it back to an equal config."""
@@ -377,11 +388,12 @@ class Config(Section):
     def get(self, key: str) -> Any:
         """The plain value at a dotted key (`optimizer.lr`, `data.augment.0.pixels`). Raises KeyError(key)."""
         value: Any = self.to_dict()
-        for part in key.split("."):
-            if isinstance(value, list) and part.isdigit() and int(part) < len(value):
-                value = value[int(part)]
-            elif isinstance(value, dict) and part in value:
-                value = value[part]
-            else:
-                raise KeyError(key)
+        try:
+            for part in key.split("."):
+                value = value[int(part) if isinstance(value, list) else part]
+        except (KeyError, IndexError, TypeError, ValueError):
+            raise KeyError(key) from None
         return value
+
+
+KEYS = dict(walk(Config))  # every dotted key of the schema, with its field

@@ -1,4 +1,4 @@
-"""Whether every component of a config can be made: it is found, its arguments fit, and it is of its slot's kind."""
+"""Checks every component of a config: it is found, its arguments fit its signature, and its class fits its slot."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import components
+from .code import missing, read_signature
 from .errors import ConfigError, Problem, describe, did_you_mean
-from .fields import Key, dotted
+from .fields import Key
 from .schema import Config
 from .source import as_problems, nearest
-from .static import missing, read_signature
 
 Finding = tuple[Key, str]
 _Kind = inspect.Parameter
@@ -21,10 +21,12 @@ _Kind = inspect.Parameter
 
 @dataclass(frozen=True)
 class Slot:
-    """What a slot wants: a test of kind, how many positional arguments it gives, and its own keys.
+    """What a slot (a key that holds a component) expects.
 
-    `late` slots (loss, collate) take functions that are called later with more arguments.
-    `fits` gets the class of the component, or the live object's class; functions are taken as they are.
+    Attributes:
+        wants: in words. fits: whether a class fits, of the component or of a live object; functions always do.
+        gives: the positional arguments that dist_train passes. own: keys of the spec that aren't arguments.
+        late: functions are called later with more arguments (loss, collate).
     """
 
     wants: str
@@ -84,12 +86,12 @@ SLOTS: dict[str, Slot] = {
 }
 
 
-_ANYTHING = Slot("anything", lambda kind: True)  # an argument of a component
-_PART = Slot("anything", lambda kind: True, ("optimizer",))  # of a scheduler: gets the optimizer where it takes one
+_ARGUMENT = Slot("anything", lambda kind: True)  # a component in the arguments of another one
+_NESTED_SCHEDULER = Slot("anything", lambda kind: True, ("optimizer",))  # gets the optimizer if it takes one
 
 
 def check_components(config: Config) -> list[Problem]:
-    """Every problem of every component, with its place: not found, wrong arguments, wrong kind for its slot.
+    """Every problem of every component, with its place: not found, wrong arguments, wrong class for its slot.
 
     Imports what the config names (and torch), looking for user code in run.code_paths; builds nothing.
     """
@@ -97,11 +99,11 @@ def check_components(config: Config) -> list[Problem]:
     findings: list[Finding] = []
     for key, slot, spec in _specs(config):
         findings += _imported(key, slot, spec) if components.is_spec(spec) else _live(key, slot, spec)
-    return as_problems([(nearest(config.places, key), dotted(key), message) for key, message in findings])
+    return as_problems((nearest(config.places, key), key, message) for key, message in findings)
 
 
 def check_sources(config: Config) -> Iterator[Finding]:
-    """What is missing, and the wrong arguments, as far as that is seen without importing anything: see `static.py`."""
+    """The same problems as far as they can be found without importing anything: see `code.py`."""
     components.add_code_paths(config.run.code_paths)
     for key, slot, spec in _specs(config):
         if not components.is_spec(spec) or not isinstance(spec["_target_"], str):
@@ -114,7 +116,7 @@ def check_sources(config: Config) -> Iterator[Finding]:
 
 
 def _specs(config: Config) -> Iterator[tuple[Key, Slot, Any]]:
-    """Every component of a config, the specs in arguments too; metrics given by name are left out."""
+    """Every component of a config, also those in arguments of others; without metrics given by name."""
     for name, slot in SLOTS.items():
         value: Any = config
         for part in name.split("."):
@@ -124,7 +126,7 @@ def _specs(config: Config) -> Iterator[tuple[Key, Slot, Any]]:
             if item is not None and not isinstance(item, str):
                 yield place, slot, item
                 own, _ = components.reserved(item, slot.own)
-                yield from _nested(place, own, _PART if name == "scheduler" else _ANYTHING)
+                yield from _nested(place, own, _NESTED_SCHEDULER if name == "scheduler" else _ARGUMENT)
 
 
 def _nested(key: Key, value: Any, slot: Slot) -> Iterator[tuple[Key, Slot, Any]]:
@@ -136,7 +138,7 @@ def _nested(key: Key, value: Any, slot: Slot) -> Iterator[tuple[Key, Slot, Any]]
 
 
 def _live(key: Key, slot: Slot, value: Any) -> Iterator[Finding]:
-    """An object from Python is of the right kind; where the slot gives arguments, a factory will do."""
+    """Whether an object from Python fits; where the slot passes arguments, a factory does too."""
     kind = value if isinstance(value, type) else type(value)
     if slot.gives and not callable(value):
         given = ", ".join(slot.gives)
@@ -149,7 +151,7 @@ def _live(key: Key, slot: Slot, value: Any) -> Iterator[Finding]:
 
 
 def _imported(key: Key, slot: Slot, spec: dict[str, Any]) -> Iterator[Finding]:
-    """A spec's target, kind and arguments."""
+    """A spec's target, class and arguments."""
     try:
         target = components.locate(spec["_target_"])
     except ConfigError as error:
@@ -171,7 +173,7 @@ def _name(spec: dict[str, Any]) -> str:
 def _arguments(
     key: Key, slot: Slot, spec: dict[str, Any], form: inspect.Signature, is_class: bool
 ) -> Iterator[Finding]:
-    """What doesn't fit a signature, all of it (`Signature.bind` stops at the first)."""
+    """Everything that doesn't fit a signature (`Signature.bind` stops at the first)."""
     name = _name(spec)
     keywords, extra = components.reserved(spec, ("_target_", "_args_", *slot.own))
     parameters = list(form.parameters.values())
@@ -180,15 +182,15 @@ def _arguments(
     named = {p.name: p for p in parameters if p.kind in (_Kind.POSITIONAL_OR_KEYWORD, _Kind.KEYWORD_ONLY)}
     by_name = [name for name in slot.gives if name in named and name not in places[:1]]
     places = [name for name in places if name not in by_name]
-    gives = [] if by_name or (slot is _PART and "optimizer" not in places) else slot.gives
+    gives = [] if by_name or (slot is _NESTED_SCHEDULER and "optimizer" not in places) else slot.gives
     given = [*gives, *spec.get("_args_", [])]
     filled = [*by_name, *places[: len(given)]]
-    ours = filled[: len(by_name or gives)]  # what the engine gives
+    ours = filled[: len(by_name or gives)]  # what dist_train passes
     if len(given) > len(places) and _Kind.VAR_POSITIONAL not in kinds:
         yield (*key, "_args_"), f"{name} takes {len(places)} positional arguments, found {len(given)}"
     for argument, value in keywords.items():
         if argument in filled and argument in named:
-            by = "the engine gives it" if argument in ours else "it is in _args_ too"
+            by = "dist_train passes it" if argument in ours else "it is in _args_ too"
             yield (*key, argument), f"{name} gets {argument} twice: {by}; leave it out here"
         elif argument in named and not (key[0] == "scheduler" and value in ("total_steps", "steps_per_epoch")):
             yield from _value((*key, argument), name, named[argument], value)
@@ -203,17 +205,17 @@ def _arguments(
     required = [p.name for p in parameters if p.default is p.empty and p.name in (*places, *named)]
     missing = [p for p in required if p not in filled and p not in keywords]
     if missing and not (slot.late and not is_class):
-        yield key, f"{name} needs {', '.join(missing)}; it is called as {name.rpartition('.')[2]}{_shown(form)}"
+        yield key, f"{name} requires {', '.join(missing)}; its signature is {name.rpartition('.')[2]}{_shown(form)}"
 
 
 def _shown(form: inspect.Signature) -> str:
-    """A signature without its annotations, cut where it is long."""
+    """A signature without its annotations, truncated."""
     bare = [parameter.replace(annotation=_Kind.empty) for parameter in form.parameters.values()]
     return textwrap.shorten(str(inspect.Signature(bare)), 120, placeholder=" ...)")
 
 
 def _value(key: Key, name: str, parameter: inspect.Parameter, value: Any) -> Iterator[Finding]:
-    """A string where the signature wants numbers, or the other way round; anything less clear is left to the target."""
+    """A string for a parameter of a number, or a number for a string; anything else is left to the target."""
     kinds = components.type_names(parameter.annotation) - {"None", "NoneType"}
     wanted = "a number" if kinds <= {"int", "float", "bool", "complex", "Tensor"} else "a string"
     wrong = isinstance(value, str) if wanted == "a number" else kinds == {"str"} and isinstance(value, int | float)

@@ -1,8 +1,8 @@
-"""From YAML files, `extends` and overrides to one tree of nodes, each of which knows where it was written.
+"""From YAML files, `extends` and overrides to one tree of nodes, each with the place where it was written.
 
 YAML is read by its 1.2 core rules: `1e-3` is a number, only `true` and `false` are booleans, `off` and `12:30` are
 strings; what a number can't hold as it is written (`007`, `12e4567`) is a string too. A key given twice is an error.
-Nothing here knows the schema, so a scalar keeps its text beside its value: see `as_written`.
+Nothing here knows the schema, so a scalar keeps its text beside its value: see `Node.plain`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,22 +35,15 @@ class Place(NamedTuple):
         return f"{self.source}:{self.line}" if self.line and self.source != COMMAND_LINE else self.source
 
 
-Noted = tuple[Place, str, str]  # where, the dotted key, what is wrong
-
-
-def keyed(text: str) -> Key:
-    """A dotted key as a path, with the numbers of list entries as ints."""
-    return tuple(int(part) if part.isdigit() else part for part in text.split("."))
-
-
 def nearest(places: Mapping[Key, Place], key: Key) -> Place:
-    """Where `key`, or the nearest thing that holds it, was written."""
+    """Where `key`, or the nearest key that holds it, was written."""
     return next((places[key[:end]] for end in range(len(key), -1, -1) if key[:end] in places), Place(0, DICT, 0))
 
 
-def as_problems(noted: Sequence[Noted]) -> list[Problem]:
+def as_problems(found: Iterable[tuple[Place, Key, str]]) -> list[Problem]:
     """Problems in the order of their places, each once."""
-    return list(dict.fromkeys(Problem(str(place), key, message) for place, key, message in sorted(noted)))
+    ordered = sorted((place, dotted(key), message) for place, key, message in found)
+    return list(dict.fromkeys(Problem(str(place), key, message) for place, key, message in ordered))
 
 
 @dataclass(frozen=True)
@@ -59,58 +52,54 @@ class Node:
 
     value: Any
     place: Place
-    is_path: bool = False  # a mapping of one key, on the way to what an override sets
+    is_path: bool = False  # a mapping of one key, on the way to the key that an override sets
     text: str | None = None  # a scalar as it was written, without quotes
 
-    def plain(self) -> Any:
-        """The value without places."""
+    def _items(self) -> Iterable[tuple[Any, Node]]:
         if type(self.value) is dict:
-            return {name: node.plain() for name, node in self.value.items()}
-        return [node.plain() for node in self.value] if type(self.value) is list else self.value
+            return self.value.items()
+        return enumerate(self.value) if type(self.value) is list else ()
 
-    def as_written(self, is_text: Callable[[Key], bool], key: Key = ()) -> Node:
-        """This node, in which the scalars of the keys that hold a text are the text that was written: 001, 1e5, #1."""
+    def walk(self, key: Key = ()) -> Iterator[tuple[Key, Node]]:
+        """This node, whose key is `key`, and every node in it."""
+        yield key, self
+        for name, node in self._items():
+            yield from node.walk((*key, name))
+
+    def plain(self, is_text: Callable[[Key], bool] = lambda key: False, key: Key = ()) -> Any:
+        """The value without places, in new containers; scalars of keys that hold text as they were written: 001, 1e5, #1."""
         if type(self.value) is dict:
-            return replace(
-                self, value={name: node.as_written(is_text, (*key, name)) for name, node in self.value.items()}
-            )
+            return {name: node.plain(is_text, (*key, name)) for name, node in self._items()}
         if type(self.value) is list:
-            return replace(self, value=[node.as_written(is_text, (*key, i)) for i, node in enumerate(self.value)])
-        return self if self.text is None or not is_text(key) else replace(self, value=self.text)
+            return [node.plain(is_text, (*key, index)) for index, node in self._items()]
+        return self.value if self.text is None or not is_text(key) else self.text
 
-    def places(self, key: Key = ()) -> Iterator[tuple[Key, Place]]:
-        """The place of this node, whose key is `key`, and of every node in it."""
-        yield key, self.place
-        inside = self.value if type(self.value) in (dict, list) else ()
-        for name, node in inside.items() if type(inside) is dict else enumerate(inside):
-            yield from node.places((*key, name))
+    def over(self, base: Node | None) -> Node:
+        """This node merged over another: mappings deeply; all else is replaced, and so is a mapping that an override gives.
 
-    def over(self, below: Node | None) -> Node:
-        """This node laid over another one: mappings deeply, all else is replaced, by an override also a mapping.
-
-        Another `_target_` drops the arguments of the old one. Raises ValueError where an override misses a list's entry.
+        Another `_target_` drops the arguments of the old one. Raises ValueError for an override of no entry of a list.
         """
-        if below is not None and type(below.value) is list and self.is_path:
-            return self._into_list(below)
+        if base is not None and type(base.value) is list and self.is_path:
+            return self._into_list(base)
         deep = self.is_path or self.place.source != COMMAND_LINE
-        if below is None or not deep or type(below.value) is not dict or type(self.value) is not dict:
+        if base is None or not deep or type(base.value) is not dict or type(self.value) is not dict:
             return self
-        if "_target_" in self.value and self._target() != below._target():
+        if "_target_" in self.value and self._target() != base._target():
             return self
-        merged = {name: node.over(below.value.get(name)) for name, node in self.value.items()}
-        return Node(below.value | merged, below.place if self.is_path else self.place)
+        merged = {name: node.over(base.value.get(name)) for name, node in self._items()}
+        return Node(base.value | merged, base.place if self.is_path else self.place)
 
     def _target(self) -> Any:
         return self.value["_target_"].value if "_target_" in self.value else None
 
-    def _into_list(self, below: Node) -> Node:
+    def _into_list(self, base: Node) -> Node:
         ((name, node),) = self.value.items()
-        items, size = list(below.value), len(below.value)
+        items, size = list(base.value), len(base.value)
         index = int(name) if name.isdigit() else size + 1
         if index > size:
             raise ValueError(f"this is a list of {size}; its entries are numbered from 0, and {size} appends one")
         items[index : index + 1] = [node.over(items[index] if index < size else None)]
-        return Node(items, below.place)
+        return Node(items, base.place)
 
 
 # --- YAML ------------------------------------------------------------------------------------------------------------
@@ -130,8 +119,8 @@ _SCALARS: dict[str, tuple[str, Callable[[str], Any]]] = {
 
 def _kind(text: str) -> str:
     kind = next(kind for kind, (pattern, _) in _SCALARS.items() if re.fullmatch(pattern, text))
-    too_large = kind == "float" and "." not in text[:2] and math.isinf(float(text))  # .inf says so itself
-    return "str" if too_large else kind
+    overflows = kind == "float" and "." not in text[:2] and math.isinf(float(text))  # not .inf itself
+    return "str" if overflows else kind
 
 
 class _Loader(yaml.BaseLoader):
@@ -144,16 +133,16 @@ class _Loader(yaml.BaseLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes what reads the same by YAML 1.1 and 1.2: strings that either takes for something else are quoted."""
+    """Quotes every string that YAML 1.1 or 1.2 would read as something else."""
 
 
-def _write_text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
-    # Line separators and control characters survive only as escapes between double quotes.
+def _represent_text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    # Line separators and control characters are kept only as escapes between double quotes.
     quoted = not value.isprintable() or _kind(value) != "str"
     return dumper.represent_scalar(_TAG + "str", value, style='"' if quoted else None)
 
 
-_Dumper.add_representer(str, _write_text)
+_Dumper.add_representer(str, _represent_text)
 
 
 def dump(data: Any) -> str:
@@ -163,26 +152,25 @@ def dump(data: Any) -> str:
 
 
 class Reader:
-    """Reads files, mappings and overrides into nodes. What is wrong on the way is noted, so that all of it is told."""
+    """Reads files, mappings and overrides into nodes. Mistakes are collected, so that all are reported at once."""
 
     def __init__(self) -> None:
-        self.noted: list[Noted] = []
+        self.noted: list[tuple[Place, Key, str]] = []
         self.incomplete = False  # something couldn't be read, so keys may be missing that were written
 
     def note(self, place: Place, key: Key, message: str) -> None:
-        """Note a problem with a key."""
-        self.noted.append((place, dotted(key), message))
+        """Collect a mistake at a key."""
+        self.noted.append((place, key, message))
 
     def parse(self, text: str, start: Place, key: Key = ()) -> Node | None:
-        """The content of one YAML text; None where its grammar is broken. `start` is the place of its first line."""
+        """The content of one YAML text, whose first line is at `start`; None where its syntax is wrong."""
         try:
             node = yaml.compose(text, Loader=_Loader)
         except yaml.YAMLError as error:
             what = getattr(error, "problem", None) or str(error).splitlines()[0]
             what = "a tab; YAML is indented by spaces" if "\\t" in what else what
             found = f" in {mask(text)!r}" if start.source == COMMAND_LINE else ""
-            mark = getattr(error, "problem_mark", None)
-            self.note(_at(start, mark), key, f"this is not valid YAML: {what}{found}")
+            self.note(_at(start, getattr(error, "problem_mark", None)), key, f"this is not valid YAML: {what}{found}")
             return None
         return self._build(node, start, key, ()) if node is not None else Node(None, start)
 
@@ -201,8 +189,7 @@ class Reader:
             return Node(_SCALARS[tag][1](node.value), place, text=text)
         else:
             tag = node.tag.replace(_TAG, "!!")
-            message = f"the tag {tag} isn't known; name a Python object by _target_: package.module.Name"
-            self.note(place, key, message)
+            self.note(place, key, f"unknown tag {tag}; name a Python object by _target_: package.module.Name")
         return Node(None, place)
 
     def _mapping(self, node: yaml.MappingNode, start: Place, key: Key, above: tuple[yaml.Node, ...]) -> dict[Any, Node]:
@@ -220,7 +207,7 @@ class Reader:
         return result
 
     def file(self, path: str, chain: tuple[str, ...] = ()) -> Node:
-        """A file, laid over everything that it extends. Messages name files as `path` does.
+        """A file, merged over everything that it extends. Messages name files as `path` does.
 
         Raises:
             ConfigError: the file can't be read.
@@ -236,37 +223,32 @@ class Reader:
         return Node({}, start)
 
     def mapping(self, source: Mapping[str, Any]) -> Node:
-        """A Python mapping; containers are new, all else is the same object. `extends` counts from the cwd."""
+        """A Python mapping; containers are copied, objects are not. `extends` is relative to the working directory."""
         return self._over_bases(_from_python(dict(source)), "", ())
 
     def _over_bases(self, root: Node, folder: str, chain: tuple[str, ...]) -> Node:
         extends = root.value.pop("extends", Node([], root.place))
         bases = [extends.value] if isinstance(extends.value, str) else extends.plain()
-        merged = Node({}, root.place)
-        before = len(self.noted)
+        merged, wrong = Node({}, root.place), list[str]()
         if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-            self.note(extends.place, ("extends",), f"expected a file or a list of files, found {describe(bases)}")
-            bases = []
+            wrong, bases = [f"expected a file or a list of files, found {describe(bases)}"], []
         for base in bases:
             try:
                 path = os.path.normpath(os.path.join(folder, expand_path(base)))
-            except ValueError as error:
-                self.note(extends.place, ("extends",), str(error))
-                continue
-            if any(os.path.realpath(path) == os.path.realpath(other) for other in chain):
-                circle = " -> ".join((*chain, path))
-                self.note(extends.place, ("extends",), f"files extend each other in a circle: {circle}")
-                continue
-            try:
+                if any(os.path.realpath(path) == os.path.realpath(other) for other in chain):
+                    raise ValueError(f"circular extends: {' -> '.join((*chain, path))}")
                 merged = self.file(path, chain).over(merged)
+            except ValueError as error:
+                wrong.append(str(error))
             except ConfigError as error:
-                for problem in error.problems:
-                    self.note(extends.place, ("extends",), f"{problem.where}: {problem.message}")
-        self.incomplete |= any(key == "extends" for _, key, _ in self.noted[before:])
+                wrong += [f"{problem.where}: {problem.message}" for problem in error.problems]
+        self.incomplete |= bool(wrong)
+        for message in wrong:
+            self.note(extends.place, ("extends",), message)
         return root.over(merged)
 
     def overrides(self, root: Node, overrides: Sequence[str]) -> Node:
-        """`a.b.c=value` laid over it in order, but a `_target_` before the arguments beside it. Values are YAML."""
+        """`a.b.c=value` merged over it in order, but a `_target_` before the arguments beside it. Values are YAML."""
         numbered = enumerate(overrides, start=1)
         for number, override in sorted(numbered, key=lambda item: not item[1].partition("=")[0].endswith("_target_")):
             place = Place(1, COMMAND_LINE, number)
@@ -276,19 +258,24 @@ class Reader:
                 example = "write key.path=value, for example optimizer.lr=0.05"
                 self.note(place, (), f"expected key=value, found {mask(override)!r}; {example}")
                 continue
-            text = text.strip()
-            quoted = text.startswith(("'", '"', "!", "&"))  # by YAML's rules
-            template = re.search(r"\{[\w.]+\}", text) and not quoted  # such as {time}: not a YAML mapping
-            node = Node(text, place) if template else self.parse(text, place, key)
-            if node is not None and not quoted and not re.fullmatch(_SCALARS["null"][0], text or "-"):
-                node = replace(node, text=text)
-            for part in reversed(key if node is not None else ()):
+            node = self._override_value(text.strip(), place, key)
+            if node is None:
+                continue
+            for part in reversed(key):
                 node = Node({part: node}, place, is_path=True)
             try:
-                root = node.over(root) if node is not None else root
+                root = node.over(root)
             except ValueError as error:
                 self.note(place, key, str(error))
         return root
+
+    def _override_value(self, text: str, place: Place, key: Key) -> Node | None:
+        if text.startswith(("'", '"', "!", "&")):  # by YAML's rules
+            return self.parse(text, place, key)
+        is_template = re.search(r"\{[\w.]+\}", text)  # such as {time}: not a YAML mapping
+        node = Node(text, place) if is_template else self.parse(text, place, key)
+        is_null = re.fullmatch(_SCALARS["null"][0], text or "-")
+        return node if node is None or is_null else replace(node, text=text)
 
 
 def _at(start: Place, mark: yaml.Mark | None) -> Place:
@@ -321,7 +308,7 @@ def _from_python(value: Any) -> Node:
         return Node([_from_python(item) for item in value], place)
     if isinstance(value, os.PathLike):
         return Node(os.fspath(value), place)
-    for kind in (bool, int, float, str):  # numpy's float64, enums of strings, ... say the same as the plain value
+    for kind in (bool, int, float, str):  # numpy's float64, enums of strings, ... are their plain value
         if isinstance(value, kind):
             return Node(kind(value), place)
     return Node(value, place)

@@ -135,7 +135,8 @@ class Schedule:
             )
         if extra.get("every"):
             raise _refused(
-                "ReduceLROnPlateau goes by evaluations (trainer.evaluate_every); leave `every` out", "scheduler.every"
+                "ReduceLROnPlateau is stepped at evaluations (trainer.evaluate_every); leave `every` out",
+                "scheduler.every",
             )
 
     def _check_end(self, steps: int) -> None:

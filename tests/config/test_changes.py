@@ -72,15 +72,15 @@ def test_the_refusal_shows_every_difference_and_the_cures() -> None:
         "the config differs from the one that runs/digits was trained with so far:",
         "    data.val      dist_train.data.Digits(split=val) -> null",
         "    optimizer.lr  0.1 -> 0.2",
-        "  either begin another run: run.name=ANOTHER_NAME",
-        "  or go on with the new values from the newest checkpoint: checkpoint.accept_changes=true",
+        "  either start another run: run.name=ANOTHER_NAME",
+        "  or resume with the new values from the newest checkpoint: checkpoint.accept_changes=true",
     ]
     found = compare(load_config().to_dict(), load_config(None, ["optimizer.lr=0.2", "seed=1"]).to_dict())
     assert refusal_message(found, "runs/digits").splitlines() == [
         "the config differs from the one that runs/digits was trained with so far:",
         "    seed          0 -> 1  (can't change within a run)",
         "    optimizer.lr  0.1 -> 0.2",
-        "  put the old value back, or begin another run: run.name=ANOTHER_NAME",
+        "  restore the old value, or start another run: run.name=ANOTHER_NAME",
     ]
 
 

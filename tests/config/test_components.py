@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dist_train.config.code import read_signature
 from dist_train.config.components import (
     add_code_paths,
     build,
@@ -19,7 +20,6 @@ from dist_train.config.components import (
 from dist_train.config.errors import ConfigError
 from dist_train.config.load import load_config
 from dist_train.config.slots import check_components
-from dist_train.config.static import read_signature
 
 
 def spec(target: object, **arguments: object) -> dict[str, object]:

@@ -126,7 +126,7 @@ def test_an_overridden_target_drops_them_too_in_any_order(folder: Path) -> None:
 def test_a_circle_of_extends_is_named_as_a_chain(folder: Path) -> None:
     (folder / "a.yaml").write_text("extends: b.yaml\n")
     (folder / "b.yaml").write_text("seed: 3\nextends: a.yaml\n")
-    assert error_of("a.yaml") == "b.yaml:2: extends: files extend each other in a circle: a.yaml -> b.yaml -> a.yaml"
+    assert error_of("a.yaml") == "b.yaml:2: extends: circular extends: a.yaml -> b.yaml -> a.yaml"
 
 
 def test_a_mistake_in_a_base_is_told_at_its_own_line(folder: Path) -> None:
@@ -205,7 +205,7 @@ def test_a_dict_may_hold_live_objects_which_are_kept_as_they_are() -> None:
     assert "seed" not in source
     assert config.run.name == "run"
     assert not load_config(minimal()).has_live_objects
-    assert "continue from Python with the same object" in error_of(config.to_dict())
+    assert "resume from Python with the same object" in error_of(config.to_dict())
 
 
 def test_a_class_that_can_be_imported_again_is_no_live_object() -> None:
