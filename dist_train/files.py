@@ -77,7 +77,7 @@ def append_whole(file: io.FileIO, data: bytes, *, sync: bool = False) -> None:
 @contextlib.contextmanager
 def temporary_beside(path: Path) -> Iterator[Path]:
     """A name in the same directory, deleted afterwards if it is still there."""
-    temporary = path.parent / f".tmp-{path.name}-{os.getpid()}-{secrets.token_hex(4)}"
+    temporary = path.parent / f".tmp-{path.name}-{os.getpid()}-{secrets.token_hex(4)}.part"
     try:
         yield temporary
     finally:

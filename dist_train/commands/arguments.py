@@ -55,18 +55,24 @@ def parse(command: str, description: str, arguments: Sequence[str], *options: Op
 
 
 def parse_run(
-    command: str, description: str, arguments: Sequence[str], *options: Option, several: bool = False
+    command: str,
+    description: str,
+    arguments: Sequence[str],
+    *options: Option,
+    several: bool = False,
+    whole: bool = False,
 ) -> argparse.Namespace:
     """The same for a command on a run: `run`, its directory (all of them in `runs`), and `overrides` of its config.
 
     A run is given by `--run DIR` or by DIR alone: torchrun takes `--run` for one of its own options (before Python 3.12).
 
     Args:
-        several: more than one run may be given.
+        several: more than one run may be given. whole: the command takes no overrides.
     """
     about = "the run's directory or URL (--run may be left out, and must be with torchrun)"
     about += "; give several to overlay their curves" if several else ""
     keys = {"nargs": "*", "metavar": "DIR | key.path=value", "help": "overrides take precedence over the run's config"}
+    keys |= {"metavar": "DIR", "help": "the same"} if whole else {}
     run: Option = ("--run", {"action": "append", "default": [], "metavar": "DIR", "help": about})
     found = parse(command, description, arguments, run, *options, ("rest", keys))
     found.overrides = [word for word in found.rest if "=" in word and not os.path.isdir(word)]
@@ -75,6 +81,10 @@ def parse_run(
         raise command_error(f"dist-train {command}", "no run was given: --run DIR")
     if len(found.runs) > 1 and not several:
         raise command_error(f"dist-train {command}", f"expected one run, found {', '.join(found.runs)}")
+    if found.overrides and whole:
+        raise command_error(
+            f"dist-train {command}", f"it takes no keys of a config, found {', '.join(found.overrides)}"
+        )
     found.run = found.runs[0]
     if getattr(found, "output", None) is not None:
         if _is_of_a_run(Path(found.output).resolve()):

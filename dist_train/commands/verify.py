@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from dist_train.commands.arguments import command_error, parse_run
+from dist_train.commands.arguments import parse_run
 from dist_train.config.errors import ConfigError
 
 
 def main(arguments: Sequence[str]) -> int:
     """Print a line for each checkpoint, and for each file beside them that can't be read; 1 if any is corrupted."""
-    options = parse_run("verify", "Check every file of every checkpoint of a run.", arguments)
-    if options.overrides:
-        raise command_error("dist-train verify", "all checkpoints of a run are checked: verify takes --run DIR only")
+    options = parse_run("verify", "Check every file of every checkpoint of a run.", arguments, whole=True)
     from dist_train.checkpoint.store import CheckpointStore
     from dist_train.runtime.sidefiles import problems
     from dist_train.runtime.storage import open_storage
