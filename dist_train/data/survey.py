@@ -51,9 +51,9 @@ class _Look(Dataset[dict[str, Any]]):
                 whole = copy.deepcopy(whole)
         dataset = part_of(whole, 0, 1)
         first = Pass(dataset, self.seed, 0)
-        head = [_digest(sample) for sample in itertools.islice(first, FIRST)]
+        head = [content_digest(sample) for sample in itertools.islice(first, FIRST)]
         length = len(head) + sum(1 for _ in first) if self.count else None
-        steady = head == [_digest(sample) for sample in itertools.islice(Pass(dataset, self.seed, 0), FIRST)]
+        steady = head == [content_digest(sample) for sample in itertools.islice(Pass(dataset, self.seed, 0), FIRST)]
         resumes = False
         if callable(getattr(dataset, "state_dict", None)) and callable(getattr(dataset, "load_state_dict", None)):
             resumes = self._leads_back(dataset, stays=whole is self.dataset and not inside)
@@ -77,11 +77,11 @@ class _Look(Dataset[dict[str, Any]]):
             torch.load(io.BytesIO(out.getvalue()), weights_only=True)
         except Exception:
             return False
-        after = [_digest(sample) for sample in itertools.islice(begun, FIRST)]
-        other = [_digest(sample) for sample in itertools.islice(Pass(dataset, self.seed, 1), FIRST)]
+        after = [content_digest(sample) for sample in itertools.islice(begun, FIRST)]
+        other = [content_digest(sample) for sample in itertools.islice(Pass(dataset, self.seed, 1), FIRST)]
         loaded = Pass(dataset, self.seed, 0, place=_PLACE, state=state)
-        back = [_digest(sample) for sample in itertools.islice(loaded, FIRST)] == after
-        again = [_digest(sample) for sample in itertools.islice(Pass(dataset, self.seed, 1), FIRST)] == other
+        back = [content_digest(sample) for sample in itertools.islice(loaded, FIRST)] == after
+        again = [content_digest(sample) for sample in itertools.islice(Pass(dataset, self.seed, 1), FIRST)] == other
         if not again and stays:
             raise DataError(
                 f"{dataset_name(dataset)}: after load_state_dict every pass begins at that place, not only the next; "
@@ -173,7 +173,7 @@ class _Content(pickle.Pickler):
         return NotImplemented
 
 
-def _digest(sample: Any) -> str:
+def content_digest(sample: Any) -> str:
     """The same for equal samples in any process; of what can't be pickled, its type."""
     out = io.BytesIO()
     pickler = _Content(out, protocol=4)

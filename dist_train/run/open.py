@@ -1,4 +1,4 @@
-"""Opening a run that was trained: its config, the weights of one of its checkpoints, its data. Nothing is written."""
+"""Open a trained run: its config, the weights of one of its checkpoints, its data. Nothing is written."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Restored:
-    """A run with the weights of one checkpoint in its model: the EMA's where there is one.
+    """A run with the weights of one checkpoint in its model: the EMA weights where there are any.
 
     Attributes:
         found: the checkpoint.
@@ -49,15 +49,15 @@ class Restored:
     evaluator: Evaluator
 
     def split(self, wanted: str | None) -> str:
-        """The split that is asked for; by default test where the run has one, else val.
+        """The split asked for; by default test where the run has one, else val.
 
         Raises:
             ConfigError: the run has no data for it.
         """
         split = wanted or ("test" if self.config.data.test is not None else "val")
         if getattr(self.config.data, split) is None:
-            cure = f"give it some: data.{split}._target_=... behind the command, or choose another --split"
-            raise ConfigError.single(f"data.{split}", f"the run in {self.run.location} has none; {cure}")
+            fix = f"add data.{split}._target_=... to the command, or choose another --split"
+            raise ConfigError.single(f"data.{split}", f"the run in {self.run.location} has none; {fix}")
         return split
 
     def loader(self, split: str) -> EvalLoader:
@@ -79,7 +79,7 @@ def open_run(
 
     Raises:
         ConfigError: there is no such run or checkpoint, or it doesn't fit the config.
-        CorruptedError: the checkpoint isn't whole.
+        CorruptedError: the checkpoint is corrupted.
     """
     run = RunDir(location)
     config = read_config(run, overrides)
@@ -90,7 +90,7 @@ def open_run(
 
 
 def restore_in(world: World, run: RunDir, config: Config, checkpoint: str | None = None) -> Restored:
-    """The same among processes that have met, by a config whose components are there; modules keep their modes."""
+    """As `open_run`, among processes that are connected already, by a checked config; modules keep their modes."""
     evaluator = Evaluator(build_model_parts(config, world))
     return Restored(run, config, world, _restore(evaluator.modules, run, checkpoint, world), evaluator)
 
@@ -105,21 +105,21 @@ def load_model(run: RunDir, checkpoint: str | None, model: nn.Module | None = No
 
 
 def _restore(modules: Modules, run: RunDir, checkpoint: str | None, world: World | None = None) -> Found:
-    """Put the weights that are asked for into a model, the same on all ranks, and say where they were.
+    """Load the weights asked for into a model, the same on all ranks; returns their checkpoint.
 
     A run that is training deletes checkpoints, perhaps the one that is being read here: then it is looked up again.
     """
     store = _store(run)
-
-    def find() -> int:
-        return find_weights(run, checkpoint).step
-
     while True:
-        step = world.on_main(find) if world is not None else find()
+        step = (
+            find_weights(run, checkpoint).step
+            if world is None
+            else world.on_main(lambda: find_weights(run, checkpoint).step)
+        )
         try:
             found = store.open(step)
             if found is not None:
-                load_averaged(modules, found)
+                load_with_ema(modules, found)
         except CorruptedError:
             found = None
             if step in store.steps():
@@ -130,11 +130,11 @@ def _restore(modules: Modules, run: RunDir, checkpoint: str | None, world: World
 
 
 def find_weights(run: RunDir, checkpoint: str | None) -> Found:
-    """The checkpoint that is asked for, verified.
+    """The checkpoint asked for, verified.
 
     Raises:
-        ConfigError: there is no such one; says which there are.
-        CorruptedError: it isn't whole.
+        ConfigError: there is no such one; names those that there are.
+        CorruptedError: it is corrupted.
     """
     store = _store(run)
     if not store.steps():
@@ -148,8 +148,8 @@ def find_weights(run: RunDir, checkpoint: str | None) -> Found:
 
 
 @torch.no_grad()
-def load_averaged(modules: Modules, found: Found) -> None:
-    """Put a checkpoint's weights into a model (and its loss or task), then the averages that it holds for some or all of them.
+def load_with_ema(modules: Modules, found: Found) -> None:
+    """Load a checkpoint's weights into a model (and its loss or task), then the EMA weights over them where it holds any.
 
     Raises:
         ConfigError: they don't fit.
@@ -157,10 +157,10 @@ def load_averaged(modules: Modules, found: Found) -> None:
     """
     load_weights(modules, found)
     if "ema" in found.parts:
-        averages = found.load("ema")
+        ema = found.load("ema")
         for name, parameter in modules.named_parameters():
-            if name in averages:
-                parameter.copy_(averages[name])
+            if name in ema:
+                parameter.copy_(ema[name])
 
 
 def _store(run: RunDir) -> CheckpointStore:
@@ -177,18 +177,17 @@ def read_config(run: RunDir, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError.single("--run", str(error)) from None
     config = load_config(run.fetch("config.yaml"), overrides)
     add_code_paths(config.run.code_paths)
-    problems = check_components(config)
-    if problems:
+    if problems := check_components(config):
         raise ConfigError(problems)
-    # One process evaluates what many have trained, and a CPU what GPUs have. Kernels add up in another order with other
-    # numbers of threads, and launchers set one: so it is one here too, unless the config or the environment says more.
+    # One process evaluates what many have trained, and a CPU what GPUs have. Kernels sum in another order with another
+    # number of threads, and launchers set one: so it is one here too, unless config or environment say otherwise.
     plain = {"sync_batchnorm": False, "strategy": "auto"}
     threads = {"threads": 1} if config.distributed.threads == "auto" and "OMP_NUM_THREADS" not in os.environ else {}
     return config.model_copy(update={"distributed": config.distributed.model_copy(update=plain | threads)})
 
 
 def _near(run: RunDir) -> str:
-    """`; runs are in ...`: runs beside or inside a directory that is none."""
+    """`; runs that are there: ...`: runs beside or inside a directory that isn't one."""
     for folder in (run.root, run.root.parent) if run.storage.is_local else ():
         names = sorted(str(path.parent) for path in folder.glob("*/config.yaml"))
         if names:

@@ -1,4 +1,4 @@
-"""The block that a run begins with and the one it ends with: what a person wants to know, in a few lines."""
+"""The blocks that a start prints first and last, and the facts that every manifest holds."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Lines = list[tuple[str, str]]
 LIVE = (
-    "parts of this config are Python objects: the run can be continued only from Python, with the same objects. For more devices "
+    "parts of this config are Python objects: the run can be resumed only from Python, with the same objects. For more devices "
     "name them in a file: torchrun --nproc_per_node=N -m dist_train.main --config FILE"
 )
 
@@ -45,7 +45,7 @@ def start_lines(parts: Parts, trainer: Trainer, run: RunDir, resumed: int) -> Li
         data += f", {plan.length - plan.samples_per_epoch} samples of each epoch left out (data.drop_last)"
     total = f" = {trainer.due.end:,} steps" if trainer.due.end else ""
     lines = [
-        ("run", run.location + (f", going on from step {resumed:,}" if resumed else "")),
+        ("run", run.location + (f", resuming from step {resumed:,}" if resumed else "")),
         ("model", model + (f", {frozen:,} of them frozen" if frozen else "")),
         ("transfer", "\n".join(parts.notes)),
         ("layers", "\n".join(layer_lines(parts))),
@@ -78,7 +78,7 @@ def _left_in_eval_mode(parts: Parts) -> str:
 
 
 def layer_lines(parts: Parts) -> list[str]:
-    """The layers in short, or all of them with their output shapes (`debug.layers`; rank 0 runs one sample for it)."""
+    """The top layers, or with `debug.layers` all of them with their output shapes (rank 0 runs one sample for that)."""
     model, config = parts.model, parts.config
     if not config.debug.layers or not parts.world.is_main:
         return layer_table(model)
@@ -121,25 +121,22 @@ def batch_arithmetic(parts: Parts) -> str:
 
 
 def end_lines(result: dict[str, Any], run: RunDir) -> Lines:
-    """How it ended, the figures, and where things lie, of those that are there."""
+    """How the run ended, its metrics, and where its files are."""
     lines = [("state", f"{result['state']} at step {result['step']:,}: {result['reason']}")]
     for split, metrics in result.get("metrics", {}).items():
-        figures = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "eval_samples")
-        lines.append((split, f"{figures}  ({metrics.get('eval_samples', 0):,} samples)"))
+        values = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "eval_samples")
+        lines.append((split, f"{values}  ({metrics.get('eval_samples', 0):,} samples)"))
     lines.append(("time", f"{format_seconds(result['seconds'])} of training, over all starts"))
     completed = result["state"] == "completed"
     if completed:
         kept = f" (step {result['kept_step']:,})" if result["kept_step"] != result["step"] else ""
         lines.append(("model", f"{run.location}/model.pt{kept}"))
     shown = [("report", "report.html", "")] if completed else []
-    for label, name, command in (
-        *shown,
-        ("curves", "curves.png", ""),
-        ("board", "tensorboard", "tensorboard --logdir "),
-    ):
+    shown += [("curves", "curves.png", ""), ("board", "tensorboard", "tensorboard --logdir ")]
+    for label, name, command in shown:
         if run.path(name).exists():
             lines.append((label, f"{command}{run.location}/{name}"))
-    return lines if completed else [*lines, ("next", "the same command goes on from here")]
+    return lines if completed else [*lines, ("next", "the same command resumes from here")]
 
 
 def run_facts(config: Config) -> dict[str, Any]:

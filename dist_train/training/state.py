@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from dist_train.checkpoint.store import merit
 from dist_train.config.errors import ConfigError
+from dist_train.data.survey import content_digest
 from dist_train.step.parameters import match_strides
 from dist_train.task.metrics import figure
 from dist_train.training.callbacks import callback_states, load_callback_states
@@ -105,7 +105,7 @@ def of_every_rank(modules: Modules, world: World) -> list[dict[str, Any]]:
     if world.size == 1:
         return [modules.unsaved()]
     mine = {name: v.cpu() if isinstance(v, Tensor) else v for name, v in modules.every_value().items()}
-    digests = {name: _digest(value) for name, value in mine.items()}
+    digests = {name: content_digest(value) for name, value in mine.items()}
     norms = _norms(modules)
     first, first_norms = world.broadcast((digests, norms))
     for name, norm in norms.items():
@@ -125,13 +125,6 @@ def _norms(modules: Modules) -> dict[str, float]:
     parameters = dict(modules.named_parameters())
     norms = torch._foreach_norm(list(parameters.values()))
     return dict(zip(parameters, torch.stack([norm.double() for norm in norms]).tolist(), strict=True))
-
-
-def _digest(value: Any) -> str:
-    if not isinstance(value, Tensor):
-        return repr(value)
-    data = value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    return hashlib.blake2b(data, digest_size=16).hexdigest() + str(tuple(value.shape))
 
 
 def restore(

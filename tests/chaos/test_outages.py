@@ -69,5 +69,5 @@ def test_a_store_that_stays_away_ends_a_run_with_place_and_cause_and_it_goes_on_
     last = store.find("last").step
     assert last < 24
     done = run(alone, 1, *ONE, f"run.dir={URL}", "run.name=long")
-    assert f"going on from step {last}" in " ".join(done.stdout.split())
+    assert f"resuming from step {last}" in " ".join(done.stdout.split())
     assert_as_if_undisturbed(alone, "long", tmp_path / "there")

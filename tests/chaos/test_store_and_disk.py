@@ -41,7 +41,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged_takes_the_one_before_and_ends_
     done = run(alone, 1, *ONE, "run.name=damaged")
     assert "step-00000024 is corrupted (optimizer.pt: its sha256" in done.stdout
     assert "quarantined as damaged-step-00000024-1" in done.stdout
-    assert "going on from step 20" in " ".join(done.stdout.split())
+    assert "resuming from step 20" in " ".join(done.stdout.split())
     assert_equal_runs(place, alone / "runs" / "whole")
 
 
@@ -100,7 +100,7 @@ def test_a_full_disk_ends_the_run_with_file_and_cause_and_leaves_the_last_good_c
     assert "No space left" in status["error"]
 
     done = run(alone, 1, *options, "checkpoint.on_error=warn")
-    assert "going on from step 4" in " ".join(done.stdout.split())
+    assert "resuming from step 4" in " ".join(done.stdout.split())
     assert "training continues, as checkpoint.on_error says" in done.stderr
     assert [found.step for found in CheckpointStore(open_storage(small_disk / "full" / "checkpoints")).published()] == [
         4
@@ -130,7 +130,7 @@ def test_the_whole_life_of_a_run_in_a_store(
     assert before in (6, 8)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "two"))
     done = run(alone, 1, *options)
-    assert f"going on from step {before}" in " ".join(done.stdout.split())
+    assert f"resuming from step {before}" in " ".join(done.stdout.split())
     if store == "s3":
         assert uploads_below(storage) == []
 

@@ -119,7 +119,7 @@ def test_a_checkpoint_that_training_deletes_while_it_is_read_gives_way_to_the_ne
 ) -> None:
     from dist_train.run import open as restore
 
-    copy, load = shutil.copytree(digits, tmp_path / "run"), restore.load_averaged
+    copy, load = shutil.copytree(digits, tmp_path / "run"), restore.load_with_ema
     gone: list[str] = []
 
     def deleted_first(model: torch.nn.Module, found: restore.Found) -> None:
@@ -128,7 +128,7 @@ def test_a_checkpoint_that_training_deletes_while_it_is_read_gives_way_to_the_ne
             shutil.rmtree(found.location)
         load(model, found)
 
-    monkeypatch.setattr(restore, "load_averaged", deleted_first)
+    monkeypatch.setattr(restore, "load_with_ema", deleted_first)
     assert figures(capsys, str(copy), "--checkpoint", "last")["step"] == 38
     assert gone == ["step-00000057"]
 

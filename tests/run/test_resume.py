@@ -55,7 +55,7 @@ def test_stopped_and_continued_equals_never_stopped(folder: Path, processes: int
     assert json.loads((stopped / "status.json").read_text())["state"] == "preempted"
     assert not (stopped / "model.pt").exists()
     done = run(folder, processes, "--config", *options(processes, workers, method))
-    assert "going on from step 17" in " ".join(done.stdout.split())
+    assert "resuming from step 17" in " ".join(done.stdout.split())
     whole = folder / "runs" / f"whole{processes}"
     assert result(stopped) == {**result(whole)}
     assert same_state_dicts(stopped / "model.pt", whole / "model.pt")

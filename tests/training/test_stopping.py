@@ -138,7 +138,7 @@ def test_a_run_stopped_in_each_way_has_saved_one_step_of_all_ranks_and_ends_as_i
 
     # Workers that end with each epoch are children that end.
     done = run(folder, 2, *options, "data.num_workers=1", "data.persistent_workers=false")
-    assert f"going on from step {third}" in " ".join(done.stdout.split())
+    assert f"resuming from step {third}" in " ".join(done.stdout.split())
     assert result(place)["weights_sha256"] == result(whole)["weights_sha256"]
     assert same_state_dicts(place / "model.pt", whole / "model.pt")
     assert rows(place) == rows(whole)
