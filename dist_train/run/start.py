@@ -213,7 +213,7 @@ class Start:
         self.trainer = trainer = Trainer(self.parts, progress, outputs, stepper_state)
         for line in self.decision.changes:
             console.note(f"changed since the last start: {line}")
-        console.start_block(start_lines(self.parts, trainer, run, trainer.step))
+        console.start_block(start_lines(trainer))
         if world.is_main:
             trainer.write_status("running")
             self._record_start(trainer.step)

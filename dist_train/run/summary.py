@@ -30,9 +30,9 @@ LIVE = (
 )
 
 
-def start_lines(parts: Parts, trainer: Trainer, run: RunDir, resumed: int) -> Lines:
+def start_lines(trainer: Trainer) -> Lines:
     """Model, world, precision, data, batch arithmetic, run directory."""
-    config, world, plan = parts.config, parts.world, parts.plan
+    parts, config, world, plan = trainer.parts, trainer.config, trainer.world, trainer.plan
     parameters = list(parts.model.parameters())
     frozen = sum(parameter.numel() for parameter in parameters if not parameter.requires_grad)
     model = f"{type(parts.model).__name__}, {sum(parameter.numel() for parameter in parameters):,} parameters"
@@ -45,7 +45,7 @@ def start_lines(parts: Parts, trainer: Trainer, run: RunDir, resumed: int) -> Li
         data += f", {plan.length - plan.samples_per_epoch} samples of each epoch left out (data.drop_last)"
     total = f" = {trainer.due.end:,} steps" if trainer.due.end else ""
     lines = [
-        ("run", run.location + (f", resuming from step {resumed:,}" if resumed else "")),
+        ("run", trainer.run.location + (f", resuming from step {trainer.step:,}" if trainer.step else "")),
         ("model", model + (f", {frozen:,} of them frozen" if frozen else "")),
         ("transfer", "\n".join(parts.notes)),
         ("layers", "\n".join(layer_lines(parts))),
