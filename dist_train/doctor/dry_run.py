@@ -18,10 +18,10 @@ from dist_train.run.start import train_in
 from dist_train.text import format_bytes
 from dist_train.tracking.console import Console
 from dist_train.tracking.records import read_rows
-from dist_train.training.forgotten import forgotten
 from dist_train.training.model import build_model_parts
 from dist_train.training.parts import Parts
 from dist_train.training.prepare import build_dataset, reading_of
+from dist_train.training.unsaved import unsaved_state
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -68,7 +68,7 @@ def run(config: Config, world: World, where: Path) -> tuple[list[str], str]:
     """
     out, kept = io.StringIO(), list[Parts]()
     train_in(world, _shortened(config, where, STEPS), Console(world.is_main, out=out, err=out), kept.append)
-    missing = "" if config.has_live_objects else _forgotten(kept[0], config, world, where)
+    missing = "" if config.has_live_objects else _unsaved(kept[0], config, world, where)
     kept.clear()
     train_in(world, _shortened(config, where, STEPS + 1), Console(world.is_main, out=io.StringIO(), err=io.StringIO()))
     if not world.is_main:
@@ -84,12 +84,12 @@ def run(config: Config, world: World, where: Path) -> tuple[list[str], str]:
     return [*shown, f"  saved: {format_bytes(size)}"], missing
 
 
-def _forgotten(trained: Parts, config: Config, world: World, where: Path) -> str:
+def _unsaved(trained: Parts, config: Config, world: World, where: Path) -> str:
     dataset, collate = trained.datasets["train"], reading_of(config, world).collate or default_collate
     some = list(itertools.islice(iter(dataset), SAMPLES)) if is_stream(dataset) else []
     some = some or [dataset[index] for index in range(min(SAMPLES, len(dataset)))]
     found = find_at(str(where / "dry_run"))
-    return forgotten(trained, build_model_parts(config, world), found, trained.move(collate(some)))
+    return unsaved_state(trained, build_model_parts(config, world), found, trained.move(collate(some)))
 
 
 def _shortened(config: Config, where: Path, steps: int) -> Config:

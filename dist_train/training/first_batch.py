@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from dist_train.data.plan import parts
 from dist_train.task.samplewise import Parted, parted
-from dist_train.training.forgotten import forgotten_at_start
+from dist_train.training.unsaved import unsaved_at_start
 
 if TYPE_CHECKING:
     from dist_train.training.parts import Parts
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 class FirstBatch:
     """What the first micro-batch of a start shows: whether the loss is a sum over samples, so that micro-batches give the
-    gradient of the global batch (`samplewise`); and of a run, whether a checkpoint holds all that training changes (`forgotten`).
+    gradient of the global batch (`samplewise`); and of a run, whether a checkpoint holds all that training changes (`unsaved`).
     """
 
     def __init__(self, built: Parts, fresh: bool):
@@ -22,13 +22,13 @@ class FirstBatch:
         self.pieces = -(-built.plan.global_batch_size // built.micro_batch_size)  # of a global batch, over all ranks
         self.needed = self.pieces > 1 or fresh
         self._parted: Parted | None = None
-        self._forgotten = ""
+        self._unsaved = ""
 
     def look(self, batch: Any, length: int, samples: int) -> None:
         """Look at a micro-batch of `length` samples, of a step of `samples`; all ranks call it at their first."""
         built, size = self.parts, self.parts.world.size
         if self.fresh and built.world.is_main:
-            self._forgotten = forgotten_at_start(built, batch, length)
+            self._unsaved = unsaved_at_start(built, batch, length)
         if self.pieces == 1:
             return
         of_ranks = [parts(samples, rank, size, built.micro_batch_size) for rank in range(size)]
@@ -38,7 +38,7 @@ class FirstBatch:
 
     def warnings(self) -> list[str]:
         """What to warn of after the first step, when the loss has been called."""
-        return list(filter(None, (self._inexactness(), self._forgotten)))
+        return list(filter(None, (self._inexactness(), self._unsaved)))
 
     def _inexactness(self) -> str:
         built, count = self.parts, self.pieces

@@ -302,7 +302,7 @@ def test_doctor_names_what_no_checkpoint_holds(
     monkeypatch.chdir(folder)
     assert doctor.main(["--config", "c.yaml", f"model._target_=kept.{model}"]) == 0
     told = " ".join(capsys.readouterr().out.split())
-    assert ("no checkpoint holds, so that a stopped run doesn't go on as it would have: seen" in told) == (
+    assert ("no checkpoint holds, so that a resumed run differs from one that never stopped: seen" in told) == (
         model == "Hidden"
     )
     assert "three steps, evaluation, save, resume" in told

@@ -14,10 +14,10 @@ from runs import result, rows, run_several, same_state_dicts
 from torch import nn
 
 from dist_train.run.api import train
-from dist_train.training import first_batch, forgotten
+from dist_train.training import first_batch, unsaved
 
 KEPT = Path(__file__).parent / "jobs" / "kept.py"
-WARNED = "training leaves something behind that no checkpoint holds"
+WARNED = "training changes state that no checkpoint holds"
 BASE = {
     "loss": {"_target_": "torch.nn.CrossEntropyLoss"},
     "optimizer": {"_target_": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9},
@@ -34,7 +34,7 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "kept", raising=False)
-    monkeypatch.setattr(forgotten, "SECONDS", 100.0)
+    monkeypatch.setattr(unsaved, "SECONDS", 100.0)
     import kept
 
     return kept
@@ -82,19 +82,19 @@ def test_a_fresh_start_warns_and_trains_as_it_would_have(
 
     def look(*args: Any) -> str:
         before = [torch.get_rng_state(), *(value.clone() for value in first.state_dict().values())]
-        looked.append(forgotten.forgotten_at_start(*args))
+        looked.append(unsaved.unsaved_at_start(*args))
         after = [torch.get_rng_state(), *first.state_dict().values()]
         assert all(map(torch.equal, before, after))
         assert all(parameter.grad is None for parameter in first.parameters())
         return looked[-1]
 
-    monkeypatch.setattr(first_batch, "forgotten_at_start", look)
+    monkeypatch.setattr(first_batch, "unsaved_at_start", look)
     start(kept, first, "looked")
     told = " ".join(capsys.readouterr().err.split())
     assert (WARNED in told) == bool(named)
     assert len(looked) == 1
-    assert (f"as it would have: {named}. Make it a buffer" in looked[0]) == bool(named)
-    monkeypatch.setattr(first_batch, "forgotten_at_start", lambda *_: "")
+    assert (f"one that never stopped: {named}. Make it a buffer" in looked[0]) == bool(named)
+    monkeypatch.setattr(first_batch, "unsaved_at_start", lambda *_: "")
     start(kept, second, "unseen")
     assert same_run(Path("runs/looked"), Path("runs/unseen"))
 
@@ -109,7 +109,7 @@ def test_what_cannot_be_copied_apart_or_cheaply_is_left_alone(
     kept: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     compared: list[Any] = []
-    monkeypatch.setattr(forgotten, "_compare", lambda *args: compared.append(args) or "")
+    monkeypatch.setattr(unsaved, "_compare", lambda *args: compared.append(args) or "")
     hooked = kept.Hooked()
     start(kept, hooked, "hooked")
     assert len(hooked.calls) == 10, "a forward for each step, and no other"

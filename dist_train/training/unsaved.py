@@ -1,8 +1,8 @@
-"""Whether a fresh model that has loaded a checkpoint computes what the trained one does: if not, a resumed run differs.
+"""State that training changes and no checkpoint holds: a fresh model with a checkpoint's weights then computes something else.
 
 `doctor` compares after three steps of a dry run. A fresh start compares copies before its own first step, on the first
-micro-batch: no sample is read out of turn (a dataset may keep a generator of its own), streams work too, and live objects,
-which can't be built twice, can be copied.
+micro-batch: no extra sample is read (a dataset may have a generator of its own), streams work too, and live objects, which
+can't be built twice, can be copied.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from dist_train.training.model import ModelParts, Saved, load_weights
 if TYPE_CHECKING:
     from dist_train.step.modules import Modules
 
-# A check at the start that is larger or slower is skipped: bytes and objects to copy, numbers of a batch times parameters,
-# and seconds of a step. The default model takes 25 ms, some of which the run's own first step saves.
+# Above these the check at the start is skipped: bytes and objects to copy, elements of a batch times parameters, seconds of
+# a step. The default model takes 25 ms, some of which the run's own first step saves.
 BYTES, OBJECTS, WORK, SECONDS = 16 << 20, 20_000, 1e10, 0.02
 SAMPLES, STEPS, LR = 8, 3, 1e-3
-PLAIN = (bool, int, float, str, list, tuple, dict, set, deque, np.ndarray)  # told apart by their representation
-_log = logging.getLogger("dist_train")
+PLAIN = (bool, int, float, str, list, tuple, dict, set, deque, np.ndarray)  # compared by their representation
+_OF_MODULES = vars(nn.Module()).keys()
 
 
 def _copied(parts: ModelParts) -> ModelParts:
-    """With modules and a task of its own."""
+    """A copy with modules and a task of its own."""
     modules, task = copy.deepcopy((parts.modules, parts.task))
     return replace(parts, modules=modules, task=task)
 
@@ -64,11 +64,11 @@ def _train(parts: ModelParts, batch: Any, step: int) -> None:
                 parameter.add_(gradient, alpha=-LR)
 
 
-def forgotten(trained: ModelParts, fresh: ModelParts, found: Saved, batch: Any) -> str:
-    """What training has left in a model, its loss or its task that a checkpoint doesn't hold, in words; "" for nothing.
+def unsaved_state(trained: ModelParts, fresh: ModelParts, found: Saved, batch: Any) -> str:
+    """What training has changed in a model, its loss or its task that a checkpoint doesn't hold, as a warning; "" for nothing.
 
     Args:
-        trained: as training has left it. fresh: as it was built. found: the checkpoint that the trained one has saved.
+        trained: after training. fresh: as it was built. found: the checkpoint of the trained one.
         batch: on the device.
     """
     load_weights(fresh.modules, found)
@@ -80,16 +80,16 @@ def forgotten(trained: ModelParts, fresh: ModelParts, found: Saved, batch: Any) 
         return ""
     names = ", ".join(_differing(trained, fresh)) or "an object that can't be looked into, or a generator of its own"
     return (
-        "training leaves something behind that no checkpoint holds, so that a stopped run doesn't go on as it would have: "
+        "training changes state that no checkpoint holds, so that a resumed run differs from one that never stopped: "
         f"{names}. Make it a buffer, or a number that __init__ makes; draw from torch's, numpy's or Python's own generators"
     )
 
 
-def forgotten_at_start(start: ModelParts, batch: Any, length: int) -> str:
-    """The same before the first step of a run, on copies of `start` that train on some of the `length` samples of `batch`.
+def unsaved_at_start(start: ModelParts, batch: Any, length: int) -> str:
+    """As `unsaved_state`, before the first step of a run: copies of `start` train on some of the `length` samples of `batch`.
 
-    "" too where it would cost much, or where it can't be told. It raises nothing, leaves everything as it is (generators
-    included), and runs on one rank alone: collectives inside a forward end it.
+    "" also where that would cost much or proves nothing. It never raises, changes nothing (generators included), and runs on
+    one rank alone: a collective inside a forward ends it.
     """
     try:
         some = cut(batch, length, slice(0, SAMPLES))
@@ -99,29 +99,28 @@ def forgotten_at_start(start: ModelParts, batch: Any, length: int) -> str:
         with undisturbed_generators(start.world.device), _NoCollectives() if others else nullcontext():
             return _compare(start, some)
     except Exception as error:  # the user's code: whatever is wrong with it shows in training
-        _log.debug(
-            "whether a resumed run equals one that never stopped wasn't checked: %s: %s", type(error).__name__, error
-        )
+        text = "whether checkpoints hold all state wasn't checked: %s: %s"
+        logging.getLogger("dist_train").debug(text, type(error).__name__, error)
         return ""
 
 
 def _compare(start: ModelParts, batch: Any) -> str:
     trained = _copied(start)
     if not {*map(id, _owned(trained))}.isdisjoint(map(id, _owned(start))):
-        return ""  # by a __deepcopy__ of its own: it would be the run's that is trained here
+        return ""  # by a __deepcopy__ of its own: the run's model would be trained here
     for step in range(STEPS):
         began = time.thread_time()
         _train(trained, batch, step)
-        limit = SECONDS if step else 5 * SECONDS  # the first one loads kernels; of a GPU's the run pays for it anyway
+        limit = SECONDS if step else 5 * SECONDS  # the first one loads kernels, which on a GPU the run must do anyway
         if time.thread_time() - began > limit and (step or start.world.device.type == "cpu"):
             return ""
     found = _Held(trained.modules)
-    if not (told := forgotten(trained, _copied(start), found, batch)):
+    if not (warning := unsaved_state(trained, _copied(start), found, batch)):
         return ""
-    # Kernels that add up in any order, or the clock: then two that have loaded the same differ as well.
+    # Where kernels sum in any order, or the clock is read, two models that have loaded the same differ as well.
     other = _copied(start)
     load_weights(other.modules, found)
-    return "" if forgotten(other, _copied(start), found, batch) else told
+    return "" if unsaved_state(other, _copied(start), found, batch) else warning
 
 
 class _Held:
@@ -139,7 +138,7 @@ class _Held:
 
 
 class _NoCollectives(TorchDispatchMode):
-    """Other ranks aren't here: a collective would meet with one of their first step."""
+    """The other ranks don't take part: a collective would be matched with one of their first step."""
 
     def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if "c10d" in func.namespace:
@@ -153,9 +152,9 @@ def _is_little_work(start: ModelParts, batch: Any) -> bool:
 
 
 def _is_cheap_to_copy(todo: list[Any]) -> bool:
-    """Whether all that a deep copy of these would visit is little, and safe to be copied.
+    """Whether all that a deep copy of these would visit is small, and safe to copy.
 
-    Not safe are functions that close over something (a copy's hook would write into the original's list), and objects that
+    Unsafe are functions that close over something (a copy's hook would write into the original's list), and objects that
     clean up when they are deleted.
     """
     seen, size = set[int](), 0
@@ -198,30 +197,19 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def _differing(trained: ModelParts, fresh: ModelParts) -> Iterator[str]:
-    """Attributes that show the difference."""
-    pairs: list[tuple[str, Any, Any]] = [
-        (name, module, other)
-        for (name, module), (_, other) in zip(
-            trained.modules.named_modules(), fresh.modules.named_modules(), strict=False
-        )
-    ]
+    """Names of the attributes that differ."""
+    modules = zip(trained.modules.named_modules(), fresh.modules.named_modules(), strict=False)
+    pairs: list[tuple[str, Any, Any]] = [(name, module, other) for (name, module), (_, other) in modules]
     for name, one, other in [*pairs, ("task", trained.task, fresh.task)]:
-        for key in sorted(_attributes(one).keys() | _attributes(other).keys()):
-            if key in _OF_MODULES:
-                continue
-            a, b = (_attributes(holder).get(key) for holder in (one, other))
-            if _told_apart(a, b):
+        ours, theirs = getattr(one, "__dict__", {}), getattr(other, "__dict__", {})
+        for key in sorted((ours.keys() | theirs.keys()) - _OF_MODULES):
+            if _differ(ours.get(key), theirs.get(key)):
                 yield f"{name}.{key}".strip(".")
 
 
-def _told_apart(one: Any, other: Any) -> bool:
+def _differ(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return not _same(one.detach(), other.detach())
     if isinstance(one, Tensor) or isinstance(other, Tensor):
-        return not (isinstance(one, Tensor) and isinstance(other, Tensor) and _same(one.detach(), other.detach()))
+        return True
     return isinstance(one, PLAIN) and repr(one) != repr(other)
-
-
-_OF_MODULES = vars(nn.Module()).keys()
-
-
-def _attributes(holder: Any) -> dict[str, Any]:
-    return getattr(holder, "__dict__", {})
