@@ -26,8 +26,8 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
 def pretend_elsewhere(run: Storage, lease: Lease) -> None:
     """Make the lease look as if another machine held it."""
     name = f".lease/{lease.number:08d}.json"
-    lease._record |= {"machine": "another", "host": "node7"}
-    run.write_atomic(name, json.dumps(lease._record).encode())
+    lease._record.machine, lease._record.host = "another", "node7"
+    run.write_atomic(name, lease._record.encode())
 
 
 def test_a_second_job_is_refused_with_host_process_and_age(run: Storage) -> None:
@@ -83,7 +83,7 @@ def test_an_owner_that_was_killed_on_this_machine_is_succeeded_at_once(tmp_path:
 def test_another_process_with_the_same_pid_is_not_the_owner(run: Storage) -> None:
     lease = Lease.acquire(run)
     lease._over.set()
-    run.write_atomic(".lease/00000001.json", json.dumps({**lease._record, "started": "12345"}).encode())
+    run.write_atomic(".lease/00000001.json", lease._record.model_copy(update={"started": "12345"}).encode())
     with Lease.acquire(run) as successor:
         assert successor.number == 2
 
@@ -96,7 +96,7 @@ def test_an_owner_elsewhere_that_renews_its_lease_is_alive(run: Storage) -> None
     with pytest.raises(LeaseHeldError, match=r"process \d+ on node7, .*which has just renewed its lease"):
         Lease.acquire(run, log=lines.append)
     assert time.monotonic() - started < 3
-    assert "waiting up to 0.9 s for a sign of life" in lines[0]
+    assert "waiting up to 0.9 s for a heartbeat" in lines[0]
     lease.release()
 
 
@@ -119,15 +119,15 @@ def test_an_owner_elsewhere_that_misses_three_renewals_is_dead(run: Storage) -> 
 
 def test_an_owner_that_lost_its_lease_finds_out_and_does_not_take_it_back(run: Storage) -> None:
     lease = Lease.acquire(run, interval=0.05)
-    taken = {**lease._record, "pid": 1, "renewals": 0}
-    assert run.create_exclusive(".lease/00000002.json", json.dumps(taken).encode())
+    taken = lease._record.model_copy(update={"pid": 1, "renewals": 0}).encode()
+    assert run.create_exclusive(".lease/00000002.json", taken)
     for _ in range(100):
         if lease.lost:
             break
         time.sleep(0.05)
     assert lease.lost
     lease.release()
-    assert json.loads(run.read_bytes(".lease/00000002.json")) == taken
+    assert run.read_bytes(".lease/00000002.json") == taken
     assert not json.loads(run.read_bytes(".lease/00000001.json"))["released"]
 
 
