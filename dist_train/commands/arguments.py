@@ -94,7 +94,7 @@ def parse_run(
 
 
 def _is_of_a_run(path: Path) -> bool:
-    from dist_train.runtime.rundir import FILES, FOLDERS
+    from dist_train.runtime.location import FILES, FOLDERS
 
     run = next((folder for folder in path.parents if (folder / "config.yaml").is_file()), None)
     if run is None or not (run / "checkpoints").is_dir():

@@ -25,7 +25,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.get is None:
         print(config.to_yaml(), end="")
     elif options.get == "run.path":
-        from dist_train.runtime.rundir import run_location
+        from dist_train.runtime.location import run_location
 
         print(run_location(config))
     else:

@@ -12,7 +12,7 @@ from dist_train.config.code import source_files
 from dist_train.config.errors import ConfigError
 from dist_train.config.fields import expand_path, from_json
 from dist_train.run.objects import differences, facts_of, sample_digests
-from dist_train.runtime.rundir import MICRO_BATCHES
+from dist_train.runtime.location import MICRO_BATCHES
 from dist_train.runtime.sidefiles import SideFileError, read_lines, read_mapping
 from dist_train.training.due import in_steps
 

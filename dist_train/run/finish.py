@@ -91,7 +91,7 @@ def finish(trainer: Trainer, checkpoints: CheckpointManager) -> dict[str, Any]:
 def _write(trainer: Trainer, result: dict[str, Any]) -> None:
     parts, run = trainer.parts, trainer.run
     with parts.ema.applied() if parts.ema is not None else contextlib.nullcontext():
-        run.assure_own()
+        run.check_owner()
         if task := parts.modules.task_state():
             _write_weights(run, "task.pt", task)
         _write_weights(run, "model.pt", trainer.model.state_dict())

@@ -68,7 +68,7 @@ def report_in(world: World, run: RunDir, config: Config, warn: Callable[[str], N
     except (ConfigError, CheckpointError) as error:
         warn(f"the report has no pictures: {error}")
         if world.is_main:
-            with run.only_a_view():
+            with run.best_effort():
                 write_page(run)
 
 

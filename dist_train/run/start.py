@@ -24,7 +24,8 @@ from dist_train.run.report import report_at_end
 from dist_train.run.summary import end_lines, run_facts, start_lines
 from dist_train.runtime.launch import read_placement
 from dist_train.runtime.lease import Lease, LeaseHeldError, LeaseLostError
-from dist_train.runtime.rundir import MICRO_BATCHES, RunDir, check_place, check_shared, run_location
+from dist_train.runtime.location import MICRO_BATCHES, check_place, run_location
+from dist_train.runtime.rundir import RunDir, check_shared
 from dist_train.runtime.sidefiles import read_lines
 from dist_train.runtime.storage import LocalStorage
 from dist_train.runtime.world import World, open_world
@@ -144,7 +145,7 @@ class Start:
                 return finish_completed(self.world, self.config, self.run, self.console, self.decision)
             if (self.decision.action, self.decision.fits) != (before.action, before.fits):
                 self.parts = _build(self.config, self.world, self.decision)
-            self.run.begin(self.world)
+            self.run.open_files(self.world)
             setup_logging(self.run.path(f"logs/rank-{self.world.rank}.log"), self.world.rank)
             peers.attach(self._facts())
             self._attached = True
@@ -170,7 +171,7 @@ class Start:
         """
         storage = self.run.storage
         try:
-            lease = self.run.own(self.console.note)
+            lease = self.run.acquire(self.console.note)
         except LeaseHeldError as error:
             raise ConfigError.single("run.name", str(error)) from None
         signals.hold()
@@ -188,9 +189,9 @@ class Start:
 
     def _lost(self) -> LeaseLostError | None:
         """The reason why the run isn't this process's any more, if so."""
-        self.run.hurry()
+        self.run.shorten_timeouts()
         try:
-            self.run.assure_own()
+            self.run.check_owner()
         except LeaseLostError as error:
             return error
         except (StorageError, OSError):

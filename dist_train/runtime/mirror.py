@@ -1,8 +1,8 @@
-"""The files of a run under a URL that grow while it trains: kept in a local directory and uploaded whole.
+"""The growing files of a run under a URL: kept in a local directory and uploaded whole.
 
 Objects can't be appended to. So logs, metrics.jsonl, traces and TensorBoard's files are written to a directory of this
-host, and go to the store before each checkpoint is published and at the end. What the store holds is the truth: a start
-on another host begins with it.
+host, and uploaded before each checkpoint is published and at the end. The store is the source of truth: a start on
+another host begins with what it holds.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dist_train.runtime.storage import Storage, open_storage
 log = logging.getLogger("dist_train")
 POLL_SECONDS = 5.0
 LAST_PATIENCE = 5.0
-# Written to the store directly; what the mirror has of these are copies to read.
+# Written to the store directly; the mirror only has copies to read.
 COPIES = ("config.yaml", "status.json", "result.json", "attempts.jsonl")
 
 
@@ -38,20 +38,20 @@ def mirror_root(url: str) -> Path:
 
 
 class Mirror:
-    """The files of a run on this host: those of its directory itself, or under a URL those that grow, and copies of others.
+    """The files of a run on this host: of a local run the files themselves, under a URL the growing ones and copies.
 
-    Threads may share it. Where the run's directory is local, there is nothing to fetch and nothing to upload.
+    Threads may share it. For a local run there is nothing to fetch and nothing to upload.
 
     Attributes:
         storage: the run's directory. location: its path or URL. root: where its files are on this host.
-        shared: the files and folders that this process uploads for its host; None is all of them.
+        uploaded: the files and folders that this process uploads for its host; None is all of them.
     """
 
     def __init__(self, location: str):
         self.storage = open_storage(location)
         self.location = self.storage.location
         self.root = Path(self.location) if self.storage.is_local else mirror_root(self.location)
-        self.shared: Collection[str] | None = None
+        self.uploaded: Collection[str] | None = None
         self._store = self.storage.sub("")  # with a patience of its own
         self._sent: dict[str, tuple[int, int]] = {}
         self._lock = threading.Lock()
@@ -62,7 +62,7 @@ class Mirror:
         return self.root / name
 
     def fetch(self, name: str) -> Path:
-        """The local path of a file, with the store's content; what this host had of it is dropped.
+        """The local path of a file, with the store's content, which replaces this host's.
 
         Raises:
             FileNotFoundError: the store doesn't hold it.
@@ -71,28 +71,28 @@ class Mirror:
             self._keep(name, self._store.read_bytes(name))
         return self.path(name)
 
-    def go_on_with(self, *names: str) -> None:
-        """Begin with what the store holds of files that will be appended to; where it holds none, with none.
+    def resume_files(self, *names: str) -> None:
+        """Make files that will be appended to what the store holds; delete those that it doesn't hold.
 
-        A log that this host has more of than the store is kept: a start that was killed wrote its end.
+        A log that extends the store's is kept: a killed start wrote its end.
         """
         for name in names if not self.storage.is_local else ():
             path = self.path(name)
             try:
-                held = self._store.read_bytes(name)
+                stored = self._store.read_bytes(name)
             except FileNotFoundError:
                 path.unlink(missing_ok=True)
                 continue
-            if not (name.startswith("logs/") and path.exists() and path.read_bytes().startswith(held)):
-                self._keep(name, held)
+            if not (name.startswith("logs/") and path.exists() and path.read_bytes().startswith(stored)):
+                self._keep(name, stored)
 
     def upload(self, only: Collection[str] | None = None) -> None:
-        """Send what has changed since it was sent last: of what is `shared`, or of some files and folders.
+        """Upload what has changed since its last upload: of `uploaded`, or of some files and folders.
 
         Raises:
             StorageError: the store can't be written.
         """
-        wanted = self.shared if only is None else only
+        wanted = self.uploaded if only is None else only
         if self.storage.is_local or wanted == ():
             return
         with self._lock:
@@ -104,8 +104,8 @@ class Mirror:
                     with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
                         self._send(name, file)
 
-    def upload_meanwhile(self) -> None:
-        """The same in the background, for hosts other than rank 0's: a store that is away is rank 0's to tell."""
+    def upload_in_background(self) -> None:
+        """The same in a thread, for hosts other than rank 0's: an unreachable store is for rank 0 to report."""
 
         def send() -> None:
             try:
@@ -117,13 +117,13 @@ class Mirror:
             self._sending = threading.Thread(target=send, name="upload", daemon=True)
             self._sending.start()
 
-    def hurry(self) -> None:
-        """The run has failed: its last words don't wait for a store as long as its saves did."""
+    def shorten_timeouts(self) -> None:
+        """The run has failed: its last records don't wait for a store as long as its saves did."""
         for storage in (self.storage, self._store):
             storage.patience = min(storage.patience, LAST_PATIENCE)
 
     def close(self) -> None:
-        """Wait for an upload that is under way."""
+        """Wait for an upload in progress."""
         if self._sending is not None:
             self._sending.join()
 
@@ -133,20 +133,19 @@ class Mirror:
         copies.write_atomic(name, data)
 
     def _send(self, name: str, file: BinaryIO) -> None:
+        def copy(sink: BinaryIO) -> None:
+            file.seek(0)  # it may be a retry
+            shutil.copyfileobj(file, sink, 4 << 20)
+
         state = os.fstat(file.fileno())
         mark = (state.st_size, state.st_mtime_ns)
         if state.st_size and self._sent.get(name) != mark:
-            self._store.write_stream(name, lambda sink: _copy(file, sink))
+            self._store.write_stream(name, copy)
             self._sent[name] = mark
 
 
-def _copy(file: BinaryIO, sink: BinaryIO) -> None:
-    file.seek(0)  # the store may have lost the try before
-    shutil.copyfileobj(file, sink, 4 << 20)
-
-
 class Watch:
-    """Looks for files (STOP, SAVE) every few seconds, in a thread of its own: whoever asks doesn't wait for the storage."""
+    """Looks for files (STOP, SAVE) every few seconds in a thread of its own, so that nobody waits for the storage."""
 
     def __init__(self, storage: Storage, names: Collection[str]):
         self._storage = storage.sub("", patience=0.0)
@@ -156,7 +155,7 @@ class Watch:
         threading.Thread(target=self._run, name="watch", daemon=True).start()
 
     def take(self, name: str) -> bool:
-        """Whether the file has come; it is gone by then, and the next one counts anew."""
+        """Whether the file was found since the last call; it has been deleted."""
         found = name in self._seen
         self._seen.discard(name)
         return found
@@ -167,7 +166,7 @@ class Watch:
 
     def _run(self) -> None:
         while not self._over.wait(0.2 if self._storage.is_local else POLL_SECONDS):
-            with contextlib.suppress(StorageError, OSError):  # a store that is away holds up saves, not this
+            with contextlib.suppress(StorageError, OSError):  # an unreachable store holds up saves, not this
                 for name in self._names:
                     if self._storage.exists(name):
                         self._storage.delete(name)

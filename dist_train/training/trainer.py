@@ -60,7 +60,7 @@ class Trainer:
             self.stepper.load_state_dict(stepper_state)
         self.rows = TrainRows(self.stepper, progress.samples)
         self._trainable = Trainable(parts, self.stepper)
-        sources = [*self.run.wishes(), *clocks(self.config, lambda: self.seconds)] if self.world.is_main else []
+        sources = [*self.run.requests(), *clocks(self.config, lambda: self.seconds)] if self.world.is_main else []
         self.control = Control(self.world.rank, self.world.size, self.world.clone_store(), sources)
         schedule = parts.schedule.every if parts.schedule is not None and not parts.schedule.on_plateau else None
         self.due = Due(self.config, self.plan.steps_per_epoch, schedule)
@@ -223,7 +223,7 @@ class Trainer:
             self.console.warn(slow)
         if self.world.is_main and time.monotonic() - self._status_at > STATUS_SECONDS:
             self._status_at = time.monotonic()
-            with self.run.only_a_view():
+            with self.run.best_effort():
                 self.write_status("running")
 
     def _write_row(self, split: str, metrics: dict[str, float]) -> None:
@@ -243,7 +243,7 @@ class Trainer:
         self._saved_step = self.step
         progress.seconds = self.seconds
         if self.checkpoints is None:
-            self.run.upload_meanwhile()
+            self.run.upload_in_background()
             return
         meta = {
             "epoch": self.epoch,

@@ -85,7 +85,7 @@ def make_report(
 def write_page(run: RunDir, **shown: Any) -> Path:
     """Write curves.png and report.html on rank 0; see `write_report`."""
     write_curves(run)
-    run.assure_own()
+    run.check_owner()
     path = write_report(run.records(), **shown)
     run.upload((path.name,))
     return path

@@ -17,7 +17,7 @@ from dist_train.config.fields import section_of, walk
 from dist_train.config.load import load_config
 from dist_train.config.schema import Config
 from dist_train.main import COMMANDS
-from dist_train.runtime.rundir import expand_name
+from dist_train.runtime.location import expand_name
 
 PAGES = (
     "from-notebook-to-cluster",

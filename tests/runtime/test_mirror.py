@@ -51,12 +51,12 @@ def test_another_host_goes_on_with_what_was_uploaded(storage: Storage, hosts: It
     write(first, "logs/rank-0.log", "begun\n")
     first.upload()
     write(first, "metrics.jsonl", "row 2, never uploaded\n")
-    second.go_on_with("metrics.jsonl", "logs/rank-0.log")
+    second.resume_files("metrics.jsonl", "logs/rank-0.log")
     write(second, "metrics.jsonl", "row 2\n")
     second.upload()
     assert storage.read_bytes("metrics.jsonl") == b"row 1\nrow 2\n"
     assert storage.read_bytes("logs/rank-0.log") == b"begun\n"
-    first.go_on_with("metrics.jsonl")  # back on the first host: what it alone knew is dropped
+    first.resume_files("metrics.jsonl")  # back on the first host: what it alone knew is dropped
     first.upload()
     assert storage.read_bytes("metrics.jsonl") == b"row 1\nrow 2\n"
 
@@ -69,7 +69,7 @@ def test_a_killed_start_leaves_its_log_and_no_records_to_a_run_that_was_deleted(
     host.upload()
     write(host, "logs/rank-0.log", "the last words\n")
     write(host, "metrics.jsonl", "row 1\n")
-    host.go_on_with("metrics.jsonl", "logs/rank-0.log")
+    host.resume_files("metrics.jsonl", "logs/rank-0.log")
     host.upload()
     assert storage.read_bytes("logs/rank-0.log") == b"begun\nthe last words\n"
     assert not storage.exists("metrics.jsonl"), "of a run of that name that isn't there any more"

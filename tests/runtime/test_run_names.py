@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dist_train.config.load import load_config
-from dist_train.runtime.rundir import expand_name, run_location
+from dist_train.runtime.location import expand_name, run_location
 
 
 @pytest.mark.parametrize(
