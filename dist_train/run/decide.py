@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 _FIX = "Put it back from a copy, give the run another run.name, or delete that directory"
-_LAST_SECTION = "debug"  # of config.yaml, which is written whole
+_LAST_SECTION = "debug"  # of config.yaml: a truncated one lacks it
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Decision:
         changes: what differs from the config of the last start, as lines to log. changed: the keys.
         source: the checkpoint of another run to start from.
         done: step and seconds of a completed run that a changed config may train longer.
-        fits: the most samples of a forward, where memory has run out before.
+        fits: the most samples of a forward after memory has run out.
         warnings: what can't be read there, and what is used instead.
         horizon: the optimizer steps that the schedule has spanned so far.
     """
@@ -160,7 +160,7 @@ def _config_before(run: RunDir, store: CheckpointStore, warnings: list[str]) -> 
         old = read_mapping(run.storage, "config.yaml")
         if old is not None and _LAST_SECTION in old:
             return old
-        wrong = f"{place}: {'missing' if old is None else f'cut off, there is no {_LAST_SECTION} in it'}"
+        wrong = f"{place}: {'missing' if old is None else f'truncated: section {_LAST_SECTION} is missing'}"
     except SideFileError as error:
         wrong = str(error)
     for found in store.published():

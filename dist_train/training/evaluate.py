@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from dist_train.training.model import ModelParts
     from dist_train.watch.control import Control
 
-SOME = 2e-3  # how far the probabilities of a sample may be from one in all
+SUM_TOLERANCE = 2e-3  # of the probabilities of a sample, which sum to 1
 FIRST = 3  # sums before those of the metrics: loss, weight, samples
 
 
@@ -170,7 +170,7 @@ class Evaluator:
 
 
 class Predicted(NamedTuple):
-    """A stretch of a dataset: its first sample, outputs (n,) or (n, k) on the CPU, and targets where there are some."""
+    """Consecutive samples of a dataset: the index of the first, outputs (n,) or (n, k) on the CPU, and targets if any."""
 
     start: int
     outputs: Tensor
@@ -178,12 +178,12 @@ class Predicted(NamedTuple):
 
 
 class Meaning(NamedTuple):
-    """How outputs are read.
+    """How outputs are interpreted.
 
     Attributes:
-        kind: `classes`, one of k for each sample; `binary`, yes or no; `labels`, class numbers already; `values`.
-        scale: what makes probabilities of them: `softmax`, `exp`, `sigmoid`, or `none`.
-        threshold: of binary outputs, on their own scale.
+        kind: `classes`, scores of k classes for each sample; `binary`; `labels`, class numbers already; `values`.
+        scale: what turns them into probabilities: `softmax`, `exp`, `sigmoid`, or `none`.
+        threshold: of binary outputs, before `scale`.
     """
 
     kind: str
@@ -191,12 +191,12 @@ class Meaning(NamedTuple):
     threshold: float = 0.5
 
     def probabilities(self, outputs: Tensor) -> Tensor:
-        """Outputs on the scale that people read."""
+        """(n,) or (n, k): outputs as probabilities; values as the loss sees them unless `scale` says otherwise."""
         scales = {"softmax": lambda: outputs.softmax(1), "exp": outputs.exp, "sigmoid": outputs.sigmoid}
         return scales[self.scale]() if self.scale in scales else outputs
 
     def predictions(self, outputs: Tensor) -> Tensor:
-        """(n,) class numbers; values on the scale that people read."""
+        """(n,) class numbers; of `values`, what `probabilities` returns."""
         if self.kind == "classes":
             return outputs.argmax(1)
         if self.kind == "binary":
@@ -211,15 +211,15 @@ class Meaning(NamedTuple):
 
 
 def read_meaning(evaluator: Evaluator, outputs: Tensor) -> Meaning:
-    """What a run's outputs mean: classes only where a loss or a metric of classification says so, else values."""
+    """How to interpret a run's outputs: as classes only where a loss or metric of classification says so, else as values."""
     function = getattr(getattr(evaluator.task, "loss", None), "function", None)
     several = outputs.dim() == 2
-    questions = {question for metric in evaluator.metrics for question in _questions(metric)}
+    kinds = {kind for metric in evaluator.metrics for kind in _kinds(metric)}
     if isinstance(function, nn.CrossEntropyLoss | nn.NLLLoss):
-        questions.add("multiclass")
+        kinds.add("multiclass")
     if not outputs.is_floating_point():
-        return Meaning("labels" if questions and not several else "values")
-    if isinstance(function, nn.BCEWithLogitsLoss):  # several outputs are several questions: no single answer
+        return Meaning("labels" if kinds and not several else "values")
+    if isinstance(function, nn.BCEWithLogitsLoss):  # several outputs: multilabel, without a single answer
         return Meaning("values", "sigmoid") if several else Meaning("binary", "sigmoid", 0.0)
     if isinstance(function, nn.BCELoss):
         return Meaning("values") if several else Meaning("binary")
@@ -230,22 +230,22 @@ def read_meaning(evaluator: Evaluator, outputs: Tensor) -> Meaning:
     for metric in evaluator.metrics:
         if isinstance(metric, BinaryAccuracy) and not several:
             return Meaning("binary", "sigmoid" if metric.threshold == 0.0 else "none", metric.threshold)
-    shares = bool(((outputs >= 0) & (outputs <= 1)).all())
-    if "binary" in questions and not several:  # as torchmetrics reads them
-        return Meaning("binary") if shares else Meaning("binary", "sigmoid", 0.0)
-    if "multilabel" in questions and several:
-        return Meaning("values", "none" if shares else "sigmoid")
-    if "multiclass" in questions and several:
-        if bool((outputs >= 0).all()) and bool(((outputs.sum(1) - 1).abs() < SOME).all()):
+    in_range = bool(((outputs >= 0) & (outputs <= 1)).all())
+    if "binary" in kinds and not several:  # as torchmetrics interprets them
+        return Meaning("binary") if in_range else Meaning("binary", "sigmoid", 0.0)
+    if "multilabel" in kinds and several:
+        return Meaning("values", "none" if in_range else "sigmoid")
+    if "multiclass" in kinds and several:
+        if bool((outputs >= 0).all()) and bool(((outputs.sum(1) - 1).abs() < SUM_TOLERANCE).all()):
             return Meaning("classes")
-        if bool((outputs <= 0).all()) and bool(((outputs.exp().sum(1) - 1).abs() < SOME).all()):
+        if bool((outputs <= 0).all()) and bool(((outputs.exp().sum(1) - 1).abs() < SUM_TOLERANCE).all()):
             return Meaning("classes", "exp")
         return Meaning("classes", "softmax")
     return Meaning("values")
 
 
-def _questions(metric: Metric) -> Iterator[str]:
-    """What a metric takes the outputs for: `multiclass`, `binary` or `multilabel`; nothing where it doesn't say."""
+def _kinds(metric: Metric) -> Iterator[str]:
+    """What a metric takes the outputs for, if that is known: `multiclass`, `binary`, `multilabel`."""
     if isinstance(metric, Accuracy | BinaryAccuracy):
         yield "multiclass" if isinstance(metric, Accuracy) else "binary"
     if isinstance(metric, Whole):
@@ -257,7 +257,7 @@ def _questions(metric: Metric) -> Iterator[str]:
 
 
 def predict(evaluator: Evaluator, loader: EvalLoader) -> Iterator[Predicted | None]:
-    """This rank's cuts of a dataset, in order; None for a round in which it has none, so that all have as many.
+    """Predictions of this rank's eval batches, in order; None for a last round without one, so that all ranks run as many.
 
     Raises:
         ConfigError: the task's `predict` doesn't give one tensor with a row a sample.
@@ -267,21 +267,21 @@ def predict(evaluator: Evaluator, loader: EvalLoader) -> Iterator[Predicted | No
             if mine is None:
                 yield None
                 continue
-            cut, batch = mine
-            seed_forward(evaluator.seed, 0, cut.start, evaluator.world.device)
+            samples, batch = mine
+            seed_forward(evaluator.seed, 0, samples.start, evaluator.world.device)
             with evaluator.precision.autocast():
                 outputs = evaluator.task.predict(evaluator.model, evaluator.prepare(batch))
-            yield Predicted(cut.start, _rows(outputs, len(cut)), _targets(batch, len(cut)))
+            yield Predicted(samples.start, _rows(outputs, len(samples)), _targets(batch, len(samples)))
 
 
 def gathered(evaluator: Evaluator, loader: EvalLoader) -> Iterator[Predicted]:
-    """Every sample once, in dataset order, on rank 0; the other ranks take part and get nothing. See `predict`."""
+    """Predictions of every sample once, in dataset order, on rank 0; [] on the others, which must call it too."""
     for mine in predict(evaluator, loader):
         yield from (part for part in on_rank_zero(evaluator.world, mine) if part is not None)
 
 
 def _rows(outputs: Any, samples: int) -> Tensor:
-    """Outputs as (n,) or (n, k) on the CPU, in float32 if they are no integers; one column is none."""
+    """Outputs as (n,) or (n, k) on the CPU, in float32 if they were in half precision; (n, 1) becomes (n,)."""
     if not isinstance(outputs, Tensor) or outputs.dim() not in (1, 2) or len(outputs) != samples:
         found = f"a tensor of shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
         raise ConfigError.single(
@@ -294,7 +294,7 @@ def _rows(outputs: Any, samples: int) -> Tensor:
 
 
 def _targets(batch: Any, samples: int) -> Tensor | None:
-    """The targets of a batch of (inputs, targets), as (n,) or (n, k); None where it has none of that form."""
+    """The targets of a batch of (inputs, targets), as (n,) or (n, k); None if it has none of that shape."""
     if not isinstance(batch, list | tuple) or len(batch) != 2 or not isinstance(batch[1], Tensor):
         return None
     targets = batch[1]

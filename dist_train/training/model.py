@@ -14,6 +14,7 @@ from dist_train.config.components import build, build_callable
 from dist_train.config.errors import ConfigError
 from dist_train.data.plan import Plan, parts, smallest_part
 from dist_train.models.layers import begin_training
+from dist_train.runtime.seeding import seed_everything
 from dist_train.step.modules import Modules
 from dist_train.step.parameters import check_parameters
 from dist_train.step.precision import Precision, agreed, resolve_precision
@@ -21,7 +22,7 @@ from dist_train.task.batch import move_batch
 from dist_train.task.losses import Loss
 from dist_train.task.metrics import Metric, Whole, build_metrics
 from dist_train.task.task import Supervised, Task
-from dist_train.training.prepare import build_model, building, seed_everything
+from dist_train.training.prepare import build_model, building
 
 if TYPE_CHECKING:
     from dist_train.config.schema import Config

@@ -78,7 +78,7 @@ def build_parts(
 
     Args:
         fresh: the run begins, so that `transfer.weights` are loaded; otherwise a checkpoint's follow.
-        fits: with `trainer.micro_batch_size: auto`, the most samples of a forward, where memory has run out before.
+        fits: with `trainer.micro_batch_size: auto`, the most samples of a forward after memory has run out.
         horizon: the optimizer steps that the schedule has spanned so far; None: the run begins.
 
     Raises:
@@ -114,22 +114,11 @@ def build_parts(
     if (rule := config.trainer.stop_when) is not None:
         stop_when = StopWhen(rule, plan.steps_per_epoch, is_lower_better(rule.metric, built.metrics))
     return Parts(
-        **vars(built),
-        datasets=datasets,
-        callbacks=callbacks,
-        plan=plan,
-        micro_batch_size=micro,
-        augmentation=augmentation,
-        train_loader=train_loader,
-        eval_loaders=eval_loaders,
-        optimizer=optimizer,
-        horizon=horizon,
-        schedule=schedule,
-        ema=ema,
-        keep_best=keep_best,
-        stop_when=stop_when,
+        **vars(built), datasets=datasets, callbacks=callbacks, plan=plan, micro_batch_size=micro,
+        augmentation=augmentation, train_loader=train_loader, eval_loaders=eval_loaders, optimizer=optimizer,
+        horizon=horizon, schedule=schedule, ema=ema, keep_best=keep_best, stop_when=stop_when,
         evaluator=Evaluator(built, ema),
-    )
+    )  # fmt: skip
 
 
 def _micro_batch_size(config: Config, world: World, plan: Plan, fits: int | None) -> int:

@@ -97,7 +97,7 @@ class Trainer:
         if self.step == 0 and self.config.trainer.evaluate_at_start and progress.evaluated_step < 0:
             progress.evaluation_due = "val" in self.parts.eval_loaders
         self._check_end()  # the duration may be shorter by now
-        self._settle()  # what a stop has left undone at this step
+        self._settle()  # what a stop has interrupted at this step
         ends = [step for step in (self.due.end, self.due.stop) if step is not None]
         steps = self.parts.train_loader.steps(self.step, min(ends) if ends else None)
         while self.outcome is None:
@@ -111,7 +111,7 @@ class Trainer:
             callback.on_end(self)
         if self._saved_step != self.step:
             self._save()
-        self.world.barrier()  # nobody stops listening while another may still have to agree on something
+        self.world.barrier()  # no control thread ends while another rank may still need its agreement
         self.control.close()
         if self.checkpoints is not None:
             status.phase = SAVING
@@ -174,7 +174,7 @@ class Trainer:
             self.progress.finished = self.progress.finished or reached
 
     def _settle(self, *, save: bool = False, stop: bool = False) -> None:
-        """Evaluate if that is due, find out whether this is the end, and save; `stop`: all ranks agreed to stop here."""
+        """Evaluate and save if that is due, and decide whether this is the end; `stop`: all ranks agreed to stop here."""
         progress = self.progress
         if progress.evaluation_due and not stop:
             evaluated = self._evaluate()
@@ -197,7 +197,7 @@ class Trainer:
             return Evaluated.INTERRUPTED
         progress.evaluation_due = False
         progress.evaluated_step = self.step
-        self._saved_step = -1  # there is more to save by now
+        self._saved_step = -1  # an evaluation is saved too
         status.phase = CALLBACK
         progress.metrics = metrics = {f"val/{name}": value for name, value in results.items()}
         self._write_row("val", results)
