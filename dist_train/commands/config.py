@@ -1,4 +1,4 @@
-"""`config`: what a config says once everything is resolved."""
+"""`config`: a config with everything resolved."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`new`: a folder with a model, a dataset, a config and a batch script, which trains as it stands."""
+"""`new`: a folder with a model, a dataset, a config and a batch script, ready to train."""
 
 from __future__ import annotations
 

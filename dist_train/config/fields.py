@@ -6,7 +6,7 @@ import inspect
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal, get_args
@@ -267,41 +267,45 @@ def leaves(value: Any, key: Key = ()) -> Iterator[tuple[Key, Any]]:
         yield from leaves(inner, (*key, name))
 
 
-def plain(value: Any) -> Any:
-    """A copy of any value of a config that YAML can hold; a live object is {"_live_": its class}."""
+def map_leaves(value: Any, change: Callable[[Any], Any]) -> Any:
+    """A copy of sections, dicts and lists as dicts and lists, with `change(x)` for every x that is none of these."""
     if isinstance(value, Section):
         value = dict(value)
-    if isinstance(value, Duration):
-        return str(value)
     if isinstance(value, dict):
-        return {name if type(name) is int else str(name): plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if is_plain(value):
-        return value
-    named = value if hasattr(value, "__qualname__") else type(value)
-    return {"_live_": f"{named.__module__}.{named.__qualname__}"}
+        return {name if type(name) is int else str(name): map_leaves(inner, change) for name, inner in value.items()}
+    return [map_leaves(inner, change) for inner in value] if isinstance(value, list | tuple) else change(value)
 
 
-def is_plain(value: Any) -> bool:
-    """Whether YAML can hold a value that is neither dict nor list."""
-    return value is None or type(value) in (bool, int, float, str)
+def _is_plain(leaf: Any) -> bool:
+    return leaf is None or type(leaf) in (bool, int, float, str)
 
 
 def live_objects(value: Any) -> Iterator[tuple[str, Any]]:
     """Every object in a value of a config that no file can name, with its dotted key."""
     for key, leaf in leaves(value):
-        if not isinstance(leaf, Duration | dict | list | tuple) and not is_plain(leaf):
+        if not isinstance(leaf, Duration | dict | list | tuple) and not _is_plain(leaf):
             yield dotted(key), leaf
+
+
+def plain(value: Any) -> Any:
+    """A copy of any value of a config that YAML can hold; a live object is {"_live_": its class}."""
+
+    def change(leaf: Any) -> Any:
+        if _is_plain(leaf) or isinstance(leaf, Duration):
+            return str(leaf) if isinstance(leaf, Duration) else leaf
+        named = leaf if hasattr(leaf, "__qualname__") else type(leaf)
+        return {"_live_": f"{named.__module__}.{named.__qualname__}"}
+
+    return map_leaves(value, change)
 
 
 def to_json(value: Any) -> Any:
     """A plain value as strict JSON, which has no inf and nan: {"_float_": "inf"}."""
-    if isinstance(value, dict):
-        return {key: to_json(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [to_json(item) for item in value]
-    return {"_float_": str(value)} if isinstance(value, float) and not math.isfinite(value) else value
+
+    def change(leaf: Any) -> Any:
+        return {"_float_": str(leaf)} if isinstance(leaf, float) and not math.isfinite(leaf) else leaf
+
+    return map_leaves(value, change)
 
 
 def from_json(value: Any) -> Any:

@@ -52,7 +52,6 @@ class Node:
 
     value: Any
     place: Place
-    is_path: bool = False  # a mapping of one key, on the way to the key that an override sets
     text: str | None = None  # a scalar as it was written, without quotes
 
     def _items(self) -> Iterable[tuple[Any, Node]]:
@@ -75,31 +74,38 @@ class Node:
         return self.value if self.text is None or not is_text(key) else self.text
 
     def over(self, base: Node | None) -> Node:
-        """This node merged over another: mappings deeply; all else is replaced, and so is a mapping that an override gives.
-
-        Another `_target_` drops the arguments of the old one. Raises ValueError for an override of no entry of a list.
-        """
-        if base is not None and type(base.value) is list and self.is_path:
-            return self._into_list(base)
-        deep = self.is_path or self.place.source != COMMAND_LINE
-        if base is None or not deep or type(base.value) is not dict or type(self.value) is not dict:
+        """This node merged over another: mappings deeply; anything else, and the arguments of another `_target_`, replaces it."""
+        if base is None or type(base.value) is not dict or type(self.value) is not dict:
             return self
         if "_target_" in self.value and self._target() != base._target():
             return self
         merged = {name: node.over(base.value.get(name)) for name, node in self._items()}
-        return Node(base.value | merged, base.place if self.is_path else self.place)
+        return replace(self, value=base.value | merged)
+
+    def put(self, key: Key, node: Node) -> Node:
+        """This node with another one at `key`, which replaces what is there; the rest of a mapping or list stays.
+
+        Raises:
+            ValueError: the key is no entry of a list.
+        """
+        if not key:
+            return node
+        name, rest = key[0], key[1:]
+        empty = Node({}, node.place)
+        if type(self.value) is list:
+            items, size = list(self.value), len(self.value)
+            index = int(name) if str(name).isdigit() else size + 1
+            if index > size:
+                raise ValueError(f"this is a list of {size}; its entries are numbered from 0, and {size} appends one")
+            items[index : index + 1] = [(items[index] if index < size else empty).put(rest, node)]
+            return replace(self, value=items)
+        holder = self if type(self.value) is dict else empty
+        if name == "_target_" and self._target() != node.value:
+            holder = empty
+        return replace(holder, value=holder.value | {name: holder.value.get(name, empty).put(rest, node)})
 
     def _target(self) -> Any:
-        return self.value["_target_"].value if "_target_" in self.value else None
-
-    def _into_list(self, base: Node) -> Node:
-        ((name, node),) = self.value.items()
-        items, size = list(base.value), len(base.value)
-        index = int(name) if name.isdigit() else size + 1
-        if index > size:
-            raise ValueError(f"this is a list of {size}; its entries are numbered from 0, and {size} appends one")
-        items[index : index + 1] = [node.over(items[index] if index < size else None)]
-        return Node(items, base.place)
+        return self.value["_target_"].value if type(self.value) is dict and "_target_" in self.value else None
 
 
 # --- YAML ------------------------------------------------------------------------------------------------------------
@@ -259,12 +265,8 @@ class Reader:
                 self.note(place, (), f"expected key=value, found {mask(override)!r}; {example}")
                 continue
             node = self._override_value(text.strip(), place, key)
-            if node is None:
-                continue
-            for part in reversed(key):
-                node = Node({part: node}, place, is_path=True)
             try:
-                root = node.over(root)
+                root = root.put(key, node) if node is not None else root
             except ValueError as error:
                 self.note(place, key, str(error))
         return root

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_train.config.errors import ConfigError, mask, visible
-from dist_train.config.fields import Duration
+from dist_train.config.fields import Duration, map_leaves
 from dist_train.config.schema import Config, DistributedConfig
 from dist_train.doctor import dry_run, probes
 from dist_train.run.api import checked
@@ -78,7 +78,8 @@ class Diagnosis:
     def to_json(self) -> str:
         """The content of `--json`."""
         content = {"ok": not self.failed, "world_size": len(self.ranks), "bad_hosts": self.bad_hosts}
-        return json.dumps(_masked({**content, **asdict(self)}), indent=2) + "\n"
+        masked = map_leaves({**content, **asdict(self)}, lambda leaf: mask(leaf) if isinstance(leaf, str) else leaf)
+        return json.dumps(masked, indent=2) + "\n"
 
     def print(self, seconds: float) -> None:
         """A table of the ranks, a line for each check, and the verdict."""
@@ -289,11 +290,3 @@ def _scratch(world: World, config: Config) -> Iterator[Path | None]:
     finally:
         if place is not None and world.is_main:
             shutil.rmtree(place, ignore_errors=True)
-
-
-def _masked(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _masked(inner) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [_masked(inner) for inner in value]
-    return mask(value) if isinstance(value, str) else value

@@ -40,7 +40,7 @@ class Mute(Supervised):
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Digits by an MLP, with an average of its weights; evaluated in cuts of 50, so that three processes share them."""
+    """Digits by an MLP with EMA weights; in eval batches of 50, so that each of three processes gets some."""
     overrides = ["trainer.duration=3ep", "trainer.ema_decay=0.9", "data.eval_batch_size=50", *QUICK]
 
     def make(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The figures of a run's checkpoint."""
+"""The metrics of a run's checkpoint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from runs import F1, result
 from dist_train.main import main
 
 
-def figures(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+def evaluated(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
     assert main(["evaluate", *arguments]) == 0
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
@@ -25,24 +25,24 @@ def plain(metrics: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if not name.startswith("raw_")}
 
 
-def test_it_repeats_what_the_run_said_at_its_end(
+def test_it_repeats_the_metrics_of_the_end_of_the_run(
     digits: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     ended = result(digits)
     for split in ("test", "val"):
-        got = figures(capsys, "--run", str(digits), "--split", split, "--output", str(tmp_path / "out.json"))
+        got = evaluated(capsys, "--run", str(digits), "--split", split, "--output", str(tmp_path / "out.json"))
         assert got["metrics"] == plain(ended["metrics"][split])
         assert got["step"] == ended["kept_step"]
         assert json.loads((tmp_path / "out.json").read_text()) == got
 
 
-def test_the_average_of_the_weights_is_what_is_evaluated(digits: Path) -> None:
+def test_the_ema_weights_are_evaluated(digits: Path) -> None:
     ended = result(digits)["metrics"]["test"]
     assert ended["loss"] != ended["raw_loss"]
 
 
 def test_three_processes_give_the_same_bits(digits: Path, together: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    alone = figures(capsys, str(digits))
+    alone = evaluated(capsys, str(digits))
     assert json.loads((together / "3" / "out.json").read_text()) == alone
     printed = (together / "3" / "stdout").read_text().splitlines()
     assert len([line for line in printed if line.startswith("{")]) == 2  # one for each evaluate, not for each rank
@@ -53,7 +53,7 @@ def test_a_class_of_torchmetrics_gives_the_figure_of_one_process_on_three(
 ) -> None:
     from sklearn.metrics import f1_score
 
-    alone = figures(capsys, str(digits), F1)["metrics"]
+    alone = evaluated(capsys, str(digits), F1)["metrics"]
     assert json.loads((together / "3" / "f1.json").read_text())["metrics"] == alone
     with open(together / "3" / "out.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -64,18 +64,18 @@ def test_a_class_of_torchmetrics_gives_the_figure_of_one_process_on_three(
 
 
 def test_other_data_can_be_named(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    got = figures(capsys, str(digits), "data.test.split=val")
+    got = evaluated(capsys, str(digits), "data.test.split=val")
     assert got["metrics"] == plain(result(digits)["metrics"]["val"])
 
 
 def test_nothing_in_the_run_is_touched(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in digits.rglob("*")}
-    figures(capsys, str(digits), "--checkpoint", "last")
+    evaluated(capsys, str(digits), "--checkpoint", "last")
     assert {path: path.stat().st_mtime_ns for path in digits.rglob("*")} == before
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--checkpoint", "step-7"], "no checkpoint 'step-7'"),
         (["--checkpoint", "step-7"], "step-00000019"),
@@ -90,10 +90,10 @@ def test_nothing_in_the_run_is_touched(digits: Path, capsys: pytest.CaptureFixtu
     ],
 )
 def test_a_wrong_command_says_what_is_wrong(
-    digits: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+    digits: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     assert main(["evaluate", str(digits), *arguments]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_a_directory_without_a_run_names_the_runs_near_it(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,7 +103,7 @@ def test_a_directory_without_a_run_names_the_runs_near_it(digits: Path, capsys: 
     assert "--run DIR" in capsys.readouterr().err
 
 
-def test_damaged_weights_are_not_evaluated(digits: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_corrupted_weights_are_not_evaluated(digits: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     copy = shutil.copytree(digits, tmp_path / "run")
     step = result(copy)["kept_step"]
     weights = copy / "checkpoints" / f"step-{step:08d}" / "model.pt"
@@ -129,7 +129,7 @@ def test_a_checkpoint_that_training_deletes_while_it_is_read_gives_way_to_the_ne
         load(model, found)
 
     monkeypatch.setattr(restore, "load_with_ema", deleted_first)
-    assert figures(capsys, str(copy), "--checkpoint", "last")["step"] == 38
+    assert evaluated(capsys, str(copy), "--checkpoint", "last")["step"] == 38
     assert gone == ["step-00000057"]
 
 

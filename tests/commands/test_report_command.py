@@ -86,8 +86,8 @@ def test_a_regression_is_shown_in_original_units(table: Path, monkeypatch: pytes
 
 
 def test_a_report_that_fails_costs_one_warning(together: Path) -> None:
-    told = (together / "2" / "stderr").read_text()
-    assert told.count("the report has no pictures: RuntimeError: rank 1: LookupError: nothing to say") == 1
+    printed = (together / "2" / "stderr").read_text()
+    assert printed.count("the report has no pictures: RuntimeError: rank 1: LookupError: nothing to say") == 1
     folder = together / "2" / "runs" / "mute"
     assert result(folder)["state"] == "completed"
     assert "<h2>Confusion matrix</h2>" not in page(folder)
@@ -144,6 +144,6 @@ def test_several_runs_are_compared_on_one_page(
 def test_help_offers_what_a_command_takes(command: str, offered: set[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([command, "--help"])
-    told = capsys.readouterr().out
-    assert set(re.findall(r"--[a-z]+", told)) - {"--help"} == offered
-    assert ("key.path=value" in told) == (command in ("evaluate", "report"))
+    printed = capsys.readouterr().out
+    assert set(re.findall(r"--[a-z]+", printed)) - {"--help"} == offered
+    assert ("key.path=value" in printed) == (command in ("evaluate", "report"))

@@ -27,7 +27,7 @@ def ago(seconds: float) -> str:
 def write_run(
     place: Path | Storage,
     lr: float,
-    figures: list[float],
+    values: list[float],
     *,
     metric: str = "accuracy",
     state: str = "completed",
@@ -39,7 +39,7 @@ def write_run(
     status = {"state": state, "step": 30, "epoch": 3, "updated_at": ago(90), "error": None}
     rows = [
         {"time": ago(95), "step": 10 * k, "epoch": k, "samples": 10, "split": "val", "loss": 1.0, metric: value}
-        for k, value in enumerate(figures, start=1)
+        for k, value in enumerate(values, start=1)
     ]
     last = {"step": 31, "epoch": 3, "samples": 10, "split": "train", "loss": 0.1, "lr": lr, "samples_per_s": 1234.5}
     rows.append({"time": ago(92), **last})
@@ -56,7 +56,7 @@ def write_run(
     return run
 
 
-def told(capsys: pytest.CaptureFixture[str], place: object) -> dict[str, dict[str, object]]:
+def listed(capsys: pytest.CaptureFixture[str], place: object) -> dict[str, dict[str, object]]:
     assert main(["runs", str(place), "--json"]) == 0
     return {run["run"]: run for run in json.loads(capsys.readouterr().out)["runs"]}
 
@@ -100,11 +100,11 @@ def test_runs_below_a_url_are_listed_too(s3_port: int, capsys: pytest.CaptureFix
     root = open_storage("s3://bucket/listed")
     write_run(root.sub("a"), 0.1, [0.5])
     write_run(root.sub("sweep/b"), 0.2, [0.6])
-    runs = told(capsys, "s3://bucket/listed/")
+    runs = listed(capsys, "s3://bucket/listed/")
     assert [(name, run["state"], run["attempts"]) for name, run in runs.items()] == [
         ("a", "completed", 2), ("sweep/b", "completed", 2),
     ]  # fmt: skip
-    assert list(told(capsys, "s3://bucket/listed/sweep/b")) == ["b"]
+    assert list(listed(capsys, "s3://bucket/listed/sweep/b")) == ["b"]
 
 
 def test_a_run_whose_process_is_gone_is_not_running(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,26 +118,26 @@ def test_a_run_whose_process_is_gone_is_not_running(tmp_path: Path, capsys: pyte
         owner = {"host": name, "machine": "another", "pid": 1, "acquired_at": ago(1000), "interval": 10.0}
         runs[name].write_atomic(".lease/00000001.json", json.dumps({**owner, "renewed_at": ago(silent)}).encode())
     with Lease.acquire(runs["here"]):
-        found = told(capsys, tmp_path)
+        found = listed(capsys, tmp_path)
     assert {name: run["state"] for name, run in found.items()} == {
         "gone": "dead", "here": "running", "near": "running", "silent": "dead",
     }  # fmt: skip
     assert 5 <= found["near"]["age_seconds"] < 60  # type: ignore[operator]
     assert 90 <= found["silent"]["age_seconds"] < 600  # type: ignore[operator]
     assert "killed, or its host went down" in str(found["gone"]["reason"])
-    assert told(capsys, tmp_path)["here"]["state"] == "dead"  # released, and its status says nothing else
+    assert listed(capsys, tmp_path)["here"]["state"] == "dead"  # released, and its status says nothing else
 
 
 def test_a_run_that_has_only_begun_is_listed_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Lease.acquire(open_storage(tmp_path / "x")):
-        assert told(capsys, tmp_path)["x"]["state"] == "starting"
-    assert told(capsys, tmp_path)["x"]["state"] == "never started"
+        assert listed(capsys, tmp_path)["x"]["state"] == "starting"
+    assert listed(capsys, tmp_path)["x"]["state"] == "never started"
 
 
 def test_a_run_that_cannot_be_read_does_not_hide_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path / "good", 0.1, [0.5])
     write_run(tmp_path / "bad", 0.1, [0.5]).write_atomic("config.yaml", b"a: [")
-    found = told(capsys, tmp_path)
+    found = listed(capsys, tmp_path)
     assert [found[name]["state"] for name in ("bad", "good")] == ["unreadable", "completed"]
     assert main(["runs", str(tmp_path)]) == 0
 
@@ -150,7 +150,7 @@ def test_a_file_that_cannot_be_read_is_named_and_the_rest_is_shown(
         write_run(tmp_path / name, 0.1, [0.5]).write_atomic(file, garbage)
     write_run(tmp_path / "fifo", 0.1, [0.5]).delete(file)
     os.mkfifo(tmp_path / "fifo" / file)
-    for name, run in told(capsys, tmp_path).items():
+    for name, run in listed(capsys, tmp_path).items():
         assert file in str(run["reason"]), name
         assert run["epoch"] == (0 if file == "status.json" else 3)
 

@@ -66,7 +66,7 @@ def test_a_key_that_an_older_version_did_not_have_counts_as_its_default() -> Non
     ]
 
 
-def test_the_refusal_shows_every_difference_and_the_cures() -> None:
+def test_the_refusal_shows_every_difference_and_the_fixes() -> None:
     found = compare(load_config().to_dict(), load_config(None, ["optimizer.lr=0.2", "data.val=null"]).to_dict())
     assert refusal_message(found, "runs/digits").splitlines() == [
         "the config differs from the one that runs/digits was trained with so far:",

@@ -1,7 +1,7 @@
 """Every bad config of bad_configs.txt is answered with exactly the messages written in it, each at its line.
 
-In that file `# ! key: message` stands on the line that the message must name; `# ! command line: ...` and `# override:`
-stand at the top.
+In that file `# ! key: message` is on the line that the message must name; `# ! command line: ...` and `# override:`
+are at the top.
 """
 
 from __future__ import annotations
@@ -31,10 +31,12 @@ def problems_of(path: str, overrides: list[str]) -> list[Problem]:
 def expected(text: str) -> list[str]:
     messages = []
     for number, line in enumerate(text.splitlines(), start=1):
-        _, mark, said = line.partition("# ! ")
+        _, mark, message = line.partition("# ! ")
         if mark:
             messages += (
-                [said] if said.startswith("command line") else [f"bad.yaml:{number}: {m}" for m in said.split(" | ")]
+                [message]
+                if message.startswith("command line")
+                else [f"bad.yaml:{number}: {m}" for m in message.split(" | ")]
             )
     return messages
 

@@ -123,13 +123,13 @@ def test_an_overridden_target_drops_them_too_in_any_order(folder: Path) -> None:
     assert load_config("base.yaml", ["model={_target_: mynet.Net}"]).model == {"_target_": "mynet.Net"}
 
 
-def test_a_circle_of_extends_is_named_as_a_chain(folder: Path) -> None:
+def test_circular_extends_are_reported_as_a_chain(folder: Path) -> None:
     (folder / "a.yaml").write_text("extends: b.yaml\n")
     (folder / "b.yaml").write_text("seed: 3\nextends: a.yaml\n")
     assert error_of("a.yaml") == "b.yaml:2: extends: circular extends: a.yaml -> b.yaml -> a.yaml"
 
 
-def test_a_mistake_in_a_base_is_told_at_its_own_line(folder: Path) -> None:
+def test_a_mistake_in_a_base_is_reported_at_its_own_line(folder: Path) -> None:
     (folder / "bad_base.yaml").write_text("extends: base.yaml\ntrainer:\n  epochs: 4\n")
     (folder / "x.yaml").write_text("extends: bad_base.yaml\nsed: 3\n")
     assert error_of("x.yaml").splitlines() == [
@@ -159,7 +159,7 @@ def test_an_empty_file_says_so(folder: Path) -> None:
     assert error_of("x.yaml") == "x.yaml:1: expected a mapping of keys, the file is empty"
 
 
-def test_an_alias_of_itself_is_told(folder: Path) -> None:
+def test_an_alias_of_itself_is_reported(folder: Path) -> None:
     (folder / "x.yaml").write_text("extends: base.yaml\nmodel: &m\n  _target_: mynet.Net\n  width: [*m]\n")
     assert "an alias (*) refers to something that contains it" in error_of("x.yaml")
 
@@ -221,7 +221,7 @@ def test_a_class_that_can_be_imported_again_is_no_live_object() -> None:
     assert load_config(minimal(model={"_target_": Local})).has_live_objects
 
 
-def test_mistakes_in_a_dict_are_told_without_a_line() -> None:
+def test_mistakes_in_a_dict_are_reported_without_a_line() -> None:
     assert error_of(minimal(sede=3)) == "dict: sede: unknown key; did you mean seed?"
 
 
@@ -249,7 +249,7 @@ def test_the_metrics_with_names_are_those_of_the_engine() -> None:
     assert list(NAMED) == list(METRICS)
 
 
-def test_whatever_stands_in_a_config_is_read_or_refused_by_a_config_error() -> None:
+def test_whatever_is_in_a_config_is_read_or_refused_by_a_config_error() -> None:
     values = [
         None,
         True,
@@ -308,8 +308,8 @@ def test_a_text_stays_as_it_was_written(folder: Path, text: str) -> None:
 
 def test_arguments_are_numbers_where_a_number_holds_what_was_written() -> None:
     written = ["1e-3", "007", "12e4567", "'1e5'", "1_000", "-1", "0.50"]
-    told = [load_config(None, [f"model.bias={value}"]).get("model.bias") for value in written]
-    assert told == [0.001, "007", "12e4567", "1e5", "1_000", -1, 0.5]
+    values = [load_config(None, [f"model.bias={value}"]).get("model.bias") for value in written]
+    assert values == [0.001, "007", "12e4567", "1e5", "1_000", -1, 0.5]
 
 
 def test_the_last_override_of_a_key_counts() -> None:

@@ -1,4 +1,4 @@
-"""Every config of configs/ trains as it stands on one and on two processes, and shows what it is there to show.
+"""Every config of configs/ trains unchanged on one and on two processes, and reaches what it should show.
 
 Data that needs a network is replaced by small files in the true formats (see small_data), big sizes by small ones.
 """
@@ -245,7 +245,7 @@ def train_here(folder: Path, *overrides: str, config: Path = CONFIGS / "digits.y
         ),
     ],
 )
-def test_mistakes_in_transfer_are_told_before_anything_is_written(folder: Path, change: str, answer: str) -> None:
+def test_mistakes_in_transfer_are_reported_before_anything_is_written(folder: Path, change: str, answer: str) -> None:
     with pytest.raises(ConfigError) as caught:
         train_here(folder, change, "run.name=bad")
     assert str(caught.value).startswith("command line: ")
@@ -253,24 +253,24 @@ def test_mistakes_in_transfer_are_told_before_anything_is_written(folder: Path, 
     assert not (folder / "runs/bad").exists()
 
 
-def test_a_mistake_in_transfer_is_told_with_file_and_line(folder: Path) -> None:
+def test_a_mistake_in_transfer_is_reported_with_file_and_line(folder: Path) -> None:
     text = f"extends: {CONFIGS / 'digits.yaml'}\ntransfer:\n  head:\n    at: classifier.3\n    classes: 10\n"
     (folder / "bad.yaml").write_text(text)
     with pytest.raises(ConfigError) as caught:
         train_here(folder, config=Path("bad.yaml"))
-    told = "bad.yaml:4: transfer.head.at: DigitsCNN has no layer 'classifier.3'; names look like classifier"
-    assert str(caught.value).startswith(told)
+    message = "bad.yaml:4: transfer.head.at: DigitsCNN has no layer 'classifier.3'; names look like classifier"
+    assert str(caught.value).startswith(message)
     assert not (folder / "runs/bad").exists()
 
 
 # --- data that isn't there -------------------------------------------------------------------------------------------
 
 
-def test_missing_data_is_told_with_the_files_that_are_expected(folder: Path, tmp_path: Path) -> None:
+def test_missing_data_is_reported_with_the_files_that_are_expected(folder: Path, tmp_path: Path) -> None:
     no_network = {"HTTPS_PROXY": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
-    told = run(tmp_path, 2, "--config", str(folder / "configs/mnist_cnn.yaml"), env=no_network, expect=1).stderr
-    assert "mnist_cnn.yaml:6: data.train: MNIST has no data in" in told
-    assert "expected 4 files that aren't there: data/MNIST/raw/train-images-idx3-ubyte.gz" in told
+    printed = run(tmp_path, 2, "--config", str(folder / "configs/mnist_cnn.yaml"), env=no_network, expect=1).stderr
+    assert "mnist_cnn.yaml:6: data.train: MNIST has no data in" in printed
+    assert "expected 4 files that aren't there: data/MNIST/raw/train-images-idx3-ubyte.gz" in printed
     with pytest.raises(ConfigError) as caught:
         train_here(tmp_path, config=CONFIGS / "imagefolder_resnet50.yaml")
     assert f"data.train: ImageFolder has no data in {tmp_path}/data/imagenet/train" in str(caught.value)

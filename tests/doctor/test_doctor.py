@@ -35,16 +35,16 @@ def examine(hosts: Hosts, *arguments: str, before: str = "", **env: str) -> dict
         hosts.torchrun(i, "doctor", "--json", "found.json", *arguments, **extra.get(i, {}))  # type: ignore[arg-type]
         for i in range(1, hosts.count + 1)
     ]
-    told = ["\n".join(job.communicate(timeout=120)) for job in jobs]
+    printed = ["\n".join(job.communicate(timeout=120)) for job in jobs]
     found = json.loads((hosts.folder / "found.json").read_text())
-    for job, text in zip(jobs, told, strict=True):
+    for job, text in zip(jobs, printed, strict=True):
         assert (job.returncode == 0) == found["ok"], text
     if not found["ok"]:
-        assert "look at h" in told[0]
+        assert "look at h" in printed[0]
     return {**found, "states": {check["name"]: check for check in found["checks"]}}
 
 
-def test_another_version_a_full_shared_memory_and_a_directory_that_cannot_be_written_are_told_of_their_host(
+def test_another_version_a_full_shared_memory_and_a_directory_that_cannot_be_written_are_reported_with_their_host(
     hosts: Hosts,
 ) -> None:
     other = hosts.folder / "other"
@@ -100,9 +100,9 @@ def test_a_dry_run_fails_as_training_would(
         assert doctor.main(["--config", "faulty.yaml", "--json", "found.json"]) == 1
     finally:
         signals.restore()
-    told = capsys.readouterr().out
-    assert "mat1 and mat2 shapes cannot be multiplied" in told
-    assert "not ready: dry run" in told
+    printed = capsys.readouterr().out
+    assert "mat1 and mat2 shapes cannot be multiplied" in printed
+    assert "not ready: dry run" in printed
     assert not json.loads((tmp_path / "found.json").read_text())["ok"]
     with pytest.raises(ConfigError, match=r"optimizer\.lr"):
         doctor.main(["--config", "faulty.yaml", "optimizer.lr=fast"])
