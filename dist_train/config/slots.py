@@ -102,6 +102,12 @@ def check_components(config: Config) -> list[Problem]:
     return as_problems((nearest(config.places, key), key, message) for key, message in findings)
 
 
+def require_components(config: Config) -> None:
+    """Raises ConfigError: with every problem that `check_components` finds."""
+    if problems := check_components(config):
+        raise ConfigError(problems)
+
+
 def check_sources(config: Config) -> Iterator[Finding]:
     """The same problems as far as they can be found without importing anything: see `code.py`."""
     components.add_code_paths(config.run.code_paths)

@@ -29,13 +29,14 @@ def train(config: str | Mapping[str, Any] | None = None, *overrides: str) -> dic
     """
     from dist_train.config.errors import ConfigError, Problem
     from dist_train.config.load import load_config
+    from dist_train.config.slots import require_components
 
     loaded = load_config(config, overrides)
     from dist_train.run.start import seems_completed, train_config
 
     try:
         if not seems_completed(loaded):
-            check(loaded)
+            require_components(loaded)
         return train_config(loaded)
     except ConfigError as error:  # raised while a component was built: it knows the key, not where the key is written
         located = [Problem(p.where or (loaded.where(p.key) if p.key else ""), p.key, p.message) for p in error.problems]
@@ -49,23 +50,11 @@ def checked(source: str | Mapping[str, Any] | None, overrides: Sequence[str]) ->
         ConfigError: with every mistake.
     """
     from dist_train.config.load import load_config
+    from dist_train.config.slots import require_components
 
     config = load_config(source, overrides)
-    check(config)
+    require_components(config)
     return config
-
-
-def check(config: Config) -> None:
-    """Look up the components of a config and check their arguments.
-
-    Raises:
-        ConfigError: with every mistake.
-    """
-    from dist_train.config.errors import ConfigError
-    from dist_train.config.slots import check_components
-
-    if problems := check_components(config):  # it adds the code paths
-        raise ConfigError(problems)
 
 
 def load(run: str | os.PathLike[str], checkpoint: str | None = None, model: nn.Module | None = None) -> nn.Module:

@@ -17,7 +17,7 @@ from dist_train.checkpoint.store import CheckpointStore, Found
 from dist_train.config.components import add_code_paths
 from dist_train.config.errors import ConfigError
 from dist_train.config.load import load_config
-from dist_train.config.slots import check_components
+from dist_train.config.slots import require_components
 from dist_train.data.loader import EvalLoader
 from dist_train.runtime.launch import Placement, read_placement
 from dist_train.runtime.rundir import RunDir
@@ -177,8 +177,7 @@ def read_config(run: RunDir, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError.single("--run", str(error)) from None
     config = load_config(run.fetch("config.yaml"), overrides)
     add_code_paths(config.run.code_paths)
-    if problems := check_components(config):
-        raise ConfigError(problems)
+    require_components(config)
     # One process evaluates what many have trained, and a CPU what GPUs have. Kernels sum in another order with another
     # number of threads, and launchers set one: so it is one here too, unless config or environment say otherwise.
     plain = {"sync_batchnorm": False, "strategy": "auto"}

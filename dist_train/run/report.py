@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from dist_train.checkpoint.manifest import CheckpointError
 from dist_train.config.errors import ConfigError
-from dist_train.config.slots import check_components
+from dist_train.config.slots import require_components
 from dist_train.run.open import Restored, open_run, restore_in
 from dist_train.runtime.launch import read_placement
 from dist_train.runtime.rundir import RunDir
@@ -58,8 +58,7 @@ def report_again(location: str, checkpoint: str | None, overrides: Sequence[str]
 def report_in(world: World, run: RunDir, config: Config, warn: Callable[[str], None]) -> None:
     """Write the report of a completed run whose last start was killed before it did; all ranks of `world` call it."""
     try:
-        if problems := check_components(config):
-            raise ConfigError(problems)
+        require_components(config)
         restored = restore_in(world, run, config)
         modes = [(module, module.training) for module in restored.evaluator.modules.modules()]
         report_of(restored, warn)

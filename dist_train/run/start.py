@@ -14,7 +14,7 @@ import torch
 from dist_train.checkpoint.manager import CheckpointManager, SavePolicy
 from dist_train.config.code import source_files
 from dist_train.config.errors import ConfigError
-from dist_train.config.slots import check_components
+from dist_train.config.slots import require_components
 from dist_train.data.plan import share
 from dist_train.files import StorageError
 from dist_train.run.decide import Decision, decide, find_checkpoint
@@ -23,7 +23,7 @@ from dist_train.run.objects import facts_of, sample_digests
 from dist_train.run.report import report_at_end
 from dist_train.run.summary import end_lines, run_facts, start_lines
 from dist_train.runtime.launch import read_placement
-from dist_train.runtime.lease import Lease, LeaseHeldError, LeaseLostError
+from dist_train.runtime.lease import LeaseHeldError, LeaseLostError
 from dist_train.runtime.location import MICRO_BATCHES, check_place, run_location
 from dist_train.runtime.rundir import RunDir, check_shared
 from dist_train.runtime.sidefiles import read_lines
@@ -81,8 +81,7 @@ def train_in(
         decision = Decision(**world.on_main(look))
         if decision.action == "completed":
             return finish_completed(world, config, run, console, decision)
-        if problems := check_components(config):  # `train` skips that for a run that seems to be completed
-            raise ConfigError(problems)
+        require_components(config)  # `train` skips that for a run that seems to be completed
         parts = _build(config, world, decision)  # whatever is wrong with the config shows here
         if decision.is_over(config, parts.plan.steps_per_epoch):
             return finish_completed(world, config, run, console, decision)
@@ -139,7 +138,7 @@ class Start:
         peers = self.world.peers
         try:
             owner, self.attempt, decided = self.world.on_main(self._own)
-            self.run.lease = self.run.lease or Lease.known(self.run.storage, *owner)
+            self.run.join(*owner)
             before, self.decision = self.decision, Decision(**decided)
             if self.decision.action == "completed":
                 return finish_completed(self.world, self.config, self.run, self.console, self.decision)

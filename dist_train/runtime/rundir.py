@@ -63,6 +63,10 @@ class RunDir(Mirror):
         except OSError as error:
             raise no_place(self.location, str(error.strerror)) from None
 
+    def join(self, number: int, nonce: str) -> None:
+        """On the ranks beside the one that owns the run: check its lease, too."""
+        self.lease = self.lease or Lease.known(self.storage, number, nonce)
+
     def check_owner(self) -> None:
         """To be called before anything is written.
 
