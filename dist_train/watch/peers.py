@@ -15,7 +15,6 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 from dist_train.config.errors import ConfigError
@@ -28,7 +27,8 @@ from dist_train.watch.status import CONFIG, DONE, PHASES, STARTING, STOPPED, sta
 
 LOOK_SECONDS = 0.5
 POST_SECONDS = 1.0
-LOST_SECONDS = 6.0  # without a heartbeat from another machine; a process of this machine is looked up instead
+SILENT_SECONDS = 3.0  # without a heartbeat, which a report mentions
+LOST_SECONDS = 6.0  # the same on another machine; a process of this machine is looked up instead
 SETTLE_SECONDS = 7.0  # from an error that a lost peer may have caused, until the watch knows whether it did
 DEAF_SECONDS = 15.0  # beyond the hang timeout, for the watch of a rank that hasn't got the GIL since
 WATCHERS = 8  # beyond twice as many ranks, so many read all heartbeats
@@ -49,15 +49,16 @@ def heartbeat(rank: int) -> Record:
 
 
 class PeerState:
-    """The last heartbeat of a rank.
+    """What is known of a rank.
 
     Attributes:
+        rank: which. beat: its last heartbeat.
         heard, moved: since when, by this process's clock, its heartbeat and its progress are what they are.
         local: whether it runs on this machine, so that its process can be looked up.
     """
 
     def __init__(self, beat: Record):
-        self.beat, self.heard, self.moved = beat, time.monotonic(), time.monotonic()
+        self.rank, self.beat, self.heard, self.moved = beat["rank"], beat, time.monotonic(), time.monotonic()
         self.local = beat["machine"] == machine()
         self._status = status_of(beat["pid"], beat["status_fd"]) if self.local else None
 
@@ -68,11 +69,12 @@ class PeerState:
         self.moved = now if beat["progress"] != self.beat["progress"] else self.moved
         self.beat = beat
 
-    def position(self) -> Record:
-        """Its heartbeat, with the latest phase and step where its memory can be read, even when it has died."""
-        seen = self._status
-        return self.beat if seen is None else {**self.beat, "phase": seen.phase, "step": seen.step}
+    @property
+    def active(self) -> bool:
+        """Whether the others may still need it."""
+        return bool(self.beat["phase"] != DONE)
 
+    @property
     def silence(self) -> float:
         """Seconds without a new heartbeat."""
         return time.monotonic() - self.heard
@@ -80,6 +82,19 @@ class PeerState:
     def process(self) -> str:
         """`running`, `stopped` or `gone`; `remote` on another machine."""
         return process_state(self.beat["pid"]) if self.local else "remote"
+
+    def position(self) -> Record:
+        """Its heartbeat, with the latest phase and step where its memory can be read, even after its death."""
+        seen = self._status
+        return self.beat if seen is None else {**self.beat, "phase": seen.phase, "step": seen.step}
+
+    def describe(self) -> str:
+        """Who it is, where it is, and whether it is silent."""
+        at, text = self.position(), ""
+        if self.silence > SILENT_SECONDS:
+            stopped = " (stopped by a signal)" if self.process() == "stopped" else ""
+            text = f", no heartbeat for {self.silence:.0f} s{stopped}"
+        return f"rank {self.rank} on {at['host']} (pid {at['pid']}): {PHASES[at['phase']]}, step {at['step']}{text}"
 
 
 class Peers:
@@ -134,7 +149,7 @@ class Peers:
             deadline = time.monotonic() + 5  # the store may live in rank 0's own process
             while self.rank == 0 and phase == DONE and time.monotonic() < deadline:
                 self._read()
-                if all(peer.beat["phase"] in (DONE, CONFIG) for _, peer in self._others()):
+                if all(peer.beat["phase"] in (DONE, CONFIG) for peer in self._others()):
                     return
                 time.sleep(0.02)
 
@@ -241,11 +256,11 @@ class Peers:
         self._pace.update(rank, beat["sums"], self._states[rank].beat["sums"])
         self._states[rank].update(beat)
 
-    def _others(self) -> Iterator[tuple[int, PeerState]]:
-        return ((rank, peer) for rank, peer in list(self._states.items()) if rank != self.rank)
+    def _others(self) -> list[PeerState]:
+        return [peer for peer in list(self._states.values()) if peer is not self._me]
 
     def _neighbors(self) -> list[int]:
-        return [peer.beat["pid"] for _, peer in self._others() if peer.local and peer.process() != "gone"]
+        return [peer.beat["pid"] for peer in self._others() if peer.local and peer.process() != "gone"]
 
     def _follow_failure(self) -> None:
         assert self.store is not None
@@ -254,12 +269,12 @@ class Peers:
 
     def _look_for_lost(self) -> None:
         assert self.store is not None
-        for rank, peer in self._others():
+        for peer in self._others():
             still = time.monotonic() - self._me.moved
-            lost = peer.process() == "gone" or (not peer.local and min(peer.silence(), still) > LOST_SECONDS)
-            if not lost or peer.beat["phase"] == DONE:
+            lost = peer.process() == "gone" or (not peer.local and min(peer.silence, still) > LOST_SECONDS)
+            if not lost or not peer.active:
                 continue
-            peer.update(json.loads(self.store.get(f"beat/{rank}")))
+            peer.update(json.loads(self.store.get(f"beat/{peer.rank}")))
             phase = peer.position()["phase"]
             if phase == STOPPED == status.phase:
                 continue  # like this rank
@@ -282,25 +297,21 @@ class Peers:
         limit, now = self.hang_timeout, time.monotonic()
         if limit is None or now - self._me.moved < limit or status.phase in (STARTING, DONE):
             return
-        if any(now - peer.moved < limit - 2 and peer.beat["phase"] != DONE for _, peer in self._others()):
+        active = [peer for _, peer in sorted(self._states.items()) if peer.active]
+        moving = any(now - peer.moved < limit - 2 for peer in active if peer is not self._me)
+        if moving or len(self._states) < self.size:  # or this rank doesn't read all heartbeats
             return
-        if len(self._states) < self.size:
-            return  # this rank doesn't read all heartbeats
-        positions = {
-            rank: state.position() for rank, state in sorted(self._states.items()) if state.beat["phase"] != DONE
-        }
-        silent = [rank for rank in positions if self._is_silent(rank)]
-        least = min((position["step"], position["phase"]) for position in positions.values())
-        behind = silent or [rank for rank, at in positions.items() if (at["step"], at["phase"]) == least]
-        named = ", ".join(self._where(positions[rank]) for rank in behind[:4])
-        named += f", and {len(behind) - 4} more" if len(behind) > 4 else ""
-        waiting = (
-            "" if len(behind) == len(positions) else "; the others wait for " + ("it" if len(behind) == 1 else "them")
-        )
+        places = {peer.rank: (peer.position()["step"], peer.position()["phase"]) for peer in active}
+        silent = [peer for peer in active if peer.silence > SILENT_SECONDS]
+        behind = silent or [peer for peer in active if places[peer.rank] == min(places.values())]
+        ranks = ", ".join(peer.describe() for peer in behind[:4])
+        ranks += f", and {len(behind) - 4} more" if len(behind) > 4 else ""
+        if len(behind) < len(active):
+            ranks += "; the others wait for " + ("it" if len(behind) == 1 else "them")
         record = {
-            **self._leaver.record("hang", positions[behind[0]]),
+            **self._leaver.record("hang", behind[0].position()),
             "error": f"no progress for {limit:g} s (distributed.hang_timeout)",
-            "ranks": named + waiting,
+            "ranks": ranks,
             "try": "the stacks of all threads are in the logs; a longer distributed.hang_timeout if this is only slow",
         }
         if self.size > 1 or is_owned():
@@ -308,30 +319,19 @@ class Peers:
         log.error("%s\n%s", failure.summary(record), stacks())
         self._me.moved = float("inf")  # reported once
 
-    def _is_silent(self, rank: int) -> bool:
-        return rank != self.rank and self._states[rank].silence() > LOST_SECONDS / 2
-
-    def _where(self, position: Record) -> str:
-        peer, state = self._states[position["rank"]], ""
-        if self._is_silent(position["rank"]):
-            stopped = " (stopped by a signal)" if peer.process() == "stopped" else ""
-            state = f", no heartbeat for {peer.silence():.0f} s{stopped}"
-        who = f"rank {position['rank']} on {position['host']} (pid {position['pid']})"
-        return f"{who}: {PHASES[position['phase']]}, step {position['step']}{state}"
-
     def _without_store(self, error: Exception) -> None:
         """The store is lost, and with it the process that held it: rank 0 (srun) or an agent of torchrun."""
         self._store_lost = self._store_lost or time.monotonic()
-        others = dict(self._others())
-        dead = [rank for rank, peer in others.items() if peer.process() == "gone" and peer.beat["phase"] != DONE]
-        if not dead and time.monotonic() - self._store_lost < LOST_SECONDS:
-            return
-        record = {
-            **self._leaver.record("lost", heartbeat(self.rank)),
-            "error": f"lost the store that connects the ranks: {failure.one_line(error)}",
-            "try": "the process that held it has ended: torchrun on the first host, or rank 0; look at its log",
-        }
+        dead = [peer for peer in self._others() if peer.active and peer.process() == "gone"]
         if dead:
-            record = self._lost(others[dead[0]])
-        reporter = min(rank for rank in range(self.size) if rank not in dead)
-        self._leaver.leave(record, mine=self.rank == reporter or not others)
+            record = self._lost(dead[0])
+        elif time.monotonic() - self._store_lost < LOST_SECONDS:
+            return
+        else:
+            record = {
+                **self._leaver.record("lost", heartbeat(self.rank)),
+                "error": f"lost the store that connects the ranks: {failure.one_line(error)}",
+                "try": "the process that held it has ended: torchrun on the first host, or rank 0; look at its log",
+            }
+        reporter = min(set(range(self.size)) - {peer.rank for peer in dead})
+        self._leaver.leave(record, mine=self.rank == reporter or len(self._states) == 1)
