@@ -60,7 +60,7 @@ def _log_only(text: str, *values: object) -> None:
     log.error(text, *values, extra={"shown": True})
 
 
-class Leaver:
+class FailureExit:
     """Ends this rank, from any thread, once it or another one has failed.
 
     Args:

@@ -20,7 +20,7 @@ from typing import Any
 from dist_train.config.errors import ConfigError
 from dist_train.watch import failure, signals
 from dist_train.watch.failure import Record
-from dist_train.watch.leave import Leaver, RunFacts, elect_reporter
+from dist_train.watch.leave import FailureExit, RunFacts, elect_reporter
 from dist_train.watch.pace import Pace
 from dist_train.watch.processes import end_fork, is_owned, machine, process_state, stacks
 from dist_train.watch.status import CONFIG, DONE, PHASES, STARTING, STOPPED, status, status_fd, status_of
@@ -108,7 +108,7 @@ class Peers:
 
     def __init__(self, rank: int = 0, size: int = 1, store: Any | None = None, hang_timeout: float | None = None):
         self.rank, self.size, self.store, self.hang_timeout = rank, size, store, hang_timeout
-        self._leaver = Leaver(rank, size, store, self._neighbors)
+        self._exit = FailureExit(rank, size, store, self._neighbors)
         self._pid = os.getpid()
         self._failure: Record | None = None
         self._pace = Pace(size)
@@ -131,7 +131,7 @@ class Peers:
 
     def attach(self, run: RunFacts) -> None:
         """A run begins: failures from here on are its failures."""
-        self._leaver.attach(run)
+        self._exit.attach(run)
 
     def close(self, phase: int = DONE) -> None:
         """The others no longer need this rank; it may end at any time."""
@@ -180,11 +180,11 @@ class Peers:
                 elect_reporter(self.store, self.rank)
             return None
         if self._failure is None:
-            self._failure = self._leaver.describe(error)
+            self._failure = self._exit.describe(error)
             if self.store is not None or "halved" in self._failure:
                 if failure.is_peer_failure(error):
                     time.sleep(SETTLE_SECONDS)  # the watch finds who was lost, and ends this process
-                self._leaver.conclude(self._failure)
+                self._exit.conclude(self._failure)
             self._stop.set()
         return self._failure
 
@@ -265,7 +265,7 @@ class Peers:
     def _follow_failure(self) -> None:
         assert self.store is not None
         if self.store.check(["failure"]):
-            self._leaver.leave(json.loads(self.store.get("failure")), mine=False)
+            self._exit.leave(json.loads(self.store.get("failure")), mine=False)
 
     def _look_for_lost(self) -> None:
         assert self.store is not None
@@ -281,12 +281,12 @@ class Peers:
             if phase in (CONFIG, STOPPED):  # it has reported its config error, or that it was stopped
                 os._exit(2 if phase == CONFIG else 143)
             if phase != DONE and not self.store.check(["failure"]):
-                self._leaver.conclude(self._lost(peer))
+                self._exit.conclude(self._lost(peer))
 
     def _lost(self, peer: PeerState) -> Record:
         how = "its process ended" if peer.local else f"no heartbeat for {LOST_SECONDS:.0f} s"
         return {
-            **self._leaver.record("lost", peer.position()),
+            **self._exit.record("lost", peer.position()),
             "error": f"{how} without a message: killed, or exited by os._exit"
             + ("" if peer.local else ", or its host or network is down"),
             "try": "look for the kernel's out-of-memory killer on that host (dmesg -T | grep -i kill) and the scheduler's "
@@ -309,13 +309,13 @@ class Peers:
         if len(behind) < len(active):
             ranks += "; the others wait for " + ("it" if len(behind) == 1 else "them")
         record = {
-            **self._leaver.record("hang", behind[0].position()),
+            **self._exit.record("hang", behind[0].position()),
             "error": f"no progress for {limit:g} s (distributed.hang_timeout)",
             "ranks": ranks,
             "try": "the stacks of all threads are in the logs; a longer distributed.hang_timeout if this is only slow",
         }
         if self.size > 1 or is_owned():
-            self._leaver.conclude(record)
+            self._exit.conclude(record)
         log.error("%s\n%s", failure.summary(record), stacks())
         self._me.moved = float("inf")  # reported once
 
@@ -329,9 +329,9 @@ class Peers:
             return
         else:
             record = {
-                **self._leaver.record("lost", heartbeat(self.rank)),
+                **self._exit.record("lost", heartbeat(self.rank)),
                 "error": f"lost the store that connects the ranks: {failure.one_line(error)}",
                 "try": "the process that held it has ended: torchrun on the first host, or rank 0; look at its log",
             }
         reporter = min(set(range(self.size)) - {peer.rank for peer in dead})
-        self._leaver.leave(record, mine=self.rank == reporter or len(self._states) == 1)
+        self._exit.leave(record, mine=self.rank == reporter or len(self._states) == 1)
