@@ -19,9 +19,11 @@ from torch import nn
 from dist_train.config.schema import DistributedConfig
 from dist_train.runtime.launch import read_placement
 from dist_train.runtime.world import World, open_world
+from dist_train.step.exchange import OneBucket
 from dist_train.step.modules import Modules
+from dist_train.step.objective import Objective, SingleProcess
 from dist_train.step.precision import Precision
-from dist_train.step.reduce import DataParallel, OneBucket, Reducer, SingleProcess
+from dist_train.step.reduce import DataParallel, Reducer
 from dist_train.task.losses import Loss
 from dist_train.task.task import Supervised
 
@@ -29,19 +31,17 @@ from dist_train.task.task import Supervised
 def ways(world: World, hidden: int) -> dict[str, Reducer]:
     """Every way to reduce, each with a model of its own."""
 
-    def what() -> tuple[Modules, Supervised, Precision, None]:
+    def objective() -> Objective:
         net = nn.Sequential(nn.Linear(64, hidden), nn.ReLU(), nn.Linear(hidden, 10))
-        return Modules(net), Supervised(Loss(nn.CrossEntropyLoss())), Precision("fp32", "cpu"), None
+        return Objective(Modules(net), Supervised(Loss(nn.CrossEntropyLoss())), Precision("fp32", "cpu"))
 
-    far = OneBucket(*what(), world)
+    far = OneBucket(objective(), world)
     far.links.close()
     return {
-        "nothing": SingleProcess(*what()),
-        "DistributedDataParallel over gloo": DataParallel(
-            *what(), world_size=world.size, bucket_mb=25, find_unused_parameters=False
-        ),
+        "nothing": SingleProcess(objective()),
+        "DistributedDataParallel over gloo": DataParallel(objective(), world.size, DistributedConfig()),
         "pairwise messages by gloo": far,
-        "pairwise messages over Unix sockets": OneBucket(*what(), world),
+        "pairwise messages over Unix sockets": OneBucket(objective(), world),
     }
 
 
@@ -61,11 +61,11 @@ def main() -> None:
                 world.barrier()
                 began = time.perf_counter()
                 for _ in range(args.steps):
-                    reducer.forward_backward(batch, scale=1.0, weightless=False, last=True)
+                    reducer.forward_backward(batch, scale=1.0, zero_weight=False, last=True)
                     reducer.finish()
                     if not isinstance(reducer, SingleProcess):
                         continue
-                    for parameter in reducer.model.parameters():
+                    for parameter in reducer.objective.model.parameters():
                         parameter.grad = None
                 if turn:  # the first one warms up
                     times[name].append((time.perf_counter() - began) / args.steps * 1e3)

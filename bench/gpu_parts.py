@@ -25,13 +25,16 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.checkpoint.staging import HostCopy
+from dist_train.config.schema import DistributedConfig, TrainerConfig
 from dist_train.data.loader import StepWork
+from dist_train.data.plan import Plan
 from dist_train.data.sampler import MicroBatch
 from dist_train.runtime.seeding import seed_forward
 from dist_train.step.modules import Modules
+from dist_train.step.objective import Objective, SingleProcess
 from dist_train.step.optim import build_optimizer
 from dist_train.step.precision import Precision
-from dist_train.step.reduce import DataParallel, SingleProcess
+from dist_train.step.reduce import DataParallel, Reducer
 from dist_train.step.step import Stepper
 from dist_train.task.losses import Loss
 from dist_train.task.task import Supervised
@@ -68,15 +71,15 @@ def stepper(
     torch.manual_seed(0)
     net = (net or network()).to(device)
     kind = Precision(precision, device.type)
-    scaler, task = kind.scaler(), Supervised(Loss(loss).to(device))
-    modules = Modules(net, task=task)
-    reducer: Any = SingleProcess(modules, task, kind, scaler)
-    if ddp:
-        reducer = DataParallel(modules, task, kind, scaler, world_size=1, bucket_mb=25, find_unused_parameters=False)
-    return Stepper(
-        modules, build_optimizer(optimizer, modules, device), reducer, scaler=scaler, device=device, seed=0, summed=task.summed,
-        prepare=lambda batch, epoch, indices: batch, indices_of=lambda step: np.arange(32), **options,
-    )  # fmt: skip
+    task = Supervised(Loss(loss).to(device))
+    objective = Objective(Modules(net, task=task), task, kind, kind.scaler())
+
+    def reducer() -> Reducer:
+        return DataParallel(objective, 1, DistributedConfig()) if ddp else SingleProcess(objective)
+
+    plan, config = Plan(0, 32, 32, shuffle=False), TrainerConfig(**options)
+    optimizer = build_optimizer(optimizer, objective.modules, device)
+    return Stepper(objective, optimizer, reducer, plan, lambda micro, work: micro.batch, config)
 
 
 def images(device: torch.device) -> tuple[Tensor, Tensor]:
@@ -94,7 +97,7 @@ def overflow(device: torch.device) -> Findings:
         ends = {}
         for form in ("fused", "foreach"):
             optimizer = SGD if form == "fused" else {**SGD, "foreach": True}
-            step = stepper(device, nn.CrossEntropyLoss(), precision, optimizer, skip=True)
+            step = stepper(device, nn.CrossEntropyLoss(), precision, optimizer, on_nonfinite="skip")
             dirty = [torch.full_like(p, 1e3) for p in step.parameters for _ in range(8)]
             del dirty  # memory that was never written to holds what was there
             for k in range(4):
@@ -139,7 +142,7 @@ def dtypes(device: torch.device) -> Findings:
             stepper(device, nn.CrossEntropyLoss(), "fp32", adam, net=network().double()),
             inputs.double(),
         ),
-        "sparse": lambda: (stepper(device, nn.CrossEntropyLoss(), "fp32", plain, net=Bag(), clip_norm=1.0), words),
+        "sparse": lambda: (stepper(device, nn.CrossEntropyLoss(), "fp32", plain, net=Bag(), clip_grad_norm=1.0), words),
         "buffers on the host": lambda: (stepper(device, nn.CrossEntropyLoss(), "fp16", net=kept), inputs),
     }
     for name, make in cases.items():
@@ -202,7 +205,14 @@ def waits(device: torch.device) -> Findings:
             for precision in ("bf16", "fp16"):
                 ends = []
                 for ddp in (False, True):
-                    step = stepper(device, loss, precision, ddp=ddp, clip_norm=1.0, skip=precision == "bf16")
+                    step = stepper(
+                        device,
+                        loss,
+                        precision,
+                        ddp=ddp,
+                        clip_grad_norm=1.0,
+                        on_nonfinite="skip" if precision == "bf16" else "stop",
+                    )
                     for k in range(3):
                         step(work(k, inputs, targets), want_norm=True)
                     with no_waiting(device):

@@ -153,6 +153,7 @@ refused = partial(_declare, "refused")
 
 # Built-in metrics; a test keeps this equal to dist_train.task.metrics.NAMED.
 METRICS = ("accuracy", "top5", "binary_accuracy", "mae", "mse", "rmse", "r2")
+RECORD_FIELDS = ("time", "step", "epoch", "samples", "split")  # of every row of metrics.jsonl
 
 
 def _component(value: Any) -> Any:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from dist_train.data.deal import Deal
 from dist_train.data.errors import DataError, SampleError, dataset_name, shortage
 from dist_train.data.passes import is_stream, shards_itself, stream_length
-from dist_train.data.plan import EvalPlan, Indices, Plan, share
+from dist_train.data.plan import EvalPlan, Indices, Plan
 from dist_train.data.reading import Collate, Seeded, dataset_length
 from dist_train.data.sampler import MicroBatch, StepSampler
 from dist_train.data.stream import StreamReader
@@ -312,7 +312,7 @@ class TrainLoader(_Loader):
                     self._stream.rewind()
                 iterator = self._begin()
             indices = plan.batch(step)
-            local = indices[share(len(indices), self.sampler.rank, self.sampler.num_replicas)]
+            local = plan.local(step, self.sampler.rank, self.sampler.num_replicas)
             micro_batches = self._micro_batches(iterator)
             yield StepWork(step, epoch, len(indices), indices, local, micro_batches)
             for _ in micro_batches:  # the caller may have left a step early

@@ -92,6 +92,11 @@ class Plan:
         start = k * self.global_batch_size
         return self.order(epoch)[start : start + self.global_batch_size]
 
+    def local(self, step: int, rank: int, world_size: int) -> Indices:
+        """The samples of global step `step` that `rank` takes, without padding: (n,) int64."""
+        indices = self.batch(step)
+        return indices[share(len(indices), rank, world_size)]
+
     def batch_samples(self, step: int) -> int:
         """How many samples global step `step` takes, without making the order."""
         start = (step % self.steps_per_epoch) * self.global_batch_size
@@ -124,7 +129,7 @@ def parts(n: int, rank: int, world_size: int, micro: int) -> tuple[slice, ...]:
 
 
 def smallest_part(plan: Plan, world_size: int, micro: int) -> int:
-    """The fewest samples that any forward of training gets (BatchNorm can't train on one), weightless ones apart."""
+    """The fewest samples that any forward of training gets (BatchNorm can't train on one), without zero-weight ones."""
     return min(
         part.stop - part.start
         for n in {plan.batch_samples(0), plan.batch_samples(plan.steps_per_epoch - 1)}

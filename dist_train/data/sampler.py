@@ -33,8 +33,8 @@ class MicroBatch(NamedTuple):
     """Where a stream's reader stands after it (see `StreamReader`)."""
 
     @property
-    def weightless(self) -> bool:
-        """Whether its result counts nothing."""
+    def zero_weight(self) -> bool:
+        """Whether it is padding: its result doesn't count."""
         return self.samples == 0
 
 
@@ -43,7 +43,7 @@ def requests(plan: Plan, step: int, rank: int, world_size: int, micro: int, neig
 
     `neighbours` more samples are read behind each micro-batch: those that follow it in the global batch, whose end is
     followed by its beginning. A rank without samples gets the batch's first two (BatchNorm needs two; one if the
-    batch is a single sample), weightless, since every rank must take part in the collectives of the step.
+    batch is a single sample), with zero weight, since every rank must take part in the collectives of the step.
     """
     batch = plan.batch(step)
     n = len(batch)

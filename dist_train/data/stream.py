@@ -87,7 +87,7 @@ class StreamReader(Seeded):
 
     def keep(self, micro: MicroBatch) -> None:
         """In the main process: a micro-batch was taken."""
-        if micro.state is not None and not micro.weightless:
+        if micro.state is not None and not micro.zero_weight:
             self.saved[micro.state["reader"]] = micro.state
 
     def __getitems__(self, request: MicroBatch) -> MicroBatch:
@@ -209,7 +209,7 @@ class StreamReader(Seeded):
             self._deal_one(deal, request.epoch)
 
     def _dealt(self, deal: Deal, request: MicroBatch) -> list[Any]:
-        if request.weightless:  # it only fills the forward: a sample of the part must not be lost to it
+        if request.zero_weight:  # it only fills the forward: a sample of the part must not be lost to it
             spare = Pass(deal.part(self.whole, 0, 1), self.seed, 0)
             return list(itertools.islice(itertools.cycle(itertools.islice(spare, 2)), len(request.indices)))
         if self.finite and self._opened().number != request.epoch:

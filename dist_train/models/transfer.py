@@ -178,7 +178,7 @@ def match_parameters(model: nn.Module, patterns: Sequence[str], key: str) -> lis
         for leaf, _ in module.named_parameters(recurse=False):
             name = f"{place}.{leaf}" if place else leaf
             words[name] = [name, *around, kind, f"{kind}.{leaf}"]
-    return _match(words, patterns, key, f"parameter of {getattr(model, 'called', type(model).__name__)}")
+    return _match(words, patterns, key, f"parameter of {getattr(model, 'display_name', type(model).__name__)}")
 
 
 def match_modules(model: nn.Module, patterns: Sequence[str], key: str) -> list[str]:

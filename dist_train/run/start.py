@@ -15,7 +15,6 @@ from dist_train.checkpoint.manager import CheckpointManager, SavePolicy
 from dist_train.config.code import source_files
 from dist_train.config.errors import ConfigError
 from dist_train.config.slots import require_components
-from dist_train.data.plan import share
 from dist_train.files import StorageError
 from dist_train.run.decide import Decision, decide, find_checkpoint
 from dist_train.run.finish import finish, finish_completed, load_into_live_model
@@ -277,8 +276,7 @@ class Start:
         auto = self.config.trainer.micro_batch_size == "auto"
 
         def samples(step: int, rank: int) -> Sequence[int]:
-            indices = parts.plan.batch(step - 1)
-            return indices[share(len(indices), rank, world.size)].tolist()
+            return parts.plan.local(step - 1, rank, world.size).tolist()
 
         def less_memory() -> tuple[str, int | None]:
             return failure.less_memory(parts.micro_batch_size, splitting_changes(parts), auto=auto)

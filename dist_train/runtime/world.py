@@ -8,7 +8,7 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from dist_train.config.schema import DistributedConfig
 
 
+BROADCAST_BYTES = 64 << 20  # of one broadcast, which needs as much memory again
 # Numbers for the process groups that this process joins: the store of torchrun's agent keeps the keys of earlier ones.
 _GROUPS = itertools.count(1000 * restarts())
 
@@ -195,6 +196,15 @@ class World:
         values = [json.loads(value) for value in self.store.multi_get([f"{key}/{rank}" for rank in range(senders)])]
         status.phase = phase
         return values
+
+
+def broadcast_from_rank_zero(tensors: Iterable[torch.Tensor | None], world: World) -> None:
+    """Overwrite tensors on this rank's device with rank 0's values, in few collectives; every rank calls it."""
+    import torch.distributed as dist
+
+    ours = [tensor.detach() for tensor in tensors if tensor is not None and tensor.device.type == world.device.type]
+    if world.size > 1 and ours:
+        dist._broadcast_coalesced(dist.distributed_c10d._get_default_group(), ours, BROADCAST_BYTES, 0)
 
 
 @contextlib.contextmanager

@@ -73,7 +73,7 @@ class EMA:
                 average.copy_(state[name])
 
 
-class OwnAverage(EMA):
+class OptimizerEMA(EMA):
     """The weights that an optimizer with `train()` and `eval()` of its own (schedulefree's) evaluates with, used as an EMA is.
 
     Its `eval()` computes them and its `train()` goes back, which rounds: training goes on with copies of its weights instead.

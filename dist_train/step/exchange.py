@@ -1,7 +1,7 @@
-"""Messages between ranks of one machine by Unix sockets, between others by torch.distributed.
+"""The gradients of a small model on the CPU, summed pair by pair: over Unix sockets on one machine, else by torch.distributed.
 
-gloo hands every message to a thread of its own and back: on two busy cores a message takes 0.3 to 0.6 ms, over a socket of one's
-own 0.05 (bench/RESULTS.md).
+gloo passes every message through a thread of its own: on two busy cores a message takes 0.3 to 0.6 ms, over a socket 0.05
+(bench/RESULTS.md).
 """
 
 from __future__ import annotations
@@ -11,144 +11,197 @@ import os
 import socket
 import struct
 import sys
-import tempfile
+import time
 from collections.abc import Collection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from dist_train.runtime.world import World
+import torch
+from torch import Tensor
+
+from dist_train.step.modules import Modules
+from dist_train.step.objective import Objective, SingleProcess, check_all_used
 from dist_train.watch.processes import machine
+from dist_train.watch.status import BACKWARD, status
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from dist_train.runtime.world import World
 
-PIECE = 64 << 10  # bytes; what both ends may have under way at once without waiting for each other
-PATIENCE = 5.0  # seconds for one's partner to call, or to answer
+MAX_BYTES = 2**20  # of gradients in one bucket; DDP's own first bucket has this size
+CHUNK = 64 << 10  # bytes that both ends may have in flight without waiting for each other
+TIMEOUT = 5.0  # seconds for a peer to connect
 
 
 class Links:
-    """This rank's ways to some others. Every rank must make one, naming those that name it.
+    """This rank's connections to some others. Every rank must make one, naming those that name it."""
 
-    Raises (all methods): ``RuntimeError`` when the other end has gone.
-    """
-
-    def __init__(self, world: World, others: Collection[int]):
+    def __init__(self, world: World, peers: Collection[int]):
         self._sockets: dict[int, socket.socket] = {}
         if sys.platform == "linux":
-            self._connect(world, others)
+            self._connect(world, peers)
 
-    def _connect(self, world: World, others: Collection[int]) -> None:
-        """The higher rank of a pair on one machine calls the lower one. What doesn't answer in time goes by torch.distributed.
+    def _connect(self, world: World, peers: Collection[int]) -> None:
+        """Of a pair on one machine the higher rank connects to the lower; without a connection torch.distributed is used.
 
-        Each listens in a directory that nobody else may enter, and is called by way of that directory's descriptor: whatever
-        TMPDIR is, an address has 108 bytes only.
+        Each listens at an abstract address, which needs no file, and both ends accept the process id of their peer only.
         """
-        with contextlib.ExitStack() as stack:
-            ear, folder = _listen(stack, len(others) + 8)
-            places = world.all_gather([machine(), os.getpid(), folder])
-            for other in others:
-                host, pid, theirs = places[other]
-                if other < world.rank and host == machine() and theirs is not None:
-                    self._call(f"/proc/{pid}/fd/{theirs}/ear", other, world.rank)
-            called = world.all_gather(list(self._sockets))
-            for _ in range(sum(world.rank in whom for whom in called)):
-                self._answer(ear)
-            agreed = world.all_gather(list(self._sockets))
-        for other in [other for other in self._sockets if world.rank not in agreed[other]]:
-            self._sockets.pop(other).close()  # one end alone has it
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.settimeout(TIMEOUT)
+            listener.bind("")  # the kernel chooses a free abstract address
+            listener.listen(len(peers) + 8)
+            places = world.all_gather([machine(), os.getpid(), listener.getsockname().hex()])
+            rank_of = {pid: rank for rank, (host, pid, _) in enumerate(places) if host == machine()}
+            for peer in peers:
+                host, _, address = places[peer]
+                if peer < world.rank and host == machine():
+                    with contextlib.suppress(OSError):
+                        line = socket.socket(socket.AF_UNIX)
+                        line.settimeout(TIMEOUT)
+                        line.connect(bytes.fromhex(address))
+                        self._keep(line, rank_of)
+            connected = world.all_gather(list(self._sockets))
+            for _ in range(sum(world.rank in theirs for theirs in connected)):
+                with contextlib.suppress(OSError):
+                    self._keep(listener.accept()[0], rank_of)
+        agreed = world.all_gather(list(self._sockets))
+        for peer in [peer for peer in self._sockets if world.rank not in agreed[peer]]:
+            self._sockets.pop(peer).close()  # the other end doesn't have it
         for line in self._sockets.values():
             line.settimeout(None)
-            line.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * PIECE)
+            line.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * CHUNK)
 
-    def _call(self, address: str, other: int, rank: int) -> None:
-        line = socket.socket(socket.AF_UNIX)
-        line.settimeout(PATIENCE)
-        try:
-            line.connect(address)
-            line.sendall(struct.pack("i", rank))
-            self._sockets[other] = line
-        except OSError:
+    def _keep(self, line: socket.socket, rank_of: dict[int, int]) -> None:
+        pid, _, _ = struct.unpack("3i", line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        if pid in rank_of:
+            self._sockets[rank_of[pid]] = line
+        else:
             line.close()
 
-    def _answer(self, ear: socket.socket) -> None:
-        with contextlib.suppress(OSError, struct.error):
-            line, _ = ear.accept()
-            line.settimeout(PATIENCE)
-            self._sockets[struct.unpack("i", line.recv(4, socket.MSG_WAITALL))[0]] = line
+    def exchange(self, peer: int, *, send: Tensor | None = None, receive: Tensor | None = None) -> None:
+        """Send one tensor to `peer`, which receives it, and fill another with what it sends; contiguous, on the CPU.
 
-    def swap(self, mine: Tensor, theirs: Tensor, other: int) -> None:
-        """Send `mine` to a rank that sends as much into `theirs`; both contiguous, on the CPU, of one shape and dtype."""
-        import torch.distributed as dist
-
-        line = self._sockets.get(other)
+        Raises:
+            RuntimeError: the peer has gone.
+        """
+        line = self._sockets.get(peer)
         if line is None:
-            sending = dist.isend(mine, other)
-            dist.recv(theirs, other)
+            sending = None if send is None else torch.distributed.isend(send, peer)
+            if receive is not None:
+                torch.distributed.recv(receive, peer)
             if sending is not None:
                 sending.wait()
             return
-        out, into = _bytes(mine), _bytes(theirs)
-        for start in range(0, len(out), PIECE):
-            self._put(line, out[start : start + PIECE], other)
-            self._take(line, into[start : start + PIECE], other)
-
-    def send(self, tensor: Tensor, other: int) -> None:
-        """Send a contiguous tensor on the CPU to a rank that receives it."""
-        import torch.distributed as dist
-
-        line = self._sockets.get(other)
-        if line is None:
-            dist.send(tensor, other)
-        else:
-            self._put(line, _bytes(tensor), other)
-
-    def receive(self, tensor: Tensor, other: int) -> None:
-        """Fill a contiguous tensor on the CPU with what a rank sends."""
-        import torch.distributed as dist
-
-        line = self._sockets.get(other)
-        if line is None:
-            dist.recv(tensor, other)
-        else:
-            self._take(line, _bytes(tensor), other)
-
-    @staticmethod
-    def _put(line: socket.socket, data: memoryview, other: int) -> None:
+        outgoing, incoming = _bytes(send), _bytes(receive)
         try:
-            line.sendall(data)
+            for start in range(0, max(len(outgoing), len(incoming)), CHUNK):
+                if start < len(outgoing):  # sending nothing fails where the peer, already done, has closed its end
+                    line.sendall(outgoing[start : start + CHUNK])
+                _fill(incoming[start : start + CHUNK], line)
         except OSError as error:
-            raise RuntimeError(f"Connection closed by peer: rank {other} ({error})") from error
-
-    @staticmethod
-    def _take(line: socket.socket, data: memoryview, other: int) -> None:
-        try:
-            while data:
-                got = line.recv_into(data)
-                if not got:
-                    raise ConnectionResetError("it has ended")
-                data = data[got:]
-        except OSError as error:
-            raise RuntimeError(f"Connection closed by peer: rank {other} ({error})") from error
+            raise RuntimeError(f"Connection closed by peer: rank {peer} ({error})") from error
 
     def close(self) -> None:
-        """Hang up; what is sent from now on goes by torch.distributed, if the others do the same."""
+        """Close the sockets; later messages go by torch.distributed, if the peers do the same."""
         while self._sockets:
             self._sockets.popitem()[1].close()
 
 
-def _listen(stack: contextlib.ExitStack, backlog: int) -> tuple[socket.socket, int | None]:
-    """A socket that listens at `ear` in a directory of its own, until `stack` closes; the directory's descriptor, if any."""
-    ear = stack.enter_context(socket.socket(socket.AF_UNIX))
-    ear.settimeout(PATIENCE)
-    try:
-        path = stack.enter_context(tempfile.TemporaryDirectory(prefix="dist_train-", ignore_cleanup_errors=True))
-        folder = os.open(path, os.O_PATH | os.O_DIRECTORY)
-        stack.callback(os.close, folder)
-        ear.bind(f"/proc/self/fd/{folder}/ear")
-        ear.listen(backlog)
-    except OSError:  # no room, or a file system without sockets
-        return ear, None
-    return ear, folder
+def _fill(data: memoryview, line: socket.socket) -> None:
+    while data:
+        received = line.recv_into(data)
+        if not received:
+            raise ConnectionResetError("end of stream")
+        data = data[received:]
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.numpy()).cast("B")  # type: ignore[arg-type]
+def _bytes(tensor: Tensor | None) -> memoryview:
+    array: Any = b"" if tensor is None else tensor.numpy()
+    return memoryview(array).cast("B")
+
+
+class OneBucket(SingleProcess):
+    """Gradients that fit one bucket, on the CPU: summed on each rank, then over the ranks, pair by pair.
+
+    DDP too would reduce them all after the last backward, so there is nothing to overlap, and gloo's all-reduce, a ring of many
+    small messages, takes most of a small model's step (bench/RESULTS.md). Here each of log2(ranks) rounds is one message to and
+    one from another rank (recursive doubling: Thakur, Rabenseifner and Gropp 2005), and a rank without samples sends zeros.
+    a + b has the bits of b + a, so all ranks get the same sums, from the first step on.
+    """
+
+    def __init__(self, objective: Objective, world: World):
+        super().__init__(objective)
+        self.rank, self.world_size = world.rank, world.size
+        self.power = 1 << (world.size.bit_length() - 1)  # ranks below this power of two take part in all rounds
+        self.partner = self.rank ^ self.power  # across that border, if there is such a rank
+        peers = [self.rank ^ distance for distance in self._distances()]
+        self.links = Links(world, [peer for peer in (*peers, self.partner) if peer < world.size])
+        self.trained = objective.modules.trained()
+        self.parameters = list(self.trained.values())
+        sizes = [parameter.numel() for parameter in self.parameters]
+        self.bucket = torch.zeros(sum(sizes) + 2, dtype=self.parameters[0].dtype)  # the last two: loss sum and weight
+        self.received = torch.empty_like(self.bucket)
+        *parts, self.report = self.bucket.split([*sizes, 2])
+        self.views = [_with_strides(part, parameter) for part, parameter in zip(parts, self.parameters, strict=True)]
+
+    def forward_backward(self, batch: Any, *, scale: float, zero_weight: bool, last: bool) -> None:
+        """See `Reducer`."""
+        if not zero_weight:
+            super().forward_backward(batch, scale=scale, zero_weight=False, last=last)
+
+    @torch.no_grad()
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """See `Reducer`."""
+        status.phase = BACKWARD
+        status.busy += time.perf_counter() - status.began  # from here on the ranks wait for each other
+        if self._loss is None:
+            self.bucket.zero_()
+        else:
+            gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+            if len(gradients) < len(self.views):
+                check_all_used(self.trained)
+            torch._foreach_copy_(self.views, gradients)
+            self.report[0], self.report[1] = super().finish()
+        self._sum_over_ranks()
+        for parameter, view in zip(self.parameters, self.views, strict=True):
+            parameter.grad = view
+        loss, weight = self.report.clone().unbind()
+        return loss, weight
+
+    def close(self) -> None:
+        """See `Reducer`."""
+        self.links.close()
+
+    def _distances(self) -> list[int]:
+        rounds = self.power.bit_length() - 1 if self.rank < self.power else 0
+        return [1 << number for number in range(rounds)]
+
+    def _sum_over_ranks(self) -> None:
+        """The bucket becomes the sum over all ranks. Ranks beyond the power of two send theirs to a partner, and get the sum."""
+        exchange, bucket, paired = self.links.exchange, self.bucket, self.partner < self.world_size
+        if self.rank >= self.power:
+            exchange(self.partner, send=bucket)
+            exchange(self.partner, receive=bucket)
+            return
+        if paired:
+            exchange(self.partner, receive=self.received)
+            bucket += self.received
+        for distance in self._distances():
+            exchange(self.rank ^ distance, send=bucket, receive=self.received)
+            bucket += self.received
+        if paired:
+            exchange(self.partner, send=bucket)
+
+
+def _with_strides(part: Tensor, parameter: Tensor) -> Tensor:
+    """A view of `part` with the parameter's strides: fused optimizers go by memory order, not by index."""
+    return part.as_strided(parameter.shape, torch.empty_like(parameter).stride(), part.storage_offset())
+
+
+def fits_one_bucket(modules: Modules, bucket_mb: float) -> bool:
+    """Whether the gradients are on the CPU, dense, of one dtype and small."""
+    parameters = modules.trained().values()
+    kinds = {(parameter.device.type, parameter.dtype) for parameter in parameters}
+    return (
+        kinds in ({("cpu", torch.float32)}, {("cpu", torch.float64)})
+        and sum(parameter.nbytes for parameter in parameters) <= min(bucket_mb * 2**20, MAX_BYTES)
+        and not any(getattr(module, "sparse", False) for module in modules.modules())
+    )

@@ -1,11 +1,9 @@
-"""Everything of a run that has parameters, buffers or counters: the model, and a loss or task with state of its own."""
+"""All parameters, buffers and counters of a run: those of the model, and of a loss or task with state of its own."""
 
 from __future__ import annotations
 
 import copy
-import functools
-import inspect
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
@@ -15,24 +13,23 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.config.errors import ConfigError
-from dist_train.step.buffers import take_from_rank_zero
+from dist_train.runtime.world import broadcast_from_rank_zero
+from dist_train.task.task import modules_in
 
 if TYPE_CHECKING:
     from dist_train.runtime.world import World
 
-DEPTH = 3  # objects inside objects in which a task's modules are looked for
-MOST_ITEMS = 1000  # of a list that are looked at: longer ones are data
-Mark = tuple[Any, ...]
+Fingerprint = tuple[Any, ...]
 _OF_EVERY_MODULE = vars(nn.Module()).keys()
 
 
 @dataclass(eq=False)
 class Slot:
-    """Where a buffer or a number is: looked up by name each time, since a forward may replace it (`self.n = self.n + 1`).
+    """Where a buffer or number is: looked up by name each time, since a forward may replace it (`self.n = self.n + 1`).
 
     Attributes:
-        name: as `model.named_buffers()` says it, behind `loss.` or `task.` where it is theirs.
-        owner, key: it is `owner[key]`.
+        name: as in `model.named_buffers()`, behind `loss.` or `task.` for theirs.
+        owner, key: its place is `owner[key]`.
         persistent: it is in its module's state_dict.
     """
 
@@ -43,7 +40,7 @@ class Slot:
 
     @property
     def value(self) -> Any:
-        """The tensor (or None) or the number that is there now."""
+        """The current tensor (or None) or number."""
         return self.owner.get(self.key)
 
     @value.setter
@@ -54,46 +51,45 @@ class Slot:
 class Modules(nn.Module):
     """The one place that names all parameters, buffers and counters of a run.
 
-    The model's parts are called as the model calls them; those of its loss and its task begin with `loss.` and `task.`. A
-    task or a loss that is no `nn.Module` is searched for modules, parameters, tensors and numbers.
+    The model's have the names that the model gives them; those of its loss and task begin with `loss.` and `task.`. A task or
+    loss that isn't an `nn.Module` is searched for modules, parameters, tensors and numbers.
 
     Attributes:
-        model: the model itself. called: its class, for messages.
+        model: the model itself. display_name: its class, for messages.
         buffers_at: registered buffers, and tensors that are plain attributes. numbers_at: ints and floats among the attributes.
 
     Raises:
-        ConfigError: two parameters have one name.
+        ConfigError: two parameters have the same name.
     """
 
     def __init__(self, model: nn.Module, **others: Any):
         super().__init__()
         self.model = model
-        self.called = type(model).__name__
-        known = set(model.modules())
+        self.display_name = type(model).__name__
         for name, other in others.items():
-            self.add_module(name, other if isinstance(other, nn.Module) else _holder(other, known))
+            self.add_module(name, other if isinstance(other, nn.Module) else _container(other, set(model.modules())))
         self._others = others
-        self._told_apart()
+        self._check_names()
         self.buffers_at: list[Slot] = []
         self.numbers_at: list[Slot] = []
         self._memory = {p.untyped_storage()._cdata for p in self.parameters() if p.layout == torch.strided}
         for place, module in self.named_modules():
-            self._look_at(module, f"{place}." if place else "")
+            self._collect(module, f"{place}." if place else "")
         for name, other in others.items():
             if not isinstance(other, nn.Module) and hasattr(other, "__dict__"):
-                self._look_at(other, f"{name}.")
+                self._collect(other, f"{name}.")
         give_own_memory(self.buffers_at)
-        self._first: dict[str, Mark] = {}
+        self._initial: dict[str, Fingerprint] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Modules:
         """A copy whose slots lead to its own buffers and numbers."""
         other = Modules(copy.deepcopy(self.model, memo), **copy.deepcopy(self._others, memo))
-        other._first = dict(self._first)
+        other._initial = dict(self._initial)
         return other
 
-    def take_in(self, optimizer: torch.optim.Optimizer) -> None:
-        """Numbers and tensors among an optimizer's attributes, which its `state_dict` leaves out (a counter of steps, say)."""
-        self._look_at(optimizer, "optimizer.")
+    def add_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Include numbers and tensors among an optimizer's attributes, which its `state_dict` leaves out (a step counter)."""
+        self._collect(optimizer, "optimizer.")
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
@@ -107,8 +103,8 @@ class Modules(nn.Module):
         """The parameters that require a gradient, by name."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
-    def agree(self, world: World) -> None:
-        """Everything is built: make parameters and buffers on every rank those of rank 0, and note what they are.
+    def synchronize(self, world: World) -> None:
+        """Everything is built: copy rank 0's parameters and buffers to every rank, and note their initial values.
 
         Raises:
             ValueError: the processes have built different models.
@@ -116,11 +112,15 @@ class Modules(nn.Module):
         shapes = {name: [list(p.shape), str(p.dtype), p.requires_grad] for name, p in self.named_parameters()}
         if world.size > 1 and shapes != world.broadcast(shapes):
             raise ValueError("the model's parameters differ from rank 0's: every process must build the same model")
-        take_from_rank_zero(self.parameters(), world)
-        take_from_rank_zero((slot.value for slot in self.buffers_at), world)
-        self._first = self._marks()
+        broadcast_from_rank_zero(self.parameters(), world)
+        self.broadcast_buffers(world)
+        self._initial = self._fingerprints()
 
-    # What a checkpoint holds beside the model's state_dict.
+    def broadcast_buffers(self, world: World) -> None:
+        """Copy rank 0's buffers to every rank; all ranks call it."""
+        broadcast_from_rank_zero((slot.value for slot in self.buffers_at), world)
+
+    # What a checkpoint holds besides the model's state_dict.
 
     def task_state(self) -> dict[str, Tensor]:
         """Parameters and registered buffers of loss and task, by name."""
@@ -131,13 +131,13 @@ class Modules(nn.Module):
         return state | {slot.name: slot.value.detach() for slot in slots if slot.value is not None}
 
     def constants(self) -> list[str]:
-        """Names in `task_state` of what doesn't train and is as it was built: the config's, not the run's."""
-        now, trained = self._marks(), self.trained()
-        return [name for name in self.task_state() if name not in trained and now[name] == self._first.get(name)]
+        """Names in `task_state` of what doesn't train and has its initial value: it comes from the config, not from training."""
+        now, trained = self._fingerprints(), self.trained()
+        return [name for name in self.task_state() if name not in trained and now[name] == self._initial.get(name)]
 
     @torch.no_grad()
     def load_task_state(self, state: dict[str, Tensor], keep: Collection[str] = ()) -> None:
-        """Put back what `task_state` gave, but not the names in `keep`.
+        """Restore what `task_state` returned, except the names in `keep`.
 
         Raises:
             ConfigError: it doesn't fit this loss or task.
@@ -153,46 +153,50 @@ class Modules(nn.Module):
                 tensor.copy_(state[name])
 
     def unsaved(self) -> dict[str, Any]:
-        """What isn't as it was built and no state_dict can put back, by name: buffers that aren't persistent, or have
-        another shape by now, and numbers."""
-        first, now = self._first, self._marks()
-        slots = [slot for slot in (*self.buffers_at, *self.numbers_at) if now[slot.name] != first.get(slot.name)]
-        hidden = [s for s in slots if not s.persistent or now[s.name][:2] != first.get(s.name, ())[:2]]
+        """What has changed since the start and no state_dict can restore, by name: numbers, and buffers that aren't persistent
+        or have another shape now."""
+        initial, now = self._initial, self._fingerprints()
+        slots = [slot for slot in self._slots if now[slot.name] != initial.get(slot.name)]
+        hidden = [s for s in slots if not s.persistent or now[s.name][:2] != initial.get(s.name, ())[:2]]
         return {slot.name: _plain(slot.value) for slot in hidden}
 
-    def every_value(self) -> dict[str, Any]:
-        """All buffers and numbers, by name: what ranks may differ in."""
-        return {slot.name: _plain(slot.value) for slot in (*self.buffers_at, *self.numbers_at)}
+    def values(self) -> dict[str, Any]:
+        """All buffers and numbers, by name: what may differ between ranks."""
+        return {slot.name: _plain(slot.value) for slot in self._slots}
 
     @torch.no_grad()
-    def put(self, values: dict[str, Any]) -> None:
-        """Put buffers and numbers into their places, as `unsaved` and `every_value` give them."""
-        for slot in (*self.buffers_at, *self.numbers_at):
+    def load_values(self, values: dict[str, Any]) -> None:
+        """Restore buffers and numbers, as `unsaved` and `values` return them."""
+        for slot in self._slots:
             if slot.name not in values:
                 continue
-            value, there = values[slot.name], slot.value
-            if isinstance(value, Tensor) and isinstance(there, Tensor) and value.shape == there.shape:
-                there.copy_(value)
-            elif isinstance(value, Tensor):  # it had another size, or wasn't there, when the model was built
-                device = there.device if there is not None else next(self.parameters()).device
+            value, present = values[slot.name], slot.value
+            if isinstance(value, Tensor) and isinstance(present, Tensor) and value.shape == present.shape:
+                present.copy_(value)
+            elif isinstance(value, Tensor):  # it had another size, or didn't exist, when the model was built
+                device = present.device if present is not None else next(self.parameters()).device
                 slot.value = value.to(device, copy=True)
             else:
-                slot.value = type(there)(value) if isinstance(there, np.number | Enum) else value
+                slot.value = type(present)(value) if isinstance(present, np.number | Enum) else value
 
-    def _marks(self) -> dict[str, Mark]:
-        """What tells whether a tensor or a number has changed, without a copy of it."""
-        found = {name: _mark(tensor) for name, tensor in self.task_state().items()}
-        return found | {slot.name: _mark(slot.value) for slot in (*self.buffers_at, *self.numbers_at)}
+    @property
+    def _slots(self) -> tuple[Slot, ...]:
+        return (*self.buffers_at, *self.numbers_at)
 
-    def _told_apart(self) -> None:
+    def _fingerprints(self) -> dict[str, Fingerprint]:
+        """What shows whether a tensor or number has changed, without a copy of it."""
+        found = {name: _fingerprint(tensor) for name, tensor in self.task_state().items()}
+        return found | {slot.name: _fingerprint(slot.value) for slot in self._slots}
+
+    def _check_names(self) -> None:
         seen: set[str] = set()
         for name, _ in self.named_parameters():
             if name in seen:
-                message = f"its parameter {name} has the name of one of the model's; call one of them differently"
+                message = f"its parameter {name} has the same name as one of the model's; rename one of them"
                 raise ConfigError.single(name.partition(".")[0], message)
             seen.add(name)
 
-    def _look_at(self, owner: Any, prefix: str) -> None:
+    def _collect(self, owner: Any, prefix: str) -> None:
         if isinstance(owner, nn.Module):
             hidden = owner._non_persistent_buffers_set
             for key, buffer in owner._buffers.items():
@@ -200,18 +204,72 @@ class Modules(nn.Module):
                     self.buffers_at.append(Slot(prefix + key, owner._buffers, key, persistent=key not in hidden))
         for key, value in vars(owner).items():
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-                if value.layout == torch.strided and not value.requires_grad and not self._is_of_parameter(value):
+                if value.layout == torch.strided and not value.requires_grad and not self._is_view(value):
                     self.buffers_at.append(Slot(prefix + key, vars(owner), key))
             elif isinstance(value, int | float | np.number) and not (isinstance(value, bool) and _is_mode(owner, key)):
                 self.numbers_at.append(Slot(prefix + key, vars(owner), key))
 
-    def _is_of_parameter(self, tensor: Tensor) -> bool:
-        """A view of a parameter, as the `weight` that torch.nn.utils.spectral_norm makes before its first forward."""
+    def _is_view(self, tensor: Tensor) -> bool:
+        """Of a parameter, as the `weight` that torch.nn.utils.spectral_norm makes before its first forward."""
         return tensor.numel() > 0 and tensor.untyped_storage()._cdata in self._memory
 
 
+class BufferSnapshot:
+    """The values of all buffers and numbers at one moment, in one flat copy per dtype and device.
+
+    With `frozen` also those of parameters that don't train, which a forward may update (a momentum encoder); they may be large,
+    so they are copied to the host.
+    """
+
+    @torch.no_grad()
+    def __init__(self, modules: Modules, frozen: bool = False):
+        self._buffers = [(slot, slot.value) for slot in modules.buffers_at]
+        self._numbers = [(slot, slot.value) for slot in modules.numbers_at]
+        kinds: dict[Any, dict[int, tuple[Slot, Tensor]]] = {}
+        for slot, buffer in self._buffers:
+            if buffer is not None:
+                kinds.setdefault((buffer.device, buffer.dtype), {}).setdefault(id(buffer), (slot, buffer))
+        self._kept = [(list(kind.values()), _flat(buffer for _, buffer in kind.values())) for kind in kinds.values()]
+        still = [parameter for parameter in modules.parameters() if frozen and not parameter.requires_grad]
+        self._frozen = [(parameter, parameter.detach().to("cpu", copy=True)) for parameter in still]
+
+    @torch.no_grad()
+    def restore(self, where: Tensor | None = None) -> None:
+        """Restore everything; with `where`, a bool on the device, only if it is true, without waiting for it.
+
+        Numbers, and tensors on the host, are left as they are in that case: the host doesn't know the outcome.
+        """
+        if where is not None and any(_shape(slot.value) != _shape(buffer) for slot, buffer in self._buffers):
+            if not where:  # a buffer has another size now: this does wait
+                return
+            where = None
+        for kept, values in self._kept:
+            if where is not None and values.device != where.device:
+                continue
+            if where is not None:
+                values = torch.where(where, values, _flat(slot.value for slot, _ in kept))
+            buffers = [buffer for _, buffer in kept]
+            parts = values.split([buffer.numel() for buffer in buffers])
+            torch._foreach_copy_(buffers, [part.view_as(buffer) for part, buffer in zip(parts, buffers, strict=True)])
+        for slot, buffer in self._buffers:
+            if where is None or buffer is None or buffer.device == where.device:
+                slot.value = buffer
+        for slot, number in self._numbers if where is None else ():
+            slot.value = number
+        for parameter, value in self._frozen:
+            parameter.copy_(value)
+
+
+def _flat(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+
+
+def _shape(value: Tensor | None) -> Any:
+    return None if value is None else value.shape
+
+
 def give_own_memory(slots: list[Slot]) -> None:
-    """Buffers made by `expand`, several of whose elements share memory, can't be written to: they get memory of their own."""
+    """Copy buffers made by `expand`, whose elements share memory: they can't be written to."""
     for slot in slots:
         buffer = slot.value
         if buffer is not None and any(n > 1 and s == 0 for n, s in zip(buffer.shape, buffer.stride(), strict=True)):
@@ -219,7 +277,7 @@ def give_own_memory(slots: list[Slot]) -> None:
 
 
 def _is_mode(owner: Any, key: str) -> bool:
-    """A flag that every module or torch's own have, like `training`: not one that a forward sets (`self.initialized`)."""
+    """A flag that every module or torch's own has, like `training`, not one that a forward sets (`self.initialized`)."""
     return key in _OF_EVERY_MODULE or type(owner).__module__.startswith("torch.")
 
 
@@ -232,7 +290,7 @@ def _plain(value: Any) -> Any:
 
 
 @torch.no_grad()
-def _mark(value: Any) -> Mark:
+def _fingerprint(value: Any) -> Fingerprint:
     if not isinstance(value, Tensor):
         return (value,)
     if value.is_complex():
@@ -242,35 +300,12 @@ def _mark(value: Any) -> Mark:
     return tuple(value.shape), str(value.dtype), *torch.stack([numbers.sum(), numbers @ ramp]).tolist()
 
 
-def _holder(value: Any, known: set[nn.Module]) -> nn.Module:
-    """A module with all modules and parameters inside an object that is none itself."""
-    holder = nn.Module()
-    seen: set[int] = set()
-
-    def look(value: Any, name: str, depth: int) -> None:
-        if id(value) in seen or (isinstance(value, nn.Module) and value in known):
-            return
-        seen.add(id(value))
-        if isinstance(value, nn.Parameter):
-            holder.register_parameter(name, value)
-        elif isinstance(value, nn.Module):
-            holder.add_module(name, value)
-        elif depth:
-            for key, item in _inside(value):
-                inner = str(key).replace(".", "_")
-                look(item, f"{name}_{inner}" if name else inner, depth - 1)
-
-    look(value, "", DEPTH)
-    return holder
-
-
-def _inside(value: Any) -> list[tuple[Any, Any]]:
-    """What an object holds, with its names."""
-    if isinstance(value, functools.partial):
-        return [("function", value.func), *enumerate(value.args), *value.keywords.items()]
-    if isinstance(value, dict | list | tuple):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        return list(items) if len(value) <= MOST_ITEMS else []
-    if inspect.ismethod(value):
-        return [("self", value.__self__)]
-    return list(vars(value).items()) if hasattr(value, "__dict__") and not isinstance(value, type) else []
+def _container(value: Any, known: set[nn.Module]) -> nn.Module:
+    """A module that holds what `modules_in` finds."""
+    container = nn.Module()
+    for name, found in modules_in(value, known).items():
+        if isinstance(found, nn.Parameter):
+            container.register_parameter(name, found)
+        else:
+            container.add_module(name, found)
+    return container

@@ -57,12 +57,12 @@ def _grouped(model: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, A
     return [{"params": list(left.values())}, *result] if left else result
 
 
-def averages(optimizer: torch.optim.Optimizer) -> bool:
+def averages_weights(optimizer: torch.optim.Optimizer) -> bool:
     """Whether it has `train()` and `eval()`, between which it changes the weights, as schedulefree's do."""
     return callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
 
 
-def homes(modules: nn.Module, spec: Any) -> dict[str, int | None]:
+def group_indices(modules: nn.Module, spec: Any) -> dict[str, int | None]:
     """For each parameter, by name, the number of the config's group whose pattern takes it; None for the default group."""
     groups = reserved(spec, {"groups"})[1].get("groups") or []
     home: dict[str, int | None] = dict.fromkeys(name for name, _ in modules.named_parameters())

@@ -32,7 +32,7 @@ class Precision:
         return torch.amp.GradScaler(self.device_type) if self.name == "fp16" else None
 
 
-def agreed(mine: Precision, world: World) -> Precision:
+def common_precision(mine: Precision, world: World) -> Precision:
     """What all ranks run in: the best that suits each rank's device. Every rank must call it."""
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type
     ranks = world.all_gather([mine.name, device])

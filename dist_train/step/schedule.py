@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import (
 from dist_train.config.components import build, is_spec, locate, reserved, signature
 from dist_train.config.errors import ConfigError
 from dist_train.config.fields import METRICS, Duration
-from dist_train.task.metrics import figure
+from dist_train.task.metrics import monitored
 
 
 class WarmupCosine(LambdaLR):
@@ -157,7 +157,7 @@ class Schedule:
         """
         if self.on_plateau:
             assert metrics is not None
-            self.scheduler.step(figure(metrics, self.metric))
+            self.scheduler.step(monitored(metrics, self.metric))
             return
         try:
             self.scheduler.step()

@@ -1,7 +1,7 @@
-"""One walk over whatever holds tensors: batches, a model's inputs and its outputs.
+"""One walk over anything that holds tensors - batches, a model's inputs, its outputs - and what is done with it.
 
-Lists, tuples, named tuples, mappings (UserDict, BatchEncoding, ModelOutput), dataclasses, whatever is registered as a pytree,
-and objects that carry tensors as attributes. What is rebuilt keeps its type; what doesn't change stays the same object.
+Lists, tuples, named tuples, mappings (UserDict, BatchEncoding, ModelOutput), dataclasses, registered pytree nodes, and objects
+with tensors as attributes. Rebuilt containers keep their type; what doesn't change stays the same object.
 """
 
 from __future__ import annotations
@@ -17,17 +17,22 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 HALF = (torch.bfloat16, torch.float16)
-_PLAIN = (str, bytes, int, float, complex, bool, type(None), type, torch.Size, torch.device, torch.dtype, nn.Module)
+_LEAVES = (str, bytes, int, float, complex, bool, type(None), type, torch.Size, torch.device, torch.dtype, nn.Module)
 Rebuild = Callable[[list[Any]], Any]
 
 
+def map_parts(change: Callable[[Any], Any], value: Any) -> Any:
+    """`value` with `change` applied to each of its direct parts; a value without parts as it is."""
+    parts, rebuild = _open(value)
+    changed = [change(part) for part in parts]
+    return value if all(a is b for a, b in zip(parts, changed, strict=True)) else rebuild(changed)
+
+
 def map_tensors(change: Callable[[Tensor], Any], value: Any) -> Any:
-    """`value` with `change` done to each tensor in it."""
+    """`value` with `change` applied to each tensor in it."""
     if isinstance(value, Tensor):
         return change(value)
-    parts, rebuild = _open(value)
-    changed = [map_tensors(change, part) for part in parts]
-    return value if all(a is b for a, b in zip(parts, changed, strict=True)) else rebuild(changed)
+    return map_parts(lambda part: map_tensors(change, part), value)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -39,70 +44,32 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(part)
 
 
-def batch_length(batch: Any) -> int:
-    """The number of samples in a batch: the length of the first tensor found in it."""
-    lengths = (len(tensor) if tensor.dim() else 1 for tensor in tensors_in(batch))
-    return next((length for length in lengths if length), 0)
-
-
-def first_rows(batch: Any, count: int) -> Any:
-    """The first samples of a batch: a copy, so that the rest isn't kept."""
-    return map_tensors(lambda tensor: tensor[:count].clone() if tensor.dim() else tensor, batch)
-
-
-def copied(batch: Any) -> Any:
-    """A batch that a try may be given: a forward may write into its inputs, or a loss into its targets, or take items out."""
-    return map_tensors(torch.clone, batch)
-
-
-def in_full_precision(outputs: Any) -> Any:
-    """bf16 and fp16 as float32."""
-    return map_tensors(lambda tensor: tensor.float() if tensor.dtype in HALF else tensor, outputs)
-
-
-def move_batch(batch: Any, device: torch.device, memory_format: torch.memory_format | None = None) -> Any:
-    """The batch on the device (without waiting), its images, which have four dimensions, in the memory format."""
-    if device.type == "cpu" and memory_format is None:
-        return batch
-
-    def move(tensor: Tensor) -> Tensor:
-        form = memory_format if memory_format is not None and tensor.dim() == 4 else torch.preserve_format
-        return tensor.to(device, non_blocking=True, memory_format=form)
-
-    return map_tensors(move, batch)
-
-
 def _open(value: Any) -> tuple[list[Any], Rebuild]:
-    """The parts of a container, and what makes one of the same type of other parts; no parts for anything else."""
-    if isinstance(value, _PLAIN):
+    """The direct parts of a container, and what builds one of the same type from other parts; no parts for anything else."""
+    if isinstance(value, _LEAVES):
         return [], lambda _: value
-    if isinstance(value, PackedSequence):  # its lengths stay on the CPU
-        return [value.data], lambda parts: value._replace(data=parts[0])
-    if isinstance(value, tuple) and hasattr(value, "_make"):
-        return list(value), value._make
-    if type(value) in (list, tuple):
-        return list(value), type(value)
-    if isinstance(value, Mapping):
-        return list(value.values()), lambda parts: _with_items(value, dict(zip(value, parts, strict=True)))
-    node = pytree.SUPPORTED_NODES.get(type(value))
+    node = pytree.SUPPORTED_NODES.get(type(value))  # list, tuple, dict and what libraries have registered
     if node is not None:
         parts, context = node.flatten_fn(value)
         return list(parts), lambda parts: node.unflatten_fn(parts, context)
+    if isinstance(value, PackedSequence):  # its lengths stay on the CPU
+        return [value.data], lambda parts: value._replace(data=parts[0])
+    if isinstance(value, Mapping):
+        return list(value.values()), lambda parts: _with_items(value, dict(zip(value, parts, strict=True)))
     if isinstance(value, list | tuple):
-        return list(value), type(value)
+        return list(value), getattr(value, "_make", type(value))
     return _open_object(value)
 
 
 def _open_object(value: Any) -> tuple[list[Any], Rebuild]:
-    """Fields of a dataclass; of any other object the attributes that are tensors or plain collections of some."""
-    known = dataclasses.is_dataclass(value) or hasattr(type(value), "__attrs_attrs__")
+    """Fields of a dataclass; of any other object the attributes that are tensors or plain collections."""
     slots = [getattr(base, "__slots__", ()) for base in type(value).__mro__]
     names = [name for group in slots for name in ([group] if isinstance(group, str) else group)]
     names = [name for name in (*names, *getattr(value, "__dict__", ())) if not name.startswith("__")]
     found = {name: getattr(value, name) for name in names if hasattr(value, name)}
-    if not known:  # an attribute may be anything, the dataset itself for one: look no further than into collections
-        kinds = (Tensor, list, tuple, dict)
-        found = {name: part for name, part in found.items() if isinstance(part, kinds)}
+    if not (dataclasses.is_dataclass(value) or hasattr(type(value), "__attrs_attrs__")):
+        # An attribute may be anything, such as the dataset itself: don't look beyond collections.
+        found = {name: part for name, part in found.items() if isinstance(part, Tensor | list | tuple | dict)}
 
     def rebuild(parts: list[Any]) -> Any:
         other = copy.copy(value)
@@ -114,13 +81,78 @@ def _open_object(value: Any) -> tuple[list[Any], Rebuild]:
 
 
 def _with_items(mapping: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
-    """A mapping of the same type; ModelOutput, whose values are attributes too, changes both by an item's assignment."""
-    if type(mapping) is dict:
-        return items
+    """A mapping of the same type; ModelOutput, whose values are attributes too, changes both on item assignment."""
     try:
         other: Any = copy.copy(mapping)
         for key, part in items.items():
             other[key] = part
-    except TypeError:  # a mapping that can't be changed, such as a MappingProxyType
+    except TypeError:  # an immutable one, such as a MappingProxyType
         return items
     return other
+
+
+def batch_length(batch: Any) -> int:
+    """The number of samples: the length of the first non-empty tensor; 0 if there is none."""
+    lengths = (len(tensor) if tensor.dim() else 1 for tensor in tensors_in(batch))
+    return next((length for length in lengths if length), 0)
+
+
+def first_rows(batch: Any, count: int) -> Any:
+    """The first `count` samples, copied so that the rest can be freed."""
+    return map_tensors(lambda tensor: tensor[:count].clone() if tensor.dim() else tensor, batch)
+
+
+def clone_batch(batch: Any) -> Any:
+    """A copy for a trial run: a forward may write into its inputs, a loss into its targets, or remove items."""
+    return map_tensors(torch.clone, batch)
+
+
+def in_full_precision(outputs: Any) -> Any:
+    """`outputs` with bf16 and fp16 as float32."""
+    return map_tensors(lambda tensor: tensor.float() if tensor.dtype in HALF else tensor, outputs)
+
+
+def move_batch(batch: Any, device: torch.device, memory_format: torch.memory_format | None = None) -> Any:
+    """The batch on the device (without waiting), its images (4-dim tensors) in the memory format."""
+    if device.type == "cpu" and memory_format is None:
+        return batch
+
+    def move(tensor: Tensor) -> Tensor:
+        form = memory_format if memory_format is not None and tensor.dim() == 4 else torch.preserve_format
+        return tensor.to(device, non_blocking=True, memory_format=form)
+
+    return map_tensors(move, batch)
+
+
+def squeeze_column(values: Tensor) -> Tensor:
+    """(n, 1) as (n,); other shapes unchanged."""
+    return values.squeeze(1) if values.dim() == 2 and values.shape[1] == 1 else values
+
+
+def is_pair(batch: Any) -> bool:
+    """Whether a batch is (inputs, target)."""
+    return isinstance(batch, list | tuple) and len(batch) == 2
+
+
+def split_batch(batch: Any) -> tuple[Any, Any]:
+    """A batch as (inputs, target).
+
+    Raises:
+        ValueError: it isn't a pair.
+    """
+    if is_pair(batch):
+        return batch[0], batch[1]
+    kind = f"a {type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else f"a {type(batch).__name__}"
+    raise ValueError(
+        f"the default task expects a batch of (inputs, target), but the dataset's samples collate to {kind}; return "
+        "(inputs, target) from __getitem__, or name a `task` with step(model, batch) and predict(model, batch)"
+    )
+
+
+def call_model(model: nn.Module, inputs: Any) -> Any:
+    """The model on its inputs: a tuple or list is spread, a mapping is passed by name, anything else is the one argument."""
+    if isinstance(inputs, list | tuple):
+        return model(*inputs)
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(inputs)

@@ -1,8 +1,8 @@
-"""A loss as (sum, weight): what is summed over samples, ranks and micro-batches, and the one number it is divided by.
+"""A loss as (sum, weight): what is summed over samples, micro-batches and ranks, and the number that the sum is divided by.
 
 The mean of means is wrong wherever the denominators differ: class weights, `ignore_index`, `reduction="sum"`, a short last
-batch (transformers #34191 was such a bug). So every loss here yields a sum and its own denominator, the sums are added up,
-and one division by the global weight follows.
+batch (transformers #34191 was such a bug). So every loss here yields a sum and its own denominator; both are summed, and one
+division by the global weight follows.
 """
 
 from __future__ import annotations
@@ -19,40 +19,37 @@ from torch import Tensor, nn
 from dist_train.config.errors import ConfigError
 from dist_train.task.batch import batch_length, in_full_precision
 
-ELEMENTWISE = (
-    nn.MSELoss, nn.L1Loss, nn.BCELoss, nn.BCEWithLogitsLoss, nn.SmoothL1Loss, nn.HuberLoss,
-    nn.PoissonNLLLoss, nn.KLDivLoss, nn.HingeEmbeddingLoss, nn.SoftMarginLoss,
-)  # fmt: skip
-CLASSWISE = (nn.CrossEntropyLoss, nn.NLLLoss)
-
-_MODULE_OF: dict[Any, type[nn.Module]] = {
-    nn.functional.cross_entropy: nn.CrossEntropyLoss,
-    nn.functional.nll_loss: nn.NLLLoss,
-    nn.functional.mse_loss: nn.MSELoss,
-    nn.functional.l1_loss: nn.L1Loss,
-    nn.functional.smooth_l1_loss: nn.SmoothL1Loss,
-    nn.functional.huber_loss: nn.HuberLoss,
-    nn.functional.binary_cross_entropy: nn.BCELoss,
-    nn.functional.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss,
-    nn.functional.poisson_nll_loss: nn.PoissonNLLLoss,
-    nn.functional.kl_div: nn.KLDivLoss,
-    nn.functional.hinge_embedding_loss: nn.HingeEmbeddingLoss,
-    nn.functional.soft_margin_loss: nn.SoftMarginLoss,
+_ELEMENTWISE: dict[type[nn.Module], Any] = {
+    nn.MSELoss: nn.functional.mse_loss,
+    nn.L1Loss: nn.functional.l1_loss,
+    nn.BCELoss: nn.functional.binary_cross_entropy,
+    nn.BCEWithLogitsLoss: nn.functional.binary_cross_entropy_with_logits,
+    nn.SmoothL1Loss: nn.functional.smooth_l1_loss,
+    nn.HuberLoss: nn.functional.huber_loss,
+    nn.PoissonNLLLoss: nn.functional.poisson_nll_loss,
+    nn.KLDivLoss: nn.functional.kl_div,
+    nn.HingeEmbeddingLoss: nn.functional.hinge_embedding_loss,
+    nn.SoftMarginLoss: nn.functional.soft_margin_loss,
 }
-Fitted = tuple[Tensor, Tensor, Tensor | float]
+_CLASSWISE: dict[type[nn.Module], Any] = {
+    nn.CrossEntropyLoss: nn.functional.cross_entropy,
+    nn.NLLLoss: nn.functional.nll_loss,
+}
+_MODULE_OF = {function: kind for kind, function in (_ELEMENTWISE | _CLASSWISE).items()}
+Weighted = tuple[Tensor, Tensor, Tensor | float]  # outputs and targets as torch's loss takes them, and their weight
 
 
 class Loss(nn.Module):
     """Any loss function, called with (outputs, targets), as a sum and the weight to divide it by.
 
-    Known exactly: torch's own losses, as modules or functions; a function that returns one value a sample; a function that
-    returns (sum, weight). A function that returns one number is taken for a mean over the samples of the micro-batch; where
-    that is nan and all labels are negative (ignored), it has no weight.
+    Exact for torch's own losses, as modules or functions, and for a function that returns one value per sample or (sum, weight).
+    A function that returns one number is assumed to be a mean over the samples of the micro-batch; if that is nan and all
+    labels are negative (ignored), its weight is zero.
 
     Attributes:
-        summed: the loss asks for the plain sum (`reduction="sum"`): gradients aren't divided, logs show the mean over samples.
-        exact: whether the denominator is known, so that the gradient of several micro-batches is that of one big batch; None
-            until the first call of a loss that isn't torch's own.
+        summed: the loss is a plain sum (`reduction="sum"`): gradients aren't divided, logs show the mean over samples.
+        exact: the denominator is known, so the gradient of several micro-batches is that of one big batch; None before the
+            first call of a loss that isn't torch's own.
     """
 
     def __init__(self, function: Callable[..., Any]):
@@ -64,42 +61,42 @@ class Loss(nn.Module):
         reduction = getattr(function, "reduction", None) if isinstance(function, nn.Module) else None
         self.summed = reduction == "sum"
         self._checked = False
-        self._fit: Callable[[Tensor, Tensor], Fitted] | None = None  # what fits a batch to one of torch's losses
+        self._weigh: Callable[[Tensor, Tensor], Weighted] | None = None  # for torch's own losses
         if type(function).__module__.startswith("torch.nn"):
-            if isinstance(function, ELEMENTWISE):
-                self._fit, reduction = (self._rows if reduction == "batchmean" else self._elements), "sum"
-            elif isinstance(function, CLASSWISE):
-                self._fit, reduction = self._classes, "sum"
+            if isinstance(function, tuple(_ELEMENTWISE)):
+                self._weigh, reduction = (self._rows if reduction == "batchmean" else self._elements), "sum"
+            elif isinstance(function, tuple(_CLASSWISE)):
+                self._weigh, reduction = self._classes, "sum"
             elif reduction == "mean" and not isinstance(function, nn.CTCLoss):
                 reduction = "none"
             function = copy.copy(function)
             function.reduction = reduction  # type: ignore[attr-defined]
         _check_form(function, self.name)
         self.function: Any = function
-        self.exact: bool | None = None if self._fit is None else True
+        self.exact: bool | None = None if self._weigh is None else True
 
     def forward(self, outputs: Any, targets: Any) -> tuple[Tensor, Tensor | float]:
         """The loss summed over this micro-batch (0-dim, float32 or float64), and its weight (a number or a 0-dim tensor).
 
         Raises:
-            ValueError: outputs and targets don't fit the loss; the message says what it expects and what it got.
+            ValueError: outputs and targets don't fit the loss; says what was expected and found.
         """
         outputs = in_full_precision(outputs)
-        if self._fit is None:
+        if self._weigh is None:
             return self._own(outputs, targets)
         for what, value in (("model's outputs", outputs), ("targets", targets)):
             if not isinstance(value, Tensor):
                 raise ValueError(
                     f"{self.name} expects the {what} as one tensor, but found a {type(value).__name__}; for words as labels "
-                    "return their numbers from the dataset, for anything else name a `task`"
+                    "return their numbers from the dataset; for anything else name a `task`"
                 )
-        outputs, targets, weight = self._fit(outputs, targets)
+        outputs, targets, weight = self._weigh(outputs, targets)
         self._checked = True
         total = self.function.forward(outputs, targets)
         return total, (len(outputs) if self.summed else weight)
 
-    def _elements(self, outputs: Tensor, targets: Tensor) -> Fitted:
-        """A trailing 1 is dropped, as in (N, 1) against (N,); torch would broadcast that to (N, N) with only a warning."""
+    def _elements(self, outputs: Tensor, targets: Tensor) -> Weighted:
+        """Drops a trailing 1, as in (N, 1) against (N,): torch would broadcast that to (N, N) with only a warning."""
         if outputs.shape != targets.shape:
             if outputs.shape == (*targets.shape, 1):
                 outputs = outputs.squeeze(-1)
@@ -120,15 +117,15 @@ class Loss(nn.Module):
                 )
         return outputs, targets, outputs.numel()
 
-    def _check_range(self, what: str, values: Tensor, cure: str) -> None:
-        """On the first batch only: it reads values."""
+    def _check_range(self, what: str, values: Tensor, fix: str) -> None:
+        """On the first batch only, as it reads values."""
         low, high = (float(values.min()), float(values.max())) if values.numel() else (0.0, 1.0)
         if low < 0 or high > 1:
             raise ValueError(
-                f"{self.name} expects {what} between 0 and 1, but they go from {low:g} to {high:g}: {cure}"
+                f"{self.name} expects {what} between 0 and 1, but they range from {low:g} to {high:g}: {fix}"
             )
 
-    def _classes(self, outputs: Tensor, targets: Tensor) -> Fitted:
+    def _classes(self, outputs: Tensor, targets: Tensor) -> Weighted:
         weight = self.function.weight
         if weight is not None and weight.dtype != outputs.dtype:  # torch takes no float32 weights for a float64 model
             self.function.weight = weight = weight.to(outputs.dtype)
@@ -151,7 +148,7 @@ class Loss(nn.Module):
         return outputs, targets, weight[targets.where(kept, 0)].where(kept, 0).sum()
 
     def _check_labels(self, outputs: Tensor, targets: Tensor) -> None:
-        """On the first batch only: it reads values. On CUDA a label out of range is a device assertion, which names nothing."""
+        """On the first batch only, as it reads values. On CUDA a label out of range is a device assertion that names nothing."""
         if outputs.dim() < 2 or outputs.shape[:1] + outputs.shape[2:] != targets.shape:
             raise ValueError(
                 f"{self.name} expects outputs of shape (N, classes, ...) and targets of shape (N, ...), but the model gave "
@@ -161,17 +158,16 @@ class Loss(nn.Module):
         classes = outputs.shape[1]
         if kept.numel() and (int(kept.min()) < 0 or int(kept.max()) >= classes):
             raise ValueError(
-                f"{self.name}: the model has {classes} outputs, so labels must be 0 to {classes - 1}, but this batch's labels go "
-                f"from {int(kept.min())} to {int(kept.max())}; change the model's last layer or the dataset's labels"
+                f"{self.name}: the model has {classes} outputs, so labels must be 0 to {classes - 1}, but this batch's labels "
+                f"range from {int(kept.min())} to {int(kept.max())}; change the model's last layer or the dataset's labels"
             )
 
-    def _rows(self, outputs: Tensor, targets: Tensor) -> Fitted:
-        """KLDivLoss's `batchmean`: elements, divided by the number of rows."""
+    def _rows(self, outputs: Tensor, targets: Tensor) -> Weighted:
+        """KLDivLoss's `batchmean`."""
         outputs, targets, _ = self._elements(outputs, targets)
         return outputs, targets, len(outputs)
 
     def _own(self, outputs: Any, targets: Any) -> tuple[Tensor, Tensor | float]:
-        """By what the function returns."""
         value = self.function(outputs, targets)
         self.exact = True
         if isinstance(value, tuple) and len(value) == 2:
@@ -181,8 +177,8 @@ class Loss(nn.Module):
                 f" of {', '.join(map(str, value))}" if isinstance(value, Mapping) else ""
             )
             raise ValueError(
-                f"the loss {self.name} must return one tensor (a mean, or one value a sample) or a tuple (sum, weight), but "
-                f"returned {kind}; add its parts up, and name a `task` or a metric to see each of them"
+                f"the loss {self.name} must return one tensor (a mean, or one value per sample) or a tuple (sum, weight), but "
+                f"returned {kind}; add its parts up, and name a `task` or metrics to log each of them"
             )
         if value.numel() != 1 or (value.dim() and batch_length(targets) == 1):
             return value.sum(), (len(value) if self.summed else value.numel())
@@ -191,7 +187,7 @@ class Loss(nn.Module):
             return value, samples
         self.exact = False
         if isinstance(targets, Tensor) and targets.dtype == torch.int64:
-            # The mean over nothing is nan: with negative labels only, which is what ignore_index is, nothing has weight.
+            # The mean over nothing is nan: if all labels are negative, as an ignore_index is, the weight is zero.
             empty = value.isnan() & (targets < 0).all()
             return torch.where(empty, 0.0, value * samples), torch.where(empty, 0, samples)
         return value * samples, samples
@@ -200,20 +196,20 @@ class Loss(nn.Module):
         if isinstance(weight, Tensor) and weight.requires_grad:
             raise ValueError(
                 f"the loss {self.name} returned two values, which are taken as (sum, weight), but the second depends on "
-                "the model too, so it is another loss: return the loss alone, its parts added up"
+                "the model too, so it is another loss: return one loss, the sum of its parts"
             )
         single = isinstance(total, Tensor) and total.numel() == 1
         if not single or (weight.numel() != 1 if isinstance(weight, Tensor) else not isinstance(weight, int | float)):
             found = [_shape(part) if isinstance(part, Tensor) else type(part).__name__ for part in (total, weight)]
             raise ValueError(
-                f"the loss {self.name} returned two values, which are taken as (sum, weight): a tensor of one number, and a "
-                f"number to divide it by, but they are {found[0]} and {found[1]}; return the loss alone"
+                f"the loss {self.name} returned two values, which are taken as (sum, weight), a tensor of one number and a "
+                f"number to divide it by, but they are {found[0]} and {found[1]}; return only the loss"
             )
         return total.reshape(()), (weight.reshape(()) if isinstance(weight, Tensor) else weight)
 
 
 def _check_form(function: Any, name: str | None) -> None:
-    """Losses of three and more (triplets, CTC, a Gaussian's) don't fit (inputs, target)."""
+    """Losses with three or more arguments (triplets, CTC, GaussianNLL) don't fit (outputs, targets)."""
     try:
         form = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
     except (TypeError, ValueError):
@@ -229,19 +225,19 @@ def _check_form(function: Any, name: str | None) -> None:
 
 
 def _samples(outputs: Any, targets: Any) -> int:
-    """How many samples a loss of one number is of: the outputs tell where a list may be of samples or of their parts.
+    """How many samples a loss of one number covers: outputs decide whether a list holds samples or their parts.
 
     Raises:
-        ValueError: there is no telling.
+        ValueError: outputs and targets hold no tensor.
     """
     first = batch_length(targets)
     listed = isinstance(targets, list) and bool(targets) and not isinstance(targets[0], Tensor)
-    told = batch_length(outputs)
+    rows = batch_length(outputs)
     known = [len(targets), first] if listed else [first]
-    samples = told if told in known else known[0] or told
+    samples = rows if rows in known else known[0] or rows
     if not samples:
         raise ValueError(
-            "there is no tensor in outputs and targets to count the samples by: return (sum, weight) from the loss"
+            "outputs and targets hold no tensor to count the samples by: return (sum, weight) from the loss"
         )
     return samples
 

@@ -1,7 +1,7 @@
-"""Metrics as small sums: each batch adds a few float64 numbers, and one division at the end gives the figure.
+"""Metrics as small sums: each batch adds a few float64 numbers, and one division at the end gives the value.
 
-Sums of all metrics travel in one all-reduce, so the figure is that of one process on any number of them. Metrics that aren't
-sums (torchmetrics) see every batch on rank 0, which comes to the same at the price of carrying the outputs there.
+The sums of all metrics share one all-reduce, so the value is that of a single process on any number of them. Non-decomposable
+metrics (torchmetrics) see every batch on rank 0, which gives the same value at the price of sending the outputs there.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.config.components import build
-from dist_train.config.fields import better_is_lower
+from dist_train.config.fields import RECORD_FIELDS, better_is_lower
+from dist_train.task.batch import squeeze_column
 from dist_train.task.losses import Loss
-from dist_train.tracking.records import FIELDS
+from dist_train.task.task import modules_in
 
-TAKEN = ("loss", "eval_samples", *FIELDS)  # names in the records that no metric can have
+RESERVED = ("loss", "eval_samples", *RECORD_FIELDS)  # names in the records that no metric can have
 
 
 class Metric:
-    """Base of all metrics; write your own by these three members.
+    """Base of all metrics; your own define a name and `sums`, and where needed size and `result`.
 
     Attributes:
         name: what it is called in the records (`val/<name>`).
-        size: how many numbers `sums` gives.
-        higher_is_better: which way is better; None: judged by the name (see `stop_when.mode`).
+        size: how many numbers `sums` returns.
+        higher_is_better: None: decided by the name (see `stop_when.mode`).
     """
 
     name: str
@@ -41,14 +42,14 @@ class Metric:
         raise TypeError(f"{type(self).__name__} must define sums(outputs, targets)")
 
     def result(self, sums: Tensor) -> float:
-        """The figure, from the sums over the whole dataset ((size,) float64, on the CPU); by default their quotient."""
+        """The value, from the sums over the whole dataset ((size,) float64, on the CPU); by default their quotient."""
         return float(sums[0] / sums[1]) if sums[1] else float("nan")
 
 
 class Accuracy(Metric):
-    """Share of samples whose largest of the outputs (N, classes, ...) is the target class (N, ...); `ignore_index` isn't counted.
+    """Share of samples whose largest of the outputs (N, classes, ...) is the target class (N, ...), without `ignore_index`.
 
-    Targets of the outputs' own shape (class probabilities, as mixup gives) count by their largest entry.
+    Targets of the outputs' own shape (class probabilities, as from mixup) count by their largest entry.
     """
 
     def __init__(self, top: int = 1, ignore_index: int = -100):
@@ -59,8 +60,8 @@ class Accuracy(Metric):
         """(correct, counted)."""
         if outputs.dim() < 2 or outputs.shape[1] == 1:
             raise ValueError(
-                f"metric {self.name} expects outputs of shape (N, classes), got {tuple(outputs.shape)}; for one output a sample "
-                "use binary_accuracy (two classes) or mae and r2 (regression)"
+                f"metric {self.name} expects outputs of shape (N, classes), got {tuple(outputs.shape)}; for one output per "
+                "sample use binary_accuracy (two classes) or mae and r2 (regression)"
             )
         if targets.shape == outputs.shape:
             targets = targets.argmax(1)
@@ -74,7 +75,7 @@ class Accuracy(Metric):
 
 
 class BinaryAccuracy(Metric):
-    """Share of samples on the right side of `threshold`, for one output a sample: (N,) or (N, 1)."""
+    """Share of samples on the right side of `threshold`, for one output per sample: (N,) or (N, 1)."""
 
     name = "binary_accuracy"
 
@@ -84,8 +85,7 @@ class BinaryAccuracy(Metric):
     def sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """(correct, counted)."""
         outputs, targets = _flat(self.name, outputs, targets)
-        hit = ((outputs > self.threshold) == (targets > 0.5)).double()
-        return torch.stack([hit.sum(), torch.full_like(hit.sum(), hit.numel())])
+        return _with_count(((outputs > self.threshold) == (targets > 0.5)).double())
 
 
 class MeanError(Metric):
@@ -98,8 +98,7 @@ class MeanError(Metric):
     def sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """(sum of errors, elements)."""
         outputs, targets = _flat(self.name, outputs, targets)
-        total = (outputs.double() - targets.double()).abs().pow(self.power).sum()
-        return torch.stack([total, torch.full_like(total, outputs.numel())])
+        return _with_count((outputs.double() - targets.double()).abs().pow(self.power))
 
     def result(self, sums: Tensor) -> float:
         """The mean, or its root."""
@@ -113,44 +112,61 @@ class R2(Metric):
     size = 4
 
     def sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """(residual squares, sum of y, sum of y^2, elements)."""
+        """(residual squares, sum of y^2, sum of y, elements)."""
         outputs, targets = _flat(self.name, outputs, targets)
         p, y = outputs.double(), targets.double()
-        return torch.stack([(y - p).pow(2).sum(), y.sum(), y.pow(2).sum(), torch.full_like(y.sum(), y.numel())])
+        return torch.cat([(y - p).pow(2).sum()[None], y.pow(2).sum()[None], _with_count(y)])
 
     def result(self, sums: Tensor) -> float:
         """The coefficient; nan where all targets are equal."""
-        residual, total, squares, count = sums.tolist()
+        residual, squares, total, count = sums.tolist()
         spread = squares - total * total / count if count else 0.0
         return 1.0 - residual / spread if spread > 0 else float("nan")
 
 
-class Whole(Metric):
-    """A class with `update(outputs, targets)`, `compute` and `reset`, as all of torchmetrics have; in the records under its
-    class's name (`multiclass_f1_score`), a MetricCollection's under theirs.
+def _flat(name: str, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    if outputs.numel() != targets.numel() or len(outputs) != len(targets):
+        raise ValueError(
+            f"metric {name} compares outputs and targets element by element, but the model gave {tuple(outputs.shape)} and the "
+            f"targets are {tuple(targets.shape)}"
+        )
+    return outputs.reshape(-1), targets.reshape(-1)
+
+
+def _with_count(values: Tensor) -> Tensor:
+    total = values.sum()
+    return torch.stack([total, torch.full_like(total, values.numel())])
+
+
+class NonDecomposable(Metric):
+    """A class with `update(outputs, targets)`, `compute` and `reset`, such as all of torchmetrics.
+
+    It is recorded under its class's name in snake case (`multiclass_f1_score`), those of a MetricCollection under their keys.
+
+    Attributes:
+        members: the metrics inside, by name; one of torchmetrics may give more names, which only its result shows.
     """
 
     size = 0
 
     def __init__(self, metric: Any):
         self.metric = metric
-        part: Any
-        for part in _modules_in(metric):
-            part.distributed_available_fn = lambda: False  # rank 0 has seen everything, and computes alone
+        for found in modules_in(metric).values():
+            for part in found.modules() if isinstance(found, nn.Module) else ():
+                part.distributed_available_fn = lambda: False  # type: ignore[assignment]  # rank 0 computes alone
         snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(metric).__name__).lower()
-        self.names = list(metric) if isinstance(metric, nn.ModuleDict) else [snake]
-        self.name = self.names[0]
-        self.higher_is_better = getattr(metric, "higher_is_better", None)
+        self.members: dict[str, Any] = dict(metric.items()) if isinstance(metric, nn.ModuleDict) else {snake: metric}
+        self.name = next(iter(self.members))
 
     def update(self, outputs: Any, targets: Any) -> None:
-        """Take in a batch; (N, 1) goes as (N,)."""
-        self.metric.update(*(without_one_column(v) if isinstance(v, Tensor) else v for v in (outputs, targets)))
+        """Add a batch; (N, 1) is passed as (N,)."""
+        self.metric.update(*(squeeze_column(v) if isinstance(v, Tensor) else v for v in (outputs, targets)))
 
-    def figures(self) -> dict[str, float]:
-        """What it comes to.
+    def values(self) -> dict[str, float]:
+        """The results, by name.
 
         Raises:
-            TypeError: to more than one number.
+            TypeError: one of them isn't a single number.
         """
         value = self.metric.compute()
         values = value if isinstance(value, dict) else {self.name: value}
@@ -161,22 +177,12 @@ class Whole(Metric):
         return {name: float(number) for name, number in values.items()}
 
 
-def _modules_in(value: Any, depth: int = 3) -> Iterator[nn.Module]:
-    """Every module in an object, those that it keeps as attributes, in lists and in dicts as well."""
-    if isinstance(value, nn.Module):
-        yield from value.modules()
-    elif depth:
-        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-        for item in (*inner, *getattr(value, "__dict__", {}).values()):
-            yield from _modules_in(item, depth - 1)
-
-
 @contextlib.contextmanager
-def naming(metric: Metric) -> Iterator[None]:
+def errors_named(metric: Metric) -> Iterator[None]:
     """Errors of a metric's own code say which metric it is.
 
     Raises:
-        RuntimeError: in place of whatever it raised; memory that has run out stays what it is.
+        RuntimeError: instead of whatever it raised, except torch.OutOfMemoryError.
     """
     try:
         yield
@@ -184,7 +190,7 @@ def naming(metric: Metric) -> Iterator[None]:
         raise
     except Exception as error:
         head = f"metric {metric.name}"
-        if str(error).startswith(head):  # it says so itself
+        if str(error).startswith(head):
             raise
         raise RuntimeError(f"{head}: {type(error).__name__}: {error}") from error
 
@@ -193,9 +199,9 @@ def sums_of(metric: Metric, outputs: Any, targets: Any) -> Tensor:
     """`metric.sums`, as float64 (metric.size,).
 
     Raises:
-        RuntimeError: the metric fails, or gives something else; names it.
+        RuntimeError: the metric fails, or returns something else; names it.
     """
-    with naming(metric):
+    with errors_named(metric):
         sums = metric.sums(outputs, targets)
         expected = f"sums must give a tensor of shape ({metric.size},), float64 or integers"
         if not isinstance(sums, Tensor):
@@ -222,8 +228,8 @@ def build_metrics(specs: Sequence[Any], loss: Loss | None) -> list[Metric]:
     """Metrics by name or by `_target_`; `binary_accuracy` looks at the sign where the loss takes logits.
 
     Raises:
-        ValueError: two of them would have one name in the records, or one has a name that is taken.
-        TypeError: one of them is no metric.
+        ValueError: two of them would have the same name in the records, or one has a reserved name.
+        TypeError: one of them isn't a metric.
     """
     metrics: list[Metric] = []
     for spec in specs:
@@ -231,30 +237,25 @@ def build_metrics(specs: Sequence[Any], loss: Loss | None) -> list[Metric]:
             metrics.append(BinaryAccuracy(threshold=0.0))
         else:
             metric = NAMED[spec]() if isinstance(spec, str) else build(spec)
-            metrics.append(metric if hasattr(metric, "sums") else Whole(metric))
+            metrics.append(metric if hasattr(metric, "sums") else NonDecomposable(metric))
     for metric in metrics:
         name, size = getattr(metric, "name", None), getattr(metric, "size", None)
         if not isinstance(name, str) or not name or not isinstance(size, int) or not hasattr(metric, "result"):
-            lacks = "a name (a string), a size (how many numbers sums gives), sums and result"
-            raise TypeError(f"{type(metric).__name__} needs {lacks}: subclass dist_train.metrics.Metric")
-    check_names([name for metric in metrics for name in names_of(metric)])
+            missing = "a name (a string), a size (how many numbers sums gives), sums and result"
+            raise TypeError(f"{type(metric).__name__} needs {missing}: subclass dist_train.metrics.Metric")
+    check_names([name for metric in metrics for name in _members(metric)])
     return metrics
 
 
-def names_of(metric: Metric) -> list[str]:
-    """What a metric is called in the records; one of torchmetrics may give others as well, which only its result shows."""
-    return metric.names if isinstance(metric, Whole) else [metric.name]
+def _members(metric: Metric) -> dict[str, Any]:
+    return metric.members if isinstance(metric, NonDecomposable) else {metric.name: metric}
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Each name stands for one metric.
-
-    Raises:
-        ValueError: it doesn't.
-    """
+    """Raises ValueError: a name is reserved in the records, or two metrics have the same."""
     for name, count in Counter(names).items():
-        if name in TAKEN or name.startswith("raw_"):
-            raise ValueError(f"no metric can be called {name}: the records have a figure of that name already")
+        if name in RESERVED or name.startswith("raw_"):
+            raise ValueError(f"a metric can't be called {name}: that name is reserved in the records")
         if count > 1:
             raise ValueError(
                 f"{count} metrics are called {name}, and only one could be recorded: give your own class another `name`, and "
@@ -262,40 +263,23 @@ def check_names(names: Sequence[str]) -> None:
             )
 
 
-def figure(figures: Mapping[str, float], name: str) -> float:
-    """One figure of an evaluation, which a key of the config has named.
+def monitored(metrics: Mapping[str, float], name: str) -> float:
+    """The value of the metric that a key of the config monitors.
 
     Raises:
-        ValueError: it isn't there; says what is.
+        ValueError: the evaluation didn't give it; says what it gave.
     """
-    if name not in figures:
-        there = ", ".join(figures)
+    if name not in metrics:
         keys = "checkpoint.keep_best, trainer.stop_when.metric and scheduler.metric"
-        raise ValueError(f"{name} is watched, but this evaluation gave {there}: name one of these in {keys}")
-    return figures[name]
+        raise ValueError(
+            f"{name} is monitored, but this evaluation gave {', '.join(metrics)}: name one of these in {keys}"
+        )
+    return metrics[name]
 
 
 def is_lower_better(name: str, metrics: Sequence[Metric]) -> bool:
-    """Whether less of a figure (`val/<name>`) is better: as its metric says (`higher_is_better`), else by its name."""
-    for metric in metrics:
-        members: dict[str, Any] = {metric.name: metric}
-        if isinstance(metric, Whole) and isinstance(metric.metric, nn.ModuleDict):
-            members = dict(metric.metric.items())
-        higher = getattr(members.get(name.removeprefix("val/").removeprefix("raw_")), "higher_is_better", None)
-        if higher is not None:
-            return not higher
-    return better_is_lower(name)
-
-
-def without_one_column(values: Tensor) -> Tensor:
-    """(n, 1) as (n,); others as they are."""
-    return values.squeeze(1) if values.dim() == 2 and values.shape[1] == 1 else values
-
-
-def _flat(name: str, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    if outputs.numel() != targets.numel() or len(outputs) != len(targets):
-        raise ValueError(
-            f"metric {name} compares outputs and targets element by element, but the model gave {tuple(outputs.shape)} and the "
-            f"targets are {tuple(targets.shape)}"
-        )
-    return outputs.reshape(-1), targets.reshape(-1)
+    """Whether a lower value of `val/<name>` is better: as its metric says (`higher_is_better`), else by its name."""
+    members = {key: member for metric in metrics for key, member in _members(metric).items()}
+    member = members.get(name.removeprefix("val/").removeprefix("raw_"))
+    higher = getattr(member, "higher_is_better", None)
+    return better_is_lower(name) if higher is None else not higher

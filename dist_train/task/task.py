@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import inspect
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from dist_train.task.batch import tensors_in
+from dist_train.task.batch import call_model, is_pair, split_batch, tensors_in
 from dist_train.task.losses import Loss
 
 
@@ -76,35 +78,7 @@ class Supervised:
 
     def predict(self, model: nn.Module, batch: Any) -> Any:
         """`model(inputs)`; the batch may be (inputs, target) or the inputs alone."""
-        return call_model(model, batch[0] if _is_pair(batch) else batch)
-
-
-def split_batch(batch: Any) -> tuple[Any, Any]:
-    """A batch as (inputs, target).
-
-    Raises:
-        ValueError: it isn't a pair.
-    """
-    if _is_pair(batch):
-        return batch[0], batch[1]
-    kind = f"a {type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else f"a {type(batch).__name__}"
-    raise ValueError(
-        f"the default task expects a batch of (inputs, target), but the dataset's samples collate to {kind}; return "
-        "(inputs, target) from __getitem__, or name a `task` with step(model, batch) and predict(model, batch)"
-    )
-
-
-def _is_pair(batch: Any) -> bool:
-    return isinstance(batch, list | tuple) and len(batch) == 2
-
-
-def call_model(model: nn.Module, inputs: Any) -> Any:
-    """The model on its inputs: a tuple or list is spread, a dict goes by name, anything else is the one argument."""
-    if isinstance(inputs, list | tuple):
-        return model(*inputs)
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(inputs)
+        return call_model(model, batch[0] if is_pair(batch) else batch)
 
 
 def as_step_output(value: StepOutput | tuple[Any, ...]) -> StepOutput:
@@ -125,3 +99,39 @@ def as_step_output(value: StepOutput | tuple[Any, ...]) -> StepOutput:
         "a task's step must return (loss summed over the batch, weight), a 0-dim tensor and a number or 0-dim tensor, followed "
         f"by outputs and targets if metrics need them; found {found}. Of several losses return the sum"
     )
+
+
+MAX_DEPTH = 3  # objects inside objects that `modules_in` searches
+MAX_ITEMS = 1000  # of a collection: longer ones are data
+
+
+def modules_in(value: Any, known: Collection[nn.Module] = ()) -> dict[str, nn.Module | nn.Parameter]:
+    """Modules and parameters inside an object that may be none itself, except those `known`; named by where they are."""
+    found: dict[str, nn.Module | nn.Parameter] = {}
+    seen: set[int] = set()
+
+    def search(value: Any, name: str, depth: int) -> None:
+        if id(value) in seen or (isinstance(value, nn.Module) and value in known):
+            return
+        seen.add(id(value))
+        if isinstance(value, nn.Module | nn.Parameter):
+            found[name] = value
+        elif depth:
+            for key, item in _inside(value):
+                inner = str(key).replace(".", "_")
+                search(item, f"{name}_{inner}" if name else inner, depth - 1)
+
+    search(value, "", MAX_DEPTH)
+    return found
+
+
+def _inside(value: Any) -> list[tuple[Any, Any]]:
+    """What an object holds, by name."""
+    if isinstance(value, functools.partial):
+        return [("function", value.func), *enumerate(value.args), *value.keywords.items()]
+    if isinstance(value, dict | list | tuple):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return list(items) if len(value) <= MAX_ITEMS else []
+    if inspect.ismethod(value):
+        return [("self", value.__self__)]
+    return list(vars(value).items()) if hasattr(value, "__dict__") and not isinstance(value, type) else []

@@ -14,10 +14,10 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from dist_train.config.fields import RECORD_FIELDS as FIELDS
 from dist_train.files import retried, utc_now
 
 Row = dict[str, Any]
-FIELDS = ("time", "step", "epoch", "samples", "split")
 _BLOCK = 1 << 16
 _encode = json.JSONEncoder(allow_nan=False).encode
 

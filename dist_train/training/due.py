@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from dist_train.config.fields import Duration
-from dist_train.task.metrics import figure
+from dist_train.task.metrics import monitored
 from dist_train.watch.control import EVALUATE, FINISH, LOG, SAVE, STOP, Source, watch_clock
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class StopWhen:
 
     def judge(self, metrics: dict[str, float], step: int) -> str | None:
         """The reason to stop after an evaluation, or None."""
-        value = figure(metrics, self.config.metric)
+        value = monitored(metrics, self.config.metric)
         if self.config.above is not None and value > self.config.above:
             return f"{self.config.metric} is {value:.6g}, above {self.config.above:g}"
         if self.config.below is not None and value < self.config.below:

@@ -12,17 +12,16 @@ from torch import Tensor, nn
 from dist_train.config.errors import ConfigError
 from dist_train.models.layers import evaluating
 from dist_train.runtime.seeding import seed_forward
-from dist_train.step.buffers import BufferSnapshot, take_from_rank_zero
-from dist_train.task.batch import HALF, in_full_precision, map_tensors
+from dist_train.step.modules import BufferSnapshot
+from dist_train.task.batch import HALF, in_full_precision, is_pair, map_tensors, squeeze_column
 from dist_train.task.metrics import (
     Accuracy,
     BinaryAccuracy,
     Metric,
-    Whole,
+    NonDecomposable,
     check_names,
-    naming,
+    errors_named,
     sums_of,
-    without_one_column,
 )
 from dist_train.task.task import as_step_output
 from dist_train.watch.status import EVALUATION, SYNC, status
@@ -110,9 +109,9 @@ class Evaluator:
 
     def _run(self, loader: EvalLoader, control: Control | None) -> dict[str, float]:
         status.phase = SYNC
-        take_from_rank_zero((slot.value for slot in self.modules.buffers_at), self.world)
+        self.modules.broadcast_buffers(self.world)
         size = FIRST + sum(metric.size for metric in self.metrics)
-        whole = [metric for metric in self.metrics if isinstance(metric, Whole)]
+        whole = [metric for metric in self.metrics if isinstance(metric, NonDecomposable)]
         for metric in whole:
             metric.metric.reset()
         # A row for each eval batch, added up in the order of the dataset: the bits are those of one process. (Metrics with
@@ -127,7 +126,7 @@ class Evaluator:
                 sums[samples.start // loader.plan.batch_size % rows] += row
             for outputs, targets in filter(None, on_rank_zero(self.world, seen) if whole else []):
                 for metric in whole:
-                    with naming(metric):
+                    with errors_named(metric):
                         metric.update(outputs, targets)
             if control is not None and control.stop_due():
                 raise EvaluationInterruptedError
@@ -147,7 +146,11 @@ class Evaluator:
         head = torch.zeros(FIRST, dtype=torch.float64, device=self.world.device)
         head[0], head[1], head[2] = output.loss, output.weight, len(samples)
         outputs = in_full_precision(output.outputs)
-        sums = [sums_of(metric, outputs, output.targets) for metric in self.metrics if not isinstance(metric, Whole)]
+        sums = [
+            sums_of(metric, outputs, output.targets)
+            for metric in self.metrics
+            if not isinstance(metric, NonDecomposable)
+        ]
         seen = (outputs, output.targets) if len(sums) < len(self.metrics) else ()
         return torch.cat([head, *(part.to(head.device) for part in sums)]), map_tensors(Tensor.cpu, seen)
 
@@ -157,9 +160,9 @@ class Evaluator:
         names: list[str] = []
         start = FIRST
         for metric in self.metrics:
-            with naming(metric):
-                if isinstance(metric, Whole):
-                    found = self.world.on_main(metric.figures)
+            with errors_named(metric):
+                if isinstance(metric, NonDecomposable):
+                    found = self.world.on_main(metric.values)
                 else:
                     found = {metric.name: float(metric.result(sums[start : start + metric.size]))}
             results |= found
@@ -248,7 +251,7 @@ def _kinds(metric: Metric) -> Iterator[str]:
     """What a metric takes the outputs for, if that is known: `multiclass`, `binary`, `multilabel`."""
     if isinstance(metric, Accuracy | BinaryAccuracy):
         yield "multiclass" if isinstance(metric, Accuracy) else "binary"
-    if isinstance(metric, Whole):
+    if isinstance(metric, NonDecomposable):
         whole = metric.metric
         for part in whole.values() if isinstance(whole, nn.ModuleDict) else (whole,):
             if type(part).__module__.startswith("torchmetrics.classification"):
@@ -290,12 +293,12 @@ def _rows(outputs: Any, samples: int) -> Tensor:
             f"{samples} samples, (n,) or (n, k), found {found}; name a task whose predict does, or use dist_train.load",
         )
     outputs = outputs.detach().cpu()
-    return without_one_column(outputs.float() if outputs.dtype in HALF else outputs)
+    return squeeze_column(outputs.float() if outputs.dtype in HALF else outputs)
 
 
 def _targets(batch: Any, samples: int) -> Tensor | None:
     """The targets of a batch of (inputs, targets), as (n,) or (n, k); None if it has none of that shape."""
-    if not isinstance(batch, list | tuple) or len(batch) != 2 or not isinstance(batch[1], Tensor):
+    if not is_pair(batch) or not isinstance(batch[1], Tensor):
         return None
     targets = batch[1]
-    return without_one_column(targets) if targets.dim() in (1, 2) and len(targets) == samples else None
+    return squeeze_column(targets) if targets.dim() in (1, 2) and len(targets) == samples else None

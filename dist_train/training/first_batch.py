@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from dist_train.data.plan import parts
-from dist_train.task.samplewise import Parted, parted
+from dist_train.task.samplewise import BatchDependence, batch_dependence
 from dist_train.training.unsaved import unsaved_at_start
 
 if TYPE_CHECKING:
@@ -21,11 +21,12 @@ class FirstBatch:
         self.parts, self.fresh = built, fresh
         self.pieces = -(-built.plan.global_batch_size // built.micro_batch_size)  # of a global batch, over all ranks
         self.needed = self.pieces > 1 or fresh
-        self._parted: Parted | None = None
+        self._dependence: BatchDependence | None = None
         self._unsaved = ""
 
     def look(self, batch: Any, length: int, samples: int) -> None:
-        """Look at a micro-batch of `length` samples, of a step of `samples`; all ranks call it at their first."""
+        """Look at a micro-batch of `length` samples, of a step of `samples`; all ranks call it at their first, while `needed`."""
+        self.needed = False
         built, size = self.parts, self.parts.world.size
         if self.fresh and built.world.is_main:
             self._unsaved = unsaved_at_start(built, batch, length)
@@ -34,7 +35,7 @@ class FirstBatch:
         of_ranks = [parts(samples, rank, size, built.micro_batch_size) for rank in range(size)]
         least = min(min((part.stop - part.start for part in mine), default=0) for mine in of_ranks)
         with built.evaluator.serving(ema=False):
-            self._parted = parted(built.task, built.model, batch, length=length, samples=least)
+            self._dependence = batch_dependence(built.task, built.model, batch, length=length, samples=least)
 
     def warnings(self) -> list[str]:
         """What to warn of after the first step, when the loss has been called."""
@@ -43,7 +44,7 @@ class FirstBatch:
     def _inexactness(self) -> str:
         built, count = self.parts, self.pieces
         loss, world_size = built.loss, built.world.size
-        if (found := self._parted) is not None:
+        if (found := self._dependence) is not None:
             what = f"the loss {loss.name}" if loss is not None and built.config.task is None else "the task's loss"
             own = " unless it gathers the outputs of all ranks itself" if count == world_size > 1 else ""
             return (

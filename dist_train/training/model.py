@@ -17,10 +17,10 @@ from dist_train.models.layers import begin_training
 from dist_train.runtime.seeding import seed_everything
 from dist_train.step.modules import Modules
 from dist_train.step.parameters import check_parameters
-from dist_train.step.precision import Precision, agreed, resolve_precision
+from dist_train.step.precision import Precision, common_precision, resolve_precision
 from dist_train.task.batch import move_batch
 from dist_train.task.losses import Loss
-from dist_train.task.metrics import Metric, Whole, build_metrics
+from dist_train.task.metrics import Metric, NonDecomposable, build_metrics
 from dist_train.task.task import Supervised, Task
 from dist_train.training.prepare import build_model, building
 
@@ -87,7 +87,7 @@ def build_model_parts(config: Config, world: World, *, fresh: bool = False) -> M
     modules, task = _with_task(model, loss, config)
     with building("metrics"):
         metrics = build_metrics(config.metrics, loss)
-    precision = agreed(resolve_precision(config.trainer.precision, world.device), world)
+    precision = common_precision(resolve_precision(config.trainer.precision, world.device), world)
     return ModelParts(config, world, modules.to(world.device), loss, task, metrics, precision, memory_format, notes)
 
 
@@ -157,7 +157,7 @@ def load_weights(modules: Modules, found: Saved, fresh: Sequence[str] = ()) -> N
         CorruptedError: the bytes aren't those that were saved.
     """
     if "ranks" in found.parts:
-        modules.put(found.load("ranks")[0])
+        modules.load_values(found.load("ranks")[0])
     if "task" in found.parts and len(list(modules.children())) > 1:
         constants = found.load("trainer").get("constants", []) if fresh else []
         modules.load_task_state(found.load("task"), keep=constants)
@@ -216,7 +216,7 @@ def check_watched(built: ModelParts, keep_best: tuple[str, str] | None) -> None:
         ConfigError: it isn't; names the metrics there are.
     """
     config = built.config
-    if config.data.val is None or any(isinstance(metric, Whole) for metric in built.metrics):
+    if config.data.val is None or any(isinstance(metric, NonDecomposable) for metric in built.metrics):
         return
     known = ["val/loss", *(f"val/{metric.name}" for metric in built.metrics)]
     known += [name.replace("val/", "val/raw_") for name in known if config.trainer.ema_decay is not None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,10 +15,11 @@ from dist_train.config.fields import Duration
 from dist_train.data.augment import Augmentation
 from dist_train.data.loader import EvalLoader, TrainLoader, build_plan
 from dist_train.data.plan import Plan
-from dist_train.step.ema import EMA, OwnAverage
-from dist_train.step.optim import averages, build_optimizer
+from dist_train.step.ema import EMA, OptimizerEMA
+from dist_train.step.objective import Objective
+from dist_train.step.optim import averages_weights, build_optimizer
 from dist_train.step.parameters import check_optimizer
-from dist_train.step.reduce import Reducer, reducer_for
+from dist_train.step.reduce import reducer_for
 from dist_train.step.schedule import Schedule, Span
 from dist_train.step.step import Stepper
 from dist_train.task.metrics import is_lower_better
@@ -29,6 +31,8 @@ from dist_train.training.prepare import build_dataset, building, eval_loader, re
 
 if TYPE_CHECKING:
     from dist_train.config.schema import Config
+    from dist_train.data.loader import StepWork
+    from dist_train.data.sampler import MicroBatch
     from dist_train.runtime.world import World
 
 
@@ -63,12 +67,12 @@ class Parts(ModelParts):
     stop_when: StopWhen | None
     evaluator: Evaluator
 
-    def prepare(self, batch: Any, epoch: int, indices: Any) -> Any:
-        """A training micro-batch, moved and augmented; the draws depend on (seed, epoch, sample)."""
-        batch = self.move(batch)
+    def prepare(self, micro: MicroBatch, work: StepWork) -> Any:
+        """A micro-batch on the device, augmented; the draws depend on (seed, epoch, sample)."""
+        batch = self.move(micro.batch)
         if self.augmentation is None:
             return batch
-        return self.augmentation(batch, seed=self.config.seed, epoch=epoch, indices=indices)
+        return self.augmentation(batch, seed=self.config.seed, epoch=work.epoch, indices=micro.indices)
 
 
 def build_parts(
@@ -107,8 +111,8 @@ def build_parts(
     optimizer = _optimizer(built)
     horizon = _horizon(config, plan, horizon)
     schedule = _schedule(built, optimizer, plan, horizon, keep_best)
-    built.modules.take_in(optimizer)
-    built.modules.agree(world)
+    built.modules.add_optimizer(optimizer)
+    built.modules.synchronize(world)
     ema = _ema(built, optimizer)
     stop_when = None
     if (rule := config.trainer.stop_when) is not None:
@@ -142,7 +146,7 @@ def _optimizer(built: ModelParts) -> torch.optim.Optimizer:
     config, world = built.config, built.world
     with building("optimizer"):
         optimizer = build_optimizer(config.optimizer, built.modules, world.device)
-    if averages(optimizer):
+    if averages_weights(optimizer):
         optimizer.train()  # type: ignore[attr-defined]
     check_optimizer(
         optimizer,
@@ -188,43 +192,19 @@ def _schedule(
 
 def _ema(built: ModelParts, optimizer: torch.optim.Optimizer) -> EMA | None:
     decay = built.config.trainer.ema_decay
-    if averages(optimizer):
+    if averages_weights(optimizer):
         if decay is not None:
             message = f"{type(optimizer).__name__} averages the weights itself: leave it null"
             raise ConfigError.single("trainer.ema_decay", message)
-        return OwnAverage(built.modules, lambda: optimizer)
+        return OptimizerEMA(built.modules, lambda: optimizer)
     return EMA(built.modules, decay) if decay is not None else None
 
 
-def new_reducer(parts: Parts, scaler: torch.amp.GradScaler | None) -> Reducer:
-    """For the parameters that train now."""
-    return reducer_for(parts.modules, parts.task, parts.precision, scaler, parts.world, parts.config.distributed)
-
-
-def build_stepper(
-    parts: Parts,
-    prepare: Callable[[Any, int, Any], Any],
-    look: Callable[[Any, int, int], None] | None,
-) -> Stepper:
+def build_stepper(parts: Parts, prepare: Callable[[MicroBatch, StepWork], Any]) -> Stepper:
     """What runs optimizer steps, for the parameters that train now: to be built after a checkpoint was loaded.
 
-    Args:
-        prepare: makes of a micro-batch, its epoch and its samples what the model gets.
-        look: called with the first micro-batch, its samples and those of its step.
+    `prepare` makes the batch that the model gets from a micro-batch of a step.
     """
-    config, world, scaler = parts.config, parts.world, parts.precision.scaler()
-    return Stepper(
-        parts.modules,
-        parts.optimizer,
-        new_reducer(parts, scaler),
-        scaler=scaler,
-        device=world.device,
-        seed=config.seed,
-        summed=getattr(parts.task, "summed", False),
-        prepare=prepare,
-        indices_of=parts.plan.batch,
-        clip_norm=config.trainer.clip_grad_norm,
-        clip_value=config.trainer.clip_grad_value,
-        skip=config.trainer.on_nonfinite == "skip",
-        look=look,
-    )
+    objective = Objective(parts.modules, parts.task, parts.precision, parts.precision.scaler())
+    new_reducer = partial(reducer_for, objective, parts.world, parts.config.distributed)
+    return Stepper(objective, parts.optimizer, new_reducer, parts.plan, prepare, parts.config.trainer)

@@ -14,7 +14,7 @@ from dist_train.checkpoint.store import merit
 from dist_train.config.errors import ConfigError
 from dist_train.data.survey import content_digest
 from dist_train.step.parameters import match_strides
-from dist_train.task.metrics import figure
+from dist_train.task.metrics import monitored
 from dist_train.training.callbacks import callback_states, load_callback_states
 from dist_train.training.due import in_steps
 from dist_train.training.evaluate import on_rank_zero
@@ -59,7 +59,7 @@ class Progress:
 
     def take_best(self, name: str, mode: str) -> bool:
         """Whether the last evaluation is the best so far by metric `name`; it is then remembered as that."""
-        value, now = figure(self.metrics, name), merit(self.metrics, name, mode)
+        value, now = monitored(self.metrics, name), merit(self.metrics, name, mode)
         before = None if self.best is None else merit({"val/loss": self.best_loss, name: self.best}, name, mode)
         if now is None or (before is not None and now >= before):
             return False
@@ -104,7 +104,7 @@ def of_every_rank(modules: Modules, world: World) -> list[dict[str, Any]]:
     """
     if world.size == 1:
         return [modules.unsaved()]
-    mine = {name: v.cpu() if isinstance(v, Tensor) else v for name, v in modules.every_value().items()}
+    mine = {name: v.cpu() if isinstance(v, Tensor) else v for name, v in modules.values().items()}
     digests = {name: content_digest(value) for name, value in mine.items()}
     norms = _norms(modules)
     first, first_norms = world.broadcast((digests, norms))
@@ -161,7 +161,7 @@ def restore(
         parts.ema.restart()
     ranks = found.load("ranks") if "ranks" in found.parts else [{}]
     if len(ranks) == parts.world.size:
-        parts.modules.put(ranks[parts.world.rank])
+        parts.modules.load_values(ranks[parts.world.rank])
     load_callback_states(parts.callbacks, parts.config.callbacks, state["callbacks"], note)
     with building("data.train"):
         parts.train_loader.load_state_dict(state.get("stream"), progress.step)

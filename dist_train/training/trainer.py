@@ -18,6 +18,7 @@ from dist_train.watch.status import CALLBACK, LOGGING, SAVING, SYNC, status
 
 if TYPE_CHECKING:
     from dist_train.data.loader import StepWork
+    from dist_train.data.sampler import MicroBatch
     from dist_train.training.parts import Parts
     from dist_train.training.rows import Outputs
     from dist_train.training.state import Progress
@@ -54,8 +55,7 @@ class Trainer:
         self.reason = ""
         self._began = time.monotonic() - progress.seconds
         self.first_batch = FirstBatch(parts, fresh=stepper_state is None)
-        look = self.first_batch.look if self.first_batch.needed else None
-        self.stepper = build_stepper(parts, self._prepare, look)
+        self.stepper = build_stepper(parts, self._prepare)
         if stepper_state is not None:
             self.stepper.load_state_dict(stepper_state)
         self.rows = TrainRows(self.stepper, progress.samples)
@@ -127,10 +127,12 @@ class Trainer:
         if self.config.callbacks:
             self._trainable.follow()
 
-    def _prepare(self, batch: Any, epoch: int, indices: Any) -> Any:
-        batch = self.parts.prepare(batch, epoch, indices)
+    def _prepare(self, micro: MicroBatch, work: StepWork) -> Any:
+        batch = self.parts.prepare(micro, work)
         if self.outputs.watch_batch is not None:
             self.outputs.watch_batch(self, batch)
+        if self.first_batch.needed:
+            self.first_batch.look(batch, micro.samples, work.samples)
         return batch
 
     def _run_step(self, work: StepWork) -> None:

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch.nn.modules.batchnorm import _NormBase
 
-from dist_train.step.optim import homes
+from dist_train.step.optim import group_indices
 from dist_train.step.parameters import fill_momentum
-from dist_train.training.parts import new_reducer
 
 if TYPE_CHECKING:
     from dist_train.step.step import Stepper
@@ -46,7 +45,7 @@ class Trainable:
                 )
         fill_momentum(parts.optimizer)
         _extend(parts)
-        self.stepper.retrain(lambda scaler: new_reducer(parts, scaler))
+        self.stepper.renew_reducer()
         gc.collect()  # DDP refers to itself: until it is collected, its hooks stay on the parameters
         self._seen = self._now()
 
@@ -118,7 +117,7 @@ def _complete_groups(parts: Parts) -> None:
         raise ValueError(
             "the optimizer was given a parameter that belongs neither to the model nor to its loss or task"
         )
-    home = homes(parts.modules, parts.config.optimizer)
+    home = group_indices(parts.modules, parts.config.optimizer)
     first = optimizer.param_groups[0]["params"]
     has_default = not first or home[names[id(first[0])]] is None
     homeless = []

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_train.runtime.seeding import seed_forward, undisturbed_generators
-from dist_train.task.batch import copied, tensors_in
-from dist_train.task.samplewise import cut
+from dist_train.task.batch import clone_batch, tensors_in
+from dist_train.task.samplewise import rows_of
 from dist_train.task.task import StepOutput, as_step_output
 from dist_train.training.model import ModelParts, Saved, load_weights
 
@@ -51,7 +51,7 @@ def _forward(parts: ModelParts, batch: Any, step: int = 0) -> StepOutput:
     """Loss and outputs of a forward as in training, never compiled."""
     seed_forward(parts.config.seed, step, 0, parts.world.device)
     with parts.precision.autocast(), torch.compiler.set_stance("force_eager"):
-        return as_step_output(parts.task.step(parts.model, copied(batch)))
+        return as_step_output(parts.task.step(parts.model, clone_batch(batch)))
 
 
 def _train(parts: ModelParts, batch: Any, step: int) -> None:
@@ -92,7 +92,7 @@ def unsaved_at_start(start: ModelParts, batch: Any, length: int) -> str:
     one rank alone: a collective inside a forward ends it.
     """
     try:
-        some = cut(batch, length, slice(0, SAMPLES))
+        some = rows_of(batch, length, slice(0, SAMPLES))
         if not (_is_little_work(start, some) and _is_cheap_to_copy([start.modules, start.task])):
             return ""
         others = torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -191,8 +191,8 @@ EARLY: list[tuple[dict[str, Any], str]] = [
     (base(data__augment=[{"_target_": "dist_train.data.RandomShift", "pixels": -1}]), "expected pixels >= 0, found -1"),
 ]  # fmt: skip
 LATE: list[tuple[dict[str, Any], str]] = [
-    (base(data__train=rows(label=3)), "has 3 outputs, so labels must be 0 to 2, but this batch's labels go from 3 to 3"),
-    (base(data__train=rows(label=-1)), "labels must be 0 to 2, but this batch's labels go from -1 to -1"),
+    (base(data__train=rows(label=3)), "has 3 outputs, so labels must be 0 to 2, but this batch's labels range from 3 to 3"),
+    (base(data__train=rows(label=-1)), "labels must be 0 to 2, but this batch's labels range from -1 to -1"),
     (base(data__train=rows(label=1.5)), "expects targets that are class numbers"),
     (base(data__train=rows(kind="text")), "expects the targets as one tensor, but found a tuple; for words as labels"),
     (base(data__train=rows(kind="triple")), "expects a batch of (inputs, target), but the dataset's samples collate to"),
@@ -206,7 +206,7 @@ LATE: list[tuple[dict[str, Any], str]] = [
     (base(loss=loss("BCELoss"), model={**LINEAR, "out_features": 1}), "BCELoss expects targets between 0 and 1"),
     (
         base(loss=loss("BCELoss"), model={**LINEAR, "out_features": 1}, data__train=rows(label=1.0)),
-        "BCELoss expects outputs between 0 and 1, but they go from",
+        "BCELoss expects outputs between 0 and 1, but they range from",
     ),
     (
         base(loss=loss("L1Loss"), model={**LINEAR, "out_features": 1}, metrics=["accuracy"], data__val=rows()),

@@ -102,7 +102,7 @@ def test_the_steps_of_one_process_are_the_plans_batches_over_the_ends_of_epochs(
         (micro,) = work.micro_batches
         assert (work.indices == plan.batch(work.step)).all()
         assert (work.epoch, work.samples) == (work.step // 3, 50)
-        assert (micro.position, micro.samples, micro.weightless, micro.last) == (0, 50, False, True)
+        assert (micro.position, micro.samples, micro.zero_weight, micro.last) == (0, 50, False, True)
         inputs, targets = micro.batch
         assert inputs.dtype == torch.float32
         assert inputs.equal(torch.stack([data[i][0] for i in work.indices]))
@@ -120,7 +120,7 @@ def test_ranks_and_micro_batches_cut_the_batch_and_every_rank_has_something_to_r
         for work in works:
             micro_batches = list(work.micro_batches)
             assert micro_batches
-            mine = [i for m in micro_batches if not m.weightless for i in m.indices.tolist()]
+            mine = [i for m in micro_batches if not m.zero_weight for i in m.indices.tolist()]
             assert mine == work.local_indices.tolist()
             assert sum(m.samples for m in micro_batches) == len(mine)
             assert [m.last for m in micro_batches] == [False] * (len(micro_batches) - 1) + [True]

@@ -36,7 +36,7 @@ def test_every_sample_of_an_epoch_is_read_exactly_once_over_any_ranks_micro_batc
                 assert [r.last for r in mine] == [False] * (len(mine) - 1) + [True]
                 for request in mine:
                     assert (request.step, request.epoch) == (step, epoch)
-                    if not request.weightless:
+                    if not request.zero_weight:
                         assert 1 <= len(request.indices) <= micro
                         places = slice(request.position, request.position + len(request.indices))
                         assert (seen[places] == -1).all()
@@ -154,10 +154,10 @@ def test_the_sampler_begins_in_the_middle_of_an_epoch_and_crosses_its_end() -> N
     assert next(iter(sampler)).epoch == 10**12 // 6
 
 
-def test_a_rank_without_samples_gets_the_first_two_of_the_batch_weightless() -> None:
+def test_a_rank_without_samples_gets_the_first_two_of_the_batch_with_zero_weight() -> None:
     plan = Plan(0, 5, 3, shuffle=False, drop_last=False)
     (request,) = requests(plan, 0, 3, 4, 8)
-    assert request.weightless
+    assert request.zero_weight
     assert request.last
     assert request.indices.tolist() == [0, 1]
     (alone,) = requests(Plan(0, 4, 3, shuffle=False, drop_last=False), 1, 1, 4, 8)

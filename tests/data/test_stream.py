@@ -83,7 +83,7 @@ def batches(dataset: Any, plan: Plan, start: int, stop: int, world_size: int = 1
     for rank in range(world_size):
         loader = loader_of(dataset(), plan, rank=rank, world_size=world_size, **given)
         for work in loader.steps(start, stop):
-            steps[work.step - start] += [m.batch for m in work.micro_batches if not m.weightless]
+            steps[work.step - start] += [m.batch for m in work.micro_batches if not m.zero_weight]
         loader.close()
     return [torch.cat(parts) for parts in steps]
 

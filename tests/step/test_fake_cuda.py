@@ -15,12 +15,15 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dist_train.config.schema import TrainerConfig
 from dist_train.data.loader import StepWork
+from dist_train.data.plan import Plan
 from dist_train.data.sampler import MicroBatch
 from dist_train.step.modules import Modules
+from dist_train.step.objective import Objective, SingleProcess
 from dist_train.step.optim import build_optimizer
 from dist_train.step.precision import Precision
-from dist_train.step.reduce import SingleProcess, _Objective
+from dist_train.step.reduce import ReportingObjective
 from dist_train.step.step import Stepper
 from dist_train.task.losses import Loss
 from dist_train.task.task import Supervised
@@ -63,18 +66,17 @@ class Waits(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-class Objective:
+class WithoutDDP:
     """The objective as DDP calls it, without DDP."""
 
-    def __init__(self, modules: Modules, task: Supervised, precision: Precision, scaler: torch.amp.GradScaler | None):
-        self.objective, self.precision = _Objective(modules, task, scaler, 8), precision
+    def __init__(self, objective: Objective):
+        self.objective = ReportingObjective(objective, 8)
 
     def warm_up(self, batch: Any, rewind: Callable[[], object]) -> None:
         pass
 
-    def forward_backward(self, batch: Any, *, scale: float, weightless: bool, last: bool) -> None:
-        with self.precision.autocast():
-            self.objective(batch, scale, weightless).backward()
+    def forward_backward(self, batch: Any, *, scale: float, zero_weight: bool, last: bool) -> None:
+        self.objective(batch, scale, zero_weight).backward()
 
     def finish(self) -> tuple[Tensor, Tensor]:
         weight, loss = self.objective.report.grad.clone().unbind()
@@ -121,12 +123,11 @@ def waits(monkeypatch: pytest.MonkeyPatch, loss: Any, target: Any, form: Any, pr
         modules = Modules(net, task=task)
         optimizer = build_optimizer({"_target_": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9}, modules, CUDA)
         assert optimizer.param_groups[0]["fused"]
-        reducer = form(modules, task, Precision(precision, "cuda"), scaler)
-        leaves += [*(reducer.objective if form is Objective else net).parameters()]
-        step = Stepper(
-            modules, optimizer, reducer, scaler=scaler, device=CUDA, seed=0, summed=task.summed,
-            prepare=lambda batch, epoch, indices: batch, indices_of=lambda step: range(32), **options,
-        )  # fmt: skip
+        objective = Objective(modules, task, Precision(precision, "cuda"), scaler)
+        reducer = form(objective)
+        leaves += [*(reducer.objective if form is WithoutDDP else net).parameters()]
+        plan, config = Plan(0, 32, 32), TrainerConfig(**options)
+        step = Stepper(objective, optimizer, lambda: reducer, plan, lambda micro, work: micro.batch, config)
         step(work(0, batch, 1), want_norm=True)
         with Waits() as seen:
             step(work(1, batch, 2), want_norm=True)
@@ -143,10 +144,10 @@ LOSSES: dict[str, tuple[Any, Callable[[], Tensor]]] = {
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("form", [SingleProcess, Objective])
+@pytest.mark.parametrize("form", [SingleProcess, WithoutDDP])
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_step_lists_no_wait(monkeypatch: pytest.MonkeyPatch, name: str, form: Any, precision: str) -> None:
-    options = {"clip_norm": 1.0, "clip_value": 0.5, "skip": True} if name == "elements" else {}
+    options = {"clip_grad_norm": 1.0, "clip_grad_value": 0.5, "on_nonfinite": "skip"} if name == "elements" else {}
     seen = waits(monkeypatch, *LOSSES[name], form, precision, **options)
     assert seen.kernels > 50
     assert not seen.found
@@ -162,7 +163,7 @@ def test_a_wait_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
         return (outputs - targets).pow(2).sum(), float(targets.sum())
 
     with monkeypatch.context() as patch:
-        found = waits(patch, copies, LOSSES["elements"][1], Objective, "bf16").found
+        found = waits(patch, copies, LOSSES["elements"][1], WithoutDDP, "bf16").found
     assert [line.partition(" ")[0] for line in found] == ["_to_copy"]
     with pytest.raises(DataDependentOutputException):
         waits(monkeypatch, reads, LOSSES["elements"][1], SingleProcess, "bf16")

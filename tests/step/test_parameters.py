@@ -18,7 +18,7 @@ from dist_train.runtime.world import Placement, World
 from dist_train.step.ema import EMA
 from dist_train.step.optim import build_optimizer
 from dist_train.step.parameters import check_optimizer, check_parameters, match_strides
-from dist_train.step.precision import Precision, agreed
+from dist_train.step.precision import Precision, common_precision
 from dist_train.training.model import ModelParts, build_model_parts, check_batchnorm
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -203,8 +203,8 @@ class Ranks:
 
 def test_the_ranks_agree_on_the_least_precision_of_their_devices() -> None:
     mine = Precision("bf16", "cuda")
-    assert agreed(mine, Ranks(["bf16", "A100"], ["bf16", "H100"])) is mine  # type: ignore[arg-type]
-    least = agreed(mine, Ranks(["bf16", "A100"], ["fp16", "V100"], ["bf16", "A100"]))  # type: ignore[arg-type]
+    assert common_precision(mine, Ranks(["bf16", "A100"], ["bf16", "H100"])) is mine  # type: ignore[arg-type]
+    least = common_precision(mine, Ranks(["bf16", "A100"], ["fp16", "V100"], ["bf16", "A100"]))  # type: ignore[arg-type]
     assert least.name == "fp16"
     assert str(least.note).startswith("unequal devices: rank 0 (A100) bf16, rank 1 (V100) fp16")
 

@@ -12,20 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.config.errors import ConfigError
+from dist_train.config.schema import TrainerConfig
 from dist_train.data.loader import StepWork
+from dist_train.data.plan import Plan
 from dist_train.data.sampler import MicroBatch
 from dist_train.step.ema import EMA
 from dist_train.step.finite import FiniteGuard, NonFiniteError
 from dist_train.step.modules import Modules
+from dist_train.step.objective import Objective, SingleProcess
 from dist_train.step.optim import build_optimizer
 from dist_train.step.precision import Precision, resolve_precision
-from dist_train.step.reduce import SingleProcess
 from dist_train.step.schedule import Schedule, Span, WarmupCosine
 from dist_train.step.step import Stepper
 from dist_train.task.losses import Loss
 from dist_train.task.task import Supervised
 
 CPU = torch.device("cpu")
+PLAN = Plan(0, 8, 8, shuffle=False)
 INPUTS = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
 TARGETS = torch.randn(8, 1, generator=torch.Generator().manual_seed(1))
 
@@ -42,15 +45,15 @@ def work(step: int, inputs: Tensor = INPUTS, parts: int = 1) -> StepWork:
     return StepWork(step, 0, len(inputs), np.arange(len(inputs)), np.arange(len(inputs)), micro_batches())
 
 
-def stepper(net: nn.Module, optimizer: torch.optim.Optimizer, precision: str = "fp32", **options: Any) -> Stepper:
+def stepper(
+    net: nn.Module, optimizer: torch.optim.Optimizer, precision: str = "fp32", loss: Any = None,
+    scaler: torch.amp.GradScaler | None = None, **options: Any,
+) -> Stepper:  # fmt: skip
     """A stepper on one process."""
     kind = Precision(precision, "cpu")
-    scaler = kind.scaler()
-    reducer = SingleProcess(Modules(net), Supervised(Loss(nn.MSELoss())), kind, scaler)
-    return Stepper(
-        Modules(net), optimizer, reducer, scaler=scaler, device=CPU, seed=0, summed=False,
-        prepare=lambda batch, epoch, indices: batch, indices_of=lambda step: np.arange(8), **options,
-    )  # fmt: skip
+    objective = Objective(Modules(net), Supervised(Loss(loss or nn.MSELoss())), kind, scaler or kind.scaler())
+    reducer, config = SingleProcess(objective), TrainerConfig(**options)
+    return Stepper(objective, optimizer, lambda: reducer, PLAN, lambda micro, work: micro.batch, config)
 
 
 def net() -> nn.Linear:
@@ -79,12 +82,12 @@ def test_a_step_is_the_step_of_a_plain_loop(parts: int) -> None:
 
 
 def test_clipping_by_norm_and_by_value() -> None:
-    for options, limit in (({"clip_norm": 0.01}, 0.01), ({"clip_value": 0.001}, 0.001)):
+    for options, limit in (({"clip_grad_norm": 0.01}, 0.01), ({"clip_grad_value": 0.001}, 0.001)):
         layer = net()
         before = layer.weight.detach().clone()
         stepper(layer, torch.optim.SGD(layer.parameters(), lr=1.0), **options)(work(0), want_norm=False)
         moved = before - layer.weight.detach()
-        assert 0 < float(moved.norm() if "clip_norm" in options else moved.abs().max()) <= limit * 1.001
+        assert 0 < float(moved.norm() if "clip_grad_norm" in options else moved.abs().max()) <= limit * 1.001
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -102,7 +105,7 @@ def test_inf_and_nan_end_the_run_before_the_update_and_are_named(bad: float) -> 
 
 def test_a_bad_step_can_be_left_out_and_is_counted() -> None:
     layer, other = net(), net()
-    step = stepper(layer, torch.optim.SGD(layer.parameters(), lr=0.1), skip=True)
+    step = stepper(layer, torch.optim.SGD(layer.parameters(), lr=0.1), on_nonfinite="skip")
     reference = stepper(other, torch.optim.SGD(other.parameters(), lr=0.1))
     bad = INPUTS.clone()
     bad[0] = math.nan
@@ -120,15 +123,13 @@ def test_findings_that_are_read_later_leave_the_update_out_and_name_the_step(
     optimizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on CUDA, where nobody waits for the device; fused kernels on the CPU take the finding too."""
-    monkeypatch.setattr("dist_train.step.finite.MOST_UNREAD", 4)
+    monkeypatch.setattr("dist_train.step.finite.MAX_UNREAD", 4)
     layer, other = net(), net()
     steppers = []
     for module in (layer, other):
         made = getattr(torch.optim, optimizer)(module.parameters(), lr=0.1, fused=True)
         steppers.append(stepper(module, made))
-        steppers[-1].guard = FiniteGuard(
-            module, made, CPU, scaled=False, skip=False, indices_of=lambda step: np.arange(8), on_host=False
-        )
+        steppers[-1].guard = FiniteGuard(module, made, PLAN, "stop", on_host=False)
     bad = INPUTS.clone()
     bad[3, 1] = math.inf
     for k in range(8):  # more than fit between two readings
@@ -153,7 +154,7 @@ def overflows_in_the_division(outputs: Tensor, targets: Tensor) -> tuple[Tensor,
     ("loss", "options", "told"),
     [
         (overflows_in_the_division, {}, "weight"),
-        (lambda o, t: (o.sum() * 1e25, 1.0), {"clip_norm": 1.0}, "norm of the gra"),
+        (lambda o, t: (o.sum() * 1e25, 1.0), {"clip_grad_norm": 1.0}, "norm of the gra"),
     ],
 )
 def test_what_only_becomes_inf_behind_the_backward_is_found_before_the_update(
@@ -161,11 +162,8 @@ def test_what_only_becomes_inf_behind_the_backward_is_found_before_the_update(
 ) -> None:
     layer = net()
     made = build_optimizer({"_target_": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9}, layer, CPU)
-    step = stepper(layer, made, **options)
-    step.reducer.task = Supervised(Loss(loss))
-    step.guard = FiniteGuard(
-        layer, made, CPU, scaled=False, skip=False, indices_of=lambda s: np.arange(8), on_host=on_host
-    )
+    step = stepper(layer, made, loss=loss, **options)
+    step.guard = FiniteGuard(layer, made, PLAN, "stop", on_host=on_host)
     before = layer.weight.detach().clone()
 
     def run() -> None:
@@ -189,12 +187,10 @@ def test_a_first_step_that_is_left_out_leaves_buffers_and_momentum_as_if_it_had_
         torch.manual_seed(0)
         model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1))
         made = build_optimizer({"_target_": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9}, model, CPU)
-        step = stepper(model, made, precision, skip=True)
-        if step.scaler is not None:
-            step.scaler = step.reducer.scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
-        step.guard = FiniteGuard(
-            model, made, CPU, scaled=precision == "fp16", skip=True, indices_of=lambda s: np.arange(8), on_host=on_host
-        )
+        scaler = torch.amp.GradScaler("cpu", init_scale=16.0) if precision == "fp16" else None
+        step = stepper(model, made, precision, scaler=scaler, on_nonfinite="skip")
+        policy = "rescale" if precision == "fp16" else "skip"
+        step.guard = FiniteGuard(model, made, PLAN, policy, on_host=on_host)
         junk = [torch.full((n,), 1e3) for n in (1, 3) for _ in range(99)]  # what unwritten memory would hold
         del junk
         for k, part in enumerate(inputs):

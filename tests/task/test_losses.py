@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dist_train.config.errors import ConfigError
-from dist_train.step.reduce import with_gradient
+from dist_train.step.objective import trainable_output
 from dist_train.task.losses import Loss
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -128,7 +128,7 @@ def test_a_trailing_one_is_no_broadcast(function: nn.Module) -> None:
 BAD = {
     "another broadcast": (nn.MSELoss(), torch.zeros(8, 3), torch.zeros(8), "equal shapes"),
     "label too large": (nn.CrossEntropyLoss(), torch.zeros(4, 3), torch.tensor([0, 1, 2, 3]), "labels must be 0 to 2"),
-    "negative label": (nn.CrossEntropyLoss(), torch.zeros(2, 3), torch.tensor([0, -1]), "go from -1 to 0"),
+    "negative label": (nn.CrossEntropyLoss(), torch.zeros(2, 3), torch.tensor([0, -1]), "range from -1 to 0"),
     "float labels": (nn.CrossEntropyLoss(), torch.zeros(4, 3), torch.zeros(4), "class numbers"),
     "labels of another length": (
         nn.CrossEntropyLoss(),
@@ -149,7 +149,7 @@ BAD = {
         lambda o, t: (o.sum(), o),
         torch.zeros(4),
         torch.zeros(4),
-        "they are () and (4,); return the loss alone",
+        "they are () and (4,); return only the loss",
     ),
     "a mean over nobody knows": (lambda o, t: torch.zeros(()), "?", object(), "return (sum, weight)"),
 }
@@ -185,7 +185,7 @@ def test_a_loss_that_can_not_be_trained_is_named() -> None:
     outputs = torch.ones(2, 3, requires_grad=True)
     with pytest.raises(ValueError, match="the second depends on the model too, so it is another loss"):
         Loss(lambda o, t: (o.sum(), o.mean()))(outputs, torch.zeros(2))
-    with pytest.raises(ValueError, match="expected a real loss that depends on a parameter that trains"):
-        with_gradient((outputs.detach().sum(), 2))
+    with pytest.raises(ValueError, match="expected a real loss that depends on a trainable parameter"):
+        trainable_output((outputs.detach().sum(), 2))
     with pytest.raises(ValueError, match=r"the weight of a loss .* must not depend on parameters"):
-        with_gradient((outputs.sum(), outputs.mean()))
+        trainable_output((outputs.sum(), outputs.mean()))

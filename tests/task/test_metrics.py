@@ -18,7 +18,7 @@ from dist_train.config.fields import Duration
 from dist_train.config.schema import StopWhenConfig
 from dist_train.runtime.storage import open_storage
 from dist_train.task.losses import Loss
-from dist_train.task.metrics import Metric, Whole, build_metrics, is_lower_better, sums_of
+from dist_train.task.metrics import Metric, NonDecomposable, build_metrics, is_lower_better, sums_of
 from dist_train.training.due import StopWhen
 
 GENERATOR = torch.Generator().manual_seed(1)
@@ -82,14 +82,14 @@ def test_classes_of_torchmetrics_are_taken_alone_and_in_collections() -> None:
         [{"_target_": target}, {"_target_": "torchmetrics.MetricCollection", "metrics": both}], None
     )
     for metric in (alone, collection):
-        assert isinstance(metric, Whole)
+        assert isinstance(metric, NonDecomposable)
         for part in (slice(0, 30), slice(30, None)):
             metric.update(GUESS[part, None], REAL[part])
     expected = reference.mean_absolute_error(REAL, GUESS)
     assert alone.name == "mean_absolute_error"
-    assert alone.figures() == {"mean_absolute_error": pytest.approx(expected, rel=1e-5)}  # type: ignore[attr-defined]
+    assert alone.values() == {"mean_absolute_error": pytest.approx(expected, rel=1e-5)}  # type: ignore[attr-defined]
     assert collection.name == "MeanAbsoluteError"
-    found = collection.figures()  # type: ignore[attr-defined]
+    found = collection.values()  # type: ignore[attr-defined]
     assert found["MeanAbsoluteError"] == pytest.approx(expected, rel=1e-5)
     assert found["R2Score"] == pytest.approx(reference.r2_score(REAL.numpy(), GUESS.numpy()), rel=1e-4)
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 import dist_train
 from dist_train.task.losses import Loss
-from dist_train.task.samplewise import parted
+from dist_train.task.samplewise import batch_dependence
 from dist_train.task.task import Supervised
 
 GENERATOR = torch.Generator().manual_seed(3)
@@ -81,7 +81,7 @@ class Clip(nn.Module):
 
 def found(task: Any, batch: Any, model: nn.Module | None = None) -> bool:
     with torch.no_grad():
-        return parted(task, model or net(), batch, length=13, samples=12) is not None
+        return batch_dependence(task, model or net(), batch, length=13, samples=12) is not None
 
 
 @pytest.mark.parametrize(

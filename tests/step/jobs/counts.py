@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from gradients import BATCH, INPUTS, LABELS, model, reducer
+from gradients import BATCH, INPUTS, LABELS, model, stepper
 from torch import nn
 from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,11 +28,6 @@ from dist_train.data.loader import Reading, TrainLoader
 from dist_train.data.plan import Plan
 from dist_train.runtime.launch import read_placement
 from dist_train.runtime.world import World, open_world
-from dist_train.step.modules import Modules
-from dist_train.step.precision import Precision
-from dist_train.step.step import Stepper
-from dist_train.task.losses import Loss
-from dist_train.task.task import Supervised
 
 
 class Reads(TorchDispatchMode):
@@ -72,20 +67,15 @@ def raw_steps() -> Callable[[], object]:
 
 def ours(world: World, form: int) -> Callable[[], object]:
     """Three steps of the engine."""
-    net = model()
-    task = Supervised(Loss(nn.CrossEntropyLoss(weight=torch.ones(4))))
-    reduce = reducer(world, form, net, task, Precision("fp32", "cpu"), None)
-    stepper = Stepper(
-        Modules(net), torch.optim.SGD(net.parameters(), lr=0.1), reduce, scaler=None, device=world.device, seed=0, summed=False,
-        prepare=lambda batch, epoch, indices: batch, indices_of=lambda step: range(BATCH), clip_norm=1.0,
-    )  # fmt: skip
+    net, plan = model(), Plan(0, BATCH, BATCH)
+    step = stepper(world, form, net, nn.CrossEntropyLoss(weight=torch.ones(4)), 0.1, plan, clip_grad_norm=1.0)
     reading = Reading(DataConfig(train=object(), num_workers=0), 0, world.device, world.rank, world.size)
-    loader = TrainLoader(TensorDataset(INPUTS, LABELS), Plan(0, BATCH, BATCH), reading, micro_batch_size=4)
+    loader = TrainLoader(TensorDataset(INPUTS, LABELS), plan, reading, micro_batch_size=4)
     work = loader.steps(0, 9)
 
     def steps() -> None:
         for _ in range(3):
-            stepper(next(work), want_norm=False)
+            step(next(work), want_norm=False)
 
     steps()  # the layout of buckets, first checks of targets
     return steps

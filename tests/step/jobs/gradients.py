@@ -5,6 +5,7 @@ Run by torchrun; prints a JSON object {case: largest relative error of the gradi
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -14,14 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from dist_train.config.schema import DataConfig, DistributedConfig
+from dist_train.config.schema import DataConfig, DistributedConfig, TrainerConfig
 from dist_train.data.loader import Reading, TrainLoader
 from dist_train.data.plan import Plan
 from dist_train.runtime.launch import read_placement
 from dist_train.runtime.world import World, open_world
+from dist_train.step.exchange import OneBucket
 from dist_train.step.modules import Modules
+from dist_train.step.objective import Objective, SingleProcess
 from dist_train.step.precision import Precision
-from dist_train.step.reduce import DataParallel, OneBucket, Reducer, SingleProcess, reducer_for
+from dist_train.step.reduce import DataParallel, Reducer, reducer_for
 from dist_train.step.step import Stepper
 from dist_train.task.losses import Loss
 from dist_train.task.task import Supervised
@@ -77,16 +80,24 @@ def reference(function: nn.Module, targets: Tensor) -> list[Tensor]:
     return [parameter.grad for parameter in net.parameters()]
 
 
-def reducer(world: World, form: int, net: nn.Module, *what: Any) -> Reducer:
+def reducer(world: World, form: int, objective: Objective) -> Reducer:
     """On several processes: form 0 is a small model's, 1 is DDP, 2 is form 0 as it is between machines."""
     kind = (OneBucket, DataParallel, OneBucket)[form] if world.size > 1 else SingleProcess
-    made = reducer_for(Modules(net), *what, world, DistributedConfig(strategy=("auto", "ddp", "auto")[form]))
+    made = reducer_for(objective, world, DistributedConfig(strategy=("auto", "ddp", "auto")[form]))
     assert type(made) is kind
     if isinstance(made, OneBucket):
         assert made.links._sockets, "all ranks are on one machine here"
         if form == 2:
             made.links.close()
     return made
+
+
+def stepper(world: World, form: int, net: nn.Module, function: Any, lr: float, plan: Plan, **options: Any) -> Stepper:
+    """The engine's step with plain SGD."""
+    objective = Objective(Modules(net), Supervised(Loss(function)), Precision("fp32", "cpu"))
+    optimizer = torch.optim.SGD(net.parameters(), lr=lr)
+    new_reducer = functools.partial(reducer, world, form, objective)
+    return Stepper(objective, optimizer, new_reducer, plan, lambda micro, work: micro.batch, TrainerConfig(**options))
 
 
 def gradient(
@@ -96,17 +107,12 @@ def gradient(
     """What the engine makes of it: SGD with lr 1 moves the weights by the gradient."""
     net = net or model()
     before = [parameter.detach().clone() for parameter in net.parameters()]
-    task, precision = Supervised(Loss(function)), Precision("fp32", "cpu")
-    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
-    stepper = Stepper(
-        Modules(net), optimizer, reducer(world, form, net, task, precision, None), scaler=None, device=world.device, seed=0,
-        summed=task.summed, prepare=lambda batch, epoch, indices: batch, indices_of=lambda step: range(BATCH),
-    )  # fmt: skip
     reading = Reading(DataConfig(train=object(), num_workers=0), 0, world.device, world.rank, world.size)
     dataset, plan = TensorDataset(INPUTS[:samples], targets[:samples]), Plan(0, samples, BATCH, drop_last=False)
+    step = stepper(world, form, net, function, 1.0, plan)
     loader = TrainLoader(dataset, plan, reading, micro_batch_size=micro)
     for work in loader.steps(0, 1):
-        stepper(work, want_norm=False)
+        step(work, want_norm=False)
     return [old - new.detach() for old, new in zip(before, net.parameters(), strict=True)]
 
 
