@@ -177,7 +177,7 @@ def test_samples_are_counted_by_the_plan_ties_go_to_the_better_loss_and_json_sta
     class Loss(nn.Module):
         def forward(self, outputs: Tensor, targets: Digit) -> tuple[Tensor, int]:
             level = outputs.sum() * 0.0
-            return (level if outputs.requires_grad else level + next(told) * 10), 10
+            return (level if self.training else level + next(told) * 10), 10
 
     result = dist_train.train(
         {
