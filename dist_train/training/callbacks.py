@@ -17,50 +17,39 @@ if TYPE_CHECKING:
     from dist_train.config.schema import Config
     from dist_train.data.plan import Plan
     from dist_train.runtime.world import World
+    from dist_train.step.modules import Modules
 
 
 class Training(Protocol):
-    """What a callback sees of the run that calls it. Everything is to be read only, but for what its comment allows."""
+    """What a callback sees of the run that calls it: to be read only, unless the list says otherwise.
+
+    Attributes:
+        config: the resolved config.
+        world: `rank`, `size`, `is_main`, `device`.
+        plan: the order of the training samples; `plan.steps_per_epoch`.
+        model: the module itself, without DDP around it; `requires_grad_` may be called on its parameters.
+        modules: the model together with what its loss or task trains: `named_parameters()` names all of it.
+        optimizer: `add_param_group` may be called, and the options in `param_groups` may be changed.
+        step: optimizer steps done, over all starts of the run.
+        epoch: the one, from 1, that the last step done belongs to; 0 before the first.
+        seconds: seconds trained, over all starts of the run.
+        outcome: None while training; in `on_end`, `completed` or `preempted`.
+    """
+
+    config: Config
+    world: World
+    plan: Plan
+    model: nn.Module
+    modules: Modules
+    optimizer: torch.optim.Optimizer
+    outcome: str | None
 
     @property
-    def config(self) -> Config:
-        """The resolved config."""
-
+    def step(self) -> int: ...
     @property
-    def world(self) -> World:
-        """`rank`, `size`, `is_main`, `device`."""
-
+    def epoch(self) -> int: ...
     @property
-    def plan(self) -> Plan:
-        """The order of the training samples; `plan.steps_per_epoch`."""
-
-    @property
-    def model(self) -> nn.Module:
-        """The module itself, without DDP around it. `requires_grad_` may be called on its parameters."""
-
-    @property
-    def modules(self) -> nn.Module:
-        """The model together with what its loss or task trains: `named_parameters()` names all of it."""
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        """`add_param_group` may be called, and the options of `param_groups` may be changed."""
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps done, over all starts of the run."""
-
-    @property
-    def epoch(self) -> int:
-        """The epoch, from 1, that the last optimizer step belongs to; 0 before the first."""
-
-    @property
-    def seconds(self) -> float:
-        """Seconds trained, over all starts of the run."""
-
-    @property
-    def outcome(self) -> str | None:
-        """None while training; in `on_end`, `completed` or `preempted`."""
+    def seconds(self) -> float: ...
 
     def log(self, name: str, value: float) -> None:
         """Add a metric to the next train row (that of rank 0 is recorded)."""
