@@ -12,6 +12,7 @@ import os
 import pkgutil
 import re
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Callable, Iterable
@@ -80,13 +81,11 @@ def _import(name: str) -> types.ModuleType | None:
 
 def _import_failure(name: str, error: BaseException) -> str:
     """The message for a module that raises: the last frame outside Python's import machinery and this file."""
-    place = ""
-    trace = error.__traceback__
-    while trace is not None:
-        file = trace.tb_frame.f_code.co_filename
-        if not file.startswith("<frozen") and file != __file__ and os.sep + "importlib" + os.sep not in file:
-            place = f" at {_short(file)}:{trace.tb_lineno}"
-        trace = trace.tb_next
+    skipped = ("<frozen", os.sep + "importlib" + os.sep, __file__)
+    frames = [
+        at for at in traceback.extract_tb(error.__traceback__) if not any(part in at.filename for part in skipped)
+    ]
+    place = f" at {_short(frames[-1].filename)}:{frames[-1].lineno}" if frames else ""
     text = str(error).splitlines()[0] if str(error) else ""
     if isinstance(error, SyntaxError) and error.filename:
         place, text = f" at {_short(error.filename)}:{error.lineno}", error.msg
