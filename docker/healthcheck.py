@@ -1,4 +1,4 @@
-"""Exit 1 if the newest run below a directory has failed, or runs but hasn't been heard of for a while; else 0.
+"""Exit 1 if the newest run below a directory has failed, or is running but has written nothing for a while; else 0.
 
 python healthcheck.py RUNS [SECONDS]
 """
@@ -12,17 +12,17 @@ from pathlib import Path
 
 
 def verdict(runs: Path, seconds: float) -> tuple[bool, str]:
-    """(healthy, why). A directory without runs is healthy: nothing has begun yet."""
-    signs = sorted(runs.glob("*/status.json"), key=lambda path: path.stat().st_mtime)
-    if not signs:
+    """(healthy, why). A directory without runs is healthy: nothing has started yet."""
+    statuses = sorted(runs.glob("*/status.json"), key=lambda path: path.stat().st_mtime)
+    if not statuses:
         return True, f"no run in {runs} yet"
-    run = signs[-1].parent
-    state = json.loads(signs[-1].read_text())["state"]
+    run = statuses[-1].parent
+    state = json.loads(statuses[-1].read_text())["state"]
     if state != "running":
         return state != "failed", f"{run.name}: {state}"
     alive = max(path.stat().st_mtime for path in run.rglob("*") if path.is_file())
     age = time.time() - alive
-    return age <= seconds, f"{run.name}: running, last sign of life {age:.0f} s ago"
+    return age <= seconds, f"{run.name}: running, last heartbeat {age:.0f} s ago"
 
 
 def main() -> int:

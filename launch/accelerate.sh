@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Train by `accelerate launch`, on one node or on many. Copy and change it as you like.
+# Train with `accelerate launch`, on one node or many. Copy and change it as you like.
 #
 #   launch/accelerate.sh configs/digits.yaml [key.path=value ...]
 #   ACCELERATE_CONFIG=launch/accelerate/bf16.yaml launch/accelerate.sh configs/digits.yaml
-#   NNODES=2 NODE_RANK=0 MASTER_ADDR=node1 launch/accelerate.sh ...       on node1; on the other node the same with NODE_RANK=1
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=node1 launch/accelerate.sh ...       on node1; the same with NODE_RANK=1 on the other node
 #
-#   ACCELERATE_CONFIG  what `accelerate config` wrote, or one of launch/accelerate/ (default: its ddp.yaml, or multi_node.yaml)
+#   ACCELERATE_CONFIG  a file written by `accelerate config`, or one of launch/accelerate/ (default: its ddp.yaml, or multi_node.yaml)
 #   NPROC_PER_NODE     processes on each node, the same on all (default: the GPUs here, else 2)
 #   MASTER_PORT        default 29500
 #
-# From accelerate's config the engine takes the number of processes, where they meet, mixed_precision (where trainer.precision is `auto`)
-# and use_cpu. The rest of the training is in the YAML of dist_train. Watch, stop and go on: as with torchrun.sh.
+# From accelerate's config, the engine uses the number of processes, the rendezvous address, mixed_precision (if trainer.precision is
+# `auto`) and use_cpu. Everything else is in dist_train's YAML. Monitor, stop and resume: as with torchrun.sh.
 set -euo pipefail
 
 python=${PYTHON:-$(command -v python || command -v python3)}
@@ -23,7 +23,7 @@ else
     gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)
 fi
 NPROC_PER_NODE=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 2))}
-if [ "$gpus" = 0 ]; then # beside GPUs one thread is best, and distributed.threads=auto; on the CPU torchrun would make it one as well
+if [ "$gpus" = 0 ]; then # with GPUs, one thread is best (distributed.threads=auto); on the CPU torchrun would set one as well
     cpus=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
     threads=$((cpus / NPROC_PER_NODE))
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}

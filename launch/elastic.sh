@@ -1,34 +1,34 @@
 #!/usr/bin/env bash
-# Train on hosts that come and go, also where torchrun alone would end: the host at which all meet crashes, a cable is cut, agents give
-# up. The same line on each host, at any time; it starts torchrun.sh, and starts it again. Copy and change it as you like.
+# Train on hosts that come and go, including cases in which torchrun alone ends: the rendezvous host crashes, a host is cut off from the
+# network, agents give up. Run the same command on each host, at any time; it starts and restarts torchrun.sh. Copy and change it as you like.
 #
 #   launch/elastic.sh configs/digits.yaml [key.path=value ...]
 #
-#   NNODES        least and most hosts (default 1:100)
+#   NNODES        minimum and maximum number of hosts (default 1:100)
 #   NPROC_PER_NODE, RDZV_CONF, RDZV_ID     as in torchrun.sh
-#   HOST          the name or address by which the others reach this host (default: its hostname)
-#   MAX_CRASHES   starts in a row without a new checkpoint, after which it gives up (default 3); a config error ends it at once
-#   MEETINGS      a directory that all hosts see (default RUN/.meetings; needed where run.dir is a URL)
+#   HOST          the name or address at which the others reach this host (default: its hostname)
+#   MAX_CRASHES   gives up after this many starts in a row without a new checkpoint (default 3); a config error ends it at once
+#   MEETINGS      the rendezvous directory, shared by all hosts (default RUN/.meetings; required if run.dir is a URL)
 #
-# Hosts meet in rounds: the file MEETINGS/N says at which host and port. A newcomer joins the newest round; when torchrun ends before the
-# run does, the next round begins at a host that lives, in a new store.
+# Rendezvous happens in rounds: the file MEETINGS/N has the host and port of round N. A new host joins the newest round. When torchrun ends
+# before the run does, the next round starts on a live host, with a new store.
 #
-# Watch: RUN/status.json, RUN/attempts.jsonl. Stop: touch RUN/STOP; it saves first. A signal to this script (Ctrl-C, SIGTERM, SIGUSR1)
-# takes away this host: the run is saved, and the others go on. Go on, or train longer: as with torchrun.sh.
+# Monitor: RUN/status.json, RUN/attempts.jsonl. Stop: touch RUN/STOP; it saves first. A signal to this script (Ctrl-C, SIGTERM, SIGUSR1)
+# removes this host: the run is saved, and the others continue. Resume, or train longer: as with torchrun.sh.
 set -uo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=${PYTHON:-$(command -v python || command -v python3)}
 HOST=${HOST:-$(hostname)}
-# torchrun restarts nothing by itself: it would repeat a config error, and wait for hosts that are gone.
+# No restarts by torchrun itself: it would retry config errors, and wait for hosts that are gone.
 export NNODES=${NNODES:-1:100} RDZV_ID=${RDZV_ID:-dist_train} MAX_CRASHES=${MAX_CRASHES:-3} MAX_RESTARTS=0
-lost=30 # seconds without a sign of life, after which a round is over
+lost=30 # seconds of silence after which a round is over
 
 say() { printf '%s %s: %s\n' "$(date '+%F %T')" "$HOST" "$*"; }
 
 if [ $# -gt 0 ] && [[ $1 != *=* && $1 != -* ]]; then set -- --config "$@"; fi
 RUN=$("$python" -m dist_train.main config --get run.path "$@") || exit
-if [[ $RUN == *://* ]]; then : "${MEETINGS:?run.dir is a URL: set it to a directory that all hosts see}"; fi
+if [[ $RUN == *://* ]]; then : "${MEETINGS:?run.dir is a URL: set it to a directory that all hosts share}"; fi
 MEETINGS=${MEETINGS:-$RUN/.meetings}
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
@@ -38,21 +38,21 @@ export RUN scratch
 newest() { find "$MEETINGS" -name '[1-9]*' -printf '%f\n' | sort -n | tail -n 1 | grep . || echo 0; }
 place() { cat "$MEETINGS/$1"; }
 here_is() { [[ $(place "$1") == "$HOST":* ]]; }
-answers() { # whether somebody listens there
+answers() { # whether its host and port accept connections
     local at
     at=$(place "$1")
     timeout 3 bash -c "exec 3<>'/dev/tcp/${at%:*}/${at##*:}'" 2>/dev/null
 }
-lives() { [ -n "$(find "$MEETINGS/$1" -newermt "-${2:-$lost} seconds")" ]; } # whether somebody is in that round
-make_round() { # one host wins: a link to a file that is written already appears whole, or not at all
+lives() { [ -n "$(find "$MEETINGS/$1" -newermt "-${2:-$lost} seconds")" ]; } # whether any host is in that round
+make_round() { # one host wins: a hard link to a complete file appears atomically
     local mine="$MEETINGS/.$HOST.$$" at
     at=$HOST:$((20000 + ($(printf '%s' "$RDZV_ID" | cksum | cut -d' ' -f1) + $1) % 12000))
     echo "$at" >"$mine" && ln "$mine" "$MEETINGS/$1" 2>/dev/null && say "round $1 is at $at"
     rm -f "$mine"
 }
 
-# look: how many starts there have been. look BEFORE RC: `WORD explanation`, from the run's own records, since torchrun's exit code is 1
-# after nearly everything.
+# look: prints the number of starts so far. look BEFORE RC: prints `WORD explanation`, from the run's own records, since torchrun's exit
+# code is 1 in nearly every case.
 look() {
     "$python" - "$@" <<'PYTHON'
 import glob, json, os, sys
@@ -65,7 +65,7 @@ def read(name):
     except FileNotFoundError:
         return ""
 
-ledger = [json.loads(line) for line in read("attempts.jsonl").splitlines() if line.endswith("}")]  # else torn by a kill
+ledger = [json.loads(line) for line in read("attempts.jsonl").splitlines() if line.endswith("}")]  # a kill may have truncated the last one
 starts = [line for line in ledger if line["event"] == "start"]
 if len(sys.argv) == 1:
     sys.exit(print(len(starts)))
@@ -97,7 +97,7 @@ PYTHON
 leaving=0
 trap 'leaving=1' INT TERM HUP USR1
 
-train_in() { # round N, until torchrun ends; it is asked to save and end where a further round has begun, or this host leaves
+train_in() { # trains in round N until torchrun ends; tells it to save and end when a newer round has begun or this host leaves
     local round=$1 torchrun heard deadline=''
     shift
     rm -rf "$scratch/log"
@@ -107,9 +107,9 @@ train_in() { # round N, until torchrun ends; it is asked to save and end where a
     while kill -0 "$torchrun" 2>/dev/null; do
         touch -c "$MEETINGS/$round"
         if here_is "$round" || answers "$round"; then heard=$SECONDS; fi
-        # Behind a cut cable torchrun waits for its store for ever, whatever it is told. Its processes die with it.
+        # Cut off from the network, torchrun waits for its store forever and ignores signals. Its processes die with it.
         if [ $((SECONDS - heard)) -gt "$lost" ] || [ "$SECONDS" -gt "${deadline:-$SECONDS}" ]; then
-            say "round $round: ending what doesn't end by itself"
+            say "round $round: killing torchrun, which doesn't end by itself"
             kill -KILL "$torchrun"
         elif [ -z "$deadline" ] && { [ "$leaving" = 1 ] || [ "$(newest)" -gt "$round" ]; }; then
             say "leaving round $round$([ "$leaving" = 1 ] || echo " for round $(newest)")"
@@ -117,20 +117,20 @@ train_in() { # round N, until torchrun ends; it is asked to save and end where a
             kill -TERM "$torchrun"
         fi
         sleep 2 &
-        wait $! # a trap ends it early
+        wait $! # returns early on a signal
     done
     wait "$torchrun"
     rc=$?
 }
 
-over=0 idle=0 # the newest round that is over for this host; how many rounds in a row saw no training
+over=0 idle=0 # the newest round that is over for this host; how many rounds in a row had no training
 n=$(newest)
-if [ "$n" != 0 ] && here_is "$n"; then over=$n; fi # from an earlier life
+if [ "$n" != 0 ] && here_is "$n"; then over=$n; fi # from an earlier start of this script
 while [ "$leaving" = 0 ]; do
     n=$(newest)
     if [ "$n" -le "$over" ]; then
-        # The host of the last round goes first, if it lives. Where the others needed long to find that the round is over, it is the one
-        # that is cut off: it must not draw them to itself.
+        # The host of the last round goes first if it is alive. If the others took long to find out that the round is over, that host
+        # is the one that is cut off: it must not become the host of the next round.
         if [ "$n" != 0 ] && here_is "$n"; then
             since=$SECONDS
             while lives "$n" 5 && [ $((SECONDS - since)) -lt $((lost + 15)) ]; do sleep 1; done
@@ -155,7 +155,7 @@ while [ "$leaving" = 0 ]; do
         [ "$idle" -le "$MAX_CRASHES" ] || exit 1
         over=$n
     elif lives "$n"; then
-        sleep 2 # its host has just begun, or this one is cut off
+        sleep 2 # its host has just started, or this one is cut off
     else
         over=$n
     fi

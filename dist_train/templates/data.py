@@ -1,4 +1,4 @@
-"""The data: any class with `__len__` and `__getitem__`; an item is (input, target) for the default task."""
+"""The data: any class with `__len__` and `__getitem__`, which returns (input, target) for the default task."""
 
 import math
 
@@ -11,7 +11,7 @@ SPLITS = ("train", "val", "test")
 
 
 class Moons(Dataset[tuple[Tensor, int]]):
-    """Noisy points on two interleaved half circles; each split has its own points."""
+    """Two interleaving half circles of noisy points; each split draws its own points."""
 
     classes = ["upper", "lower"]  # names for reports and predictions
 

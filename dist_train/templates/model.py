@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 
 class Net(nn.Module):
-    """Two hidden layers for points in the plane."""
+    """An MLP with two hidden layers for 2-D points."""
 
     def __init__(self, hidden: int = 32, classes: int = 2) -> None:
         super().__init__()

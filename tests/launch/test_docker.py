@@ -45,7 +45,7 @@ def test_a_run_without_a_sign_of_life_is_sick_and_one_that_writes_rows_is_not(tm
     record(tmp_path, "run", "running", age=2000)
     code, text = check(tmp_path)
     assert code == 1
-    assert "run: running, last sign of life 2000 s ago" in text
+    assert "run: running, last heartbeat 2000 s ago" in text
     (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
     assert check(tmp_path)[0] == 0
     time.sleep(0.1)
