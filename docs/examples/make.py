@@ -1,7 +1,7 @@
-"""Makes the pictures of docs/gallery.md again: `python docs/examples/make.py [NAME ...]`, some minutes on two CPU cores.
+"""Regenerates the plots of docs/gallery.md: `python docs/examples/make.py [NAME ...]`, a few minutes on two CPU cores.
 
-Each config is trained as it stands, where its data is at hand. Data that comes from a network is replaced by small files in
-the same formats (tests/configs/small_data.py), and what is too large for CPUs by less of it; the gallery says where.
+Each config is trained unchanged if its data is available offline. Downloaded data is replaced by small files in
+the same formats (tests/configs/small_data.py), and what is too large for CPUs is shortened; the gallery says where.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ RESNET50 = [
     "data.augment.1.augments.0.classes=2", "data.augment.1.augments.1.classes=2", "transfer.head=2",
 ]  # fmt: skip
 SEEN = "tracking.images={{every: 1000ep, samples: 16, modules: [{}]}}"
-# What is changed for the pictures; nothing for the configs that run as they stand.
+# Overrides for the plots; none for the configs that run unchanged.
 CHANGES: dict[str, list[str]] = {
     "digits": [SEEN.format("Conv2d")],
     "digits_mlp": [],
@@ -41,7 +41,7 @@ CHANGES: dict[str, list[str]] = {
 
 
 def prepare(folder: Path) -> None:
-    """A working directory with small data where the configs look for theirs."""
+    """A working directory with small datasets at the paths that the configs name."""
     import small_data
 
     shutil.copytree(ROOT / "configs", folder / "configs")
@@ -57,7 +57,7 @@ def prepare(folder: Path) -> None:
 
 
 def collect(run: Path, into: Path) -> None:
-    """The pictures of a run: its curves, those of its report, and what TensorBoard shows of its feature maps."""
+    """Copy the plots of a run: its curves, those of its report, and its feature maps from TensorBoard."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     shutil.rmtree(into, ignore_errors=True)

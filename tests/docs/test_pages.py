@@ -72,7 +72,7 @@ def test_the_files_of_a_project_of_ones_own_run_as_they_stand(tmp_path: Path) ->
     assert one["metrics"]["test"]["recall"] > 0.8
     assert two["world_size"] == 2
     assert two["metrics"]["val"]["loss"] == pytest.approx(one["metrics"]["val"]["loss"], rel=1e-3)
-    assert re.search(r"it is (slow|fast) and looks (slow|fast)", out)
+    assert re.search(r"label: (slow|fast) prediction: (slow|fast)", out)
     assert (tmp_path / "predictions.csv").read_text().count("\n") == 201
     assert result(tmp_path / "runs/autoencoder")["metrics"]["val"]["mse"] < 0.5
 
