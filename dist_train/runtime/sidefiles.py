@@ -1,4 +1,4 @@
-"""Reading what stands beside a run's checkpoints: anybody may have edited, cut or replaced it, so nothing is taken on trust."""
+"""Reading the files beside a run's checkpoints: anybody may have edited, truncated or replaced them, so all is checked."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any
 import yaml
 
 from dist_train.runtime.storage import Storage
+from dist_train.tracking.records import parse_line
 
-# Bytes, where it isn't 64 MiB: records may grow for ever, and PyYAML takes 10 s for a MiB.
+# Bytes, where it isn't 64 MiB: records may grow without limit, and PyYAML takes 10 s for a MiB.
 _MOST: dict[str, int | None] = {"metrics.jsonl": None, "config.yaml": 4 << 20}
 _NUMBER = (int, float)
-# What whoever reads a file relies on. An attribute that isn't named here may be missing or of any kind.
-_FORMS: dict[str, dict[str, Any]] = {
+# The fields that readers rely on. Others may be missing or of any type.
+_FIELDS: dict[str, dict[str, Any]] = {
     "status.json": {"state": str, "step": int, "epoch": int},
     "result.json": {"state": str, "reason": str, "step": int, "epoch": int, "kept_step": int, "world_size": int}
     | {"metrics": dict, "seconds": _NUMBER, "weights_sha256": str},
@@ -22,33 +23,32 @@ _FORMS: dict[str, dict[str, Any]] = {
     "metrics.jsonl": {"step": int, "split": str},
     "micro_batches.json": {"micro_batch_size": int},
 }
-_KINDS = {str: "text", int: "a whole number", dict: "a mapping", _NUMBER: "a number"}
+_TYPES = {str: "text", int: "a whole number", dict: "a mapping", _NUMBER: "a number"}
 
 
 class SideFileError(Exception):
-    """A file of a run that can't be read as what it should be; the message names it and says what is wrong."""
+    """A file of a run without the content that it should have; the message names it and says what is wrong."""
 
 
 def read_mapping(storage: Storage, name: str, *, whole: bool = True) -> dict[str, Any] | None:
-    """The content of a JSON file, or of a YAML file by its name; None if it isn't there.
+    """The content of a JSON file, or of a YAML file by its name; None if it doesn't exist.
 
     Args:
-        whole: it must have all the fields that whoever goes on with the run relies on; else those that it has must be right.
+        whole: it must have all the fields that resuming relies on; else only those that it has are checked.
 
     Raises:
-        SideFileError: it isn't a file, not a mapping, or has other fields than it should.
+        SideFileError: it isn't a file, not a mapping, or has a field of another type.
         StorageError: the storage fails.
     """
     raw = _read(storage, name)
     if raw is None:
         return None
-    if name.endswith(".yaml"):
-        return _checked(storage, name, lambda: yaml.safe_load(raw), whole)
-    return _checked(storage, name, lambda: json.loads(raw), whole)
+    content = _parsed(storage.join(name), lambda: yaml.safe_load(raw) if name.endswith(".yaml") else json.loads(raw))
+    return _checked(storage, name, content, whole)
 
 
 def read_lines(storage: Storage, name: str) -> tuple[list[dict[str, Any]], str]:
-    """The mappings in a JSONL file, and what is wrong with the rest ("" if nothing). A kill may have torn its last line.
+    """The mappings in a JSONL file without torn lines, and what is wrong with the other lines ("" if nothing).
 
     Raises:
         StorageError: the storage fails.
@@ -59,20 +59,19 @@ def read_lines(storage: Storage, name: str) -> tuple[list[dict[str, Any]], str]:
     except SideFileError as error:
         return [], str(error)
     for number, line in enumerate(lines, 1):
-        torn = line.startswith(b'{"') and not line.endswith(b"}")  # the next record was begun on a line of its own
-        if torn or (number == len(lines) and not line):
-            continue
         try:
-            rows.append(_checked(storage, name, lambda line=line: json.loads(line)))  # type: ignore[misc]
+            row = _parsed(storage.join(name), lambda line=line: parse_line(line))  # type: ignore[misc]
+            if row is not None:
+                rows.append(_checked(storage, name, row))
         except SideFileError as error:
             wrong = wrong or f"{error} (line {number})"
     return rows, wrong
 
 
 def problems(storage: Storage) -> list[tuple[str, str]]:
-    """Name and fault of each side file of a run that can't be read."""
+    """Name and problem of each of a run's side files that can't be read."""
     found = []
-    for name in ("config.yaml", *_FORMS):
+    for name in ("config.yaml", *_FIELDS):
         try:
             wrong = read_lines(storage, name)[1] if name.endswith(".jsonl") else read_mapping(storage, name) and ""
         except SideFileError as error:
@@ -91,23 +90,26 @@ def _read(storage: Storage, name: str) -> bytes | None:
         raise SideFileError(f"{storage.join(name)}: {error.strerror or error}") from None
 
 
-def _checked(storage: Storage, name: str, parse: Callable[[], Any], whole: bool = True) -> dict[str, Any]:
+def _parsed(place: str, parse: Callable[[], Any]) -> Any:
     try:
-        content = parse()
+        return parse()
     except (ValueError, RecursionError, yaml.YAMLError) as error:
-        kind = "YAML" if name.endswith(".yaml") else "JSON"
-        raise SideFileError(f"{storage.join(name)}: not {kind} ({' '.join(str(error).split())[:200]})") from None
+        kind = "YAML" if place.endswith(".yaml") else "JSON"
+        raise SideFileError(f"{place}: not {kind} ({' '.join(str(error).split())[:200]})") from None
+
+
+def _checked(storage: Storage, name: str, content: Any, whole: bool = True) -> dict[str, Any]:
+    def wrong(what: str, expected: str, found: str) -> SideFileError:
+        return SideFileError(f"{storage.join(name)}: {what}expected {expected}, found {found[:40]}")
+
     if not isinstance(content, dict):
-        raise SideFileError(f"{storage.join(name)}: expected a mapping, found {type(content).__name__}")
-    for field, kind in _FORMS.get(name, {}).items():
-        if not whole and field not in content:
-            continue
-        if not isinstance(content.get(field), kind) or isinstance(content[field], bool):
-            found = repr(content[field])[:40] if field in content else "nothing"
-            raise SideFileError(f"{storage.join(name)}: {field}: expected {_KINDS[kind]}, found {found}")
-    for split, figures in content.get("metrics", {}).items() if name == "result.json" else ():
-        if not isinstance(figures, Mapping) or not all(v is None or isinstance(v, _NUMBER) for v in figures.values()):
-            raise SideFileError(
-                f"{storage.join(name)}: metrics.{split}: expected numbers by name, found {str(figures)[:40]}"
-            )
+        raise wrong("", "a mapping", type(content).__name__)
+    for field, kind in _FIELDS.get(name, {}).items():
+        if field not in content and whole:
+            raise wrong(f"{field}: ", _TYPES[kind], "nothing")
+        if field in content and (not isinstance(content[field], kind) or isinstance(content[field], bool)):
+            raise wrong(f"{field}: ", _TYPES[kind], repr(content[field]))
+    for split, metrics in content.get("metrics", {}).items() if name == "result.json" else ():
+        if not isinstance(metrics, Mapping) or not all(v is None or isinstance(v, _NUMBER) for v in metrics.values()):
+            raise wrong(f"metrics.{split}: ", "numbers by name", str(metrics))
     return content

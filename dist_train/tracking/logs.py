@@ -1,4 +1,4 @@
-"""Python logging: one logger "dist_train", a file a rank, and the warnings of every library in it."""
+"""Python logging: one logger "dist_train", one file per rank, with the warnings of every library in it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dist_train.config.errors import mask, visible
 from dist_train.files import retried
 
 NAMES = ("dist_train", "py.warnings")  # the second is where logging.captureWarnings sends Python's warnings
-EARLY = 1000  # records kept from before the log file's place is known
+EARLY = 1000  # records buffered until the log file's path is known
 
 
 class _File(logging.FileHandler):
@@ -22,11 +22,11 @@ class _File(logging.FileHandler):
         return visible(mask(super().format(record)))
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  (logging's name)
-        """A full disk must not print a traceback for every line: the checkpoint's failure will say it."""
+        """Print no traceback for every line on a full disk: the failure of the checkpoint reports it."""
 
 
 class _Shown(logging.Handler):
-    """Warnings logged anywhere reach rank 0's terminal, unless the console printed them itself."""
+    """Shows warnings logged anywhere on rank 0's terminal, unless the console has printed them itself."""
 
     def __init__(self, show: Callable[[str], None]) -> None:
         super().__init__(logging.WARNING)
@@ -38,9 +38,10 @@ class _Shown(logging.Handler):
 
 
 class Capture:
-    """Collects log records and Python warnings of this process, from its creation until `close`.
+    """Captures log records and Python warnings of this process, from its creation until `close`.
 
-    show: called with the text of each warning (rank 0's terminal), or None: it reaches the log file only.
+    Args:
+        show: called with the text of each warning (rank 0's terminal); None: warnings go to the log file only.
     """
 
     def __init__(self, show: Callable[[str], None] | None) -> None:
@@ -60,7 +61,7 @@ class Capture:
                 log.addHandler(handler)
 
     def close(self) -> None:
-        """Gives Python's warnings and both loggers back as they were; a second call does nothing."""
+        """Restore Python's warnings and both loggers; a second call does nothing."""
         if not self._handlers:
             return
         self._handlers = []
@@ -75,10 +76,13 @@ class Capture:
 
 
 def setup_logging(path: str | os.PathLike[str], rank: int) -> logging.Logger:
-    """Sends the logger "dist_train" and Python's warnings to `path` (logs/rank-N.log), appending; returns the logger.
+    """Send the logger "dist_train" and Python's warnings to `path` (logs/rank-N.log), appending; returns the logger.
 
-    What was logged since the console was made, before this place was known, is written first. Called again (a notebook
-    that trains twice), it moves to the new file. Raises StorageError when the file can't be opened.
+    What was logged before the path was known is written first. Called again (a notebook that trains twice), it switches
+    to the new file.
+
+    Raises:
+        StorageError: the file can't be opened.
     """
     retried("create the directory of", path, lambda: Path(path).parent.mkdir(parents=True, exist_ok=True))
     file = retried("open", path, lambda: _File(path, mode="a", encoding="utf-8", errors="backslashreplace"))

@@ -181,7 +181,7 @@ def in_reading(module: ModuleType) -> None:
 
 PLACES = {
     "dist_train.training.trainer": in_trainer,
-    "dist_train.runtime.storage": in_storage,
+    "dist_train.runtime.objectstore": in_storage,
     "dist_train.checkpoint.publish": in_publishing,
     "dist_train.checkpoint.staging": in_copying,
     "dist_train.training.evaluate": in_evaluating,
