@@ -1,5 +1,5 @@
-"""Learning rate schedules beyond torch's own (see `dist_train.step.schedule`)."""
+"""Learning rate schedules beyond torch's own (see `dist_train.library.schedules`)."""
 
-from dist_train.step.schedule import WarmupCosine
+from dist_train.library.schedules import WarmupCosine
 
 __all__ = ["WarmupCosine"]

@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights, used for evaluation and for the model that is kept."""
+"""EMA weights: an exponential moving average of the weights, used for evaluation and for the final model."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ class EMA:
         self.follow()
 
     def follow(self, names: Collection[str] = ()) -> None:
-        """Take in parameters that train by now, and those called so; their average begins as what they are."""
+        """Include the parameters that train now, and those named; their average starts as their current values."""
         for name, parameter in self._modules.named_parameters():
             if name not in self._weights and (parameter.requires_grad or name in names):
                 if parameter.dtype in HALF:
                     raise ConfigError.single(
                         "trainer.ema_decay",
                         f"{name} is {str(parameter.dtype).removeprefix('torch.')}, whose few digits swallow what an average "
-                        "takes in a step: keep the weights in float32 (trainer.precision=bf16 for speed), or no average",
+                        "changes in a step: keep the weights in float32 (trainer.precision=bf16 for speed), or use no EMA",
                     )
                 self._weights[name], self._average[name] = parameter, parameter.detach().clone()
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the weights as they are now."""
+        """Include the current weights."""
         torch._foreach_lerp_(list(self._average.values()), list(self._weights.values()), 1.0 - self.decay)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """The model has the average as its weights inside, and its own again after."""
+        """The model has the EMA weights inside, and its own again afterwards."""
         self._swap()
         try:
             yield
@@ -56,17 +56,17 @@ class EMA:
             parameter.data, self._average[name] = self._average[name], parameter.data
 
     def restart(self) -> None:
-        """Begin again with the weights as they are now."""
+        """Start over from the current weights."""
         for name, parameter in self._weights.items():
             self._average[name].copy_(parameter.detach())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The average, by parameter name."""
+        """The EMA weights, by parameter name."""
         return dict(self._average)
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from a saved average; that of a parameter which was frozen then begins with its value now."""
+        """Restore saved EMA weights; for a parameter that was frozen then, they start as its current values."""
         self.follow(state)
         for name, average in self._average.items():
             if name in state:
@@ -74,25 +74,23 @@ class EMA:
 
 
 class OptimizerEMA(EMA):
-    """The weights that an optimizer with `train()` and `eval()` of its own (schedulefree's) evaluates with, used as an EMA is.
+    """The EMA weights of an optimizer that has `train()` and `eval()` (schedulefree's), between which it changes the weights.
 
-    Its `eval()` computes them and its `train()` goes back, which rounds: training goes on with copies of its weights instead.
+    Its `eval()` computes them and its `train()` reverts that, with rounding: training continues with copies of its weights.
     """
 
     def __init__(self, modules: nn.Module, optimizer: Callable[[], torch.optim.Optimizer]):
         self._optimizer = optimizer
-        self._loaded: dict[str, Tensor] | None = None
+        self._loaded: dict[str, Tensor] = {}  # used until the next step: the optimizer may be further by now
         super().__init__(modules, 0.0)
-        self._average.clear()
 
     def follow(self, names: Collection[str] = ()) -> None:
-        """Take in parameters that train by now."""
+        """Include the parameters that train now, and those named."""
         self._weights = {name: p for name, p in self._modules.named_parameters() if p.requires_grad or name in names}
 
-    @torch.no_grad()
     def update(self) -> None:
-        """The optimizer has done it; what was loaded is history."""
-        self._loaded = None
+        """The optimizer has done it."""
+        self._loaded = {}
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
@@ -100,27 +98,26 @@ class OptimizerEMA(EMA):
         optimizer: Any = self._optimizer()
         raw = {name: parameter.detach().clone() for name, parameter in self._weights.items()}
         optimizer.eval()
-        self._put(self._loaded or {})
+        self._set_weights(self._loaded)
         try:
             yield
         finally:
             optimizer.train()
-            self._put(raw)
+            self._set_weights(raw)
 
     def restart(self) -> None:
-        """Nothing is kept here."""
+        """The optimizer starts over by itself."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The average, by parameter name."""
+        """The EMA weights, by parameter name."""
         with self.applied():
             return {name: parameter.detach().clone() for name, parameter in self._weights.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Use a saved average until the next step: the optimizer may be further by now."""
+        """Use saved EMA weights until the next step."""
         self._loaded = state
 
     @torch.no_grad()
-    def _put(self, values: dict[str, Tensor]) -> None:
-        for name, value in values.items():
-            if name in self._weights:
-                self._weights[name].copy_(value)
+    def _set_weights(self, values: dict[str, Tensor]) -> None:
+        for name in values.keys() & self._weights.keys():
+            self._weights[name].copy_(values[name])

@@ -14,41 +14,41 @@ from dist_train.step.parameters import fill_momentum, is_dense, sparse_parameter
 
 
 def build_optimizer(spec: Any, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
-    """The optimizer of `optimizer:`; groups take parameters by name pattern, the rest stay in the first group.
+    """The optimizer of `optimizer:`; groups take parameters by name pattern, the rest are in the first group.
 
     A fused kernel is used where the class has one and the config names neither `fused` nor `foreach`: it is the fastest, and
-    it can leave out an update on the device's own finding.
+    it can skip an update by a flag on the device.
 
     Raises:
         ConfigError: a group matches no parameter, or there is nothing to train.
     """
     own, extra = reserved(spec, {"groups"})
     groups = _grouped(model, extra.get("groups") or [])
-    if not isinstance(own, dict):
+    if isinstance(own, dict):
+        form = signature(locate(own["_target_"]))
+        plain = device.type in ("cpu", "cuda") and all(
+            p.is_floating_point() and is_dense(p) for p in model.parameters()
+        )
+        plain = plain and next(sparse_parameters(model), None) is None
+        # torch's first step leaves dampening out, which is lost where that step is skipped (see `fill_momentum`).
+        plain = plain and not any(group.get("dampening") for group in (own, *groups))
+        if plain and form and "fused" in form.parameters and not {"fused", "foreach", "differentiable"} & own.keys():
+            own = {**own, "fused": True}
+        optimizer = build(own, groups)
+    else:
         optimizer = own(groups) if callable(own) else own
-        fill_momentum(optimizer)
-        return optimizer
-    form = signature(locate(own["_target_"]))
-    plain = device.type in ("cpu", "cuda") and all(p.is_floating_point() and is_dense(p) for p in model.parameters())
-    plain = plain and next(sparse_parameters(model), None) is None
-    # torch's first step leaves dampening out, which is lost where that step is skipped (see `fill_momentum`).
-    plain = plain and not any(group.get("dampening") for group in (own, *groups))
-    if plain and form and "fused" in form.parameters and not {"fused", "foreach", "differentiable"} & own.keys():
-        own = {**own, "fused": True}
-    optimizer = build(own, groups)
     fill_momentum(optimizer)
     return optimizer
 
 
 def _grouped(model: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Parameter groups, in the config's order behind the default one; the first pattern that matches takes a parameter."""
+    """Parameter groups, in the config's order after the default one; the first pattern that matches takes a parameter."""
     left = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not left:
         raise ConfigError.single("model", "it has no parameter that requires a gradient, so there is nothing to train")
     result = []
     for index, group in enumerate(groups):
-        key, patterns = f"optimizer.groups.{index}.match", group["match"]
-        patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+        key, patterns = f"optimizer.groups.{index}.match", _patterns(group)
         taken = [name for name in match_parameters(model, patterns, key) if name in left]
         if not taken:
             raise ConfigError.single(key, f"{', '.join(patterns)} matches no parameter that is left and trains")
@@ -58,16 +58,19 @@ def _grouped(model: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, A
 
 
 def averages_weights(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether it has `train()` and `eval()`, between which it changes the weights, as schedulefree's do."""
+    """Whether it has `train()` and `eval()`, between which it changes the weights, as schedulefree's optimizers do."""
     return callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
 
 
 def group_indices(modules: nn.Module, spec: Any) -> dict[str, int | None]:
-    """For each parameter, by name, the number of the config's group whose pattern takes it; None for the default group."""
+    """For each parameter, by name, the index of the config's group whose pattern takes it; None for the default group."""
     groups = reserved(spec, {"groups"})[1].get("groups") or []
     home: dict[str, int | None] = dict.fromkeys(name for name, _ in modules.named_parameters())
     for index, group in enumerate(groups):
-        patterns = [group["match"]] if isinstance(group["match"], str) else list(group["match"])
-        for name in match_parameters(modules, patterns, f"optimizer.groups.{index}.match"):
+        for name in match_parameters(modules, _patterns(group), f"optimizer.groups.{index}.match"):
             home[name] = index if home.get(name) is None else home[name]
     return home
+
+
+def _patterns(group: dict[str, Any]) -> list[str]:
+    return [group["match"]] if isinstance(group["match"], str) else list(group["match"])

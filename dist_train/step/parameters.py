@@ -1,4 +1,4 @@
-"""Which parameters the engine trains, and which it refuses by name before anything is written."""
+"""Which parameters can be trained, and which are refused by name before anything is written."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def check_parameters(model: nn.Module) -> None:
     if hasattr(model, "_orig_mod"):
         raise ConfigError.single(
             "model",
-            "it is what torch.compile(module) gave, and names every weight _orig_mod.*: give the module itself, and set "
+            "it is the result of torch.compile(module), which names every weight _orig_mod.*: give the module itself, and set "
             "trainer.compile=true",
         )
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -34,9 +34,8 @@ def check_parameters(model: nn.Module) -> None:
                 "the other processes. Give the sizes (in_features, in_channels), or name a function that makes the model, calls "
                 "it once on an example and returns it",
             )
-    named = list(model.named_parameters())
     storages: dict[int, list[tuple[str, Tensor]]] = {}
-    for name, parameter in named:
+    for name, parameter in model.named_parameters():
         if parameter.layout is torch.strided and parameter.numel():
             storages.setdefault(parameter.untyped_storage().data_ptr(), []).append((name, parameter.detach()))
     for group in storages.values():
@@ -45,7 +44,7 @@ def check_parameters(model: nn.Module) -> None:
             raise ConfigError.single(
                 "model",
                 f"{names}: elements of it share memory, so that one update would change several, each in its own way. Make "
-                "it a parameter of its own memory (.clone()), or tie modules by giving them the same nn.Parameter",
+                "it a parameter with its own memory (.clone()), or tie modules by giving them the same nn.Parameter",
             )
 
 
@@ -61,16 +60,14 @@ def check_optimizer(
     """Refuse an optimizer that can't train these parameters here.
 
     Args:
-        skips: steps may be left out on the device's finding. scaled: fp16, with a loss scale.
+        skips: steps may be skipped by a flag on the device. scaled: fp16, with a loss scale.
 
     Raises:
-        ConfigError: naming what doesn't fit, and the way round.
+        ConfigError: names what doesn't fit, and what to do.
     """
-    kind, groups = type(optimizer).__name__, optimizer.param_groups
-    form = inspect.signature(type(optimizer).step).parameters.values()
-    if hasattr(optimizer, "first_step") or any(
-        part.default is part.empty and part.kind not in (part.VAR_POSITIONAL, part.VAR_KEYWORD) for part in [*form][1:]
-    ):
+    kind, arguments = type(optimizer).__name__, [*inspect.signature(type(optimizer).step).parameters.values()][1:]
+    required = [a for a in arguments if a.default is a.empty and a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD)]
+    if hasattr(optimizer, "first_step") or required:
         raise ConfigError.single(
             "optimizer",
             f"{kind}.step needs a closure, that is, it runs forward and backward itself, which isn't supported: use an optimizer "
@@ -84,12 +81,10 @@ def check_optimizer(
                 f"fp16 scales gradients of float32 weights, but {name} is {str(parameter.dtype).removeprefix('torch.')}: set "
                 "trainer.precision=bf16 or fp32, or make its weights float32",
             )
-    for group in groups:
-        loose = [trained.get(id(parameter)) for parameter in group["params"] if not is_dense(parameter)]
-        if group.get("fused") and loose:
-            message = (
-                f"a fused kernel walks through memory, in which {loose[0]} has gaps: leave `fused` away, or clone it"
-            )
+    for group in optimizer.param_groups:
+        gaps = [trained.get(id(parameter)) for parameter in group["params"] if not is_dense(parameter)]
+        if group.get("fused") and gaps:
+            message = f"a fused kernel goes by memory order, but {gaps[0]} has gaps: remove `fused`, or clone it"
             raise ConfigError.single("optimizer.fused", message)
         dampened = isinstance(optimizer, torch.optim.SGD) and group["momentum"] and group["dampening"]
         if group.get("fused") and dampened and device.type == "cuda" and (skips or scaled):
@@ -101,7 +96,7 @@ def check_optimizer(
     if sparse:
         _check_sparse(optimizer, sparse, trained, device, world_size)
     elif isinstance(optimizer, torch.optim.SparseAdam):
-        message = "SparseAdam takes sparse gradients only, but no module of the model is `sparse`: use torch.optim.Adam"
+        message = "SparseAdam takes only sparse gradients, but no module is `sparse`: use torch.optim.Adam"
         raise ConfigError.single("optimizer", message)
 
 
@@ -120,7 +115,7 @@ def _check_sparse(
     elif type(optimizer).__module__.startswith("torch.optim") and not isinstance(optimizer, TAKE_SPARSE):
         message = f"which {kind} doesn't take; SGD, SparseAdam and Adagrad do"
     elif any(group.get("fused") for group in optimizer.param_groups):
-        message = "which a fused kernel doesn't take: leave `fused` away"
+        message = "which a fused kernel doesn't take: remove `fused`"
     elif isinstance(optimizer, torch.optim.SparseAdam) and dense is not None:
         message = f"and that of {dense} is dense, which SparseAdam doesn't take"
     elif isinstance(optimizer, TAKE_SPARSE) and any(
@@ -133,19 +128,19 @@ def _check_sparse(
 
 
 def sparse_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Those whose gradient is a sparse tensor: the weights of embeddings with `sparse=True`."""
+    """Parameters with a sparse gradient: the weights of embeddings with `sparse=True`."""
     for prefix, module in model.named_modules():
         if getattr(module, "sparse", False) is True:
             yield from module.named_parameters(prefix, recurse=False)
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one stretch of memory, in any order (channels_last, transposed): no gaps, no overlap."""
+    """Whether the elements fill their memory without gaps or overlap, in any order (channels_last, transposed)."""
     return tensor.layout is not torch.strided or torch.empty_like(tensor, device="meta").stride() == tensor.stride()
 
 
 def match_strides(optimizer: torch.optim.Optimizer) -> None:
-    """Lay a loaded state out as the parameters are now: fused kernels walk through both as through one stretch of memory."""
+    """Give a loaded state the strides that the parameters have now: fused kernels go through both by memory order."""
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             strided = isinstance(value, Tensor) and value.layout is torch.strided
@@ -154,9 +149,9 @@ def match_strides(optimizer: torch.optim.Optimizer) -> None:
 
 
 def fill_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Give fused SGD the momentum that it has before its first step, where torch leaves memory as it is until that step.
+    """Initialize the momentum of fused SGD, which torch leaves uninitialized until the first step.
 
-    A first step that is left out on the device's finding would leave it so for good. -0.0 + x has the bits of x.
+    If that step is skipped by the flag on the device, it would stay so. -0.0 + x has the bits of x.
     """
     if isinstance(optimizer, torch.optim.SGD):
         for group in optimizer.param_groups:
@@ -167,7 +162,7 @@ def fill_momentum(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _overlap(tensors: Iterable[Tensor]) -> bool:
-    """Whether an element of their common memory belongs to two of them, or twice to one."""
+    """Whether an element of their shared memory belongs to two of them, or twice to one."""
     places = []
     for tensor in tensors:
         every = torch.arange(tensor.untyped_storage().nbytes() // tensor.itemsize)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Precision:
-    """A resolved precision: `fp32`, `bf16` or `fp16`; weights and gradients stay as the model has them (float32 as a rule)."""
+    """A resolved precision: `fp32`, `bf16` or `fp16`; weights and gradients keep the model's dtype (usually float32)."""
 
     name: str
     device_type: str
@@ -33,7 +33,7 @@ class Precision:
 
 
 def common_precision(mine: Precision, world: World) -> Precision:
-    """What all ranks run in: the best that suits each rank's device. Every rank must call it."""
+    """What all ranks run in: the best that every rank's device supports. Every rank calls it."""
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type
     ranks = world.all_gather([mine.name, device])
     names = [name for name, _ in ranks]
@@ -41,23 +41,19 @@ def common_precision(mine: Precision, world: World) -> Precision:
         return mine
     least = min(names, key=("fp32", "fp16", "bf16").index)
     would = ", ".join(f"rank {rank} ({device}) {name}" for rank, (name, device) in enumerate(ranks))
-    return Precision(least, mine.device_type, f"unequal devices: {would}; all take {least}")
+    return Precision(least, mine.device_type, f"unequal devices: {would}; all use {least}")
 
 
 def resolve_precision(choice: str, device: torch.device) -> Precision:
     """`auto` is what accelerate's launcher asks for, else bf16 from compute capability 8.0, fp16 on 7.x, fp32 elsewhere.
 
-    A choice in the config wins over accelerate's, and a contradiction is a note.
+    A choice in the config wins over accelerate's; a contradiction becomes a note.
     """
-    wanted = {"bf16": "bf16", "fp16": "fp16", "no": "fp32"}.get(os.environ.get("ACCELERATE_MIXED_PRECISION", ""))
+    asked = {"bf16": "bf16", "fp16": "fp16", "no": "fp32"}.get(os.environ.get("ACCELERATE_MIXED_PRECISION", ""))
     if choice != "auto":
-        note = None
-        if wanted is not None and wanted != choice:
-            note = f"accelerate asks for mixed precision {wanted}, trainer.precision says {choice}: {choice} is used"
-        return Precision(choice, device.type, note)
-    if wanted is not None:
-        return Precision(wanted, device.type)
-    if device.type != "cuda":
-        return Precision("fp32", device.type)
-    major, _ = torch.cuda.get_device_capability(device)
-    return Precision("bf16" if major >= 8 else "fp16" if major == 7 else "fp32", device.type)
+        note = f"accelerate asks for mixed precision {asked}, trainer.precision says {choice}: {choice} is used"
+        return Precision(choice, device.type, note if asked not in (None, choice) else None)
+    if asked is None and device.type == "cuda":
+        major, _ = torch.cuda.get_device_capability(device)
+        asked = "bf16" if major >= 8 else "fp16" if major == 7 else None
+    return Precision(asked or "fp32", device.type)

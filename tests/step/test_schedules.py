@@ -274,7 +274,7 @@ def test_schedulers_inside_others_are_checked_like_those_outside() -> None:
     told = " ".join(str(problem) for problem in check_components(config))
     assert "gama; did you mean gamma" in told
     assert "StepLR gets optimizer twice" in told
-    assert "StepLR needs step_size" in told
+    assert "StepLR requires step_size" in told
     assert "LinearLR" not in told
 
 
