@@ -137,7 +137,9 @@ def _definitions(module: str, search: tuple[str, ...]) -> frozenset[str] | None:
             found.add(node.id)
         elif isinstance(node, ast.Name) and node.id in ("globals", "setattr", "exec", "vars"):
             return None
-    return frozenset(found) if body and "__getattr__" not in found else None
+    # Our own lazy re-exports show type checkers all that there is.
+    lazy = "__getattr__" in found and not module.startswith("dist_train.")
+    return frozenset(found) if body and not lazy else None
 
 
 @cache
@@ -165,9 +167,11 @@ def _find(module: str, search: Sequence[str | Path]) -> tuple[Path | None, str]:
 def _parse(content: bytes) -> list[ast.stmt]:
     """The statements of a source; none if it isn't Python."""
     try:
-        return ast.parse(content).body
+        body = ast.parse(content).body
     except (SyntaxError, ValueError):
         return []
+    shown = [node for node in body if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"]
+    return [*body, *(statement for node in shown for statement in node.body)]
 
 
 def _origin(node: ast.ImportFrom, package: str) -> str:
