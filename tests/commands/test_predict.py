@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import os
+from collections.abc import Callable
+from inspect import isfunction
 from pathlib import Path
 
 import numpy as np
@@ -112,8 +114,9 @@ class Stub:
         self.metrics = metrics
 
 
-def of_torchmetrics(name: str, **options: int) -> Metric:
-    return build_metrics([{"_target_": f"torchmetrics.classification.{name}", **options}], None)[0]
+def of_torchmetrics(name: str, **options: int) -> Callable[[], Metric]:
+    """Made by the test, not by all who collect it: importing torchmetrics takes seconds."""
+    return lambda: build_metrics([{"_target_": f"torchmetrics.classification.{name}", **options}], None)[0]
 
 
 def OWN(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:  # noqa: N802
@@ -150,4 +153,5 @@ ONE, SEVERAL = torch.tensor([0.2, 0.7]), torch.tensor([[0.25, 0.75], [0.5, 0.5]]
 def test_outputs_are_classes_only_where_a_loss_or_a_metric_says_so(
     loss: object, outputs: torch.Tensor, metrics: tuple[object, ...], meaning: Meaning
 ) -> None:
+    metrics = tuple(metric() if isfunction(metric) else metric for metric in metrics)
     assert read_meaning(Stub(loss, metrics), outputs) == meaning  # type: ignore[arg-type]
