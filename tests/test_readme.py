@@ -26,9 +26,9 @@ MAKE = ("make train", "make test-cpu")
 
 
 def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a line in a bare shell in which only the tools of this environment are found."""
+    """Run a line in a bare shell in which only the tools of this environment are found; one thread, as other tests run too."""
     path = f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin"
-    env = {"PATH": path, "HOME": str(folder), "CUDA_VISIBLE_DEVICES": "", "LANG": "C.UTF-8"}
+    env = {"PATH": path, "HOME": str(folder), "CUDA_VISIBLE_DEVICES": "", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         ["bash", "-ec", command],
         cwd=folder,
