@@ -27,8 +27,7 @@ from torch import Tensor, nn
 from dist_train.checkpoint.staging import HostCopy
 from dist_train.config.schema import DistributedConfig, TrainerConfig
 from dist_train.data.loader import StepWork
-from dist_train.data.plan import Plan
-from dist_train.data.sampler import MicroBatch
+from dist_train.data.plan import MicroBatch, Plan
 from dist_train.runtime.seeding import seed_forward
 from dist_train.step.modules import Modules
 from dist_train.step.objective import Objective, SingleProcess

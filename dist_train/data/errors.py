@@ -1,4 +1,4 @@
-"""What goes wrong with data, told with the file or the sample that it happened at."""
+"""Errors of datasets and loaders, with the file or the sample that they happened at."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ def dataset_name(dataset: Any) -> str:
     return kind.__qualname__ if kind.__module__ == "__main__" else f"{kind.__module__}.{kind.__qualname__}"
 
 
-def told(error: BaseException) -> str:
-    """The error in one line with the user's own place: the innermost frame of its traceback."""
+def describe_error(error: BaseException) -> str:
+    """The error in one line, with the innermost frame of its traceback: the place in the user's own code."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name})" if len(frames) > 1 else ""
     return f"{type(error).__name__}: {' '.join(error_text(error)[:2000].split())}{place}"
 
 
-def shortage(error: BaseException) -> str:
-    """What to do, where an error means that something that workers send batches through has run out; else ""."""
+def resource_hint(error: BaseException) -> str:
+    """What to do if an error means that a resource for sending batches from workers is exhausted; else ""."""
     text = str(error)
     if "AF_UNIX path too long" in text:
         where = tempfile.gettempdir()
         return (
-            f"; sockets are made in the folder of temporary files, and a socket's path has 107 characters at most, but this "
-            f"folder's has {len(where)}: {where}; set TMPDIR=/tmp"
+            f"; sockets are made in the temporary directory, and a socket's path has 107 characters at most, but this "
+            f"directory's has {len(where)}: {where}; set TMPDIR=/tmp"
         )
     if "Too many open files" in text or "ancdata" in text:
         return (
-            f"; each tensor on its way takes a file, and this process may open {resource.getrlimit(resource.RLIMIT_NOFILE)[0]}: "
-            f"raise the limit (ulimit -n, LimitNOFILE), make fewer tensors of a batch (stack them in data.collate), or set "
-            f"a lower data.prefetch_factor"
+            f"; each tensor in flight needs a file descriptor, and this process may open "
+            f"{resource.getrlimit(resource.RLIMIT_NOFILE)[0]}: raise the limit (ulimit -n, LimitNOFILE), make fewer tensors "
+            f"of a batch (stack them in data.collate), or set a lower data.prefetch_factor"
         )
     if any(sign in text for sign in ("No space left", "shared memory", "Bus error", "Cannot allocate memory")):
         return (

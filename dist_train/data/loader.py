@@ -1,4 +1,4 @@
-"""Batches for the engine: torch's DataLoader, driven by the plan, from any step on and over the ends of epochs."""
+"""Batches for training and evaluation: torch's DataLoader, driven by the plan, from any step on and across epochs."""
 
 from __future__ import annotations
 
@@ -13,17 +13,15 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from dist_train.data.deal import Deal
-from dist_train.data.errors import DataError, SampleError, dataset_name, shortage
-from dist_train.data.passes import is_stream, shards_itself, stream_length
-from dist_train.data.plan import EvalPlan, Indices, Plan
-from dist_train.data.reading import Collate, Seeded, dataset_length
-from dist_train.data.sampler import MicroBatch, StepSampler
-from dist_train.data.stream import StreamReader
-from dist_train.data.survey import Gather, survey
+from dist_train.data.errors import DataError, SampleError, dataset_name, resource_hint
+from dist_train.data.plan import EvalPlan, Indices, MicroBatch, Plan, StepSampler
+from dist_train.data.reading import LoaderOptions, SampleReader, dataset_length
+from dist_train.data.stream import can_shard, is_stream, stream_length
+from dist_train.data.stream_check import check_stream
+from dist_train.data.stream_reader import ShardPlan, ShardReader, StreamInfo, StreamReader
 from dist_train.data.workers import (
     context_for,
-    how_ended,
+    exit_causes,
     init_worker,
     resolve_workers,
     run_signals_blocked,
@@ -36,62 +34,6 @@ if TYPE_CHECKING:
 
 # Evaluation reads under an epoch of its own, so that a random transform there draws the same in every evaluation.
 _EVAL_EPOCH = -1
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How this process reads, whatever the dataset."""
-
-    config: DataConfig
-    """The `data` section: num_workers, pin_memory, persistent_workers, prefetch_factor, timeout, worker_start_method."""
-    seed: int
-    """The run's seed, for what transforms draw."""
-    device: torch.device
-    """Where the model is; decides on pinning."""
-    rank: int = 0
-    world_size: int = 1
-    """How many ranks share each global batch."""
-    local_ranks: int = 1
-    """How many ranks share this machine's CPUs."""
-    collate: Collate | None = None
-    """List of samples -> batch, torch's by default."""
-    gather: Gather = lambda value: [value]
-    """Every rank's value, in order of rank, on all ranks; they all call it (`World.gather`)."""
-
-
-@dataclass(slots=True)
-class StepWork:
-    """One optimizer step of one rank."""
-
-    step: int
-    """Global step, from 0."""
-    epoch: int
-    samples: int
-    """Samples of the global batch, over all ranks."""
-    indices: Indices
-    """The global batch: (samples,) int64."""
-    local_indices: Indices
-    """This rank's part of it, known before anything is read; empty if it has none."""
-    micro_batches: Iterator[MicroBatch]
-    """Read when asked for."""
-
-
-def _keep(batch: Any) -> Any:
-    """The collate function given to torch: `Seeded` has collated already."""
-    return batch
-
-
-def _workers_of(dataset: Any, reading: Reading) -> int:
-    setting = reading.config.num_workers
-    return resolve_workers(setting, dataset, collate=reading.collate, local_ranks=reading.local_ranks)
-
-
-def _survey(dataset: Any, slot: str, workers: int, reading: Reading, *, count: bool = False) -> dict[str, Any]:
-    context = context_for(reading.config.worker_start_method) if workers else None
-    return survey(
-        dataset, reading.seed, slot=slot, workers=workers, context=context, gather=reading.gather, count=count,
-        world_size=reading.world_size,
-    )  # fmt: skip
 
 
 def build_plan(dataset: Any, *, seed: int, config: DataConfig) -> Plan:
@@ -117,11 +59,17 @@ def build_plan(dataset: Any, *, seed: int, config: DataConfig) -> Plan:
     return Plan(seed, length, int(size), shuffle=False, drop_last=config.drop_last)
 
 
-class _Loader:
-    """What training and evaluation share: a DataLoader for requests, whose workers live and die with this process."""
+def _no_collate(batch: Any) -> Any:
+    return batch  # `SampleReader` has collated already
 
-    def __init__(self, reader: Seeded, workers: int, requests: Any, reading: Reading, *, evaluates: bool) -> None:
-        config = reading.config
+
+class _Loader:
+    """What training and evaluation share: a DataLoader for micro-batches, whose workers live and die with this process."""
+
+    def __init__(
+        self, reader: SampleReader, workers: int, requests: Any, options: LoaderOptions, *, evaluates: bool
+    ) -> None:
+        config = options.config
         self.num_workers = workers
         self._persistent = workers > 0 and config.persistent_workers in ("auto", True)
         self._timeout = config.timeout
@@ -129,10 +77,10 @@ class _Loader:
         self._loader: DataLoader[Any] = DataLoader(
             reader,
             batch_sampler=requests,
-            collate_fn=_keep,
-            pin_memory=reading.device.type == "cuda" if config.pin_memory == "auto" else bool(config.pin_memory),
+            collate_fn=_no_collate,
+            pin_memory=options.device.type == "cuda" if config.pin_memory == "auto" else bool(config.pin_memory),
             # Of its own: each iterator draws a base seed, by default from the global generator.
-            generator=torch.Generator().manual_seed(mix(reading.seed)),
+            generator=torch.Generator().manual_seed(mix(options.seed)),
             num_workers=workers,
             worker_init_fn=init_worker,
             prefetch_factor=config.prefetch_factor if workers else None,
@@ -141,16 +89,16 @@ class _Loader:
             persistent_workers=self._persistent and evaluates,
         )
 
-    def _begin(self) -> Iterator[Any]:
+    def _start(self) -> Iterator[Any]:
         if self.num_workers == 0:
             return iter(self._loader)
         try:
             with run_signals_blocked():
                 iterator = iter(self._loader)
         except OSError as error:
-            raise DataError(f"loader workers couldn't be started: {error}{shortage(error)}") from error
+            raise DataError(f"loader workers couldn't be started: {error}{resource_hint(error)}") from error
         if self._at_exit is None:
-            # multiprocessing would send them SIGTERM at exit, which they block, and wait for ever
+            # multiprocessing would send them SIGTERM at exit, which they block, and wait forever
             self._at_exit = Finalize(None, stop_workers, args=(iterator,), exitpriority=10)
         return iterator
 
@@ -165,19 +113,19 @@ class _Loader:
             lost = text.startswith("DataLoader worker (pid") or isinstance(
                 error, ConnectionError | EOFError | FileNotFoundError
             )
-            if lost and (how := how_ended(iterator)):
+            if lost and (causes := exit_causes(iterator)):
                 raise DataError(
-                    f"a loader worker died without a Python error ({how}). If it was killed by SIGKILL or SIGBUS, memory ran "
-                    f"out (see dmesg) or /dev/shm is full (df -h /dev/shm; docker run --shm-size=8g), and fewer "
+                    f"a loader worker died without a Python error ({causes}). If it was killed by SIGKILL or SIGBUS, memory "
+                    f"ran out (see dmesg) or /dev/shm is full (df -h /dev/shm; docker run --shm-size=8g), and fewer "
                     f"data.num_workers need less of both; else the dataset's own code ended it: data.num_workers=0 shows where"
                 ) from error
             if text.startswith("DataLoader timed out"):
                 raise DataError(
-                    f"no batch came within data.timeout={self._timeout:g} s: a worker hangs while reading, or reading "
+                    f"no batch arrived within data.timeout={self._timeout:g} s: a worker hangs while reading, or reading "
                     f"is slower than that; raise data.timeout, or find the sample with data.num_workers=0"
                 ) from error
-            if cure := shortage(error):
-                raise DataError(f"a batch didn't come through from a loader worker: {text}{cure}") from error
+            if hint := resource_hint(error):
+                raise DataError(f"a batch from a loader worker was lost: {text}{hint}") from error
             raise
 
     def close(self) -> None:
@@ -188,18 +136,27 @@ class _Loader:
             self._loader._iterator = None  # where torch keeps persistent workers
 
 
-def _other_readers(name: str, begun: list[int] | None, deal: Deal | None) -> str:
-    def told(key: list[int] | None) -> str:
-        if key is None:
-            return "one reader of the whole"
-        micro = f" with micro-batches of {key[2]}" if key[2] else ""
-        return f"{key[0]} ranks x {key[1]} readers{micro}"
-
-    return (
-        f"data.train: {name} gives each reader a part of its own (shard), and this pass over it was begun by {told(begun)}; "
-        f"now it would be {told(None if deal is None else deal.key())}, and what is left of the pass can't be told. Go on "
-        f"with as many processes and data.num_workers as before (a stream with a length: or at the end of an epoch)"
+def _workers_for(dataset: Any, options: LoaderOptions) -> int:
+    return resolve_workers(
+        options.config.num_workers, dataset, collate=options.collate, local_ranks=options.local_ranks
     )
+
+
+@dataclass(slots=True)
+class StepWork:
+    """One optimizer step of one rank."""
+
+    step: int
+    """Global step, from 0."""
+    epoch: int
+    samples: int
+    """Samples of the global batch, over all ranks."""
+    indices: Indices
+    """The global batch: (samples,) int64."""
+    local_indices: Indices
+    """This rank's part of it, known before anything is read; empty if it has none."""
+    micro_batches: Iterator[MicroBatch]
+    """Read when asked for."""
 
 
 class TrainLoader(_Loader):
@@ -215,81 +172,90 @@ class TrainLoader(_Loader):
         sampler: the `StepSampler` that the DataLoader got as its batch sampler.
         num_workers: worker processes, 0 for none.
         waited: seconds that the caller has waited for batches since the loader was made; may be set back to 0.
+        notes: how a stream is read, for the log.
     """
 
     def __init__(
-        self, dataset: Any, plan: Plan, reading: Reading, *, micro_batch_size: int, neighbours: int = 0
+        self, dataset: Any, plan: Plan, options: LoaderOptions, *, micro_batch_size: int, neighbours: int = 0
     ) -> None:
-        if not is_stream(dataset):
-            if dataset_length(dataset) != plan.length:
-                raise DataError(f"the plan is for {plan.length} samples, but data.train has {len(dataset)}")
-        elif plan.shuffle or neighbours:
-            what = "Mixup and CutMix need" if neighbours else "shuffling needs"
-            raise DataError(f"{what} a map-style dataset; {dataset_name(dataset)} is an IterableDataset")
         self.plan = plan
         self.waited = 0.0
         self.notes: list[str] = []
+        self._stream: StreamReader | None = None
+        workers = _workers_for(dataset, options)
+        if is_stream(dataset):
+            if plan.shuffle or neighbours:
+                what = "Mixup and CutMix need" if neighbours else "shuffling needs"
+                raise DataError(f"{what} a map-style dataset; {dataset_name(dataset)} is an IterableDataset")
+            reader: SampleReader = self._open_stream(dataset, workers, micro_batch_size, options)
+        elif dataset_length(dataset) == plan.length:
+            reader = SampleReader(dataset, options.seed, options.collate)
+        else:
+            raise DataError(f"the plan is for {plan.length} samples, but data.train has {len(dataset)}")
         self.sampler = StepSampler(
-            plan, rank=reading.rank, world_size=reading.world_size, micro_batch_size=micro_batch_size,
+            plan, rank=options.rank, world_size=options.world_size, micro_batch_size=micro_batch_size,
             neighbours=neighbours,
         )  # fmt: skip
-        workers = _workers_of(dataset, reading)
-        reader = Seeded(dataset, reading.seed, reading.collate)
-        self._stream: StreamReader | None = None
-        if is_stream(dataset):
-            reader = self._stream = self._open_stream(dataset, workers, reading)
-        super().__init__(reader, workers, self.sampler, reading, evaluates=False)
+        super().__init__(reader, workers, self.sampler, options, evaluates=False)
 
-    def _open_stream(self, dataset: Any, workers: int, reading: Reading) -> StreamReader:
-        deal = Deal(self.plan, reading.world_size, max(1, workers), self.sampler.micro_batch_size)
-        pieces = getattr(dataset, "num_shards", 0)  # Hugging Face's; more readers than these can't have a part each
-        parted = shards_itself(dataset) and deal.readers > 1 and isinstance(pieces, int) and pieces % deal.readers == 0
-        self.sampler.deal = deal if parted else None
-        reader = StreamReader(
-            dataset, reading.seed, reading.collate, length=self.plan.length, rank=reading.rank,
-            finite=stream_length(dataset) == self.plan.length, deal=self.sampler.deal,
-        )  # fmt: skip
-        found = _survey(dataset, "train", workers, reading)
-        reader.resumes, reader.steady, self._first = found["resumes"], found["steady"], found["first"]
-        self.notes = reader.notes()
-        return reader
+    def _open_stream(self, dataset: Any, workers: int, micro_batch_size: int, options: LoaderOptions) -> StreamReader:
+        plan, seed, collate = self.plan, options.seed, options.collate
+        finite = stream_length(dataset) == plan.length
+        shards = ShardPlan(plan, options.world_size, max(1, workers), micro_batch_size, finite)
+        available = getattr(dataset, "num_shards", 0)  # Hugging Face's; more readers than these can't have a shard each
+        sharded = can_shard(dataset) and shards.readers > 1 and isinstance(available, int)
+        found = check_stream(dataset, "train", workers, options)
+        info = StreamInfo(plan.length, finite, found["resumable"], found["repeatable"])
+        self._first_samples = found["first"]
+        if sharded and available % shards.readers == 0:
+            self._stream = ShardReader(dataset, seed, collate, info, shards, options.rank)
+        else:
+            self._stream = StreamReader(dataset, seed, collate, info)
+        self.notes = self._stream.notes()
+        return self._stream
 
-    def state_dict(self, every: Callable[[Any], list[Any]]) -> dict[str, Any] | None:
-        """Where the readers of a stream stood after the last micro-batch that was taken; None without a stream.
+    def state_dict(self, gather: Callable[[Any], list[Any]]) -> dict[str, Any] | None:
+        """The positions of a stream's readers after the last micro-batch that was taken; None without a stream.
 
-        `every` gathers each rank's value on rank 0; all ranks call this. Where all read the whole, one place is enough.
+        `gather` collects each rank's value on rank 0; all ranks call this. Where all read the whole, one position is enough.
         """
         if self._stream is None:
             return None
-        deal, saved = self._stream.deal, dict(self._stream.saved)
-        if deal is None:
-            return {"deal": None, "readers": saved, "first": self._first}
-        readers = {k: v for one in every(saved) for k, v in one.items()}
-        return {"deal": deal.key(), "readers": readers, "first": self._first}
+        readers, key = dict(self._stream.saved), self._shard_key()
+        if key is not None:
+            readers = {reader: state for saved in gather(readers) for reader, state in saved.items()}
+        return {"deal": key, "readers": readers, "first": self._first_samples}
 
     def load_state_dict(self, state: dict[str, Any] | None, step: int) -> None:
-        """Go on from there at `step`.
+        """Resume from there at `step`.
 
         Raises:
-            DataError: other readers have begun this pass over a stream that gives each a part of its own, or the stream
-                isn't the one that was read.
+            DataError: this pass over a sharded stream was begun by another number of readers, or the stream isn't the one
+                that was read.
         """
         if self._stream is None or state is None:
             return
-        if state.get("first", self._first) != self._first:
+        name, begun, key = dataset_name(self._stream.source), state["deal"], self._shard_key()
+        if state.get("first", self._first_samples) != self._first_samples:
             raise DataError(
-                f"data.train: {dataset_name(self._stream.whole)} gives other samples than when this run began, so that what "
-                f"was trained of it can't be told: its data have changed, or it draws from a generator of its own or the "
-                f"clock. Draw from torch, numpy or random, which are seeded for each sample, under another run.name"
+                f"data.train: {name} returns different samples than when this run began, so it isn't known which ones it was "
+                f"trained on: its data have changed, or it draws from a generator of its own or the clock. Draw from torch, "
+                f"numpy or random, which are seeded for each sample, under another run.name"
             )
-        deal, begun = self._stream.deal, state["deal"]
-        if begun == (None if deal is None else deal.key()):
+        if begun == key:
             self._stream.saved = state["readers"]
-        elif step % self.plan.steps_per_epoch or not self._stream.finite:
-            raise DataError(_other_readers(dataset_name(self._stream.whole), begun, deal))
+        elif step % self.plan.steps_per_epoch or not self._stream.info.finite:
+            raise DataError(
+                f"data.train: {name} gives each reader a shard, and this pass over it was begun by {_readers(begun)}; now it "
+                f"would be {_readers(key)}, and the rest of the pass isn't known. Resume with as many processes and "
+                f"data.num_workers as before (a stream with a length: or at the end of an epoch)"
+            )
+
+    def _shard_key(self) -> list[int] | None:
+        return self._stream.shards.key() if isinstance(self._stream, ShardReader) else None
 
     def steps(self, start: int = 0, stop: int | None = None) -> Iterator[StepWork]:
-        """The work of the global steps start, start + 1, ... before `stop`, over the ends of epochs.
+        """The work of the global steps start, start + 1, ... before `stop`, across the ends of epochs.
 
         Nothing is read that doesn't belong to one of them, so give `stop` where the end is known: without it workers
         read ahead. A second call ends the first one's workers.
@@ -298,7 +264,7 @@ class TrainLoader(_Loader):
             SampleError: the dataset failed; names the sample.
             DataError: a worker died or took longer than `data.timeout`.
         """
-        plan = self.plan
+        plan, sampler = self.plan, self.sampler
         # Workers outlive epochs because the sampler crosses their ends; else each epoch gets new ones.
         endless = self.num_workers == 0 or self._persistent
         iterator: Iterator[Any] = iter(())
@@ -307,13 +273,13 @@ class TrainLoader(_Loader):
             if step == start or not (endless or step % plan.steps_per_epoch):
                 self.close()
                 end = (epoch + 1) * plan.steps_per_epoch
-                self.sampler.set_steps(step, stop if endless else min(end, stop or end))
+                sampler.set_steps(step, stop if endless else min(end, stop or end))
                 if self._stream is not None:
                     self._stream.rewind()
-                iterator = self._begin()
+                iterator = self._start()
             indices = plan.batch(step)
-            local = plan.local(step, self.sampler.rank, self.sampler.num_replicas)
             micro_batches = self._micro_batches(iterator)
+            local = plan.local(step, sampler.rank, sampler.num_replicas)
             yield StepWork(step, epoch, len(indices), indices, local, micro_batches)
             for _ in micro_batches:  # the caller may have left a step early
                 pass
@@ -326,15 +292,19 @@ class TrainLoader(_Loader):
             micro = self._next(iterator)
             self.waited += time.perf_counter() - began
             if self._stream is not None:
-                if not len(micro.indices):  # see `Deal.rest`
-                    continue
-                self._stream.keep(micro)
+                self._stream.commit(micro)
             last = micro.last
             yield micro
 
 
+def _readers(key: list[int] | None) -> str:
+    if key is None:
+        return "one reader of the whole"
+    return f"{key[0]} ranks x {key[1]} readers" + (f" with micro-batches of {key[2]}" if key[2] else "")
+
+
 class EvalLoader(_Loader):
-    """Every sample of a dataset once, over all ranks, in fixed cuts: iterates (samples as a range, batch).
+    """Every sample of a dataset once, over all ranks, in fixed eval batches: iterates (samples as a range, batch).
 
     Each pass reads the same with the same draws. Workers are kept between passes unless
     `data.persistent_workers: false`; `close()` ends them.
@@ -342,41 +312,42 @@ class EvalLoader(_Loader):
     Attributes:
         dataset: what is read.
         plan: the `EvalPlan`.
-        cuts: the cuts that this rank evaluates.
-        rounds: the most cuts that any rank evaluates; equal on all ranks.
+        batches: the samples of each eval batch of this rank.
+        rounds: the most eval batches of any rank; equal on all ranks.
         num_workers: worker processes, 0 for none.
     """
 
-    def __init__(self, dataset: Any, batch_size: int, reading: Reading, slot: str = "val") -> None:
+    def __init__(self, dataset: Any, batch_size: int, options: LoaderOptions, slot: str = "val") -> None:
         self.dataset = dataset
-        reader, workers = Seeded(dataset, reading.seed, reading.collate), _workers_of(dataset, reading)
+        workers = _workers_for(dataset, options)
         if is_stream(dataset):
             known = stream_length(dataset)
-            found = _survey(dataset, slot, workers, reading, count=known is None)
+            found = check_stream(dataset, slot, workers, options, count=known is None)
             length = found["length"] if known is None else known
             if not length:
                 raise DataError(f"data.{slot}: a pass over {dataset_name(dataset)} gave no sample; expected at least 1")
-            reader = StreamReader(dataset, reading.seed, reading.collate, length=length, rank=reading.rank, finite=True)
+            reader: SampleReader = StreamReader(dataset, options.seed, options.collate, StreamInfo(length))
         else:
             length = dataset_length(dataset, slot)
+            reader = SampleReader(dataset, options.seed, options.collate)
         self.plan = EvalPlan(length, batch_size)
-        self.cuts = self.plan.cuts(reading.rank, reading.world_size)
-        self.rounds = -(-len(self.plan) // reading.world_size)
+        self.batches = self.plan.batches(options.rank, options.world_size)
+        self.rounds = -(-len(self.plan) // options.world_size)
         requests = [
-            MicroBatch(_EVAL_EPOCH, k, np.arange(cut.start, cut.stop), cut.start, len(cut), True)
-            for k, cut in enumerate(self.cuts)
+            MicroBatch(_EVAL_EPOCH, k, np.arange(samples.start, samples.stop), samples.start, len(samples), True)
+            for k, samples in enumerate(self.batches)
         ]
-        super().__init__(reader, min(workers, len(requests)), requests, reading, evaluates=True)
+        super().__init__(reader, min(workers, len(requests)), requests, options, evaluates=True)
 
     def __len__(self) -> int:
-        """Cuts that this rank evaluates."""
-        return len(self.cuts)
+        """Eval batches of this rank."""
+        return len(self.batches)
 
     def __iter__(self) -> Iterator[tuple[range, Any]]:
-        iterator = self._begin()
+        iterator = self._start()
         try:
-            for cut in self.cuts:
-                yield cut, self._next(iterator).batch
+            for samples in self.batches:
+                yield samples, self._next(iterator).batch
         finally:
             if not self._persistent:
                 self.close()

@@ -1,17 +1,20 @@
-"""The order of samples, as pure functions: (seed, epoch, dataset length) -> which samples make each optimizer step.
+"""Which samples make each optimizer step, which of them a rank reads, and the sampler that tells torch's DataLoader.
 
-World size, workers and micro-batches only cut what the plan says; they never change it. All arithmetic is on integers
-and numpy arrays, so that its tests are exact and take milliseconds.
+The order is a pure function of (seed, epoch, dataset length): world size, workers and micro-batches only split it, and never
+change it. All arithmetic is on integers and numpy arrays, so that its tests are exact and take milliseconds.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
+from torch.utils.data import DistributedSampler
 
 from dist_train.data.errors import DataError
 from dist_train.runtime.seeding import ORDER
@@ -21,9 +24,54 @@ Indices = NDArray[np.int64]
 _FINGERPRINT_ENTRIES = 4096
 
 
+class MicroBatch(NamedTuple):
+    """What one forward of one rank takes. It goes to a loader worker without its batch, and holds all that the worker needs."""
+
+    epoch: int
+    step: int
+    """Global optimizer step, from 0."""
+    indices: Indices
+    """Its samples in the dataset: (n + neighbours,) int64, a copy, so that nobody can change the plan's order."""
+    position: int
+    """Position of its first sample in the global batch."""
+    samples: int
+    """Samples that count: n, or 0 if the rank has none in this step and runs a forward only to join the collectives."""
+    last: bool
+    """The rank's last micro-batch of this step: gradients are reduced after it."""
+    batch: Any = None
+    """The collated batch, on the CPU (pinned if so configured)."""
+    state: Any = None
+    """The position of a stream's reader after it (see `StreamReader`)."""
+
+    @property
+    def zero_weight(self) -> bool:
+        """Whether it is padding, which adds nothing to loss and gradients."""
+        return self.samples == 0
+
+
+def rank_slice(n: int, rank: int, world_size: int) -> slice:
+    """The part of n items that `rank` takes: contiguous, in rank order, sizes differing by at most one."""
+    size, extra = divmod(n, world_size)
+    start = rank * size + min(rank, extra)
+    return slice(start, start + size + (rank < extra))
+
+
+@lru_cache(maxsize=64)
+def micro_slices(n: int, rank: int, world_size: int, micro: int) -> tuple[slice, ...]:
+    """The micro-batches of `rank` in a global batch of n samples, as slices of that batch; empty without samples.
+
+    The rank's part is split into as few as possible of near-equal size, none larger than `micro`.
+    """
+    mine = rank_slice(n, rank, world_size)
+    size = mine.stop - mine.start
+    count = -(-size // micro)
+    slices = (rank_slice(size, k, count) for k in range(count))
+    return tuple(slice(mine.start + one.start, mine.start + one.stop) for one in slices)
+
+
 @lru_cache(maxsize=2)  # two: prefetching may already be in the next epoch
 def _order(seed: int, epoch: int, length: int, shuffle: bool) -> Indices:
-    """The samples of one epoch, read-only. numpy's RandomState is frozen for ever (NEP 19), unlike torch.randperm."""
+    # numpy promises that RandomState never changes (NEP 19); torch.randperm may.
     order = np.arange(length, dtype=np.int64)
     if shuffle:
         low = 0xFFFFFFFF
@@ -69,9 +117,8 @@ class Plan:
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in one epoch."""
-        if self.drop_last:
-            return self.length // self.global_batch_size
-        return -(-self.length // self.global_batch_size)
+        full = self.length // self.global_batch_size
+        return full if self.drop_last else -(-self.length // self.global_batch_size)
 
     @property
     def samples_per_epoch(self) -> int:
@@ -92,15 +139,45 @@ class Plan:
         start = k * self.global_batch_size
         return self.order(epoch)[start : start + self.global_batch_size]
 
-    def local(self, step: int, rank: int, world_size: int) -> Indices:
-        """The samples of global step `step` that `rank` takes, without padding: (n,) int64."""
-        indices = self.batch(step)
-        return indices[share(len(indices), rank, world_size)]
-
     def batch_samples(self, step: int) -> int:
         """How many samples global step `step` takes, without making the order."""
         start = (step % self.steps_per_epoch) * self.global_batch_size
         return min(self.global_batch_size, self.length - start)
+
+    def local(self, step: int, rank: int, world_size: int) -> Indices:
+        """The samples of global step `step` that `rank` takes; empty if it has none."""
+        batch = self.batch(step)
+        return batch[rank_slice(len(batch), rank, world_size)]
+
+    def micro_batches(self, step: int, rank: int, world_size: int, micro: int, neighbours: int = 0) -> list[MicroBatch]:
+        """What `rank` reads in global step `step`: at least one micro-batch, none of more than `micro` samples.
+
+        `neighbours` more samples are read behind each: those that follow it in the global batch, whose end is followed by its
+        beginning. A rank without samples gets the batch's first two (BatchNorm needs two; one if the batch is a single
+        sample) with zero weight, since every rank must join the collectives of the step.
+        """
+        batch = self.batch(step)
+        n, epoch = len(batch), self.epoch_of(step)
+        mine = micro_slices(n, rank, world_size, micro)
+
+        def read(start: int, stop: int) -> Indices:
+            return batch.take(range(start, stop + neighbours), mode="wrap") if neighbours else batch[start:stop].copy()
+
+        if not mine:
+            return [MicroBatch(epoch, step, read(0, min(2, n)), 0, 0, True)]
+        return [
+            MicroBatch(epoch, step, read(one.start, one.stop), one.start, one.stop - one.start, one is mine[-1])
+            for one in mine
+        ]
+
+    def smallest_micro_batch(self, world_size: int, micro: int) -> int:
+        """The fewest samples that any forward of training gets, zero-weight ones apart (BatchNorm can't train on one)."""
+        return min(
+            one.stop - one.start
+            for n in {self.batch_samples(0), self.batch_samples(self.steps_per_epoch - 1)}
+            for rank in range(world_size)
+            for one in micro_slices(n, rank, world_size, micro)
+        )
 
     def fingerprint(self) -> str:
         """16 hex digits that tell whether another machine makes the same order (of epoch 0's beginning)."""
@@ -108,39 +185,9 @@ class Plan:
         return hashlib.sha256(head).hexdigest()[:16]
 
 
-def share(n: int, rank: int, world_size: int) -> slice:
-    """The part of n items that `rank` takes: contiguous, in rank order, sizes differing by at most one."""
-    size, extra = divmod(n, world_size)
-    start = rank * size + min(rank, extra)
-    return slice(start, start + size + (rank < extra))
-
-
-@lru_cache(maxsize=64)
-def parts(n: int, rank: int, world_size: int, micro: int) -> tuple[slice, ...]:
-    """The micro-batches of `rank` in a global batch of n samples, as slices of that batch; empty without samples.
-
-    Its share is cut into as few as possible of near-equal size, none larger than `micro`.
-    """
-    mine = share(n, rank, world_size)
-    size = mine.stop - mine.start
-    count = -(-size // micro)
-    cuts = (share(size, k, count) for k in range(count))
-    return tuple(slice(mine.start + cut.start, mine.start + cut.stop) for cut in cuts)
-
-
-def smallest_part(plan: Plan, world_size: int, micro: int) -> int:
-    """The fewest samples that any forward of training gets (BatchNorm can't train on one), without zero-weight ones."""
-    return min(
-        part.stop - part.start
-        for n in {plan.batch_samples(0), plan.batch_samples(plan.steps_per_epoch - 1)}
-        for rank in range(world_size)
-        for part in parts(n, rank, world_size, micro)
-    )
-
-
 @dataclass(frozen=True)
 class EvalPlan:
-    """Evaluation in fixed cuts of the dataset, so that the bits of its result don't depend on the world size."""
+    """Evaluation in fixed batches of the dataset, so that its result is bitwise identical for any world size."""
 
     length: int
     batch_size: int
@@ -148,7 +195,61 @@ class EvalPlan:
     def __len__(self) -> int:
         return -(-self.length // self.batch_size)
 
-    def cuts(self, rank: int = 0, world_size: int = 1) -> list[range]:
-        """The cuts that `rank` evaluates: every world_size-th, whole."""
+    def batches(self, rank: int = 0, world_size: int = 1) -> list[range]:
+        """The eval batches of `rank`: every world_size-th, whole."""
         starts = range(rank * self.batch_size, self.length, world_size * self.batch_size)
         return [range(start, min(self.length, start + self.batch_size)) for start in starts]
+
+
+class StepSampler(DistributedSampler[Any]):
+    """A `DistributedSampler` for use as the `batch_sampler` of a DataLoader: yields each `MicroBatch`, to be read.
+
+    Unlike its parent it neither pads nor repeats samples, and it can start at any optimizer step. `set_epoch` selects
+    one epoch, as its users expect; `set_steps` any range of global steps, without an end if `stop` is None.
+
+    Args:
+        plan: the order of samples.
+        rank, world_size: this rank and how many split each global batch.
+        micro_batch_size: most samples of one forward.
+        neighbours: samples to read beyond each micro-batch, see `dist_train.data.augment`.
+    """
+
+    def __init__(self, plan: Plan, *, rank: int, world_size: int, micro_batch_size: int, neighbours: int = 0) -> None:
+        super().__init__(
+            cast("Any", range(plan.length)),  # the parent only asks for its length
+            num_replicas=world_size,
+            rank=rank,
+            shuffle=plan.shuffle,
+            seed=plan.seed,
+            drop_last=plan.drop_last,
+        )
+        self.plan = plan
+        self.micro_batch_size = micro_batch_size
+        self.neighbours = neighbours
+        self.start_step = 0
+        self.stop_step: int | None = plan.steps_per_epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Iterate over the steps of `epoch` (also called by code that knows only DistributedSampler)."""
+        super().set_epoch(epoch)
+        self.set_steps(epoch * self.plan.steps_per_epoch, (epoch + 1) * self.plan.steps_per_epoch)
+
+    def set_steps(self, start: int, stop: int | None) -> None:
+        """Iterate over the global steps start, start + 1, ... before `stop`, across the ends of epochs."""
+        self.start_step, self.stop_step = start, stop
+
+    def __iter__(self) -> Iterator[Any]:
+        step = self.start_step
+        while self.stop_step is None or step < self.stop_step:
+            yield from self.plan.micro_batches(
+                step, self.rank, self.num_replicas, self.micro_batch_size, self.neighbours
+            )
+            step += 1
+
+    def __len__(self) -> int:
+        """Micro-batches of this rank in the selected steps (in one epoch, if they have no end)."""
+        start, stop = self.start_step, self.stop_step
+        if stop is None:
+            start, stop = 0, self.plan.steps_per_epoch
+        sizes = (self.plan.batch_samples(step) for step in range(start, stop))
+        return sum(max(1, len(micro_slices(n, self.rank, self.num_replicas, self.micro_batch_size))) for n in sizes)

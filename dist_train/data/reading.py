@@ -1,21 +1,46 @@
-"""Reading the samples of a micro-batch: seeded one by one, or a whole batch at once where the dataset says it can."""
+"""Reading the samples of a micro-batch: seeded one by one, or a whole batch at once where the dataset can do that."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
 
-from dist_train.data.errors import DataError, SampleError, dataset_name, shortage, told
-from dist_train.data.plan import Indices
-from dist_train.data.sampler import MicroBatch
+from dist_train.data.errors import DataError, SampleError, dataset_name, describe_error, resource_hint
+from dist_train.data.plan import Indices, MicroBatch
 from dist_train.runtime.seeding import seed_sample
+
+if TYPE_CHECKING:
+    from dist_train.config.schema import DataConfig
 
 Collate = Callable[[list[Any]], Any]
 BatchReader = Callable[[Indices], Any]
+
+
+@dataclass(frozen=True)
+class LoaderOptions:
+    """How this process reads, whatever the dataset."""
+
+    config: DataConfig
+    """The `data` section: num_workers, pin_memory, persistent_workers, prefetch_factor, timeout, worker_start_method."""
+    seed: int
+    """The run's seed, for what transforms draw."""
+    device: torch.device
+    """Where the model is; decides on pinning."""
+    rank: int = 0
+    world_size: int = 1
+    """How many ranks split each global batch."""
+    local_ranks: int = 1
+    """How many ranks share this machine's CPUs."""
+    collate: Collate | None = None
+    """List of samples -> batch, torch's by default."""
+    all_gather: Callable[[Any], list[Any]] = lambda value: [value]
+    """Every rank's value, in order of rank, on all ranks, which all call it (`World.all_gather`)."""
 
 
 def dataset_length(dataset: Any, slot: str = "train") -> int:
@@ -48,31 +73,32 @@ def batch_reader(dataset: Any) -> BatchReader | None:
         return cast("BatchReader", dataset.__getitem__)
     if isinstance(dataset, Subset) and type(dataset).__getitem__ is Subset.__getitem__:
         inner = batch_reader(dataset.dataset)
-        return None if inner is None else partial(_read_part, inner, np.asarray(dataset.indices))
+        return None if inner is None else partial(_read_subset, inner, np.asarray(dataset.indices))
     return None
 
 
-def _read_part(read: BatchReader, part: Indices, indices: Indices) -> Any:
-    return read(part[indices])
+def _read_subset(read: BatchReader, subset: Indices, indices: Indices) -> Any:
+    return read(subset[indices])
 
 
-class Seeded(Dataset[Any]):
+class SampleReader(Dataset[Any]):
     """A dataset whose reads depend on (seed, epoch, sample index) alone; fills in the batch of a `MicroBatch`.
 
     A dataset whose items draw nothing at random may have `read_batch(indices) -> batch`, with indices (n,) int64 numpy,
-    which returns the collated batch itself; it is used unless there is a collate of the user's own. All others are read
-    by `__getitem__`, with torch, numpy and `random` seeded before each sample.
+    which returns the collated batch itself; it is used unless the user has a collate function. All others are read by
+    `__getitem__`, with torch, numpy and `random` seeded before each sample.
 
     Args:
         dataset: any object with `__getitem__`.
         seed: the run's seed.
         collate: list of samples -> batch; None is torch's `default_collate`.
+        at_once: use `read_batch` if there is one.
     """
 
-    def __init__(self, dataset: Any, seed: int, collate: Collate | None = None) -> None:
+    def __init__(self, dataset: Any, seed: int, collate: Collate | None = None, at_once: bool = True) -> None:
         self.dataset, self.seed = dataset, seed
         self.collate: Collate = default_collate if collate is None else collate
-        self.read = batch_reader(dataset) if collate is None else None
+        self.read = batch_reader(dataset) if at_once and collate is None else None
 
     def __getitems__(self, request: MicroBatch) -> MicroBatch:
         """Called once per micro-batch by torch's DataLoader, with what the batch sampler yielded."""
@@ -82,14 +108,14 @@ class Seeded(Dataset[Any]):
                 return request._replace(batch=self.read(request.indices))
             except (Exception, SystemExit) as error:
                 what = f"reading samples {_listed(request.indices)} of {name} at once in epoch {request.epoch}"
-                raise SampleError(f"{what} failed: {told(error)}") from error
+                raise SampleError(f"{what} failed: {describe_error(error)}") from error
         samples = self.samples(request)
         try:
             return request._replace(batch=self.collated(samples))
         except (Exception, SystemExit) as error:
-            cure = shortage(error) or self._odd_one(request, samples)
-            what = f"making a batch of samples {_listed(request.indices)} of {name} failed: {told(error)}"
-            raise SampleError(f"{what}{cure}") from error
+            hint = resource_hint(error) or self._odd_one(request, samples)
+            what = f"making a batch of samples {_listed(request.indices)} of {name} failed: {describe_error(error)}"
+            raise SampleError(f"{what}{hint}") from error
 
     def collated(self, samples: list[Any]) -> Any:
         """The batch of some samples."""
@@ -104,16 +130,16 @@ class Seeded(Dataset[Any]):
                 samples.append(self.dataset[index])
             except (Exception, SystemExit) as error:
                 what = f"reading sample {index} of {dataset_name(self.dataset)} in epoch {request.epoch}"
-                raise SampleError(f"{what} failed: {told(error)}") from error
+                raise SampleError(f"{what} failed: {describe_error(error)}") from error
         return samples
 
     def _odd_one(self, request: MicroBatch, samples: list[Any]) -> str:
-        """Names a sample that is none, else the first that doesn't go into a batch with the first one; and what to do."""
+        """Names the first sample that is None, else the first that can't be batched with the first one; and what to do."""
         for index, sample in zip(request.indices, samples):
             if sample is None:
                 return (
-                    f"; sample {index} is None: let the dataset hold only samples that are there (torch.utils.data.Subset), "
-                    f"or name a function in data.collate that drops them"
+                    f"; sample {index} is None: leave missing samples out of the dataset (torch.utils.data.Subset), or name "
+                    f"a function in data.collate that drops them"
                 )
         odd = ""
         for index, sample in zip(request.indices[1:], samples[1:]):
@@ -123,13 +149,13 @@ class Seeded(Dataset[Any]):
                 odd = f" (samples {request.indices[0]} and {index} alone: {error})"
                 break
         return (
-            f"{odd}; samples must be alike (resize, pad), and hold tensors, arrays, numbers, strings, lists or dicts (of an "
-            f"image torchvision.transforms.v2.functional.to_image makes a tensor); or name a function in data.collate"
+            f"{odd}; samples must be alike (resize, pad), and hold tensors, arrays, numbers, strings, lists or dicts "
+            f"(torchvision.transforms.v2.functional.to_image makes a tensor of an image); or name a function in data.collate"
         )
 
 
 def _listed(indices: np.ndarray) -> str:
-    shown = ", ".join(str(index) for index in indices[:8])
+    shown = ", ".join(map(str, indices[:8]))
     return f"{shown}, ... ({len(indices)} in all)" if len(indices) > 8 else shown
 
 

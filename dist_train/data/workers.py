@@ -1,4 +1,4 @@
-"""Loader workers: how many, and how to start and stop them so that no signal meant for the run kills one."""
+"""Loader workers: how many, how to start and stop them so that no signal meant for the run kills one, what they can see."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from multiprocessing import context, popen_fork, queues, resource_tracker
 from typing import Any
 
+import torch
 from torch._utils import ExceptionWrapper
+from torch.utils.data._utils import worker as torch_worker
 
-from dist_train.data.errors import DataError, shortage
-from dist_train.data.passes import is_stream, shards_itself
+from dist_train.data.errors import DataError, resource_hint
 from dist_train.data.reading import Collate, batch_reader
+from dist_train.data.stream import can_shard, is_stream
 from dist_train.runtime.world import usable_cpus
 
 # Sent to whole process groups by terminals, torchrun and Slurm, to ask for a clean stop. A worker that died of one
@@ -34,22 +37,25 @@ def resolve_workers(setting: int | str, dataset: Any, *, collate: Collate | None
     """Worker processes for one rank: the number that was asked for, or for "auto" a fair share of this node's CPUs.
 
     "auto" is 0 for datasets that read whole batches (a worker would only add copying) and where a rank has less than
-    three CPUs (workers would take turns with the training process); 1 for streams of which every worker reads all.
+    three CPUs (workers would compete with the training process); 1 for streams of which every worker reads all.
     """
-    mine = usable_cpus() // max(1, local_ranks)
+    cpus = usable_cpus() // max(1, local_ranks)
     if setting != "auto":
-        most = max(64, 16 * mine)
+        most = max(64, 16 * cpus)
         if int(setting) > most:
             raise DataError(
-                f"data.num_workers: expected at most {most} (16 for each of the {max(1, mine)} CPUs that a rank has here, or "
+                f"data.num_workers: expected at most {most} (16 for each of the {max(1, cpus)} CPUs that a rank has here, or "
                 f"64), found {setting}: each is a process that imports torch; auto chooses by the CPUs"
             )
         return int(setting)
-    if mine < 3 or (collate is None and batch_reader(dataset) is not None):
+    if cpus < 3 or (collate is None and batch_reader(dataset) is not None):
         return 0
-    if is_stream(dataset) and not shards_itself(dataset):
+    if is_stream(dataset) and not can_shard(dataset):
         return 1
-    return min(mine - 1, _MOST_WORKERS)
+    return min(cpus - 1, _MOST_WORKERS)
+
+
+# --- starting --------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -77,27 +83,25 @@ _BIRTH_SECONDS = 5.0
 
 def context_for(method: str) -> context.BaseContext:
     """What a DataLoader takes as `multiprocessing_context` for `data.worker_start_method`."""
-    name = multiprocessing.get_start_method() if method == "auto" else method
-    if name == "fork":
-        return SureFork() if _FORKS_MAY_HANG else _Fork()
-    return _Spawn() if name == "spawn" else _ForkServer()
+    made: Any = type(multiprocessing.get_context(None if method == "auto" else method))()
+    made.Queue = partial(_ReportingQueue, ctx=made)
+    if _FORKS_MAY_HANG and made.get_start_method() == "fork":
+        made.Process = _ConfirmedProcess
+    return made  # type: ignore[no-any-return]
 
 
-class _TellingQueue(queues.Queue):  # type: ignore[type-arg]  # not subscriptable when it runs
-    """A queue that sends word of what it couldn't send: multiprocessing's prints it, and the reader waits for ever."""
+class _ReportingQueue(queues.Queue):  # type: ignore[type-arg]  # not subscriptable when it runs
+    """A queue that reports what it couldn't send: multiprocessing's only prints it, and the reader waits forever."""
 
     def _on_queue_feeder_error(self, error: BaseException, item: Any) -> None:
-        told = DataError(f"a loader worker couldn't send a batch: {type(error).__name__}: {error}{shortage(error)}")
+        failed = DataError(
+            f"a loader worker couldn't send a batch: {type(error).__name__}: {error}{resource_hint(error)}"
+        )
         # torch's worker puts (number of the batch, batch)
-        self.put((item[0], ExceptionWrapper((type(told), told, None), where="in a loader worker")))
+        self.put((item[0], ExceptionWrapper((type(failed), failed, None), where="in a loader worker")))
 
 
-class _Telling:
-    def Queue(self, maxsize: int = 0) -> Any:  # noqa: N802
-        return _TellingQueue(maxsize, ctx=self)
-
-
-class _Process(context.ForkProcess):
+class _ConfirmedProcess(context.ForkProcess):
     """A forked process that is forked again when its interpreter doesn't run within 5 s."""
 
     @staticmethod
@@ -121,24 +125,6 @@ class _Process(context.ForkProcess):
         return super()._bootstrap(parent_sentinel)  # type: ignore[misc]
 
 
-class _Fork(_Telling, context.ForkContext):
-    pass
-
-
-class _Spawn(_Telling, context.SpawnContext):
-    pass
-
-
-class _ForkServer(_Telling, context.ForkServerContext):
-    pass
-
-
-class SureFork(_Fork):
-    """multiprocessing's fork, whose children are known to run when `start` returns."""
-
-    Process = _Process
-
-
 def init_worker(worker: int) -> None:
     """The `worker_init_fn`: the run's signals stay blocked, and the worker ends when its parent does.
 
@@ -146,7 +132,7 @@ def init_worker(worker: int) -> None:
     parent behind a fork server, and all of them during a long read.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, RUN_SIGNALS)  # as they are, unless a fork server was running before
-    gc.freeze()  # what the parent had is nothing to collect, and looking at it would copy its memory
+    gc.freeze()  # the parent's objects are no garbage, and inspecting them would copy their memory
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
@@ -157,20 +143,20 @@ def _end_with(parent: Any) -> None:
     os._exit(1)
 
 
-def how_ended(iterator: Any) -> str:
-    """`pid 12 was killed by SIGKILL`, of the workers of a DataLoader iterator that have ended, once one has; "" if none does."""
+# --- ending ----------------------------------------------------------------------------------------------------------
+
+
+def exit_causes(iterator: Any) -> str:
+    """`pid 12 was killed by SIGKILL`, of the workers of a DataLoader iterator that ended within a second; "" if none did."""
     until = time.monotonic() + 1.0
     while time.monotonic() < until:
-        with contextlib.suppress(
-            RuntimeError
-        ):  # torch's SIGCHLD handler raises at any place for a worker that was killed
-            ended = [(worker.pid, worker.exitcode) for worker in iterator._workers if worker.exitcode is not None]
-            if ended:
+        with contextlib.suppress(RuntimeError):  # raised anywhere by torch's SIGCHLD handler after a worker was killed
+            if ended := [worker for worker in iterator._workers if worker.exitcode is not None]:
                 return ", ".join(
-                    f"pid {pid} was killed by {signal.Signals(-code).name}"
-                    if code < 0
-                    else f"pid {pid} left with code {code}"
-                    for pid, code in ended
+                    f"pid {worker.pid} was killed by {signal.Signals(-worker.exitcode).name}"
+                    if worker.exitcode < 0
+                    else f"pid {worker.pid} left with code {worker.exitcode}"
+                    for worker in ended
                 )
             time.sleep(0.02)
     return ""
@@ -180,7 +166,7 @@ def stop_workers(iterator: Any) -> None:
     """End the workers of a DataLoader iterator now: asked first, killed after three seconds."""
     workers: list[multiprocessing.process.BaseProcess] = list(getattr(iterator, "_workers", []))
     while workers:
-        with contextlib.suppress(RuntimeError):  # as in `how_ended`, once for each loader: then again
+        with contextlib.suppress(RuntimeError):  # as in `exit_causes`, once for each loader: then again
             _stop(iterator, workers)
             return
 
@@ -200,3 +186,40 @@ def _stop(iterator: Any, workers: list[multiprocessing.process.BaseProcess]) -> 
         kill()
     for worker in workers:
         worker.join()
+
+
+# --- what they can see -----------------------------------------------------------------------------------------------
+
+# Where launchers (torchrun, accelerate, Slurm, MPI) and webdataset say who a process is among how many.
+_PLACEMENT = {
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE",
+    "NODE_RANK", "WORKER", "NUM_WORKERS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_NTASKS", "SLURM_NPROCS",
+    "SLURM_STEP_NUM_TASKS",
+}  # fmt: skip
+_PLACEMENT_PREFIXES = ("OMPI_COMM_WORLD_", "PMI_", "PMIX_", "MV2_COMM_WORLD_")
+
+_hidden: Any = None  # what get_worker_info gave before
+
+
+def hide_rank() -> None:
+    """Hide worker and rank for the rest of this process, so that no stream splits itself by them.
+
+    That is `get_worker_info`, the launcher's variables and `torch.distributed`.
+    """
+    global _hidden
+    _hidden = _hidden or torch_worker._worker_info
+    torch_worker._worker_info = None
+    for name in [name for name in os.environ if name in _PLACEMENT or name.startswith(_PLACEMENT_PREFIXES)]:
+        del os.environ[name]
+    if torch.distributed.is_available():
+        torch.distributed.GroupMember.WORLD = None  # inherited by fork, and of no use here
+
+
+@contextlib.contextmanager
+def worker_visible() -> Iterator[None]:
+    """`get_worker_info` as torch has set it."""
+    hidden, torch_worker._worker_info = torch_worker._worker_info, torch_worker._worker_info or _hidden
+    try:
+        yield
+    finally:
+        torch_worker._worker_info = hidden

@@ -13,14 +13,14 @@ from torch.utils.data import default_collate
 from dist_train.checkpoint.store import find_at
 from dist_train.config.components import build_callable, is_spec
 from dist_train.config.fields import Duration
-from dist_train.data.passes import is_stream
+from dist_train.data.stream import is_stream
 from dist_train.run.start import train_in
 from dist_train.text import format_bytes
 from dist_train.tracking.console import Console
 from dist_train.tracking.records import read_rows
 from dist_train.training.model import build_model_parts
 from dist_train.training.parts import Parts
-from dist_train.training.prepare import build_dataset, reading_of
+from dist_train.training.prepare import build_dataset, loader_options
 from dist_train.training.unsaved import unsaved_state
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def run(config: Config, world: World, where: Path) -> tuple[list[str], str]:
 
 
 def _unsaved(trained: Parts, config: Config, world: World, where: Path) -> str:
-    dataset, collate = trained.datasets["train"], reading_of(config, world).collate or default_collate
+    dataset, collate = trained.datasets["train"], loader_options(config, world).collate or default_collate
     some = list(itertools.islice(iter(dataset), SAMPLES)) if is_stream(dataset) else []
     some = some or [dataset[index] for index in range(min(SAMPLES, len(dataset)))]
     found = find_at(str(where / "dry_run"))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from dist_train.config.fields import live_objects
-from dist_train.data.survey import content_digest
+from dist_train.data.digest import content_digest
 from dist_train.runtime.seeding import seed_sample, undisturbed_generators
 
 if TYPE_CHECKING:

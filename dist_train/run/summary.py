@@ -13,7 +13,7 @@ from torch.utils.data import default_collate
 import dist_train
 from dist_train.config.components import build_callable
 from dist_train.config.fields import to_json
-from dist_train.data.passes import is_stream, stream_length
+from dist_train.data.stream import is_stream, stream_length
 from dist_train.models.layers import layer_table, output_shapes
 from dist_train.text import format_seconds
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from dist_train.config.components import build, build_callable
 from dist_train.config.errors import ConfigError
-from dist_train.data.plan import Plan, parts, smallest_part
+from dist_train.data.plan import Plan, micro_slices
 from dist_train.models.layers import begin_training
 from dist_train.runtime.seeding import seed_everything
 from dist_train.step.modules import Modules
@@ -181,12 +181,12 @@ def check_batchnorm(built: ModelParts, plan: Plan, micro: int) -> None:
         _check_equal_counts(plan, world_size, micro)
     if not any(isinstance(module, _BATCHNORMS) and module.training for module in modules):
         return
-    if smallest_part(plan, world_size, micro) > 1:
+    if plan.smallest_micro_batch(world_size, micro) > 1:
         return
     good: list[str] = []
     for size in range(max(2, plan.global_batch_size - 8), min(plan.global_batch_size + 8, plan.length) + 1):
         candidate = Plan(plan.seed, plan.length, size, plan.shuffle, plan.drop_last)
-        if smallest_part(candidate, world_size, max(micro, 2)) > 1:
+        if candidate.smallest_micro_batch(world_size, max(micro, 2)) > 1:
             good.append(str(size))
     raise ConfigError.single(
         "data.global_batch_size",
@@ -199,7 +199,7 @@ def check_batchnorm(built: ModelParts, plan: Plan, micro: int) -> None:
 def _check_equal_counts(plan: Plan, world_size: int, micro: int) -> None:
     """SyncBatchNorm is a collective in every forward: with unequal numbers of forwards, ranks would wait forever."""
     for size in (plan.batch_samples(0), plan.batch_samples(plan.steps_per_epoch - 1)):
-        counts = [len(parts(size, rank, world_size, micro)) for rank in range(world_size)]
+        counts = [len(micro_slices(size, rank, world_size, micro)) for rank in range(world_size)]
         if len({*counts}) > 1:
             raise ConfigError.single(
                 "distributed.sync_batchnorm",

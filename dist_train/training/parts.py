@@ -27,12 +27,12 @@ from dist_train.training.callbacks import Callback
 from dist_train.training.due import StopWhen, in_steps
 from dist_train.training.evaluate import Evaluator
 from dist_train.training.model import ModelParts, build_model_parts, check_batchnorm, check_watched
-from dist_train.training.prepare import build_dataset, building, eval_loader, reading_of
+from dist_train.training.prepare import build_dataset, building, eval_loader, loader_options
 
 if TYPE_CHECKING:
     from dist_train.config.schema import Config
     from dist_train.data.loader import StepWork
-    from dist_train.data.sampler import MicroBatch
+    from dist_train.data.plan import MicroBatch
     from dist_train.runtime.world import World
 
 
@@ -103,9 +103,9 @@ def build_parts(
         steps = [build(spec) for spec in config.data.augment]
     augmentation = Augmentation(steps) if steps else None
     neighbours = augmentation.neighbours if augmentation is not None else 0
-    reading = reading_of(config, world)
+    options = loader_options(config, world)
     with building("data"):
-        train_loader = TrainLoader(datasets["train"], plan, reading, micro_batch_size=micro, neighbours=neighbours)
+        train_loader = TrainLoader(datasets["train"], plan, options, micro_batch_size=micro, neighbours=neighbours)
     held_out = {split: dataset for split, dataset in datasets.items() if split != "train"}
     eval_loaders = {split: eval_loader(config, world, dataset, split) for split, dataset in held_out.items()}
     optimizer = _optimizer(built)

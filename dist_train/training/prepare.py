@@ -17,8 +17,9 @@ from dist_train.config.components import build, build_callable, is_spec, locate,
 from dist_train.config.errors import ConfigError
 from dist_train.config.fields import expand_argument, expand_path
 from dist_train.data.errors import DataError
-from dist_train.data.loader import EvalLoader, Reading
-from dist_train.data.passes import is_stream
+from dist_train.data.loader import EvalLoader
+from dist_train.data.reading import LoaderOptions
+from dist_train.data.stream import is_stream
 from dist_train.files import StorageError
 from dist_train.models import transfer
 from dist_train.models.weights import is_folder, is_torchvision_name, read_file, read_torchvision
@@ -126,12 +127,12 @@ def missing_data(split: str, dataset: type, root: str | os.PathLike[str], error:
     return DataError(f"{text}; with a network, download: true fetches them; without one, copy them there")
 
 
-def reading_of(config: Config, world: World) -> Reading:
+def loader_options(config: Config, world: World) -> LoaderOptions:
     """How this rank reads its datasets."""
     with building("data.collate"):
         collate = build_callable(config.data.collate) if config.data.collate is not None else None
     place = (world.rank, world.size, world.placement.local_size)
-    return Reading(config.data, config.seed, world.device, *place, collate, world.all_gather)
+    return LoaderOptions(config.data, config.seed, world.device, *place, collate, world.all_gather)
 
 
 def eval_loader(config: Config, world: World, dataset: Any, split: str = "val") -> EvalLoader:
@@ -143,7 +144,7 @@ def eval_loader(config: Config, world: World, dataset: Any, split: str = "val") 
     if not is_stream(dataset) and hasattr(dataset, "__len__") and len(dataset) == 0:
         raise ConfigError.single(f"data.{split}", "expected at least 1 sample, found 0")
     with building(f"data.{split}"):
-        return EvalLoader(dataset, config.data.eval_batch_size, reading_of(config, world), split)
+        return EvalLoader(dataset, config.data.eval_batch_size, loader_options(config, world), split)
 
 
 def build_model(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dist_train.checkpoint.store import merit
 from dist_train.config.errors import ConfigError
-from dist_train.data.survey import content_digest
+from dist_train.data.digest import content_digest
 from dist_train.step.parameters import match_strides
 from dist_train.task.metrics import monitored
 from dist_train.training.callbacks import callback_states, load_callback_states

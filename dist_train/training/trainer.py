@@ -18,7 +18,7 @@ from dist_train.watch.status import CALLBACK, LOGGING, SAVING, SYNC, status
 
 if TYPE_CHECKING:
     from dist_train.data.loader import StepWork
-    from dist_train.data.sampler import MicroBatch
+    from dist_train.data.plan import MicroBatch
     from dist_train.training.parts import Parts
     from dist_train.training.rows import Outputs
     from dist_train.training.state import Progress

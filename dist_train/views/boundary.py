@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from dist_train.data.passes import is_stream
+from dist_train.data.stream import is_stream
 from dist_train.files import replacing
 from dist_train.task.batch import squeeze_column
 from dist_train.training.callbacks import Callback

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from dist_train.config.errors import ConfigError, visible
-from dist_train.data.passes import is_stream
 from dist_train.data.reading import attribute_of
+from dist_train.data.stream import is_stream
 from dist_train.runtime.rundir import RunDir
 from dist_train.runtime.seeding import seed_sample
 from dist_train.tracking.records import read_rows

@@ -21,7 +21,6 @@ from dist_train.data import (
 )
 from dist_train.data.augment import Augment, Augmentation, sample_keys
 from dist_train.data.plan import Plan
-from dist_train.data.sampler import requests
 
 CPU = torch.device("cpu")
 COLOUR = torch.rand(50, 3, 9, 12, generator=torch.Generator().manual_seed(0))
@@ -50,7 +49,7 @@ def over_ranks(augments: list[Augment], world_size: int, micro: int) -> tuple[Te
     made = [
         augmented(augments, request.indices)
         for rank in range(world_size)
-        for request in requests(plan, 1, rank, world_size, micro, k)
+        for request in plan.micro_batches(1, rank, world_size, micro, k)
     ]
     return torch.cat([inputs for inputs, _ in made]), torch.cat([targets for _, targets in made])
 

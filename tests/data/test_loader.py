@@ -13,16 +13,18 @@ from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
 from dist_train.config.schema import DataConfig
 from dist_train.data import DataError, Digits
 from dist_train.data.errors import SampleError
-from dist_train.data.loader import EvalLoader, Reading, TrainLoader
+from dist_train.data.loader import EvalLoader, TrainLoader
 from dist_train.data.plan import Plan
-from dist_train.data.reading import batch_reader
+from dist_train.data.reading import LoaderOptions, batch_reader
 
 CPU = torch.device("cpu")
 
 
-def reading(seed: int = 5, rank: int = 0, world_size: int = 1, collate: Any = None, **changes: Any) -> Reading:
+def reading(seed: int = 5, rank: int = 0, world_size: int = 1, collate: Any = None, **changes: Any) -> LoaderOptions:
     """What a rank reads by; `changes` are keys of the config's `data` section."""
-    return Reading(DataConfig(train=object(), **{"num_workers": 0, **changes}), seed, CPU, rank, world_size, 1, collate)
+    return LoaderOptions(
+        DataConfig(train=object(), **{"num_workers": 0, **changes}), seed, CPU, rank, world_size, 1, collate
+    )
 
 
 class Noisy(Dataset[Any]):
@@ -171,7 +173,7 @@ def test_a_step_left_early_does_not_shift_the_next_one() -> None:
         assert (micro.indices == work.indices[:2]).all()
 
 
-def test_workers_stay_over_epochs_unless_told_otherwise_and_are_gone_after_closing() -> None:
+def test_workers_stay_over_epochs_unless_configured_otherwise_and_are_gone_after_closing() -> None:
     for persistent, expected in [("auto", 1), (False, 2)]:
         loader = loader_of(Noisy(), num_workers=1, persistent_workers=persistent)
         pids = {int(m.batch[0][0, 3]) for work in loader.steps(0, 10) for m in work.micro_batches}
@@ -213,7 +215,7 @@ def test_samples_that_do_not_fit_into_a_batch_are_named() -> None:
 
 def test_a_hanging_dataset_is_an_error_after_the_timeout() -> None:
     loader = loader_of(Slow(), num_workers=1, timeout=1.0)
-    with pytest.raises(DataError, match=r"no batch came within data.timeout=1 s"):
+    with pytest.raises(DataError, match=r"no batch arrived within data.timeout=1 s"):
         read(loader, 1)
     began = time.monotonic()
     loader.close()
@@ -273,9 +275,9 @@ def test_evaluation_reads_every_sample_once_and_draws_the_same_each_time(world_s
         for rank in range(world_size):
             loader = EvalLoader(Noisy(), 6, reading(rank=rank, world_size=world_size, num_workers=num_workers))
             assert len(loader) <= loader.rounds == -(-7 // world_size)
-            for cut, (values, indices) in loader:
-                assert indices.tolist() == list(cut)
-                assert not set(cut) & set(found)
+            for samples, (values, indices) in loader:
+                assert indices.tolist() == list(samples)
+                assert not set(samples) & set(found)
                 found |= {index: row[:3] for index, row in zip(indices.tolist(), values.tolist())}
             loader.close()
         assert sorted(found) == list(range(40))
@@ -290,7 +292,7 @@ def test_evaluation_workers_are_kept_between_passes_even_after_one_left_early() 
     assert pids[0] == pids[1]
     loader.close()
     assert not os.path.exists(f"/proc/{pids[0].pop()}")
-    assert [cut.start for cut, _ in loader] == [0, 6, 12, 18, 24, 30, 36]
+    assert [samples.start for samples, _ in loader] == [0, 6, 12, 18, 24, 30, 36]
     loader.close()
 
 
@@ -312,7 +314,7 @@ class Kind:
 @pytest.mark.parametrize(
     ("odd", "message"),
     [
-        (None, r"sample 5 is None: let the dataset hold only samples that are there"),
+        (None, r"sample 5 is None: leave missing samples out of the dataset"),
         (object(), r"samples 0 and 5 alone: .*samples must be alike .* or name a function in data.collate"),
         (torch.zeros(3), r"samples 0 and 5 alone: .*equal size"),
         (StopIteration("done"), r"reading sample 5 of test_loader.Kind in epoch 0 failed: StopIteration: done"),
@@ -320,7 +322,7 @@ class Kind:
     ],
 )
 def test_a_sample_of_another_kind_is_named_with_what_to_do(odd: Any, message: str) -> None:
-    given = Reading(DataConfig(train=object(), num_workers=0), 0, torch.device("cpu"))
+    given = LoaderOptions(DataConfig(train=object(), num_workers=0), 0, torch.device("cpu"))
     loader = TrainLoader(Kind(odd), Plan(0, 48, 16, shuffle=False), given, micro_batch_size=16)
     with pytest.raises(SampleError, match=message):
         list(next(loader.steps(0, 3)).micro_batches)

@@ -6,8 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_train.data import DataError
-from dist_train.data.plan import EvalPlan, Plan, parts, share, smallest_part
-from dist_train.data.sampler import StepSampler, requests
+from dist_train.data.plan import EvalPlan, Plan, StepSampler, micro_slices, rank_slice
 
 
 @st.composite
@@ -32,7 +31,7 @@ def test_every_sample_of_an_epoch_is_read_exactly_once_over_any_ranks_micro_batc
             batch = plan.batch(step)
             seen = np.full(len(batch), -1)
             for rank in range(world):
-                mine = requests(plan, step, rank, world, micro)
+                mine = plan.micro_batches(step, rank, world, micro)
                 assert [r.last for r in mine] == [False] * (len(mine) - 1) + [True]
                 for request in mine:
                     assert (request.step, request.epoch) == (step, epoch)
@@ -102,34 +101,34 @@ def test_a_plan_without_a_step_says_what_to_do(arguments: tuple[int, int, int], 
 
 @given(n=st.integers(0, 500), world_size=st.integers(1, 16), micro=st.integers(1, 100))
 def test_shares_and_parts_cover_everything_and_differ_by_at_most_one(n: int, world_size: int, micro: int) -> None:
-    pieces = [share(n, rank, world_size) for rank in range(world_size)]
+    pieces = [rank_slice(n, rank, world_size) for rank in range(world_size)]
     assert [k for piece in pieces for k in range(n)[piece]] == list(range(n))
     sizes = [piece.stop - piece.start for piece in pieces]
     assert max(sizes) - min(sizes) <= 1
-    cut = parts(n, 0, 1, micro)
+    cut = micro_slices(n, 0, 1, micro)
     assert len(cut) == -(-n // micro)
     assert all(piece.stop - piece.start <= micro for piece in cut)
-    mine = [piece for rank in range(world_size) for piece in parts(n, rank, world_size, micro)]
+    mine = [piece for rank in range(world_size) for piece in micro_slices(n, rank, world_size, micro)]
     assert [k for piece in mine for k in range(n)[piece]] == list(range(n))
 
 
 def test_the_smallest_forward_is_found_in_the_last_batch_of_an_epoch() -> None:
     plan = Plan(0, 67, 32, drop_last=False)  # 32 + 32 + 3
-    assert smallest_part(plan, 1, 32) == 3
-    assert smallest_part(plan, 2, 32) == 1
-    assert smallest_part(plan, 4, 32) == 1
-    assert smallest_part(Plan(0, 67, 32), 4, 8) == 8
-    assert smallest_part(Plan(0, 67, 32), 4, 5) == 4
+    assert plan.smallest_micro_batch(1, 32) == 3
+    assert plan.smallest_micro_batch(2, 32) == 1
+    assert plan.smallest_micro_batch(4, 32) == 1
+    assert Plan(0, 67, 32).smallest_micro_batch(4, 8) == 8
+    assert Plan(0, 67, 32).smallest_micro_batch(4, 5) == 4
 
 
 @given(length=st.integers(1, 300), batch=st.integers(1, 64), world_size=st.integers(1, 8))
-def test_evaluation_cuts_cover_the_dataset_once_and_do_not_depend_on_the_world_size(
+def test_eval_batches_cover_the_dataset_once_and_do_not_depend_on_the_world_size(
     length: int, batch: int, world_size: int
 ) -> None:
     plan = EvalPlan(length, batch)
-    whole = plan.cuts(0, 1)
-    assert [k for cut in whole for k in cut] == list(range(length))
-    over_ranks = [cut for rank in range(world_size) for cut in plan.cuts(rank, world_size)]
+    whole = plan.batches(0, 1)
+    assert [k for batch in whole for k in batch] == list(range(length))
+    over_ranks = [cut for rank in range(world_size) for cut in plan.batches(rank, world_size)]
     assert sorted(over_ranks, key=lambda cut: cut.start) == whole
     assert len(plan) == len(whole)
 
@@ -156,11 +155,11 @@ def test_the_sampler_begins_in_the_middle_of_an_epoch_and_crosses_its_end() -> N
 
 def test_a_rank_without_samples_gets_the_first_two_of_the_batch_with_zero_weight() -> None:
     plan = Plan(0, 5, 3, shuffle=False, drop_last=False)
-    (request,) = requests(plan, 0, 3, 4, 8)
+    (request,) = plan.micro_batches(0, 3, 4, 8)
     assert request.zero_weight
     assert request.last
     assert request.indices.tolist() == [0, 1]
-    (alone,) = requests(Plan(0, 4, 3, shuffle=False, drop_last=False), 1, 1, 4, 8)
+    (alone,) = Plan(0, 4, 3, shuffle=False, drop_last=False).micro_batches(1, 1, 4, 8)
     assert alone.indices.tolist() == [3]
 
 
@@ -171,6 +170,6 @@ def test_neighbours_are_the_next_samples_of_the_global_batch_which_is_a_ring(
     plan = Plan(1, 40, 10)
     batch = plan.batch(2).tolist()
     for rank in range(world_size):
-        for request in requests(plan, 2, rank, world_size, micro, neighbours):
+        for request in plan.micro_batches(2, rank, world_size, micro, neighbours):
             expected = [batch[(request.position + k) % 10] for k in range(len(request.indices))]
             assert request.indices.tolist() == expected

@@ -17,9 +17,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 from dist_train.config.schema import DataConfig
 from dist_train.data import DataError
 from dist_train.data.errors import SampleError
-from dist_train.data.loader import EvalLoader, Reading, TrainLoader, build_plan
-from dist_train.data.passes import is_stream
+from dist_train.data.loader import EvalLoader, TrainLoader, build_plan
 from dist_train.data.plan import Plan
+from dist_train.data.reading import LoaderOptions
+from dist_train.data.stream import is_stream
 
 CPU = torch.device("cpu")
 
@@ -28,8 +29,8 @@ def config(**changes: Any) -> DataConfig:
     return DataConfig(train=object(), **{"global_batch_size": 8, "num_workers": 0, **changes})
 
 
-def reading(rank: int = 0, world_size: int = 1, num_workers: int = 0) -> Reading:
-    return Reading(config(num_workers=num_workers), 3, CPU, rank, world_size)
+def reading(rank: int = 0, world_size: int = 1, num_workers: int = 0) -> LoaderOptions:
+    return LoaderOptions(config(num_workers=num_workers), 3, CPU, rank, world_size)
 
 
 class Stream(IterableDataset[Any]):
@@ -175,7 +176,7 @@ class Buffered(Known):
         yield from (torch.tensor([number]) for number in held)
 
 
-def on_two_ranks(make: Callable[[int, Reading], Any]) -> list[Any]:
+def on_two_ranks(make: Callable[[int, LoaderOptions], Any]) -> list[Any]:
     """What `make(rank, reading)` returns or raises in two threads that exchange values as ranks do."""
     meet, values, answers = threading.Barrier(2), [[], []], [None, None]
 
@@ -186,7 +187,7 @@ def on_two_ranks(make: Callable[[int, Reading], Any]) -> list[Any]:
             return [given[len(values[number]) - 1] for given in values]
 
         try:
-            answers[number] = make(number, replace(reading(number, 2), gather=gather))
+            answers[number] = make(number, replace(reading(number, 2), all_gather=gather))
         except DataError as error:
             answers[number] = error
 
@@ -206,7 +207,9 @@ def test_a_stream_whose_readers_get_other_samples_is_refused_on_every_rank() -> 
             lambda rank, given, dataset=dataset: EvalLoader(dataset(rank), 4, given),
         ):
             for error in on_two_ranks(make):
-                assert re.search(r"gives other samples on rank 1 than on rank 0.*shard\(index, count\)", str(error))
+                assert re.search(
+                    r"returns different samples on rank 1 than on rank 0.*shard\(index, count\)", str(error)
+                )
 
     class Cut(Stream):  # as where one host's file isn't whole; shows behind the samples that are compared
         def __init__(self, rank: int) -> None:
@@ -217,13 +220,13 @@ def test_a_stream_whose_readers_get_other_samples_is_refused_on_every_rank() -> 
             return (torch.tensor([number]) for number in range(self.length))
 
     for error in on_two_ranks(lambda rank, given: EvalLoader(Cut(rank), 4, given)):
-        assert "gives other samples on rank 1" in str(error)
+        assert "returns different samples on rank 1" in str(error)
     both = on_two_ranks(lambda rank, given: TrainLoader(Built(0), plan, given, micro_batch_size=2))
     assert all(isinstance(loader, TrainLoader) for loader in both)
 
 
 @pytest.mark.parametrize(("world_size", "num_workers", "micro"), [(2, 0, 8), (3, 0, 1), (1, 2, 1), (2, 2, 1)])
-def test_parts_of_uneven_size_lose_no_sample_in_any_epoch_and_after_a_resume(
+def test_shards_of_uneven_size_lose_no_sample_in_any_epoch_and_after_a_resume(
     world_size: int, num_workers: int, micro: int
 ) -> None:
     plan = Plan(3, 20, 5, shuffle=False)
@@ -290,7 +293,7 @@ def test_the_state_of_a_stream_is_that_after_the_last_committed_step() -> None:
     assert "by reading forward" in loader_of(Buffered(sticky=True), plan).notes[0]
 
 
-def test_a_pass_over_parts_goes_on_with_as_many_readers_only() -> None:
+def test_a_pass_over_shards_resumes_with_as_many_readers_only() -> None:
     plan = Plan(3, 20, 4, shuffle=False)
     begun = loader_of(Sharding(), plan, num_workers=2, micro_batch_size=2).state_dict(lambda value: [value])
     other = loader_of(Sharding(), plan, num_workers=3, micro_batch_size=2)
@@ -341,12 +344,12 @@ def test_the_plan_of_a_stream_has_its_length_or_the_steps_that_were_asked_for() 
         build_plan(Known(), seed=3, config=whole)
 
 
-def test_what_a_stream_cannot_do_is_said() -> None:
+def test_what_a_stream_cannot_do_is_reported() -> None:
     assert is_stream(Stream())
     assert not is_stream(range(3))
     with pytest.raises(DataError, match=r"is an iterator, which can be read once only"):
         loader_of((row for row in Stream()), Plan(3, 20, 8, shuffle=False))
-    assert "resuming goes on by reading forward" in loader_of(Known(), Plan(3, 20, 8, shuffle=False)).notes[0]
+    assert "a run resumes by reading forward" in loader_of(Known(), Plan(3, 20, 8, shuffle=False)).notes[0]
     assert "depend on their number" in loader_of(Sharding(), Plan(3, 20, 8, shuffle=False), num_workers=2).notes[0]
     with pytest.raises(DataError, match=r"shuffling needs a map-style dataset; test_stream.Known is an Iterable"):
         loader_of(Known(), Plan(3, 20, 8))
@@ -392,7 +395,7 @@ def test_looking_at_a_stream_does_not_move_it() -> None:
     assert torch.cat(rows)[:, 0].tolist() == [*range(20), *range(20)]
 
 
-def test_training_says_that_a_pass_is_longer_than_its_length() -> None:
+def test_training_reports_a_pass_that_is_longer_than_its_length() -> None:
     with pytest.raises(DataError, match=r"Long: its __len__ says 19 samples, .* gave more than 19"):
         batches(Long, Plan(3, 19, 19, shuffle=False), 0, 1)
 
@@ -425,7 +428,7 @@ class Unseeded(OwnGenerator):
     shard = None  # type: ignore[assignment]
 
 
-def test_parts_of_a_stream_that_a_generator_shuffles_are_of_one_order() -> None:
+def test_shards_of_a_stream_that_a_generator_shuffles_are_of_one_order() -> None:
     rows = batches(Mixed, Plan(3, 20, 4, shuffle=False), 0, 10, world_size=2)
     for epoch in (rows[:5], rows[5:]):
         assert sorted(torch.cat(epoch)[:, 0].tolist()) == list(range(20))
@@ -433,12 +436,12 @@ def test_parts_of_a_stream_that_a_generator_shuffles_are_of_one_order() -> None:
 
 def test_a_stream_of_another_order_at_each_reading_is_refused_where_its_place_would_be_lost() -> None:
     plan = Plan(3, 20, 4, shuffle=False)
-    with pytest.raises(DataError, match=r"OwnGenerator gives other samples when it is read again"):
+    with pytest.raises(DataError, match=r"OwnGenerator returns different samples when it is read again"):
         loader_of(OwnGenerator(1), plan)
-    said = "each reading of this one gives other samples"
-    assert said in loader_of(Unseeded(1), plan).notes[0]
-    assert said not in loader_of(Known(), plan).notes[0]
+    warning = "each reading of this one returns different samples"
+    assert warning in loader_of(Unseeded(1), plan).notes[0]
+    assert warning not in loader_of(Known(), plan).notes[0]
     begun = loader_of(Unseeded(1), plan).state_dict(lambda value: [value])
     loader_of(Unseeded(1), plan).load_state_dict(begun, 3)
-    with pytest.raises(DataError, match=r"Unseeded gives other samples than when this run began"):
+    with pytest.raises(DataError, match=r"Unseeded returns different samples than when this run began"):
         loader_of(Unseeded(2), plan).load_state_dict(begun, 3)

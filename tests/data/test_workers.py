@@ -21,8 +21,9 @@ from torch.utils.data import IterableDataset
 from dist_train.config.schema import DataConfig
 from dist_train.data import DataError, Digits
 from dist_train.data.errors import SampleError
-from dist_train.data.loader import Reading, TrainLoader
+from dist_train.data.loader import TrainLoader
 from dist_train.data.plan import Plan
+from dist_train.data.reading import LoaderOptions
 from dist_train.data.workers import resolve_workers, run_signals_blocked
 from dist_train.runtime.world import usable_cpus
 from dist_train.watch.processes import raise_file_limit
@@ -170,7 +171,7 @@ class Tensors:
 
 def read_all(dataset: Any) -> None:
     config = DataConfig(train=object(), num_workers=2, prefetch_factor=8)
-    loader = TrainLoader(dataset, Plan(0, 16, 2), Reading(config, 0, torch.device("cpu")), micro_batch_size=2)
+    loader = TrainLoader(dataset, Plan(0, 16, 2), LoaderOptions(config, 0, torch.device("cpu")), micro_batch_size=2)
     try:
         for work in loader.steps(0, 8):
             list(work.micro_batches)

@@ -20,8 +20,9 @@ if __name__ == "__main__":  # as the engine does: handlers come first
 import torch
 
 import dist_train.data.loader
-from dist_train.data.loader import Reading, TrainLoader
+from dist_train.data.loader import TrainLoader
 from dist_train.data.plan import Plan
+from dist_train.data.reading import LoaderOptions
 from dist_train.data.workers import RUN_SIGNALS
 
 
@@ -44,7 +45,9 @@ def main(method: str, action: str) -> None:
 
     if action == "bare":
         dist_train.data.loader.run_signals_blocked = contextlib.nullcontext
-    reading = Reading(DataConfig(train=object(), num_workers=1, worker_start_method=method), 0, torch.device("cpu"))
+    reading = LoaderOptions(
+        DataConfig(train=object(), num_workers=1, worker_start_method=method), 0, torch.device("cpu")
+    )
     loader = TrainLoader(Items(action == "hang"), Plan(0, 80, 2), reading, micro_batch_size=2)
     for work in loader.steps():
         pids = {pid for m in work.micro_batches for pid in m.batch.tolist()}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from dist_train.data.augment import Augmentation
-from dist_train.data.plan import Plan, parts
+from dist_train.data.plan import Plan, micro_slices
 from dist_train.runtime.seeding import seed_forward, seed_sample
 
 CPU, INF = torch.device("cpu"), float("inf")
@@ -111,7 +111,7 @@ def plain_loop(config: dict[str, Any], ranks: int = 1) -> SimpleNamespace:
         buffers = before = clone(dict(model.named_buffers()))
         # 1. Each micro-batch; an augmentation that mixes samples reads the next ones of the global batch too.
         for rank in range(ranks):
-            for part in parts(n, rank, ranks, c.micro_batch_size):
+            for part in micro_slices(n, rank, ranks, c.micro_batch_size):
                 rows = indices.take(range(part.start, part.stop + augmentation.neighbours), mode="wrap")
                 batch = augmentation(read(c.train, rows, epoch), seed=c.seed, epoch=epoch, indices=rows)
                 seed_forward(c.seed, run.step, part.start, CPU)

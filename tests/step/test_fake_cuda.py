@@ -17,8 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_train.config.schema import TrainerConfig
 from dist_train.data.loader import StepWork
-from dist_train.data.plan import Plan
-from dist_train.data.sampler import MicroBatch
+from dist_train.data.plan import MicroBatch, Plan
 from dist_train.step.modules import Modules
 from dist_train.step.objective import Objective, SingleProcess
 from dist_train.step.optim import build_optimizer

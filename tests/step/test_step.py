@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from dist_train.config.errors import ConfigError
 from dist_train.config.schema import TrainerConfig
 from dist_train.data.loader import StepWork
-from dist_train.data.plan import Plan
-from dist_train.data.sampler import MicroBatch
+from dist_train.data.plan import MicroBatch, Plan
 from dist_train.schedules import WarmupCosine
 from dist_train.step.ema import EMA
 from dist_train.step.finite import FiniteGuard, NonFiniteError

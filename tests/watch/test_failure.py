@@ -20,8 +20,8 @@ from runs import environment
 
 from dist_train.config.schema import DistributedConfig
 from dist_train.data.errors import SampleError
-from dist_train.data.reading import Seeded
-from dist_train.data.sampler import MicroBatch
+from dist_train.data.plan import MicroBatch
+from dist_train.data.reading import SampleReader
 from dist_train.main import main
 from dist_train.runtime.launch import Placement
 from dist_train.runtime.world import open_world
@@ -75,7 +75,7 @@ def test_any_exception_of_a_dataset_is_reported_in_one_line() -> None:
         (ValueError("a\nb"), "a b"),
     ]
     for error, reported in [*lines, (EndlessError(), "EndlessError: x{2000}")]:
-        reader = Seeded(OneThatFails(error), 0)
+        reader = SampleReader(OneThatFails(error), 0)
         with pytest.raises(SampleError, match=rf"reading sample 4 .* failed: .*{reported} \(") as found:
             reader.samples(MicroBatch(0, 0, np.array([4]), 0, 1, True))
         assert len(failure.describe(found.value)["details"]) < 50_000

@@ -176,7 +176,7 @@ def in_reading(module: ModuleType) -> None:
                 die()
         return real(dataset, request)
 
-    around(module.Seeded, "__getitems__", read)  # type: ignore[attr-defined]
+    around(module.SampleReader, "__getitems__", read)  # type: ignore[attr-defined]
 
 
 PLACES = {

@@ -24,8 +24,9 @@ from torch.utils.data import TensorDataset
 
 from dist_train import train
 from dist_train.config.schema import DataConfig, DistributedConfig
-from dist_train.data.loader import Reading, TrainLoader
+from dist_train.data.loader import TrainLoader
 from dist_train.data.plan import Plan
+from dist_train.data.reading import LoaderOptions
 from dist_train.runtime.launch import read_placement
 from dist_train.runtime.world import World, open_world
 
@@ -69,7 +70,7 @@ def ours(world: World, form: int) -> Callable[[], object]:
     """Three steps of the engine."""
     net, plan = model(), Plan(0, BATCH, BATCH)
     step = stepper(world, form, net, nn.CrossEntropyLoss(weight=torch.ones(4)), 0.1, plan, clip_grad_norm=1.0)
-    reading = Reading(DataConfig(train=object(), num_workers=0), 0, world.device, world.rank, world.size)
+    reading = LoaderOptions(DataConfig(train=object(), num_workers=0), 0, world.device, world.rank, world.size)
     loader = TrainLoader(TensorDataset(INPUTS, LABELS), plan, reading, micro_batch_size=4)
     work = loader.steps(0, 9)
 

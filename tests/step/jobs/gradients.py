@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from dist_train.config.schema import DataConfig, DistributedConfig, TrainerConfig
-from dist_train.data.loader import Reading, TrainLoader
+from dist_train.data.loader import TrainLoader
 from dist_train.data.plan import Plan
+from dist_train.data.reading import LoaderOptions
 from dist_train.runtime.launch import read_placement
 from dist_train.runtime.world import World, open_world
 from dist_train.step.exchange import OneBucket
@@ -107,7 +108,7 @@ def gradient(
     """What the engine makes of it: SGD with lr 1 moves the weights by the gradient."""
     net = net or model()
     before = [parameter.detach().clone() for parameter in net.parameters()]
-    reading = Reading(DataConfig(train=object(), num_workers=0), 0, world.device, world.rank, world.size)
+    reading = LoaderOptions(DataConfig(train=object(), num_workers=0), 0, world.device, world.rank, world.size)
     dataset, plan = TensorDataset(INPUTS[:samples], targets[:samples]), Plan(0, samples, BATCH, drop_last=False)
     step = stepper(world, form, net, function, 1.0, plan)
     loader = TrainLoader(dataset, plan, reading, micro_batch_size=micro)
