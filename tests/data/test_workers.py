@@ -42,9 +42,9 @@ os.register_at_fork(after_in_child=hang_first)  # before the package's own
 import torch
 from dist_train.data import workers
 
-workers._BIRTH_SECONDS = 0.3
+workers._BIRTH_SECONDS, workers._FORKS_MAY_HANG = 0.3, True
 loader = torch.utils.data.DataLoader(
-    range(6), batch_size=2, num_workers=1, multiprocessing_context=workers.SureFork(), worker_init_fn=workers.init_worker
+    range(6), batch_size=2, num_workers=1, multiprocessing_context=workers.context_for("fork"), worker_init_fn=workers.init_worker
 )
 batches = [batch.tolist() for batch in loader]
 left = [str(path) for path in Path().glob("fork-*") if Path("/proc", path.name[5:]).exists()]
