@@ -243,7 +243,12 @@ def open_world(config: DistributedConfig, placement: Placement) -> Iterator[Worl
         device = pick_device(config.device, placement)
         torch.set_num_threads(_threads(config.threads, placement, device))
         if launchers is not None:
-            backend = _join_group(launchers, placement, device, timeout)
+            cuda = device.type == "cuda"
+            backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+            dist.init_process_group(
+                backend, store=launchers, rank=placement.rank, world_size=placement.size, timeout=timeout,
+                device_id=device if cuda else None,
+            )  # fmt: skip
         yield World(placement, device, own, backend, peers)
         peers.close()
     except BaseException as error:
@@ -258,18 +263,6 @@ def open_world(config: DistributedConfig, placement: Placement) -> Iterator[Worl
         signals.before_end(None)
         if backend is not None:
             dist.destroy_process_group()
-
-
-def _join_group(store: Any, placement: Placement, device: torch.device, timeout: timedelta) -> str:
-    import torch.distributed as dist
-
-    cuda = device.type == "cuda"
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    dist.init_process_group(
-        backend, store=store, rank=placement.rank, world_size=placement.size, timeout=timeout,
-        device_id=device if cuda else None,
-    )  # fmt: skip
-    return backend
 
 
 def _threads(choice: int | str, placement: Placement, device: torch.device) -> int:

@@ -56,8 +56,9 @@ class RunFacts:
 
 
 def _log_only(text: str, *values: object) -> None:
-    """Into the log file only: the terminal gets the summary, once."""
-    log.error(text, *values, extra={"shown": True})
+    """Into the log file only, if it is open: the terminal gets the summary, once."""
+    if log.hasHandlers():  # else Python prints it
+        log.error(text, *values, extra={"shown": True})
 
 
 class FailureExit:
