@@ -13,45 +13,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PrivateAttr
 
-from .fields import (
-    AtLeastZero,
-    Auto,
-    Component,
-    Count,
-    Decay,
-    Duration,
-    EpochsOrSteps,
-    Key,
-    Length,
-    Lengths,
-    Metric,
-    Name,
-    NonNegative,
-    Number,
-    Optimizer,
-    Patterns,
-    Positive,
-    Section,
-    Seed,
-    Text,
-    Time,
-    about,
-    consent,
-    expand_path,
-    harmless,
-    keyed,
-    live_objects,
-    plain,
-    refused,
-    walk,
-)
+from . import fields
+from .fields import Auto, Component, Count, Duration, Length, Section, Text, about, consent, harmless, refused
 from .source import COMMAND_LINE, DICT, Place, dump, nearest
 
 
 class RunConfig(Section):
     """The directory of the run. The same name and directory is the same run: starting it again resumes it."""
 
-    name: Name | None = harmless(
+    name: fields.Name | None = harmless(
         None,
         "The run's directory inside `run.dir`. `{time}`, `{job}` and any key, like `{optimizer.lr}`, are filled in; characters "
         "that a path can't hold are replaced, and a hash is appended; runs started in the same second are numbered. "
@@ -66,7 +36,7 @@ class RunConfig(Section):
     @property
     def place(self) -> str:
         """`dir` with the variables of the environment filled in."""
-        return expand_path(self.dir)
+        return fields.expand_path(self.dir)
 
     code_paths: list[Text] = harmless(
         [],
@@ -86,7 +56,7 @@ class DataConfig(Section):
     )
     shuffle: bool = refused(True, "Shuffle the training data each epoch, by seed and epoch. Never in evaluation.")
     eval_batch_size: Count = harmless(256, "Samples of one forward in evaluation, on one rank.")
-    num_workers: NonNegative | Auto = harmless(
+    num_workers: fields.NonNegative | Auto = harmless(
         "auto",
         "DataLoader workers of each rank. `auto`: none for a dataset that reads whole batches itself (`read_batch`) or "
         "where CPUs are few; else the CPUs available to this process, divided among the ranks of the machine.",
@@ -98,7 +68,7 @@ class DataConfig(Section):
     collate: Component | None = consent(None, "Makes a batch from a list of samples. null: torch's default_collate.")
     persistent_workers: bool | Auto = harmless("auto", "Keep workers over epochs. `auto`: where there are any.")
     prefetch_factor: Count | None = harmless(None, "Batches that each worker loads in advance. null: two.")
-    timeout: AtLeastZero = harmless(0.0, "Seconds to wait for a worker before failing; 0: no limit.")
+    timeout: fields.AtLeastZero = harmless(0.0, "Seconds to wait for a worker before failing; 0: no limit.")
     worker_start_method: Literal["auto", "fork", "spawn", "forkserver"] = harmless(
         "auto", "How workers are started. `auto`: Python's default."
     )
@@ -142,7 +112,7 @@ class TransferConfig(Section):
         ),
     ] = refused(None, about(HeadConfig))
     append: AppendConfig | None = refused(None, about(AppendConfig))
-    freeze: Patterns = consent(
+    freeze: fields.Patterns = consent(
         [],
         "Parameters that aren't trained: patterns of their names (`features.*`), of modules (`layer[1-3]`) or of classes "
         "(`BatchNorm2d`). Normalization layers whose parameters are all frozen keep their statistics too.",
@@ -156,10 +126,10 @@ class StopWhenConfig(Section):
     """Early stopping: at a threshold, and/or when a metric stops improving."""
 
     metric: Text = harmless(..., "The monitored metric, e.g. `val/accuracy` or `val/loss`.")
-    above: Number | None = harmless(None, "Stop once the metric is above this.")
-    below: Number | None = harmless(None, "Stop once the metric is below this.")
-    patience: EpochsOrSteps | None = harmless(None, "Stop when the metric hasn't improved for this long.")
-    min_delta: AtLeastZero = harmless(0.0, "With patience: a smaller change is no improvement.")
+    above: fields.Number | None = harmless(None, "Stop once the metric is above this.")
+    below: fields.Number | None = harmless(None, "Stop once the metric is below this.")
+    patience: fields.EpochsOrSteps | None = harmless(None, "Stop when the metric hasn't improved for this long.")
+    min_delta: fields.AtLeastZero = harmless(0.0, "With patience: a smaller change is no improvement.")
     mode: Literal["auto", "min", "max"] = harmless(
         "auto",
         "With patience: which direction is better. `auto`: min for names with loss, error, mae, mse, perplexity and the "
@@ -181,9 +151,9 @@ class TrainerConfig(Section):
         "auto",
         "Samples of one forward on one rank; the rest of its share is gradient accumulation. `auto`: the whole share.",
     )
-    clip_grad_norm: Positive | None = consent(None, "Scale the gradient down to at most this 2-norm.")
-    clip_grad_value: Positive | None = consent(None, "Clamp each gradient entry to [-value, value].")
-    ema_decay: Decay | None = consent(None, "Evaluate EMA weights (exponential moving average), with this decay.")
+    clip_grad_norm: fields.Positive | None = consent(None, "Scale the gradient down to at most this 2-norm.")
+    clip_grad_value: fields.Positive | None = consent(None, "Clamp each gradient entry to [-value, value].")
+    ema_decay: fields.Decay | None = consent(None, "Evaluate EMA weights (exponential moving average).")
     compile: bool = harmless(False, "Compile the model with torch.compile (dynamic=False).")
     channels_last: bool | Auto = harmless(
         "auto", "Memory format of 4-d inputs and weights. `auto`: on CUDA, for models with 2-d convolutions."
@@ -208,19 +178,19 @@ class DistributedConfig(Section):
     )
     sync_batchnorm: bool = consent(False, "BatchNorm statistics over all ranks (torch.nn.SyncBatchNorm; CUDA).")
     find_unused_parameters: bool = harmless(False, "For models that don't use all parameters in each forward; slower.")
-    bucket_mb: Positive = harmless(25.0, "MiB of gradients in one all-reduce.")
+    bucket_mb: fields.Positive = harmless(25.0, "MiB of gradients in one all-reduce.")
     threads: Count | Auto = harmless(
         "auto",
         "Intra-op threads of a process. `auto`: OMP_NUM_THREADS, else its share of the CPUs (one on CUDA).",
     )
     deterministic: bool | Auto = harmless("auto", "torch.use_deterministic_algorithms. `auto`: no.")
-    hang_timeout: Time = harmless(Duration(600.0, "s"), "A step or collective that takes longer ends the run.")
+    hang_timeout: fields.Time = harmless(Duration(600.0, "s"), "A step or collective that takes longer ends the run.")
 
 
 class CheckpointConfig(Section):
     """When checkpoints are saved, how many are kept, and how a run resumes."""
 
-    every: Lengths = harmless([Duration(1, "ep"), Duration(900.0, "s")], "When to save: one duration or several.")
+    every: fields.Lengths = harmless([Duration(1, "ep"), Duration(900.0, "s")], "When to save: one duration or more.")
     keep_last: Count = harmless(3, "How many of the newest checkpoints are kept.")
     keep_best: Text | None = harmless(
         "auto",
@@ -261,7 +231,7 @@ class ImagesConfig(Section):
 
     every: Length = harmless(Duration(1, "ep"), "How often; also before training (step 0) and when it is completed.")
     samples: Count = harmless(8, "How many samples are shown: the first of rank 0's batch.")
-    modules: Patterns = harmless(
+    modules: fields.Patterns = harmless(
         [],
         "Modules whose outputs are shown too: patterns of their names (`conv1`, `features.*`) or classes (`ReLU`). The "
         "channels of a sample are a grid of gray images, each from its minimum (black) to its maximum (white).",
@@ -297,7 +267,7 @@ class DebugConfig(Section):
 class Config(Section):
     """A training run. `_target_` names any class or function by its import path, with its arguments beside it."""
 
-    seed: Seed = refused(0, "The seed of everything random: weights, order, augmentation, dropout.")
+    seed: fields.Seed = refused(0, "The seed of everything random: weights, order, augmentation, dropout.")
     run: RunConfig = Field(default_factory=RunConfig, description=about(RunConfig))
     data: DataConfig = Field(description=about(DataConfig))
     model: Component = consent(..., "The nn.Module, with its constructor's arguments.")
@@ -317,8 +287,8 @@ class Config(Section):
     loss: Component | None = consent(
         None, "Class, function or factory; called with (output, target). Required without `task`."
     )
-    metrics: list[Metric] = harmless([], "Names of built-in metrics, or components (torchmetrics classes, say).")
-    optimizer: Optimizer = consent(
+    metrics: list[fields.Metric] = harmless([], "Names of built-in metrics, or components (torchmetrics classes, say).")
+    optimizer: fields.Optimizer = consent(
         ...,
         "Called with the parameters. Reserved key `groups`: a list of {match: name pattern or list of patterns, then "
         "the group's own options}, e.g. {match: 'head.*', lr: 0.1}; a parameter is in the first group that matches it. A "
@@ -342,7 +312,7 @@ class Config(Section):
     debug: DebugConfig = Field(default_factory=DebugConfig, description=about(DebugConfig))
 
     _source: str | None = PrivateAttr(default=None)
-    _places: dict[Key, Place] = PrivateAttr(default_factory=dict)
+    _places: dict[fields.Key, Place] = PrivateAttr(default_factory=dict)
 
     @property
     def source(self) -> str | None:
@@ -350,11 +320,11 @@ class Config(Section):
         return self._source
 
     @property
-    def places(self) -> dict[Key, Place]:
+    def places(self) -> dict[fields.Key, Place]:
         """Where each key was written, by its path (see `source.Place`)."""
         return self._places
 
-    def from_source(self, source: str | None, places: dict[Key, Place], name: str) -> Config:
+    def from_source(self, source: str | None, places: dict[fields.Key, Place], name: str) -> Config:
         """The same with its `places`, the run's name (by default the file's, else `name`) and absolute code paths."""
         name = self.run.name or (Path(source).stem if source is not None else name)
         paths = list(dict.fromkeys([os.path.abspath(os.path.dirname(source or "")), os.getcwd()]))
@@ -362,7 +332,9 @@ class Config(Section):
             written = nearest(places, ("run", "code_paths")).source
             origin = "" if written in (COMMAND_LINE, DICT) else os.path.dirname(written)
             with contextlib.suppress(ValueError):  # a variable that isn't set has been reported
-                paths = [os.path.abspath(os.path.join(origin, expand_path(path))) for path in self.run.code_paths]
+                paths = [
+                    os.path.abspath(os.path.join(origin, fields.expand_path(path))) for path in self.run.code_paths
+                ]
         run = self.run.model_copy(update={"name": name, "code_paths": paths})
         config = self.model_copy(update={"run": run})
         config._source, config._places = source, places
@@ -370,16 +342,16 @@ class Config(Section):
 
     def where(self, key: str) -> str:
         """Where a dotted key, or what holds it, was written: `file:line`, `command line` or `dict`."""
-        return str(nearest(self._places, keyed(key)))
+        return str(nearest(self._places, fields.keyed(key)))
 
     @property
     def has_live_objects(self) -> bool:
         """Whether some component is an object (or class) handed over from Python, which no file can name."""
-        return any(True for _ in live_objects(self))
+        return any(True for _ in fields.live_objects(self))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and scalars that YAML and JSON can hold; a live object is {"_live_": its class}."""
-        return {name: plain(value) for name, value in self}
+        return {name: fields.plain(value) for name, value in self}
 
     def to_yaml(self) -> str:
         """The resolved config as YAML; `load_config` reads it back to an equal config."""
@@ -396,4 +368,4 @@ class Config(Section):
         return value
 
 
-KEYS = dict(walk(Config))  # every dotted key of the schema, with its field
+KEYS = dict(fields.walk(Config))  # every dotted key of the schema, with its field

@@ -125,7 +125,8 @@ def diagnose(
     with open_world(distributed.model_copy(update={"hang_timeout": patience}), read_placement(os.environ)) as world:
         found = _diagnose(world, config, problem, min_bandwidth)
         if config is not None and source is not None:
-            found.checks += [_samples(world, config, split) for split in _splits(config)]
+            splits = [split for split in ("train", "val", "test") if getattr(config.data, split) is not None]
+            found.checks += [_samples(world, config, split) for split in splits]
             if world.is_main:  # a crash in the dry run ends the process
                 write(Diagnosis([*found.checks, Check("dry run", "FAIL", "it crashed")], found.ranks).to_json())
             found.checks.append(_dry_run(world, config))
@@ -244,10 +245,6 @@ def _network(world: World, floor: float | None) -> list[Check]:
 
 def _speed(value: float) -> str:
     return f"{format_bytes(value * 1e9)}/s"
-
-
-def _splits(config: Config) -> list[str]:
-    return [split for split in ("train", "val", "test") if getattr(config.data, split) is not None]
 
 
 def _samples(world: World, config: Config, split: str) -> Check:
