@@ -3,7 +3,7 @@
     torchrun --standalone --nproc_per_node=2 bench/exchange.py [--hidden 128]
 
 A step is a forward and a backward of 32 samples a process with one thread each, the reduction, and nothing more. The ways take
-turns; figures are medians over the turns, in milliseconds.
+turns; times are medians over the turns, in milliseconds.
 """
 
 from __future__ import annotations

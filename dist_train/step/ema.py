@@ -94,7 +94,6 @@ class OptimizerEMA(EMA):
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """See `EMA`."""
         optimizer: Any = self._optimizer()
         raw = {name: parameter.detach().clone() for name, parameter in self._weights.items()}
         optimizer.eval()

@@ -143,13 +143,11 @@ class OneBucket(SingleProcess):
         self.views = [_with_strides(part, parameter) for part, parameter in zip(parts, self.parameters, strict=True)]
 
     def forward_backward(self, batch: Any, *, scale: float, zero_weight: bool, last: bool) -> None:
-        """See `Reducer`."""
         if not zero_weight:
             super().forward_backward(batch, scale=scale, zero_weight=False, last=last)
 
     @torch.no_grad()
     def finish(self) -> tuple[Tensor, Tensor]:
-        """See `Reducer`."""
         status.phase = BACKWARD
         status.busy += time.perf_counter() - status.began  # from here on the ranks wait for each other
         if self._loss is None:
@@ -167,7 +165,6 @@ class OneBucket(SingleProcess):
         return loss, weight
 
     def close(self) -> None:
-        """See `Reducer`."""
         self.links.close()
 
     def _distances(self) -> list[int]:

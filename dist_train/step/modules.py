@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -69,7 +70,10 @@ class Modules(nn.Module):
         for name, other in others.items():
             self.add_module(name, other if isinstance(other, nn.Module) else _container(other, set(model.modules())))
         self._others = others
-        self._check_names()
+        for name, count in Counter(name for name, _ in self.named_parameters()).items():
+            if count > 1:
+                message = f"its parameter {name} has the same name as one of the model's; rename one of them"
+                raise ConfigError.single(name.partition(".")[0], message)
         self.buffers_at: list[Slot] = []
         self.numbers_at: list[Slot] = []
         self._memory = {p.untyped_storage()._cdata for p in self.parameters() if p.layout == torch.strided}
@@ -78,7 +82,9 @@ class Modules(nn.Module):
         for name, other in others.items():
             if not isinstance(other, nn.Module) and hasattr(other, "__dict__"):
                 self._collect(other, f"{name}.")
-        give_own_memory(self.buffers_at)
+        for slot in self.buffers_at:
+            if slot.value is not None and 0 in slot.value.stride():  # made by `expand`: its elements share memory
+                slot.value = slot.value.clone(memory_format=torch.contiguous_format)
         self._initial: dict[str, Fingerprint] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Modules:
@@ -188,14 +194,6 @@ class Modules(nn.Module):
         found = {name: _fingerprint(tensor) for name, tensor in self.task_state().items()}
         return found | {slot.name: _fingerprint(slot.value) for slot in self._slots}
 
-    def _check_names(self) -> None:
-        seen: set[str] = set()
-        for name, _ in self.named_parameters():
-            if name in seen:
-                message = f"its parameter {name} has the same name as one of the model's; rename one of them"
-                raise ConfigError.single(name.partition(".")[0], message)
-            seen.add(name)
-
     def _collect(self, owner: Any, prefix: str) -> None:
         if isinstance(owner, nn.Module):
             hidden = owner._non_persistent_buffers_set
@@ -239,7 +237,9 @@ class BufferSnapshot:
 
         Numbers, and tensors on the host, are left as they are in that case: the host doesn't know the outcome.
         """
-        if where is not None and any(_shape(slot.value) != _shape(buffer) for slot, buffer in self._buffers):
+        if where is not None and any(
+            getattr(slot.value, "shape", None) != getattr(buffer, "shape", None) for slot, buffer in self._buffers
+        ):
             if not where:  # a buffer has another size now: this does wait
                 return
             where = None
@@ -262,18 +262,6 @@ class BufferSnapshot:
 
 def _flat(tensors: Iterable[Tensor]) -> Tensor:
     return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
-
-
-def _shape(value: Tensor | None) -> Any:
-    return None if value is None else value.shape
-
-
-def give_own_memory(slots: list[Slot]) -> None:
-    """Copy buffers made by `expand`, whose elements share memory: they can't be written to."""
-    for slot in slots:
-        buffer = slot.value
-        if buffer is not None and any(n > 1 and s == 0 for n, s in zip(buffer.shape, buffer.stride(), strict=True)):
-            slot.value = buffer.clone(memory_format=torch.contiguous_format)
 
 
 def _is_mode(owner: Any, key: str) -> bool:

@@ -64,10 +64,9 @@ class SingleProcess:
         self._factor = (0.0, torch.empty(0))
 
     def warm_up(self, batch: Any, rewind: Callable[[], object]) -> None:
-        """Does nothing."""
+        pass
 
     def forward_backward(self, batch: Any, *, scale: float, zero_weight: bool, last: bool) -> None:
-        """See `Reducer`."""
         output = self.objective.forward(batch)
         loss, scaler = output.loss, self.objective.scaler
         status.phase = BACKWARD
@@ -84,13 +83,12 @@ class SingleProcess:
             self._loss, self._weight = self._loss.double() + loss, self._weight + output.weight
 
     def finish(self) -> tuple[Tensor, Tensor]:
-        """See `Reducer`."""
         assert self._loss is not None
         loss, weight, self._loss = self._loss, self._weight, None
         return loss, weight if isinstance(weight, Tensor) else torch.full_like(loss, weight, dtype=torch.float64)
 
     def close(self) -> None:
-        """Does nothing."""
+        pass
 
 
 def check_all_used(trained: Mapping[str, nn.Parameter]) -> None:

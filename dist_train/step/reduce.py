@@ -134,7 +134,7 @@ class DataParallel:
             parameter.grad = None
 
     def forward_backward(self, batch: Any, *, scale: float, zero_weight: bool, last: bool) -> None:
-        """See `Reducer`; gradients are reduced with the last micro-batch only."""
+        # gradients are reduced with the last micro-batch only
         with contextlib.nullcontext() if last else self.ddp.no_sync():
             loss = self.ddp(batch, scale, zero_weight)
             status.phase = BACKWARD
@@ -143,7 +143,6 @@ class DataParallel:
             loss.backward()
 
     def finish(self) -> tuple[Tensor, Tensor]:
-        """See `Reducer`."""
         reported = self.objective.report.grad
         assert reported is not None
         weight, loss = reported.clone().unbind()  # the gradient itself is a view into a bucket
@@ -151,7 +150,6 @@ class DataParallel:
         return loss, weight
 
     def close(self) -> None:
-        """See `Reducer`."""
         del self.ddp, self.objective, self.trained
 
 

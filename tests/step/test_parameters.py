@@ -78,7 +78,7 @@ def test_unusual_parameters_train_as_in_plain_torch(name: str, tmp_path: Path) -
     plain = make()
     kind = getattr(torch.optim, optimizer["_target_"].rpartition(".")[2])
     reference = kind(plain.parameters(), **{key: value for key, value in optimizer.items() if key != "_target_"})
-    for steps in (2, 3):  # and goes on from its own checkpoint
+    for steps in (2, 3):  # and resumes from its own checkpoint
         dist_train.train(
             {
                 "data": {"train": TensorDataset(WORDS, LABELS), "global_batch_size": "all", "shuffle": False},
@@ -119,7 +119,7 @@ def tied_by_memory() -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("make", "told"),
+    ("make", "message"),
     [
         (lambda: nn.Sequential(nn.LazyLinear(2)), "0.weight has no shape yet"),
         (lambda: torch.compile(nn.Linear(2, 2), backend="eager"), "trainer.compile=true"),
@@ -127,14 +127,14 @@ def tied_by_memory() -> nn.Module:
         (tied_by_memory, "0.weight and 1.weight: elements of it share memory"),
     ],
 )
-def test_models_that_cannot_be_trained_are_refused(make: Any, told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_models_that_cannot_be_trained_are_refused(make: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         check_parameters(make())
     check_parameters(nn.Sequential(nn.Linear(3, 3), nn.Conv2d(1, 2, 3).to(memory_format=torch.channels_last), Gaps()))
 
 
 @pytest.mark.parametrize(
-    ("model", "optimizer", "where", "told"),
+    ("model", "optimizer", "where", "message"),
     [
         (nn.Linear(2, 2), {"_target_": torch.optim.LBFGS}, {}, "LBFGS.step needs a closure"),
         (nn.Linear(2, 2), {"_target_": Closure}, {}, "Closure.step needs a closure"),
@@ -154,21 +154,21 @@ def test_models_that_cannot_be_trained_are_refused(make: Any, told: str) -> None
     ],
 )
 def test_optimizers_that_cannot_train_a_model_are_refused(
-    model: nn.Module, optimizer: Any, where: Any, told: str
+    model: nn.Module, optimizer: Any, where: Any, message: str
 ) -> None:
     own = dict(optimizer)
     made = own.pop("_target_")(model.parameters(), **own)
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         check_optimizer(made, model, **{"device": CPU, "world_size": 1, "skips": False, "scaled": False, **where})
 
 
-def test_an_average_of_half_precision_weights_is_refused() -> None:
+def test_ema_of_half_precision_weights_is_refused() -> None:
     with pytest.raises(ConfigError, match="is bfloat16, whose few digits"):
         EMA(Words(False, torch.bfloat16), 0.999)
 
 
-def test_a_state_that_was_saved_in_another_layout_is_laid_out_as_the_parameters_are() -> None:
-    """channels_last on the GPU, say, and not where the run goes on: fused kernels would mix the elements up."""
+def test_a_state_saved_with_other_strides_takes_those_of_the_parameters() -> None:
+    """channels_last on the GPU, say, and not where the run is resumed: fused kernels would mix up the elements."""
     results = []
     for fused in (True, False):
         torch.manual_seed(0)
@@ -192,13 +192,13 @@ def test_a_state_that_was_saved_in_another_layout_is_laid_out_as_the_parameters_
 
 
 class Ranks:
-    """A world of which each rank says one thing."""
+    """A world in which each rank has one value."""
 
-    def __init__(self, *said: list[str]):
-        self.said, self.device = said, CPU
+    def __init__(self, *gathered: list[str]):
+        self.gathered, self.device = gathered, CPU
 
     def all_gather(self, mine: Any) -> list[list[str]]:
-        return list(self.said)
+        return list(self.gathered)
 
 
 def test_the_ranks_agree_on_the_least_precision_of_their_devices() -> None:
@@ -242,7 +242,7 @@ def test_channels_last_is_for_four_dimensions(tmp_path: Path) -> None:
 
 
 def test_synced_batchnorm_with_unequal_numbers_of_forwards_is_refused(tmp_path: Path) -> None:
-    """24 samples leave two for the last step, one a rank, and 8 leave two as well; of 9, one rank gets five and cuts them."""
+    """24 samples leave two for the last step, one a rank, and 8 leave two as well; of 9, one rank gets five and splits them."""
     for size, drop_last in ((8, True), (8, False), (24, False)):
         check_batches(tmp_path, size, drop_last)
     with pytest.raises(ConfigError, match="of a step of 9 samples the 2 ranks run 2, 1 micro-batches of at most 4"):

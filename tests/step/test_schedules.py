@@ -234,8 +234,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_could_be_another_lr_than_meant_is_refused(name: str) -> None:
-    spec, said = REFUSED[name]
-    with pytest.raises(ConfigError, match=said):
+    spec, message = REFUSED[name]
+    with pytest.raises(ConfigError, match=message):
         Schedule(spec, an_optimizer(), SPAN, LOSS)
 
 
@@ -271,11 +271,11 @@ def test_schedulers_inside_others_are_checked_like_those_outside() -> None:
             "scheduler": {"_target_": L + "ChainedScheduler", "schedulers": inner},
         }
     )
-    told = " ".join(str(problem) for problem in check_components(config))
-    assert "gama; did you mean gamma" in told
-    assert "StepLR gets optimizer twice" in told
-    assert "StepLR requires step_size" in told
-    assert "LinearLR" not in told
+    problems = " ".join(str(problem) for problem in check_components(config))
+    assert "gama; did you mean gamma" in problems
+    assert "StepLR gets optimizer twice" in problems
+    assert "StepLR requires step_size" in problems
+    assert "LinearLR" not in problems
 
 
 def test_a_longer_run_is_refused_where_its_schedule_is_over_and_nothing_is_written(tmp_path: Path) -> None:

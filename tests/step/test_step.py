@@ -103,7 +103,7 @@ def test_inf_and_nan_end_the_run_before_the_update_and_are_named(bad: float) -> 
     assert torch.equal(layer.weight, before)
 
 
-def test_a_bad_step_can_be_left_out_and_is_counted() -> None:
+def test_a_bad_step_can_be_skipped_and_is_counted() -> None:
     layer, other = net(), net()
     step = stepper(layer, torch.optim.SGD(layer.parameters(), lr=0.1), on_nonfinite="skip")
     reference = stepper(other, torch.optim.SGD(other.parameters(), lr=0.1))
@@ -115,14 +115,14 @@ def test_a_bad_step_can_be_left_out_and_is_counted() -> None:
     reference(work(2), want_norm=False)
     assert torch.equal(layer.weight, other.weight)
     assert step.guard.skipped == 1
-    assert torch.equal(step.totals, reference.totals), "a step that was left out isn't in the mean"
+    assert torch.equal(step.totals, reference.totals), "a skipped step isn't in the mean"
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "Adam", "AdamW"])
-def test_findings_that_are_read_later_leave_the_update_out_and_name_the_step(
+def test_flags_that_are_read_later_skip_the_update_and_name_the_step(
     optimizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on CUDA, where nobody waits for the device; fused kernels on the CPU take the finding too."""
+    """As on CUDA, where nobody waits for the device; fused kernels on the CPU take the flag too."""
     monkeypatch.setattr("dist_train.step.finite.MAX_UNREAD", 4)
     layer, other = net(), net()
     steppers = []
@@ -151,14 +151,14 @@ def overflows_in_the_division(outputs: Tensor, targets: Tensor) -> tuple[Tensor,
 
 @pytest.mark.parametrize("on_host", [True, False])
 @pytest.mark.parametrize(
-    ("loss", "options", "told"),
+    ("loss", "options", "message"),
     [
         (overflows_in_the_division, {}, "weight"),
         (lambda o, t: (o.sum() * 1e25, 1.0), {"clip_grad_norm": 1.0}, "norm of the gra"),
     ],
 )
-def test_what_only_becomes_inf_behind_the_backward_is_found_before_the_update(
-    on_host: bool, loss: Any, options: Any, told: str
+def test_what_becomes_inf_only_after_the_backward_is_found_before_the_update(
+    on_host: bool, loss: Any, options: Any, message: str
 ) -> None:
     layer = net()
     made = build_optimizer({"_target_": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9}, layer, CPU)
@@ -170,16 +170,14 @@ def test_what_only_becomes_inf_behind_the_backward_is_found_before_the_update(
         step(work(0), want_norm=False)
         step.guard.read()
 
-    with pytest.raises(NonFiniteError, match=told if on_host else "the update was skipped"):
+    with pytest.raises(NonFiniteError, match=message if on_host else "the update was skipped"):
         run()
     assert torch.equal(layer.weight, before)
 
 
 @pytest.mark.parametrize(("precision", "on_host"), [("fp32", True), ("fp32", False), ("fp16", True), ("fp16", False)])
-def test_a_first_step_that_is_left_out_leaves_buffers_and_momentum_as_if_it_had_not_been(
-    precision: str, on_host: bool
-) -> None:
-    """Also where nobody reads the finding, as on CUDA: torch's fused SGD has no momentum yet then, only memory as it was."""
+def test_a_skipped_first_step_leaves_buffers_and_momentum_unchanged(precision: str, on_host: bool) -> None:
+    """Also where the flag isn't read, as on CUDA: torch's fused SGD has only uninitialized momentum then."""
     bad = INPUTS.clone()
     bad[0] = math.inf
     found = []

@@ -1,4 +1,4 @@
-"""A loss as (sum, weight): the quotient is torch's own mean, and bad shapes are told in words."""
+"""A loss as (sum, weight): the quotient is torch's own mean, and shapes that do not fit are errors."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_parts_add_up_to_the_whole(name: str) -> None:
     assert loss.exact is True
 
 
-def test_a_sum_is_a_sum_and_is_told_as_a_mean_over_samples() -> None:
+def test_a_sum_is_a_sum_and_is_logged_as_a_mean_over_samples() -> None:
     loss = Loss(nn.CrossEntropyLoss(reduction="sum"))
     total, weight = loss(LOGITS, LABELS.clamp(min=0))
     assert loss.summed
@@ -77,7 +77,7 @@ def test_a_sum_is_a_sum_and_is_told_as_a_mean_over_samples() -> None:
     torch.testing.assert_close(total, nn.functional.cross_entropy(LOGITS, LABELS.clamp(min=0), reduction="sum"))
 
 
-def test_ones_own_function_may_say_sum_and_weight_or_one_value_a_sample_or_a_mean() -> None:
+def test_ones_own_function_may_say_sum_and_weight_or_one_value_per_sample_or_a_mean() -> None:
     pair = Loss(lambda outputs, targets: ((outputs - targets).abs().sum(), 7.0))
     each = Loss(lambda outputs, targets: (outputs - targets).abs().mean(1))
     mean = Loss(lambda outputs, targets: (outputs - targets).abs().mean())
@@ -156,7 +156,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_does_not_fit_is_told(name: str) -> None:
+def test_what_does_not_fit_is_an_error(name: str) -> None:
     function, outputs, targets, message = BAD[name]
     with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)")):
         Loss(function)(outputs, targets)

@@ -1,4 +1,4 @@
-"""Metrics by parts come to what scikit-learn says of the whole."""
+"""Metrics by parts give what scikit-learn computes for the whole."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ REAL, GUESS = torch.randn(60, generator=GENERATOR), torch.randn(60, generator=GE
 YES = (REAL > 0).float()
 
 
-def figure(name: str, outputs: Tensor, targets: Tensor, loss: nn.Module | None = None) -> float:
+def value_of(name: str, outputs: Tensor, targets: Tensor, loss: nn.Module | None = None) -> float:
     (metric,) = build_metrics([name], Loss(loss) if loss is not None else None)
     assert metric.name == name
     parts = [slice(0, 1), slice(1, 30), slice(30, None)]
@@ -51,28 +51,28 @@ def figure(name: str, outputs: Tensor, targets: Tensor, loss: nn.Module | None =
         ("r2", GUESS, REAL, reference.r2_score(REAL.numpy(), GUESS.numpy())),
     ],
 )
-def test_parts_come_to_the_figure_of_the_whole(name: str, outputs: Tensor, targets: Tensor, expected: float) -> None:
-    assert figure(name, outputs, targets) == pytest.approx(float(expected), rel=1e-6)
+def test_parts_give_the_value_of_the_whole(name: str, outputs: Tensor, targets: Tensor, expected: float) -> None:
+    assert value_of(name, outputs, targets) == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_binary_accuracy_looks_at_the_sign_of_logits() -> None:
     expected = reference.accuracy_score(YES, GUESS > 0)
-    assert figure("binary_accuracy", GUESS, YES, nn.BCEWithLogitsLoss()) == expected
+    assert value_of("binary_accuracy", GUESS, YES, nn.BCEWithLogitsLoss()) == expected
     beyond_half = reference.accuracy_score(YES, GUESS > 0.5)
-    assert figure("binary_accuracy", GUESS, YES, nn.BCELoss()) == beyond_half != expected
+    assert value_of("binary_accuracy", GUESS, YES, nn.BCELoss()) == beyond_half != expected
 
 
 def test_ignored_labels_are_not_counted_and_mixed_ones_count_by_the_largest_share() -> None:
     ignored = LABELS.where(torch.arange(60) < 20, -100)
-    assert figure("accuracy", LOGITS, ignored) == reference.accuracy_score(LABELS[:20], LOGITS[:20].argmax(1))
+    assert value_of("accuracy", LOGITS, ignored) == reference.accuracy_score(LABELS[:20], LOGITS[:20].argmax(1))
     mixed = 0.6 * nn.functional.one_hot(LABELS, 9) + 0.4 / 9
-    assert figure("accuracy", LOGITS, mixed) == reference.accuracy_score(LABELS, LOGITS.argmax(1))
+    assert value_of("accuracy", LOGITS, mixed) == reference.accuracy_score(LABELS, LOGITS.argmax(1))
 
 
-@pytest.mark.parametrize(("name", "said"), [("accuracy", "binary_accuracy"), ("mae", "element by element")])
-def test_shapes_that_do_not_fit_are_told(name: str, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        figure(name, GUESS if name == "accuracy" else LOGITS, REAL)
+@pytest.mark.parametrize(("name", "message"), [("accuracy", "binary_accuracy"), ("mae", "element by element")])
+def test_shapes_that_do_not_fit_are_errors(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        value_of(name, GUESS if name == "accuracy" else LOGITS, REAL)
 
 
 def test_classes_of_torchmetrics_are_taken_alone_and_in_collections() -> None:
@@ -95,16 +95,16 @@ def test_classes_of_torchmetrics_are_taken_alone_and_in_collections() -> None:
 
 
 class Given(Metric):
-    """Gives what it is told to give."""
+    """Gives what it was made with."""
 
-    def __init__(self, name: str = "given", sums: Any = None, figure: float = 0.5):
-        self.name, self.gives, self.figure = name, sums, figure
+    def __init__(self, name: str = "given", sums: Any = None, value: float = 0.5):
+        self.name, self.gives, self.value = name, sums, value
 
     def sums(self, outputs: Tensor, targets: Any) -> Tensor:
         return torch.ones(2, dtype=torch.float64) if self.gives is None else self.gives(outputs, targets)
 
     def result(self, sums: Tensor) -> float:
-        return self.figure
+        return self.value
 
 
 MAE = {"_target_": "torchmetrics.regression.MeanAbsoluteError"}
@@ -119,13 +119,13 @@ MAE = {"_target_": "torchmetrics.regression.MeanAbsoluteError"}
         *(([Given(name)], name) for name in ("loss", "eval_samples", "raw_loss", "step")),
     ],
 )
-def test_two_figures_of_one_name_are_refused(specs: list[Any], name: str) -> None:
+def test_two_metrics_of_one_name_are_refused(specs: list[Any], name: str) -> None:
     with pytest.raises(ValueError, match=name):
         build_metrics(specs, None)
 
 
 @pytest.mark.parametrize(
-    ("gives", "said"),
+    ("gives", "message"),
     [
         (lambda o, t: torch.ones(3, dtype=torch.float64), r"metric given: .*shape \(2,\).*gave \(3,\)"),
         (lambda o, t: torch.ones(2), r"metric given: .*float64.*gave \(2,\) of torch.float32"),
@@ -133,8 +133,8 @@ def test_two_figures_of_one_name_are_refused(specs: list[Any], name: str) -> Non
         (lambda o, t: o["logits"], "metric given: "),
     ],
 )
-def test_a_metric_that_fails_or_gives_other_sums_is_named(gives: Any, said: str) -> None:
-    with pytest.raises(RuntimeError, match=said):
+def test_a_metric_that_fails_or_gives_other_sums_is_named(gives: Any, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
         sums_of(Given(sums=gives), GUESS, REAL)
     counts = sums_of(Given(sums=lambda o, t: torch.tensor([3, 2**53 - 1])), GUESS, REAL)
     assert counts.tolist() == [3, 2**53 - 1], "integers lose nothing"
@@ -150,7 +150,7 @@ def test_which_way_is_better_is_what_the_metric_says_and_else_its_name() -> None
     assert not is_lower_better("val/neg_mean_squared_error", [])
 
 
-def test_a_figure_that_is_no_number_is_never_the_best() -> None:
+def test_nan_is_never_the_best() -> None:
     nan = float("nan")
 
     def stopped_at(*values: float) -> int | None:
@@ -171,13 +171,13 @@ class Digit:
 
 def test_samples_are_counted_by_the_plan_ties_go_to_the_better_loss_and_json_stays_json(tmp_path: Path) -> None:
     """Losses of 6, 2, 2 and 5 at the same metric: the second evaluation is kept, and the third no better, so not saved."""
-    told = iter([6.0, 2.0, 2.0, 5.0])
+    losses = iter([6.0, 2.0, 2.0, 5.0])
     data = torch.utils.data.TensorDataset(torch.randn(10, 3, generator=GENERATOR), torch.zeros(10))
 
     class Loss(nn.Module):
         def forward(self, outputs: Tensor, targets: Digit) -> tuple[Tensor, int]:
             level = outputs.sum() * 0.0
-            return (level if self.training else level + next(told) * 10), 10
+            return (level if self.training else level + next(losses) * 10), 10
 
     result = dist_train.train(
         {
@@ -190,7 +190,7 @@ def test_samples_are_counted_by_the_plan_ties_go_to_the_better_loss_and_json_sta
             },
             "model": nn.Linear(3, 1),
             "loss": Loss(),
-            "metrics": [Given(), Given("never", figure=float("nan"))],
+            "metrics": [Given(), Given("never", value=float("nan"))],
             "optimizer": {"_target_": torch.optim.SGD, "lr": 0.1},
             "trainer": {"duration": "4ep"},
             "checkpoint": {"every": "4ep"},

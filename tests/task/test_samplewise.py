@@ -1,4 +1,4 @@
-"""A loss that compares samples with each other is found out on the first batch; one that is a sum over samples never is."""
+"""A loss that compares samples with each other is detected on the first batch; one that is a sum over samples never is."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def found(task: Any, batch: Any, model: nn.Module | None = None) -> bool:
     ("loss", "targets"),
     [(contrast, REAL), (vicreg, REAL), (triplet, Y), (lambda o, y: functional.cross_entropy(o, y, weight=WEIGHTS), Y)],
 )
-def test_losses_across_samples_and_means_by_another_weight_are_found_out(loss: Any, targets: Tensor) -> None:
+def test_losses_across_samples_and_means_by_another_weight_are_detected(loss: Any, targets: Tensor) -> None:
     assert found(Supervised(Loss(loss)), [X, targets])
 
 
@@ -122,12 +122,12 @@ def test_sums_over_samples_raise_no_alarm(loss: Any, targets: Any) -> None:
     assert not found(Supervised(Loss(loss)), [X, targets])
 
 
-def test_tasks_and_models_across_samples_are_found_out_too() -> None:
+def test_tasks_and_models_across_samples_are_detected_too() -> None:
     views = {"views": (X, X + 0.1)}
     assert found(Pairs(crossing=True), views)
     assert not found(Pairs(crossing=False), views)
     assert found(Supervised(Loss(nn.CrossEntropyLoss())), [X, torch.zeros(13, dtype=torch.long)], Clip())
-    assert not found(Pairs(crossing=True), {"views": (X, X, X)}), "what fails here fails in training, in words"
+    assert not found(Pairs(crossing=True), {"views": (X, X, X)}), "what fails here fails in training, with a message"
 
 
 def test_the_batch_is_left_as_it_is() -> None:
@@ -140,9 +140,9 @@ def test_the_batch_is_left_as_it_is() -> None:
     assert torch.equal(batch[1], REAL)
 
 
-@pytest.mark.parametrize(("micro", "said"), [(4, True), (16, False)])
-def test_it_is_said_where_a_step_is_cut(
-    micro: int, said: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("micro", "warned"), [(4, True), (16, False)])
+def test_a_warning_is_logged_where_a_step_is_split(
+    micro: int, warned: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = torch.utils.data.TensorDataset(torch.randn(16, 6), torch.randn(16, 3))
     dist_train.train(
@@ -157,4 +157,4 @@ def test_it_is_said_where_a_step_is_cut(
         }
     )
     out = " ".join("".join(capsys.readouterr()).split())
-    assert ("the loss contrast isn't a sum over samples: 4 of them at once give" in out) == said
+    assert ("the loss contrast isn't a sum over samples: 4 of them at once give" in out) == warned

@@ -124,7 +124,7 @@ def error(wanted: list[Tensor], got: list[Tensor]) -> float:
 
 
 def main() -> None:
-    """All cases, with 1, 2 and 4 micro-batches a rank; and a global batch that leaves ranks without a sample."""
+    """All cases, with 1, 2 and 4 micro-batches per rank; and a global batch that leaves ranks without a sample."""
     errors = {}
     with open_world(DistributedConfig(device="cpu"), read_placement(os.environ)) as world:
         share = -(-BATCH // world.size)
