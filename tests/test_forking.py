@@ -87,6 +87,25 @@ def test_what_is_read_at_the_start_of_a_process_makes_a_real_one(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
+    ("module", "why"),
+    [
+        ("threading", ""),
+        ("starts_a_thread", "a fork has none of its parent's threads"),
+        ("dist_train", "AssertionError"),
+    ],
+)
+def test_a_template_with_a_thread_or_with_something_of_ours_ends_at_once(tmp_path: Path, module: str, why: str) -> None:
+    (tmp_path / "starts_a_thread.py").write_text(
+        "import threading, time\nthreading.Thread(target=time.sleep, args=(1,)).start()"
+    )
+    code = f"import forking, socket\nforking.PRELOADED = ({module!r},)\nforking._main(socket.socketpair()[0].detach())"
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parent), environment()["PYTHONPATH"]])
+    command = [sys.executable, "-P", "-c", code]
+    done = subprocess.run(command, env=environment(PYTHONPATH=path), capture_output=True, text=True, timeout=60)
+    assert (done.returncode, why in done.stderr) == (int(bool(why)), True), done.stderr
+
+
+@pytest.mark.parametrize(
     ("code", "left_with"),
     [
         ("", 0), ("sys.exit()", 0), ("sys.exit(75)", 75), ("sys.exit('a reason')", 1), ("raise ValueError('one')", 1),
