@@ -1,4 +1,4 @@
-"""What is kept, what is deleted, and how failures of a save are told."""
+"""What is kept, what is deleted, and how failed saves are reported."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_an_unknown_name_is_an_error_that_lists_the_known_ones(storage: Storage,
 
 
 class Slow:
-    """Holds writing threads up until it is told to go on."""
+    """Holds up writing threads until `go` is set."""
 
     def __init__(self, storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
         self.reached, self.go = threading.Event(), threading.Event()
@@ -169,11 +169,11 @@ def test_a_failed_write_of_any_file_fails_the_save_and_names_the_file(
         save_and_poll(manager)
     monkeypatch.undo()
     assert storage.list() == ["step-00000001"]
-    save(manager, 3)  # it can go on
+    save(manager, 3)  # it can still be used
     assert steps(storage) == [1, 3]
 
 
-def test_an_error_in_the_middle_of_a_file_is_told_by_its_cause(
+def test_an_error_in_the_middle_of_a_file_is_reported_with_its_cause(
     tmp_path: Path, manager_at: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storage = open_storage(tmp_path)

@@ -25,7 +25,7 @@ def test_a_manifest_survives_its_bytes() -> None:
     assert Manifest.from_bytes(MANIFEST.to_bytes()) == MANIFEST
 
 
-def test_every_flipped_bit_is_damage() -> None:
+def test_every_flipped_bit_is_corruption() -> None:
     raw = MANIFEST.to_bytes()
     for position in range(len(raw) * 8):
         changed = bytearray(raw)
@@ -34,7 +34,7 @@ def test_every_flipped_bit_is_damage() -> None:
             Manifest.from_bytes(bytes(changed))
 
 
-def test_every_cut_is_damage() -> None:
+def test_every_truncation_is_corruption() -> None:
     raw = MANIFEST.to_bytes()
     for length in range(len(raw)):
         with pytest.raises(CorruptedError):
@@ -44,12 +44,12 @@ def test_every_cut_is_damage() -> None:
 @pytest.mark.parametrize(
     "raw", [b"", b"{}", b"[]", b"null", b"\x00" * 300, b"\xff\xfe", b"[" * 100_000, b'{"sha256": 1}']
 )
-def test_garbage_is_damage(raw: bytes) -> None:
+def test_garbage_is_corruption(raw: bytes) -> None:
     with pytest.raises(CorruptedError):
         Manifest.from_bytes(raw)
 
 
-def test_bytes_that_mean_the_same_are_damage() -> None:
+def test_other_bytes_of_the_same_meaning_are_corruption() -> None:
     raw = MANIFEST.to_bytes()
     for changed in (raw.replace(b"1e-07", b"1E-07"), raw.replace(b"\\u00df", b"\\u00DF"), raw + b" "):
         assert json.loads(changed) == json.loads(raw)
@@ -67,7 +67,7 @@ def test_a_newer_version_is_an_error_of_its_own() -> None:
 
 
 def signed(**changed: Any) -> bytes:
-    """A manifest with other fields (None takes one away) and the right hash, as a forger or a broken tool would leave it."""
+    """A manifest with other fields (None removes one) and the right hash, as a forger or a broken tool would write it."""
     content = json.loads(MANIFEST.to_bytes()) | changed
     content = {name: value for name, value in content.items() if value is not None and name != "sha256"}
     own = hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
@@ -88,13 +88,13 @@ WRONG: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("changed", WRONG, ids=repr)
-def test_a_right_hash_over_a_wrong_form_is_damage(changed: dict[str, Any]) -> None:
+def test_a_right_hash_over_wrong_fields_is_corruption(changed: dict[str, Any]) -> None:
     assert Manifest.from_bytes(signed()) == MANIFEST  # the control: the hash is made right
     with pytest.raises(CorruptedError):
         Manifest.from_bytes(signed(**changed))
 
 
-def test_the_hash_stands_last() -> None:
+def test_the_hash_is_the_last_field() -> None:
     assert list(json.loads(MANIFEST.to_bytes()))[-1] == "sha256"
 
 

@@ -72,7 +72,7 @@ def test_a_store_that_stays_away_fails_the_save_and_keeps_the_last_one(
 
 
 @pytest.mark.parametrize("megabytes", [3, 8])
-def test_a_cable_cut_in_the_middle_of_an_upload_leaves_nothing_to_be_seen(
+def test_a_cable_cut_in_the_middle_of_an_upload_leaves_nothing_visible(
     wired: Storage, s3_url: str, cable: Any, manager_at: Make, megabytes: int
 ) -> None:
     manager = manager_at(wired)
@@ -93,7 +93,7 @@ def test_a_cable_cut_in_the_middle_of_an_upload_leaves_nothing_to_be_seen(
     assert_whole(CheckpointStore(far).newest(), 2)
 
 
-def test_a_passing_failure_in_an_upload_is_mended(wired: Storage, s3_url: str, cable: Any, manager_at: Make) -> None:
+def test_a_passing_failure_in_an_upload_is_retried(wired: Storage, s3_url: str, cable: Any, manager_at: Make) -> None:
     wired.patience = 30
     manager = manager_at(wired)
     cable.budget = 8 << 20
@@ -133,7 +133,7 @@ def test_a_checkpoint_copied_from_a_store_to_a_disk_is_whole_there(
     assert_whole(CheckpointStore(near).newest(), 1)
 
 
-def test_a_publication_whose_answer_is_lost_for_good_is_whole_all_the_same(
+def test_a_publication_whose_response_is_lost_for_good_is_still_whole(
     s3_url: str, manager_at: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storage = open_storage(s3_url, patience=0.3)
@@ -157,7 +157,7 @@ def test_a_publication_whose_answer_is_lost_for_good_is_whole_all_the_same(
 def test_a_publication_that_the_clients_library_sent_twice_keeps_its_data(
     s3_url: str, manager_at: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """botocore and gcsfs try again by themselves: where the first answer was lost, the second is that it is there."""
+    """botocore and gcsfs retry by themselves: if the first response was lost, the second says that it exists."""
     storage = open_storage(s3_url)
     real = storage._create
 

@@ -97,7 +97,7 @@ def power_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgets: str
     promised, wrong = 0, []  # promised: the step of the last save that has returned
 
     def lost(there: Path) -> None:
-        store = CheckpointStore(open_storage(there), log=wrong.append)  # it says what is damaged
+        store = CheckpointStore(open_storage(there), log=wrong.append)  # lists what is corrupted
         kept = [found.step for found in store.published()]
         for step in kept:
             try:

@@ -199,7 +199,7 @@ def test_a_forked_process_gets_no_copy_of_the_buffer() -> None:
     os.close(writer)
 
 
-def test_pages_that_the_system_does_not_lock_are_told_once_and_used(
+def test_pages_that_the_system_refuses_to_lock_are_reported_once_and_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     asked = []

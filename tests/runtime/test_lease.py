@@ -70,12 +70,12 @@ def test_an_owner_that_was_killed_on_this_machine_is_succeeded_at_once(tmp_path:
         with pytest.raises(LeaseHeldError):
             Lease.acquire(open_storage(tmp_path))
         os.kill(process.pid, signal.SIGKILL)
-        time.sleep(0.2)  # it is dead, though its parent hasn't asked after it yet
+        time.sleep(0.2)  # it is dead, though its parent hasn't reaped it yet
         started = time.monotonic()
         with Lease.acquire(open_storage(tmp_path)) as lease:
             assert lease.number == 2
         assert time.monotonic() - started < 1
-    finally:  # else pytest would wait for a stopped child for ever
+    finally:  # else pytest would wait forever for a stopped child
         process.kill()
         process.join(timeout=20)
 

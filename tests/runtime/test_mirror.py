@@ -45,7 +45,7 @@ def test_each_start_of_a_run_finds_the_same_directory_and_another_run_another(st
     assert mirror_root(storage.location) != mirror_root(f"{storage.location}2")
 
 
-def test_another_host_goes_on_with_what_was_uploaded(storage: Storage, hosts: Iterator[Mirror]) -> None:
+def test_another_host_resumes_with_what_was_uploaded(storage: Storage, hosts: Iterator[Mirror]) -> None:
     first, second = next(hosts), next(hosts)
     write(first, "metrics.jsonl", "row 1\n")
     write(first, "logs/rank-0.log", "begun\n")
@@ -94,7 +94,7 @@ def test_only_what_has_changed_is_sent_and_other_hosts_send_only_their_own(
     assert storage.read_bytes("metrics.jsonl") == b"row 1\nrow 2\n"
 
 
-def test_a_file_put_into_the_store_is_noticed_once_and_taken_away(
+def test_a_file_put_into_the_store_is_noticed_once_and_deleted(
     storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mirror, "POLL_SECONDS", 0.02)

@@ -1,4 +1,4 @@
-"""Files are published whole or are absent, and failures are told with their place and cause."""
+"""Files are published whole or are absent, and failures are reported with place and cause."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     return storage
 
 
-def test_paths_and_urls_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_and_urls_are_distinguished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert [is_url(text) for text in ("runs/x", "/abs", "file:///abs", "s3://b/x", "memory://x")] == [0, 0, 0, 1, 1]
     assert open_storage("runs/x").location == str(tmp_path / "runs/x")
@@ -62,7 +62,7 @@ def test_files_are_written_read_listed_and_deleted(storage: Storage) -> None:
         storage.read_bytes("status.json")
 
 
-def test_nothing_that_is_written_brings_back_a_directory_that_is_gone(tmp_path: Path) -> None:
+def test_no_write_brings_back_a_deleted_directory(tmp_path: Path) -> None:
     run = open_storage(tmp_path / "run")
     run.makedirs()
     run.write_atomic("sub/x", b"1")
@@ -82,7 +82,7 @@ def test_nothing_that_is_written_brings_back_a_directory_that_is_gone(tmp_path: 
 
 
 @pytest.mark.parametrize("kind", ["a FIFO", "a socket", "a device", "a directory", "a link to itself"])
-def test_what_is_no_file_is_named_and_never_waited_for(tmp_path: Path, kind: str) -> None:
+def test_what_is_no_regular_file_is_named_and_never_blocks(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "x"
     if kind == "a FIFO":
         os.mkfifo(path)
@@ -118,7 +118,7 @@ def test_one_of_many_creates_a_file_exclusively(storage: Storage) -> None:
     assert list(storage.list()) == ["lease"]
 
 
-def test_a_creation_whose_answer_was_lost_is_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_creation_whose_response_was_lost_is_recognized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = open_storage(tmp_path)
     real, tries = storage._create, []
 
@@ -134,15 +134,15 @@ def test_a_creation_whose_answer_was_lost_is_recognised(tmp_path: Path, monkeypa
     assert not storage.create_exclusive("a", b"another's")
 
 
-def test_a_creation_that_the_clients_library_sent_twice_is_ones_own(storage: Storage) -> None:
-    """botocore and gcsfs ask again by themselves when an answer is lost, and hear that it is there already."""
+def test_a_creation_that_the_client_library_sent_twice_is_the_callers_own(storage: Storage) -> None:
+    """botocore and gcsfs retry by themselves when a response is lost, and then find that it exists."""
     storage.makedirs()
     storage._create("lease", b"mine")
     assert storage.create_exclusive("lease", b"mine")
     assert not storage.create_exclusive("lease", b"another's")
 
 
-def test_lines_are_appended_and_a_torn_one_stays_alone(storage: Storage) -> None:
+def test_lines_are_appended_after_a_torn_one(storage: Storage) -> None:
     storage.append_line("attempts.jsonl", "one")
     storage.append_line("attempts.jsonl", "two\n")
     storage.write_atomic("attempts.jsonl", storage.read_bytes("attempts.jsonl") + b'{"to')
@@ -162,7 +162,7 @@ def test_a_stream_is_hashed_as_it_is_written(storage: Storage) -> None:
     assert storage.digest("x") == written
 
 
-def test_an_error_in_the_producer_is_not_tried_again(storage: Storage) -> None:
+def test_an_error_in_the_producer_is_not_retried(storage: Storage) -> None:
     storage.makedirs()
     calls = []
 
@@ -193,7 +193,7 @@ def failing(storage: Storage, method: str, error: Exception, times: int) -> Call
 @pytest.mark.parametrize(
     "error", [OSError(5, "Input/output error"), TimeoutError("slow"), PermissionError(13, "denied")]
 )
-def test_a_passing_error_is_tried_again(storage: Storage, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_a_passing_error_is_retried(storage: Storage, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     storage.write_atomic("x", b"data")
     monkeypatch.setattr(storage, "_open", failing(storage, "_open", error, 2))
     monkeypatch.setattr(storage, "_read", failing(storage, "_read", error, 2))
@@ -201,7 +201,7 @@ def test_a_passing_error_is_tried_again(storage: Storage, monkeypatch: pytest.Mo
     assert storage.read_bytes("x") == b"data"
 
 
-def test_a_lasting_error_is_told_with_its_place_and_cause(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lasting_error_is_reported_with_place_and_cause(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     storage.patience = 0.3
     monkeypatch.setattr(storage, "_put", failing(storage, "_put", OSError(5, "Input/output error"), 99))
     started = time.monotonic()
@@ -210,7 +210,7 @@ def test_a_lasting_error_is_told_with_its_place_and_cause(storage: Storage, monk
     assert time.monotonic() - started < 1
 
 
-def test_a_full_disk_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = open_storage(tmp_path, patience=60)
     monkeypatch.setattr(storage, "_put", failing(storage, "_put", OSError(28, "No space left on device"), 99))
     with pytest.raises(StorageError, match="No space left on device"):

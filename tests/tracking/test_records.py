@@ -1,4 +1,4 @@
-"""metrics.jsonl: rows are valid JSON, and a resumed run goes on without doubles or torn lines."""
+"""metrics.jsonl: rows are valid JSON, and a resumed run has no duplicate or torn lines."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_a_test_row_with_the_best_checkpoints_step_hides_nothing(tmp_path: Path)
     cut_back(path, 150, pending=("test",))
     assert steps(path) == list(rows[:-1])
     write(path, ("test", 100))
-    cut_back(path, 100, pending=("val",))  # the checkpoint of step 150 was damaged
+    cut_back(path, 100, pending=("val",))  # the checkpoint of step 150 was corrupted
     assert steps(path) == list(rows[:3])
 
 
@@ -127,7 +127,7 @@ def test_no_file_is_no_rows(tmp_path: Path) -> None:
     assert read_rows(tmp_path / "m") == []
 
 
-def test_zeros_that_a_power_failure_left_are_dropped(tmp_path: Path) -> None:
+def test_zeros_from_a_power_failure_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "m"
     write(path, ("train", 50))
     with open(path, "ab") as file:

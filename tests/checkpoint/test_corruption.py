@@ -59,20 +59,20 @@ def replace(storage: Storage, name: str, other: bytes) -> None:
     storage.write_atomic(name, other)
 
 
-MATRIX = [(file, damage) for file in ("model.pt", "optimizer.pt", MANIFEST)
-          for damage in (flip, cut, lengthen, empty, delete, replace)]  # fmt: skip
+MATRIX = [(file, change) for file in ("model.pt", "optimizer.pt", MANIFEST)
+          for change in (flip, cut, lengthen, empty, delete, replace)]  # fmt: skip
 CASES = [(kind, *case) for kind in ("local", "memory") for case in MATRIX]
 CASES += [("s3", "model.pt", delete), ("s3", MANIFEST, flip), ("s3", MANIFEST, delete)]  # S3 is slow
 
 
-@pytest.mark.parametrize(("storage", "file", "damage"), CASES, indirect=["storage"])
+@pytest.mark.parametrize(("storage", "file", "change"), CASES, indirect=["storage"])
 def test_a_corrupted_checkpoint_is_quarantined_and_the_next_is_taken(
-    storage: Storage, manager_at: Make, lines: list[str], file: str, damage: Callable[[Storage, str, bytes], None]
+    storage: Storage, manager_at: Make, lines: list[str], file: str, change: Callable[[Storage, str, bytes], None]
 ) -> None:
     save(manager_at(storage), OLD, NEW)
     name = path_of(storage, NEW, file)
-    damage(storage, name, storage.read_bytes(path_of(storage, OLD, file)))
-    if not storage.is_local and (file, damage) == (MANIFEST, delete):
+    change(storage, name, storage.read_bytes(path_of(storage, OLD, file)))
+    if not storage.is_local and (file, change) == (MANIFEST, delete):
         # Without its manifest, a prefix on a store is what a killed save leaves.
         assert [row.state for row in CheckpointStore(storage).verify_all()] == ["good"]
         assert_whole(manager_at(storage).newest(), OLD)
@@ -90,7 +90,7 @@ def test_a_corrupted_checkpoint_is_quarantined_and_the_next_is_taken(
     assert "step-00000020 is corrupted" in lines[0]
     assert file in lines[0]
 
-    # Its bytes stay, nobody looks at it again, and the run can save the same step anew.
+    # Its bytes stay, it is never read again, and the run can save the same step again.
     aside = storage.walk("damaged-step-00000020-1" if storage.is_local else "step-00000020")
     assert sorted(aside.values()) == sorted(before.values())
     again = manager_at(storage)
@@ -102,7 +102,7 @@ def test_a_corrupted_checkpoint_is_quarantined_and_the_next_is_taken(
     assert [row.state for row in CheckpointStore(storage).verify_all()] == ["good", "good", "quarantined"]
 
 
-def test_if_none_is_whole_it_is_an_error_and_never_a_silent_start(
+def test_no_whole_checkpoint_is_an_error_and_never_a_silent_start(
     storage: Storage, manager_at: Make, lines: list[str]
 ) -> None:
     save(manager_at(storage), OLD, NEW)
@@ -114,7 +114,9 @@ def test_if_none_is_whole_it_is_an_error_and_never_a_silent_start(
     assert len([line for line in lines if "is corrupted" in line]) == 2
 
 
-def test_readers_pass_damage_over_and_change_nothing(storage: Storage, manager_at: Make, lines: list[str]) -> None:
+def test_readers_skip_corrupted_checkpoints_and_change_nothing(
+    storage: Storage, manager_at: Make, lines: list[str]
+) -> None:
     save(manager_at(storage, keep_best=("f1", "max")), NEW, f1=0.9)
     save(manager_at(storage, keep_best=("f1", "max")), NEW + 1, f1=0.5)
     flip(storage, path_of(storage, NEW, "model.pt"), b"")
@@ -128,7 +130,7 @@ def test_readers_pass_damage_over_and_change_nothing(storage: Storage, manager_a
     assert storage.walk() == before
 
 
-def test_damage_that_happens_after_the_check_is_found_by_the_load(storage: Storage, manager_at: Make) -> None:
+def test_corruption_after_the_check_is_found_by_the_load(storage: Storage, manager_at: Make) -> None:
     save(manager_at(storage), NEW)
     found = manager_at(storage).newest()
     assert found is not None
@@ -138,7 +140,7 @@ def test_damage_that_happens_after_the_check_is_found_by_the_load(storage: Stora
     assert found.load("optimizer")["step"] == NEW
 
 
-def test_a_newer_format_stops_the_start_and_is_not_damage(storage: Storage, manager_at: Make) -> None:
+def test_a_newer_format_stops_the_start_and_is_no_corruption(storage: Storage, manager_at: Make) -> None:
     save(manager_at(storage), OLD, NEW)
     name = path_of(storage, NEW, MANIFEST)
     content = json.loads(storage.read_bytes(name))
@@ -153,7 +155,7 @@ def test_a_newer_format_stops_the_start_and_is_not_damage(storage: Storage, mana
     assert [row.state for row in CheckpointStore(storage).verify_all()] == ["good", "newer"]
 
 
-def test_a_manifest_of_another_step_is_damage(storage: Storage, manager_at: Make) -> None:
+def test_a_manifest_of_another_step_is_corrupted(storage: Storage, manager_at: Make) -> None:
     save(manager_at(storage), OLD, NEW)
     storage.write_atomic(path_of(storage, NEW, MANIFEST), storage.read_bytes(path_of(storage, OLD, MANIFEST)))
     (_, row) = CheckpointStore(storage).verify_all()
@@ -195,9 +197,7 @@ def test_a_malicious_checkpoint_runs_no_code(tmp_path: Path, manager_at: Make, m
     assert Path("attacked").exists()
 
 
-def test_a_disk_that_cannot_be_read_is_no_damage(
-    tmp_path: Path, manager_at: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unreadable_disk_is_no_corruption(tmp_path: Path, manager_at: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = open_storage(tmp_path, patience=0.3)
     save(manager_at(storage), OLD, NEW)
     real, failures = storage._open, [5]
