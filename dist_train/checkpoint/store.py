@@ -145,8 +145,8 @@ class CheckpointStore:
         """Names of the directories or records of quarantined checkpoints."""
         return [name for name in self.storage.list() if _QUARANTINED.fullmatch(name)]
 
-    def open(self, step: int) -> Found | None:
-        """The published checkpoint of a step, with only its manifest verified; ``None`` if there is none.
+    def open(self, step: int, *, verify: bool = False) -> Found | None:
+        """The published checkpoint of a step; ``None`` if there is none. Its manifest is checked, its files if ``verify``.
 
         Raises:
             CorruptedError, NewerFormatError, StorageError.
@@ -160,7 +160,10 @@ class CheckpointStore:
         manifest = Manifest.from_bytes(raw)
         if manifest.step != step:
             raise CorruptedError(MANIFEST, f"is that of step {manifest.step}")
-        return Found(self.storage, step_name(step), manifest)
+        found = Found(self.storage, step_name(step), manifest)
+        if verify:
+            found.verify()
+        return found
 
     def published(self) -> Iterator[Found]:
         """Those whose manifest is valid, the newest first."""
@@ -204,13 +207,10 @@ class CheckpointStore:
         found, match = None, re.fullmatch(r"(?:step-)?(\d+)", name or "")
         if match:
             try:
-                found = self.open(int(match[1]))
-                if found:
-                    found.verify()
+                found = self.open(int(match[1]), verify=True)
             except CorruptedError:
                 if self.has(int(match[1])):
-                    raise
-                found = None  # its owner deleted it while it was read
+                    raise  # else its owner deleted it while it was read
         elif name in (None, "best", "last") and (newest := self.newest()):
             kept = newest.value("best", list | None) if name != "last" else None
             found = self.best(*kept) if kept else None
@@ -227,11 +227,8 @@ class CheckpointStore:
         rows = []
         for step in self.steps():
             try:
-                found = self.open(step)
-                if found is None:
-                    continue
-                found.verify()
-                rows.append(Row(step, found.name, "good"))
+                if self.open(step, verify=True):
+                    rows.append(Row(step, step_name(step), "good"))
             except CorruptedError as error:
                 rows.append(Row(step, step_name(step), "corrupted", str(error)))
             except NewerFormatError as error:
@@ -271,9 +268,7 @@ class CheckpointStore:
         corrupted: set[str] = set()
         for step in steps:
             try:
-                found = self.open(step)
-                if found is not None:
-                    found.verify()
+                if found := self.open(step, verify=True):
                     return found, corrupted
             except CorruptedError as error:
                 if self.has(step):  # else its owner deleted it while it was read
