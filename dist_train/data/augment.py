@@ -1,9 +1,9 @@
 """Batched augmentation on the device, in which every sample draws its own numbers.
 
-What a sample draws is a function of (seed, epoch, sample index, place in the list of augmentations), never of the
-batch, rank or device that it is in: a counter-based generator (splitmix64) in integer arithmetic, equal to the bit on
-CPU and CUDA. The few numbers that steer a sample (shifts, boxes, coins) are drawn on the host, which knows the indices
-anyway, and go to the device in one small copy: that takes less time than launching the kernels.
+What a sample draws is a function of (seed, epoch, sample index, position in the list of augmentations), never of the
+batch, rank or device that it is in: a counter-based generator (splitmix64) in integer arithmetic, bitwise identical on
+CPU and CUDA. The few numbers per sample (shifts, boxes, coins) are drawn on the host, which knows the indices
+anyway, and are copied to the device at once: that takes less time than launching the kernels.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ Keys = NDArray[np.int64]
 _GOLDEN, _FIRST, _SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
 
 
-def _finalise(z: Any) -> Any:
-    """The finaliser, in place, on an array or a tensor: products wrap, and shifts are made logical by a mask."""
+def _finalize(z: Any) -> Any:
+    """splitmix64's finalizer, in place, on an array or a tensor: products wrap, and shifts are made logical by a mask."""
     z ^= (z >> 30) & 0x3FFFFFFFF
     z *= _FIRST
     z ^= (z >> 27) & 0x1FFFFFFFFF
@@ -39,7 +39,7 @@ def _finalise(z: Any) -> Any:
 
 def sample_keys(seed: int, epoch: int, indices: Indices) -> Keys:
     """One 64-bit key per sample: (B,) int64."""
-    return _finalise(indices ^ np.uint64(mix(AUGMENT, seed, epoch)).astype(np.int64))  # type: ignore[no-any-return]
+    return _finalize(indices ^ np.uint64(mix(AUGMENT, seed, epoch)).astype(np.int64))  # type: ignore[no-any-return]
 
 
 class Draws:
@@ -47,11 +47,11 @@ class Draws:
 
     Args:
         keys: (B,) int64 from `sample_keys`.
-        op: place of the augmentation in the list.
+        op: position of the augmentation in the list.
         device: where the images are.
         drawn: how many numbers were drawn before.
 
-    Each call draws anew: the numbers depend on how many were drawn before, as with any generator.
+    Each call returns new numbers: they depend on how many were drawn before, as with any generator.
     """
 
     def __init__(self, keys: Keys, op: int, device: torch.device, drawn: int = 0) -> None:
@@ -59,7 +59,7 @@ class Draws:
         self._keys, self._op, self._drawn = keys, op, drawn
 
     def head(self, rows: int) -> Draws:
-        """Draws for the first `rows` samples, going on where these stand."""
+        """Draws for the first `rows` samples, from this position on."""
         return Draws(self._keys[:rows], self._op, self.device, self._drawn)
 
     def host(self, n: int) -> Tensor:
@@ -80,11 +80,11 @@ class Draws:
         return values.to(self.device)
 
     def _bits(self, keys: Any, counters: Any, n: int) -> Any:
-        """24 bits each, exact in float32; each augmentation of a list counts in a range of its own."""
+        """24 bits each, exact in float32; each augmentation of a list has its own range of counters."""
         counters += (self._op << 40) + self._drawn + 1
         counters *= _GOLDEN
         self._drawn += n
-        return (_finalise(keys[:, None] + counters) >> 40) & 0xFFFFFF
+        return (_finalize(keys[:, None] + counters) >> 40) & 0xFFFFFF
 
 
 class Augment:
@@ -96,7 +96,7 @@ class Augment:
         neighbours: rows that it takes from the end of the batch and doesn't return. An augmentation that mixes
             samples sets 1: it then gets one row more than it returns, and row i may use row i + 1. The loader reads
             the neighbours, which are the next samples of the *global* batch, so that the pairs don't depend on how
-            the batch was cut.
+            the batch is split.
     """
 
     neighbours = 0
@@ -149,7 +149,7 @@ class Augmentation:
             got = augment(*given)
             inputs, targets = (got, targets) if isinstance(got, Tensor) else got
             keys = keys[: len(inputs)]
-        # indexing gives rows in memory order of its own; the model wants the layout that it was given
+        # indexing changes the memory layout of rows; the model gets the one that the batch had
         return inputs.contiguous(memory_format=torch.channels_last) if last else inputs, targets
 
 

@@ -23,9 +23,9 @@ class Arrays(Dataset[Any]):
 
     Args:
         inputs: a .npy, .npz or .pt file, or an array, a tensor or a list, with a sample in each row. A .npz file, or a
-            dict or a pair in a .pt file, holds them as "inputs" and "targets". A .npy file is mapped, not read.
-        targets: likewise, if they don't lie in the inputs' file; without any, items are inputs alone.
-        transform: applied to each input, which is as it is in the file.
+            dict or a pair in a .pt file, holds them as "inputs" and "targets". A .npy file is memory-mapped.
+        targets: likewise, if they aren't in the inputs' file; without any, items are inputs alone.
+        transform: applied to each input, as it is in the file.
         target_transform: applied to each target.
         as_image: hand the transform a PIL image (made of uint8 arrays (H, W) or (H, W, 3)).
         classes: names of the classes, for reports.
@@ -73,11 +73,9 @@ class Arrays(Dataset[Any]):
 
     @property
     def read_batch(self) -> Callable[[Indices], Any] | None:
-        """Reads a whole batch, where nothing has to be done sample by sample."""
-        plain = self.transform is None and self.target_transform is None and not self.as_image
-        return (
-            self._read if plain and not isinstance(self.inputs, list) and not isinstance(self.targets, list) else None
-        )
+        """Reads a whole batch, unless something has to be done sample by sample."""
+        by_sample = self.transform is not None or self.target_transform is not None or self.as_image
+        return None if by_sample or isinstance(self.inputs, list) or isinstance(self.targets, list) else self._read
 
     def _read(self, indices: Indices) -> Any:
         inputs = _batch(self.inputs, indices)
@@ -85,7 +83,7 @@ class Arrays(Dataset[Any]):
 
 
 def _open(value: Any, what: str) -> dict[str, Any]:
-    """What an argument stands for, by name; a bare array is named `what`."""
+    """What an argument means, by name; a bare array is named `what`."""
     held = _file(Path(value), what) if isinstance(value, str | os.PathLike) else value
     if not isinstance(held, dict):
         return {what: held}
@@ -107,7 +105,7 @@ def _file(path: Path, what: str) -> Any:
             with np.load(path, allow_pickle=False) as archive:
                 return dict(archive)
         held = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # each format has errors of its own, and all mean that the file can't be read
+    except Exception as error:  # each format has errors of its own
         raise DataError(f"Arrays: {what}: {path} can't be read: {type(error).__name__}: {error}") from error
     return dict(zip(("inputs", "targets"), held)) if isinstance(held, tuple | list) else held
 
@@ -124,7 +122,7 @@ def _rows(value: Any) -> Any:
 
 
 def _tensor(value: Any) -> Any:
-    """Numbers as a tensor, as models take them; anything else as it is."""
+    """Numbers as a tensor of a dtype that models take; anything else as it is."""
     if isinstance(value, np.ndarray | np.generic):
         value = torch.from_numpy(np.array(value))
     if isinstance(value, Tensor) and value.dtype == torch.float64:

@@ -1,4 +1,4 @@
-"""The augmentations that come with the package: batched, on the device, each sample by draws of its own."""
+"""The augmentations that come with the package: batched, on the device, with random numbers of its own for each sample."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ class RandomErasing(Augment):
 
     Args:
         p: probability for each image.
-        scale: range of the box's share of the area.
-        ratio: range of its height over its width, drawn evenly in the logarithm.
+        scale: range of the box's area, as a fraction of the image's.
+        ratio: range of its height over its width, log-uniform.
         value: what to write.
     """
 
@@ -86,7 +86,7 @@ class RandomErasing(Augment):
         value: float = 0.0,
     ) -> None:
         if not 0 <= scale[0] <= scale[1] <= 1 or not 0 < ratio[0] <= ratio[1]:
-            raise DataError(f"RandomErasing: expected rising ranges, scale within 0..1, found {scale} and {ratio}")
+            raise DataError(f"RandomErasing: expected increasing ranges, scale within 0..1, found {scale} and {ratio}")
         self.p = _probability("RandomErasing", p)
         self.scale, self.ratio, self.value = tuple(scale), tuple(ratio), float(value)
 
@@ -107,7 +107,7 @@ class RandomErasing(Augment):
 
 @lru_cache(maxsize=8)
 def _beta_table(alpha: float) -> Tensor:
-    """4,096 equally likely values of the Beta(alpha, alpha) distribution: a lookup has no rounding to differ in."""
+    """4,096 equally likely values of the Beta(alpha, alpha) distribution: a lookup is bitwise identical on all devices."""
     # With t = x**alpha the density is smooth at 0 also for alpha < 1; the other half follows by symmetry.
     t = np.linspace(0.0, 0.5**alpha, 20001)
     density = (1.0 - t ** (1.0 / alpha)) ** (alpha - 1.0)
@@ -170,7 +170,7 @@ class CutMix(_Mix):
 
     Args:
         classes: targets become (B, classes) float32 probabilities.
-        alpha: of the Beta distribution that the kept share of each image's area is drawn from.
+        alpha: of the Beta distribution that the kept fraction of each image's area is drawn from.
         p: probability for each image.
     """
 

@@ -17,7 +17,7 @@ from torch.utils.data import Subset
 from dist_train.data.errors import DataError
 from dist_train.data.reading import dataset_length
 from dist_train.library.arrays import Arrays
-from dist_train.library.splits import split_indices, split_place
+from dist_train.library.splits import split_indices, split_number
 from dist_train.runtime.seeding import SPLIT
 
 
@@ -25,7 +25,7 @@ from dist_train.runtime.seeding import SPLIT
 def _digits() -> tuple[np.ndarray, np.ndarray]:
     """All 1,797 digits: pixels (1797, 64) float32 in 0..16, and labels (1797,) int64."""
     # Importing scikit-learn takes a second on every rank, reading its data file 20 ms: so the file is read directly
-    # where it lies as it has for ten years, and through the library otherwise.
+    # from where it has been for ten years, and through the library otherwise.
     spec = importlib.util.find_spec("sklearn")
     path = Path(spec.origin if spec and spec.origin else "").parent / "datasets/data/digits.csv.gz"
     if not path.is_file():
@@ -39,7 +39,7 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 class Digits(Arrays):
-    """Real handwritten digits: 1,797 grey images of 8x8 pixels in ten classes, shipped with scikit-learn.
+    """Real handwritten digits: 1,797 gray images of 8x8 pixels in ten classes, shipped with scikit-learn.
 
     Source: UCI "Optical Recognition of Handwritten Digits" (E. Alpaydin, C. Kaynak, 1998), its test part.
 
@@ -59,14 +59,14 @@ class Digits(Arrays):
 
 
 class Gaussians(Arrays):
-    """Two clouds of points for logistic regression: class 0 around +mean + bias, class 1 around -mean + bias.
+    """Two Gaussian clusters of points for logistic regression: class 0 around +mean + bias, class 1 around -mean + bias.
 
     Args:
         split: "train", "val" or "test": each is drawn on its own.
         samples: points of each class.
-        mean, bias: place of the clouds in every dimension; their standard deviation is 1.
-        dimensions: numbers of a point.
-        seed: draws other points.
+        mean, bias: centers of the clusters in every dimension; their standard deviation is 1.
+        dimensions: coordinates of a point.
+        seed: of the points.
 
     Items are ((dimensions,) float32, float32 0 or 1), as BCELoss wants them.
     """
@@ -83,7 +83,7 @@ class Gaussians(Arrays):
     ) -> None:
         if samples < 1 or dimensions < 1:
             raise DataError(f"Gaussians: samples and dimensions must be at least 1, found {samples} and {dimensions}")
-        random = np.random.RandomState([SPLIT, seed & 0xFFFFFFFF, split_place("Gaussians", split)])
+        random = np.random.RandomState([SPLIT, seed & 0xFFFFFFFF, split_number("Gaussians", split)])
         noise = random.standard_normal((2, samples, dimensions))
         points = noise + bias + np.array([mean, -mean])[:, None, None]
         targets = np.repeat(np.array([0, 1], dtype=np.float32), samples)
@@ -92,14 +92,14 @@ class Gaussians(Arrays):
 
 
 class RandomSplit(Subset[Any]):
-    """One part of a dataset that has no splits of its own: name it three times, with another `split` each.
+    """One part of a dataset that has no splits of its own: name it three times, each with another `split`.
 
     Args:
         dataset: map-style. Each part builds its own, so that each may have its own transform.
         split: "train", "val" or "test".
         parts: sizes of train, val and test: fractions of the whole, or counts.
-        seed: cuts otherwise.
-        stratify: give each part each class in its share; classes come from the dataset's `targets`, or from reading
+        seed: of the split.
+        stratify: give each part the same proportions of classes; they come from the dataset's `targets`, or from reading
             every item once.
     """
 
@@ -116,9 +116,9 @@ class RandomSplit(Subset[Any]):
         labels = _labels(dataset, total) if stratify else None
         indices = split_indices("RandomSplit", split, total, parts, seed=seed, labels=labels)
         if not len(indices):
-            raise DataError(f"RandomSplit: no sample is left for {split}: {list(parts)} of {total} samples")
-        # An array gives Python numbers as a list does, without an object for each, whose reference counts would make loader
-        # workers copy all of them bit by bit.
+            raise DataError(f"RandomSplit: no sample remains for {split}: {list(parts)} of {total} samples")
+        # An array gives Python numbers as a list does, without an object for each, whose reference counts would make each
+        # loader worker copy all of them.
         super().__init__(dataset, array("q", indices.tobytes()))
         self.classes = getattr(dataset, "classes", None)
 

@@ -1,4 +1,4 @@
-"""Cutting one dataset into train, val and test."""
+"""Splitting one dataset into train, val and test."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from dist_train.runtime.seeding import SPLIT
 SPLITS = ("train", "val", "test")
 
 
-def split_place(name: str, split: str) -> int:
-    """0, 1 or 2 for train, val or test; DataError in the name of the dataset for anything else."""
+def split_number(name: str, split: str) -> int:
+    """0, 1 or 2 for train, val or test; DataError with the dataset's name for anything else."""
     if split not in SPLITS:
         raise DataError(f"{name}: expected split to be one of {', '.join(SPLITS)}, found {split!r}")
     return SPLITS.index(split)
@@ -23,36 +23,33 @@ def split_place(name: str, split: str) -> int:
 def split_indices(
     name: str, split: str, total: int, parts: Sequence[float], *, seed: int = 0, labels: np.ndarray | None = None
 ) -> Indices:
-    """The samples of one split of `total`: disjoint from the others, sorted, the same for ever for the same arguments.
+    """The samples of one split of `total`: disjoint from the others, sorted, always the same for the same arguments.
 
     Args:
         name: of the dataset, for messages.
         split: train, val or test.
         parts: sizes of train, val and test, see `part_sizes`.
         seed: 32 bits.
-        labels: (total,) classes; each split then has each class in its share, to within one sample.
+        labels: (total,) classes; the split is then stratified, to within one sample.
     """
-    place = split_place(name, split)
+    number = split_number(name, split)
     sizes = [*part_sizes(total, parts), 0, 0]
     order = np.arange(total, dtype=np.int64)
     np.random.RandomState([SPLIT, seed & 0xFFFFFFFF]).shuffle(order)
     if labels is not None:
         order = _stratified(order, labels)
-    start = sum(sizes[:place])
-    return np.sort(order[start : start + sizes[place]])
+    start = sum(sizes[:number])
+    return np.sort(order[start : start + sizes[number]])
 
 
 def _stratified(order: Indices, labels: np.ndarray) -> Indices:
-    """Reorder a permutation so that every contiguous run of it has each class in its share.
-
-    The k-th of a class's m members goes to place (k + 1/2) / m of the whole: classes are spread evenly.
-    """
-    place = np.empty(len(order), dtype=np.float64)
+    """Reorder a permutation so that every contiguous part of it is stratified: a class's k-th of m goes to (k + 1/2) / m."""
+    position = np.empty(len(order), dtype=np.float64)
     of_order = labels[order]
     for label in np.unique(labels):
         members = np.flatnonzero(of_order == label)
-        place[members] = (np.arange(len(members)) + 0.5) / len(members)
-    return order[np.argsort(place, kind="stable")]
+        position[members] = (np.arange(len(members)) + 0.5) / len(members)
+    return order[np.argsort(position, kind="stable")]
 
 
 def part_sizes(total: int, parts: Sequence[float]) -> list[int]:

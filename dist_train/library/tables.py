@@ -25,44 +25,40 @@ _MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "?", "-"})
 class _Table(NamedTuple):
     path: Path
     header: list[str]
-    cells: list[list[str]]
+    cells: np.ndarray
+    """(rows, columns) str, empty where the value is missing."""
     lines: list[int]
     """The line of the file that each row ends in."""
 
-    def places(self, names: Sequence[str]) -> list[int]:
+    def words(self, names: Sequence[str]) -> np.ndarray:
+        """(rows, names) str. Raises DataError for a name that isn't in the header."""
         for name in names:
             if name not in self.header:
                 near = did_you_mean(name, self.header)
                 raise DataError(f"{self.path} has no column {name!r}; it has {', '.join(self.header)}{near}")
-        return [self.header.index(name) for name in names]
-
-    def words(self, names: Sequence[str]) -> np.ndarray:
-        """(rows, names) str, empty where the cell counts as missing."""
-        places = self.places(names)
-        rows = [["" if row[k].strip().lower() in _MISSING else row[k].strip() for k in places] for row in self.cells]
-        return np.array(rows, dtype=object).reshape(len(rows), len(places))
+        return self.cells[:, [self.header.index(name) for name in names]]
 
     def numbers(self, names: Sequence[str]) -> np.ndarray:
-        """(rows, names) float64, NaN where the cell counts as missing."""
+        """(rows, names) float64, NaN where the value is missing."""
         words = self.words(names)
         values = np.array([_number(word) for word in words.flat]).reshape(words.shape)
         for r, c in np.argwhere(np.isinf(values)):
-            cure = "a column of words can be left out by ignore, or be the target with kind: classification"
-            raise self.error(r, names[c], f"expected a number, found {words[r, c]!r}; {cure}")
+            hint = "a column of words can be left out by ignore, or be the target with kind: classification"
+            raise self.error(r, names[c], f"expected a number, found {words[r, c]!r}; {hint}")
         return values
 
-    def refuse(self, names: Sequence[str], empty: np.ndarray, cure: str) -> None:
+    def refuse(self, names: Sequence[str], empty: np.ndarray, hint: str) -> None:
         """DataError for the first empty cell."""
         for r, c in np.argwhere(empty):
             others = f" (and {empty.sum() - 1} more empty cells)" if empty.sum() > 1 else ""
-            raise self.error(r, names[c], f"no value{others}; {cure}")
+            raise self.error(r, names[c], f"no value{others}; {hint}")
 
     def error(self, row: int, name: str, message: str) -> DataError:
         return DataError(f"{self.path} line {self.lines[row]}, column {name!r}: {message}")
 
 
 def _number(word: str) -> float:
-    """NaN for nothing, infinity for what is no number."""
+    """NaN for no text, infinity for text that isn't a number."""
     try:
         return float(word or "nan")
     except ValueError:
@@ -77,21 +73,20 @@ def _open(path: str | os.PathLike[str], delimiter: str) -> _Table:
 
 
 @lru_cache(maxsize=4)  # train, val and test are usually parts of one file
-def _read(path: Path, delimiter: str, changed: int) -> _Table:
+def _read(path: Path, delimiter: str, modified: int) -> _Table:
+    cells, lines = [], []
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file, delimiter=delimiter, strict=True)
             header = [name.strip() for name in next(reader, [])]
-            cells, lines = [], []
-            for row in reader:
-                if not row:
-                    continue
+            for row in filter(None, reader):
                 if len(row) != len(header):
                     raise DataError(
                         f"{path} line {reader.line_num}: expected {len(header)} columns as in the header, found "
                         f"{len(row)}; is {delimiter!r} the delimiter?"
                     )
-                cells.append(row)
+                words = map(str.strip, row)
+                cells.append(["" if word.lower() in _MISSING else word for word in words])
                 lines.append(reader.line_num)
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: expected UTF-8 text: {error}") from error
@@ -99,36 +94,36 @@ def _read(path: Path, delimiter: str, changed: int) -> _Table:
         raise DataError(f"{path} line {reader.line_num}: {error}") from error
     if not header:
         raise DataError(f"{path} is empty; expected a first line with the names of the columns")
-    doubled = {name for name in header if header.count(name) > 1}
-    if doubled:
-        raise DataError(f"{path} line 1: column {sorted(doubled)[0]!r} comes more than once")
-    return _Table(path, header, cells, lines)
+    repeated = sorted({name for name in header if header.count(name) > 1})
+    if repeated:
+        raise DataError(f"{path} line 1: column {repeated[0]!r} occurs more than once")
+    return _Table(path, header, np.array(cells, dtype=object).reshape(len(cells), len(header)), lines)
 
 
 class CSV(Arrays):
     """A table with a header line: numbers in, one or more numbers or a class out.
 
-    Give `train_path` wherever something is learned from the training rows (a split, standardising, means, classes):
-    the file that holds them. Where `path` is that same file, it is cut by `parts` and `split` says which part this is;
-    any other `path` is used whole, treated as the training rows were. So the test data of a finished run can be
-    replaced by a new file for prediction.
+    Give `train_path`, the file with the training rows, wherever something is learned from them (a split, scaling, means,
+    classes). If `path` is that same file, it is split by `parts` and `split` says which part this is; any other `path` is
+    used whole, treated as the training rows were. So the test data of a finished run can be replaced by a new file for
+    prediction.
 
     Args:
         path: the file of these samples.
         target: name or names of what to predict. A file without them, or with empty cells in all of them, gives
             inputs alone, for prediction.
         features: columns to use, all others by default.
-        ignore: columns that are no features.
+        ignore: columns that aren't features.
         split: "train", "val" or "test" of `train_path`; None takes all rows for training.
         train_path: the file with the training rows.
         parts: sizes of train, val and test, as fractions or counts.
-        seed: cuts otherwise.
-        kind: "regression" (targets float32, (N,) or (N, k)) or "classification" (int64, an index into `classes`, which
-            are the sorted values of the training rows; each part then has each class in its share).
-        standardize: scale features to mean 0 and deviation 1 over the training rows.
+        seed: of the split.
+        kind: "regression" (targets float32, (N,) or (N, k)) or "classification" (int64, an index into `classes`, the
+            sorted values of the training rows; the split is then stratified).
+        standardize: scale features to mean 0 and standard deviation 1 over the training rows.
         standardize_target: the same for targets; `original_units` undoes it.
-        missing: what an empty cell (or NA, nan, null, ?) means: "error", "drop" the row, or the "mean" of the training
-            rows (of a feature; rows without a target are dropped).
+        missing: what to do about an empty cell (or NA, nan, null, ?): "error", "drop" the row, or take the "mean" of the
+            training rows (of a feature; rows without a target are dropped).
         delimiter: between columns.
 
     Attributes:
@@ -172,39 +167,40 @@ class CSV(Arrays):
             )
         table = _open(path, delimiter)
         training = table if train_path is None else _open(train_path, delimiter)
-        training.places([*self.targets_named, *(features or ()), *ignore])
+        training.words([*self.targets_named, *(features or ()), *ignore])  # refuses unknown names
         left_out = {*self.targets_named, *ignore}
         self.features = [name for name in features or training.header if name not in left_out]
         if not self.features:
-            raise DataError(f"{training.path}: no feature is left of the columns {', '.join(training.header)}")
+            raise DataError(f"{training.path}: no feature remains of the columns {', '.join(training.header)}")
 
         x, y, rows = self._rows(training, training=True)
         assert y is not None
         mine = learned = np.arange(len(x))
         if split is not None:
             labels = y[:, 0] if self._classify else None
-            cut = {s: split_indices("CSV", s, len(x), parts, seed=seed, labels=labels) for s in ("train", split)}
-            mine, learned = cut[split], cut["train"]
+            mine, learned = (
+                split_indices("CSV", name, len(x), parts, seed=seed, labels=labels) for name in (split, "train")
+            )
         self._learn(x[learned], y[learned], standardize, standardize_target)
         if table.path == training.path:
             x, y, rows = x[mine], y[mine], rows[mine]
         else:
             x, y, rows = self._rows(table, training=False)
         if not len(x):
-            raise DataError(f"CSV: {path}: no row is left for {split or 'training'}")
+            raise DataError(f"CSV: {path}: no row remains for {split or 'training'}")
         self.lines = [table.lines[row] for row in rows]
         x = (np.where(np.isnan(x), self._fill, x) - self._x_mean) / self._x_std
-        targets = None if y is None else self._places(table, y, rows) if self._classify else self._scaled(y)
+        targets = None if y is None else self._class_indices(table, y, rows) if self._classify else self._scaled(y)
         super().__init__(torch.from_numpy(x).to(torch.get_default_dtype()), targets, classes=self.classes)
 
     def original_units(self, values: Tensor) -> Tensor:
-        """Standardised targets or predictions, (N,), (N, 1) or (N, k), in the units of the file."""
+        """Standardized targets or predictions, (N,), (N, 1) or (N, k), in the units of the file."""
         shape = (-1,) if values.dim() == 1 else (1, -1)
         mean, std = (torch.as_tensor(v, dtype=values.dtype, device=values.device) for v in (self._y_mean, self._y_std))
         return values * std.view(shape) + mean.view(shape)
 
     def _rows(self, table: _Table, training: bool) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
-        """Features (N, F) with NaN where a mean is to go, targets (N, k) or None, and the places of the rows to keep."""
+        """Features (N, F) with NaN where a mean is to go, targets (N, k) or None, and the N rows that are kept."""
         x = table.numbers(self.features)
         empty = np.isnan(x)
         keep = np.ones(len(x), dtype=bool)
@@ -215,17 +211,16 @@ class CSV(Arrays):
         y = None
         if training or set(self.targets_named) <= set(table.header):
             y = table.words(self.targets_named) if self._classify else table.numbers(self.targets_named)
-            none = y == "" if self._classify else np.isnan(y)
-            if none.all() and not training:
+            absent = y == "" if self._classify else np.isnan(y)
+            if absent.all() and not training:
                 y = None
             elif self._missing == "error":
-                table.refuse(self.targets_named, none, "set missing: drop; to predict, leave out the whole column")
+                table.refuse(self.targets_named, absent, "set missing: drop; to predict, leave out the whole column")
             else:
-                keep &= ~none.any(axis=1)
+                keep &= ~absent.any(axis=1)
         return x[keep], None if y is None else y[keep], np.flatnonzero(keep)
 
     def _learn(self, x: np.ndarray, y: np.ndarray, standardize: bool, standardize_target: bool) -> None:
-        """What later rows are treated by, from the training rows."""
         self._fill = np.nansum(x, axis=0) / np.maximum((~np.isnan(x)).sum(axis=0), 1)
         self._x_mean, self._x_std = _moments(np.where(np.isnan(x), self._fill, x), standardize)
         self.classes = None
@@ -238,17 +233,17 @@ class CSV(Arrays):
         scaled = torch.from_numpy((y - self._y_mean) / self._y_std).to(torch.get_default_dtype())
         return scaled[:, 0] if scaled.shape[1] == 1 else scaled
 
-    def _places(self, table: _Table, y: np.ndarray, rows: np.ndarray) -> Tensor:
-        place = {word: k for k, word in enumerate(self.classes or ())}
+    def _class_indices(self, table: _Table, y: np.ndarray, rows: np.ndarray) -> Tensor:
+        index = {word: k for k, word in enumerate(self.classes or ())}
         for row, word in zip(rows, y[:, 0]):
-            if word not in place:
-                known = f"class {word!r} is in no training row; known are {', '.join(place)}"
-                raise table.error(row, self.targets_named[0], known)
-        return torch.tensor([place[word] for word in y[:, 0]])
+            if word not in index:
+                message = f"class {word!r} is in no training row; known are {', '.join(index)}"
+                raise table.error(row, self.targets_named[0], message)
+        return torch.tensor([index[word] for word in y[:, 0]])
 
 
 def _moments(values: np.ndarray, wanted: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and deviation of each column (1 for a constant one); 0 and 1 if they aren't wanted."""
+    """Mean and standard deviation of each column (1 for a constant one); 0 and 1 if they aren't wanted."""
     if not wanted:
         return np.zeros(values.shape[1]), np.ones(values.shape[1])
     deviation = values.std(axis=0)

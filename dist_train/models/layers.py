@@ -1,4 +1,4 @@
-"""The layers of a model as a table: name, class, shape, parameters."""
+"""The layers of a model: as a table, observed during a forward, switched between train and eval mode."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _MOST = 12
 
 
 def layer_table(model: nn.Module, *, full: bool = False, shapes: dict[str, str] | None = None) -> list[str]:
-    """Aligned lines, one a layer.
+    """Aligned lines, one per layer: name, class, shape, parameters.
 
     Args:
-        model: any module; one that holds a single other one is looked into.
-        full: every layer; else the first level, without what has no parameters, and twelve lines of it.
-        shapes: what to show as a layer's shape (see `output_shapes`); by default that of its weight.
+        model: any module; of one that only wraps another one, that one's layers are shown.
+        full: every layer; else at most twelve of the first level that have parameters.
+        shapes: of layers by name (see `output_shapes`); by default that of a layer's weight.
     """
     place = ""
     while not full and len(children := list(model.named_children())) == 1 and not list(model.parameters(recurse=False)):
@@ -30,7 +30,7 @@ def layer_table(model: nn.Module, *, full: bool = False, shapes: dict[str, str] 
         parameters = list(module.parameters(recurse=not full))
         if not parameters and (not full or any(module.children())):
             continue
-        # Not by getattr: a parametrized weight (spectral_norm) is computed then, and its buffers move on.
+        # Not by getattr, which computes a parametrized weight (spectral_norm) and updates its buffers.
         weight = module._parameters.get("weight", vars(module).get("weight"))
         shape = str(tuple(weight.shape)) if isinstance(weight, Tensor) else ""
         shape = shapes.get(name, "") if shapes is not None else shape
@@ -44,7 +44,7 @@ def layer_table(model: nn.Module, *, full: bool = False, shapes: dict[str, str] 
 
 
 def output_shapes(model: nn.Module, run: Callable[[], object]) -> dict[str, str]:
-    """The shape that each layer gives while `run()` calls the model, in eval mode."""
+    """The output shape of each layer while `run()` calls the model, in eval mode."""
     shapes: dict[str, str] = {}
 
     def note(name: str, output: Any) -> None:
@@ -57,8 +57,8 @@ def output_shapes(model: nn.Module, run: Callable[[], object]) -> dict[str, str]
 def begin_training(model: nn.Module) -> None:
     """Call `train()`, as every loop does: some models freeze parts of themselves in it.
 
-    Modules in eval mode inside a model in train mode stay so: `__init__` has put them there. One that is in eval mode itself
-    (as transformers' from_pretrained gives it) trains as a whole.
+    Modules in eval mode inside a model in train mode stay so: its `__init__` has chosen that. A model that is in eval mode
+    itself (as from transformers' from_pretrained) trains as a whole.
     """
     left = [module for module in model.modules() if not module.training] if model.training else []
     model.train()
@@ -68,9 +68,9 @@ def begin_training(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """All of a model in eval mode, and each module afterwards in the mode that it was in.
+    """A model in eval mode; afterwards each module is in the mode that it was in before.
 
-    `train` of each module is called where it is in another one: some do more in it than remember the mode.
+    The mode is restored by each module's `train`: some do more in it than store the mode.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -84,9 +84,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def watch(model: nn.Module, run: Callable[[], object], note: Callable[[str, Any], None]) -> None:
-    """Call `note(name, output)` for each layer that gives something while `run()` calls the model, in eval mode.
+    """Call `note(name, output)` after each layer's forward while `run()` calls the model, in eval mode.
 
-    Of several outputs the first is noted. The model is as it was afterwards.
+    Of several outputs the first is passed. The model is left as it was.
     """
     names = {module: name for name, module in model.named_modules()}
 

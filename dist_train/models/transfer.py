@@ -1,6 +1,6 @@
-"""Changing a model before it is trained: weights from elsewhere, another head, frozen parts, first values by name.
+"""Transfer learning: pretrained weights, another head, frozen parameters, initialization by name.
 
-Every mistake is a `ConfigError` of the key in the config that it comes from, with the names that the model has.
+Every mistake is a `ConfigError` for its key of the config, with the names that the model has.
 """
 
 from __future__ import annotations
@@ -33,41 +33,41 @@ def load_weights(
     Args:
         model: its parameters and buffers are overwritten.
         content: a state_dict, or a dict with one inside (`model`, `state_dict`, ...), as torch.load or safetensors give
-            it. A prefix that all of its names have (`module.` of DDP, `model.` of Lightning) is dropped if none fits with it.
+            it. A prefix that all of its names have (`module.` of DDP, `model.` of Lightning) is dropped if no name matches.
         source: what the file is called in messages.
-        strict: everything must fit.
-        replaced: name of a layer that need not fit, as it will be replaced.
+        strict: every tensor must match by name and shape.
+        replaced: name of a layer that need not match, as it will be replaced.
 
     Returns:
-        Lines for the person: how much was taken, and a table of what wasn't.
+        Lines for the log: how many tensors were loaded, and a table of those that weren't.
 
     Raises:
-        ConfigError: it holds no state_dict, something doesn't fit (strict), or nothing fits at all.
+        ConfigError: it holds no state_dict, a tensor doesn't match (strict), or none does.
     """
     own = model.state_dict()
     state = _state_dict(content, source, own)
-    fitting = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape}
+    matching = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape}
     rows = []
     for name in dict.fromkeys([*own, *state]):
-        here, there = (str(tuple(held[name].shape)) if name in held else "-" for held in (own, state))
-        late = replaced is not None and name.startswith(replaced + ".")
-        if here != there and not late and not (there == "-" and name.endswith("num_batches_tracked")):
-            wrong = "not in the file" if there == "-" else "not in the model" if here == "-" else "another shape"
-            rows.append((f"  {name}", here, there, wrong))
+        ours, theirs = (str(tuple(held[name].shape)) if name in held else "-" for held in (own, state))
+        ignored = replaced is not None and name.startswith(replaced + ".")
+        if ours != theirs and not ignored and not (theirs == "-" and name.endswith("num_batches_tracked")):
+            wrong = "not in the file" if theirs == "-" else "not in the model" if ours == "-" else "different shape"
+            rows.append((f"  {name}", ours, theirs, wrong))
     table = aligned([("  name", "in the model", "in the file", ""), *rows[:_SHOWN_ROWS]]) if rows else []
     if len(rows) > _SHOWN_ROWS:
         table.append(f"  and {len(rows) - _SHOWN_ROWS} more")
-    if not fitting or (strict and rows):
-        cure = "give the model the arguments that it was trained with, or take what fits with transfer.strict=false"
-        cure = cure if fitting else "these are the weights of another model"
-        count = f"{len(fitting)} of the model's {len(own)} tensors are in {source} and fit"
-        raise ConfigError.single("transfer.weights", "\n".join([f"{count}; {cure}", *table]))
-    model.load_state_dict(fitting, strict=False)
-    return [f"{len(fitting)} of {len(own)} tensors from {source}", *table]
+    if not matching or (strict and rows):
+        hint = "give the model the arguments that it was trained with, or load what matches with transfer.strict=false"
+        hint = hint if matching else "these are the weights of another model"
+        count = f"{len(matching)} of the model's {len(own)} tensors match one in {source}"
+        raise ConfigError.single("transfer.weights", "\n".join([f"{count}; {hint}", *table]))
+    model.load_state_dict(matching, strict=False)
+    return [f"{len(matching)} of {len(own)} tensors from {source}", *table]
 
 
 def _state_dict(content: object, source: str, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state_dict in what a file holds, with its names as the model says them."""
+    """The state_dict in the content of a file, without prefixes that the model's names don't have."""
     for name in ("state_dict", "model_state_dict", "model", "module"):
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]
@@ -88,7 +88,7 @@ def _state_dict(content: object, source: str, own: Mapping[str, Tensor]) -> dict
 
 
 def find_head(model: nn.Module, at: str | None = None) -> str:
-    """The name of the layer that decides the number of outputs: `at`, or the last linear layer (or convolution).
+    """The name of the layer that determines the number of outputs: `at`, or the last linear layer (or convolution).
 
     Raises:
         ConfigError: there is none, or `at` is another kind of layer.
@@ -109,7 +109,7 @@ def find_head(model: nn.Module, at: str | None = None) -> str:
 
 
 def replace_head(model: nn.Module, name: str, classes: int) -> str:
-    """Put a new layer with `classes` outputs, else like the old one, in the place of layer `name`; says what was done."""
+    """Replace layer `name` by one with `classes` outputs, otherwise like the old one; returns a line for the log."""
     old = model.get_submodule(name)
     assert isinstance(old, nn.Linear | nn.Conv2d)
     like: dict[str, Any] = {"bias": old.bias is not None, "device": old.weight.device, "dtype": old.weight.dtype}
@@ -124,7 +124,7 @@ def replace_head(model: nn.Module, name: str, classes: int) -> str:
 
 
 def append_module(model: nn.Module, at: str, name: str, module: nn.Module) -> str:
-    """Add `module` as the last one of the Sequential `at`; says what was done.
+    """Append `module` to the Sequential `at`; returns a line for the log.
 
     Raises:
         ConfigError: no such layer, not a Sequential, the name is taken, or the last layer's outputs aren't its inputs.
@@ -132,7 +132,7 @@ def append_module(model: nn.Module, at: str, name: str, module: nn.Module) -> st
     holder = _layer(model, at, "transfer.append.at")
     if not isinstance(holder, nn.Sequential):
         known = ", ".join(n for n, part in model.named_modules() if isinstance(part, nn.Sequential) and n)
-        message = f"expected a Sequential, which runs what is added to it, but {at} is a {type(holder).__name__}"
+        message = f"expected a Sequential, which calls what is appended to it, but {at} is a {type(holder).__name__}"
         raise ConfigError.single("transfer.append.at", f"{message}; those of this model are {known or 'none'}")
     if not name.isidentifier() or name in holder._modules:
         message = f"expected a new name, found {describe(name)}; {at} holds {', '.join(holder._modules)}"
@@ -140,7 +140,7 @@ def append_module(model: nn.Module, at: str, name: str, module: nn.Module) -> st
     last = [part.out_features for part in holder.modules() if isinstance(part, nn.Linear)][-1:]
     first = [part.in_features for part in module.modules() if isinstance(part, nn.Linear)][:1]
     if last and first and last != first:
-        message = f"the last linear layer of {at} gives {last[0]} numbers, but this takes {first[0]}"
+        message = f"the last linear layer of {at} has {last[0]} outputs, but this takes {first[0]} inputs"
         raise ConfigError.single("transfer.append.module", message)
     holder.add_module(name, module)
     return f"appended {at}.{name}: {type(module).__name__}"
@@ -163,15 +163,15 @@ def _near(word: str, known: Iterable[str]) -> str:
 
 
 def match_parameters(model: nn.Module, patterns: Sequence[str], key: str) -> list[str]:
-    """Names of the parameters that the patterns mean, in the model's order.
+    """Names of the parameters that match a pattern, in the model's order.
 
-    A pattern (as of a shell) may say the parameter's name, a module that it lies in, its module's class, or class and
+    A shell pattern may match the parameter's name, that of a module around it, its module's class, or class and
     parameter: `features.*`, `layer[1-3]`, `BatchNorm2d`, `Conv2d.weight`.
 
     Raises:
-        ConfigError: a pattern means no parameter.
+        ConfigError: a pattern matches no parameter.
     """
-    words: dict[str, list[str]] = {}  # each parameter's name, and all that a pattern may call it
+    words: dict[str, list[str]] = {}  # each parameter's name, and all that a pattern may match
     for place, module in model.named_modules():
         kind = type(module).__name__
         around = list(itertools.accumulate(place.split("."), "{}.{}".format))
@@ -182,17 +182,16 @@ def match_parameters(model: nn.Module, patterns: Sequence[str], key: str) -> lis
 
 
 def match_modules(model: nn.Module, patterns: Sequence[str], key: str) -> list[str]:
-    """Names of the modules that the patterns mean, in the model's order; a pattern says a module's name or its class.
+    """Names of the modules that match a pattern by name or class, in the model's order.
 
     Raises:
-        ConfigError: a pattern means no module.
+        ConfigError: a pattern matches no module.
     """
     words = {name: [name, type(module).__name__] for name, module in model.named_modules() if name}
     return _match(words, patterns, key, f"module of {type(model).__name__}")
 
 
 def _match(words: Mapping[str, list[str]], patterns: Sequence[str], key: str, what: str) -> list[str]:
-    """The names that some pattern finds among their words."""
     for pattern in patterns:
         if not any(fnmatch.filter(found, pattern) for found in words.values()):
             near = _near(pattern, dict.fromkeys(word for found in words.values() for word in found))
@@ -201,23 +200,24 @@ def _match(words: Mapping[str, list[str]], patterns: Sequence[str], key: str, wh
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
-    """No gradients for the parameters that match; wholly frozen normalisation layers keep their statistics as well.
+    """Freeze the parameters that match; normalization layers without a trainable parameter keep their statistics as well.
 
     Raises:
-        ConfigError: a pattern means no parameter, or nothing is left to train.
+        ConfigError: a pattern matches no parameter, or every parameter is frozen.
     """
     for name in match_parameters(model, patterns, "transfer.freeze"):
         model.get_parameter(name).requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigError.single("transfer.freeze", f"{', '.join(patterns)} freezes every parameter: nothing is left")
-    # As an attribute of the instance it is found first, by whoever calls it. A bound method is copied and pickled with its
+        raise ConfigError.single(
+            "transfer.freeze", f"{', '.join(patterns)} freezes every parameter: nothing is left to train"
+        )
+    # An attribute of the instance, so that every caller finds it first. A bound method is copied and pickled with its
     # object; unpickled it is the class's own `train`, so that a file with the whole module needs torch alone.
     model.__dict__["train"] = types.MethodType(_train, model)
     model.train(model.training)
 
 
 def _train(self: nn.Module, mode: bool = True) -> nn.Module:
-    """`train` of a model with frozen parts."""
     type(self).train(self, mode)
     for module in self.modules():
         if isinstance(module, _NormBase) and module.affine and not any(p.requires_grad for p in module.parameters()):
@@ -228,11 +228,11 @@ def _train(self: nn.Module, mode: bool = True) -> nn.Module:
 _train.__name__ = "train"  # what pickle looks for in the class
 
 
-def initialise(model: nn.Module, patterns: Sequence[str], fill: Callable[[Tensor], object], key: str) -> None:
-    """Fill the parameters that match by `fill(parameter)`, in the model's order.
+def initialize(model: nn.Module, patterns: Sequence[str], fill: Callable[[Tensor], object], key: str) -> None:
+    """Initialize the parameters that match by `fill(parameter)`, in the model's order.
 
     Raises:
-        ConfigError: a pattern means no parameter, or `fill` can't fill one.
+        ConfigError: a pattern matches no parameter, or `fill` fails for one.
     """
     wanted = set(match_parameters(model, patterns, f"{key}.match"))
     for name, parameter in model.named_parameters():
@@ -241,5 +241,7 @@ def initialise(model: nn.Module, patterns: Sequence[str], fill: Callable[[Tensor
                 with torch.no_grad():
                     fill(parameter)
             except Exception as error:  # whatever the function says about this tensor
-                message = f"it can't fill {name} {tuple(parameter.shape)}: {error}; match others, like Conv2d.weight"
+                message = (
+                    f"it can't initialize {name} {tuple(parameter.shape)}: {error}; match others, like Conv2d.weight"
+                )
                 raise ConfigError.single(key, message) from error

@@ -34,7 +34,7 @@ def read_torchvision(name: str, builder: str) -> Any:
         builder: import path of the model, which a last part alone belongs to.
 
     Raises:
-        ConfigError: there are no such weights, or they are neither in the cache nor to be had.
+        ConfigError: there are no such weights, or they are neither cached nor downloadable.
     """
     import torch
     from torchvision import models
@@ -50,23 +50,22 @@ def read_torchvision(name: str, builder: str) -> Any:
         near = did_you_mean(f"{choices.__name__}.{member}", known)
         raise ConfigError.single(KEY, f"there are no weights {name}{near}; known are {', '.join(known)}")
     weights = choices[member]
+    place = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(weights.url))
     try:
         return weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except pickle.UnpicklingError as error:
-        place = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(weights.url))
         message = f"{place} is refused: it holds more than tensors, which only running its code could rebuild; delete that file"
         raise ConfigError.single(KEY, message) from error
-    except (OSError, RuntimeError) as error:  # no network, no space, another hash
-        place = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(weights.url))
-        message = f"{name} can't be fetched from {weights.url}: {error}; without a network put that file at {place}"
+    except (OSError, RuntimeError) as error:  # no network, no space, a wrong hash
+        message = f"{name} can't be downloaded from {weights.url}: {error}; without a network put that file at {place}"
         raise ConfigError.single(KEY, message) from error
 
 
 def read_file(location: str) -> Any:
-    """What a state_dict or safetensors file holds, on the CPU.
+    """The content of a state_dict or safetensors file, on the CPU.
 
     Raises:
-        ConfigError: it isn't there, can't be read, or holds objects that only running code could rebuild.
+        ConfigError: it doesn't exist, can't be read, or holds objects that only running code could rebuild.
     """
     import torch
 

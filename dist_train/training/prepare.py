@@ -183,7 +183,7 @@ def build_model(
     for index, rule in enumerate(config.model_init):
         fill, extra = reserved(rule, {"match"})
         patterns = [extra["match"]] if isinstance(extra["match"], str) else extra["match"]
-        transfer.initialise(model, patterns, functools.partial(build, fill), f"model_init.{index}")
+        transfer.initialize(model, patterns, functools.partial(build, fill), f"model_init.{index}")
     if changes.freeze:
         transfer.freeze(model, changes.freeze)
     return model

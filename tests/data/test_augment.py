@@ -23,7 +23,7 @@ from dist_train.data.augment import Augment, Augmentation, sample_keys
 from dist_train.data.plan import Plan
 
 CPU = torch.device("cpu")
-COLOUR = torch.rand(50, 3, 9, 12, generator=torch.Generator().manual_seed(0))
+COLOR = torch.rand(50, 3, 9, 12, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(50) % 10
 KINDS: dict[str, list[Augment]] = {
     "shift": [RandomShift(2)],
@@ -38,7 +38,7 @@ KINDS: dict[str, list[Augment]] = {
 
 def augmented(augments: list[Augment], indices: Any, epoch: int = 3, seed: int = 1, device: torch.device = CPU) -> Any:
     rows = torch.as_tensor(indices)
-    batch = (COLOUR[rows].to(device), LABELS[rows].to(device))
+    batch = (COLOR[rows].to(device), LABELS[rows].to(device))
     return Augmentation(augments)(batch, seed=seed, epoch=epoch, indices=np.asarray(indices))
 
 
@@ -55,7 +55,7 @@ def over_ranks(augments: list[Augment], world_size: int, micro: int) -> tuple[Te
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_global_batch_is_augmented_the_same_however_it_is_cut(kind: str) -> None:
+def test_a_global_batch_is_augmented_the_same_however_it_is_split(kind: str) -> None:
     inputs, targets = over_ranks(KINDS[kind], 1, 20)
     assert len(inputs) == len(targets) == 20
     for world_size, micro in [(1, 7), (2, 20), (3, 4), (7, 2), (20, 1)]:
@@ -75,13 +75,13 @@ def test_another_epoch_or_seed_augments_otherwise(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_augmentation_leaves_the_global_generator_and_its_inputs_alone(kind: str) -> None:
-    before, images = torch.get_rng_state(), COLOUR.clone()
+    before, images = torch.get_rng_state(), COLOR.clone()
     augmented(KINDS[kind], list(range(50)))
     assert torch.get_rng_state().equal(before)
-    assert COLOUR.equal(images)
+    assert COLOR.equal(images)
 
 
-def test_numbers_drawn_on_the_host_and_by_torch_have_the_same_bits() -> None:
+def test_numbers_drawn_on_the_host_and_by_torch_are_bitwise_identical() -> None:
     keys = sample_keys(3, 2**40, np.array([0, 5, 2**40]))
     for op in (0, 7):
         host, device = Draws(keys, op, CPU), Draws(keys, op, CPU)
@@ -133,9 +133,9 @@ def test_a_shift_moves_whole_images_by_every_offset_equally_often_and_fills_with
 
 def test_a_flip_mirrors_about_the_share_that_was_asked_for() -> None:
     out, targets = augmented([RandomHorizontalFlip(1.0)], list(range(50)))
-    assert out.equal(COLOUR.flip(3))
+    assert out.equal(COLOR.flip(3))
     assert targets.equal(LABELS)
-    assert augmented([RandomHorizontalFlip(0.0)], list(range(50)))[0].equal(COLOUR)
+    assert augmented([RandomHorizontalFlip(0.0)], list(range(50)))[0].equal(COLOR)
     images = torch.tensor([[[[0.0, 1.0]]]]).repeat(4000, 1, 1, 1)
     out, _ = Augmentation([RandomHorizontalFlip(0.3)])((images, images), seed=0, epoch=0, indices=np.arange(4000))
     assert abs(out[:, 0, 0, 0].mean().item() - 0.3) < 0.03
@@ -162,7 +162,7 @@ def test_mixup_blends_each_sample_with_the_next_and_its_target_alike() -> None:
     assert targets.shape == (20, 10)
     for i in range(20):
         kept = targets[i, LABELS[i]]
-        assert torch.allclose(inputs[i], COLOUR[i] * kept + COLOUR[i + 1] * (1 - kept))
+        assert torch.allclose(inputs[i], COLOR[i] * kept + COLOR[i + 1] * (1 - kept))
     assert torch.allclose(targets.sum(1), torch.ones(20))
 
 
@@ -181,16 +181,16 @@ def test_blending_weights_follow_the_beta_distribution(alpha: float) -> None:
 def test_cutmix_pastes_a_box_and_mixes_targets_by_its_true_area() -> None:
     inputs, targets = augmented([CutMix(10)], list(range(41)))
     for i in range(40):
-        kept = (inputs[i] == COLOUR[i]).all(0)
-        assert (inputs[i] == torch.where(kept, COLOUR[i], COLOUR[i + 1])).all()
+        kept = (inputs[i] == COLOR[i]).all(0)
+        assert (inputs[i] == torch.where(kept, COLOR[i], COLOR[i + 1])).all()
         assert abs(kept.float().mean() - targets[i, LABELS[i]]) < 1e-6
 
 
 def test_one_of_applies_exactly_one_to_each_sample() -> None:
-    batch = (COLOUR[:40], LABELS[:40])
+    batch = (COLOR[:40], LABELS[:40])
     choice = OneOf([RandomHorizontalFlip(1.0), RandomErasing(1.0, value=7.0)])
     out, targets = Augmentation([choice])(batch, seed=0, epoch=0, indices=np.arange(40))
-    flipped = [bool(out[i].equal(COLOUR[i].flip(2))) for i in range(40)]
+    flipped = [bool(out[i].equal(COLOR[i].flip(2))) for i in range(40)]
     erased = [bool((out[i] == 7).any()) for i in range(40)]
     assert all(a != b for a, b in zip(flipped, erased))
     assert 8 < sum(flipped) < 32
@@ -198,7 +198,7 @@ def test_one_of_applies_exactly_one_to_each_sample() -> None:
 
 
 def test_integer_images_keep_their_type() -> None:
-    images = (COLOUR * 255).byte()
+    images = (COLOR * 255).byte()
     out, _ = Augmentation([RandomShift(1), RandomHorizontalFlip(), RandomErasing(), CutMix(10)])(
         (images, LABELS), seed=0, epoch=0, indices=np.arange(50)
     )
@@ -206,11 +206,11 @@ def test_integer_images_keep_their_type() -> None:
 
 
 def test_the_memory_layout_of_images_is_kept() -> None:
-    images = COLOUR.to(memory_format=torch.channels_last)
+    images = COLOR.to(memory_format=torch.channels_last)
     for kind, augments in KINDS.items():
         out, _ = Augmentation(augments)((images, LABELS), seed=0, epoch=0, indices=np.arange(50))
         assert out.is_contiguous(memory_format=torch.channels_last), kind
-        expected, _ = Augmentation(augments)((COLOUR, LABELS), seed=0, epoch=0, indices=np.arange(50))
+        expected, _ = Augmentation(augments)((COLOR, LABELS), seed=0, epoch=0, indices=np.arange(50))
         assert out.equal(expected)
 
 
@@ -219,14 +219,14 @@ def test_the_memory_layout_of_images_is_kept() -> None:
     [
         (lambda: RandomShift(-1), "pixels >= 0"),
         (lambda: RandomHorizontalFlip(1.5), "p between 0 and 1"),
-        (lambda: RandomErasing(scale=(0.5, 0.2)), "rising ranges"),
+        (lambda: RandomErasing(scale=(0.5, 0.2)), "increasing ranges"),
         (lambda: Mixup(10, alpha=0.0), "alpha > 0"),
         (lambda: OneOf([]), "at least one"),
-        (lambda: augmented([Mixup(10)], [0, 1]) and Mixup(10)((COLOUR * 9).long(), LABELS, None), "floating point"),
-        (lambda: Augmentation([RandomShift(1)])(COLOUR, seed=0, epoch=0, indices=np.arange(50)), "inputs, targets"),
+        (lambda: augmented([Mixup(10)], [0, 1]) and Mixup(10)((COLOR * 9).long(), LABELS, None), "floating point"),
+        (lambda: Augmentation([RandomShift(1)])(COLOR, seed=0, epoch=0, indices=np.arange(50)), "inputs, targets"),
     ],
 )
-def test_what_does_not_fit_is_said(make: Any, message: str) -> None:
+def test_what_does_not_fit_is_reported(make: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         make()
 

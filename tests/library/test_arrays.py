@@ -85,12 +85,12 @@ def test_inputs_alone_are_samples_for_prediction() -> None:
     assert data.read_batch(np.array([1, 2])).shape == (2, 4)
 
 
-def test_a_npy_file_is_mapped_and_not_read() -> None:
+def test_a_npy_file_is_memory_mapped() -> None:
     inputs, targets = saved("npy")
     assert isinstance(Arrays(inputs, targets).inputs, np.memmap)
 
 
-def test_what_is_wrong_with_a_file_is_said() -> None:
+def test_what_is_wrong_with_a_file_is_reported() -> None:
     with pytest.raises(DataError, match=rf"inputs: no file x.npy \(looked in {os.getcwd()}\)"):
         Arrays("x.npy")
     Path("x.txt").write_text("1 2 3")

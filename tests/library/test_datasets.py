@@ -128,7 +128,7 @@ def test_a_random_split_cuts_any_dataset_into_disjoint_parts() -> None:
 
 
 def test_a_random_split_without_samples_or_classes_is_refused() -> None:
-    with pytest.raises(DataError, match=r"no sample is left for test"):
+    with pytest.raises(DataError, match=r"no sample remains for test"):
         RandomSplit(range(10), "test", parts=[8, 2])
     with pytest.raises(DataError, match=r"stratify needs a class"):
         RandomSplit(Arrays(np.arange(10.0), np.arange(10.0)), "train", stratify=True)

@@ -133,10 +133,10 @@ def test_classes_are_stratified_over_the_parts(tmp_path: Path) -> None:
         ("a,y\n1,2\nx,4\n", {}, r"t.csv line 3, column 'a': expected a number, found 'x'"),
         ("a,y\n1,2\ninf,4\n", {}, r"t.csv line 3, column 'a': expected a number, found 'inf'"),
         ("a,y\n1,\n", {}, r"t.csv line 2, column 'y': no value"),
-        ("a,a,y\n1,1,2\n", {}, r"t.csv line 1: column 'a' comes more than once"),
-        ("a,y\n", {}, r"no row is left"),
+        ("a,a,y\n1,1,2\n", {}, r"t.csv line 1: column 'a' occurs more than once"),
+        ("a,y\n", {}, r"no row remains"),
         ("a,yy\n1,2\n", {}, r"t.csv has no column 'y'; it has a, yy; did you mean yy\?"),
-        ("y\n1\n", {}, r"no feature is left"),
+        ("y\n1\n", {}, r"no feature remains"),
         ("a,y\n1,2\n", {"features": ["b"]}, r"no column 'b'"),
         ("a,y\n1,2\n", {"standardize": True}, r"learned from the training rows: give train_path"),
         ("a,y\n1,2\n", {"split": "train"}, r"give train_path"),
@@ -145,7 +145,7 @@ def test_classes_are_stratified_over_the_parts(tmp_path: Path) -> None:
         ('a,y\n"1,2\n', {}, r"t.csv line 2"),
     ],
 )
-def test_what_is_wrong_with_a_table_is_said_with_line_and_column(
+def test_what_is_wrong_with_a_table_is_reported_with_line_and_column(
     tmp_path: Path, text: str, given: dict[str, Any], message: str
 ) -> None:
     path = tmp_path / "t.csv"
@@ -154,7 +154,7 @@ def test_what_is_wrong_with_a_table_is_said_with_line_and_column(
         CSV(path, "y", **given)
 
 
-def test_a_missing_file_and_bytes_that_are_no_text_are_said(tmp_path: Path) -> None:
+def test_a_missing_file_and_bytes_that_are_not_text_are_reported(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no file .*gone.csv"):
         CSV(tmp_path / "gone.csv", "y")
     (tmp_path / "b.csv").write_bytes(b"a,y\n\xff\xfe,2\n")

@@ -22,7 +22,7 @@ from dist_train.models.transfer import (
     append_module,
     find_head,
     freeze,
-    initialise,
+    initialize,
     load_weights,
     match_parameters,
     replace_head,
@@ -31,7 +31,7 @@ from dist_train.models.weights import is_torchvision_name, read_file, read_torch
 from dist_train.training.prepare import build_model
 
 
-def told(call: Any, *arguments: Any, **named: Any) -> tuple[str, str]:
+def refusal(call: Any, *arguments: Any, **named: Any) -> tuple[str, str]:
     """The key and message of the one mistake that a call is refused for."""
     with pytest.raises(ConfigError) as caught:
         call(*arguments, **named)
@@ -99,13 +99,13 @@ def test_a_new_head_keeps_what_the_old_one_was_like() -> None:
 
 
 def test_a_head_that_does_not_fit_is_refused_with_names() -> None:
-    key, message = told(find_head, models.resnet18(), "fcc")
+    key, message = refusal(find_head, models.resnet18(), "fcc")
     assert key == "transfer.head.at"
     assert "ResNet has no layer 'fcc'" in message
     assert "fc" in message.split("names look like ")[1].split(", ")
-    _, message = told(find_head, Cifar10Quick(), "model")
+    _, message = refusal(find_head, Cifar10Quick(), "model")
     assert message == "expected a Linear or Conv2d layer, but model is a Sequential; did you mean model.8?"
-    key, message = told(find_head, nn.Sequential(nn.ReLU()))
+    key, message = refusal(find_head, nn.Sequential(nn.ReLU()))
     assert key == "transfer.head"
     assert "no linear layer" in message
 
@@ -124,17 +124,17 @@ def test_a_module_is_appended_as_the_course_does_with_vgg() -> None:
 
 def test_what_can_not_be_appended_is_refused() -> None:
     model = Cifar10Quick()
-    key, message = told(append_module, model, "modle", "last", nn.Linear(10, 2))
+    key, message = refusal(append_module, model, "modle", "last", nn.Linear(10, 2))
     assert (key, message.split("names look like ")[1].split(", ")[0]) == ("transfer.append.at", "model")
-    key, message = told(append_module, model, "model.8", "last", nn.Linear(10, 2))
+    key, message = refusal(append_module, model, "model.8", "last", nn.Linear(10, 2))
     assert key == "transfer.append.at"
     assert message.startswith("expected a Sequential")
     assert message.endswith("those of this model are model")
-    assert told(append_module, model, "model", "0", nn.Linear(10, 2))[0] == "transfer.append.name"
-    key, message = told(append_module, model, "model", "last", nn.Linear(1000, 2))
+    assert refusal(append_module, model, "model", "0", nn.Linear(10, 2))[0] == "transfer.append.name"
+    key, message = refusal(append_module, model, "model", "last", nn.Linear(1000, 2))
     assert (key, message) == (
         "transfer.append.module",
-        "the last linear layer of model gives 10 numbers, but this takes 1000",
+        "the last linear layer of model has 10 outputs, but this takes 1000 inputs",
     )
 
 
@@ -162,13 +162,13 @@ def test_what_does_not_fit_is_a_table_and_strictness_is_the_choice() -> None:
     state["extra"] = torch.zeros(3)
     model = DigitsCNN()
     before = copy.deepcopy(model.state_dict())
-    key, message = told(load_weights, model, state, "seven.pt")
+    key, message = refusal(load_weights, model, state, "seven.pt")
     assert key == "transfer.weights"
     lines = [" ".join(line.split()) for line in message.splitlines()]
     assert "transfer.strict=false" in message
     assert "classifier.2.weight (10, 1024) - not in the file" in lines
     assert "classifer.2.weight - (7, 1024) not in the model" in lines
-    assert "classifier.2.bias (10,) (7,) another shape" in lines
+    assert "classifier.2.bias (10,) (7,) different shape" in lines
     assert "extra - (3,) not in the model" in lines
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items()), "nothing was changed"
     notes = load_weights(model, state, "seven.pt", strict=False)
@@ -181,17 +181,18 @@ def test_what_does_not_fit_is_a_table_and_strictness_is_the_choice() -> None:
 def test_a_layer_that_will_be_replaced_need_not_fit() -> None:
     state = DigitsCNN(classes=7).state_dict()
     assert load_weights(DigitsCNN(), state, "seven.pt", replaced="classifier.2") == ["12 of 14 tensors from seven.pt"]
-    assert told(load_weights, DigitsCNN(), state, "seven.pt", replaced="features.0")[0] == "transfer.weights"
+    assert refusal(load_weights, DigitsCNN(), state, "seven.pt", replaced="features.0")[0] == "transfer.weights"
 
 
 def test_weights_of_another_model_and_no_weights_at_all_are_refused() -> None:
-    _, message = told(load_weights, DigitsCNN(), MnistCNN().state_dict(), "mnist.pt", strict=False)
+    _, message = refusal(load_weights, DigitsCNN(), MnistCNN().state_dict(), "mnist.pt", strict=False)
     assert message.startswith(
-        "0 of the model's 14 tensors are in mnist.pt and fit; these are the weights of another model"
+        "0 of the model's 14 tensors match one in mnist.pt; these are the weights of another model"
     )
     for content in ({}, [1], {"a": 3}, DigitsCNN().state_dict()["features.0.weight"]):
         assert (
-            "expected a state_dict (names and tensors) in x.pt" in told(load_weights, DigitsCNN(), content, "x.pt")[1]
+            "expected a state_dict (names and tensors) in x.pt"
+            in refusal(load_weights, DigitsCNN(), content, "x.pt")[1]
         )
 
 
@@ -214,12 +215,12 @@ def test_files_that_can_not_be_read_are_named_and_no_code_of_theirs_runs(tmp_pat
     (tmp_path / "bad.pt").write_bytes(b"no weights")
     (tmp_path / "bad.safetensors").write_bytes(b"no weights")
     (tmp_path / "evil.pt").write_bytes(pickle.dumps(Evil(str(tmp_path / "ran"))))
-    assert "holds more than tensors" in told(read_file, f"{tmp_path}/whole.pt")[1]
-    assert told(read_file, f"{tmp_path}/evil.pt")[0] == "transfer.weights"
+    assert "holds more than tensors" in refusal(read_file, f"{tmp_path}/whole.pt")[1]
+    assert refusal(read_file, f"{tmp_path}/evil.pt")[0] == "transfer.weights"
     assert not (tmp_path / "ran").exists()
     for name in ("bad.pt", "bad.safetensors"):
-        assert name in told(read_file, f"{tmp_path}/{name}")[1]
-    assert told(read_file, f"{tmp_path}/whle.pt")[1] == (
+        assert name in refusal(read_file, f"{tmp_path}/{name}")[1]
+    assert refusal(read_file, f"{tmp_path}/whle.pt")[1] == (
         f"there is no file or directory {tmp_path}/whle.pt; did you mean {tmp_path}/whole.pt?"
     )
 
@@ -239,7 +240,7 @@ def test_weights_by_torchvisions_name_come_from_the_cache(tmp_path: Path, monkey
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # nothing listens there: no network
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     cache = tmp_path / "hub" / "checkpoints"
-    _, message = told(read_torchvision, "ResNet18_Weights.IMAGENET1K_V1", "resnet18")
+    _, message = refusal(read_torchvision, "ResNet18_Weights.IMAGENET1K_V1", "resnet18")
     assert "without a network put that file at " + str(cache / "resnet18-f37072fd.pth") in message
     state = models.resnet18().state_dict()
     cache.mkdir(parents=True, exist_ok=True)
@@ -248,13 +249,13 @@ def test_weights_by_torchvisions_name_come_from_the_cache(tmp_path: Path, monkey
         assert is_torchvision_name(name)
         assert torch.equal(read_torchvision(name, "resnet18")["fc.bias"], state["fc.bias"])
     (cache / "resnet18-f37072fd.pth").write_bytes(saved({"fc.bias": Evil(str(tmp_path / "ran"))}))
-    _, message = told(read_torchvision, "DEFAULT", "resnet18")
+    _, message = refusal(read_torchvision, "DEFAULT", "resnet18")
     assert "resnet18-f37072fd.pth is refused: it holds more than tensors" in message
     config = load_config(None, ["model={_target_: torchvision.models.resnet18, weights: DEFAULT}"])
-    assert "UnpicklingError: Weights only load failed" in told(build_model, config)[1]
+    assert "UnpicklingError: Weights only load failed" in refusal(build_model, config)[1]
     assert not (tmp_path / "ran").exists()
-    assert "did you mean ResNet18_Weights.IMAGENET1K_V1?" in told(read_torchvision, "IMAGENET1K_V2", "resnet18")[1]
-    assert "torchvision has no weights" in told(read_torchvision, "ResNet19_Weights.DEFAULT", "resnet18")[1]
+    assert "did you mean ResNet18_Weights.IMAGENET1K_V1?" in refusal(read_torchvision, "IMAGENET1K_V2", "resnet18")[1]
+    assert "torchvision has no weights" in refusal(read_torchvision, "ResNet19_Weights.DEFAULT", "resnet18")[1]
     assert not any(is_torchvision_name(name) for name in ("runs/digits", "a.pt", "s3://bucket/x", "weights"))
 
 
@@ -272,7 +273,7 @@ def test_patterns_say_parameters_modules_and_classes() -> None:
     norms = match_parameters(model, ["BatchNorm2d"], "k")
     assert len(norms) == 40
     assert all("bn" in name or "downsample.1" in name for name in norms)
-    key, message = told(match_parameters, model, ["fc", "layer9"], "transfer.freeze")
+    key, message = refusal(match_parameters, model, ["fc", "layer9"], "transfer.freeze")
     assert key == "transfer.freeze"
     assert message.startswith("layer9 matches no parameter of ResNet; names look like layer")
 
@@ -309,8 +310,11 @@ def test_frozen_norms_keep_their_statistics_whoever_calls_train() -> None:
 
 
 def test_freezing_everything_is_refused() -> None:
-    key, message = told(freeze, DigitsCNN(), ["features", "classifier"])
-    assert (key, message) == ("transfer.freeze", "features, classifier freezes every parameter: nothing is left")
+    key, message = refusal(freeze, DigitsCNN(), ["features", "classifier"])
+    assert (key, message) == (
+        "transfer.freeze",
+        "features, classifier freezes every parameter: nothing is left to train",
+    )
 
 
 def test_a_whole_module_with_frozen_parts_is_loaded_by_torch_alone(tmp_path: Path) -> None:
@@ -341,14 +345,14 @@ def test_a_whole_module_with_frozen_parts_is_loaded_by_torch_alone(tmp_path: Pat
 
 def test_first_values_are_filled_by_name() -> None:
     model = DigitsCNN()
-    initialise(model, ["Conv2d.weight"], lambda tensor: nn.init.constant_(tensor, 0.5), "model_init.0")
+    initialize(model, ["Conv2d.weight"], lambda tensor: nn.init.constant_(tensor, 0.5), "model_init.0")
     assert all(bool((model.features[k].weight == 0.5).all()) for k in (0, 3))
     assert not bool((model.classifier[2].weight == 0.5).any())
     assert model.features[0].weight.requires_grad
-    key, message = told(initialise, model, ["features.*"], nn.init.kaiming_normal_, "model_init.1")
+    key, message = refusal(initialize, model, ["features.*"], nn.init.kaiming_normal_, "model_init.1")
     assert key == "model_init.1"
-    assert message.startswith("it can't fill features.1.weight (32,): Fan in")
-    assert told(initialise, model, ["head"], nn.init.zeros_, "model_init.2")[0] == "model_init.2.match"
+    assert message.startswith("it can't initialize features.1.weight (32,): Fan in")
+    assert refusal(initialize, model, ["head"], nn.init.zeros_, "model_init.2")[0] == "model_init.2.match"
 
 
 # --- the table of layers ---------------------------------------------------------------------------------------------
