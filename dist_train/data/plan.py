@@ -1,4 +1,4 @@
-"""Which samples make each optimizer step, which of them a rank reads, and the sampler that tells torch's DataLoader.
+"""Which samples make each optimizer step, which of them a rank reads, and the sampler for torch's DataLoader.
 
 The order is a pure function of (seed, epoch, dataset length): world size, workers and micro-batches only split it, and never
 change it. All arithmetic is on integers and numpy arrays, so that its tests are exact and take milliseconds.
@@ -25,7 +25,7 @@ _FINGERPRINT_ENTRIES = 4096
 
 
 class MicroBatch(NamedTuple):
-    """What one forward of one rank takes. It goes to a loader worker without its batch, and holds all that the worker needs."""
+    """What one forward of one rank takes. Sent to a loader worker without its batch; it has all that the worker needs."""
 
     epoch: int
     step: int
@@ -140,7 +140,7 @@ class Plan:
         return self.order(epoch)[start : start + self.global_batch_size]
 
     def batch_samples(self, step: int) -> int:
-        """How many samples global step `step` takes, without making the order."""
+        """How many samples global step `step` takes, without computing the order."""
         start = (step % self.steps_per_epoch) * self.global_batch_size
         return min(self.global_batch_size, self.length - start)
 
@@ -152,8 +152,8 @@ class Plan:
     def micro_batches(self, step: int, rank: int, world_size: int, micro: int, neighbours: int = 0) -> list[MicroBatch]:
         """What `rank` reads in global step `step`: at least one micro-batch, none of more than `micro` samples.
 
-        `neighbours` more samples are read behind each: those that follow it in the global batch, whose end is followed by its
-        beginning. A rank without samples gets the batch's first two (BatchNorm needs two; one if the batch is a single
+        `neighbours` more samples are read behind each: those that follow it in the global batch, which wraps around
+        at its end. A rank without samples gets the batch's first two (BatchNorm needs two; one if the batch is a single
         sample) with zero weight, since every rank must join the collectives of the step.
         """
         batch = self.batch(step)
@@ -180,7 +180,7 @@ class Plan:
         )
 
     def fingerprint(self) -> str:
-        """16 hex digits that tell whether another machine makes the same order (of epoch 0's beginning)."""
+        """16 hex digits, equal on machines that make the same order (compared is the start of epoch 0's)."""
         head = self.order(0)[:_FINGERPRINT_ENTRIES].astype("<i8").tobytes()
         return hashlib.sha256(head).hexdigest()[:16]
 

@@ -76,8 +76,8 @@ class Pass:
         seed: the run's seed.
         number: of the pass, from 0; given to the dataset's `set_epoch`, if it has one.
         shard: (index, count): the k-th sample of shard i is seeded as sample k * count + i, but the first one alike in
-            all shards, since a generator shuffles there what it then takes a shard of.
-        place: samples that are behind `state`, the dataset's `state_dict` after them.
+            all shards, since a generator may shuffle there what it then takes its shard of.
+        place: samples read before `state`, the dataset's `state_dict` after them.
     """
 
     def __init__(

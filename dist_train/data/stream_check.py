@@ -22,7 +22,7 @@ _PLACE = 3  # samples before the position at which state_dict is tried
 
 
 class _Probe(Dataset[dict[str, Any]]):
-    """What one reader finds out about a stream, as anything that JSON can hold."""
+    """What one reader finds out about a stream, as JSON-serializable values."""
 
     def __init__(self, dataset: Any, seed: int, count: bool) -> None:
         self.dataset, self.seed, self.count = dataset, seed, count
@@ -110,7 +110,9 @@ def check_stream(
     probe = _Probe(dataset, options.seed, count)
     try:
         found = _in_workers(probe, min(workers, 2), options) if workers else [probe[0]]
-    except Exception as error:  # a worker that couldn't be started: the other ranks must hear of it, too
+    except (
+        Exception
+    ) as error:  # a worker that couldn't be started: reported to the other ranks, which wait for this one
         found = [{"error": describe_error(error)}]
     readers = [(rank, k, one) for rank, every in enumerate(options.all_gather(found)) for k, one in enumerate(every)]
     for rank, _, one in readers:

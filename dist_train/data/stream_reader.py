@@ -168,8 +168,8 @@ class ShardPlan:
     """Which reader takes which micro-batch of a stream with a shard per reader: worker k % workers the k-th of its rank.
 
     k counts from the start of an epoch, which is one pass, or else (`finite` is false) from step 0. Reader rank * workers +
-    worker takes what it is asked for from its shard; once that has ended, what other readers have too much in the same pass. So
-    each sample of a pass is taken once, however uneven the shards are.
+    worker takes what it is asked for from its shard; once that has ended, the surplus of other shards in the same pass. So each
+    sample of a pass is taken once, however uneven the shards are.
     """
 
     plan: Plan
@@ -204,7 +204,7 @@ class ShardPlan:
         return shard_of(copy.copy(source), index, count or self.readers)
 
     def left_over(self, source: Any, reader: int, seed: int, epoch: int) -> Iterator[Any]:
-        """What a reader takes once its own shard has ended: found by reading the other shards through."""
+        """The samples for a reader whose own shard has ended: surplus of the other shards, found by reading them."""
 
         def read(index: int) -> Pass:
             return Pass(self.shard(source, index), seed, epoch, (index, self.readers))
@@ -248,7 +248,7 @@ class ShardReader(StreamReader):
     ) -> None:
         super().__init__(dataset, seed, collate, info)
         self.shards, self.rank = shards, rank
-        self._spare: Iterator[Any] | None = None  # what other shards have too much, once this reader's has ended
+        self._spare: Iterator[Any] | None = None  # the surplus of other shards, once this reader's has ended
         self.rewind()
 
     def notes(self) -> list[str]:

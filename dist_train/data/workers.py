@@ -1,4 +1,4 @@
-"""Loader workers: how many, how to start and stop them so that no signal meant for the run kills one, what they can see."""
+"""Loader workers: how many, how they start and stop so that no signal meant for the run kills one, what is hidden from them."""
 
 from __future__ import annotations
 
@@ -188,9 +188,9 @@ def _stop(iterator: Any, workers: list[multiprocessing.process.BaseProcess]) -> 
         worker.join()
 
 
-# --- what they can see -----------------------------------------------------------------------------------------------
+# --- what is hidden from them ----------------------------------------------------------------------------------------
 
-# Where launchers (torchrun, accelerate, Slurm, MPI) and webdataset say who a process is among how many.
+# Variables in which launchers (torchrun, accelerate, Slurm, MPI) and webdataset pass ranks and world sizes.
 _PLACEMENT = {
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE",
     "NODE_RANK", "WORKER", "NUM_WORKERS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_NTASKS", "SLURM_NPROCS",

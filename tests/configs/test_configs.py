@@ -238,7 +238,10 @@ def train_here(folder: Path, *overrides: str, config: Path = CONFIGS / "digits.y
         ),
         ("transfer.freeze=featurs.*", "featurs.* matches no parameter of DigitsCNN; names look like features"),
         ("transfer.freeze=['*']", "* freezes every parameter: nothing is left"),
-        ("model_init=[{match: '*', _target_: torch.nn.init.eye_}]", "model_init.0: it can't initialize features.0.weight"),
+        (
+            "model_init=[{match: '*', _target_: torch.nn.init.eye_}]",
+            "model_init.0: it can't initialize features.0.weight",
+        ),
         (
             "transfer.append={at: features, name: x, module: {_target_: torch.nn.Linear, in_features: -1, out_features: 2}}",
             "transfer.append.module: could not be built: RuntimeError: Trying to create tensor with negative dimension",

@@ -54,7 +54,7 @@ def test_the_size_of_a_step_is_known_without_its_order(plan: Plan, step: int) ->
     assert plan.batch_samples(step) == len(plan.batch(step))
 
 
-def test_the_order_is_a_permutation_pinned_for_ever() -> None:
+def test_the_order_is_a_permutation_pinned_forever() -> None:
     plan = Plan(seed=0, length=10, global_batch_size=5)
     assert plan.order(0).tolist() == [7, 1, 8, 9, 2, 6, 4, 3, 5, 0]
     assert plan.order(1).tolist() == [8, 3, 6, 5, 0, 2, 4, 1, 7, 9]
@@ -94,7 +94,7 @@ def test_nobody_can_change_the_order_in_place() -> None:
         ((0, 10, 16), "10 samples, fewer than one global batch of 16.*global_batch_size=10.*drop_last=false"),
     ],
 )
-def test_a_plan_without_a_step_says_what_to_do(arguments: tuple[int, int, int], message: str) -> None:
+def test_a_plan_without_a_step_is_refused_with_a_hint(arguments: tuple[int, int, int], message: str) -> None:
     with pytest.raises(DataError, match=message):
         Plan(*arguments)
 
@@ -105,9 +105,9 @@ def test_shares_and_parts_cover_everything_and_differ_by_at_most_one(n: int, wor
     assert [k for piece in pieces for k in range(n)[piece]] == list(range(n))
     sizes = [piece.stop - piece.start for piece in pieces]
     assert max(sizes) - min(sizes) <= 1
-    cut = micro_slices(n, 0, 1, micro)
-    assert len(cut) == -(-n // micro)
-    assert all(piece.stop - piece.start <= micro for piece in cut)
+    whole = micro_slices(n, 0, 1, micro)
+    assert len(whole) == -(-n // micro)
+    assert all(piece.stop - piece.start <= micro for piece in whole)
     mine = [piece for rank in range(world_size) for piece in micro_slices(n, rank, world_size, micro)]
     assert [k for piece in mine for k in range(n)[piece]] == list(range(n))
 
@@ -128,8 +128,8 @@ def test_eval_batches_cover_the_dataset_once_and_do_not_depend_on_the_world_size
     plan = EvalPlan(length, batch)
     whole = plan.batches(0, 1)
     assert [k for batch in whole for k in batch] == list(range(length))
-    over_ranks = [cut for rank in range(world_size) for cut in plan.batches(rank, world_size)]
-    assert sorted(over_ranks, key=lambda cut: cut.start) == whole
+    over_ranks = [batch for rank in range(world_size) for batch in plan.batches(rank, world_size)]
+    assert sorted(over_ranks, key=lambda batch: batch.start) == whole
     assert len(plan) == len(whole)
 
 

@@ -119,8 +119,8 @@ def test_signals_to_the_group_kill_no_worker_even_while_it_starts_and_leaving_wi
 ) -> None:
     code, text = storm(method, "read")  # whose end would otherwise be waited for without end
     assert code == 0, text
-    (told,) = (line for line in text.splitlines() if line.startswith("WORKERS "))
-    pid = int(told.removeprefix("WORKERS "))
+    (answer,) = (line for line in text.splitlines() if line.startswith("WORKERS "))
+    pid = int(answer.removeprefix("WORKERS "))
     assert gone(pid, within=5)
 
 
@@ -179,7 +179,7 @@ def read_all(dataset: Any) -> None:
         loader.close()
 
 
-def test_workers_that_cannot_send_fail_at_once_and_say_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_that_cannot_send_fail_at_once_with_the_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     began = time.monotonic()
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     used = len(os.listdir("/proc/self/fd"))

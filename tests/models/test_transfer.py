@@ -262,7 +262,7 @@ def test_weights_by_torchvisions_name_come_from_the_cache(tmp_path: Path, monkey
 # --- freezing and first values ---------------------------------------------------------------------------------------
 
 
-def test_patterns_say_parameters_modules_and_classes() -> None:
+def test_patterns_match_parameters_modules_and_classes() -> None:
     model = models.resnet18()
     everything = [name for name, _ in model.named_parameters()]
     assert match_parameters(model, ["*"], "k") == everything
