@@ -80,18 +80,16 @@ def _export_graph(restored: Restored, path: Path) -> str:
         A note for the user ("" for none).
     """
     import torch
-    from torch.utils.data import default_collate
 
-    from dist_train.config.components import build_callable
-    from dist_train.training.prepare import build_dataset
+    from dist_train.task.batch import is_pair
+    from dist_train.training.prepare import build_dataset, first_samples
 
     config, model = restored.config, restored.evaluator.model
     dataset = build_dataset(config, restored.split(None))
-    collate = build_callable(config.data.collate) if config.data.collate is not None else default_collate
 
     def inputs(count: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        batch = collate([dataset[k % len(dataset)] for k in range(count)])
-        value = batch[0] if isinstance(batch, list | tuple) and len(batch) == 2 else batch
+        batch = first_samples(config, dataset, count)
+        value = batch[0] if is_pair(batch) else batch
         if isinstance(value, dict):
             return (), value
         return (tuple(value) if isinstance(value, list | tuple) else (value,)), {}

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.utils.data import default_collate
 
 from dist_train.checkpoint.store import find_at
-from dist_train.config.components import build_callable, is_spec
+from dist_train.config.components import is_spec
 from dist_train.config.fields import Duration
 from dist_train.data.stream import is_stream
 from dist_train.run.start import train_in
@@ -20,7 +19,7 @@ from dist_train.tracking.console import Console
 from dist_train.tracking.records import read_rows
 from dist_train.training.model import build_model_parts
 from dist_train.training.parts import Parts
-from dist_train.training.prepare import build_dataset, loader_options
+from dist_train.training.prepare import build_dataset, first_samples
 from dist_train.training.unsaved import unsaved_state
 
 if TYPE_CHECKING:
@@ -36,11 +35,8 @@ STEPS = 3
 def describe_samples(config: Config, split: str) -> str:
     """Shapes, dtypes and ranges of the first samples of a split, collated. Raises whatever its dataset raises."""
     dataset = build_dataset(config, split)
-    collate = build_callable(config.data.collate) if config.data.collate is not None else default_collate
-    if is_stream(dataset):
-        return f"a stream; {_describe(collate(list(itertools.islice(iter(dataset), SAMPLES))))}"
-    samples = [dataset[index] for index in range(min(SAMPLES, len(dataset)))]
-    return f"{len(dataset):,} samples; {_describe(collate(samples))}"
+    size = "a stream" if is_stream(dataset) else f"{len(dataset):,} samples"
+    return f"{size}; {_describe(first_samples(config, dataset, SAMPLES))}"
 
 
 def _describe(value: Any) -> str:
@@ -85,11 +81,9 @@ def run(config: Config, world: World, where: Path) -> tuple[list[str], str]:
 
 
 def _unsaved(trained: Parts, config: Config, world: World, where: Path) -> str:
-    dataset, collate = trained.datasets["train"], loader_options(config, world).collate or default_collate
-    some = list(itertools.islice(iter(dataset), SAMPLES)) if is_stream(dataset) else []
-    some = some or [dataset[index] for index in range(min(SAMPLES, len(dataset)))]
     found = find_at(str(where / "dry_run"))
-    return unsaved_state(trained, build_model_parts(config, world), found, trained.move(collate(some)))
+    batch = trained.move(first_samples(config, trained.datasets["train"], SAMPLES))
+    return unsaved_state(trained, build_model_parts(config, world), found, batch)
 
 
 def _shortened(config: Config, where: Path, steps: int) -> Config:

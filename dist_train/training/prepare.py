@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 import traceback
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
+from torch.utils.data import default_collate
 
 from dist_train.checkpoint.manifest import CheckpointError
 from dist_train.checkpoint.store import find_at
@@ -125,6 +127,14 @@ def missing_data(split: str, dataset: type, root: str | os.PathLike[str], error:
         return DataError(f"{text}; relative paths count from the working directory")
     text += f"; expected {len(absent)} files that aren't there: {', '.join(absent)}"  # MNIST takes them unpacked, too
     return DataError(f"{text}; with a network, download: true fetches them; without one, copy them there")
+
+
+def first_samples(config: Config, dataset: Any, count: int) -> Any:
+    """The first `count` samples of a dataset or stream, or all where there are fewer, collated."""
+    collate = build_callable(config.data.collate) if config.data.collate is not None else default_collate
+    if is_stream(dataset):
+        return collate(list(itertools.islice(iter(dataset), count)))
+    return collate([dataset[index] for index in range(min(count, len(dataset)))])
 
 
 def loader_options(config: Config, world: World) -> LoaderOptions:
