@@ -153,12 +153,12 @@ def test_garbage_beside_the_checkpoints_is_named_and_the_run_stands(
         if (file, kind) == ("attempts.jsonl", "empty"):
             continue  # that isn't garbage
         (runs / "a" / file).write_bytes(garbage)
-        if file in ("attempts.jsonl", "micro_batches.json"):  # read by a start that goes on
+        if file in ("attempts.jsonl", "micro_batches.json"):  # read by a start that resumes
             (runs / "a" / "result.json").unlink(missing_ok=True)
         assert main(["verify", str(runs / "a")]) == 1
         assert file in capfd.readouterr().out
-        told = start(runs)
-        assert {**told, "seconds": 0} == {**whole, "seconds": 0}
+        again = start(runs)
+        assert {**again, "seconds": 0} == {**whole, "seconds": 0}
         out, err = capfd.readouterr()
         assert file in out + err, (kind, out, err)
         assert [(row["split"], row["step"]) for row in rows(runs / "a")] == ROWS

@@ -101,7 +101,7 @@ def test_a_completed_run_prints_its_result_and_goes_on_when_it_is_to_be_longer(
     logged = rows(place, "train")
     assert [row["step"] for row in logged] == [7, 10, 11, 12, 13, 14]
     rates = [0.003 * step / 51 for step in (11, 12, 13, 14)]
-    assert [row["lr"] for row in logged[2:]] == pytest.approx(rates), "the schedule of 10 steps goes on, in its warm-up"
+    assert [row["lr"] for row in logged[2:]] == pytest.approx(rates), "the schedule of 10 steps resumes, in its warm-up"
 
 
 def test_a_changed_learning_rate_needs_consent_and_then_really_changes(here: Path) -> None:

@@ -121,23 +121,23 @@ def test_changed_code_is_named_on_resume_and_on_a_completed_run_which_imports_no
 ) -> None:
     run = project / "runs" / "r"
     stopped = train("c.yaml", "trainer.stop_at=1step")
-    told = capsys.readouterr()
-    assert "the code has changed" not in told.err
-    assert f"{run}/curves.png" in told.out
+    printed = capsys.readouterr()
+    assert "the code has changed" not in printed.err
+    assert f"{run}/curves.png" in printed.out
     assert (run / "curves.png").stat().st_size > 1000
-    assert "report.html" not in told.out
+    assert "report.html" not in printed.out
     assert sorted(starts(run)[0]["code"]) == ["helper.py", "records_net.py"]
 
     (project / "helper.py").write_text("WIDTH = 5 + 5\n")
     (project / "unused.py").write_text("# changed\n")
     done = train("c.yaml")
-    told = capsys.readouterr()
+    printed = capsys.readouterr()
     assert (
         f"the code has changed since {run} was last started: helper.py. The run resumes with the code as it is now"
-        in told.err
+        in printed.err
     )
     assert done["seconds"] > stopped["seconds"]
-    assert "tensorboard" not in told.out
+    assert "tensorboard" not in printed.out
     assert len(starts(run)) == 2
 
     forget()
@@ -149,10 +149,10 @@ def test_changed_code_is_named_on_resume_and_on_a_completed_run_which_imports_no
     forget()
     (project / "records_net.py").write_text("raise RuntimeError('imported')\n")
     assert train("c.yaml") == done
-    told = capsys.readouterr()
+    printed = capsys.readouterr()
     assert (
         f"the code has changed since {run} was trained: records_net.py. This is the result of the code before"
-        in told.err
+        in printed.err
     )
     assert "records_net" not in sys.modules
     assert len(starts(run)) == 2

@@ -13,13 +13,13 @@ from dist_train.training.prepare import _downloads, expected_files, missing_data
 
 def together(world: list[int], fail: int = -1) -> tuple[list[str], list[object]]:
     """All ranks as threads; world holds each one's local rank. What happened in order, and what each got."""
-    barrier, told, lock = threading.Barrier(len(world), timeout=10), [], threading.Lock()
+    barrier, built, lock = threading.Barrier(len(world), timeout=10), [], threading.Lock()
     got: list[object] = [None] * len(world)
 
     def run(rank: int) -> None:
         def make() -> int:
             with lock:
-                told.append(f"build {rank}")
+                built.append(f"build {rank}")
             if rank == fail:
                 raise OSError("no network")
             return rank
@@ -40,21 +40,21 @@ def together(world: list[int], fail: int = -1) -> tuple[list[str], list[object]]
         thread.start()
     for thread in threads:
         thread.join(timeout=30)
-    return told, got
+    return built, got
 
 
 def test_rank_zero_builds_first_then_one_rank_of_each_node_then_the_others() -> None:
-    told, got = together([0, 1, 0, 1, 0, 1])
-    assert told[0] == "build 0"
-    assert set(told[1:3]) == {"build 2", "build 4"}
-    assert set(told[3:]) == {"build 1", "build 3", "build 5"}
+    built, got = together([0, 1, 0, 1, 0, 1])
+    assert built[0] == "build 0"
+    assert set(built[1:3]) == {"build 2", "build 4"}
+    assert set(built[3:]) == {"build 1", "build 3", "build 5"}
     assert got == [0, 1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("fail", [0, 1, 2])
 def test_a_rank_that_fails_lets_nobody_wait_for_it(fail: int) -> None:
-    told, got = together([0, 1, 0], fail=fail)
-    assert len(told) == 3
+    built, got = together([0, 1, 0], fail=fail)
+    assert len(built) == 3
     assert [isinstance(value, OSError) for value in got] == [rank == fail for rank in range(3)]
 
 

@@ -1,4 +1,4 @@
-"""Promises 1 and 5: the same samples, losses and figures on any number of processes."""
+"""Promises 1 and 5: the same samples, losses and metrics on any number of processes."""
 
 from __future__ import annotations
 

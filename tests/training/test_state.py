@@ -240,9 +240,9 @@ def test_evaluate_and_load_know_all_that_was_saved(folder: Path, monkeypatch: py
     monkeypatch.chdir(folder)
     train("c.yaml", "run.name=seen", "checkpoint.keep_best=null")
     with open_run("runs/seen", "last") as restored:
-        figures = restored.evaluator.run(restored.loader("val"))
+        metrics = restored.evaluator.run(restored.loader("val"))
         assert not any(module.training for module in restored.evaluator.modules.modules())
-    assert figures["loss"] == result(Path("runs/seen"))["metrics"]["val"]["loss"]
+    assert metrics["loss"] == result(Path("runs/seen"))["metrics"]["val"]["loss"]
     model = dist_train.load("runs/seen")
     assert (model.count, float(model.hidden) > 0, model.late is not None) == (15, True, True)
 
@@ -300,14 +300,14 @@ def test_doctor_names_what_no_checkpoint_holds(
 ) -> None:
     monkeypatch.chdir(folder)
     assert doctor.main(["--config", "c.yaml", f"model._target_=kept.{model}"]) == 0
-    told = " ".join(capsys.readouterr().out.split())
-    assert ("no checkpoint holds, so that a resumed run differs from one that never stopped: seen" in told) == (
+    printed = " ".join(capsys.readouterr().out.split())
+    assert ("no checkpoint holds, so that a resumed run differs from one that never stopped: seen" in printed) == (
         model == "Hidden"
     )
-    assert "three steps, evaluation, save, resume" in told
+    assert "three steps, evaluation, save, resume" in printed
 
 
-def test_a_mistake_in_a_callback_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mistake_in_a_callback_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     with pytest.raises(ConfigError, match="nobdy matches no parameter"):
         train("c.yaml", "run.name=bad", OURS.replace("body", "nobdy"))

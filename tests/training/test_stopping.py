@@ -1,4 +1,4 @@
-"""Stopping is normal: by signal at any process, by file, by the clock; all ranks save the same step, and it goes on."""
+"""Stopping is normal: by signal at any process, by file, by the clock; all ranks save the same step, and the run resumes."""
 
 from __future__ import annotations
 
@@ -158,15 +158,15 @@ def test_a_start_that_is_stopped_while_it_builds_its_data_ends_all_ranks_and_wri
     assert not (folder / "runs" / "begun").exists()
 
 
-def test_a_config_error_of_one_rank_is_told_at_once_and_ends_the_others_without_a_word(folder: Path) -> None:
+def test_a_config_error_of_one_rank_is_reported_at_once_and_ends_the_others_silently(folder: Path) -> None:
     """Started by somebody who sets RANK and WORLD_SIZE only, as Kubernetes' PyTorchJob does."""
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "LACKS": "1"}
     both = [start(folder, 1, "--config", "slow.yaml", "run.name=lacks", env={**place, "RANK": rank}) for rank in "01"]
-    (out, silent), (_, told) = [process.communicate(timeout=60) for process in both]
+    (out, silent), (_, reported) = [process.communicate(timeout=60) for process in both]
     assert [process.returncode for process in both] == [2, 2]
-    assert told.endswith("data.train: this node lacks the data\n")
-    assert "rank 1 on" in told
-    assert "Traceback" not in told + silent
+    assert reported.endswith("data.train: this node lacks the data\n")
+    assert "rank 1 on" in reported
+    assert "Traceback" not in reported + silent
     assert "lacks" not in silent
     assert not (folder / "runs" / "lacks").exists(), out
 

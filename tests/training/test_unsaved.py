@@ -72,7 +72,7 @@ def same_run(one: Path, other: Path) -> bool:
 
 
 @pytest.mark.parametrize(("model", "named"), [("Hidden", "seen"), ("Late", "steps"), ("Usual", ""), ("Drift", "")])
-def test_a_fresh_start_warns_and_trains_as_it_would_have(
+def test_a_fresh_start_warns_and_trains_as_without_the_check(
     kept: Any, model: str, named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.manual_seed(0)
@@ -90,8 +90,8 @@ def test_a_fresh_start_warns_and_trains_as_it_would_have(
 
     monkeypatch.setattr(first_batch, "unsaved_at_start", look)
     start(kept, first, "looked")
-    told = " ".join(capsys.readouterr().err.split())
-    assert (WARNED in told) == bool(named)
+    printed = " ".join(capsys.readouterr().err.split())
+    assert (WARNED in printed) == bool(named)
     assert len(looked) == 1
     assert (f"one that never stopped: {named}. Make it a buffer" in looked[0]) == bool(named)
     monkeypatch.setattr(first_batch, "unsaved_at_start", lambda *_: "")
@@ -144,5 +144,5 @@ tracking: {tensorboard: false, report: false}
 """)
     gathers = ["c.yaml", "run.name=gathers", "loss=null", "task={_target_: kept.Gathers}"]
     done = run_several(tmp_path, 2, [["c.yaml", "run.name=late"], gathers])
-    assert " ".join(done.stderr.split()).count(WARNED) == 1, "of the first run, by rank 0; the second can't be told"
+    assert " ".join(done.stderr.split()).count(WARNED) == 1, "of the first run, by rank 0; the second proves nothing"
     assert result(tmp_path / "runs" / "gathers")["step"] == 10

@@ -121,8 +121,8 @@ def test_the_run_remembers_where_the_code_is(folder: Path, tmp_path: Path) -> No
         tmp_path, 1, "evaluate", "--run", str(place), "--split", "val",
         env={"PYTHONPATH": f"{Path(__file__).parents[2]}:{folder / 'installed'}"},
     )  # fmt: skip
-    figures = json.loads(done.stdout.splitlines()[-1])
-    assert figures["metrics"]["accuracy"] == result(place)["metrics"]["val"]["accuracy"]
+    evaluated = json.loads(done.stdout.splitlines()[-1])
+    assert evaluated["metrics"]["accuracy"] == result(place)["metrics"]["val"]["accuracy"]
 
 
 def test_an_error_inside_ones_own_module_is_told_as_such(folder: Path) -> None:
