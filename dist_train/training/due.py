@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dist_train.config.fields import Duration
 from dist_train.task.metrics import monitored
-from dist_train.watch.control import EVALUATE, FINISH, LOG, SAVE, STOP, Source, watch_clock
+from dist_train.watch.control import EVALUATE, FINISH, LOG, SAVE, STOP, Source, next_multiple, watch_clock
 
 if TYPE_CHECKING:
     from dist_train.config.schema import Config, StopWhenConfig
@@ -21,11 +21,6 @@ def in_steps(duration: Duration | None, steps_per_epoch: int) -> int | None:
     if duration is None or duration.is_time:
         return None
     return int(duration.value) * (steps_per_epoch if duration.unit == "ep" else 1)
-
-
-def next_multiple(seconds: float, every: float) -> float:
-    """The first multiple of `every` after `seconds`: times count from the run's beginning, over all its starts."""
-    return (seconds // every + 1) * every
 
 
 class Due:

@@ -23,7 +23,8 @@ from dist_train.models.layers import watch
 from dist_train.models.transfer import match_modules
 from dist_train.task.batch import first_rows
 from dist_train.training.callbacks import Callback
-from dist_train.training.due import NEVER, in_steps, next_multiple
+from dist_train.training.due import NEVER, in_steps
+from dist_train.watch.control import next_multiple
 
 if TYPE_CHECKING:
     from dist_train.config.schema import TrackingConfig

@@ -138,6 +138,11 @@ def watch_file(take: Callable[[str], bool], action: str, name: str) -> Source:
     return lambda: (action, f"file {name}") if take(name) else None
 
 
+def next_multiple(seconds: float, every: float) -> float:
+    """The first multiple of `every` after `seconds`: times count from the run's beginning, over all its starts."""
+    return (seconds // every + 1) * every
+
+
 def watch_clock(clock: Callable[[], float], due_at: float, every: float | None, action: str, reason: str) -> Source:
     """A source that requests `action` when `clock()` (seconds trained, over all attempts) passes `due_at`, then each `every`."""
     due = due_at
@@ -147,7 +152,7 @@ def watch_clock(clock: Callable[[], float], due_at: float, every: float | None, 
         now = clock()
         if now < due:
             return None
-        due = float("inf") if every is None else (now // every + 1) * every
+        due = float("inf") if every is None else next_multiple(now, every)
         return action, reason
 
     return source
