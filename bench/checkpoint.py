@@ -1,9 +1,9 @@
-"""How long a save holds a training step up: synchronous, asynchronous, and `torch.save` of the same state.
+"""How long a save blocks a training step: synchronous, asynchronous, and `torch.save` of the same state.
 
-Claim: an asynchronous save costs a step at most 15 % of what `torch.save` of the same state costs.
+Claim: an asynchronous save blocks a step for at most 15 % of the time of `torch.save` of the same state.
 State: ResNet-50 with Adam, fp32, after one step (about 307 MB). Saves to `--directory` (a temporary one by default),
-`--trials` of each in turn, so that a noisy machine disturbs all alike; medians are reported. `torch.save` is measured
-as users call it (no fsync, no hash) and with fsync.
+`--trials` of each, interleaved, so that noise on the machine affects all of them equally; medians are reported. `torch.save` is
+measured as users call it (no fsync, no hash) and with fsync.
 
     python bench/checkpoint.py [--device cuda] [--directory DIR_OR_URL] [--trials 7]
 """
@@ -28,7 +28,7 @@ from dist_train.runtime.storage import open_storage
 
 
 def build_state(device: str) -> dict[str, Any]:
-    """State of a ResNet-50 and its Adam after one step with random gradients."""
+    """State of a ResNet-50 with Adam after one step with random gradients."""
     model = torchvision.models.resnet50().to(device)
     optimizer = torch.optim.Adam(model.parameters())
     for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""What every contender of the benchmark is measured by, and its data; nothing of dist_train is imported here."""
+"""The clock and the data that all contenders of the benchmark share; imports nothing of dist_train."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torch import Tensor
 
 
 class Clock:
-    """Collects the time at the end of each optimizer step; one list append a step, the same for all contenders.
+    """Records the time at the end of each optimizer step: one list append per step, the same for all contenders.
 
     Args:
-        warmup: steps that are left out at the beginning.
-        steps: steps that are measured after them.
+        warmup: steps at the beginning that are not measured.
+        steps: steps after them that are measured.
     """
 
     def __init__(self, warmup: int, steps: int) -> None:
@@ -31,7 +31,7 @@ class Clock:
         self._cpu: dict[int, float] = {}
 
     def tick(self) -> bool:
-        """At the end of a step; True when all steps are done."""
+        """To be called at the end of each step; returns True when all steps are done."""
         self.times.append(time.perf_counter())
         done = len(self.times)
         if done == 1:
@@ -41,12 +41,12 @@ class Clock:
         return done >= self.total
 
     def boundary(self) -> None:
-        """At the end of an epoch: the interval up to the next step holds evaluation and saving, if any."""
+        """To be called at the end of each epoch: the interval until the next step includes evaluation and saving, if any."""
         self.boundaries.append(len(self.times))
 
     def result(self) -> dict[str, Any]:
-        """steps_per_s over all that happened; stepping_per_s without the intervals over the ends of epochs; cpu_us, the
-        main thread's CPU time for a step, which a busy neighbour changes less than the time."""
+        """`steps_per_s` over everything; `stepping_per_s` without the intervals that contain the end of an epoch; `cpu_us`,
+        the main thread's CPU time per step, which other load on the machine affects less than wall time."""
         if len(self.times) < self.total:
             raise RuntimeError(f"expected {self.total} steps, saw {len(self.times)}")
         times = self.times[: self.total]
@@ -60,7 +60,7 @@ class Clock:
         }
 
     def write(self, path: str) -> None:
-        """The result as JSON into `path`, by rank 0 only."""
+        """Write the result to `path` as JSON, on rank 0 only."""
         if int(os.environ.get("RANK", "0")) == 0:
             Path(path).write_text(json.dumps(self.result()), encoding="ascii")
 
@@ -68,7 +68,7 @@ class Clock:
 def digits(repeat: int, split: str = "train") -> tuple[Tensor, Tensor]:
     """Inputs (n, 64) float32 and targets (n,) int64 of 1,257 (train) or 180 (val) digits, `repeat` times over.
 
-    Read from scikit-learn's file without importing it (a second), so that nobody's start-up time holds that import.
+    Reads scikit-learn's file without importing scikit-learn (which takes a second), so that no startup time includes that import.
     """
     spec = importlib.util.find_spec("sklearn")
     if spec is None or not spec.submodule_search_locations:

@@ -1,9 +1,8 @@
-"""The same small training by other means: python contenders.py NAME RESULT.json [options], alone or under torchrun.
+"""The same small training with other libraries: python contenders.py NAME RESULT.json [options], alone or under torchrun.
 
-Digits MLP 64-128-10, cross-entropy, SGD with momentum, 64 samples an optimizer step over all processes, on the CPU.
-Each contender is written as its own documentation writes it, with what can be switched off switched off (progress bars,
-loggers, checkpoints), except for `raw_chores`: the raw loop that also evaluates and saves after each epoch and logs
-each 50 steps.
+Digits MLP 64-128-10, cross-entropy, SGD with momentum, 64 samples per optimizer step over all processes, on the CPU.
+Each contender follows its own documentation, with all extras disabled (progress bars, loggers, checkpoints). The exception is
+`raw_chores`: the raw loop that also evaluates and saves after each epoch and logs every 50 steps.
 """
 
 from __future__ import annotations
@@ -37,12 +36,12 @@ def parts(repeat: int) -> tuple[nn.Module, torch.optim.Optimizer, nn.Module, Ten
 
 
 def loader_of(data: TensorDataset) -> DataLoader[tuple[Tensor, ...]]:
-    """The stock loader of one process."""
+    """A stock DataLoader for one process."""
     return DataLoader(data, batch_size=BATCH, shuffle=True, drop_last=True)
 
 
 def raw(clock: Clock, repeat: int, chores: Path | None = None) -> None:
-    """The loop of the PyTorch tutorials; on several processes with DistributedDataParallel and DistributedSampler."""
+    """The loop of the PyTorch tutorials; with several processes, using DistributedDataParallel and DistributedSampler."""
     model, optimizer, loss_fn, data = parts(repeat)
     net: nn.Module = model
     sampler: DistributedSampler[Any] | None = None
@@ -77,7 +76,7 @@ def raw(clock: Clock, repeat: int, chores: Path | None = None) -> None:
 
 @torch.no_grad()
 def evaluate_and_save(model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int, folder: Path) -> None:
-    """Accuracy on the validation set, and a checkpoint: what a user adds to the raw loop by hand."""
+    """Validation accuracy and a checkpoint: what a user adds to the raw loop by hand."""
     if int(os.environ.get("RANK", "0")) != 0:
         return
     model.eval()
@@ -167,7 +166,7 @@ def accelerate(clock: Clock, repeat: int) -> None:
 
 
 def ignite(clock: Clock, repeat: int) -> None:
-    """PyTorch Ignite's supervised trainer, with its own helpers for several processes."""
+    """PyTorch Ignite's supervised trainer, with its own helpers for distributed training."""
     import ignite.distributed as idist
     from ignite.engine import Engine, Events, create_supervised_trainer
 

@@ -1,9 +1,9 @@
-"""What the gradients of a small model cost on several processes of one machine, on the CPU, by each way of reducing them.
+"""The cost of reducing the gradients of a small model among CPU processes of one machine, for each method.
 
     torchrun --standalone --nproc_per_node=2 bench/exchange.py [--hidden 128]
 
-A step is a forward and a backward of 32 samples a process with one thread each, the reduction, and nothing more. The ways take
-turns; times are medians over the turns, in milliseconds.
+A step is a forward and a backward of 32 samples per process, with one thread each, and the reduction, nothing else. The methods
+are interleaved; the numbers are medians in milliseconds.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dist_train.task.task import Supervised
 
 
 def ways(world: World, hidden: int) -> dict[str, Reducer]:
-    """Every way to reduce, each with a model of its own."""
+    """All reduction methods, each with its own model."""
 
     def objective() -> Objective:
         net = nn.Sequential(nn.Linear(64, hidden), nn.ReLU(), nn.Linear(hidden, 10))
@@ -38,9 +38,9 @@ def ways(world: World, hidden: int) -> dict[str, Reducer]:
     far = OneBucket(objective(), world)
     far.links.close()
     return {
-        "nothing": SingleProcess(objective()),
+        "no reduction": SingleProcess(objective()),
         "DistributedDataParallel over gloo": DataParallel(objective(), world.size, DistributedConfig()),
-        "pairwise messages by gloo": far,
+        "pairwise messages over gloo": far,
         "pairwise messages over Unix sockets": OneBucket(objective(), world),
     }
 

@@ -1,10 +1,10 @@
-"""Steps per second on one GPU: dist_train beside the loop that a careful person writes by hand, by turns in one process.
+"""Steps per second on one GPU: dist_train and a carefully hand-written loop, interleaved in one process.
 
     python bench/gpu.py            # about two minutes; a table goes to stdout
 
-Both train on the same synthetic images, which lie in host memory as one tensor and reach the GPU through a stock DataLoader
-(raw) or dist_train's own; bf16 autocast, channels_last, fused SGD. dist_train has everything on that is on by
-default (but for a save after each epoch of 16 steps), and checks every step for inf and nan. Medians of the rounds' ratios count.
+Both train on the same synthetic images, one tensor in host memory, which reach the GPU through a stock DataLoader (raw loop)
+or through dist_train's loader; bf16 autocast, channels_last, fused SGD. dist_train runs with all defaults, except for saving
+after each epoch of 16 steps, and checks every step for inf and nan. Reported are the medians of the rounds' ratios.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CASES = {  # name: model, image size, batch, steps
 
 
 class Clock(Callback):
-    """Steps per second after the warm-up, with the device waited for at both ends."""
+    """Measures steps per second after the warm-up, synchronizing with the device at both ends."""
 
     def __init__(self) -> None:
         self.began = self.rate = 0.0
@@ -47,7 +47,7 @@ class Clock(Callback):
 
 
 def raw(name: str, data: TensorDataset, batch: int, steps: int) -> float:
-    """The loop by hand."""
+    """The hand-written loop."""
     model = getattr(torchvision.models, name)(num_classes=10).cuda().to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=True)
     loss_fn = nn.CrossEntropyLoss()
@@ -71,7 +71,7 @@ def raw(name: str, data: TensorDataset, batch: int, steps: int) -> float:
 
 
 def ours(name: str, data: TensorDataset, batch: int, steps: int) -> float:
-    """The same by dist_train."""
+    """The same training with dist_train."""
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         dist_train.train(
@@ -83,7 +83,7 @@ def ours(name: str, data: TensorDataset, batch: int, steps: int) -> float:
                 "optimizer": {"_target_": "torch.optim.SGD", "lr": 0.01, "momentum": 0.9},
                 "callbacks": [clock],
                 "trainer": {"duration": f"{steps}step"},
-                "checkpoint": {"every": "15min"},  # an epoch is 16 steps here: nobody saves every half second
+                "checkpoint": {"every": "15min"},  # an epoch is only 16 steps here, half a second
             }
         )
     return clock.rate

@@ -1,6 +1,6 @@
-"""The parts of bench/gpu_check, one a process: PYTHONPATH=. python bench/gpu_parts.py PART cuda|cpu FILE.
+"""The parts of bench/gpu_check, one per process: PYTHONPATH=. python bench/gpu_parts.py PART cuda|cpu FILE.
 
-A part yields findings; each is appended to FILE at once. The exit code is 0 if all are ok, 3 if the part can't run here.
+A part yields findings; each is appended to FILE immediately. The exit code is 0 if all are ok, 3 if the part can't run here.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class SkippedError(Exception):
 
 
 def work(step: int, inputs: Tensor, targets: Tensor) -> StepWork:
-    """A step of one micro-batch that is on the device already."""
+    """A step of one micro-batch that is already on the device."""
     rows = np.arange(len(inputs))
 
     def micro() -> Iterator[MicroBatch]:
@@ -82,14 +82,14 @@ def stepper(
 
 
 def images(device: torch.device) -> tuple[Tensor, Tensor]:
-    """A batch, the same on each device."""
+    """A batch with the same values on every device."""
     generator = torch.Generator().manual_seed(0)
     inputs, labels = torch.randn(32, 3, 8, 8, generator=generator), torch.randint(0, 10, (32,), generator=generator)
     return inputs.to(device), labels.to(device)
 
 
 def overflow(device: torch.device) -> Findings:
-    """The first step is left out: what follows is as if it had not been. The plain loop is torch's own, unfused."""
+    """The first step overflows and is skipped; the rest must equal a run of torch's unfused optimizer without it."""
     inputs, labels = images(device)
     for precision, deterministic in (("fp16", False), ("fp16", True), ("fp32", False)):
         torch.use_deterministic_algorithms(deterministic)
@@ -125,7 +125,7 @@ class Bag(nn.Module):
 
 
 def dtypes(device: torch.device) -> Findings:
-    """Weights and gradients of other kinds than float32 and dense."""
+    """Weights and gradients that aren't float32 and dense."""
     inputs, labels = images(device)
     adam = {"_target_": "torch.optim.AdamW", "lr": 0.01}
     plain = {"_target_": "torch.optim.SGD", "lr": 0.1}
@@ -154,7 +154,7 @@ def dtypes(device: torch.device) -> Findings:
 
 @contextlib.contextmanager
 def one_rank(device: torch.device) -> Iterator[None]:
-    """A process group of one: NCCL, with its eager start and its end."""
+    """A NCCL process group with one rank, eagerly initialized, and destroyed at the end."""
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     own = device if device.type == "cuda" else None
     torch.distributed.init_process_group(
@@ -168,7 +168,7 @@ def one_rank(device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def no_waiting(device: torch.device) -> Iterator[None]:
-    """Whatever waits for the device raises."""
+    """Any synchronization with the device raises an error."""
     if device.type != "cuda":
         yield
         return
@@ -181,7 +181,7 @@ def no_waiting(device: torch.device) -> Iterator[None]:
 
 
 def waits(device: torch.device) -> Findings:
-    """No step waits for the device; DDP's weights are those of one process."""
+    """No step synchronizes with the device; DDP's weights equal those of one process."""
     inputs, labels = images(device)
     soft = torch.rand(32, 10, device=device)
     losses: dict[str, tuple[Any, Tensor]] = {
@@ -226,7 +226,7 @@ def waits(device: torch.device) -> Findings:
 
 
 def hostcopy(device: torch.device) -> Findings:
-    """A save's copy: right, how fast, what a fork beside it costs, and what a refused lock leaves."""
+    """The copy of a save: correct, fast, cheap to fork beside, and harmless if page-locking is refused."""
     gib = 1.0 if device.type == "cuda" else 0.1
     tree: dict[str, Tensor] = {f"t{k}": torch.randn(int(gib * 2**27 / 4), device=device) for k in range(8)}
     copier, took = HostCopy(), []
@@ -267,7 +267,7 @@ def hostcopy(device: torch.device) -> Findings:
 
 
 def random(device: torch.device) -> Findings:
-    """cuDNN makes its dropout state anew, by a read, after each seeding."""
+    """cuDNN recreates its dropout state, with a device read, after each seeding."""
     net, inputs = nn.LSTM(64, 64, 2, dropout=0.5).to(device), torch.randn(20, 8, 64, device=device)
     for seeds in (False, True):
         for timed in (False, True):
@@ -347,7 +347,7 @@ import torch
 import torch.distributed as dist
 import dist_train.runtime.world as world
 
-if torch.cuda.is_available():  # NCCL refuses two ranks on one card; gloo carries CUDA tensors over the host
+if torch.cuda.is_available():  # NCCL refuses two ranks on one GPU; gloo moves CUDA tensors through the host
     def one_card(choice, placement):
         torch.cuda.set_device(0)
         return torch.device("cuda", 0)
@@ -355,7 +355,7 @@ if torch.cuda.is_available():  # NCCL refuses two ranks on one card; gloo carrie
     dist.init_process_group = lambda backend, **options: join("cpu:gloo,cuda:gloo", **{**options, "device_id": None})
 from dist_train.run.api import train
 
-for overrides in json.loads(sys.argv[1]):  # one after another in the same processes: starting them is what takes the time
+for overrides in json.loads(sys.argv[1]):  # sequentially in the same processes: starting them takes most of the time
     train("c.yaml", *overrides)
 """
 
@@ -365,7 +365,7 @@ RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 @contextlib.contextmanager
 def project() -> Iterator[tuple[Path, Callable[..., subprocess.CompletedProcess[str]]]]:
-    """A folder with a config and a user's code, and how Python is started there."""
+    """A project with a config and user code, and a function that runs Python in it."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         place.joinpath("c.yaml").write_text(CONFIG)
@@ -382,18 +382,18 @@ def project() -> Iterator[tuple[Path, Callable[..., subprocess.CompletedProcess[
 
 
 def train(device: torch.device, *overrides: str) -> tuple[str, ...]:
-    """The arguments of Python for one training."""
+    """Arguments of the Python interpreter for one training run."""
     return "-m", "dist_train.main", "train", "--config", "c.yaml", f"distributed.device={device.type}", *overrides
 
 
 def said(done: subprocess.CompletedProcess[str], word: str = "") -> list[str]:
-    """Lines of the output with that word, else its last ones."""
+    """Lines of the output that contain the word, otherwise its last lines."""
     lines = (done.stdout + done.stderr).splitlines()
     return [line for line in lines if word and word in line][:3] or lines[-8:]
 
 
 def memory(device: torch.device) -> Findings:
-    """Out of memory: restarts with half the size in the same process, and the GPU is free for it."""
+    """Out of memory: the run restarts with half the size in the same process, after the GPU memory has been freed."""
     with project() as (_, python):
         done = python(*train(device, "model._target_=user.Hungry"))
         halved = done.stderr.count("restart with micro-batches of")
@@ -402,7 +402,7 @@ def memory(device: torch.device) -> Findings:
 
 
 def hang(device: torch.device) -> Findings:
-    """The device never answers, and the main thread waits for it: the watch says so and ends the process."""
+    """The device hangs and the main thread waits for it: hang detection reports it and ends the process."""
     with project() as (_, python):
         began = time.perf_counter()
         done = python(*train(device, "model._target_=user.Hangs", "distributed.hang_timeout=8s"))
@@ -411,7 +411,7 @@ def hang(device: torch.device) -> Findings:
 
 
 def two(device: torch.device) -> Findings:
-    """DDP with two real ranks on one card, by gloo."""
+    """DDP with two real ranks on one GPU, over gloo."""
     given = (f"distributed.device={device.type}", "distributed.strategy=ddp", "trainer.ema_decay=0.9")
     jobs = [
         [*given, "run.name=both"], [*given, "run.name=parts", "trainer.stop_at=5step"], [*given, "run.name=parts"],
@@ -436,7 +436,7 @@ def two(device: torch.device) -> Findings:
 
 
 def workers(device: torch.device) -> Findings:
-    """Workers that are forked each epoch beside locked memory, the pin thread, and a save each other step."""
+    """Workers forked in each epoch while memory is page-locked, with the pin-memory thread and a save in every other step."""
     with project() as (place, python):
         results = {}
         options = ("trainer.duration=30step", "checkpoint.every=2step", "data.pin_memory=auto")
@@ -453,10 +453,10 @@ def workers(device: torch.device) -> Findings:
 
 
 def speed(device: torch.device) -> Findings:
-    """ResNet-18 beside the loop by hand, by turns."""
+    """ResNet-18 with dist_train and the hand-written loop, interleaved."""
     if device.type != "cuda":
         raise SkippedError("needs a GPU")
-    import gpu  # beside this file
+    import gpu  # in this directory
     from torch.utils.data import TensorDataset
 
     gpu.WARMUP = 60
@@ -473,7 +473,7 @@ def speed(device: torch.device) -> Findings:
 
 
 def tests(device: torch.device) -> Findings:
-    """All tests that need a GPU, but those that run these parts."""
+    """All tests that need a GPU, except those that run these parts."""
     for needed in ("pytest", "filelock"):
         if importlib.util.find_spec(needed) is None:
             raise SkippedError(f"{needed} is not installed")
@@ -494,7 +494,7 @@ def tests(device: torch.device) -> Findings:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """The hardware and the versions, for each line of the file."""
+    """Hardware and versions, which each line of the file records."""
     cuda = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if cuda else f"{platform.machine()} CPU"
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if cuda else None
@@ -504,7 +504,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def main() -> int:
-    """One part; `machine` prints what each line of the file gets."""
+    """Run one part; `machine` prints the hardware and the versions."""
     name, kind, out = sys.argv[1:]
     device = torch.device(kind, 0) if kind == "cuda" else torch.device(kind)
     facts = machine(device)

@@ -1,12 +1,12 @@
-"""Steps per second, and seconds from start to first step: dist_train beside a raw loop and four other trainers.
+"""Steps per second, and seconds from start to first step: dist_train, a raw loop and four other trainers.
 
-    python bench/overhead.py                       # some ten minutes; the table goes to stdout
+    python bench/overhead.py                       # about ten minutes; the table goes to stdout
     python bench/overhead.py --rounds 1 --steps 500 --world 1 --only raw dist_train
 
-All train the digits MLP 64-128-10 (SGD with momentum, 64 samples a step over all processes) on the CPU, with one
-thread a process. Every figure is taken in a process of its own; the contenders take turns within each round, in an
-order that moves on by one each round, so that a noisy minute hits all of them; figures are medians over the rounds,
-ratios are medians of each round's ratio to the raw loop.
+All train the digits MLP 64-128-10 (SGD with momentum, 64 samples per step over all processes) on the CPU, with one
+thread per process. Each measurement runs in its own process. The contenders are interleaved within each round, in an order
+that rotates by one each round, so that temporary noise affects all of them. The numbers are medians over the rounds, the ratios
+medians of each round's ratio to the raw loop.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from statistics import median
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-# Name -> the module that it needs, and how the table calls it.
+# Name -> required module, label in the table.
 CONTENDERS = {
     "raw": ("torch", "raw loop, stock DataLoader"),
-    "raw_chores": ("torch", "raw loop that evaluates, saves and logs as well"),
+    "raw_chores": ("torch", "raw loop with evaluation, saving and logging"),
     "fabric": ("lightning", "Fabric"),
     "lightning": ("lightning", "Lightning Trainer, extras off"),
     "accelerate": ("accelerate", "accelerate"),
@@ -61,8 +61,8 @@ def command(name: str, world: int, result: Path, args: argparse.Namespace) -> li
 
 
 def measure(name: str, world: int, args: argparse.Namespace) -> dict[str, float]:
-    """One run; raises RuntimeError with the end of its output when it fails."""
-    # One thread for everybody: the model is too small for more, and OpenMP's waiting threads suffer from any neighbour.
+    """One run; raises RuntimeError with the end of its output if it fails."""
+    # One thread each: the model is too small for more, and OpenMP's spinning threads suffer from any other load.
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory(prefix="overhead-") as folder:
         result = Path(folder) / "result.json"
@@ -85,7 +85,7 @@ def measure(name: str, world: int, args: argparse.Namespace) -> dict[str, float]
 
 
 def rounds(names: list[str], args: argparse.Namespace) -> dict[tuple[str, int], list[dict[str, float]]]:
-    """All figures, by contender and world size, a dict a round."""
+    """All measurements, by contender and world size, one dict per round."""
     found: dict[tuple[str, int], list[dict[str, float]]] = {}
     for number in range(args.rounds):
         for world in args.world:
@@ -93,7 +93,7 @@ def rounds(names: list[str], args: argparse.Namespace) -> dict[tuple[str, int], 
             for name in names[turn:] + names[:turn]:
                 figures = measure(name, world, args)
                 found.setdefault((name, world), []).append(figures)
-                note = f"{figures['steps_per_s']:7.0f} steps/s, {figures['cpu_us']:.0f} us of CPU a step, "
+                note = f"{figures['steps_per_s']:7.0f} steps/s, {figures['cpu_us']:.0f} us of CPU per step, "
                 note += f"first step after {figures['start_s']:.1f} s"
                 print(f"round {number + 1}/{args.rounds}  {world} process(es)  {name:11s} {note}", file=sys.stderr)
     return found
@@ -107,9 +107,9 @@ def cell(values: Iterable[float], reference: Iterable[float]) -> str:
 
 
 def table(found: dict[tuple[str, int], list[dict[str, float]]], worlds: list[int]) -> str:
-    """The table in Markdown: a line a contender; for dist_train one more, for its steps alone."""
+    """The table in Markdown: one row per contender, and a second one for dist_train, without evaluations and saves."""
     many = [f"{world} process{'es' if world > 1 else ''}" for world in worlds]
-    cpu = "CPU time of the main thread a step"
+    cpu = "CPU time of the main thread per step"
     head = ["steps/s (ratio to raw)", *many, cpu, *(f"start to first step, {text}" for text in many)]
     lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
 
@@ -126,13 +126,13 @@ def table(found: dict[tuple[str, int], list[dict[str, float]]], worlds: list[int
         if name == "dist_train":
             rates = [cell(column(name, w, "stepping_per_s"), column("raw", w, "steps_per_s")) for w in worlds]
             lines.append(
-                "| " + " | ".join(["dist_train, between its evaluations and saves", *rates, *[""] * len(worlds)]) + " |"
+                "| " + " | ".join(["dist_train, without evaluations and saves", *rates, *[""] * len(worlds)]) + " |"
             )
     return "\n".join(lines)
 
 
 def hardware() -> str:
-    """The CPU's name, and how many CPUs this process may use."""
+    """The name of the CPU, and the number of CPUs that this process may use."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -143,7 +143,7 @@ def hardware() -> str:
 
 
 def versions() -> str:
-    """Python's version and those of all packages that took part."""
+    """The versions of Python and of all packages involved."""
     found: list[Any] = [f"Python {platform.python_version()}"]
     for package in PACKAGES:
         try:
@@ -155,18 +155,18 @@ def versions() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="rounds that the medians are over (default 5)")
-    parser.add_argument("--steps", type=int, default=4000, help="optimizer steps that are measured (default 4000)")
-    parser.add_argument("--warmup", type=int, default=200, help="steps before them (default 200)")
-    parser.add_argument("--repeat", type=int, default=50, help="an epoch is the 1,257 digits so many times over (50)")
-    parser.add_argument("--world", type=int, nargs="+", default=[1, 2], help="numbers of processes (default 1 2)")
+    parser.add_argument("--rounds", type=int, default=5, help="number of rounds to take medians over (default 5)")
+    parser.add_argument("--steps", type=int, default=4000, help="optimizer steps to measure (default 4000)")
+    parser.add_argument("--warmup", type=int, default=200, help="warm-up steps before them (default 200)")
+    parser.add_argument("--repeat", type=int, default=50, help="repetitions of the 1,257 digits per epoch (default 50)")
+    parser.add_argument("--world", type=int, nargs="+", default=[1, 2], help="process counts (default 1 2)")
     parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
-    parser.add_argument("--timeout", type=float, default=600, help="seconds that one run may take (default 600)")
+    parser.add_argument("--timeout", type=float, default=600, help="time limit per run in seconds (default 600)")
     args = parser.parse_args()
     names = [name for name in CONTENDERS if name in args.only or name == "raw"]
     for name in list(names):
         if importlib.util.find_spec(CONTENDERS[name][0]) is None:
-            print(f"{name} is skipped: {CONTENDERS[name][0]} isn't installed (bench/requirements.txt)", file=sys.stderr)
+            print(f"{name} skipped: {CONTENDERS[name][0]} isn't installed (bench/requirements.txt)", file=sys.stderr)
             names.remove(name)
     found = rounds(names, args)
     print(table(found, args.world))

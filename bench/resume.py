@@ -1,10 +1,10 @@
-"""How long a resumed run needs from its start to the end of its first step, early and late in a long dataset.
+"""Time from the start of a resumed run to the end of its first step, early and late in a long dataset.
 
-Claim: the place is found as fast at sample 10,000,000 as at sample 100. The dataset has 20 million samples, each computed
+Claim: resuming takes as long at sample 10,000,000 as at sample 100. The dataset has 20 million samples, each computed
 from its index, and an epoch is shuffled: both starts pay for the permutation of 20 million numbers, which is measured alone too.
 
-Nobody trains 100,000 steps for this: one checkpoint is trained, after one step, and copies of the run get its position
-changed. What is measured are whole programs (`python -m dist_train.main`), by turns, so that a noisy machine disturbs both alike.
+Instead of training 100,000 steps, the benchmark trains one step, and changes the position in copies of that checkpoint.
+It measures whole programs (`python -m dist_train.main`), interleaved, so that noise on the machine affects both equally.
 
     python bench/resume.py [--trials 5] [--world 1]
 """
@@ -53,7 +53,7 @@ callbacks:
 
 
 class Computed(Dataset[tuple[Tensor, int]]):
-    """Samples that are computed from their index: 8 float32 values and a class of two."""
+    """Samples computed from their index: 8 float32 values and one of two classes."""
 
     def __len__(self) -> int:
         return LENGTH
@@ -63,7 +63,7 @@ class Computed(Dataset[tuple[Tensor, int]]):
 
 
 class FirstStep(Callback):
-    """Writes down when the first step of a start was done."""
+    """Records when the first step of a start was done."""
 
     def __init__(self, path: str) -> None:
         self.path = Path(path)
@@ -74,7 +74,7 @@ class FirstStep(Callback):
 
 
 def start(folder: Path, world: int, name: str, steps: int) -> float:
-    """Run until `steps` optimizer steps are done in all; seconds from the start to the end of the first one."""
+    """Run until `steps` optimizer steps are done in total; return the seconds from the start to the end of the first one."""
     (folder / "first_step").unlink(missing_ok=True)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"] if world > 1 else []
     command = [sys.executable, *launcher, "-m", "dist_train.main", "--config", "resume.yaml", f"run.name={name}"]
@@ -84,12 +84,12 @@ def start(folder: Path, world: int, name: str, steps: int) -> float:
         [*command, f"trainer.stop_at={steps}step"], cwd=folder, env=env, text=True, capture_output=True
     )
     if not (folder / "first_step").exists():
-        raise RuntimeError(f"expected a step, but the run left with {done.returncode}:\n{done.stdout}\n{done.stderr}")
+        raise RuntimeError(f"expected a step, but the run exited with {done.returncode}:\n{done.stdout}\n{done.stderr}")
     return float((folder / "first_step").read_text()) - began
 
 
 def moved(trained: Path, samples: int) -> int:
-    """A copy of the run beside it that has trained on so many samples, as far as its checkpoint says; returns its steps."""
+    """Copy the run, and set the position in the copy's checkpoint to `samples`; return the number of steps."""
     place, step = trained.parent / f"at{samples}", samples // BATCH
     shutil.rmtree(place, ignore_errors=True)
     shutil.copytree(trained, place, ignore=shutil.ignore_patterns("checkpoints"))
@@ -125,7 +125,7 @@ def main() -> None:
             f"  resumed at sample {samples:>10}: median {statistics.median(values):6.2f} s to the first step's end ({spread})"
         )
     print(f"  ratio of the medians {statistics.median(times[10_000_000]) / statistics.median(times[100]):.2f}")
-    print(f"  of this, in both: the epoch's permutation {permutation:.2f} s")
+    print(f"  included in both: the epoch's permutation {permutation:.2f} s")
 
 
 if __name__ == "__main__":

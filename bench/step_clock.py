@@ -1,4 +1,4 @@
-"""The parts that the config of dist_train names in the benchmark."""
+"""Components that bench/overhead.yaml names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dist_train.data import Digits
 
 
 class StepClock(Callback):
-    """The same clock as a callback of dist_train."""
+    """The shared clock as a callback of dist_train."""
 
     def __init__(self, warmup: int, steps: int, path: str) -> None:
         self.clock = Clock(warmup, steps)
@@ -28,7 +28,7 @@ class StepClock(Callback):
 
 
 class RepeatedDigits(Digits):
-    """The digits `repeat` times over, so that an epoch is as long as it is for the others."""
+    """The digits repeated `repeat` times, so that an epoch is as long as for the other contenders."""
 
     def __init__(self, split: str = "train", *, repeat: int = 1) -> None:
         super().__init__(split, flat=True)
