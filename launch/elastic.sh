@@ -73,8 +73,8 @@ before, rc = int(sys.argv[1]), int(sys.argv[2])
 status = json.loads(read("status.json") or "{}")
 state, step = status.get("state"), status.get("step")
 ends = {line["attempt"]: line for line in ledger if line["event"] == "end"}
-told = [json.load(open(name))["message"]["message"] for name in glob.glob(os.environ["scratch"] + "/log/**/error.json", recursive=True)]
-if any(not text.startswith("dist_train: ") for text in told):  # as the summaries of crashes do
+messages = [json.load(open(name))["message"]["message"] for name in glob.glob(os.environ["scratch"] + "/log/**/error.json", recursive=True)]
+if any(not text.startswith("dist_train: ") for text in messages):  # the prefix of crash summaries
     print("config: another start would find the same error; see above")
 elif state == "completed" and (rc == 0 or len(starts) > before):
     print(f"done: completed at step {step}")
