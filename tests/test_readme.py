@@ -1,4 +1,4 @@
-"""Every command that the README shows is run as it stands, in a bare shell, and its Python pieces are what the commands use."""
+"""Every command in the README runs as shown, in a bare shell, on the README's own Python and YAML files."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ COMMANDS = [
     for line in text.splitlines()
     if line.split("#")[0].strip()
 ]
-# Installing from a clone is what the check of a clean clone does (.ci/run); here the tools are there already.
+# Installing from a clone is tested by .ci/run; here the tools are already installed.
 MAKE = ("make train", "make test-cpu")
 
 
 def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a line in a bare shell in which only the tools of this environment are found; one thread, as other tests run too."""
+    """Run a command in a bare shell that finds only the tools of this environment, with one thread."""
     path = f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin"
     env = {"PATH": path, "HOME": str(folder), "CUDA_VISIBLE_DEVICES": "", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
@@ -55,7 +55,7 @@ def test_the_readme_shows_commands() -> None:
     assert len(COMMANDS) >= 10
 
 
-def test_make_knows_the_readmes_targets() -> None:
+def test_the_readmes_make_targets_exist() -> None:
     for command in MAKE:
         done = subprocess.run(
             ["make", "-n", *command.split()[1:]], cwd=ROOT, capture_output=True, text=True, timeout=60
@@ -64,29 +64,29 @@ def test_make_knows_the_readmes_targets() -> None:
 
 
 def test_every_command_of_the_readme_runs(folder: Path) -> None:
-    """In the README's order: later ones evaluate what earlier ones trained."""
+    """In the README's order: later commands evaluate what earlier ones trained."""
     ran = [command for command in COMMANDS if command not in MAKE]
     for command in ran:
         done = shell(command, folder)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         if "--get trainer.duration" in command:
             assert done.stdout.strip() == "20ep"
-    figures = [result(folder / "runs" / name)["metrics"]["val"] for name in ("mine", "two", "accelerated")]
-    assert all(figure["eval_samples"] == 300 for figure in figures)
-    assert figures[0]["accuracy"] > 0.95
-    assert figures[1]["loss"] == pytest.approx(figures[0]["loss"], rel=1e-3)
-    assert figures[2] == figures[0], "accelerate with one process is one process"
+    metrics = [result(folder / "runs" / name)["metrics"]["val"] for name in ("mine", "two", "accelerated")]
+    assert all(metric["eval_samples"] == 300 for metric in metrics)
+    assert metrics[0]["accuracy"] > 0.95
+    assert metrics[1]["loss"] == pytest.approx(metrics[0]["loss"], rel=1e-3)
+    assert metrics[2] == metrics[0], "accelerate with one process is one process"
     assert result(folder / "runs" / "digits")["epoch"] == 22
 
 
-def test_the_model_file_loads_by_plain_torch(folder: Path) -> None:
+def test_the_model_file_loads_with_plain_torch(folder: Path) -> None:
     line = re.search(r"`(Net\(\)\.load_state_dict\(.*?\))`", README)
     assert line is not None
     done = shell(f"{sys.executable} -c 'import torch; from mine import Net; print({line[1]})'", folder)
     assert "All keys matched" in done.stdout, done.stderr
 
 
-def test_the_answer_to_a_mistake_is_as_shown(folder: Path) -> None:
+def test_a_config_error_is_reported_as_shown(folder: Path) -> None:
     shown = next(text for kind, text in BLOCKS if not kind)
     text = (folder / "mine.yaml").read_text().replace("duration: 20ep", "epochs: 20")
     (folder / "mistake.yaml").write_text(text)
@@ -96,14 +96,16 @@ def test_the_answer_to_a_mistake_is_as_shown(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("text", [README, CHINESE], ids=["English", "Chinese"])
-def test_links_lead_somewhere(text: str) -> None:
+def test_link_targets_exist(text: str) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         if "://" not in target:
             assert os.path.exists(ROOT / target), target
+    for test in re.findall(r"`(tests/[\w/.]+)`", text):
+        assert os.path.exists(ROOT / test), test
 
 
-def test_the_chinese_readme_shows_the_same_commands_files_and_promises() -> None:
-    """What isn't prose is the same, but for comments: these are translated."""
+def test_the_chinese_readme_shows_the_same_commands_files_and_tests() -> None:
+    """Everything but prose and comments, which are translated, is the same."""
 
     def code(text: str) -> list[str]:
         blocks = re.findall(r"^```\w*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)

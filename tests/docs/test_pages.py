@@ -1,4 +1,4 @@
-"""What the documents say is true: their files and commands run, their keys, commands and links exist."""
+"""The docs are correct: their files and commands run, and the keys, commands, code files and links that they name exist."""
 
 from __future__ import annotations
 
@@ -29,9 +29,12 @@ PAGES = (
     "sweeps",
     "clusters",
     "troubleshooting",
+    "how-it-works",
+    "checkpoints",
+    "seeing",
 )
 TEXTS = {name: (ROOT / "docs" / f"{name}.md").read_text() for name in PAGES}
-# A fenced block: its language, what follows that in the line (a file's name, or `run`), its text.
+# A fenced block: its language, the rest of that line (a file name, or `run`), its text.
 BLOCK = re.compile(r"^```(\w+) ?(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -40,7 +43,7 @@ def blocks(page: str, language: str) -> list[tuple[str, str]]:
 
 
 def shell(folder: Path, text: str) -> str:
-    """Run a block of shell commands, with this Python's programs first."""
+    """Run a block of shell commands, with the programs of this Python first on the PATH."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     command = ["bash", "-euo", "pipefail", "-c", text]
     done = subprocess.run(command, cwd=folder, env=environment(PATH=path), text=True, capture_output=True, timeout=500)
@@ -49,7 +52,7 @@ def shell(folder: Path, text: str) -> str:
 
 
 def simple_commands(folder: Path, text: str) -> str:
-    """Run a block of plain commands, one a line, without a shell: Python is this one, and torchrun its module."""
+    """Run a block of plain commands, one per line, without a shell, with this Python, and torchrun as a module."""
     out = ""
     for line in text.splitlines():
         program, *arguments = shlex.split(line)
@@ -61,7 +64,7 @@ def simple_commands(folder: Path, text: str) -> str:
     return out
 
 
-def test_the_files_of_a_project_of_ones_own_run_as_they_stand(tmp_path: Path) -> None:
+def test_the_custom_components_run_as_shown(tmp_path: Path) -> None:
     for language in ("python", "yaml"):
         for name, text in blocks("your-own", language):
             assert name.endswith((".py", ".yaml")), f"a block without a file's name:\n{text}"
@@ -78,7 +81,7 @@ def test_the_files_of_a_project_of_ones_own_run_as_they_stand(tmp_path: Path) ->
 
 
 @pytest.mark.chaos
-def test_the_sweep_runs_as_it_stands(tmp_path: Path) -> None:
+def test_the_sweep_runs_as_shown(tmp_path: Path) -> None:
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     out = "".join(shell(tmp_path, text) for name, text in blocks("sweeps", "sh") if name == "run")
     for name in ("lr0.03-seed0", "lr0.03-seed1", "lr0.3-seed0", "lr0.3-seed1"):
@@ -88,8 +91,8 @@ def test_the_sweep_runs_as_it_stands(tmp_path: Path) -> None:
     assert (tmp_path / "comparison.html").stat().st_size > 10_000
 
 
-def test_the_wandb_sweep_gives_commands_that_are_right() -> None:
-    """By wandb's own code, as its agent builds them."""
+def test_the_wandb_sweep_makes_valid_commands() -> None:
+    """With wandb's own code, the way its agent builds them."""
     from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
     sweep = yaml.safe_load(dict(blocks("sweeps", "yaml"))["sweep.yaml"])
@@ -105,11 +108,11 @@ def test_the_wandb_sweep_gives_commands_that_are_right() -> None:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page != "your-own"])
-def test_pieces_of_configs_are_right(page: str, tmp_path: Path) -> None:
+def test_config_fragments_are_valid(page: str, tmp_path: Path) -> None:
     for k, text in enumerate(text for name, text in blocks(page, "yaml") if not name):
         path = tmp_path / f"{k}.yaml"
         path.write_text(f"extends: {ROOT}/configs/digits.yaml\n{text}")
-        assert isinstance(load_config(path), Config)  # an error of the page's would be raised
+        assert isinstance(load_config(path), Config)  # raises an error if the page is wrong
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -124,3 +127,13 @@ def test_keys_commands_and_links_exist(page: str) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", TEXTS[page]):
         assert (ROOT / "docs" / target).exists() or target.startswith("https://"), target
     assert TEXTS[page].isascii()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_code_files_exist(page: str) -> None:
+    """Files of this repository, or of the package, that a page names in backticks: `step/reduce.py`."""
+    for name in re.findall(r"`((?:\w+/)+(?:\w+\.(?:py|sh|sbatch|yaml|md))?)`", TEXTS[page]):
+        if name.split("/")[0] in ("data", "checkpoints", "logs", "runs"):  # of a run, or of a user
+            assert not name.endswith(".py") or (ROOT / "dist_train" / name).exists(), name
+        else:
+            assert (ROOT / name).exists() or (ROOT / "dist_train" / name).exists(), name

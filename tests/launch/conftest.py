@@ -1,4 +1,4 @@
-"""What the tests of the launch scripts stand on: a bare environment with this Python first, and a real Slurm."""
+"""Fixtures of the launch script tests: a bare environment with this Python first, and a real Slurm."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 from slurm_cluster import SlurmCluster, missing
 
 ROOT = Path(__file__).resolve().parents[2]
-# What a launcher around pytest may have left must not reach the jobs that the tests start.
+# Variables of a launcher around pytest must not reach the jobs that the tests start.
 FOREIGN = (
     *("SLURM_", "PET_", "TORCHELASTIC_", "ACCELERATE_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_"),
     *("NNODES", "NODE_RANK", "NPROC", "RDZV_", "MAX_", "LOGS", "LAUNCHER"),
 )
 
-# Without the pictures that take a second each at the end.
+# Without the plots at the end, which take a second each.
 MLP = (ROOT / "configs" / "digits_mlp.yaml").read_text() + "tracking: {tensorboard: false, report: false}\n"
 PLANTED = """
 import pathlib, time
@@ -49,7 +49,7 @@ class Crash(Callback):
 
 @pytest.fixture(scope="session", autouse=True)
 def _bare_environment() -> Iterator[None]:
-    """`python` on the PATH is the one that runs the tests; no GPU; one thread a process."""
+    """`python` on the PATH is the one that runs the tests; no GPU; one thread per process."""
     patch = pytest.MonkeyPatch()
     for name in list(os.environ):
         if name.startswith(FOREIGN):
@@ -63,7 +63,7 @@ def _bare_environment() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def slurm(_bare_environment: None) -> Iterator[SlurmCluster]:
-    """A cluster of two nodes; skipped, with the reason, where there can be none."""
+    """A cluster of two nodes; skipped, with the reason, if Slurm can't run here."""
     reason = missing()
     if reason is not None:
         pytest.skip(f"no Slurm: {reason}")
@@ -79,7 +79,7 @@ def slurm(_bare_environment: None) -> Iterator[SlurmCluster]:
 
 @pytest.fixture
 def work(tmp_path: Path) -> Path:
-    """A directory with `mlp.yaml`, the MLP on the digits, and `planted.py`, callbacks for a user's misfortunes."""
+    """A directory with `mlp.yaml`, the MLP on the digits, and `planted.py`, callbacks that fail in various ways."""
     (tmp_path / "mlp.yaml").write_text(MLP)
     (tmp_path / "planted.py").write_text(PLANTED, encoding="ascii")
     return tmp_path

@@ -1,4 +1,4 @@
-"""A real Slurm of a few virtual nodes on this machine, for as long as some tests need it. Root, and Debian's packages.
+"""A real Slurm with a few virtual nodes on this machine, for the duration of some tests. Needs root and Debian's packages.
 
 Nothing of the system's configuration is touched: configuration, key, sockets, spools and logs lie in one directory. All
 nodes share the host's name, so that their own names aren't names of hosts, and meet on loopback.
@@ -56,7 +56,7 @@ PartitionName=debug Nodes=node[1-{count}] Default=YES MaxTime=INFINITE State=UP
 
 
 def missing() -> str | None:
-    """Why there can be no cluster here; None if there can."""
+    """Why a cluster can't run here; None if it can."""
     if os.geteuid() != 0:
         return "starting Slurm's daemons needs root"
     absent = [name for name in COMMANDS if shutil.which(name) is None]
@@ -76,7 +76,7 @@ def _gone(path: Path) -> bool:
 
 
 def free_ports(count: int) -> int:
-    """The first of `count` neighbouring ports that are free on loopback now."""
+    """The first of `count` consecutive ports that are currently free on loopback."""
     for first in range(17000 + os.getpid() % 1000 * 10, 32000, count):
         with contextlib.ExitStack() as stack:
             try:
@@ -89,7 +89,7 @@ def free_ports(count: int) -> int:
 
 
 class SlurmCluster:
-    """munged, slurmctld and a slurmd a node; `root` must be short (it holds sockets)."""
+    """munged, slurmctld and one slurmd per node; `root` must be short (it holds sockets)."""
 
     def __init__(self, root: Path, nodes: int = 2, cpus: int = 8):
         self.root, self.nodes, self.cpus = root, nodes, cpus
@@ -143,11 +143,11 @@ class SlurmCluster:
                         wait_for(f"{name} gone", functools.partial(_gone, process), 20)
 
     def run(self, *command: str) -> str:
-        """A command of Slurm; its output, empty where it failed."""
+        """Run a Slurm command; return its output, empty if it failed."""
         return subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=60).stdout
 
     def submit(self, cwd: Path, *arguments: str, env: Mapping[str, str] | None = None) -> str:
-        """sbatch in `cwd`; the job's number."""
+        """sbatch in `cwd`; return the job ID."""
         done = subprocess.run(
             ["sbatch", "--parsable", *arguments],
             cwd=cwd,
@@ -160,12 +160,12 @@ class SlurmCluster:
         return done.stdout.strip()
 
     def job(self, number: str) -> dict[str, str]:
-        """What `scontrol show job` says of a job (of an array's task: NUMBER_TASK)."""
+        """The output of `scontrol show job` for a job (for an array task: ID_TASK)."""
         words = self.run("scontrol", "show", "job", number, "-o").split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def wait(self, number: str, timeout: float = 300) -> dict[str, str]:
-        """Wait until a job is over; what Slurm says of it then."""
+        """Wait until a job has ended; return Slurm's record of it."""
         over = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
         wait_for(f"job {number} over", lambda: self.job(number)["JobState"] in over, timeout)
         return self.job(number)

@@ -1,4 +1,4 @@
-"""What can be said of the image without building it: its health check on real runs' records, and the files it is made of."""
+"""Checks of the image without building it: its health check on run records, and the files that it copies."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def record(runs: Path, name: str, state: str, age: float = 0.0) -> None:
     os.utime(path, (time.time() - age,) * 2)
 
 
-def test_nothing_begun_is_healthy(tmp_path: Path) -> None:
+def test_no_run_is_healthy(tmp_path: Path) -> None:
     assert check(tmp_path)[0] == 0
 
 
@@ -41,7 +41,7 @@ def test_the_newest_runs_state_decides(tmp_path: Path, state: str, code: int) ->
     assert check(tmp_path)[0] == code
 
 
-def test_a_run_without_a_sign_of_life_is_sick_and_one_that_writes_rows_is_not(tmp_path: Path) -> None:
+def test_a_running_run_is_unhealthy_unless_it_keeps_writing_files(tmp_path: Path) -> None:
     record(tmp_path, "run", "running", age=2000)
     code, text = check(tmp_path)
     assert code == 1
@@ -52,7 +52,7 @@ def test_a_run_without_a_sign_of_life_is_sick_and_one_that_writes_rows_is_not(tm
     assert check(tmp_path, "0.05")[0] == 1
 
 
-def test_all_that_the_image_copies_is_there_and_reaches_the_builder() -> None:
+def test_all_files_that_the_image_copies_exist_and_are_sent_to_the_builder() -> None:
     allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     copied = [word for line in re.findall(r"^COPY (.*)$", DOCKERFILE, re.MULTILINE) for word in line.split()[:-1]]
     sources = [word for word in copied if not word.startswith("--")]
@@ -62,7 +62,7 @@ def test_all_that_the_image_copies_is_there_and_reaches_the_builder() -> None:
         assert source in allowed, f"{source} is left out by .dockerignore"
 
 
-def test_the_image_installs_its_locked_dependencies_before_the_code_and_ends_without_root() -> None:
+def test_the_image_installs_locked_dependencies_before_the_code_and_does_not_run_as_root() -> None:
     order = [
         "COPY pyproject.toml constraints.txt",
         "-c constraints.txt",
@@ -74,7 +74,7 @@ def test_the_image_installs_its_locked_dependencies_before_the_code_and_ends_wit
     assert places == sorted(places)
 
 
-def test_the_compose_file_reads_and_gives_processes_room_to_talk_and_time_to_save() -> None:
+def test_the_compose_file_parses_and_gives_processes_shared_memory_and_time_to_save() -> None:
     services = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())["services"]
     assert set(services) == {"cpu", "gpu"}
     for service in services.values():

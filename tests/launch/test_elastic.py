@@ -1,4 +1,4 @@
-"""launch/elastic.sh on hosts in network namespaces: they crash, come, and lose their cable, and the run completes by itself."""
+"""launch/elastic.sh on hosts in network namespaces: hosts crash, join and are cut off, and the run completes by itself."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ checkpoint: {{every: 10step}}
 tracking: {{tensorboard: false, report: false}}
 debug: {{trace_samples: true}}
 """
-# Slow steps, until the test has seen what it came for.
+# Slow steps, until the test has seen what it waits for.
 PACE = """
 import time
 from pathlib import Path
@@ -50,7 +50,7 @@ def ledger(place: Path) -> list[dict[str, Any]]:
 
 
 class Cluster(Hosts):
-    """Hosts that run a script of launch/ on one run, and what that run's records say."""
+    """Hosts that train one run with a script of launch/, and that run's records."""
 
     def __init__(self, count: int, folder: Path, script: str):
         super().__init__(count, folder)
@@ -75,18 +75,18 @@ class Cluster(Hosts):
         super().crash(i)
 
     def starts(self) -> list[dict[str, Any]]:
-        """The starts in the run's ledger."""
+        """The starts in attempts.jsonl."""
         return [line for line in ledger(self.place) if line["event"] == "start"]
 
     def until(self, what: str, size: int, timeout: float = 200) -> float:
-        """Wait until a newer start on `size` hosts has trained; the seconds that took."""
+        """Wait until a newer start on `size` hosts has trained; return the seconds that it took."""
         before, began = len(self.starts()), time.monotonic()
         rows = self.place / "metrics.jsonl"
 
         def trains() -> bool:
             ended = [i for i, job in self.jobs.items() if job.poll() is not None and i not in self.crashed]
-            assert not ended, f"{what}: h{ended} ended\n{self.told()}"
-            assert time.monotonic() < began + timeout, f"{what}: not within {timeout:.0f} s\n{self.told()}"
+            assert not ended, f"{what}: h{ended} ended\n{self.output()}"
+            assert time.monotonic() < began + timeout, f"{what}: not within {timeout:.0f} s\n{self.output()}"
             starts = self.starts()
             if len(starts) <= before or starts[-1]["world_size"] != size or not rows.exists():
                 return False
@@ -100,24 +100,24 @@ class Cluster(Hosts):
         return seconds
 
     def meeting(self) -> int:
-        """The host at which all meet now."""
+        """The current rendezvous host."""
         rounds = self.place / ".meetings"
         newest = max(int(name) for name in os.listdir(rounds) if name.isdigit())
         return int((rounds / str(newest)).read_text()[1])
 
     def ends(self, i: int) -> int:
-        """How often torchrun has ended on host i."""
+        """How many times torchrun has ended on host i."""
         return (self.folder / f"output-{i}.txt").read_text().count(": again: ")
 
-    def told(self) -> str:
-        """What the hosts have printed."""
+    def output(self) -> str:
+        """The output of the hosts."""
         texts = [path.read_text() for path in sorted(self.folder.glob("output-*.txt"))]
         return "\n\n".join("\n".join(text.splitlines()[-60:]) for text in texts)
 
     def finish(self, *hosts: int) -> None:
-        """Let the run complete, and see that nothing was trained twice or lost."""
+        """Let the run complete, and check that no step was trained twice or lost."""
         (self.folder / "hurry").touch()
-        assert [self.jobs[i].wait(200) for i in hosts] == [0 for _ in hosts], self.told()
+        assert [self.jobs[i].wait(200) for i in hosts] == [0 for _ in hosts], self.output()
         assert json.loads((self.place / "status.json").read_text())["state"] == "completed"
         numbers = [line["attempt"] for line in ledger(self.place)]
         assert numbers == sorted(numbers), "a host that was cut off has written over its successors' records"
@@ -139,7 +139,7 @@ def project(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def cluster(project: Path) -> Iterator[Callable[..., Cluster]]:
-    """Makes a cluster of so many hosts."""
+    """A function that makes a cluster with a number of hosts."""
     reason = missing()
     if reason is not None:
         pytest.skip(reason)
@@ -154,7 +154,7 @@ def cluster(project: Path) -> Iterator[Callable[..., Cluster]]:
         one.close()
 
 
-def test_a_host_that_crashes_is_left_behind_and_the_run_completes(cluster: Callable[..., Cluster]) -> None:
+def test_the_run_completes_without_a_host_that_crashed(cluster: Callable[..., Cluster]) -> None:
     hosts = cluster(2)
     hosts.join(1, RDZV_CONF="last_call_timeout=4")
     wait_for("the first host's round", (hosts.place / ".meetings" / "1").exists, 60)
@@ -182,7 +182,7 @@ def test_three_hosts_crash_join_and_leave_and_the_run_completes(cluster: Callabl
     hosts.join(where)
     hosts.until("it comes back", 3)
     hosts.jobs[2].terminate()
-    assert hosts.jobs[2].wait(120) == 75, hosts.told()
+    assert hosts.jobs[2].wait(120) == 75, hosts.output()
     hosts.crashed.add(2)
     hosts.until("a host leaves", 2)
     hosts.finish(1, 3)
@@ -190,10 +190,10 @@ def test_three_hosts_crash_join_and_leave_and_the_run_completes(cluster: Callabl
 
 @pytest.mark.chaos
 @pytest.mark.parametrize(("first", "whose"), [(1, "another host's"), (1, "rank 0's"), (2, "that of the first host")])
-def test_a_cable_is_cut_and_plugged_in_again_and_the_run_completes(
+def test_a_host_is_cut_off_and_reconnected_and_the_run_completes(
     cluster: Callable[..., Cluster], first: int, whose: str
 ) -> None:
-    """All meet at the first host, and torchrun gives rank 0 to h1: cut off there, its ranks end soonest of all."""
+    """The rendezvous is at the first host, and torchrun gives rank 0 to h1: when it is cut off, its ranks end first."""
     hosts = cluster(3)
     hosts.join(first)
     wait_for("the first host's round", (hosts.place / ".meetings" / "1").exists, 60)
@@ -211,8 +211,8 @@ def test_a_cable_is_cut_and_plugged_in_again_and_the_run_completes(
 
 
 @pytest.mark.chaos
-def test_torchrun_alone_goes_on_without_a_host_and_takes_it_in_again(cluster: Callable[..., Cluster]) -> None:
-    """Any host but the one at which all meet."""
+def test_torchrun_alone_continues_without_a_host_and_readmits_it(cluster: Callable[..., Cluster]) -> None:
+    """Any host except the rendezvous host."""
     hosts = cluster(3, "torchrun.sh")
     hosts.join(1, 2, 3, RDZV_ENDPOINT="h1")
     hosts.until("three hosts start", 3)
@@ -235,7 +235,7 @@ def script(project: Path, *arguments: str, **env: str) -> subprocess.CompletedPr
 
 
 @pytest.mark.chaos
-def test_a_crash_without_progress_is_tried_again_so_often_and_then_the_cause_is_told(project: Path) -> None:
+def test_a_crash_without_progress_is_retried_max_crashes_times_and_then_the_cause_is_reported(project: Path) -> None:
     (project / "crash").touch()
     done = script(project, MAX_CRASHES="1")
     assert done.returncode == 1, done.stdout + done.stderr
@@ -246,19 +246,19 @@ def test_a_crash_without_progress_is_tried_again_so_often_and_then_the_cause_is_
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [("optimiser={}", "did you mean"), ("data.global_batch_size=3000", "data.train has 1257 samples")],
 )
-def test_a_config_error_is_tried_once(project: Path, override: str, told: str) -> None:
+def test_a_config_error_is_tried_once(project: Path, override: str, message: str) -> None:
     done = script(project, override, "data.drop_last=true")
     assert done.returncode == 2, done.stdout + done.stderr
-    assert told in done.stderr
+    assert message in done.stderr
     assert not (project / "runs" / "alone" / ".meetings" / "2").exists()
     assert not ledger(project / "runs" / "alone")
 
 
 @pytest.mark.chaos
-def test_the_file_stop_ends_all_rounds(project: Path) -> None:
+def test_a_stop_file_ends_all_rounds(project: Path) -> None:
     place = project / "runs" / "alone"
     stopper = threading.Thread(
         target=lambda: (wait_for("rows", (place / "metrics.jsonl").exists, 120), (place / "STOP").touch())

@@ -1,4 +1,4 @@
-"""launch/torchrun.sh and launch/accelerate.sh on this machine, and what holds for every shell script of the project."""
+"""launch/torchrun.sh and launch/accelerate.sh on this machine, and checks of every shell script of the project."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def start(work: Path, *command: object, env: Mapping[str, str] | None = None) ->
 
 
 def run(work: Path, *command: object, env: Mapping[str, str] | None = None) -> str:
-    """Run to a good end; what was printed."""
+    """Run successfully; return the output."""
     code = start(work, *command, env=env).wait(180)
     text = (work / "output.txt").read_text()
     assert code == 0, text
@@ -69,12 +69,12 @@ def test_every_shell_script_parses_and_shellcheck_finds_nothing(script: Path) ->
 
 
 @pytest.mark.chaos
-def test_torchrun_sh_trains_on_two_processes_where_there_are_no_gpus(work: Path) -> None:
+def test_torchrun_sh_trains_on_two_processes_without_gpus(work: Path) -> None:
     run(work, TORCHRUN, "mlp.yaml", "trainer.duration=1ep")
     assert result(work)["world_size"] == 2
 
 
-def test_torchrun_sh_saves_on_sigusr1_and_the_same_line_goes_on(work: Path) -> None:
+def test_torchrun_sh_saves_on_sigusr1_and_the_same_command_resumes(work: Path) -> None:
     command = (TORCHRUN, "mlp.yaml", "trainer.duration=4ep", "callbacks=[{_target_: planted.Slow}]")
     process = start(work, *command)
     rows = work / "runs" / "digits_mlp" / "metrics.jsonl"
@@ -89,7 +89,7 @@ def test_torchrun_sh_saves_on_sigusr1_and_the_same_line_goes_on(work: Path) -> N
 
 
 @pytest.mark.chaos
-def test_two_nodes_by_torchrun_sh_meet_at_the_port_that_follows_from_the_jobs_name(work: Path) -> None:
+def test_two_nodes_of_torchrun_sh_rendezvous_at_the_port_derived_from_the_job_id(work: Path) -> None:
     env = {"NNODES": "2", "RDZV_ENDPOINT": "127.0.0.1", "RDZV_ID": f"test-{free_ports(1)}", "NPROC_PER_NODE": "1"}
     nodes = [start(work, TORCHRUN, "mlp.yaml", "trainer.duration=1ep", env=env) for _ in range(2)]
     assert [node.wait(180) for node in nodes] == [0, 0], (work / "output.txt").read_text()
@@ -97,7 +97,7 @@ def test_two_nodes_by_torchrun_sh_meet_at_the_port_that_follows_from_the_jobs_na
 
 
 @pytest.mark.chaos
-def test_a_node_that_joins_an_elastic_job_is_taken_in_and_the_run_goes_on(work: Path) -> None:
+def test_a_node_joins_an_elastic_job_and_the_run_resumes(work: Path) -> None:
     env = {"NNODES": "1:2", "RDZV_ENDPOINT": f"127.0.0.1:{free_ports(1)}", "NPROC_PER_NODE": "1"}
     env["RDZV_CONF"] = "last_call_timeout=2"
     command = (TORCHRUN, "mlp.yaml", "trainer.duration=40ep", "callbacks=[{_target_: planted.Slow}]")
@@ -114,7 +114,7 @@ def test_a_node_that_joins_an_elastic_job_is_taken_in_and_the_run_goes_on(work: 
     assert result(work)["step"] == 40 * 19
 
 
-def test_torchrun_sh_without_an_endpoint_says_what_is_missing(work: Path) -> None:
+def test_torchrun_sh_without_an_endpoint_reports_what_is_missing(work: Path) -> None:
     done = subprocess.run([TORCHRUN], env={**os.environ, "NNODES": "2"}, cwd=work, capture_output=True, text=True)
     assert done.returncode != 0
     assert "RDZV_ENDPOINT: set it to host[:port]" in done.stderr
@@ -130,7 +130,7 @@ def test_accelerate_sh_trains_and_takes_the_precision_from_accelerates_config(wo
     assert starts(work)[0]["launcher"] == "accelerate"
 
 
-def test_settings_of_accelerate_that_are_not_taken_are_refused_before_anything_is_written(work: Path) -> None:
+def test_unsupported_settings_of_accelerate_are_refused_before_anything_is_written(work: Path) -> None:
     ours = yaml.safe_load((ROOT / "launch" / "accelerate" / "ddp.yaml").read_text())
     theirs = {
         "distributed_type": "FSDP",
@@ -155,7 +155,7 @@ def test_settings_of_accelerate_that_are_not_taken_are_refused_before_anything_i
 
 
 @pytest.mark.chaos
-def test_accelerates_settings_for_two_machines_meet(work: Path) -> None:
+def test_accelerates_settings_for_two_machines_rendezvous(work: Path) -> None:
     env = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)), "NPROC_PER_NODE": "1"}
     command = (ACCELERATE, "mlp.yaml", "trainer.duration=1ep")
     nodes = [start(work, *command, env={**env, "NODE_RANK": str(rank)}) for rank in range(2)]

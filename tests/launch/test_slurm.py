@@ -1,4 +1,4 @@
-"""The batch scripts on a real Slurm of two nodes: complete, be stopped, go on, and know when to give up."""
+"""The batch scripts on a real Slurm with two nodes: complete, stop, resume, and give up."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_job_on_two_nodes_of_two_processes_completes(uninterrupted: dict[str, 
     assert uninterrupted["step"] == 12 * 19
 
 
-def test_the_warning_before_the_time_limit_saves_requeues_and_goes_on_with_the_same_bits(
+def test_the_warning_before_the_time_limit_saves_requeues_and_resumes_bitwise_identically(
     slurm: SlurmCluster, work: Path, uninterrupted: dict[str, Any]
 ) -> None:
     run = work / "runs" / "digits_mlp"
@@ -75,7 +75,7 @@ def test_the_warning_before_the_time_limit_saves_requeues_and_goes_on_with_the_s
 
 @pytest.mark.chaos
 def test_a_warning_before_training_has_begun_ends_the_start_and_requeues(slurm: SlurmCluster, work: Path) -> None:
-    """In the middle of a dataset that takes long to build, at the first start."""
+    """While a dataset that takes long to build is being built, at the first start."""
     run = work / "runs" / "digits_mlp"
     data = "data.train={_target_: planted.LongToBuild, split: train}"
     job = slurm.submit(work, "--nodes=2", TRAIN, "mlp.yaml", "trainer.duration=1ep", data, env=ONE)
@@ -89,13 +89,13 @@ def test_a_warning_before_training_has_begun_ends_the_start_and_requeues(slurm: 
 
 
 @pytest.mark.chaos
-def test_a_cancelled_job_has_saved_and_goes_on_on_another_number_of_nodes(slurm: SlurmCluster, work: Path) -> None:
+def test_a_canceled_job_has_saved_and_resumes_on_a_different_number_of_nodes(slurm: SlurmCluster, work: Path) -> None:
     run = work / "runs" / "digits_mlp"
     job = slurm.submit(work, "--nodes=2", TRAIN, "mlp.yaml", LENGTH, SLOW, env=ONE)
     wait_until_it_trains(run)
     slurm.run("scancel", job)
     assert slurm.wait(job)["JobState"] == "CANCELLED"
-    wait_for("the cancelled job's last words", lambda: "rest: stopped on request" in output(work, job), 60)
+    wait_for("the canceled job's last line", lambda: "rest: stopped on request" in output(work, job), 60)
     assert read(run / "status.json")["state"] == "preempted"
     assert slurm.job(job)["Restarts"] == "0"
 
@@ -107,7 +107,7 @@ def test_a_cancelled_job_has_saved_and_goes_on_on_another_number_of_nodes(slurm:
 
 
 @pytest.mark.chaos
-def test_the_file_stop_ends_a_job_without_a_requeue(slurm: SlurmCluster, work: Path) -> None:
+def test_a_stop_file_ends_a_job_without_a_requeue(slurm: SlurmCluster, work: Path) -> None:
     run = work / "runs" / "digits_mlp"
     job = slurm.submit(work, "--nodes=1", TRAIN, "mlp.yaml", LENGTH, SLOW, env=ONE)
     wait_until_it_trains(run)
@@ -117,7 +117,7 @@ def test_the_file_stop_ends_a_job_without_a_requeue(slurm: SlurmCluster, work: P
     assert read(run / "status.json")["state"] == "preempted"
 
 
-def test_a_crash_is_requeued_so_many_times_and_then_stops_with_the_cause(slurm: SlurmCluster, work: Path) -> None:
+def test_a_crash_is_requeued_max_crashes_times_and_then_stops_with_the_cause(slurm: SlurmCluster, work: Path) -> None:
     arguments = ("mlp.yaml", LENGTH, CRASH, "checkpoint.every=6ep", "checkpoint.keep_best=null")
     job = slurm.submit(work, "--nodes=1", TRAIN, *arguments, env={**ONE, "MAX_CRASHES": "1"})
     ended = slurm.wait(job)
@@ -138,7 +138,7 @@ def test_a_config_error_is_never_requeued(slurm: SlurmCluster, work: Path, overr
     assert not (work / "runs").exists()
 
 
-def test_the_tasks_of_a_job_array_train_runs_of_their_own(slurm: SlurmCluster, work: Path) -> None:
+def test_the_tasks_of_a_job_array_train_separate_runs(slurm: SlurmCluster, work: Path) -> None:
     arguments = ("mlp.yaml", "trainer.duration=2ep", "run.name=task-%a", "seed=%a")
     job = slurm.submit(work, "--array=3-4", TRAIN, *arguments, env=ONE)
     for task in (3, 4):
@@ -159,7 +159,7 @@ def test_a_requeued_job_whose_run_is_completed_does_no_work(slurm: SlurmCluster,
 
 
 @pytest.mark.chaos
-def test_accelerate_trains_on_two_nodes_with_the_same_bits_as_torchrun(
+def test_accelerate_on_two_nodes_is_bitwise_identical_to_torchrun(
     slurm: SlurmCluster, work: Path, uninterrupted: dict[str, Any]
 ) -> None:
     job = slurm.submit(work, "--nodes=2", ACCELERATE, "mlp.yaml", LENGTH, env=TWO)
@@ -172,7 +172,7 @@ def test_accelerate_trains_on_two_nodes_with_the_same_bits_as_torchrun(
 
 @pytest.mark.chaos
 def test_a_bare_srun_needs_no_launcher(slurm: SlurmCluster, work: Path) -> None:
-    """MASTER_ADDR, since these nodes' names aren't names of hosts."""
+    """With MASTER_ADDR, because the names of these nodes aren't hostnames."""
     command = "MASTER_ADDR=127.0.0.1 srun python -m dist_train.main --config mlp.yaml trainer.duration=1ep"
     options = ("--nodes=2", "--ntasks-per-node=2", "--job-name=dist_train", "--output=%x-%j.out")
     job = slurm.submit(work, *options, f"--wrap={command}")
@@ -192,7 +192,7 @@ def test_a_real_time_limit_passes_twice_and_the_run_completes(slurm: SlurmCluste
     assert states == ["preempted"] * int(ended["Restarts"]) + ["completed"]
 
 
-def test_the_scripts_ask_for_nothing_that_a_cluster_may_not_have() -> None:
+def test_the_scripts_request_nothing_that_a_cluster_may_not_have() -> None:
     foreign = ("gpu", "gres", "mem", "partition", "account")
     lines = [line for script in (TRAIN, ACCELERATE) for line in Path(script).read_text().splitlines()]
     directives = [line for line in lines if line.startswith("#SBATCH")]
