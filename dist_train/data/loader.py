@@ -103,7 +103,7 @@ class _Loader:
         return iterator
 
     def _next(self, iterator: Iterator[MicroBatch]) -> MicroBatch:
-        """The next batch, with torch's messages about lost workers completed by what to do."""
+        """The next batch. What torch says about lost workers becomes a DataError with the cause and what to do."""
         try:
             return next(iterator)
         except SampleError:

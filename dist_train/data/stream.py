@@ -18,6 +18,9 @@ _COUNT = (
     "count", "num_shards", "shard_count", "num_of_instances", "num_workers", "num_replicas", "world_size", "total", "n"
 )  # fmt: skip
 
+Shard = tuple[int, int]  # index and count
+WHOLE: Shard = (0, 1)
+
 
 def is_stream(dataset: Any) -> bool:
     """Whether a dataset can only be iterated over; as for torch's DataLoader, an IterableDataset is, whatever else it has.
@@ -81,14 +84,7 @@ class Pass:
     """
 
     def __init__(
-        self,
-        dataset: Any,
-        seed: int,
-        number: int,
-        shard: tuple[int, int] = (0, 1),
-        *,
-        place: int = 0,
-        state: Any = None,
+        self, dataset: Any, seed: int, number: int, shard: Shard = WHOLE, *, place: int = 0, state: Any = None
     ) -> None:
         self.dataset, self.seed, self.number, self.shard, self.place = dataset, seed, number, shard, place
         if callable(getattr(dataset, "set_epoch", None)):

@@ -14,7 +14,7 @@ from torch.utils.data import get_worker_info
 from dist_train.data.errors import DataError, dataset_name
 from dist_train.data.plan import MicroBatch, Plan, micro_slices
 from dist_train.data.reading import Collate, SampleReader
-from dist_train.data.stream import Pass, shard_of
+from dist_train.data.stream import WHOLE, Pass, shard_of
 from dist_train.data.workers import hide_rank, worker_visible
 
 
@@ -46,7 +46,7 @@ class StreamReader(SampleReader):
         super().__init__(dataset, seed, collate, at_once=False)
         self.source, self.info = dataset, info
         self.saved: dict[int, dict[str, Any]] = {}
-        self._reader, self._shard = 0, (0, 1)
+        self._shard = WHOLE
         self._pass: Pass | None = None
         self._next = 0  # the number of the next sample; counted over all passes, in a shard of its own
 
@@ -102,7 +102,7 @@ class StreamReader(SampleReader):
         return samples
 
     def _start(self, request: MicroBatch) -> None:
-        self.dataset = shard_of(self.source, 0, 1)
+        self.dataset = shard_of(self.source, *WHOLE)
         saved = self.saved.get(0)
         if saved is not None and saved["next"] <= max(0, request.epoch) * self.info.length + int(request.indices[0]):
             self._restore(saved)
@@ -117,11 +117,11 @@ class StreamReader(SampleReader):
             self._open(saved["pass"]).skip(saved["place"])
 
     def _state(self) -> dict[str, Any] | None:
-        if not self.info.resumable and self._shard == (0, 1):
+        if not self.info.resumable and self._shard == WHOLE:
             return None
         now = self._opened()
         state = self.dataset.state_dict() if self.info.resumable else None
-        return {"reader": self._reader, "next": self._next, "pass": now.number, "place": now.place, "state": state}
+        return {"reader": self._shard[0], "next": self._next, "pass": now.number, "place": now.place, "state": state}
 
     def _open(self, number: int, **given: Any) -> Pass:
         self._pass = Pass(self.dataset, self.seed, number, self._shard, **given)
@@ -203,7 +203,7 @@ class ShardPlan:
         """A reader's shard, of a copy: a `shard` that changes its dataset leaves the source as it is."""
         return shard_of(copy.copy(source), index, count or self.readers)
 
-    def left_over(self, source: Any, reader: int, seed: int, epoch: int) -> Iterator[Any]:
+    def surplus(self, source: Any, reader: int, seed: int, epoch: int) -> Iterator[Any]:
         """The samples for a reader whose own shard has ended: surplus of the other shards, found by reading them."""
 
         def read(index: int) -> Pass:
@@ -212,9 +212,12 @@ class ShardPlan:
         asked = [self._requested(index, self.plan.steps_per_epoch) for index in range(self.readers)]
         sizes = [sum(1 for _ in read(index)) for index in range(self.readers)]
         before = sum(max(0, count - size) for count, size in zip(asked[:reader], sizes))
-        surplus = (index for index in range(self.readers) if sizes[index] > asked[index])
-        spare = (itertools.islice(read(index), asked[index], None) for index in surplus)
-        return itertools.islice(itertools.chain.from_iterable(spare), before, None)
+        rest = (
+            itertools.islice(read(index), asked[index], None)
+            for index in range(self.readers)
+            if sizes[index] > asked[index]
+        )
+        return itertools.islice(itertools.chain.from_iterable(rest), before, None)
 
     def _steps_before(self, step: int) -> int:
         return step % self.plan.steps_per_epoch if self.finite else step
@@ -248,7 +251,7 @@ class ShardReader(StreamReader):
     ) -> None:
         super().__init__(dataset, seed, collate, info)
         self.shards, self.rank = shards, rank
-        self._spare: Iterator[Any] | None = None  # the surplus of other shards, once this reader's has ended
+        self._samples: Iterator[Any] = iter(())  # of the shard, then the surplus of other shards
         self.rewind()
 
     def notes(self) -> list[str]:
@@ -270,45 +273,44 @@ class ShardReader(StreamReader):
             self._next = 0
             self._select(request)
             self._open(request.epoch)
-        return [self._next_sample(request.epoch) for _ in request.indices]
+        return [self._take() for _ in request.indices]
 
     def _select(self, request: MicroBatch) -> None:
         """Take the shard of a request; which worker gets an epoch's first one depends on the epoch before."""
         reader = self.shards.reader_of(self.rank, request)
         if reader != self._shard[0]:
-            self._reader, self._shard = reader, (reader, self.shards.readers)
+            self._shard = (reader, self.shards.readers)
             self.dataset = self.shards.shard(self.source, reader)
 
     def _start(self, request: MicroBatch) -> None:
         self._select(request)
-        saved, asked = self.saved.get(self._reader), self.shards.requested(self._reader, request.step)
+        reader = self._shard[0]
+        saved, asked = self.saved.get(reader), self.shards.requested(reader, request.step)
         if saved is not None and saved["next"] == asked and (not self.info.finite or saved["pass"] == request.epoch):
             self._restore(saved)
             return
         self._open(request.epoch if self.info.finite else 0)
         for _ in range(asked):
-            self._next_sample(request.epoch)
+            self._take()
 
     def _open(self, number: int, **given: Any) -> Pass:
-        self._spare = None
-        return super()._open(number, **given)
+        opened = super()._open(number, **given)
+        self._samples = itertools.chain(opened, self._surplus(opened))
+        return opened
+
+    def _surplus(self, ended: Pass) -> Iterator[Any]:
+        taken = self._next - ended.place  # by a start before this one
+        surplus = self.shards.surplus(self.source, self._shard[0], self.seed, ended.number)
+        yield from itertools.islice(surplus, taken, None)
 
     def _at_end(self) -> bool:
         return False  # shards may be uneven
 
-    def _next_sample(self, epoch: int) -> Any:
+    def _take(self) -> Any:
         if not self.info.finite:
-            return self._take()
-        if self._spare is None:
-            sample = next(self._opened(), self)
-            if sample is not self:
-                self._next += 1
-                return sample
-            taken = self._next - self._opened().place  # by a start before this one
-            self._spare = itertools.islice(
-                self.shards.left_over(self.source, self._reader, self.seed, epoch), taken, None
-            )
-        for sample in self._spare:
-            self._next += 1
-            return sample
-        raise DataError(self._wrong_length("fewer"))
+            return super()._take()
+        sample = next(self._samples, self)
+        if sample is self:
+            raise DataError(self._wrong_length("fewer"))
+        self._next += 1
+        return sample
