@@ -33,9 +33,10 @@ STARTS = {"subprocess", "run", "run_several", "start"}
 
 # Files that take longest, so that they begin first: the last ones of a parallel run are short.
 LONGEST = (
-    "test_readme", "launch/test_slurm", "configs/test_configs", "launch/test_elastic", "failures/test_failures",
-    "chaos/test_killed_runs", "training/test_digits", "run/test_resume", "training/test_user_code", "test_forking",
-    "training/test_state", "training/test_stopping", "oracle/test_equal",
+    "test_readme", "launch/test_slurm", "configs/test_configs", "launch/test_scripts", "launch/test_elastic",
+    "failures/test_failures", "chaos/test_killed_runs", "training/test_digits", "run/test_resume", "training/test_user_code",
+    "test_forking", "training/test_state", "training/test_stopping", "checkpoint/test_kills", "failures/test_hosts",
+    "oracle/test_equal",
 )  # fmt: skip
 
 
