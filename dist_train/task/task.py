@@ -17,13 +17,12 @@ from dist_train.task.losses import Loss
 
 @dataclass(slots=True)
 class StepOutput:
-    """What a task makes of one batch.
+    """The result of a task for one batch.
 
     Attributes:
-        loss: the loss summed over the batch (0-dim tensor); the engine divides by the weight of the global batch.
-        weight: what it is to be divided by: a number, or a 0-dim tensor where it depends on the targets.
-        outputs: the model's outputs, for the metrics.
-        targets: the targets, for the metrics.
+        loss: the loss summed over the batch (0-dim tensor); the engine divides it by the weight of the global batch.
+        weight: a number, or a 0-dim tensor where it depends on the targets.
+        outputs, targets: for the metrics.
     """
 
     loss: Tensor
@@ -51,7 +50,8 @@ class Task(Protocol):
 class Supervised:
     """The default task: a batch is (inputs, target) and the loss is `loss(model(inputs), target)`.
 
-    A tuple of inputs is spread over the model's arguments, a dict goes by name. The loss runs outside autocast, in float32.
+    A tuple of inputs is spread over the model's arguments, a mapping is passed by name. The loss runs in float32, outside
+    autocast.
     """
 
     def __init__(self, loss: Loss):
@@ -82,7 +82,7 @@ class Supervised:
 
 
 def as_step_output(value: StepOutput | tuple[Any, ...]) -> StepOutput:
-    """A task's answer, which may be a plain tuple.
+    """What a task's `step` returned, which may be a plain tuple.
 
     Raises:
         TypeError: it is neither a `StepOutput` nor a tuple of two to four, or its loss or weight isn't one number.
