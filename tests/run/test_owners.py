@@ -181,7 +181,7 @@ def test_checkpoints_whose_config_is_lost_everywhere_are_never_started_over(runs
     for path in (runs / "a" / "checkpoints").glob("*/manifest.json"):
         path.write_bytes(b"{}")
     before = everything(runs)
-    with pytest.raises(ConfigError, match=r"config.yaml: cut off.*and no manifest has the config"):
+    with pytest.raises(ConfigError, match=r"config.yaml: truncated.*and no manifest has the config"):
         start(runs)
     assert everything(runs) == before
 
