@@ -163,7 +163,7 @@ class CSV(Arrays):
         if train_path is None and (split or standardize or standardize_target or missing == "mean" or self._classify):
             raise DataError(
                 f"CSV: {path}: splits, standardizing, means and classes are learned from the training rows: give "
-                f"train_path, the file that holds them (the same as path, where one file is cut into parts)"
+                f"train_path, the file that holds them (the same as path, if one file is split into parts)"
             )
         table = _open(path, delimiter)
         training = table if train_path is None else _open(train_path, delimiter)

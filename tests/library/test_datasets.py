@@ -110,7 +110,7 @@ def test_gaussians_differ_between_splits_and_seeds_but_not_between_calls() -> No
     assert Gaussians("val", samples=7, dimensions=3).inputs.shape == (14, 3)
 
 
-def test_a_random_split_cuts_any_dataset_into_disjoint_parts() -> None:
+def test_a_random_split_divides_any_dataset_into_disjoint_parts() -> None:
     whole = Arrays(np.arange(100.0)[:, None], np.arange(100) % 4)
     parts = [RandomSplit(whole, split, parts=[0.6, 0.2, 0.2], stratify=True) for split in ("train", "val", "test")]
     assert [len(part) for part in parts] == [60, 20, 20]
