@@ -54,7 +54,7 @@ def work(step: int, inputs: Tensor, targets: Tensor) -> StepWork:
     def micro() -> Iterator[MicroBatch]:
         yield MicroBatch(0, step, rows, 0, len(inputs), True, (inputs, targets))
 
-    return StepWork(step, 0, len(inputs), rows, rows, micro())
+    return StepWork(step, 0, len(inputs), rows, micro())
 
 
 def network() -> nn.Module:

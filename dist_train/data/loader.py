@@ -151,10 +151,8 @@ class StepWork:
     epoch: int
     samples: int
     """Samples of the global batch, over all ranks."""
-    indices: Indices
-    """The global batch: (samples,) int64."""
     local_indices: Indices
-    """This rank's part of it, known before anything is read; empty if it has none."""
+    """The samples of this rank, (n,) int64, known before anything is read; empty if it has none."""
     micro_batches: Iterator[MicroBatch]
     """Read when asked for."""
 
@@ -277,10 +275,9 @@ class TrainLoader(_Loader):
                 if self._stream is not None:
                     self._stream.rewind()
                 iterator = self._start()
-            indices = plan.batch(step)
             micro_batches = self._micro_batches(iterator)
             local = plan.local(step, sampler.rank, sampler.num_replicas)
-            yield StepWork(step, epoch, len(indices), indices, local, micro_batches)
+            yield StepWork(step, epoch, plan.batch_samples(step), local, micro_batches)
             for _ in micro_batches:  # the caller may have left a step early
                 pass
         self.close()

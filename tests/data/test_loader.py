@@ -102,13 +102,13 @@ def test_the_steps_of_one_process_are_the_plans_batches_over_the_ends_of_epochs(
     plan = Plan(0, len(data), 50)
     for work in loader_of(data, plan=plan, micro_batch_size=64).steps(2, 8):
         (micro,) = work.micro_batches
-        assert (work.indices == plan.batch(work.step)).all()
+        assert (work.local_indices == plan.batch(work.step)).all()
         assert (work.epoch, work.samples) == (work.step // 3, 50)
         assert (micro.position, micro.samples, micro.zero_weight, micro.last) == (0, 50, False, True)
         inputs, targets = micro.batch
         assert inputs.dtype == torch.float32
-        assert inputs.equal(torch.stack([data[i][0] for i in work.indices]))
-        assert targets.equal(torch.tensor([data[i][1] for i in work.indices]))
+        assert inputs.equal(torch.stack([data[i][0] for i in work.local_indices]))
+        assert targets.equal(torch.tensor([data[i][1] for i in work.local_indices]))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
@@ -127,7 +127,7 @@ def test_ranks_and_micro_batches_cut_the_batch_and_every_rank_has_something_to_r
             assert sum(m.samples for m in micro_batches) == len(mine)
             assert [m.last for m in micro_batches] == [False] * (len(micro_batches) - 1) + [True]
             counted += mine
-        assert counted == works[0].indices.tolist()
+        assert counted == plan.batch(works[0].step).tolist()
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_a_step_left_early_does_not_shift_the_next_one() -> None:
     loader = loader_of(Noisy(), micro_batch_size=2)
     for work in loader.steps(0, 4):
         micro = next(work.micro_batches)
-        assert (micro.indices == work.indices[:2]).all()
+        assert (micro.indices == work.local_indices[:2]).all()
 
 
 def test_workers_stay_over_epochs_unless_configured_otherwise_and_are_gone_after_closing() -> None:
@@ -243,7 +243,7 @@ def test_a_collate_of_the_users_own_gets_the_list_of_samples(num_workers: int) -
     loader = loader_of(Digits("val"), plan=Plan(0, 180, 4), collate=_doubled, num_workers=num_workers)
     for work in loader.steps(0, 2):
         (micro,) = work.micro_batches
-        assert micro.batch == [2 * Digits("val")[i][1] for i in work.indices]
+        assert micro.batch == [2 * Digits("val")[i][1] for i in work.local_indices]
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -255,7 +255,7 @@ def test_tensor_datasets_and_their_subsets_are_read_at_once_and_equal_their_item
         loader = loader_of(data, plan=Plan(0, len(data), 4), num_workers=num_workers)
         for work in loader.steps(0, 2):
             (micro,) = work.micro_batches
-            expected = default_collate([data[i] for i in work.indices])
+            expected = default_collate([data[i] for i in work.local_indices])
             assert all(a.equal(b) for a, b in zip(micro.batch, expected, strict=True))
     assert batch_reader(Subset(Noisy(), [1])) is None
     assert batch_reader(type("Mine", (TensorDataset,), {})(torch.zeros(3))) is None
