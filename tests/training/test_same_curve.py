@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,24 +16,13 @@ MLP = (
     "data.eval_batch_size=25",  # several cuts a rank, and not as many on each
     "tracking={tensorboard: false, report: false}",
 )
-IN_FLOAT64 = """
-import torch
-
-class Net(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.net = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 10)).double()
-
-    def forward(self, x):
-        return self.net(x.double())
-"""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of 1, 2 and 3 processes, named by their number; in float64 too."""
     folder = tmp_path_factory.mktemp("curves")
-    (folder / "float64.py").write_text(IN_FLOAT64)
+    shutil.copy(Path(__file__).parent / "programs" / "float64.py", folder)
     double = [*MLP, "model={_target_: float64.Net}", "debug.trace_samples=false"]
     for processes in (1, 2, 3):
         jobs = [[*MLP, f"run.name=single{processes}"], [*double, f"run.name=double{processes}"]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,42 +16,6 @@ import pytest
 from runs import CONFIGS, result, rows, run, same_state_dicts, start, traced
 
 # An epoch of 19 steps with a slow sample reader, so that a stop meets training in the middle.
-SLOW = """
-import os
-import pathlib
-import time
-
-from dist_train.callbacks import Callback
-from dist_train.config.errors import ConfigError
-from dist_train.data import Digits
-
-class Slow(Digits):
-    read_batch = None
-
-    def __init__(self, *arguments, **settings):
-        super().__init__(*arguments, **settings)
-        if os.environ.get("LACKS") == os.environ.get("RANK", "0"):
-            raise ConfigError.single("data.train", "this node lacks the data")
-        if "LONG" in os.environ:
-            pathlib.Path("building").touch()
-            time.sleep(100)
-
-    def __getitem__(self, index):
-        time.sleep(0.0005)
-        return super().__getitem__(index)
-
-class Watched(Slow):
-    def __getitem__(self, index):
-        if pathlib.Path("slowly").exists():
-            pathlib.Path("evaluating").touch()
-            time.sleep(0.05)
-        return super().__getitem__(index)
-
-class Stuck(Callback):
-    def on_step_end(self, trainer):
-        if trainer.step == 5:
-            time.sleep(600)
-"""
 CONFIG = f"""
 extends: {CONFIGS / "digits.yaml"}
 data:
@@ -69,7 +34,7 @@ tracking: {{tensorboard: false, report: false}}
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two processes that was never stopped."""
     folder = tmp_path_factory.mktemp("stopping")
-    (folder / "slow.py").write_text(SLOW)
+    shutil.copy(Path(__file__).parent / "programs" / "slow.py", folder)
     (folder / "slow.yaml").write_text(CONFIG)
     run(folder, 2, "--config", "slow.yaml", "run.name=whole")
     return folder

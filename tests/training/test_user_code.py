@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,39 +11,7 @@ from pathlib import Path
 import pytest
 from runs import environment, result, rows, run
 
-DATASET = """
-import torch
-
-class Points(torch.utils.data.Dataset):
-    classes = ["left", "right"]
-
-    def __init__(self, n=64, seed=0):
-        self.x = torch.randn(n, 4, generator=torch.Generator().manual_seed(seed))
-        self.y = (self.x[:, 0] > 0).long()
-
-    def __len__(self):
-        return len(self.y)
-
-    def __getitem__(self, index):
-        return self.x[index], int(self.y[index])
-"""
-MODEL = """
-import torch
-
-class Net(torch.nn.Module):
-    def __init__(self, width=8):
-        super().__init__()
-        self.net = torch.nn.Sequential(torch.nn.Linear(4, width), torch.nn.Tanh(), torch.nn.Linear(width, 2))
-
-    def forward(self, x):
-        return self.net(x)
-"""
-LOSS = """
-import torch
-
-def smooth(outputs, targets, floor=0.0):
-    return torch.nn.functional.cross_entropy(outputs, targets, reduction="none") + floor
-"""
+PROGRAMS = Path(__file__).parent / "programs"
 CONFIG = """
 data:
   train: {_target_: my_points.Points}
@@ -65,9 +34,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("work/configs", "installed"):
         (folder / name).mkdir(parents=True)
     (folder / "work/configs/mine.yaml").write_text(CONFIG)
-    (folder / "work/configs/my_points.py").write_text(DATASET)
-    (folder / "work/my_net.py").write_text(MODEL)
-    (folder / "installed/my_loss.py").write_text(LOSS)
+    for name in ("work/configs/my_points.py", "work/my_net.py", "installed/my_loss.py"):
+        shutil.copy(PROGRAMS / Path(name).name, folder / name)
     return folder
 
 
@@ -168,19 +136,8 @@ def test_batchnorm_over_one_sample_is_refused_with_sizes_that_work(tmp_path: Pat
 
 
 def test_train_from_python_takes_live_objects(tmp_path: Path) -> None:
-    script = """
-import signal, sys, torch, dist_train
-data = torch.utils.data.TensorDataset(torch.randn(40, 3), torch.randn(40, 1))
-result = dist_train.train({
-    "data": {"train": data, "global_batch_size": 8}, "model": torch.nn.Linear(3, 1), "loss": torch.nn.MSELoss(),
-    "optimizer": {"_target_": torch.optim.SGD, "lr": 0.01}, "trainer": {"duration": "2ep"}, "run": {"name": "live"},
-})
-assert result["state"] == "completed" and result["step"] == 10, result
-assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "a notebook's Ctrl-C works again"
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120
-    )
+    command = [sys.executable, str(PROGRAMS / "live_objects.py")]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs/live/model.pt").exists()
     shown = " ".join(done.stdout.split())
