@@ -19,26 +19,7 @@ import pytest
 from dist_train.text import format_number, format_seconds, two_columns
 from dist_train.tracking.console import Console, setup_logging
 
-SCRIPT = """
-import sys, time, warnings
-from dist_train.tracking.console import Console
-console = Console(True)
-console.start_block([("model", "DigitsCNN"), ("batch", "64 = 4 ranks x 16")])
-console.begin(0, 40, 1, 4)
-for step in range(1, 41):
-    console.step = step
-    time.sleep(0.05)
-    if step % 10 == 0:
-        console.progress(step, 40, step // 10, {"loss": 1 / step, "lr": 0.1, "samples_per_s": 12345.6})
-        console.evaluation("val", step, {"loss": 2 / step, "accuracy": 1 - 1 / step})
-    if step == 20:
-        console.warn("something to know")
-        print("a line of the user's own")
-console.end_block([("test accuracy", "0.98")])
-console.close()
-print("rich" in sys.modules, file=open("modules.txt", "w"))
-open("done.txt", "w").write("yes")
-"""
+PROGRAM = str(Path(__file__).parent / "programs" / "console_run.py")
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -48,10 +29,10 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def on_terminal(folder: Path, close_after: float | None = None, **env: str) -> tuple[int, str]:
-    """(exit code, what the terminal got) of SCRIPT run on a real pseudo terminal."""
+    """(exit code, what the terminal got) of PROGRAM run on a real pseudo terminal."""
     master, slave = pty.openpty()
     child = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT], stdout=slave, stderr=slave, stdin=slave, cwd=folder, env=environment(**env)
+        [sys.executable, PROGRAM], stdout=slave, stderr=slave, stdin=slave, cwd=folder, env=environment(**env)
     )
     os.close(slave)
     got, began = b"", time.monotonic()
@@ -270,8 +251,7 @@ def test_a_terminal_that_goes_away_does_not_end_the_training(tmp_path: Path) -> 
 
 
 def test_a_reader_that_goes_away_does_not_end_the_training(tmp_path: Path) -> None:
-    command = f'"{sys.executable}" script.py | head -1; echo ${{PIPESTATUS[0]}}'
-    (tmp_path / "script.py").write_text(SCRIPT)
+    command = f'"{sys.executable}" "{PROGRAM}" | head -1; echo ${{PIPESTATUS[0]}}'
     done = subprocess.run(
         ["bash", "-c", command], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=30
     )
@@ -282,18 +262,16 @@ def test_a_reader_that_goes_away_does_not_end_the_training(tmp_path: Path) -> No
 
 
 def test_a_stdout_that_is_closed_or_missing_does_not_end_the_training(tmp_path: Path) -> None:
-    (tmp_path / "script.py").write_text(SCRIPT)
     done = subprocess.run(
-        ["bash", "-c", f'"{sys.executable}" script.py >&- 2>&-'], cwd=tmp_path, env=environment(), timeout=30
+        ["bash", "-c", f'"{sys.executable}" "{PROGRAM}" >&- 2>&-'], cwd=tmp_path, env=environment(), timeout=30
     )
     assert done.returncode == 0
     assert (tmp_path / "done.txt").exists()
 
 
 def test_a_locale_without_unicode_does_not_end_the_training(tmp_path: Path) -> None:
-    (tmp_path / "script.py").write_text(SCRIPT.replace("DigitsCNN", "\u6570\u5b57"), encoding="utf-8")
     done = subprocess.run(
-        [sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=30,
+        [sys.executable, PROGRAM, "unicode"], cwd=tmp_path, capture_output=True, text=True, timeout=30,
         env=environment(PYTHONIOENCODING="ascii", PYTHONUTF8="0"),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -79,27 +79,8 @@ def test_tensorboard_takes_what_is_not_finite(tmp_path: Path) -> None:
 
 
 def test_tensorboard_is_imported_only_when_the_first_row_arrives_and_never_if_it_is_off(tmp_path: Path) -> None:
-    script = """
-import sys, pathlib, types
-from dist_train.tracking.console import Console
-from dist_train.views.sinks import open_logger
-def heavy(): return sorted({"torch", "tensorboard", "rich", "matplotlib", "wandb"} & set(sys.modules))
-for on in (False, True):
-    config = types.SimpleNamespace(tracking=types.SimpleNamespace(tensorboard=on, wandb=None))
-    log = open_logger(pathlib.Path(sys.argv[1]), config, Console(True))
-    if not on: log.row("train", 1, 1, 1, {"loss": 1.0})
-    print(heavy())
-log.row("train", 1, 1, 1, {"loss": 1.0})
-log.flush(wait=60)
-print("tensorboard" in sys.modules)
-"""
-    command = [
-        sys.executable,
-        "-P",
-        "-c",
-        script,
-        str(tmp_path),
-    ]  # an option: not forked from one that has imported torch
+    program = Path(__file__).parent / "programs" / "logger_imports.py"
+    command = [sys.executable, "-P", str(program), str(tmp_path)]  # -P: not forked from one that has imported torch
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines() == ["[]", "[]", "True"], done.stderr
 
