@@ -28,29 +28,8 @@ from dist_train.data.workers import resolve_workers, run_signals_blocked
 from dist_train.runtime.world import usable_cpus
 from dist_train.watch.processes import raise_file_limit
 
-HANGS = """
-import json, multiprocessing, os, time
-from pathlib import Path
-
-def hang_first():
-    Path(f"fork-{os.getpid()}").touch()
-    if len(list(Path().glob("fork-*"))) < 3:
-        time.sleep(1000)
-
-os.register_at_fork(after_in_child=hang_first)  # before the package's own
-
-import torch
-from dist_train.data import workers
-
-workers._BIRTH_SECONDS, workers._FORKS_MAY_HANG = 0.3, True
-loader = torch.utils.data.DataLoader(
-    range(6), batch_size=2, num_workers=1, multiprocessing_context=workers.context_for("fork"), worker_init_fn=workers.init_worker
-)
-batches = [batch.tolist() for batch in loader]
-left = [str(path) for path in Path().glob("fork-*") if Path("/proc", path.name[5:]).exists()]
-print(json.dumps({"batches": batches, "forks": len(list(Path().glob("fork-*"))), "left": left}))
-"""
-JOB = Path(__file__).with_name("worker_job.py")
+PROGRAMS = Path(__file__).parent / "programs"
+JOB = PROGRAMS / "worker_job.py"
 GROUP_SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
 
 
@@ -219,9 +198,7 @@ def test_auto_shares_the_cpus_between_local_ranks_and_needs_none_for_whole_batch
 
 def test_a_fork_that_hangs_before_its_interpreter_runs_is_done_again(tmp_path: Path) -> None:
     """As on CPython before 3.11.8, now and then (its issue 112275); here the first two children of three do."""
-    (tmp_path / "job.py").write_text(HANGS)
-    done = subprocess.run(
-        [sys.executable, "job.py"], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60
-    )
+    command = [sys.executable, str(PROGRAMS / "hanging_forks.py")]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {"batches": [[0, 1], [2, 3], [4, 5]], "forks": 3, "left": []}
