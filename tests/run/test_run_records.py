@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -70,15 +71,6 @@ def test_states_that_an_earlier_version_saved_by_position_are_taken() -> None:
     assert callback.value == 5
 
 
-NET = """
-from torch import nn
-from helper import WIDTH
-
-
-class Net(nn.Linear):
-    def __init__(self):
-        super().__init__(64, WIDTH)
-"""
 CONFIG = """
 run: {name: r}
 data:
@@ -98,7 +90,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A config beside its code, in the working directory, whose modules are gone from this process afterwards."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "c.yaml").write_text(CONFIG)
-    (tmp_path / "records_net.py").write_text(NET)
+    shutil.copy(Path(__file__).parent / "programs" / "records_net.py", tmp_path)
     (tmp_path / "helper.py").write_text("WIDTH = 10\n")
     (tmp_path / "unused.py").write_text("")
     monkeypatch.setattr(sys, "path", sys.path[:])
