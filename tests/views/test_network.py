@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,33 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dist_train.config.fields import Duration
 from dist_train.views.network import MOST, Pictures, _Every, _values, pictures
 
-NET = """
-import torch
-from torch import nn
-
-from dist_train.callbacks import Callback
-
-class Careless(Callback):  # looks at the model as one would without a thought: BatchNorm's statistics move
-    def on_epoch_end(self, trainer):
-        model = trainer.model
-        model.norm(model.conv1(torch.rand(2, model.conv1.in_channels, 8, 8)))
-
-class Net(nn.Module):
-    def __init__(self, channels, side):
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, 6, 3, padding=1)
-        self.norm = nn.BatchNorm2d(6)
-        self.act = nn.ReLU(inplace=True)
-        self.pool = nn.MaxPool2d(2)
-        self.drop = nn.Dropout(0.3)
-        self.conv2 = nn.Conv2d(6, 10, 3)
-        self.head = nn.Linear(10 * (side // 2 - 2) ** 2, 4)
-        self.spare = nn.Identity()
-
-    def forward(self, x):
-        x = self.conv2(self.drop(self.pool(self.act(self.norm(self.conv1(x))))))
-        return self.head(x.flatten(1) + 0.01 * torch.randn(1))  # draws in eval mode too
-"""
+NET = Path(__file__).parent / "programs" / "net.py"
 CONFIG = """
 data:
   train: {{_target_: dist_train.data.Arrays, inputs: data.npz}}
@@ -72,7 +47,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     random = np.random.RandomState(0)
     inputs = random.rand(64, channels, side, side).astype(np.float32)
     np.savez(folder / "data.npz", inputs=inputs, targets=random.randint(0, 4, 64))
-    (folder / "net.py").write_text(NET)
+    shutil.copy(NET, folder)
     (folder / "config.yaml").write_text(CONFIG.format(channels=channels, side=side))
     seen, unseen = ["config.yaml", "run.name=seen", *SEEN], ["config.yaml", "run.name=unseen"]
     careless = ["config.yaml", "run.name=careless", "callbacks=[{_target_: net.Careless}]"]
@@ -157,7 +132,7 @@ def test_the_inputs_are_the_batch_as_it_goes_into_the_model(tmp_path: Path) -> N
 
 
 def test_a_module_that_is_not_there_is_told_with_names_near_it_and_nothing_is_started(tmp_path: Path) -> None:
-    (tmp_path / "net.py").write_text(NET)
+    shutil.copy(NET, tmp_path)
     (tmp_path / "config.yaml").write_text(CONFIG.format(channels=1, side=28))
     np.savez(tmp_path / "data.npz", inputs=np.zeros((64, 1, 28, 28), np.float32), targets=np.zeros(64, np.int64))
     done = run(tmp_path, 1, "--config", "config.yaml", "tracking.images={modules: [conv3]}", expect=2)

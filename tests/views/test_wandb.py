@@ -22,30 +22,11 @@ from dist_train.tracking.records import read_rows
 from dist_train.views import wandb_run
 from dist_train.views.sinks import open_logger
 
-SCRIPT = """
-import os, pathlib, signal, sys, types
-from dist_train.tracking.console import Console
-from dist_train.views.sinks import open_logger
-from dist_train.config.schema import WandbConfig
-root, first, last, end = pathlib.Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-wandb = WandbConfig(project="p", mode="offline", tags=["a"])
-tracking = types.SimpleNamespace(tensorboard=False, wandb=wandb)
-config = types.SimpleNamespace(tracking=tracking, to_dict=lambda: {"optimizer": {"lr": 0.1}})
-log = open_logger(root, config, Console(True), start_step=first)
-for step in range(first + 1, last + 1):
-    log.row("train", step, 1, step * 64, {"loss": 1 / step, "bad": float("nan")})
-    if step % 5 == 0:
-        log.row("val", step, 1, step * 64, {"accuracy": 1 - 1 / step})
-if end == "kill":
-    import time
-    time.sleep(float(sys.argv[5]))
-    os.kill(os.getpid(), signal.SIGKILL)
-log.close(end, timeout=60)
-"""
+PROGRAM = Path(__file__).parent / "programs" / "wandb_steps.py"
 
 
 def train(root: Path, *args: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", SCRIPT, str(root), *map(str, args)]
+    command = [sys.executable, str(PROGRAM), str(root), *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
