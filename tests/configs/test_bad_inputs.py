@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,41 +20,6 @@ from runs import CONFIGS
 from dist_train.config.errors import ConfigError
 from dist_train.run.api import train
 
-OWN = '''
-import torch
-
-
-class Rows(torch.utils.data.Dataset):
-    """`count` rows of 4 numbers; what is odd about them is an argument."""
-
-    def __init__(self, count=64, label=None, width=4, kind="pair", odd=None):
-        self.count, self.label, self.width, self.kind, self.odd = count, label, width, kind, odd
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, index):
-        if index == self.odd:
-            raise OSError(5, "Input/output error")
-        x = torch.full((self.width + (self.kind == "ragged") * (index % 2),), float(index))
-        label = index % 3 if self.label is None else self.label
-        return {"triple": (x, label, 0), "alone": x, "text": (x, "cat")}.get(self.kind, (x, label))
-
-
-class Endless:
-    def __getitem__(self, index):
-        return torch.zeros(4), 0
-
-
-class Stream(torch.utils.data.IterableDataset):
-    def __iter__(self):
-        return iter([])
-
-
-class TwoArguments(torch.nn.Linear):
-    def forward(self, x, y):
-        return super().forward(x)
-'''
 LINEAR: dict[str, Any] = {"_target_": "dist_train.models.MLP", "in_features": 4, "hidden": [], "out_features": 3}
 
 
@@ -105,7 +71,7 @@ def loss(name: str, **arguments: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bad")
-    (folder / "own.py").write_text(OWN)
+    shutil.copy(Path(__file__).parent / "programs" / "own.py", folder)
     np.save(folder / "x.npy", np.zeros((8, 4), np.float32))
     np.save(folder / "y.npy", np.zeros(7, np.int64))
     np.save(folder / "none.npy", np.zeros((0, 4), np.float32))
