@@ -24,27 +24,6 @@ FOREIGN = (
 
 # Without the plots at the end, which take a second each.
 MLP = (ROOT / "configs" / "digits_mlp.yaml").read_text() + "tracking: {tensorboard: false, report: false}\n"
-PLANTED = """
-import pathlib, time
-from dist_train.callbacks import Callback
-from dist_train.data import Digits
-
-class LongToBuild(Digits):
-    def __init__(self, *arguments, **settings):
-        super().__init__(*arguments, **settings)
-        if not pathlib.Path("building").exists():
-            pathlib.Path("building").touch()
-            time.sleep(300)
-
-class Slow(Callback):
-    def on_step_end(self, trainer):
-        time.sleep(0.02)
-
-class Crash(Callback):
-    def on_step_end(self, trainer):
-        if trainer.step == 30 and trainer.world.rank == trainer.world.size - 1:
-            raise ValueError("planted crash")
-"""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -81,5 +60,5 @@ def slurm(_bare_environment: None) -> Iterator[SlurmCluster]:
 def work(tmp_path: Path) -> Path:
     """A directory with `mlp.yaml`, the MLP on the digits, and `planted.py`, callbacks that fail in various ways."""
     (tmp_path / "mlp.yaml").write_text(MLP)
-    (tmp_path / "planted.py").write_text(PLANTED, encoding="ascii")
+    shutil.copy(Path(__file__).parent / "programs" / "planted.py", tmp_path)
     return tmp_path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import threading
 import time
@@ -27,19 +28,6 @@ callbacks: [{{_target_: pace.Pace}}]
 checkpoint: {{every: 10step}}
 tracking: {{tensorboard: false, report: false}}
 debug: {{trace_samples: true}}
-"""
-# Slow steps, until the test has seen what it waits for.
-PACE = """
-import time
-from pathlib import Path
-from dist_train.callbacks import Callback
-
-class Pace(Callback):
-    def on_step_end(self, trainer):
-        if not Path("hurry").exists():
-            time.sleep(0.2)
-        if Path("crash").exists():
-            raise ValueError("planted crash")
 """
 
 
@@ -133,7 +121,7 @@ class Cluster(Hosts):
 def project(tmp_path: Path) -> Path:
     """A folder with the config and its callback."""
     (tmp_path / "elastic.yaml").write_text(CONFIG)
-    (tmp_path / "pace.py").write_text(PACE)
+    shutil.copy(Path(__file__).parent / "programs" / "pace.py", tmp_path)
     return tmp_path
 
 
