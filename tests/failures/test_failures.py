@@ -207,20 +207,11 @@ def test_a_hang_anywhere_is_named(folder: Path, kind: str, rank: int, processes:
 
 
 def test_a_rank_alone_in_c_code_that_holds_the_gil_ends_with_its_stacks() -> None:
-    script = """
-import ctypes, time
-from dist_train.watch import peers, status
-from dist_train.watch.processes import owned_by_command
-
-peers.DEAF_SECONDS = 0.5
-with owned_by_command():
-    peers.Peers(hang_timeout=1.0).start()
-    status.status.phase = status.FORWARD
-    time.sleep(0.8)
-    ctypes.PyDLL(None).sleep(60)
-"""
+    program = Path(__file__).parent / "programs" / "holds_the_gil.py"
+    line = 1 + program.read_text().splitlines().index("    ctypes.PyDLL(None).sleep(60)")
     began = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True, timeout=30)
+    command = [sys.executable, str(program)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=30)
     assert done.returncode == 1
-    assert "line 11 in <module>" in done.stderr
+    assert f"line {line} in <module>" in done.stderr
     assert time.monotonic() - began < 10
