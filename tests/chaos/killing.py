@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import time
 import uuid
@@ -19,23 +20,6 @@ from dist_train.runtime.storage import open_storage
 
 HOOK = Path(__file__).parent / "hook"
 
-# Each sample is drawn with torch, numpy and random, by loader workers.
-NOISY = """
-import random
-import numpy as np
-import torch
-from dist_train.data import Digits
-
-class Noisy(Digits):
-    read_batch = None
-
-    def __len__(self):
-        return 140
-
-    def __getitem__(self, index):
-        image, target = super().__getitem__(index)
-        return image + 0.1 * torch.randn(image.shape) + float(np.random.rand() + random.random()) / 20, target
-"""
 CONFIG = f"""
 extends: {CONFIGS / "digits.yaml"}
 data:
@@ -67,7 +51,7 @@ class Kill:
 
 def prepare(folder: Path) -> None:
     """Write the config and the dataset."""
-    (folder / "noisy.py").write_text(NOISY)
+    shutil.copy(Path(__file__).parent / "programs" / "noisy.py", folder)
     (folder / "chaos.yaml").write_text(CONFIG)
 
 
