@@ -13,29 +13,8 @@ from runs import CONFIGS, F1, environment, made_once
 
 from dist_train import train
 
+PROGRAMS = Path(__file__).parent / "programs"
 QUICK = ["tracking.tensorboard=false", "trainer.log_every=20step"]
-# Starting costs seconds, so the commands that several processes are to carry out follow each other in one start.
-COMMANDS = """
-import json, sys
-from dist_train.main import main
-for arguments in json.loads(sys.argv[1]):
-    assert main(arguments) == 0, arguments
-"""
-MUTE = """
-import torch.distributed as dist
-from torch import nn
-from dist_train.task.losses import Loss
-from dist_train.task.task import Supervised
-
-class Mute(Supervised):
-    def __init__(self):
-        super().__init__(Loss(nn.CrossEntropyLoss()))
-
-    def predict(self, model, batch):
-        if dist.get_rank() == 1:  # the other one must not wait for it for ever
-            raise LookupError("nothing to say")
-        return super().predict(model, batch)
-"""
 
 
 @pytest.fixture(scope="session")
@@ -54,10 +33,9 @@ def together(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two and three processes make of the digits run: a folder for each, `2` and `3`, with what they printed."""
 
     def make(folder: Path) -> None:
-        (folder / "commands.py").write_text(COMMANDS)
         shutil.copytree(digits, folder / "2" / "copy")
         (folder / "2" / "copy" / "report.html").unlink()
-        (folder / "2" / "mute.py").write_text(MUTE)
+        shutil.copy(PROGRAMS / "mute.py", folder / "2")
         mute = ["--config", str(CONFIGS / "digits_mlp.yaml"), "trainer.duration=5step", "task._target_=mute.Mute"]
         mute += ["data.eval_batch_size=50", "tracking.tensorboard=false", "run.name=mute"]
         evaluate, predict = ["evaluate", str(digits), "--output"], ["predict", str(digits), "--output", "out.csv"]
@@ -68,11 +46,12 @@ def together(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_commands(folder: Path, processes: int, commands: list[list[str]]) -> None:
+    """Carry out several commands in one start, which costs seconds; each must succeed."""
     place = folder / str(processes)
     place.mkdir(exist_ok=True)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     done = subprocess.run(
-        [*torchrun, str(folder / "commands.py"), json.dumps(commands)], cwd=place, env=environment(), timeout=120,
+        [*torchrun, str(PROGRAMS / "several_commands.py"), json.dumps(commands)], cwd=place, env=environment(), timeout=120,
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

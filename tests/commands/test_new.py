@@ -36,19 +36,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def project(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A new project, trained by what is installed."""
     folder = tmp_path_factory.mktemp("new")
-    script = """
-import os, sys
-import dist_train
-from dist_train.main import main
-
-assert dist_train.__file__.startswith(sys.argv[1])
-assert main(["new", "project"]) == 0
-os.chdir("project")
-assert main(["--config", "config.yaml", "trainer.duration=6ep", "tracking.tensorboard=false"]) == 0
-os.chdir("..")
-assert main(["predict", "project/runs/moons", "--output", "out.csv"]) == 0
-"""
-    command = [sys.executable, "-c", script, str(installed)]
+    program = Path(__file__).parent / "programs" / "new_project.py"
+    command = [sys.executable, str(program), str(installed)]
     env = environment(PYTHONPATH=str(installed))
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
