@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -72,22 +73,13 @@ def run(
 
 
 F1 = "metrics=[{_target_: torchmetrics.classification.MulticlassF1Score, num_classes: 10}, accuracy]"
-SEVERAL = """
-import json, sys
-
-from dist_train.run.api import train
-
-if __name__ == "__main__":
-    for path, *overrides in json.loads(sys.argv[1]):
-        train(path, *overrides)
-"""
 
 
 def run_several(
     folder: Path, processes: int, jobs: list[list[str]], timeout: float = 400
 ) -> subprocess.CompletedProcess[str]:
     """Trainings of [config, override, ...] one after another in the same processes: starting these is what costs."""
-    (folder / "several.py").write_text(SEVERAL)
+    shutil.copy(ROOT / "tests" / "programs" / "several.py", folder)
     launcher = command(processes)[:-2]  # all before `-m dist_train.main`
     done = subprocess.run(
         [*launcher, "several.py", json.dumps(jobs)],
