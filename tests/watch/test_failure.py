@@ -271,14 +271,8 @@ def test_the_error_file_is_written_as_torchrun_reads_it(tmp_path: Path, monkeypa
 
 
 def test_the_status_of_a_process_can_be_read_after_it_was_killed() -> None:
-    code = (
-        "import os, time; from dist_train.watch.status import status, status_fd, FORWARD\n"
-        "status.phase, status.step = FORWARD, 41\nprint(status_fd, flush=True)\ninput()\n"
-        "status.step = 42\nos.kill(os.getpid(), 9)"
-    )
-    child = subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
-    )
+    command = [sys.executable, str(Path(__file__).parent / "programs" / "status_writer.py")]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment())
     assert child.stdin is not None
     assert child.stdout is not None
     other = status_of(child.pid, int(child.stdout.readline()))
