@@ -163,19 +163,10 @@ def test_only_the_head_of_vgg_changes(trained: Trained, processes: int) -> None:
 def test_whole_and_state_dict_files_of_vgg_load_in_a_fresh_process_without_this_package(trained: Trained) -> None:
     done = trained("vgg16_finetune", 1)
     run(done, 1, "export", "--run", ".", "--format", "module", "--output", "whole.pt")
-    (done / "plain.py").write_text(
-        "import sys, torch, torchvision\n"
-        "whole = torch.load('whole.pt', weights_only=False)\n"
-        "plain = torchvision.models.vgg16(num_classes=2)\n"
-        "plain.load_state_dict(torch.load('model.pt', weights_only=True))\n"
-        "with torch.no_grad():\n"
-        "    one, two = (model.eval()(torch.ones(1, 3, 32, 32)) for model in (whole, plain))\n"
-        "assert one.shape == (1, 2) and torch.equal(one, two)\n"
-        "assert not [name for name in sys.modules if name.startswith('dist_train')]\n"
-    )
     env = environment()
     del env["PYTHONPATH"]
-    fresh = subprocess.run([sys.executable, "plain.py"], cwd=done, env=env, timeout=300, capture_output=True, text=True)
+    command = [sys.executable, str(Path(__file__).parent / "programs" / "load_vgg.py")]
+    fresh = subprocess.run(command, cwd=done, env=env, timeout=300, capture_output=True, text=True)
     assert fresh.returncode == 0, fresh.stderr
 
 
