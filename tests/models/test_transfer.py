@@ -327,20 +327,9 @@ def test_a_whole_module_with_frozen_parts_is_loaded_by_torch_alone(tmp_path: Pat
         torch.save({"inputs": inputs, "outputs": model.eval()(inputs)}, tmp_path / "expected.pt")
     torch.save(model, tmp_path / "whole.pt")
     torch.save(model.state_dict(), tmp_path / "state.pt")
-    (tmp_path / "plain.py").write_text(
-        "import sys, torch\n"
-        "from torch import nn\n"
-        "expected = torch.load('expected.pt')\n"
-        "whole = torch.load('whole.pt', weights_only=False).eval()\n"
-        "state = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 3)).eval()\n"
-        "state.load_state_dict(torch.load('state.pt', weights_only=True))\n"
-        "with torch.no_grad():\n"
-        "    for model in (whole, state):\n"
-        "        assert torch.equal(model(expected['inputs']), expected['outputs'])\n"
-        "assert not [name for name in sys.modules if name.startswith('dist_train')]\n"
-    )
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    subprocess.run([sys.executable, "plain.py"], cwd=tmp_path, env=environment, check=True, timeout=120)
+    command = [sys.executable, str(Path(__file__).parent / "programs" / "load_plain.py")]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=120)
 
 
 def test_first_values_are_filled_by_name() -> None:
