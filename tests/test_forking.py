@@ -18,7 +18,8 @@ from runs import command, environment, run
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
 
 
-PROBE = (Path(__file__).parent / "programs" / "probe.py").read_text()
+PROGRAMS = Path(__file__).parent / "programs"
+PROBE = (PROGRAMS / "probe.py").read_text()
 
 
 def told(popen: Any, *args: str, **options: Any) -> tuple[dict[str, Any], bool]:
@@ -118,14 +119,7 @@ def test_signals_reach_it_from_its_first_moment_on() -> None:
 
 
 def test_torchrun_and_its_workers_are_forked_as_well(tmp_path: Path) -> None:
-    (tmp_path / "worker.py").write_text(
-        "import os, sys\n"
-        "from pathlib import Path\n"
-        "begun = 'torch' in sys.modules\n"
-        "Path(f'{os.environ[\"RANK\"]}.txt').write_text(f'{begun} {os.getppid()} {os.environ[\"WORLD_SIZE\"]}')\n"
-        "sys.exit(7 if os.environ['RANK'] == '1' else 0)\n"
-    )
-    args = [*command(2)[:-2], "worker.py"]
+    args = [*command(2)[:-2], str(PROGRAMS / "torchrun_worker.py")]
     process = Popen(args, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
     told = process.communicate(timeout=60)[1]
     assert process.returncode == 1, told
