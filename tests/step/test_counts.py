@@ -9,7 +9,7 @@ from pathlib import Path
 
 from runs import environment
 
-JOB = Path(__file__).parent / "jobs" / "counts.py"
+JOB = Path(__file__).parent / "programs" / "counts.py"
 
 
 def test_a_step_reads_no_value_and_starts_no_more_collectives_than_a_raw_ddp_loop(tmp_path: Path) -> None:

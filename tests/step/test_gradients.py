@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from runs import environment
 
-JOB = Path(__file__).parent / "jobs" / "gradients.py"
+JOB = Path(__file__).parent / "programs" / "gradients.py"
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, pytest.param(4, marks=pytest.mark.chaos)])

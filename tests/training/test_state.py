@@ -23,7 +23,7 @@ from dist_train.runtime.seeding import seed_everything, seed_forward
 from dist_train.step.modules import Modules
 from dist_train.training.state import of_every_rank
 
-KEPT = Path(__file__).parent / "jobs" / "kept.py"
+KEPT = Path(__file__).parent / "programs" / "kept.py"
 CONFIG = """
 data: {train: {_target_: kept.Data}, val: {_target_: kept.Data, seed: 1}, global_batch_size: 8, num_workers: 0,
        eval_batch_size: 9}

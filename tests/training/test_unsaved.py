@@ -16,7 +16,7 @@ from torch import nn
 from dist_train.run.api import train
 from dist_train.training import first_batch, unsaved
 
-KEPT = Path(__file__).parent / "jobs" / "kept.py"
+KEPT = Path(__file__).parent / "programs" / "kept.py"
 WARNED = "training changes state that no checkpoint holds"
 BASE = {
     "loss": {"_target_": "torch.nn.CrossEntropyLoss"},
