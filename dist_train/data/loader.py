@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from dist_train.data.errors import DataError, SampleError, dataset_name, resource_hint
-from dist_train.data.plan import EvalPlan, Indices, MicroBatch, Plan, StepSampler
+from dist_train.data.plan import EvalPlan, Indices, MicroBatch, Plan, StepSampler, rank_slice
 from dist_train.data.reading import LoaderOptions, SampleReader, dataset_length
 from dist_train.data.stream import can_shard, is_stream, stream_length
 from dist_train.data.stream_check import check_stream
@@ -74,6 +74,7 @@ class _Loader:
         self._persistent = workers > 0 and config.persistent_workers in ("auto", True)
         self._timeout = config.timeout
         self._at_exit: Any = None
+        # in_order must stay True: steps take micro-batches by position (`_check_order`).
         self._loader: DataLoader[Any] = DataLoader(
             reader,
             batch_sampler=requests,
@@ -98,7 +99,7 @@ class _Loader:
         except OSError as error:
             raise DataError(f"loader workers couldn't be started: {error}{resource_hint(error)}") from error
         if self._at_exit is None:
-            # multiprocessing would send them SIGTERM at exit, which they block, and wait forever
+            # multiprocessing would send them SIGTERM at exit; workers block SIGTERM, so joining them would hang
             self._at_exit = Finalize(None, stop_workers, args=(iterator,), exitpriority=10)
         return iterator
 
@@ -163,7 +164,7 @@ class TrainLoader(_Loader):
     Args:
         dataset: map-style with `len(dataset) == plan.length`, or an IterableDataset.
         plan: the order of samples.
-        micro_batch_size: most samples of one forward.
+        micro_batch_size: maximum number of samples per forward.
         neighbours: `Augmentation.neighbours`: rows beyond each micro-batch for augmentations that mix samples.
 
     Attributes:
@@ -215,7 +216,8 @@ class TrainLoader(_Loader):
     def state_dict(self, gather: Callable[[Any], list[Any]]) -> dict[str, Any] | None:
         """The positions of a stream's readers after the last micro-batch that was taken; None without a stream.
 
-        `gather` collects each rank's value on rank 0; all ranks call this. Where all read the whole, one position is enough.
+        `gather` collects each rank's value on rank 0; all ranks call this. Where every rank reads the entire stream, one
+        position is enough.
         """
         if self._stream is None:
             return None
@@ -275,28 +277,41 @@ class TrainLoader(_Loader):
                 if self._stream is not None:
                     self._stream.rewind()
                 iterator = self._start()
-            micro_batches = self._micro_batches(iterator)
-            local = plan.local(step, sampler.rank, sampler.num_replicas)
-            yield StepWork(step, epoch, plan.batch_samples(step), local, micro_batches)
+            samples, local = plan.batch_samples(step), plan.local(step, sampler.rank, sampler.num_replicas)
+            start_position = rank_slice(samples, sampler.rank, sampler.num_replicas).start if len(local) else 0
+            micro_batches = self._micro_batches(iterator, step, start_position)
+            yield StepWork(step, epoch, samples, local, micro_batches)
             for _ in micro_batches:  # the caller may have left a step early
                 pass
         self.close()
 
-    def _micro_batches(self, iterator: Iterator[Any]) -> Iterator[MicroBatch]:
+    def _micro_batches(self, iterator: Iterator[Any], step: int, position: int) -> Iterator[MicroBatch]:
         last = False
         while not last:
             began = time.perf_counter()
             micro = self._next(iterator)
             self.waited += time.perf_counter() - began
+            _check_order(micro, step, position)
+            position += micro.samples
             if self._stream is not None:
                 self._stream.commit(micro)
             last = micro.last
             yield micro
 
 
+def _check_order(micro: MicroBatch, step: int, position: int) -> None:
+    """Raises DataError for any other micro-batch than the one that is due: its samples would count for another step."""
+    if (micro.step, micro.position) != (step, position):
+        raise DataError(
+            f"the DataLoader returned batches out of order: expected position {position} of step {step}, found position "
+            f"{micro.position} of step {micro.step}; something has replaced or changed torch's DataLoader, which must "
+            f"keep in_order=True"
+        )
+
+
 def _readers(key: list[int] | None) -> str:
     if key is None:
-        return "one reader of the whole"
+        return "one reader of the entire stream"
     return f"{key[0]} ranks x {key[1]} readers" + (f" with micro-batches of {key[2]}" if key[2] else "")
 
 
@@ -310,7 +325,7 @@ class EvalLoader(_Loader):
         dataset: what is read.
         plan: the `EvalPlan`.
         batches: the samples of each eval batch of this rank.
-        rounds: the most eval batches of any rank; equal on all ranks.
+        rounds: maximum number of eval batches per rank; equal on all ranks.
         num_workers: worker processes, 0 for none.
     """
 
@@ -343,8 +358,10 @@ class EvalLoader(_Loader):
     def __iter__(self) -> Iterator[tuple[range, Any]]:
         iterator = self._start()
         try:
-            for samples in self.batches:
-                yield samples, self._next(iterator).batch
+            for k, samples in enumerate(self.batches):
+                micro = self._next(iterator)
+                _check_order(micro, k, samples.start)
+                yield samples, micro.batch
         finally:
             if not self._persistent:
                 self.close()

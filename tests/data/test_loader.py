@@ -3,12 +3,13 @@ from __future__ import annotations
 import os
 import random
 import time
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
 
 from dist_train.config.schema import DataConfig
 from dist_train.data import DataError, Digits
@@ -70,6 +71,12 @@ class Slow(Noisy):
         return index
 
 
+class SlowFirst(Noisy):
+    def __getitem__(self, index: int) -> Any:
+        time.sleep(1.0 if index == 0 else 0.0)
+        return index
+
+
 class Dying(Noisy):
     def __getitem__(self, index: int) -> Any:
         os._exit(1)
@@ -109,6 +116,22 @@ def test_the_steps_of_one_process_are_the_plans_batches_over_the_ends_of_epochs(
         assert inputs.dtype == torch.float32
         assert inputs.equal(torch.stack([data[i][0] for i in work.local_indices]))
         assert targets.equal(torch.tensor([data[i][1] for i in work.local_indices]))
+
+
+def test_batches_out_of_order_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dist_train.data.loader.DataLoader", partial(DataLoader, in_order=False))
+    plan = Plan(5, 40, 8, shuffle=False)
+    for micro_batch_size, found in ((8, "position 0 of step 1"), (4, "position 4 of step 0")):
+        loader = loader_of(SlowFirst(), plan, micro_batch_size, num_workers=2)
+        with pytest.raises(
+            DataError, match=f"out of order: expected position 0 of step 0, found {found}.*in_order=True"
+        ):
+            read(loader, 2)
+        loader.close()
+    evaluation = EvalLoader(SlowFirst(), 8, reading(num_workers=2))
+    with pytest.raises(DataError, match=r"expected position 0 of step 0, found position 8 of step 1"):
+        list(evaluation)
+    evaluation.close()
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
