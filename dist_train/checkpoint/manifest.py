@@ -18,6 +18,8 @@ from dist_train.tracking.records import finite
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+# Fields of format 1. A field added later must be optional on reading (`content.get`), or every older checkpoint would count
+# as corrupted.
 _FIELDS = ("step", "attempt", "created_at", "lease", "metrics")
 
 _NAME, _HASH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*"), re.compile(r"[0-9a-f]{64}")
@@ -54,7 +56,8 @@ class Manifest:
     """Content of ``manifest.json``.
 
     ``attempt`` is a random name, unique to each attempt to save; ``metrics`` are those measured at this step (one that
-    isn't finite is null in the file and read as NaN); ``meta`` is any JSON.
+    isn't finite is null in the file and read as NaN). ``meta`` is any JSON; `Trainer._save` writes epoch, samples,
+    world_size, best, plan and horizon, and `run_facts` config, versions, host and, in a git repository, commit.
     """
 
     step: int
@@ -89,8 +92,8 @@ class Manifest:
         """Read and check a manifest.
 
         Raises:
-            CorruptedError: these are not the bytes that :meth:`to_bytes` made.
-            NewerFormatError: they are whole, but of a newer format.
+            CorruptedError: these are not the bytes that :meth:`to_bytes` wrote.
+            NewerFormatError: they are intact, but of a newer format.
         """
         try:
             content = json.loads(raw)
@@ -112,7 +115,7 @@ class Manifest:
         try:
             return _checked(content)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CorruptedError(MANIFEST, f"its hash is right, but not its form ({error!r})") from None
+            raise CorruptedError(MANIFEST, f"the hash matches, but the content is invalid ({error!r})") from None
 
 
 def _checked(content: Mapping[str, Any]) -> Manifest:

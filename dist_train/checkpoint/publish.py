@@ -81,7 +81,10 @@ class OwnedStore(CheckpointStore):
             LeaseLostError: another process owns the run.
         """
         number = self.check()
-        manifest = Manifest(writing.step, writing.files, writing.attempt, dict(metrics), meta, utc_now(), number)
+        manifest = Manifest(
+            step=writing.step, files=writing.files, attempt=writing.attempt, metrics=dict(metrics), meta=meta,
+            created_at=utc_now(), lease=number,
+        )  # fmt: skip
         if isinstance(self.storage, LocalStorage):
             self._publish_directory(self.storage, writing, manifest.to_bytes())
         else:

@@ -25,6 +25,69 @@ def test_a_manifest_survives_its_bytes() -> None:
     assert Manifest.from_bytes(MANIFEST.to_bytes()) == MANIFEST
 
 
+# Written by the first version of format 1. Never edit it: a version that can't read it would call every older checkpoint
+# corrupted.
+FORMAT_1 = """{
+ "format": 1,
+ "step": 200,
+ "attempt": "00ff00ff00ff00ff",
+ "created_at": "2026-11-27T22:57:19.998Z",
+ "lease": 3,
+ "metrics": {
+  "val/loss": 0.25,
+  "val/f1": null
+ },
+ "files": {
+  "model.pt": {
+   "bytes": 1234,
+   "sha256": "abababababababababababababababababababababababababababababababab"
+  },
+  "trainer.pt": {
+   "bytes": 567,
+   "sha256": "cdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcd",
+   "key": "00ff00ff00ff00ff/trainer.pt"
+  }
+ },
+ "meta": {
+  "epoch": 3,
+  "samples": 12800,
+  "world_size": 2,
+  "best": [
+   "val/loss",
+   "min"
+  ],
+  "plan": {
+   "length": 1257,
+   "fingerprint": "dba7bce815d7603a"
+  },
+  "horizon": 440,
+  "config": {
+   "seed": 0
+  },
+  "versions": {
+   "dist_train": "0.1.0"
+  },
+  "host": "vm"
+ },
+ "sha256": "442702976a0a950478585dedf276f4f9b7d87c54860c734d11fd4e858886eeaa"
+}
+"""
+
+
+def test_a_manifest_of_format_1_stays_readable() -> None:
+    found = Manifest.from_bytes(FORMAT_1.encode())
+    assert (found.step, found.attempt, found.lease) == (200, "00ff00ff00ff00ff", 3)
+    assert found.created_at == "2026-11-27T22:57:19.998Z"
+    assert str(found.metrics) == "{'val/loss': 0.25, 'val/f1': nan}"
+    assert found.files == {
+        "model.pt": FileEntry(1234, "ab" * 32, "model.pt"),
+        "trainer.pt": FileEntry(567, "cd" * 32, "00ff00ff00ff00ff/trainer.pt"),
+    }
+    keys = ["epoch", "samples", "world_size", "best", "plan", "horizon", "config", "versions", "host"]
+    assert list(found.meta) == keys
+    assert found.to_bytes() == FORMAT_1.encode()
+
+
 def test_every_flipped_bit_is_corruption() -> None:
     raw = MANIFEST.to_bytes()
     for position in range(len(raw) * 8):
