@@ -19,6 +19,7 @@ from dist_train.checkpoint.store import CheckpointStore
 from dist_train.runtime.storage import open_storage
 
 HOOK = Path(__file__).parent / "hook"
+NOISY = Path(__file__).parent / "programs" / "noisy.py"  # a dataset that draws from all global generators
 
 CONFIG = f"""
 extends: {CONFIGS / "digits.yaml"}
@@ -51,7 +52,7 @@ class Kill:
 
 def prepare(folder: Path) -> None:
     """Write the config and the dataset."""
-    shutil.copy(Path(__file__).parent / "programs" / "noisy.py", folder)
+    shutil.copy(NOISY, folder)
     (folder / "chaos.yaml").write_text(CONFIG)
 
 
@@ -76,7 +77,7 @@ def assert_no_orphans(token: str, folder: Path, patience: float = 10.0) -> None:
         time.sleep(0.1)
 
 
-def killed(folder: Path, processes: int, kill: Kill, *options: str, timeout: float = 90) -> None:
+def assert_killed(folder: Path, processes: int, kill: Kill, *options: str, timeout: float = 90) -> None:
     """Start a run that dies as `kill` says; nothing of it stays behind."""
     token = uuid.uuid4().hex
     mark = folder / f"mark-{token}"
@@ -138,4 +139,4 @@ def assert_each_sample_once(place: Path, length: int = LENGTH, batch: int = BATC
         assert set().union(*epoch) == set(range(length))
 
 
-__all__ = ["Kill", "assert_equal_runs", "assert_no_orphans", "killed", "prepare", "run", "start"]
+__all__ = ["Kill", "assert_equal_runs", "assert_no_orphans", "assert_killed", "prepare", "run", "start"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -45,7 +46,7 @@ PATIENT = {
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs that nobody disturbed, on two and on three processes."""
     folder = tmp_path_factory.mktemp("random")
-    (folder / "noisy.py").write_text(NOISY)
+    shutil.copy(NOISY, folder)
     (folder / "chaos.yaml").write_text(CONFIG)
     for processes in (2, 3):
         run(folder, processes, "--config", "chaos.yaml", f"run.name=whole{processes}")
@@ -74,7 +75,7 @@ def wait_for_start(process: subprocess.Popen[str], place: Path, before: int) -> 
 
 @pytest.mark.chaos
 @pytest.mark.parametrize("processes", [2, 3])
-def test_killed_at_random_moments(folder: Path, processes: int) -> None:
+def test_a_run_killed_at_random_moments_ends_as_if_never_killed(folder: Path, processes: int) -> None:
     dice, kills, number = random.Random(processes), 0, 0
     while kills < KILLS:
         number += 1
@@ -118,7 +119,9 @@ def test_killed_at_random_moments(folder: Path, processes: int) -> None:
 
 @pytest.mark.chaos
 @pytest.mark.parametrize(("processes", "number"), [(2, signal.SIGTERM), (3, signal.SIGUSR1)])
-def test_signalled_at_random_moments(folder: Path, processes: int, number: signal.Signals) -> None:
+def test_a_run_signaled_at_random_moments_saves_the_same_step_on_all_ranks(
+    folder: Path, processes: int, number: signal.Signals
+) -> None:
     """To torchrun or to one rank, once or twice, from the first writes of a start on: each time saved, all on one step."""
     dice, sent, runs = random.Random(int(number)), 0, 0
     while sent < SIGNALS:
