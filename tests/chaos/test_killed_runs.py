@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from killing import Kill, assert_each_sample_once, assert_equal_runs, killed, prepare
+from killing import Kill, assert_each_sample_once, assert_equal_runs, assert_killed, prepare
 from runs import result, run
 
 # One run dies at each of these in turn, and begins each time where the death before has left it; `EACH` has them all.
@@ -47,7 +47,7 @@ def test_a_run_killed_again_and_again_ends_as_if_never_killed(folder: Path, proc
     """With augmentation, dropout, BatchNorm, EMA, bf16, Adam, clipping and two loader workers a rank."""
     options = (*config_of(processes), f"run.name=killed{processes}")
     for kill in kills:
-        killed(folder, processes, kill, *options)
+        assert_killed(folder, processes, kill, *options)
     run(folder, processes, *options)
     place, whole = folder / "runs" / f"killed{processes}", folder / "runs" / f"whole{processes}"
     assert_equal_runs(place, whole)
@@ -81,12 +81,14 @@ EACH = [
 @pytest.mark.parametrize("together", [False, True], ids=["one", "all"])
 @pytest.mark.parametrize("processes", [2, 3])
 @pytest.mark.parametrize("kill", EACH, ids=lambda kill: f"{kill.point} {kill.step} rank {kill.rank}")
-def test_killed_once_and_run_again(folder: Path, kill: Kill, processes: int, together: bool) -> None:
+def test_a_run_killed_once_and_run_again_ends_as_if_never_killed(
+    folder: Path, kill: Kill, processes: int, together: bool
+) -> None:
     if kill.point == "worker" and together:
         pytest.skip("a loader worker dies alone")
     place = folder / "runs" / f"once-{abs(hash((kill, processes, together)))}"
     options = (*config_of(processes), f"run.name={place.name}")
-    killed(folder, processes, Kill(kill.point, kill.step, kill.rank, together), *options)
+    assert_killed(folder, processes, Kill(kill.point, kill.step, kill.rank, together), *options)
     run(folder, processes, *options)
     assert_equal_runs(place, folder / "runs" / f"whole{processes}")
     assert_each_sample_once(place)

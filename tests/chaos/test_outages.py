@@ -56,7 +56,7 @@ def test_a_store_that_is_away_for_ten_seconds_is_waited_for_by_a_run(alone: Path
 
 
 @pytest.mark.chaos
-def test_a_store_that_stays_away_ends_a_run_with_place_and_cause_and_it_goes_on_later(
+def test_a_store_that_stays_away_ends_a_run_with_place_and_cause_and_it_resumes_later(
     alone: Path, cable: Any, tmp_path: Path
 ) -> None:
     process, store = started(alone, cable, "long")

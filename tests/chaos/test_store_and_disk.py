@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from killing import ONE, Kill, assert_each_sample_once, assert_equal_runs, killed
+from killing import ONE, Kill, assert_each_sample_once, assert_equal_runs, assert_killed
 from runs import run, start, uploads_below
 
 from dist_train.checkpoint.store import CheckpointStore
@@ -35,7 +35,9 @@ def copy_of(whole: Path, name: str) -> Path:
     return place
 
 
-def test_a_run_whose_newest_checkpoint_is_damaged_takes_the_one_before_and_ends_with_the_same_bits(alone: Path) -> None:
+def test_a_run_whose_newest_checkpoint_is_corrupted_takes_the_one_before_and_ends_with_the_same_bits(
+    alone: Path,
+) -> None:
     place = copy_of(alone / "runs" / "whole", "damaged")
     flip_a_bit(place / "checkpoints" / "step-00000024" / "optimizer.pt")
     done = run(alone, 1, *ONE, "run.name=damaged")
@@ -45,7 +47,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged_takes_the_one_before_and_ends_
     assert_equal_runs(place, alone / "runs" / "whole")
 
 
-def test_a_run_without_any_whole_checkpoint_says_so_each_time_and_never_begins_anew(alone: Path) -> None:
+def test_a_run_without_any_whole_checkpoint_says_so_each_time_and_never_starts_over(alone: Path) -> None:
     place = copy_of(alone / "runs" / "whole", "lost")
     for path in (place / "checkpoints").glob("step-*/model.pt"):
         flip_a_bit(path)
@@ -56,7 +58,7 @@ def test_a_run_without_any_whole_checkpoint_says_so_each_time_and_never_begins_a
     assert not list((place / "checkpoints").glob("step-*"))
 
 
-def test_a_second_job_on_a_live_run_is_refused_and_told_whose_it_is(alone: Path) -> None:
+def test_a_second_job_on_a_live_run_is_refused_and_names_the_owner(alone: Path) -> None:
     options = (*ONE, "run.name=busy", "trainer.duration=100000step", "trainer.stop_at=1h")
     first = start(alone, 1, *options)
     try:
@@ -111,7 +113,7 @@ def test_a_full_disk_ends_the_run_with_file_and_cause_and_leaves_the_last_good_c
 
 
 @pytest.mark.parametrize("store", ["s3", pytest.param("gs", marks=pytest.mark.chaos)])
-def test_the_whole_life_of_a_run_in_a_store(
+def test_a_run_lives_in_a_store_from_start_to_end(
     alone: Path,
     store: str,
     request: pytest.FixtureRequest,
@@ -124,7 +126,7 @@ def test_the_whole_life_of_a_run_in_a_store(
     url = f"{store}://bucket/life"
     options = (*ONE, f"run.dir={url}", "run.name=life")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one"))
-    killed(alone, 1, Kill("unpublished", 12), *options)
+    assert_killed(alone, 1, Kill("unpublished", 12), *options)
     storage = open_storage(f"{url}/life")
     before = CheckpointStore(storage.sub("checkpoints")).find("last").step
     assert before in (6, 8)

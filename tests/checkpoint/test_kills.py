@@ -104,7 +104,9 @@ def leftovers(storage: Storage) -> list[str]:
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
-def test_killed_at_any_call_of_a_save_on_a_local_disk(tmp_path: Path, manager_at: Make, asynchronous: bool) -> None:
+def test_a_save_killed_at_any_call_on_a_local_disk_leaves_whole_checkpoints(
+    tmp_path: Path, manager_at: Make, asynchronous: bool
+) -> None:
     options = {"keep_last": 1, "keep_best": ("f1", "max"), "asynchronous": asynchronous}
     storage, results, place = open_storage(tmp_path), set(), 0
 
@@ -139,7 +141,9 @@ def test_killed_at_any_call_of_a_save_on_a_local_disk(tmp_path: Path, manager_at
     assert place > 20  # it did die at many places
 
 
-def test_killed_at_any_call_of_the_very_first_save(tmp_path: Path, manager_at: Make) -> None:
+def test_the_very_first_save_killed_at_any_call_leaves_a_whole_checkpoint_or_none(
+    tmp_path: Path, manager_at: Make
+) -> None:
     storage, results = open_storage(tmp_path), set()
 
     def prepare() -> None:
@@ -160,7 +164,9 @@ def test_killed_at_any_call_of_the_very_first_save(tmp_path: Path, manager_at: M
     assert results == {True, False}
 
 
-def test_killed_at_any_call_of_replacing_a_step(tmp_path: Path, manager_at: Make) -> None:
+def test_a_replacement_killed_at_any_call_leaves_the_old_checkpoint_or_the_new_one(
+    tmp_path: Path, manager_at: Make
+) -> None:
     storage, results = open_storage(tmp_path), set()
 
     def prepare() -> None:
@@ -181,7 +187,7 @@ def test_killed_at_any_call_of_replacing_a_step(tmp_path: Path, manager_at: Make
     assert results == {None, 0.1, 0.2}
 
 
-def test_killed_while_it_sweeps(tmp_path: Path, manager_at: Make) -> None:
+def test_a_sweep_killed_at_any_call_loses_no_checkpoint(tmp_path: Path, manager_at: Make) -> None:
     storage = open_storage(tmp_path)
 
     def prepare() -> None:
@@ -201,7 +207,7 @@ def test_killed_while_it_sweeps(tmp_path: Path, manager_at: Make) -> None:
         assert leftovers(storage) == []
 
 
-def test_killed_at_requests_of_a_save_on_s3(s3_url: str, manager_at: Make) -> None:
+def test_a_save_killed_at_any_request_on_s3_leaves_whole_checkpoints(s3_url: str, manager_at: Make) -> None:
     s3fs = pytest.importorskip("s3fs")
     storage, results = open_storage(s3_url), set()
     state = {**state_of(20), "big": torch.zeros(3 << 19)}  # large enough for a multipart upload

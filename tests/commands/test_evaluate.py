@@ -48,7 +48,7 @@ def test_three_processes_give_the_same_bits(digits: Path, together: Path, capsys
     assert len([line for line in printed if line.startswith("{")]) == 2  # one for each evaluate, not for each rank
 
 
-def test_a_class_of_torchmetrics_gives_the_figure_of_one_process_on_three(
+def test_a_class_of_torchmetrics_gives_the_metric_of_one_process_on_three(
     digits: Path, together: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from sklearn.metrics import f1_score

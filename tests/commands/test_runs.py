@@ -61,7 +61,7 @@ def listed(capsys: pytest.CaptureFixture[str], place: object) -> dict[str, dict[
     return {run["run"]: run for run in json.loads(capsys.readouterr().out)["runs"]}
 
 
-def test_runs_with_all_that_one_wants_to_know_and_where_they_differ(
+def test_runs_are_listed_with_their_state_and_the_keys_that_differ(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_run(tmp_path / "a", 0.1, [0.5, 0.75, 0.7])

@@ -173,7 +173,7 @@ def test_whole_and_state_dict_files_of_vgg_load_in_a_fresh_process_without_this_
 # --- transfer from a run of one's own --------------------------------------------------------------------------------
 
 
-def test_digits_by_transfer_from_another_run(folder: Path, trained: Trained) -> None:
+def test_digits_are_learned_by_transfer_from_another_run(folder: Path, trained: Trained) -> None:
     """A new head on a frozen body learns; the body stays to the bit, with its statistics, also over a resume."""
     source = trained("digits", 1)
     copy = folder / "runs" / "source"

@@ -75,7 +75,7 @@ def fail(
     return seconds, process.returncode, lines[:report] if processes > 1 else lines, lines[report:]
 
 
-def check(folder: Path, kind: str, rank: int, processes: int) -> None:
+def assert_failure_is_reported(folder: Path, kind: str, rank: int, processes: int) -> None:
     phase, error, code, hint = KINDS[kind]
     seconds, exit_code, lines, report = fail(folder, kind, rank, processes)
     assert exit_code == 1
@@ -108,13 +108,13 @@ def check(folder: Path, kind: str, rank: int, processes: int) -> None:
 
 @pytest.mark.parametrize(("kind", "rank", "processes"), QUICK)
 def test_a_crash_of_one_ends_all_and_is_reported_once(folder: Path, kind: str, rank: int, processes: int) -> None:
-    check(folder, kind, rank, processes)
+    assert_failure_is_reported(folder, kind, rank, processes)
 
 
 @pytest.mark.chaos
 @pytest.mark.parametrize(("kind", "rank", "processes"), [case for case in FULL if case not in QUICK])
 def test_a_crash_of_any_kind_anywhere_ends_all(folder: Path, kind: str, rank: int, processes: int) -> None:
-    check(folder, kind, rank, processes)
+    assert_failure_is_reported(folder, kind, rank, processes)
 
 
 @pytest.mark.parametrize(("rank", "processes"), [pytest.param(0, 1, marks=pytest.mark.chaos), (1, 2)])

@@ -74,7 +74,7 @@ def test_what_is_planted_is_nowhere_in_a_runs_directory_nor_on_the_terminal(tmp_
         ("model.hosts", {"https://planted@host": 1}),
     ],
 )
-def test_a_secret_in_the_config_is_refused_with_the_cure_and_not_repeated(
+def test_a_secret_in_the_config_is_refused_with_the_fix_and_not_repeated(
     key: str, value: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, secret in PLANTED.items():

@@ -32,7 +32,7 @@ def test_a_part_runs_on_the_cpu_too(name: str) -> None:
     assert all(finding["ok"] for finding in findings), findings
 
 
-def test_the_script_appends_what_it_finds_and_goes_on_after_a_part_that_is_cut_off(
+def test_the_script_appends_what_it_finds_and_continues_after_a_part_that_is_cut_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, main = tmp_path / "new/found.jsonl", SPACE["main"]

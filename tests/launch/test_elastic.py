@@ -102,7 +102,7 @@ class Cluster(Hosts):
         texts = [path.read_text() for path in sorted(self.folder.glob("output-*.txt"))]
         return "\n\n".join("\n".join(text.splitlines()[-60:]) for text in texts)
 
-    def finish(self, *hosts: int) -> None:
+    def assert_finishes(self, *hosts: int) -> None:
         """Let the run complete, and check that no step was trained twice or lost."""
         (self.folder / "hurry").touch()
         assert [self.jobs[i].wait(200) for i in hosts] == [0 for _ in hosts], self.output()
@@ -150,7 +150,7 @@ def test_the_run_completes_without_a_host_that_crashed(cluster: Callable[..., Cl
     hosts.until("two hosts start", 2)
     hosts.crash(2)
     hosts.until("a host crashes", 1)
-    hosts.finish(1)
+    hosts.assert_finishes(1)
 
 
 @pytest.mark.chaos
@@ -173,7 +173,7 @@ def test_three_hosts_crash_join_and_leave_and_the_run_completes(cluster: Callabl
     assert hosts.jobs[2].wait(120) == 75, hosts.output()
     hosts.crashed.add(2)
     hosts.until("a host leaves", 2)
-    hosts.finish(1, 3)
+    hosts.assert_finishes(1, 3)
 
 
 @pytest.mark.chaos
@@ -195,7 +195,7 @@ def test_a_host_is_cut_off_and_reconnected_and_the_run_completes(
     wait_for("the host without a cable has given its round up", lambda: hosts.ends(where) > ends, 120)
     hosts.heal(where)
     hosts.until("it is plugged in", 3)
-    hosts.finish(1, 2, 3)
+    hosts.assert_finishes(1, 2, 3)
 
 
 @pytest.mark.chaos
@@ -211,7 +211,7 @@ def test_torchrun_alone_continues_without_a_host_and_readmits_it(cluster: Callab
     hosts.cut(2)
     hosts.crashed.add(2)
     hosts.until("a cable is cut", 2)
-    hosts.finish(1, 3)
+    hosts.assert_finishes(1, 3)
 
 
 def script(project: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:

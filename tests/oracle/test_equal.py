@@ -38,7 +38,7 @@ def test_training_is_the_plain_loop(name: str, run_of: RunOf) -> None:
         ("plateau", [8]),  # inside the patience of schedule and stop_when
     ],
 )
-def test_a_run_that_was_stopped_goes_on_to_the_same_end(tmp_path: Path, name: str, stops: list[int]) -> None:
+def test_a_run_that_was_stopped_resumes_to_the_same_end(tmp_path: Path, name: str, stops: list[int]) -> None:
     config = copy.deepcopy(CONFIGS[name])
     config["checkpoint"] = {**config.get("checkpoint", {}), "every": "1step"}  # stops save no other ones
     for stop in (*stops, None):

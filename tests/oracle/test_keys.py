@@ -117,8 +117,8 @@ CHANGES_NOTHING: dict[str, Any] = {
 # Key: where it is tested instead, and why not here.
 ELSEWHERE = {
     "run.dir": "oracle/comparing.py",  # every run here is in a directory of its own
-    "transfer.weights": "oracle/test_keys.py::test_weights_from_a_file",
-    "transfer.strict": "oracle/test_keys.py::test_weights_from_a_file",
+    "transfer.weights": "oracle/test_keys.py::test_weights_are_loaded_from_a_file",
+    "transfer.strict": "oracle/test_keys.py::test_weights_are_loaded_from_a_file",
     "trainer.compile": "gpu/test_training.py::test_compiled_and_channels_last_train_too",  # half a minute on the CPU
     "distributed.sync_batchnorm": "models/test_transfer.py",  # CUDA alone
 }
@@ -170,7 +170,7 @@ def test_what_changes_no_numbers_changes_not_a_bit(tmp_path: Path) -> None:
     assert differences(plain_loop(CONFIGS["dropout"]), run) == []
 
 
-def test_weights_from_a_file(tmp_path: Path) -> None:
+def test_weights_are_loaded_from_a_file(tmp_path: Path) -> None:
     other = model_of(CONFIGS["transfer"], seed=1).state_dict()
     other["1.0.weight"] = torch.zeros(7, 3)
     torch.save(other, tmp_path / "other.pt")

@@ -213,7 +213,7 @@ def test_a_place_that_can_hold_no_run_is_named_before_anything_is_written(tmp_pa
 
 @pytest.mark.parametrize("kind", ["FIFO", "device", "directory", "loop"])
 @pytest.mark.parametrize("file", ["model.pt", "manifest.json"])
-def test_what_is_no_file_in_a_checkpoint_is_damage_and_never_waited_for(
+def test_what_is_no_file_in_a_checkpoint_is_corruption_and_never_waited_for(
     runs: Path, file: str, kind: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = runs / "a" / "checkpoints" / "step-00000003" / file

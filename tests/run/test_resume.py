@@ -85,7 +85,7 @@ def test_the_comparison_fails_for_another_seed(here: Path) -> None:
     assert traced(seed) != traced(whole)
 
 
-def test_a_completed_run_prints_its_result_and_goes_on_when_it_is_to_be_longer(
+def test_a_completed_run_prints_its_result_and_resumes_when_it_is_to_be_longer(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     same, place = ("run.name=longer", "debug.trace_samples=false"), here / "runs" / "longer"

@@ -81,7 +81,7 @@ def test_a_step_is_the_step_of_a_plain_loop(parts: int) -> None:
     assert total / weight > 0
 
 
-def test_clipping_by_norm_and_by_value() -> None:
+def test_gradients_are_clipped_by_norm_and_by_value() -> None:
     for options, limit in (({"clip_grad_norm": 0.01}, 0.01), ({"clip_grad_value": 0.001}, 0.001)):
         layer = net()
         before = layer.weight.detach().clone()

@@ -195,7 +195,7 @@ def test_a_terminal_gets_a_live_bar_and_a_table_for_each_evaluation(tmp_path: Pa
 
 
 @pytest.mark.parametrize("columns", [40, 60, 80])
-def test_a_narrow_terminal_leaves_out_figures_and_cuts_none(columns: int) -> None:
+def test_a_narrow_terminal_leaves_out_metrics_and_cuts_none(columns: int) -> None:
     from dist_train.tracking.live import Live
 
     out = io.StringIO()

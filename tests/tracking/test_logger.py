@@ -179,7 +179,7 @@ def test_other_ranks_have_a_logger_that_keeps_nothing(tmp_path: Path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_graph_that_cannot_be_traced_is_told_and_the_rest_goes_on(
+def test_a_graph_that_cannot_be_traced_is_reported_and_the_rest_continues(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Strange(torch.nn.Module):

@@ -93,7 +93,7 @@ def jobs(processes: int) -> list[list[str]]:
     return found
 
 
-def check(folder: Path, processes: int) -> None:
+def assert_same_ends(folder: Path, processes: int) -> None:
     """All of a kind end alike."""
     runs = folder / f"runs{processes}"
     for name in ON[processes]:
@@ -113,7 +113,7 @@ def test_a_stopped_run_ends_as_the_one_that_never_stopped(folder: Path, monkeypa
     monkeypatch.chdir(folder)
     for job in jobs(1):
         train(*job)
-    check(folder, 1)
+    assert_same_ends(folder, 1)
 
 
 @pytest.mark.parametrize("processes", [2, 3])
@@ -121,7 +121,7 @@ def test_so_it_does_where_ranks_have_buffers_of_their_own(
     folder: Path, processes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_several(folder, processes, jobs(processes))
-    check(folder, processes)
+    assert_same_ends(folder, processes)
     whole = folder / f"runs{processes}" / "loss-whole"
     monkeypatch.syspath_prepend(str(folder))
     assert one_process_evaluates(whole) == {row["step"]: row["loss"] for row in rows(whole, "val")}
@@ -259,7 +259,7 @@ def test_a_changed_loss_takes_the_configs_constants_and_the_runs_weights(
     assert int(state["loss.calls"]) == 15
 
 
-def test_an_optimizer_with_eval_and_train_is_evaluated_as_it_wants_and_goes_on_exactly(
+def test_an_optimizer_with_eval_and_train_is_evaluated_as_it_wants_and_resumes_exactly(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)

@@ -93,7 +93,7 @@ def test_the_run_remembers_where_the_code_is(folder: Path, tmp_path: Path) -> No
     assert evaluated["metrics"]["accuracy"] == result(place)["metrics"]["val"]["accuracy"]
 
 
-def test_an_error_inside_ones_own_module_is_told_as_such(folder: Path) -> None:
+def test_an_error_inside_the_users_own_module_is_reported_as_such(folder: Path) -> None:
     (folder / "work/broken.py").write_text("import torch\n\nLIMIT = 1 / 0\n")
     done = run(
         folder / "work", 1, "--config", "configs/mine.yaml", "model={_target_: broken.Net}", "run.name=x", expect=2

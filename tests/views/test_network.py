@@ -131,7 +131,7 @@ def test_the_inputs_are_the_batch_as_it_goes_into_the_model(tmp_path: Path) -> N
         assert found <= steps[trained]
 
 
-def test_a_module_that_is_not_there_is_told_with_names_near_it_and_nothing_is_started(tmp_path: Path) -> None:
+def test_a_module_that_is_not_there_is_reported_with_names_near_it_and_nothing_is_started(tmp_path: Path) -> None:
     shutil.copy(NET, tmp_path)
     (tmp_path / "config.yaml").write_text(CONFIG.format(channels=1, side=28))
     np.savez(tmp_path / "data.npz", inputs=np.zeros((64, 1, 28, 28), np.float32), targets=np.zeros(64, np.int64))
@@ -151,7 +151,9 @@ def test_a_module_that_is_not_there_is_told_with_names_near_it_and_nothing_is_st
         ((6, 10), [(6, 10)], [(6, 10)]),
     ],
 )
-def test_pictures_of_any_number_of_channels(shape: tuple[int, ...], inputs: list[Any], maps: list[Any]) -> None:
+def test_pictures_are_made_of_any_number_of_channels(
+    shape: tuple[int, ...], inputs: list[Any], maps: list[Any]
+) -> None:
     values = torch.randn(shape)
     assert [array.shape for array in pictures(values, color=True)] == inputs
     assert [array.shape for array in pictures(values)] == maps
@@ -182,7 +184,7 @@ def test_large_tensors_are_thinned_and_what_is_kept_is_a_copy() -> None:
     assert kept.tolist() == [1, 1, 1]
 
 
-def test_a_time_is_counted_by_the_clock_and_a_failure_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_time_is_counted_by_the_clock_and_a_failure_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
     trainer: Any = SimpleNamespace(step=0, seconds=130.0, plan=SimpleNamespace(steps_per_epoch=10))
     every = _Every(Duration(60.0, "s"))
     assert every.due(trainer)  # before training

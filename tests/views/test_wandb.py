@@ -34,7 +34,7 @@ def files(root: Path) -> list[Path]:
     return sorted(root.glob("wandb/offline-run-*/run-*.wandb"))
 
 
-def finished(root: Path, count: int, seconds: float = 60.0) -> None:
+def wait_until_finished(root: Path, count: int, seconds: float = 60.0) -> None:
     """Waits until `count` wandb runs have written their last record."""
     end = time.monotonic() + seconds
     while sum(bool(summaries(path).get("outcome")) for path in files(root)) < count:
@@ -83,7 +83,7 @@ def test_every_step_is_logged_once_over_a_restart(tmp_path: Path) -> None:
 def test_a_run_that_is_killed_loses_no_point_and_doubles_none(tmp_path: Path) -> None:
     assert train(tmp_path, 0, 12, "kill", 3.0).returncode == -signal.SIGKILL
     assert train(tmp_path, 5, 20, "completed").stderr == ""  # at once: the first one's child is still writing
-    finished(tmp_path, 2)
+    wait_until_finished(tmp_path, 2)
     assert summaries(files(tmp_path)[0])["outcome"] == '"killed"'
     assert sorted(points(tmp_path, "train/loss")) == list(range(1, 21))
     assert sorted(points(tmp_path, "val/accuracy")) == [5, 10, 15, 20]

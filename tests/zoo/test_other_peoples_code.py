@@ -94,7 +94,9 @@ def test_two_processes_give_the_same_curve(user: str, alone: Callable[..., Path]
 
 @pytest.mark.parametrize("world", ["alone", "pair"])
 @pytest.mark.parametrize("user", USERS)
-def test_stopped_is_whole(user: str, world: str, request: pytest.FixtureRequest) -> None:
+def test_a_stopped_run_ends_with_the_weights_of_a_whole_one(
+    user: str, world: str, request: pytest.FixtureRequest
+) -> None:
     run = request.getfixturevalue(world)
     whole, stopped = last_weights(run(user, "whole")), last_weights(run(user, "stopped"))
     assert whole.keys() == stopped.keys()
@@ -134,7 +136,7 @@ def test_what_is_not_supported_is_named(user: str, overrides: list[str], message
 
 
 @pytest.mark.parametrize("user", EVALUATED)
-def test_evaluate_gives_the_recorded_figures(
+def test_evaluate_gives_the_recorded_metrics(
     user: str, pair: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of a checkpoint that two processes made, on one."""
