@@ -45,7 +45,7 @@ class MicroBatch(NamedTuple):
 
     @property
     def zero_weight(self) -> bool:
-        """Whether it is padding, which adds nothing to loss and gradients."""
+        """Whether this micro-batch is padding, which adds nothing to loss and gradients."""
         return self.samples == 0
 
 
@@ -180,7 +180,7 @@ class Plan:
         )
 
     def fingerprint(self) -> str:
-        """16 hex digits, equal on machines that make the same order (compared is the start of epoch 0's)."""
+        """16 hex digits, equal on machines that produce the same order (a hash of the start of epoch 0's)."""
         head = self.order(0)[:_FINGERPRINT_ENTRIES].astype("<i8").tobytes()
         return hashlib.sha256(head).hexdigest()[:16]
 
@@ -196,7 +196,7 @@ class EvalPlan:
         return -(-self.length // self.batch_size)
 
     def batches(self, rank: int = 0, world_size: int = 1) -> list[range]:
-        """The eval batches of `rank`: every world_size-th, whole."""
+        """The eval batches of `rank`: every world_size-th, never split."""
         starts = range(rank * self.batch_size, self.length, world_size * self.batch_size)
         return [range(start, min(self.length, start + self.batch_size)) for start in starts]
 
@@ -210,7 +210,7 @@ class StepSampler(DistributedSampler[Any]):
     Args:
         plan: the order of samples.
         rank, world_size: this rank and how many split each global batch.
-        micro_batch_size: most samples of one forward.
+        micro_batch_size: maximum number of samples per forward.
         neighbours: samples to read beyond each micro-batch, see `dist_train.data.augment`.
     """
 

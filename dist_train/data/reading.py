@@ -24,14 +24,14 @@ BatchReader = Callable[[Indices], Any]
 
 @dataclass(frozen=True)
 class LoaderOptions:
-    """How this process reads, whatever the dataset."""
+    """Reading options of this process, independent of the dataset."""
 
     config: DataConfig
-    """The `data` section: num_workers, pin_memory, persistent_workers, prefetch_factor, timeout, worker_start_method."""
+    """The `data` section, for its DataLoader settings (see `DataConfig`)."""
     seed: int
     """The run's seed, for what transforms draw."""
     device: torch.device
-    """Where the model is; decides on pinning."""
+    """The model's device; batches for CUDA are pinned by default."""
     rank: int = 0
     world_size: int = 1
     """How many ranks split each global batch."""
@@ -40,7 +40,7 @@ class LoaderOptions:
     collate: Collate | None = None
     """List of samples -> batch, torch's by default."""
     all_gather: Callable[[Any], list[Any]] = lambda value: [value]
-    """Every rank's value, in order of rank, on all ranks, which all call it (`World.all_gather`)."""
+    """Returns every rank's value, by rank, on all ranks; a collective (`World.all_gather`)."""
 
 
 def dataset_length(dataset: Any, slot: str = "train") -> int:

@@ -78,8 +78,8 @@ class Pass:
         dataset: the stream, or a shard of one.
         seed: the run's seed.
         number: of the pass, from 0; given to the dataset's `set_epoch`, if it has one.
-        shard: (index, count): the k-th sample of shard i is seeded as sample k * count + i, but the first one alike in
-            all shards, since a generator may shuffle there what it then takes its shard of.
+        shard: (index, count): the k-th sample of shard i is seeded as sample k * count + i, but the first one with the
+            same seed in all shards: a generator may shuffle its input on the first draw, before taking its shard.
         place: samples read before `state`, the dataset's `state_dict` after them.
     """
 
@@ -115,6 +115,6 @@ class Pass:
         return sample
 
     def skip(self, samples: int) -> None:
-        """Read so many samples and drop them; fewer where the pass ends."""
+        """Read that many samples and drop them; fewer where the pass ends."""
         for _ in itertools.islice(self, samples):
             pass

@@ -1,4 +1,4 @@
-"""What is found out about a stream before training: whether all who read it get the same samples, and how it resumes."""
+"""Checks on a stream before training: whether all readers get the same samples, and how it resumes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PLACE = 3  # samples before the position at which state_dict is tried
 
 
 class _Probe(Dataset[dict[str, Any]]):
-    """What one reader finds out about a stream, as JSON-serializable values."""
+    """One reader's findings about a stream, as JSON-serializable values."""
 
     def __init__(self, dataset: Any, seed: int, count: bool) -> None:
         self.dataset, self.seed, self.count = dataset, seed, count
@@ -56,7 +56,7 @@ class _Probe(Dataset[dict[str, Any]]):
         return {"first": head, "length": length, "resumable": resumable, "repeatable": repeatable}
 
     def _resumable(self, dataset: Any, private: bool) -> bool:
-        """Whether a loaded state leads back to its position (a shuffle buffer isn't in it), and in that pass only."""
+        """Whether a loaded state restores the position (a shuffle buffer isn't in it), and in that pass only."""
         begun = Pass(dataset, self.seed, 0)
         begun.skip(_PLACE)
         state = copy.deepcopy(dataset.state_dict())
@@ -85,14 +85,14 @@ def check_stream(
 ) -> dict[str, Any]:
     """Read the beginning of a stream as its readers will, on all ranks, which all call this.
 
-    As many workers as read later, two at most, look at the stream; without any this process does, which can see its rank.
+    The stream is probed in up to two loader workers, or in this process, which can see its rank, if there are none.
 
     Args:
         dataset: the stream.
         slot: train, val or test, for messages.
         workers: loader workers of this rank.
         options: whose seed, worker_start_method and all_gather are used.
-        count: read a whole pass.
+        count: read an entire pass.
 
     Returns:
         {"first": digests of the first samples, "length": samples of a pass if `count`, else None, "resumable": whether its

@@ -1,4 +1,4 @@
-"""Reads the micro-batches of a plan from an IterableDataset: forward to what is asked for, whole or a shard per reader."""
+"""Reads the micro-batches of a plan from an IterableDataset, forward to what is requested: all of it, or a shard per reader."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from dist_train.data.workers import hide_rank, worker_visible
 
 @dataclass(frozen=True)
 class StreamInfo:
-    """What is known of a stream before it is read."""
+    """What is known about a stream before it is read."""
 
     length: int
     """Samples of an epoch, the unit of a micro-batch's indices."""
     finite: bool = True
     """A pass over the stream must have exactly `length` samples; otherwise it may end anywhere, and another one starts."""
     resumable: bool = False
-    """The dataset's own `state_dict` leads back to a position."""
+    """The dataset's own `state_dict` restores the position."""
     repeatable: bool = True
-    """It gives the same samples when it is read again."""
+    """It returns the same samples when it is read again."""
 
 
 class StreamReader(SampleReader):
     """Fills in a `MicroBatch` from a stream, whose samples are numbered as they come; reads the whole stream.
 
-    Code in a loader worker can't see the worker's number or its rank (`hide_rank`), so that a stream that splits itself by
-    them is whole. Each reader keeps what its micro-batches name: exact for any number of ranks and workers.
+    Code in a loader worker can't see the worker's number or its rank (`hide_rank`), so that a stream that would split itself by
+    them doesn't. Each reader keeps what its micro-batches name: exact for any number of ranks and workers.
 
     Attributes:
         saved: by reader, `MicroBatch.state` after the last sample of a committed step.
@@ -80,7 +80,7 @@ class StreamReader(SampleReader):
             self._start(request)
         batch = super().__getitems__(request)
         state = self._state()
-        self._at_end()  # raises now, not in an epoch that may never come
+        self._at_end()  # raises now rather than in the next epoch
         return batch._replace(state=state)
 
     def collated(self, samples: list[Any]) -> Any:
@@ -185,7 +185,7 @@ class ShardPlan:
         return self.world_size * self.workers
 
     def key(self) -> list[int]:
-        """What must be the same for a pass to be resumed."""
+        """The settings that must match to resume in the middle of a pass."""
         return [self.world_size, self.workers, self.micro_batch_size if self.workers > 1 else 0]
 
     def reader_of(self, rank: int, request: MicroBatch) -> int:

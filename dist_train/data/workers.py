@@ -25,8 +25,8 @@ from dist_train.data.reading import Collate, batch_reader
 from dist_train.data.stream import can_shard, is_stream
 from dist_train.runtime.world import usable_cpus
 
-# Sent to whole process groups by terminals, torchrun and Slurm, to ask for a clean stop. A worker that died of one
-# would take the batch with it that the last save waits for.
+# Sent to entire process groups by terminals, torchrun and Slurm, to ask for a clean stop. A worker killed by one would
+# lose the batch that the last save needs.
 RUN_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 _STOP_GRACE = 3.0  # seconds for a worker to finish the sample that it is reading
@@ -60,14 +60,14 @@ def resolve_workers(setting: int | str, dataset: Any, *, collate: Collate | None
 
 @contextlib.contextmanager
 def run_signals_blocked() -> Iterator[None]:
-    """Processes started inside are born with the run's signals blocked, by fork, spawn and forkserver alike.
+    """Processes started inside start with the run's signals blocked, by fork, spawn and forkserver alike.
 
     Blocking them in `worker_init_fn` would be too late under spawn, whose child imports torch for seconds before.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, RUN_SIGNALS)
     try:
         # Starting the resource tracker unblocks SIGINT and SIGTERM in the caller (CPython), so it is started first;
-        # under the block, since it ignores only those two and would die of the others.
+        # under the block, since it ignores only those two and would be killed by the others.
         resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, RUN_SIGNALS)
         yield
@@ -78,7 +78,7 @@ def run_signals_blocked() -> Iterator[None]:
 # Before 3.11.8 a forked child deadlocks on a lock of CPython's if a C thread was just entering or leaving Python (its issue
 # 112275; 7 of 3,000 forks hung while C threads did so 18,000 times a second).
 _FORKS_MAY_HANG = sys.version_info < (3, 11, 8)
-_BIRTH_SECONDS = 5.0
+_START_SECONDS = 5.0
 
 
 def context_for(method: str) -> context.BaseContext:
@@ -106,7 +106,7 @@ class _ConfirmedProcess(context.ForkProcess):
 
     @staticmethod
     def _Popen(process: Any) -> Any:  # noqa: N802
-        patience = _BIRTH_SECONDS
+        patience = _START_SECONDS
         while True:
             reader, process.started_fd = os.pipe()
             child = popen_fork.Popen(process)  # the child doesn't return
@@ -139,7 +139,7 @@ def init_worker(worker: int) -> None:
 
 
 def _end_with(parent: Any) -> None:
-    parent.join()  # waits on a pipe that the kernel closes, whatever the parent died of
+    parent.join()  # waits on a pipe that the kernel closes, however the parent ended
     os._exit(1)
 
 
@@ -155,7 +155,7 @@ def exit_causes(iterator: Any) -> str:
                 return ", ".join(
                     f"pid {worker.pid} was killed by {signal.Signals(-worker.exitcode).name}"
                     if worker.exitcode < 0
-                    else f"pid {worker.pid} left with code {worker.exitcode}"
+                    else f"pid {worker.pid} exited with code {worker.exitcode}"
                     for worker in ended
                 )
             time.sleep(0.02)
@@ -166,7 +166,7 @@ def stop_workers(iterator: Any) -> None:
     """End the workers of a DataLoader iterator now: asked first, killed after three seconds."""
     workers: list[multiprocessing.process.BaseProcess] = list(getattr(iterator, "_workers", []))
     while workers:
-        with contextlib.suppress(RuntimeError):  # as in `exit_causes`, once for each loader: then again
+        with contextlib.suppress(RuntimeError):  # as in `exit_causes`, at most once per loader, so retry
             _stop(iterator, workers)
             return
 

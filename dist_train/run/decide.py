@@ -37,7 +37,7 @@ class Decision:
         changes: what differs from the config of the last start, as lines to log. changed: the keys.
         source: the checkpoint of another run to start from.
         done: step and seconds of a completed run that a changed config may train longer.
-        fits: the most samples of a forward after memory has run out.
+        fits: maximum number of samples per forward after memory has run out.
         warnings: what can't be read there, and what is used instead.
         horizon: the optimizer steps that the schedule has spanned so far.
     """

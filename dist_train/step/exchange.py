@@ -100,7 +100,7 @@ class Links:
             raise RuntimeError(f"Connection closed by peer: rank {peer} ({error})") from error
 
     def close(self) -> None:
-        """Close the sockets; later messages go by torch.distributed, if the peers do the same."""
+        """Close the sockets; later messages go through torch.distributed, if the peers do the same."""
         while self._sockets:
             self._sockets.popitem()[1].close()
 
@@ -189,7 +189,7 @@ class OneBucket(SingleProcess):
 
 
 def _with_strides(part: Tensor, parameter: Tensor) -> Tensor:
-    """A view of `part` with the parameter's strides: fused optimizers go by memory order, not by index."""
+    """A view of `part` with the parameter's strides: fused optimizers follow memory order, not indices."""
     return part.as_strided(parameter.shape, torch.empty_like(parameter).stride(), part.storage_offset())
 
 

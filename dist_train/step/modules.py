@@ -88,7 +88,7 @@ class Modules(nn.Module):
         self._initial: dict[str, Fingerprint] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Modules:
-        """A copy whose slots lead to its own buffers and numbers."""
+        """A copy whose slots refer to its own buffers and numbers."""
         other = Modules(copy.deepcopy(self.model, memo), **copy.deepcopy(self._others, memo))
         other._initial = dict(self._initial)
         return other

@@ -84,7 +84,7 @@ def check_optimizer(
     for group in optimizer.param_groups:
         gaps = [trained.get(id(parameter)) for parameter in group["params"] if not is_dense(parameter)]
         if group.get("fused") and gaps:
-            message = f"a fused kernel goes by memory order, but {gaps[0]} has gaps: remove `fused`, or clone it"
+            message = f"a fused kernel follows memory order, but {gaps[0]} has gaps: remove `fused`, or clone it"
             raise ConfigError.single("optimizer.fused", message)
         dampened = isinstance(optimizer, torch.optim.SGD) and group["momentum"] and group["dampening"]
         if group.get("fused") and dampened and device.type == "cuda" and (skips or scaled):

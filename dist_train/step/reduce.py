@@ -34,7 +34,7 @@ class Reducer(Protocol):
     """Runs forward and backward; after `finish` every `.grad` is the sum over all samples of all ranks, times `scale`."""
 
     def warm_up(self, batch: Any, rewind: Callable[[], object]) -> None:
-        """Settle what depends on the first backward; gradients are None again afterwards, the caller restores the rest.
+        """Finish whatever the first backward sets up; gradients are None again afterwards, the caller restores the rest.
 
         `rewind` restores buffers and seeds the generators; it is called before each forward.
         """
@@ -91,7 +91,7 @@ class ReportingObjective(nn.Module):
         loss = output.loss if scaler is None else scaler.scale(output.loss)
         if zero_weight:
             return _Reporting.apply(loss, self.report, torch.zeros_like(self.report), 0.0)
-        # DDP divides by the world size: after a product with it, whole numbers stay whole.
+        # DDP divides by the world size: after a product with it, integers stay integers.
         values = torch.stack([self._as_report(output.weight), self._as_report(output.loss)]) * self.world_size
         return _Reporting.apply(loss, self.report, values, scale * self.world_size)
 

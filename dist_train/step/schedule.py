@@ -113,7 +113,7 @@ class Schedule:
         own_name = extra.get("metric") and self.metric.removeprefix("val/") not in ("loss", *METRICS)
         if self.scheduler.mode != mode and not own_name:
             raise _refused(
-                f"ReduceLROnPlateau has mode={self.scheduler.mode}, but looks at {self.metric}, of which "
+                f"ReduceLROnPlateau has mode={self.scheduler.mode}, but follows {self.metric}, of which "
                 f"{'less' if mode == 'min' else 'more'} is better; leave mode out (or pass mode={mode} where a function builds "
                 "it), or name another metric: metric: val/loss",
                 "scheduler.mode",
@@ -135,7 +135,7 @@ class Schedule:
             )
 
     def step(self, metrics: dict[str, float] | None = None) -> None:
-        """One step; ReduceLROnPlateau's follows an evaluation and looks at its `metrics`.
+        """One step; ReduceLROnPlateau's follows an evaluation and reads its `metrics`.
 
         Raises:
             ValueError: OneCycleLR is over.

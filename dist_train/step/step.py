@@ -128,8 +128,8 @@ class Stepper:
         """Gradients over the sample count become gradients over the loss's own weight; zero where that is zero."""
         if self.summed:
             return
-        # In float64, which is exact where it is a whole number. x / 0 becomes 0, and 0 / 0 doesn't occur.
-        if self.device.type == "cpu":  # numpy reads quickly, and mostly there is nothing to do
+        # In float64, which is exact for integers. x / 0 becomes 0, and 0 / 0 doesn't occur.
+        if self.device.type == "cpu":  # reading through numpy is fast, and usually no division is needed
             number = weight.detach().double().numpy().item()
             if number == samples:
                 return

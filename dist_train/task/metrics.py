@@ -47,9 +47,9 @@ class Metric:
 
 
 class Accuracy(Metric):
-    """Share of samples whose largest of the outputs (N, classes, ...) is the target class (N, ...), without `ignore_index`.
+    """Fraction of samples whose highest output (N, classes, ...) is the target class (N, ...), without `ignore_index`.
 
-    Targets of the outputs' own shape (class probabilities, as from mixup) count by their largest entry.
+    Targets of the outputs' own shape (class probabilities, as from mixup) are reduced to their argmax.
     """
 
     def __init__(self, top: int = 1, ignore_index: int = -100):
@@ -75,7 +75,7 @@ class Accuracy(Metric):
 
 
 class BinaryAccuracy(Metric):
-    """Share of samples on the right side of `threshold`, for one output per sample: (N,) or (N, 1)."""
+    """Fraction of samples on the right side of `threshold`, for one output per sample: (N,) or (N, 1)."""
 
     name = "binary_accuracy"
 
@@ -213,6 +213,8 @@ def sums_of(metric: Metric, outputs: Any, targets: Any) -> Tensor:
     return sums.double()
 
 
+# The same names in the same order as config.fields.METRICS (config imports no torch); a key is what `Metric.name` will be. After
+# a change run `make docs`.
 NAMED: dict[str, Any] = {
     "accuracy": Accuracy,
     "top5": lambda: Accuracy(top=5),
@@ -225,7 +227,7 @@ NAMED: dict[str, Any] = {
 
 
 def build_metrics(specs: Sequence[Any], loss: Loss | None) -> list[Metric]:
-    """Metrics by name or by `_target_`; `binary_accuracy` looks at the sign where the loss takes logits.
+    """Metrics by name or by `_target_`; `binary_accuracy` thresholds at 0 if the loss takes logits.
 
     Raises:
         ValueError: two of them would have the same name in the records, or one has a reserved name.

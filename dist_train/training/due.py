@@ -24,7 +24,7 @@ def in_steps(duration: Duration | None, steps_per_epoch: int) -> int | None:
 
 
 class Due:
-    """What is due when so many optimizer steps are done; what goes by the clock comes from `clocks`.
+    """What is due after a given number of optimizer steps; time-based actions come from `clocks`.
 
     Attributes:
         end, stop: the steps of `trainer.duration` and `trainer.stop_at`; None for a time or nothing.
@@ -87,7 +87,7 @@ class StopWhen:
         if self.config.below is not None and value < self.config.below:
             return f"{self.config.metric} is {value:.6g}, below {self.config.below:g}"
         gain = math.inf if self.best is None else self.best - value if self.lower else value - self.best
-        if value == value and gain > self.config.min_delta:  # NaN is never a best, the first one neither
+        if value == value and gain > self.config.min_delta:  # NaN is never the best, not even the first value
             self.best, self.best_step = value, step
         elif self.patience is not None and step - self.best_step >= self.patience:
             than = "been a number" if self.best is None else f"improved on {self.best:.6g}"

@@ -42,7 +42,7 @@ class EvaluationInterruptedError(Exception):
 
 
 def in_rounds(loader: EvalLoader, control: Control | None = None) -> Iterator[tuple[range, Any] | None]:
-    """This rank's eval batches with the samples they hold; None for a last round without one, so that all ranks run as many."""
+    """This rank's eval batches with the samples they hold; None in a last round without one: all ranks run the same number."""
     batches = iter(loader)
     for _ in range(loader.rounds):
         if control is not None:
@@ -114,7 +114,7 @@ class Evaluator:
         whole = [metric for metric in self.metrics if isinstance(metric, NonDecomposable)]
         for metric in whole:
             metric.metric.reset()
-        # A row for each eval batch, added up in the order of the dataset: the bits are those of one process. (Metrics with
+        # One row per eval batch, added up in the order of the dataset: the bits are those of one process. (Metrics with
         # many sums are counts, which are exact in any order.)
         rows = len(loader.plan) if size <= 64 else 1
         sums = torch.zeros(rows, size, dtype=torch.float64, device=self.world.device)
@@ -207,7 +207,7 @@ class Meaning(NamedTuple):
         return outputs.long() if self.kind == "labels" else self.probabilities(outputs)
 
     def truths(self, targets: Tensor) -> Tensor:
-        """Targets in the form of `predictions`."""
+        """Targets in the format of `predictions`."""
         if self.kind == "classes" and targets.dim() == 2:  # probabilities
             return targets.argmax(1)
         return targets if self.kind == "values" else targets.reshape(len(targets)).round().long()
@@ -260,10 +260,10 @@ def _kinds(metric: Metric) -> Iterator[str]:
 
 
 def predict(evaluator: Evaluator, loader: EvalLoader) -> Iterator[Predicted | None]:
-    """Predictions of this rank's eval batches, in order; None for a last round without one, so that all ranks run as many.
+    """Predictions of this rank's eval batches, in order; None in a last round without one: all ranks run the same number.
 
     Raises:
-        ConfigError: the task's `predict` doesn't give one tensor with a row a sample.
+        ConfigError: the task's `predict` doesn't return one tensor with one row per sample.
     """
     with evaluator.serving():
         for mine in in_rounds(loader):

@@ -25,7 +25,7 @@ class FirstBatch:
         self._unsaved = ""
 
     def look(self, batch: Any, length: int, samples: int) -> None:
-        """Look at a micro-batch of `length` samples, of a step of `samples`; all ranks call it at their first, while `needed`."""
+        """Examine a micro-batch of `length` samples of a step of `samples`; all ranks call it at their first, while `needed`."""
         self.needed = False
         built, size = self.parts, self.parts.world.size
         if self.fresh and built.world.is_main:
@@ -51,12 +51,12 @@ class FirstBatch:
                 f"{what} isn't a sum over samples: {found.samples} of them at once give {found.whole:.4g}, in two halves "
                 f"{found.halves:.4g}. It compares samples with each other, or divides by something else than the weight that "
                 f"it returns; a step is split into {count} micro-batches here (over {world_size} process(es)), so training "
-                f"differs from that on whole batches, and with the split{own}. One process with trainer.micro_batch_size="
-                f"{built.plan.global_batch_size} takes them whole"
+                f"differs from that on unsplit batches, and depends on the split{own}. One process with trainer.micro_batch_size="
+                f"{built.plan.global_batch_size} doesn't split them"
             )
         if loss is None or loss.exact is not False or count == 1:
             return ""
         return (
             f"the loss {loss.name} returns one number, taken for a mean over samples: over {count} micro-batches a "
-            "step the gradient is exact only if it is one. Return (sum, weight), or one value a sample, to be sure"
+            "step the gradient is exact only if it is one. Return (sum, weight), or one value per sample, to be sure"
         )

@@ -168,10 +168,10 @@ def load_weights(modules: Modules, found: Saved, fresh: Sequence[str] = ()) -> N
 
 
 def check_batchnorm(built: ModelParts, plan: Plan, micro: int) -> None:
-    """BatchNorm takes statistics of a forward's samples: each has more than one, and SyncBatchNorm's ranks run equally many.
+    """Check that no forward gives BatchNorm a single sample, and that SyncBatchNorm's ranks run equally many forwards.
 
     Args:
-        micro: the most samples of a forward.
+        micro: maximum number of samples per forward.
 
     Raises:
         ConfigError: names sizes that work.
@@ -203,14 +203,15 @@ def _check_equal_counts(plan: Plan, world_size: int, micro: int) -> None:
         if len({*counts}) > 1:
             raise ConfigError.single(
                 "distributed.sync_batchnorm",
-                f"SyncBatchNorm needs as many forwards on every rank, but of a step of {size} samples the {world_size} ranks "
-                f"run {', '.join(map(str, counts))} micro-batches of at most {micro}: make data.global_batch_size a "
-                f"multiple of {world_size * micro}, with data.drop_last=true, or change trainer.micro_batch_size",
+                f"SyncBatchNorm needs the same number of forwards on every rank, but for a step of {size} samples the "
+                f"{world_size} ranks run {', '.join(map(str, counts))} micro-batches of at most {micro}: make "
+                f"data.global_batch_size a multiple of {world_size * micro}, with data.drop_last=true, or change "
+                f"trainer.micro_batch_size",
             )
 
 
 def check_watched(built: ModelParts, keep_best: tuple[str, str] | None) -> None:
-    """What is watched is computed by an evaluation. (What torchmetrics' classes give is known after the first one only.)
+    """Check that monitored metrics are computed by the evaluation. (Those of torchmetrics are known after the first one.)
 
     Raises:
         ConfigError: it isn't; names the metrics there are.
@@ -239,9 +240,9 @@ def splitting_changes(built: ModelParts) -> str:
     for module in built.model.modules():
         drops = [getattr(module, name, 0.0) for name in ("p", "dropout") if not isinstance(module, nn.Sequential)]
         if isinstance(module, (*_BATCHNORMS, nn.SyncBatchNorm)) and module.training:
-            return "BatchNorm then takes its statistics over fewer samples"
+            return "BatchNorm would then take its statistics over fewer samples"
         if any(isinstance(p, float) and p > 0 for p in drops):
-            return "dropout then draws other numbers"
+            return "dropout would then use different random numbers"
     if built.loss is None or not built.loss.exact:
         return "it isn't known that the loss is then still the mean over the global batch"
     return ""

@@ -43,7 +43,7 @@ class Parts(ModelParts):
     Attributes:
         datasets: those that the config has, by their split: train, val, test.
         plan: the order of the training samples.
-        micro_batch_size: the most samples of one forward.
+        micro_batch_size: maximum number of samples per forward.
         augmentation: what is done to a training batch on the device.
         eval_loaders: those of val and test, where the config has them.
         horizon: the optimizer steps that the schedule spans; None where the duration is a time.
@@ -82,7 +82,7 @@ def build_parts(
 
     Args:
         fresh: the run begins, so that `transfer.weights` are loaded; otherwise a checkpoint's follow.
-        fits: with `trainer.micro_batch_size: auto`, the most samples of a forward after memory has run out.
+        fits: with `trainer.micro_batch_size: auto`, the maximum number of samples per forward after memory has run out.
         horizon: the optimizer steps that the schedule has spanned so far; None: the run begins.
 
     Raises:
@@ -185,7 +185,7 @@ def _schedule(
     with building("scheduler"):
         schedule = Schedule(config.scheduler, optimizer, span, (metric, mode))
     if schedule.on_plateau and (config.data.val is None or config.trainer.evaluate_every is None):
-        message = "ReduceLROnPlateau looks at evaluations during training: set data.val and trainer.evaluate_every"
+        message = "ReduceLROnPlateau follows evaluations during training: set data.val and trainer.evaluate_every"
         raise ConfigError.single("scheduler", message)
     return schedule
 

@@ -87,7 +87,7 @@ class TrainRows:
 
 
 class Trace:
-    """`debug.trace_samples`: `trace/attempt-<n>-rank-<r>.jsonl`, a line a step that the OS has before the backward begins."""
+    """`debug.trace_samples`: `trace/attempt-<n>-rank-<r>.jsonl`, one line per step, flushed to the OS before its backward."""
 
     def __init__(self, folder: Path, attempt: int, rank: int):
         self._path = folder / f"attempt-{attempt}-rank-{rank}.jsonl"

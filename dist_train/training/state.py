@@ -35,7 +35,7 @@ SAME_WEIGHTS = 1e-4  # unequal GPUs may round otherwise; what isn't reduced diff
 
 @dataclass
 class Progress:
-    """Where a run stands; all of it is in every checkpoint.
+    """The progress of a run; all of it is in every checkpoint.
 
     Attributes:
         step: optimizer steps done. samples: consumed by them. seconds: trained, over all starts.
@@ -182,7 +182,7 @@ def _check_data(parts: Parts, found: Found) -> None:
             "something else. Give the run another run.name, or restore the dataset",
         )
     if old.get("fingerprint") != plan.fingerprint():
-        message = "the order of samples has changed (numpy's RandomState gives other numbers here)"
+        message = "the order of samples has changed (numpy's RandomState gives different random numbers here)"
         raise ConfigError.single("data.train", message)
 
 

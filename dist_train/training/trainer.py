@@ -27,7 +27,7 @@ STATUS_SECONDS = 10.0
 
 
 class Evaluated(Enum):
-    """How an evaluation during training has ended: all ranks agreed to stop meanwhile; or it is the best so far, or isn't."""
+    """How an evaluation during training has ended: all ranks agreed to stop meanwhile; or it is, or isn't, the best so far."""
 
     INTERRUPTED = 0
     BEST = 1

@@ -78,7 +78,7 @@ def unsaved_state(trained: ModelParts, fresh: ModelParts, found: Saved, batch: A
     ours, theirs = _values(trained, batch), _values(fresh, batch)
     if len(ours) == len(theirs) and all(map(_same, ours, theirs)):
         return ""
-    names = ", ".join(_differing(trained, fresh)) or "an object that can't be looked into, or a generator of its own"
+    names = ", ".join(_differing(trained, fresh)) or "an object that can't be inspected, or a generator of its own"
     return (
         "training changes state that no checkpoint holds, so that a resumed run differs from one that never stopped: "
         f"{names}. Make it a buffer, or a number that __init__ makes; draw from torch's, numpy's or Python's own generators"

@@ -88,7 +88,7 @@ def render(figure: Figure, kind: str) -> bytes:
 
 
 def draw_panel(axis: Axes, rows: Sequence[Row], name: str) -> None:
-    """One metric's panel: a line a split, a point where there is only one value (test)."""
+    """One metric's panel: one line per split, a point where there is only one value (test)."""
     drawn: list[float] = []
     for split in ("train", "val", "test") if name not in ASIDE else ("train",):
         steps, values = series(rows, split, name)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy
     from matplotlib.figure import Figure
 
-NUMBERED = 20  # up to so many classes a confusion matrix carries its numbers
+NUMBERED = 20  # maximum number of classes for which a confusion matrix shows its counts
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Example:
 
 @dataclass
 class Confusion:
-    """Classification: counts (C, C), a row a true class, a column a predicted one; and the worst errors."""
+    """Classification: counts (C, C), one row per true class, one column per predicted one; and the worst errors."""
 
     counts: numpy.ndarray[Any, Any]
     classes: Sequence[str] = ()

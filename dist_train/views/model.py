@@ -126,7 +126,7 @@ def pictures_of(run: RunDir, config: Config, evaluator: Evaluator, loader: EvalL
 
 
 def _spread(length: int, most: int) -> np.ndarray[Any, Any]:
-    """At most so many indices, evenly over all."""
+    """At most that many indices, evenly spaced over all."""
     return np.linspace(0, length - 1, min(most, length)).round().astype(np.int64)
 
 

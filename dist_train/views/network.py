@@ -61,7 +61,7 @@ class Pictures(Callback):
         self._every = {"images": _Every(images), "histograms": _Every(config.histograms)}
         self._off: set[str] = set()
         self._rows: Any = None  # what was shown last, for the pictures at the end
-        self._seen = -1  # the last step that was looked at
+        self._seen = -1  # the last step that was examined
 
     def on_start(self, trainer: Training) -> None:
         """From here on the gradients are seen before each update."""
@@ -168,7 +168,7 @@ def _not_called(name: str) -> None:
 
 
 class _Every:
-    """When something is due on rank 0 alone: nobody has to agree, so that a time goes by its own clock."""
+    """When something is due on rank 0 alone: nobody has to agree, so a duration in time is measured by its own clock."""
 
     def __init__(self, every: Duration | None) -> None:
         self.every = every
@@ -201,10 +201,10 @@ def pictures(values: Tensor, color: bool = False) -> list[Array]:
     """uint8 pictures (H, W) or (H, W, 3) of a batch.
 
     Args:
-        values: (N, F) makes one picture, a row a sample. (N, C, H, W) makes one of each sample, a grid of its channels, each
-            stretched from its least value (black) to its largest (white); (N, C, L) one of each with a row a channel.
+        values: (N, F) makes one picture, one row per sample. (N, C, H, W) makes one per sample, a grid of its channels, each
+            scaled from its smallest value (black) to its largest (white); (N, C, L) one per sample, one row per channel.
         color: they are inputs: with 1 or 3 channels, or none, (N, H, W), they are one grid of N pictures, as they are
-            where they lie in [0, 1], else stretched together.
+            where they lie in [0, 1], else scaled together.
 
     Raises:
         ValueError: any other shape.

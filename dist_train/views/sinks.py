@@ -52,7 +52,7 @@ class TensorBoard:
         self.flush = self._writer.flush
 
     def row(self, row: Row) -> None:
-        """One event for the whole row (add_scalar would make one a metric), at the row's own time."""
+        """One event for the whole row (add_scalar would make one per metric), at the row's own time."""
         from tensorboard.compat.proto import event_pb2, summary_pb2
 
         values = [

@@ -58,5 +58,5 @@ class SelfSplit(IterableDataset[Any]):
 
 
 def squares(outputs: Tensor, indices: Tensor) -> Tensor:
-    """One value a sample; from it a sample's number can be told."""
+    """One value per sample; from it a sample's number can be told."""
     return (outputs.squeeze(1) - indices.float()).pow(2)

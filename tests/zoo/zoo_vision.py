@@ -42,5 +42,5 @@ def hf_vit(dropout: float = 0.1) -> nn.Module:
 
 
 def of_logits(outputs: Any, labels: Any) -> Any:
-    """One value a sample, from the logits of a `ModelOutput`."""
+    """One value per sample, from the logits of a `ModelOutput`."""
     return nn.functional.cross_entropy(outputs.logits, labels, reduction="none")

@@ -18,7 +18,7 @@ import torch  # noqa: E402
 
 from dist_train.data import workers  # noqa: E402
 
-workers._BIRTH_SECONDS, workers._FORKS_MAY_HANG = 0.3, True
+workers._START_SECONDS, workers._FORKS_MAY_HANG = 0.3, True
 loader = torch.utils.data.DataLoader(
     range(6),
     batch_size=2,

@@ -68,7 +68,7 @@ class Arc(nn.Module):
         self.register_buffer("centre", torch.zeros(2))
 
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """One value a sample."""
+        """One value per sample."""
         if self.training:
             self.centre = 0.9 * self.centre + 0.1 * outputs.detach().mean(0)
         return functional.cross_entropy((outputs - self.centre) @ self.W, targets, reduction="none")
@@ -133,7 +133,7 @@ class Weighted(nn.Module):
         self.register_buffer("calls", torch.zeros(()))
 
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """One value a sample."""
+        """One value per sample."""
         if self.training:
             self.calls += 1
         return self.weight * functional.cross_entropy(outputs, targets, reduction="none")
