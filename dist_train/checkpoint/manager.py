@@ -77,7 +77,7 @@ class CheckpointManager:
     def assure_owner(self) -> None:
         """To be called before writing a record that a successor writes too, so that a zombie's records don't mix in.
 
-        Under a URL nothing is looked up: records grow on this host, and are uploaded after a check.
+        With a URL nothing is checked here: records are written locally, and uploaded after a check.
 
         Raises:
             LeaseLostError: another process owns the run by now.
@@ -162,7 +162,7 @@ class CheckpointManager:
         """The newest that verifies; corrupted ones are quarantined with a line each. ``None`` if there never was one.
 
         Raises:
-            CheckpointError: there were some and none is whole.
+            CheckpointError: there were some and none is intact.
             NewerFormatError, StorageError.
         """
         self._sweep_once()

@@ -1,4 +1,4 @@
-"""What only the owner of a run does with its checkpoints: publish, replace, delete, quarantine, sweep.
+"""Operations on checkpoints reserved for the run's owner: publish, replace, delete, quarantine, sweep.
 
 On a local disk a checkpoint is assembled in ``.tmp-*`` and renamed to ``step-00000200``; it is deleted by renaming it
 to ``.trash-*`` first. Under a URL the data are below ``step-00000200/<attempt>/``, where ``<attempt>`` is drawn for

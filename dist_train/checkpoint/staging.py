@@ -5,7 +5,7 @@ A state is a tree of dicts, lists and tuples whose leaves are tensors and plain 
 the run resumes.
 
 torch's ``StateDictStager`` isn't used (2.15; a ResNet-50 with Adam, 307 MB, on 2 CPU threads: a median of 69 ms here, 594
-ms there): it saves the whole storage of a small view and wrong values of a conjugated tensor, fails on sparse ones and
+ms there): it saves the entire storage of a small view and wrong values of a conjugated tensor, fails on sparse ones and
 where pages can't be locked, accepts objects that can't be loaded, and its locked pages are copied by a fork.
 """
 

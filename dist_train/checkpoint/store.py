@@ -1,4 +1,4 @@
-"""Checkpoints in a directory or under a URL: which there are, which is chosen, and whether it is whole. Read-only.
+"""Checkpoints in a directory or under a URL: listing, selecting and verifying. Read-only.
 
 A checkpoint is ``step-00000200/`` with ``manifest.json`` and the files that it names. On a local disk one without a
 valid manifest is corrupted, since checkpoints come and go there by renames; under a URL it is the leftover of a save
@@ -76,7 +76,7 @@ class Found:
             return torch.load(io.BytesIO(raw), map_location=map_location, weights_only=True)
         except MemoryError:
             raise
-        except Exception as error:  # the bytes are as they were published, by whomever
+        except Exception as error:  # the bytes are as they were published, whoever published them
             needs_code = isinstance(error, pickle.UnpicklingError)
             why = (
                 "it holds objects that only running code could rebuild" if needs_code else "torch.save didn't write it"
@@ -117,7 +117,7 @@ class Found:
             raise CorruptedError(file, f"its sha256 is {digest[:12]}..., but {entry.sha256[:12]}... was published")
 
 
-def merit(metrics: Mapping[str, float], metric: str, mode: str) -> tuple[float, float] | None:
+def ranking_key(metrics: Mapping[str, float], metric: str, mode: str) -> tuple[float, float] | None:
     """The key to rank evaluations by, the best first: the metric, then the loss. None if the metric isn't finite."""
     value, loss = metrics.get(metric, math.nan), metrics.get("val/loss", math.nan)
     if not math.isfinite(value):
@@ -176,33 +176,33 @@ class CheckpointStore:
         """The newest whose every file is as it was published; ``None`` if no checkpoint was ever published.
 
         Raises:
-            CheckpointError: there were some, and none is whole.
+            CheckpointError: there were some, and none is intact.
             NewerFormatError, StorageError.
         """
-        found, corrupted = self._first_whole(list(reversed(self.steps())))
+        found, corrupted = self._first_intact(list(reversed(self.steps())))
         corrupted |= set(self.quarantined())
         if found is None and corrupted:
             raise CheckpointError(
-                f"no whole checkpoint is left in {self.storage.location} ({', '.join(sorted(corrupted))}): put one back "
+                f"no intact checkpoint is left in {self.storage.location} ({', '.join(sorted(corrupted))}): put one back "
                 "from a copy, or give the run another run.name to start over"
             )
         return found
 
     def ranked(self, metric: str, mode: str) -> list[int]:
         """Steps from the best to the worst by ``metric`` (``mode`` is ``min`` or ``max``), without those where it is NaN."""
-        measured = [(merit(found.metrics, metric, mode), found.step) for found in self.published()]
+        measured = [(ranking_key(found.metrics, metric, mode), found.step) for found in self.published()]
         return [step for key, step in sorted((key, step) for key, step in measured if key is not None)]
 
     def best(self, metric: str, mode: str) -> Found | None:
-        """The best of the whole ones, or ``None`` if none has the metric."""
-        return self._first_whole(self.ranked(metric, mode))[0]
+        """The best of the intact ones, or ``None`` if none has the metric."""
+        return self._first_intact(self.ranked(metric, mode))[0]
 
     def find(self, name: str | None = None) -> Found:
         """``best``, ``last``, ``step-200`` (zeros don't matter), or by default best if one is kept, else last; verified.
 
         Raises:
-            CheckpointError: there is none of that name; lists those that there are.
-            CorruptedError: it isn't whole.
+            CheckpointError: there is none of that name; lists those that exist.
+            CorruptedError: it isn't intact.
         """
         found, match = None, re.fullmatch(r"(?:step-)?(\d+)", name or "")
         if match:
@@ -247,14 +247,14 @@ class CheckpointStore:
                     self.log(f"{self.storage.join(name)} can't be read: skipped")
 
     def has(self, step: int) -> bool:
-        """Whether a checkpoint of that step is published, whole or not."""
+        """Whether a checkpoint of that step is published, intact or not."""
         try:
             return self.open(step) is not None
         except CheckpointError:
             return True
 
     def _raw_manifest(self, name: str) -> bytes | None:
-        for _ in range(2):  # it may be published, whole, between the read and the lookup of its directory
+        for _ in range(2):  # it may be published between the read and the lookup of its directory
             try:
                 return self.storage.read_bytes(f"{name}/{MANIFEST}")
             except (IsADirectoryError, NotADirectoryError):
@@ -264,7 +264,7 @@ class CheckpointStore:
                     return None
         raise CorruptedError(MANIFEST, "missing")
 
-    def _first_whole(self, steps: list[int]) -> tuple[Found | None, set[str]]:
+    def _first_intact(self, steps: list[int]) -> tuple[Found | None, set[str]]:
         corrupted: set[str] = set()
         for step in steps:
             try:

@@ -1,4 +1,4 @@
-"""The arguments of commands: which options they share, and how what is wrong with them is reported."""
+"""The arguments of commands: which options they share, and how errors in them are reported."""
 
 from __future__ import annotations
 
@@ -60,19 +60,19 @@ def parse_run(
     arguments: Sequence[str],
     *options: Option,
     several: bool = False,
-    whole: bool = False,
+    no_overrides: bool = False,
 ) -> argparse.Namespace:
     """The same for a command on a run: `run`, its directory (all of them in `runs`), and `overrides` of its config.
 
     A run is given by `--run DIR` or by DIR alone: torchrun takes `--run` for one of its own options (before Python 3.12).
 
     Args:
-        several: more than one run may be given. whole: the command takes no overrides.
+        several: more than one run may be given. no_overrides: the command takes no config overrides.
     """
     about = "the run's directory or URL (--run may be left out, and must be with torchrun)"
     about += "; give several to overlay their curves" if several else ""
     keys = {"nargs": "*", "metavar": "DIR | key.path=value", "help": "overrides take precedence over the run's config"}
-    keys |= {"metavar": "DIR", "help": "the same"} if whole else {}
+    keys |= {"metavar": "DIR", "help": "the same"} if no_overrides else {}
     run: Option = ("--run", {"action": "append", "default": [], "metavar": "DIR", "help": about})
     found = parse(command, description, arguments, run, *options, ("rest", keys))
     found.overrides = [word for word in found.rest if "=" in word and not os.path.isdir(word)]
@@ -81,9 +81,9 @@ def parse_run(
         raise command_error(f"dist-train {command}", "no run was given: --run DIR")
     if len(found.runs) > 1 and not several:
         raise command_error(f"dist-train {command}", f"expected one run, found {', '.join(found.runs)}")
-    if found.overrides and whole:
+    if found.overrides and no_overrides:
         raise command_error(
-            f"dist-train {command}", f"it takes no keys of a config, found {', '.join(found.overrides)}"
+            f"dist-train {command}", f"it takes no config overrides, found {', '.join(found.overrides)}"
         )
     found.run = found.runs[0]
     if getattr(found, "output", None) is not None:

@@ -57,7 +57,7 @@ def _write_weights(form: str, model: nn.Module, path: Path) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
-    # Each entry with memory of its own: safetensors refuses shared memory, and a view would be saved with its whole base.
+    # Each entry with memory of its own: safetensors refuses shared memory, and a view would be saved with its entire base.
     state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
     if form == "state_dict":
         torch.save(state, path)
@@ -70,7 +70,7 @@ def _write_weights(form: str, model: nn.Module, path: Path) -> None:
         read = load_file(path)
     wrong = [name for name in state if name not in read or not torch.equal(read[name], state[name])]
     if wrong or len(read) != len(state):
-        raise RuntimeError(f"the file reads back to other weights than were written: {', '.join(wrong[:5])}")
+        raise RuntimeError(f"the weights read back differ from those written: {', '.join(wrong[:5])}")
 
 
 def _export_graph(restored: Restored, path: Path) -> str:

@@ -1,4 +1,4 @@
-"""`verify`: whether all checkpoints of a run are whole."""
+"""`verify`: whether all checkpoints of a run are intact."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from dist_train.config.errors import ConfigError
 
 def main(arguments: Sequence[str]) -> int:
     """Print a line for each checkpoint, and for each file beside them that can't be read; 1 if any is corrupted."""
-    options = parse_run("verify", "Check every file of every checkpoint of a run.", arguments, whole=True)
+    options = parse_run("verify", "Check every file of every checkpoint of a run.", arguments, no_overrides=True)
     from dist_train.checkpoint.store import CheckpointStore
     from dist_train.runtime.sidefiles import problems
     from dist_train.runtime.storage import open_storage
 
     storage = open_storage(options.run)
     if not storage.exists("checkpoints") or (storage.is_local and not os.path.isdir(storage.join("checkpoints"))):
-        found = f"{storage.location} holds no checkpoints directory; expected a run's directory"
+        found = f"{storage.location} has no checkpoints directory; expected a run's directory"
         raise ConfigError.single("--run", found)
     rows = CheckpointStore(storage.sub("checkpoints")).verify_all()
     for row in rows:
@@ -27,5 +27,5 @@ def main(arguments: Sequence[str]) -> int:
     for name, fault in beside:
         print(f"{name:<24} {'corrupted':<11} {fault}")
     bad = [row for row in rows if row.state != "good"]
-    print(f"{len(rows) - len(bad)} of {len(rows)} checkpoints are whole")
+    print(f"{len(rows) - len(bad)} of {len(rows)} checkpoints are intact")
     return 1 if bad or beside else 0

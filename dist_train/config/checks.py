@@ -10,8 +10,8 @@ from .errors import REFUSED, SECRET_HINT, describe, did_you_mean, holds_secret, 
 from .fields import METRICS, PLACEHOLDER, Duration, Key, dotted, expand_argument, expand_path, keyed, leaves
 from .schema import KEYS, Config
 
-Finding = tuple[Key, str]  # a key, and what is wrong with it
-Complaint = tuple[str, str]  # the same with the dotted key
+Finding = tuple[Key, str]  # (key, message)
+Violation = tuple[str, str]  # (dotted key, message)
 PATHS = ("run.dir", "run.code_paths", "transfer.weights", "checkpoint.resume")
 _SECRET_NAME = re.compile(
     r"(^|_)(password|passwd|passphrase|secret|credential|api_?key|(access|account|secret|private)_key)s?$"
@@ -48,19 +48,19 @@ def _words(name: str | int) -> str:
 
 
 def cross_checks(config: Config) -> Iterator[Finding]:
-    """Every broken rule over the keys of a valid config."""
+    """Every violated rule over the keys of a valid config."""
     for rules in (_name, _data, _model, _optimizer, _scheduler, _watched, _tensorboard):
         for key, message in rules(config):
             yield keyed(key), message
 
 
-def _tensorboard(config: Config) -> Iterator[Complaint]:
+def _tensorboard(config: Config) -> Iterator[Violation]:
     for name in ("images", "histograms", "graph"):
         if getattr(config.tracking, name) and not config.tracking.tensorboard:
             yield f"tracking.{name}", "this needs TensorBoard, which is off: set tracking.tensorboard=true"
 
 
-def _name(config: Config) -> Iterator[Complaint]:
+def _name(config: Config) -> Iterator[Violation]:
     name = config.run.name or ""
     for placeholder in PLACEHOLDER.findall(name):
         try:
@@ -76,7 +76,7 @@ def _name(config: Config) -> Iterator[Complaint]:
         yield "run.name", message
 
 
-def _data(config: Config) -> Iterator[Complaint]:
+def _data(config: Config) -> Iterator[Violation]:
     data, micro = config.data, config.trainer.micro_batch_size
     without_effect = {
         "persistent_workers": data.persistent_workers is True,
@@ -93,7 +93,7 @@ def _data(config: Config) -> Iterator[Complaint]:
         yield "trainer.micro_batch_size", f"expected at most {most}, found {micro}"
 
 
-def _model(config: Config) -> Iterator[Complaint]:
+def _model(config: Config) -> Iterator[Violation]:
     for index, rule in enumerate(config.model_init):
         if isinstance(rule, dict):
             yield from _patterns(f"model_init.{index}.match", rule.get("match"))
@@ -102,13 +102,13 @@ def _model(config: Config) -> Iterator[Complaint]:
         yield "loss", f"a loss is required unless there is a task; {hint}"
 
 
-def _patterns(key: str, value: Any) -> Iterator[Complaint]:
+def _patterns(key: str, value: Any) -> Iterator[Violation]:
     patterns = value if isinstance(value, list) else [value]
     if not patterns or not all(isinstance(pattern, str) and pattern for pattern in patterns):
         yield key, f"expected a name pattern or a list of them, found {describe(value)}"
 
 
-def _optimizer(config: Config) -> Iterator[Complaint]:
+def _optimizer(config: Config) -> Iterator[Violation]:
     groups = config.optimizer.get("groups") if isinstance(config.optimizer, dict) else None
     form = "{match: 'head.*', lr: 0.1}"
     if groups is not None and not isinstance(groups, list):
@@ -121,7 +121,7 @@ def _optimizer(config: Config) -> Iterator[Complaint]:
             yield f"optimizer.groups.{index}", f"expected a group like {form}, found {describe(group)}"
 
 
-def _scheduler(config: Config) -> Iterator[Complaint]:
+def _scheduler(config: Config) -> Iterator[Violation]:
     scheduler = config.scheduler
     if not isinstance(scheduler, dict):
         return
@@ -144,7 +144,7 @@ def _scheduler(config: Config) -> Iterator[Complaint]:
             yield "scheduler.every", f"ReduceLROnPlateau is stepped at evaluations (trainer.evaluate_every); {hint}"
 
 
-def _watched(config: Config) -> Iterator[Complaint]:
+def _watched(config: Config) -> Iterator[Violation]:
     """stop_when, keep_best and scheduler.metric name metrics that evaluation computes."""
     rule, best = config.trainer.stop_when, config.checkpoint.keep_best
     if rule is not None:
@@ -164,7 +164,7 @@ def _watched(config: Config) -> Iterator[Complaint]:
         yield from _is_computed(config, "scheduler.metric", config.scheduler["metric"])
 
 
-def _is_computed(config: Config, key: str, name: str) -> Iterator[Complaint]:
+def _is_computed(config: Config, key: str, name: str) -> Iterator[Violation]:
     metric = name.removeprefix("val/")
     if metric == name:
         wanted = "expected a metric of the validation data, like val/loss"

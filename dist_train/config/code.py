@@ -71,8 +71,7 @@ def _is_below(entry: Path, paths: list[Path]) -> bool:
 
 
 def read_signature(path: str, search: Sequence[str]) -> tuple[inspect.Signature, bool] | None:
-    """The call signature at an import path and whether it is a class's; None where the source doesn't tell.
-
+    """The call signature at an import path and whether it is a class's; None where the source doesn't show it.
     `search` are directories that come before those of sys.path. Defaults other than constants are shown as `...`.
     """
     module, _, name = path.rpartition(".")
@@ -92,7 +91,7 @@ def read_signature(path: str, search: Sequence[str]) -> tuple[inspect.Signature,
 
 
 def missing(path: str, search: Sequence[str]) -> str | None:
-    """What an import path names that doesn't exist, as `components.locate` reports it; None where the source doesn't tell."""
+    """What an import path names that doesn't exist, as `components.locate` reports it; None where the source doesn't show it."""
     parts = path.split(".")
     if len(parts) < 2 or not all(part.isidentifier() for part in parts):
         return None

@@ -151,7 +151,7 @@ harmless = partial(_declare, "harmless")
 consent = partial(_declare, "consent")
 refused = partial(_declare, "refused")
 
-# Built-in metrics; a test keeps this equal to dist_train.task.metrics.NAMED.
+# Built-in metrics; a test keeps this equal to dist_train.task.metrics.NAMED, order included.
 METRICS = ("accuracy", "top5", "binary_accuracy", "mae", "mse", "rmse", "r2")
 RECORD_FIELDS = ("time", "step", "epoch", "samples", "split")  # of every row of metrics.jsonl
 

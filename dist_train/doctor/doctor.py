@@ -48,9 +48,9 @@ class Check:
     hosts: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, name: str, complaints: Iterable[tuple[str, str]], fine: str) -> Check:
-        """A check that fails for each host with a complaint, and shows the first one."""
-        bad = [(host, text) for host, text in complaints if text]
+    def of(cls, name: str, problems: Iterable[tuple[str, str]], fine: str) -> Check:
+        """A check that fails for each host with a problem, and shows the first one."""
+        bad = [(host, text) for host, text in problems if text]
         if not bad:
             return cls(name, "ok", fine)
         hosts = list(dict.fromkeys(host for host, _ in bad))

@@ -87,7 +87,7 @@ def _unsaved(trained: Parts, config: Config, world: World, where: Path) -> str:
 
 
 def _shortened(config: Config, where: Path, steps: int) -> Config:
-    """The config with so many steps and little to evaluate; the schedule keeps its horizon."""
+    """The config with a few steps and little to evaluate; the schedule keeps its horizon."""
     once, every, whole = Duration(1, "step"), Duration(STEPS, "step"), config.trainer.duration
     data: dict[str, Any] = {"test": None}
     if config.data.val is not None:

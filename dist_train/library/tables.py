@@ -105,7 +105,7 @@ class CSV(Arrays):
 
     Give `train_path`, the file with the training rows, wherever something is learned from them (a split, scaling, means,
     classes). If `path` is that same file, it is split by `parts` and `split` says which part this is; any other `path` is
-    used whole, treated as the training rows were. So the test data of a finished run can be replaced by a new file for
+    used in full, treated as the training rows were. So the test data of a finished run can be replaced by a new file for
     prediction.
 
     Args:

@@ -60,7 +60,7 @@ class DigitsCNN(_Named):
 
     Args:
         classes: outputs.
-        width: channels of the first block; the second has twice as many.
+        width: channels of the first block; the second has twice that number.
         dropout: probability before the head.
     """
 

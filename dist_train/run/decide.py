@@ -90,7 +90,9 @@ def _compare_code(config: Config, run: RunDir, completed: bool) -> list[str]:
         raise ConfigError.single("run.name", f"{run.location} {done} other objects ({'; '.join(differing)}); {fix}")
     old, new = start["code"], source_files(config)
     edited = [name for name in new if name in old and old[name] != new[name]]
-    changed = ", ".join(edited or sorted(old.keys() ^ new.keys()))  # a file comes or goes by another that imports it
+    changed = ", ".join(
+        edited or sorted(old.keys() ^ new.keys())
+    )  # a file is added or dropped with another that imports it
     if not changed:
         return []
     since = f"the code has changed since {run.location} was {'trained' if completed else 'last started'}: {changed}"

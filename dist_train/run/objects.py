@@ -140,7 +140,7 @@ def _is_users(thing: Any) -> bool:
 
 
 def _compiled(code: types.CodeType) -> Any:
-    """What a function does, without where it stands."""
+    """What a function does, without its position in the source."""
     constants = [_compiled(item) if isinstance(item, types.CodeType) else _constant(item) for item in code.co_consts]
     return code.co_name, code.co_code.hex(), code.co_names, constants
 

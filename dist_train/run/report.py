@@ -31,7 +31,7 @@ def report_at_end(trainer: Trainer) -> None:
 
 
 def report_again(location: str, checkpoint: str | None, overrides: Sequence[str]) -> Path | None:
-    """Write the report of a run as it is now; its path on rank 0. Where its model can't be had, without pictures.
+    """Write the report of a run as it is now; its path on rank 0. Where its model isn't available, without pictures.
 
     Raises:
         ConfigError: there is no run, or what was asked for by name can't be had.

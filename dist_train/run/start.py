@@ -216,11 +216,11 @@ class Start:
         if world.is_main:
             trainer.write_status("running")
             self._record_start(trainer.step)
-        world.barrier()  # whoever fails from here on finds the start recorded
+        world.barrier()  # the start is recorded before any rank can fail
         outcome = trainer.fit()
         if outcome == "completed":
             result = finish(trainer, checkpoints)
-            world.barrier()  # whoever has a live model reads the model.pt that rank 0 has written
+            world.barrier()  # ranks with a live model read the model.pt that rank 0 has written
         else:
             result = {"state": outcome, "reason": trainer.reason, "step": trainer.step, "epoch": trainer.epoch}
             result["seconds"] = round(progress.seconds, 3)

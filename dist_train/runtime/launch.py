@@ -139,8 +139,8 @@ def check_launcher(env: Mapping[str, str]) -> None:
 def complete_placement(placement: Placement, store: Any, gpus: str, timeout: float) -> tuple[Placement, str]:
     """Wait for all processes in `store`, and compare hosts and GPUs.
 
-    Hosts are told apart by what their processes post, not by the launcher's word. `gpus`: the GPUs that this process sees, by
-    names that are unique over hosts.
+    Hosts are identified by what their processes report, not by what the launcher says.
+    `gpus`: the GPUs that this process sees, by names that are unique over hosts.
 
     Returns:
         The whole placement, and a nonce of rank 0's that is new with each rendezvous.

@@ -1,9 +1,9 @@
 """One run, one owner: a lease in the run's directory keeps two jobs from training the same run.
 
-Whoever takes the lease creates ``.lease/<number>.json`` exclusively, with the next number and a nonce; the highest number
-owns the run and renews its file. Number and nonce are checked again before anything is published, so that an owner that
-slept through the loss of its lease, or whose directory was deleted or moved, publishes nothing. No clock is compared with
-another machine's.
+To take the lease, a process creates ``.lease/<number>.json`` exclusively, with the next number and a nonce; the highest
+number owns the run and renews its file. Number and nonce are checked again before anything is published, so that an owner
+that slept through the loss of its lease, or whose directory was deleted or moved, publishes nothing. No clock is compared
+with another machine's.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dist_train.runtime.storage import NotAFileError, Storage
 from dist_train.watch.processes import machine, process_state, started
 
 _MISSED = 3  # renewals, after which an owner on another machine counts as dead
-_LOOK = 1.0  # seconds between two checks of one's own lease on a disk
+_LOOK = 1.0  # seconds between two checks of this job's lease on a disk
 _MOST = 1 << 16  # bytes of a lease; a longer file isn't one
 
 
@@ -187,7 +187,7 @@ class Lease:
         # On a disk it is checked more often than renewed: once a run is deleted, little more should be written.
         pause = min(interval, _LOOK) if self._storage.is_local else interval
         while not self.lost and not self._over.wait(pause):
-            # An outage loses nothing: whoever takes the run over meanwhile is found by its number.
+            # An outage loses nothing: a process that takes the run over meanwhile is found by its number.
             with contextlib.suppress(StorageError, LeaseLostError, OSError):
                 self.check()
                 if time.monotonic() - renewed >= interval - pause / 2:

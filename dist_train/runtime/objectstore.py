@@ -1,7 +1,7 @@
 """Files of a run under an fsspec URL (``s3://``, ``gs://``, ``memory://``).
 
 On an object store a single PUT publishes an object; it has no rename, and an object can't be appended to. Everything here
-is either published whole or absent. Listings are never served from a cache, ``fs.transaction`` is never used, and a
+is either complete or absent. Listings are never served from a cache, ``fs.transaction`` is never used, and a
 stream that fails is discarded, because leaving a ``with fs.open(..., "wb")`` by an exception would publish the partial
 object (s3fs issue 154).
 """

@@ -71,7 +71,7 @@ def pick_device(choice: str, placement: Placement) -> torch.device:
 
 
 def _built_for_others(device: torch.device) -> str:
-    """Why no kernel of this build of torch runs on that GPU; "" where some do. A kernel would say so late and obscurely."""
+    """Why no kernel of this build of torch runs on that GPU; "" where some do. A launch would fail late and obscurely."""
     import torch
 
     major, minor = torch.cuda.get_device_capability(device)

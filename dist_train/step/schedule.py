@@ -109,7 +109,7 @@ class Schedule:
             ) from error
 
     def _check_plateau(self, mode: str, extra: dict[str, Any]) -> None:
-        """Its direction is the metric's; that of a metric of one's own is known only to the user, who may name both."""
+        """Its direction is the metric's; that of a custom metric is known only to the user, who may name both."""
         own_name = extra.get("metric") and self.metric.removeprefix("val/") not in ("loss", *METRICS)
         if self.scheduler.mode != mode and not own_name:
             raise _refused(

@@ -63,7 +63,7 @@ class Live(Progress):
     def _fitting(self) -> dict[str, Any]:
         """The fields of the bar that fit."""
         epoch, of, values = self._shown
-        # Dropped whole, least important first: values, some of the bar, the epoch, the total.
+        # Dropped as a unit, least important first: values, some of the bar, the epoch, the total.
         done = max(len(of) - 1, len(f"{self._step():,}") + 1)
         room = self.console.width - done - len(of) - 4
         epoch = epoch if len(epoch) <= room else ""

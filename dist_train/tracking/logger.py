@@ -42,7 +42,7 @@ class Logger:
         """One row: {"time", "step", "epoch", "samples", "split", **metrics}; flushed to the OS when this returns.
 
         split: train, val or test. step: from 1. samples: consumed since the run started. metrics: numbers.
-        Raises ValueError for a metric named like a field, StorageError naming the file when it can't be written whole.
+        Raises ValueError for a metric named like a field, StorageError naming the file when it can't be written completely.
         """
         if self._file is None:
             return
@@ -125,7 +125,7 @@ class SinkThread:
         self._sink: Any = None
         self._wake = threading.Event()  # don't wait for the next poll
         self._thread: threading.Thread | None = None
-        self._off = threading.Lock()  # acquired for good by whoever switches the sink off
+        self._off = threading.Lock()  # acquired, and never released, to switch the sink off
         self._since = time.monotonic()  # when the sink's present call began
 
     def put(self, method: str, *args: Any, now: bool = False) -> threading.Event:

@@ -58,7 +58,7 @@ def parse_line(line: bytes) -> Any:
 
 
 def parse(line: bytes) -> Row | None:
-    """The row in a whole line, its newline included, or None if there is none."""
+    """The row in a complete line, its newline included, or None if there is none."""
     try:
         row = parse_line(line) if line.endswith(b"\n") else None
     except (ValueError, RecursionError):
@@ -104,7 +104,7 @@ def _again(row: Row, step: int, seen: int, pending: Collection[str]) -> bool:
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[Row]:
-    """All whole rows in the order of the file, null metrics as NaN; [] if there is no file."""
+    """All complete rows in the order of the file, null metrics as NaN; [] if there is no file."""
     if not os.path.isfile(path):  # opening a FIFO would block
         return []
     with open(path, "rb") as file:

@@ -201,7 +201,7 @@ def build_model(
 
 @contextlib.contextmanager
 def _only_weights() -> Iterator[None]:
-    """Load files in torch.hub's cache without running code of theirs, which torchvision's builders don't ask for."""
+    """Load files in torch.hub's cache without running any code in them, which torchvision's builders don't ask for."""
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)
     os.environ[name] = "1"

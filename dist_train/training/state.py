@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dist_train.checkpoint.store import merit
+from dist_train.checkpoint.store import ranking_key
 from dist_train.config.errors import ConfigError
 from dist_train.data.digest import content_digest
 from dist_train.step.parameters import match_strides
@@ -59,8 +59,8 @@ class Progress:
 
     def take_best(self, name: str, mode: str) -> bool:
         """Whether the last evaluation is the best so far by metric `name`; it is then remembered as that."""
-        value, now = monitored(self.metrics, name), merit(self.metrics, name, mode)
-        before = None if self.best is None else merit({"val/loss": self.best_loss, name: self.best}, name, mode)
+        value, now = monitored(self.metrics, name), ranking_key(self.metrics, name, mode)
+        before = None if self.best is None else ranking_key({"val/loss": self.best_loss, name: self.best}, name, mode)
         if now is None or (before is not None and now >= before):
             return False
         self.best, self.best_loss, self.best_step = value, now[1], self.step

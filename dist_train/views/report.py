@@ -51,7 +51,7 @@ class Image:
 
 @dataclass(frozen=True)
 class Section:
-    """A title and what stands below it; without content it is left out.
+    """A title and the content below it; without content it is left out.
 
     layout: "text" (content is a string), "table" (rows), or of images the CSS class of their grid, "" for none.
     """

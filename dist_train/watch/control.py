@@ -75,7 +75,7 @@ class Control:
             return set()
         status.phase = SYNC
         with self._lock:
-            # This tick may be the one that an open agreement ends with.
+            # This tick may be the last one of an open agreement.
             self._lock.wait_for(lambda: self._hold is None or self._tick < self._hold)
             return self._actions.pop(self._tick, set())
 

@@ -31,7 +31,7 @@ SILENT_SECONDS = 3.0  # without a heartbeat, which a report mentions
 LOST_SECONDS = 6.0  # the same on another machine; a process of this machine is looked up instead
 SETTLE_SECONDS = 7.0  # from an error that a lost peer may have caused, until the watch knows whether it did
 DEAF_SECONDS = 15.0  # beyond the hang timeout, for the watch of a rank that hasn't got the GIL since
-WATCHERS = 8  # beyond twice as many ranks, so many read all heartbeats
+WATCHERS = 8  # with more than twice as many ranks, only this many read all heartbeats
 
 log = logging.getLogger("dist_train")
 

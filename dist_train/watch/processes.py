@@ -72,7 +72,7 @@ def process_state(pid: int) -> str:
 
 
 def started(pid: int) -> str:
-    """Start time of a process (clock ticks since boot), which tells it from a later one with its pid; "" if unknown."""
+    """Start time of a process (clock ticks since boot), which distinguishes it from a later one with its pid; "" if unknown."""
     return (_stat(pid) or [""] * 20)[19]
 
 

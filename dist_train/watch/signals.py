@@ -104,7 +104,7 @@ def install(stops: bool = True, reports: bool = True) -> None:
 
 
 def hold() -> None:
-    """The run starts: from here on signals wait for whoever takes them."""
+    """The run starts: from here on signals are held until they are taken."""
     global _held
     if threading.current_thread() is threading.main_thread():
         _held = True
@@ -132,7 +132,7 @@ def before_end(inform: Callable[[], object] | None) -> None:
 
 
 def restore() -> None:
-    """Give the signals back to whoever had them; for a `train()` that returns inside somebody else's process."""
+    """Restore the previous signal handlers; for a `train()` that returns inside somebody else's process."""
     global _listener, _held, _interrupted_at, _before_end
     if threading.current_thread() is not threading.main_thread():
         return  # it has taken none
@@ -146,7 +146,7 @@ def _heard(number: int) -> None:
     global _interrupted_at
     now, before = time.monotonic(), _interrupted_at
     if number == signal.SIGINT:
-        # Ctrl-C comes twice where a shell signals the group and torchrun forwards it: only a later one is a second request.
+        # Ctrl-C arrives twice where a shell signals the group and torchrun forwards it: only a later one is a second request.
         if before is not None and now - before > 1:
             os._exit(130)
         _interrupted_at = before or now

@@ -38,7 +38,7 @@ class Status(ctypes.Structure):
 
     Attributes:
         phase: index into `PHASES`. step: the current optimizer step (from 1); 0 before the first.
-        item: micro-batches and evaluation rounds started; with `bytes`, it tells slow from stuck.
+        item: micro-batches and evaluation rounds started; with `bytes`, it distinguishes slow from stuck.
         bytes: bytes written to storage, by any thread.
         steps: optimizer steps that `busy` and `waited` are summed over.
         began: `time.perf_counter()` at the start of this step.

@@ -47,13 +47,13 @@ def test_a_run_whose_newest_checkpoint_is_corrupted_takes_the_one_before_and_end
     assert_equal_runs(place, alone / "runs" / "whole")
 
 
-def test_a_run_without_any_whole_checkpoint_says_so_each_time_and_never_starts_over(alone: Path) -> None:
+def test_a_run_without_an_intact_checkpoint_says_so_each_time_and_never_starts_over(alone: Path) -> None:
     place = copy_of(alone / "runs" / "whole", "lost")
     for path in (place / "checkpoints").glob("step-*/model.pt"):
         flip_a_bit(path)
     for _ in range(2):
         done = run(alone, 1, *ONE, "run.name=lost", expect=1)
-        assert "no whole checkpoint is left" in done.stderr
+        assert "no intact checkpoint is left" in done.stderr
     assert json.loads((place / "status.json").read_text())["state"] == "failed"
     assert not list((place / "checkpoints").glob("step-*"))
 

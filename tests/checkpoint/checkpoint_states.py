@@ -1,4 +1,4 @@
-"""States whose every number tells their step."""
+"""States in which every value encodes the step."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from dist_train.checkpoint.manager import CheckpointManager
 
 
 def state_of(step: int) -> dict[str, Any]:
-    """A small state whose every number tells its step."""
+    """A small state in which every value encodes the step."""
     model = {"weight": torch.full((3, 5), float(step)), "bias": torch.arange(4) + step}
     return {"model": model, "optimizer": {"state": {0: {"exp_avg": torch.full((7,), -float(step))}}, "step": step}}
 
 
-def assert_whole(found: Any, step: int) -> None:
+def assert_intact(found: Any, step: int) -> None:
     """The checkpoint is that of ``step``, all of it."""
     assert found is not None
     assert found.step == step

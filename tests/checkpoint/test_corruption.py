@@ -1,4 +1,4 @@
-"""None of the ways in which a checkpoint's bytes can be wrong gets it loaded; the next older one is taken."""
+"""A checkpoint corrupted in any way is never loaded; the next older one is used."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_states import assert_whole, save
+from checkpoint_states import assert_intact, save
 
 from dist_train.checkpoint.manager import CheckpointManager
 from dist_train.checkpoint.manifest import MANIFEST, CheckpointError, CorruptedError, NewerFormatError
@@ -75,7 +75,7 @@ def test_a_corrupted_checkpoint_is_quarantined_and_the_next_is_taken(
     if not storage.is_local and (file, change) == (MANIFEST, delete):
         # Without its manifest, a prefix on a store is what a killed save leaves.
         assert [row.state for row in CheckpointStore(storage).verify_all()] == ["good"]
-        assert_whole(manager_at(storage).newest(), OLD)
+        assert_intact(manager_at(storage).newest(), OLD)
         assert not storage.walk("step-00000020")
         return
     before = storage.walk("step-00000020")
@@ -85,7 +85,7 @@ def test_a_corrupted_checkpoint_is_quarantined_and_the_next_is_taken(
     assert file in rows[1].reason
     lines.clear()
     manager = manager_at(storage)
-    assert_whole(manager.newest(), OLD)
+    assert_intact(manager.newest(), OLD)
     assert len(lines) == 1
     assert "step-00000020 is corrupted" in lines[0]
     assert file in lines[0]
@@ -97,7 +97,7 @@ def test_a_corrupted_checkpoint_is_quarantined_and_the_next_is_taken(
     again.newest()
     assert len(lines) == 1
     save(again, NEW)
-    assert_whole(manager_at(storage).newest(), NEW)
+    assert_intact(manager_at(storage).newest(), NEW)
     assert set(aside) - {path_of(storage, NEW, MANIFEST)} <= set(storage.walk())
     assert [row.state for row in CheckpointStore(storage).verify_all()] == ["good", "good", "quarantined"]
 
@@ -109,7 +109,7 @@ def test_no_whole_checkpoint_is_an_error_and_never_a_silent_start(
     for step in (OLD, NEW):
         flip(storage, path_of(storage, step, "model.pt"), b"")
     for _ in range(2):  # the second start finds only what the first quarantined
-        with pytest.raises(CheckpointError, match=r"no whole checkpoint is left.*give the run another run.name"):
+        with pytest.raises(CheckpointError, match=r"no intact checkpoint is left.*give the run another run.name"):
             manager_at(storage).newest()
     assert len([line for line in lines if "is corrupted" in line]) == 2
 
@@ -213,14 +213,14 @@ def test_an_unreadable_disk_is_no_corruption(tmp_path: Path, manager_at: Make, m
         manager_at(storage).newest()
     assert sorted(storage.list()) == ["step-00000010", "step-00000020"]
     failures[0] = 1  # one that passes is not even noticed
-    assert_whole(manager_at(storage).newest(), NEW)
+    assert_intact(manager_at(storage).newest(), NEW)
 
 
 def test_a_checkpoint_is_found_by_any_path_that_leads_to_it(tmp_path: Path, manager_at: Make) -> None:
     save(manager_at(open_storage(tmp_path / "run" / "checkpoints")), OLD, NEW)
-    assert_whole(find_at(str(tmp_path / "run")), NEW)
-    assert_whole(find_at(str(tmp_path / "run" / "checkpoints") + "/"), NEW)
-    assert_whole(find_at(str(tmp_path / "run" / "checkpoints" / "step-00000010")), OLD)
+    assert_intact(find_at(str(tmp_path / "run")), NEW)
+    assert_intact(find_at(str(tmp_path / "run" / "checkpoints") + "/"), NEW)
+    assert_intact(find_at(str(tmp_path / "run" / "checkpoints" / "step-00000010")), OLD)
     with pytest.raises(CheckpointError, match=r"no checkpoint 'step-00000015'.*found: step-00000020, step-00000010"):
         find_at(str(tmp_path / "run" / "checkpoints" / "step-00000015"))
     with pytest.raises(CheckpointError, match=r"no checkpoint 'last'.*found: none"):
@@ -246,4 +246,4 @@ def test_verify_prints_a_line_for_each_and_fails_where_one_is_corrupted(
     old, new, total = capsys.readouterr().out.splitlines()
     assert old.split() == ["step-00000010", "good"]
     assert new.startswith("step-00000020            corrupted   optimizer.pt: its sha256 is ")
-    assert total == "1 of 2 checkpoints are whole"
+    assert total == "1 of 2 checkpoints are intact"

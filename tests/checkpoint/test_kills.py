@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_states import assert_whole, save, state_of
+from checkpoint_states import assert_intact, save, state_of
 from runs import uploads_below
 
 from dist_train.checkpoint.manager import CheckpointManager
@@ -130,12 +130,12 @@ def test_a_save_killed_at_any_call_on_a_local_disk_leaves_whole_checkpoints(
         found = manager.newest()
         assert found is not None
         results.add(found.step)
-        assert_whole(found, found.step)
+        assert_intact(found, found.step)
         assert found.step in (20, 30)
         assert leftovers(storage) == []
         save(manager, 40, f1=0.1)
         best = manager.best()
-        assert_whole(best, found.step)
+        assert_intact(best, found.step)
         assert leftovers(storage) == []
     assert results == {20, 30}
     assert place > 20  # it did die at many places
@@ -158,7 +158,7 @@ def test_the_very_first_save_killed_at_any_call_leaves_a_whole_checkpoint_or_non
         found = manager.newest()
         results.add(found is not None)
         if found is not None:
-            assert_whole(found, 10)
+            assert_intact(found, 10)
         assert leftovers(storage) == []
         save(manager, 10)
     assert results == {True, False}
@@ -182,7 +182,7 @@ def test_a_replacement_killed_at_any_call_leaves_the_old_checkpoint_or_the_new_o
         found = manager_at(storage).newest()
         results.add(found.metrics["f1"] if found else None)
         if found is not None:
-            assert_whole(found, 10)
+            assert_intact(found, 10)
         assert leftovers(storage) == []
     assert results == {None, 0.1, 0.2}
 
@@ -203,7 +203,7 @@ def test_a_sweep_killed_at_any_call_loses_no_checkpoint(tmp_path: Path, manager_
         manager_at(storage).newest()
 
     for _ in until_it_survives(on_disk(work), prepare):
-        assert_whole(manager_at(storage).newest(), 10)
+        assert_intact(manager_at(storage).newest(), 10)
         assert leftovers(storage) == []
 
 
@@ -236,10 +236,10 @@ def test_a_save_killed_at_any_request_on_s3_leaves_whole_checkpoints(s3_url: str
         found = manager.newest()
         assert found is not None
         results.add(found.step)
-        assert_whole(found, found.step)
+        assert_intact(found, found.step)
         assert leftovers(storage) == []
         assert uploads_below(storage) == []
         save(manager, 30)
-        assert_whole(CheckpointStore(storage).newest(), 30)
+        assert_intact(CheckpointStore(storage).newest(), 30)
         assert leftovers(storage) == []
     assert results == {10, 20}

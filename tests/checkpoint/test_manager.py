@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import pytest
 import torch
-from checkpoint_states import assert_whole, save, state_of
+from checkpoint_states import assert_intact, save, state_of
 
 from dist_train.checkpoint.manager import CheckpointManager
 from dist_train.checkpoint.manifest import CheckpointError
@@ -41,12 +41,12 @@ def test_the_newest_and_the_best_are_kept(storage: Storage, manager_at: Make) ->
     assert {name.split("/")[0] for name in storage.walk()} == {f"step-0000000{step}" for step in (2, 4, 5)}
     fresh = manager_at(storage, keep_last=1, keep_best=("val/loss", "min"))
     best = fresh.best()
-    assert_whole(best, 2)
+    assert_intact(best, 2)
     save(fresh, 6, **{"val/loss": 0.3})
     assert steps(storage) == [2, 6]
     save(fresh, 7, **{"val/loss": 0.1})
     assert steps(storage) == [7]
-    assert_whole(fresh.best(), 7)
+    assert_intact(fresh.best(), 7)
 
 
 def test_the_first_save_deletes_nothing_that_was_there_before_it_is_published(
@@ -66,7 +66,7 @@ def test_a_save_of_the_same_step_replaces_the_one_before(storage: Storage, manag
     save(manager, 5, 10)
     save(manager, 10, f1=0.5)
     found = manager_at(storage).newest()
-    assert_whole(found, 10)
+    assert_intact(found, 10)
     assert found is not None
     assert found.metrics == {"f1": 0.5}
     assert len(storage.list()) == 2
@@ -81,9 +81,9 @@ def test_an_unknown_name_is_an_error_that_lists_the_known_ones(storage: Storage,
     with pytest.raises(CheckpointError, match=r"no checkpoint 'step-7' in .*; found: step-00000004, step-00000003"):
         manager.find("step-7")
     assert manager_at(storage, keep_best=("f1", "max")).best() is None
-    assert_whole(manager.find("step-3"), 3)
-    assert_whole(manager.find("step-00000003"), 3)
-    assert_whole(manager.find("last"), 4)
+    assert_intact(manager.find("step-3"), 3)
+    assert_intact(manager.find("step-00000003"), 3)
+    assert_intact(manager.find("last"), 4)
 
 
 class Slow:
@@ -116,7 +116,7 @@ def test_a_step_waits_only_for_the_copy_and_later_changes_are_not_saved(
     manager.wait()
     assert manager.published == 10
     found = manager.newest()
-    assert_whole(found, 10)
+    assert_intact(found, 10)
     assert found is not None
     assert found.meta == {"position": [1]}
 
@@ -138,7 +138,7 @@ def test_a_synchronous_manager_has_published_when_save_returns(storage: Storage,
     manager = manager_at(storage, asynchronous=False)
     manager.save(3, state_of(3), {})
     assert threading.active_count() == 1 or "checkpoint" not in {thread.name for thread in threading.enumerate()}
-    assert_whole(manager_at(storage).newest(), 3)
+    assert_intact(manager_at(storage).newest(), 3)
 
 
 def save_and_poll(manager: CheckpointManager) -> None:
@@ -248,7 +248,7 @@ def test_a_full_disk_fails_the_save_and_leaves_the_last_one(small_disk: Path, ma
     ):
         manager.wait()
     assert storage.list() == ["step-00000001"]
-    assert_whole(manager_at(storage).newest(), 1)
+    assert_intact(manager_at(storage).newest(), 1)
     save(manager, 3)
     assert steps(storage) == [1, 3]
 
@@ -260,7 +260,7 @@ def test_a_disk_that_turned_read_only_is_named(small_disk: Path, manager_at: Mak
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(CheckpointError, match=r"saving step 2 .*Read-only file system"):
         save(manager, 2)
-    assert_whole(CheckpointStore(storage).newest(), 1)
+    assert_intact(CheckpointStore(storage).newest(), 1)
 
 
 def test_an_older_one_that_cannot_be_deleted_does_not_fail_the_save(
@@ -296,7 +296,7 @@ def test_a_rename_that_a_network_disk_did_but_denies_is_a_publication(
     with monkeypatch.context() as patch:
         patch.setattr(os, "rename", rename)
         save(manager, 2)
-    assert_whole(manager_at(open_storage(tmp_path)).newest(), 2)
+    assert_intact(manager_at(open_storage(tmp_path)).newest(), 2)
     assert [name for name in os.listdir(tmp_path) if name.startswith(".")] == []
 
 
@@ -317,7 +317,7 @@ def test_a_failed_rename_puts_the_replaced_one_back(
         with pytest.raises(CheckpointError, match=r"saving step 2 .*Input/output error"):
             save(manager, 2, f1=0.9)
     found = CheckpointStore(open_storage(tmp_path)).newest()
-    assert_whole(found, 2)
+    assert_intact(found, 2)
     assert found is not None
     assert found.metrics == {"f1": 0.5}
     assert os.listdir(tmp_path) == ["step-00000002"]

@@ -12,7 +12,7 @@ from typing import Any
 import fsspec
 import pytest
 import torch
-from checkpoint_states import assert_whole, save, state_of
+from checkpoint_states import assert_intact, save, state_of
 from runs import uploads_below
 
 from dist_train.checkpoint.manager import CheckpointManager
@@ -50,7 +50,7 @@ def test_a_store_that_is_away_for_a_moment_is_waited_for(
     cable.cut()
     threading.Timer(2, cable.heal).start()
     save(manager, 2)
-    assert_whole(CheckpointStore(open_storage(s3_url)).newest(), 2)
+    assert_intact(CheckpointStore(open_storage(s3_url)).newest(), 2)
 
 
 def test_a_store_that_stays_away_fails_the_save_and_keeps_the_last_one(
@@ -66,9 +66,9 @@ def test_a_store_that_stays_away_fails_the_save_and_keeps_the_last_one(
     cable.heal()
     reader = CheckpointStore(open_storage(s3_url))
     assert [row.state for row in reader.verify_all()] == ["good"]
-    assert_whole(reader.newest(), 1)
+    assert_intact(reader.newest(), 1)
     save(manager, 3)
-    assert_whole(reader.newest(), 3)
+    assert_intact(reader.newest(), 3)
 
 
 @pytest.mark.parametrize("megabytes", [3, 8])
@@ -86,11 +86,11 @@ def test_a_cable_cut_in_the_middle_of_an_upload_leaves_nothing_visible(
     assert [row.state for row in CheckpointStore(far).verify_all()] == ["good"]
     assert not [name for name in far.walk() if name.endswith("big.pt")]
     fresh = manager_at(far)
-    assert_whole(fresh.newest(), 1)
+    assert_intact(fresh.newest(), 1)
     assert {name.split("/")[0] for name in far.walk()} == {"step-00000001"}
     assert uploads_below(far) == []
     fresh.save(2, big_state(2), {}, wait=True)
-    assert_whole(CheckpointStore(far).newest(), 2)
+    assert_intact(CheckpointStore(far).newest(), 2)
 
 
 def test_a_passing_failure_in_an_upload_is_retried(wired: Storage, s3_url: str, cable: Any, manager_at: Make) -> None:
@@ -101,7 +101,7 @@ def test_a_passing_failure_in_an_upload_is_retried(wired: Storage, s3_url: str, 
     manager.save(2, big_state(2), {})
     manager.wait()
     found = CheckpointStore(open_storage(s3_url)).newest()
-    assert_whole(found, 2)
+    assert_intact(found, 2)
     assert found is not None
     assert torch.equal(found.load("big"), torch.zeros(3 << 20))
 
@@ -110,9 +110,9 @@ def test_what_another_process_published_is_seen_at_once(s3_url: str, manager_at:
     reader = CheckpointStore(open_storage(s3_url))
     assert reader.newest() is None
     save(manager_at(open_storage(s3_url)), 1)
-    assert_whole(reader.newest(), 1)
-    assert_whole(find_at(s3_url.removesuffix("/checkpoints")), 1)
-    assert_whole(find_at(f"{s3_url}/step-00000001"), 1)
+    assert_intact(reader.newest(), 1)
+    assert_intact(find_at(s3_url.removesuffix("/checkpoints")), 1)
+    assert_intact(find_at(f"{s3_url}/step-00000001"), 1)
 
 
 def test_a_bucket_that_is_not_there_is_named_at_once(s3_url: str, manager_at: Make) -> None:
@@ -130,7 +130,7 @@ def test_a_checkpoint_copied_from_a_store_to_a_disk_is_whole_there(
     save(manager_at(far), 1)
     for name in far.walk():
         near.write_atomic(name, far.read_bytes(name))
-    assert_whole(CheckpointStore(near).newest(), 1)
+    assert_intact(CheckpointStore(near).newest(), 1)
 
 
 def test_a_publication_whose_response_is_lost_for_good_is_still_whole(
@@ -151,7 +151,7 @@ def test_a_publication_whose_response_is_lost_for_good_is_still_whole(
         save(manager, 2)
     reader = CheckpointStore(open_storage(s3_url))
     assert [row.state for row in reader.verify_all()] == ["good", "good"]
-    assert_whole(manager_at(open_storage(s3_url)).newest(), 2)
+    assert_intact(manager_at(open_storage(s3_url)).newest(), 2)
 
 
 def test_a_publication_that_the_clients_library_sent_twice_keeps_its_data(
@@ -167,7 +167,7 @@ def test_a_publication_that_the_clients_library_sent_twice_keeps_its_data(
 
     monkeypatch.setattr(storage, "_create", create)
     save(manager_at(storage), 1)
-    assert_whole(CheckpointStore(storage).newest(), 1)
+    assert_intact(CheckpointStore(storage).newest(), 1)
 
 
 def test_a_replaced_one_that_cannot_be_deleted_does_not_undo_its_successor(
@@ -184,7 +184,7 @@ def test_a_replaced_one_that_cannot_be_deleted_does_not_undo_its_successor(
         patch.setattr(storage, "delete", refuse)
         save(manager, 1, f1=0.5)
     found = manager_at(open_storage(s3_url)).newest()
-    assert_whole(found, 1)
+    assert_intact(found, 1)
     assert found is not None
     assert found.metrics == {"f1": 0.5}
     assert len(storage.walk()) == 3  # swept by that start

@@ -1,4 +1,4 @@
-"""The power fails at any moment: what a disk surely holds by then, what was synced, is whole checkpoints or none."""
+"""The power fails at any moment: what a disk surely holds by then, what was synced, is complete checkpoints or none."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoint_states import assert_whole, save
+from checkpoint_states import assert_intact, save
 
 from dist_train.checkpoint.manager import CheckpointManager, SavePolicy
 from dist_train.checkpoint.manifest import CorruptedError
@@ -101,7 +101,7 @@ def power_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgets: str
         kept = [found.step for found in store.published()]
         for step in kept:
             try:
-                assert_whole(store.open(step), step)
+                assert_intact(store.open(step), step)
             except CorruptedError as error:
                 wrong.append(f"step {step}: {error}")
         if max(kept, default=0) < promised:

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 
 import pytest
-from checkpoint_states import assert_whole, save, state_of
+from checkpoint_states import assert_intact, save, state_of
 
 from dist_train.checkpoint.manager import CheckpointManager
 from dist_train.checkpoint.manifest import CheckpointError
@@ -51,7 +51,7 @@ def test_a_zombie_that_wakes_up_publishes_nothing(storage: Storage, manager_at: 
     with pytest.raises(LeaseLostError, match=r"another owner"):
         zombie.save(9, state_of(9), {}, wait=True)
     found = CheckpointStore(storage).newest()
-    assert_whole(found, other_step)
+    assert_intact(found, other_step)
     assert found is not None
     assert found.meta == {"writer": "owner"}
     assert found.manifest.lease == second.number
@@ -74,13 +74,13 @@ def test_a_zombie_that_sleeps_past_the_last_check_is_whole_or_withdrawn(
         if checks[0] == 2:  # right before it becomes visible
             second = successor_of(first, storage)
             seconds.append(second)
-            assert_whole(manager_at(storage, lease=second).newest(), 1)  # this sweeps
+            assert_intact(manager_at(storage, lease=second).newest(), 1)  # this sweeps
         return number
 
     monkeypatch.setattr(first, "check", check)
     with pytest.raises(CheckpointError, match=r"saving step 2"):
         save(zombie, 2)
-    assert_whole(CheckpointStore(storage).newest(), 1)
+    assert_intact(CheckpointStore(storage).newest(), 1)
     assert [row.state for row in CheckpointStore(storage).verify_all()] == ["good"]
     for lease in (first, *seconds):
         lease.release()
@@ -112,6 +112,6 @@ def test_the_owner_replaces_what_a_dead_one_published_after_its_last_sweep(stora
     save(manager_at(storage), 5)
     owner.save(5, state_of(5), {"writer": "owner"}, wait=True)
     found = CheckpointStore(storage).newest()
-    assert_whole(found, 5)
+    assert_intact(found, 5)
     assert found is not None
     assert found.meta == {"writer": "owner"}

@@ -1,4 +1,4 @@
-"""Metrics by parts give what scikit-learn computes for the whole."""
+"""Metrics computed in parts equal scikit-learn's over all samples."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_classes_of_torchmetrics_are_taken_alone_and_in_collections() -> None:
 
 
 class Given(Metric):
-    """Gives what it was made with."""
+    """Returns fixed values."""
 
     def __init__(self, name: str = "given", sums: Any = None, value: float = 0.5):
         self.name, self.gives, self.value = name, sums, value

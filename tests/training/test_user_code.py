@@ -115,7 +115,7 @@ def test_an_error_inside_the_users_own_module_is_reported_as_such(folder: Path) 
         ("checkpoint.resume=nowhere", ["checkpoint.resume", "nowhere"]),
     ],
 )
-def test_what_shows_only_when_the_pieces_meet_is_a_config_error_and_writes_nothing(
+def test_a_mistake_that_shows_only_when_everything_is_built_is_a_config_error_and_writes_nothing(
     folder: Path, override: str, parts: list[str]
 ) -> None:
     done = run(
