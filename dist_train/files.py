@@ -81,7 +81,8 @@ def temporary_beside(path: Path) -> Iterator[Path]:
     try:
         yield temporary
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what has been written is there; a name too many harms nobody
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.config.errors import ConfigError
+from dist_train.files import retried
 from dist_train.run.report import report_in
 from dist_train.run.summary import end_lines
 from dist_train.runtime.lease import look_at_owner
@@ -95,7 +96,8 @@ def _write(trainer: Trainer, result: dict[str, Any]) -> None:
         if task := parts.modules.task_state():
             _write_weights(run, "task.pt", task)
         _write_weights(run, "model.pt", trainer.model.state_dict())
-    run.path("report.html").unlink(missing_ok=True)  # of an earlier end: a start that finds none writes it
+    report = run.path("report.html")  # of an earlier end: a start that finds none writes it
+    retried("delete", report, lambda: report.unlink(missing_ok=True))
     run.storage.delete("report.html")
     trainer.outputs.flush_and_upload()
     run.write_json("result.json", result)  # the last: a run that has it is completed
