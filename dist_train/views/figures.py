@@ -54,7 +54,7 @@ class Regression:
 
 @dataclass
 class Boundary:
-    """Two-dimensional inputs: points (N, 2), their labels (N,), and the predicted class on a grid as training went on.
+    """Two-dimensional inputs: points (N, 2), their labels (N,), and the predicted class on a grid as training progressed.
 
     extent: (x0, x1, y0, y1) of the grid. frames: (step, classes (H, W) with row 0 at y0), in the order of steps.
     """

@@ -1,4 +1,4 @@
-"""The pictures of a report: what the kept model says about data that it wasn't trained on."""
+"""The pictures of a report: the kept model's predictions on data that it wasn't trained on."""
 
 from __future__ import annotations
 

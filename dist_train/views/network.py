@@ -153,7 +153,7 @@ class Pictures(Callback):
         def first(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             on_inputs(kwargs or (args[0] if len(args) == 1 else args))
 
-        # Compiled, it would be compiled again for this.
+        # a compiled model would be recompiled for this
         eager = torch.compiler.set_stance("force_eager") if trainer.config.trainer.compile else contextlib.nullcontext()
         handle = model.register_forward_pre_hook(first, with_kwargs=True)
         try:
@@ -175,7 +175,7 @@ class _Every:
         self._next: float | None = None
 
     def due(self, trainer: Training) -> bool:
-        """Whether it is time, asked once a step, before it."""
+        """Whether something is due; called once per step, before it."""
         every, now = self.every, trainer.seconds
         if every is None or not every.is_time:
             return trainer.step % (in_steps(every, trainer.plan.steps_per_epoch) or NEVER) == 0

@@ -123,7 +123,7 @@ def write_comparison(roots: Sequence[str | os.PathLike[str]], path: str | os.Pat
 
 
 def _tiles(rows: list[Row], known: dict[str, Any]) -> dict[str, str]:
-    """The values that a person looks for first."""
+    """The headline values."""
     state = str(known.get("state") or "unknown")
     tiles = {"state": state}
     for split in ("test", "val"):
@@ -148,7 +148,7 @@ def _panel(rows: list[Row], name: str) -> Image:
 
 
 def _overlay(every: Mapping[str, list[Row]], metric: str) -> Image:
-    """One metric of all runs: val (the train rows where there is no val), a color a run."""
+    """One metric of all runs: val (the train rows where there is no val), one color per run."""
     figure = new_figure(5.2, 3.6)
     axis = figure.subplots()
     for color, (name, rows) in zip(itertools.cycle(RUN_COLORS), every.items(), strict=False):

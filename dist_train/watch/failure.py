@@ -55,7 +55,7 @@ _HINTS = {  # the first pattern that matches counts; torch ends each "CUDA error
     "CUDA error: unknown error|Cuda failure 999|device is lost": _HARDWARE,
     "system not yet initialized": "nvidia-fabricmanager must run on that host: systemctl status nvidia-fabricmanager",
     "busy or unavailable": "nvidia-smi: another process holds the GPU exclusively (compute mode)",
-    "re-initialize CUDA in forked": "keep CUDA out of the dataset, or set data.multiprocessing_context=spawn",
+    "re-initialize CUDA in forked": "keep CUDA out of the dataset, or set data.worker_start_method=spawn",
     "Duplicate GPU detected": "one GPU per rank: start fewer processes (--nproc_per_node), or check CUDA_VISIBLE_DEVICES",
     "collective operation timeout|WorkNCCL": "a rank is late, or in another collective: see the logs of all ranks and "
     "logs/nccl-rank-N.json; a longer distributed.hang_timeout if it is only slow",
@@ -150,7 +150,7 @@ def hint(text: str) -> str:
 
 def is_peer_failure(error: BaseException) -> bool:
     """Whether this may be only the echo of another rank's failure."""
-    kinds = ("RuntimeError", "DistBackendError", "DistNetworkError", "DistStoreError")  # no subclass of a user's
+    kinds = ("RuntimeError", "DistBackendError", "DistNetworkError", "DistStoreError")  # not a user's subclass
     return type(error).__name__ in kinds and bool(_PEER_LOST.search(str(error)))
 
 

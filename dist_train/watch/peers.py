@@ -189,7 +189,7 @@ class Peers:
         return self._failure
 
     def leave_a_fork(self, error: BaseException) -> None:
-        """In a process that the user's code has forked: end it, in nobody else's name."""
+        """In a process that the user's code has forked: end it, without reporting a failure of the run."""
         if os.getpid() != self._pid:
             end_fork(error)
 

@@ -24,7 +24,7 @@ _owned = False
 
 @contextlib.contextmanager
 def owned_by_command() -> Iterator[None]:
-    """Inside, this process belongs to a command of dist_train, which may end it: it is nobody's notebook."""
+    """Inside, this process belongs to a command of dist_train, which may end it: it isn't a notebook."""
     global _owned
     _owned = True
     try:
@@ -111,7 +111,7 @@ def raise_file_limit() -> None:
 
 
 def end_fork(error: BaseException) -> NoReturn:
-    """End a child that the user's code has forked, as Python would for what it raised, in nobody else's name."""
+    """End a child that the user's code has forked, as Python would for what it raised, without reporting a failure of the run."""
     ends = error.__cause__ if isinstance(error.__cause__, SystemExit) else error
     if not isinstance(ends, SystemExit):
         traceback.print_exception(error)

@@ -33,7 +33,7 @@ class _Listener:
         threading.Thread(target=self._run, name="dist_train-signals", daemon=True).start()
 
     def take_over(self) -> None:
-        """Let the stop signals do nothing but be heard, also where user code has used the wakeup descriptor since."""
+        """Let the stop signals only write to the socket, also where user code has used the wakeup descriptor since."""
         self.numbers = STOP_SIGNALS
         for number in self.numbers:
             ignored = number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN  # by nohup
@@ -66,7 +66,7 @@ class _Listener:
         self.reader.close()
 
     def restore(self, forked: bool = False) -> None:
-        """Give everything back (main thread); in a fork, the descriptors belong to the parent."""
+        """Restore everything (main thread); in a fork, the descriptors belong to the parent."""
         now = signal.set_wakeup_fd(-1)
         back = -1 if forked else self.theirs if now == self.writer.fileno() else now
         with contextlib.suppress(OSError, ValueError):

@@ -64,7 +64,7 @@ class Status(ctypes.Structure):
         ctypes.memset(ctypes.addressof(self), 0, ctypes.sizeof(self))
 
     def progress(self) -> list[int]:
-        """What changes while anything moves."""
+        """The values that change while there is progress."""
         return [self.step, self.phase, self.item, self.bytes]
 
 

@@ -147,7 +147,7 @@ def test_a_module_that_is_not_there_is_reported_with_names_near_it_and_nothing_i
         ((4, 3, 32, 32), [(65, 65, 3)], [(65, 65)] * 4),
         ((2, 5, 28, 28), [(57, 86)] * 2, [(57, 86)] * 2),
         ((2, 64, 7, 9), [(63, 79)] * 2, [(63, 79)] * 2),
-        ((4, 28, 28), [(57, 57)], [(28, 28)] * 4),  # no channels; of a layer: a row a channel
+        ((4, 28, 28), [(57, 57)], [(28, 28)] * 4),  # no channels; of a layer: one row per channel
         ((6, 10), [(6, 10)], [(6, 10)]),
     ],
 )

@@ -190,7 +190,7 @@ def test_out_of_memory_is_recognized_in_every_wording(error: Exception) -> None:
         (Accelerator(CUDA.format("unknown error")), "use another host"),
         (Accelerator(CUDA.format("CUDA-capable device(s) is/are busy or unavailable")), "compute mode"),
         (RuntimeError("Cannot re-initialize CUDA in forked subprocess. To use CUDA with multiprocessing, you must use the "
-                      "'spawn' start method"), "multiprocessing_context=spawn"),
+                      "'spawn' start method"), "data.worker_start_method=spawn"),
         (Backend(NCCL.format("cuda error", UNHANDLED, "Cuda failure 999 'unknown error'")), "use another host"),
         (Backend(NCCL.format("system error", SYSTEM, "Error while creating shared memory segment /dev/shm/nccl-CsYXMW (size 9)")),
          "--shm-size=8g, or"),
