@@ -245,7 +245,7 @@ def test_synced_batchnorm_with_unequal_numbers_of_forwards_is_refused(tmp_path: 
     """24 samples leave two for the last step, one a rank, and 8 leave two as well; of 9, one rank gets five and splits them."""
     for size, drop_last in ((8, True), (8, False), (24, False)):
         check_batches(tmp_path, size, drop_last)
-    with pytest.raises(ConfigError, match="of a step of 9 samples the 2 ranks run 2, 1 micro-batches of at most 4"):
+    with pytest.raises(ConfigError, match="for a step of 9 samples the 2 ranks run 2, 1 micro-batches of at most 4"):
         check_batches(tmp_path, 9, True)
-    with pytest.raises(ConfigError, match="of a step of 1 samples the 2 ranks run 1, 0"):
+    with pytest.raises(ConfigError, match="for a step of 1 samples the 2 ranks run 1, 0"):
         check_batches(tmp_path, 7, False)

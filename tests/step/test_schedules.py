@@ -254,7 +254,7 @@ def test_reduce_on_plateau_takes_its_mode_from_the_metric() -> None:
         ({**PLATEAU, "mode": "max", "metric": "val/loss"}, LOSS),
         (functools.partial(lrs.ReduceLROnPlateau, patience=0), ACCURACY),
     ):
-        with pytest.raises(ConfigError, match=f"looks at {watched[0]}"):
+        with pytest.raises(ConfigError, match=f"follows {watched[0]}"):
             Schedule(spec, an_optimizer(), SPAN, watched)
     of_ones_own = {**PLATEAU, "mode": "min", "metric": "val/gap"}
     assert Schedule(of_ones_own, an_optimizer(), SPAN, ("val/gap", "max")).scheduler.mode == "min"
