@@ -87,8 +87,8 @@ def storm(method: str, action: str) -> tuple[int, str]:
             os.killpg(process.pid, GROUP_SIGNALS[sent % len(GROUP_SIGNALS)])
             sent += 1
             time.sleep(0.01)
-        assert sent > 20
         text, _ = process.communicate(timeout=60)
+        assert sent > 20 or process.returncode, text  # without protection it may end sooner
         return process.returncode, text
 
 
