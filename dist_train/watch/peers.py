@@ -27,6 +27,7 @@ from dist_train.watch.status import CONFIG, DONE, PHASES, STARTING, STOPPED, sta
 
 LOOK_SECONDS = 0.5
 POST_SECONDS = 1.0
+FIRST_LOOK_SECONDS = 0.05  # between polls until the first heartbeat of every rank has been read
 SILENT_SECONDS = 3.0  # without a heartbeat, which a report mentions
 LOST_SECONDS = 6.0  # the same on another machine; a process of this machine is looked up instead
 SETTLE_SECONDS = 7.0  # from an error that a lost peer may have caused, until the watch knows whether it did
@@ -205,7 +206,7 @@ class Peers:
     # Watching thread.
 
     def _run(self) -> None:
-        while not self._stop.wait(LOOK_SECONDS):
+        while not self._stop.wait(LOOK_SECONDS if self._knows_all() else FIRST_LOOK_SECONDS):
             self._arm()
             try:
                 self._look()
@@ -214,6 +215,10 @@ class Peers:
                 if self._stop.is_set():
                     return
                 self._without_store(error)
+
+    def _knows_all(self) -> bool:
+        """Whether every rank's memory is open: after a rank's death its position can't be found any more."""
+        return self.store is None or not self._reads_all or len(self._states) == self.size
 
     def _arm(self) -> None:
         """C code that holds the GIL silences this watch too: a C thread then ends the process, with the stacks on stderr."""
