@@ -19,9 +19,8 @@ QUICK = [
     "checkpoint.every=[2step]",
     "checkpoint.keep_last=1",
     "debug.trace_samples=true",
-    "tracking.tensorboard=false",
 ]
-QUICK.append(f"tracking.report={str(sample > 100).lower()}")  # pictures take their time
+QUICK += [f"tracking.{view}={str(sample > 100).lower()}" for view in ("report", "tensorboard")]  # they take their time
 
 
 def once(call):
