@@ -1,4 +1,4 @@
-"""EMA weights: an exponential moving average of the weights, used for evaluation and for the final model."""
+"""EMA weights (exponential moving average, Polyak and Juditsky 1992), used for evaluation and for the final model."""
 
 from __future__ import annotations
 
