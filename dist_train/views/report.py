@@ -189,7 +189,8 @@ def _attempts(records: Iterable[dict[str, Any]]) -> Iterable[tuple[str, str]]:
     """attempts.jsonl as rows of a table."""
     for record in records:
         time, event = str(record.pop("time", ""))[:19].replace("T", " "), record.pop("event", "")
-        yield time, ", ".join([event, *(f"{key} {value}" for key, value in record.items() if value not in (None, ""))])
+        facts = [f"{key} {value}" for key, value in record.items() if value not in (None, "", {})]
+        yield time, ", ".join([event, *facts])
 
 
 def _numbers(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
