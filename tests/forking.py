@@ -51,6 +51,7 @@ _AT_START = (
 _ASKED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER
 _HEADER = struct.Struct("Q")
+_adoption = threading.Lock()  # being a subreaper is the whole process's: one child at a time is handed over
 RealPopen = subprocess.Popen
 
 
@@ -64,7 +65,7 @@ class Template:
     """A process that forks others; its owner talks to it through a socket."""
 
     def __init__(self, channel: socket.socket, env: dict[str, str]):
-        self._channel, self._env, self._lock, self._owner = channel, _at_start(env), threading.Lock(), os.getpid()
+        self._channel, self._env, self._owner = channel, _at_start(env), os.getpid()
 
     @classmethod
     def start(cls, env: dict[str, str]) -> Template:
@@ -83,7 +84,7 @@ class Template:
         """The pid of a new child of this process, which is what a request says, with these three descriptors."""
         prctl = ctypes.CDLL(None, use_errno=True).prctl
         content = pickle.dumps({**request, "parent": os.getpid()})
-        with self._lock:
+        with _adoption:
             socket.send_fds(self._channel, [_HEADER.pack(len(content))], streams)
             self._channel.sendall(content)
             (pid,) = _HEADER.unpack(_read(self._channel, _HEADER.size))
@@ -93,6 +94,8 @@ class Template:
                 _read(self._channel, 1)
             finally:
                 prctl(_SUBREAPER, 0, 0, 0, 0)
+            # Raises where it isn't our child, for which `subprocess` would report exit code 0.
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         return pid
 
 
@@ -125,7 +128,13 @@ class Popen(RealPopen):  # type: ignore[type-arg]
 def take_over(env: dict[str, str]) -> None:
     """Let `subprocess` fork in this process, from a template that begins, when it is first needed, with `env`."""
     if sys.platform == "linux":
-        Popen.template = functools.cache(lambda: Template.start(env))
+        lock, started = threading.Lock(), functools.cache(lambda: Template.start(env))
+
+        def template() -> Template:
+            with lock:  # functools.cache lets two threads start one each
+                return started()
+
+        Popen.template = template
         subprocess.Popen = Popen  # type: ignore[misc]
 
 

@@ -56,7 +56,7 @@ def run(
     *arguments: str,
     env: dict[str, str] | None = None,
     expect: int | None = 0,
-    timeout: float = 120,
+    timeout: float = 300,
     real: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     """Run to the end; fails with the whole output where the exit code isn't `expect`."""

@@ -26,7 +26,7 @@ def told(popen: Any, *args: str, **options: Any) -> tuple[dict[str, Any], bool]:
     """What a Python process with the probe says of itself; whether it was forked."""
     options = {"env": environment(), "stdin": subprocess.DEVNULL, **options}
     process = popen([sys.executable, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=180)
     assert (process.returncode, err) == (0, "")
     facts, forked = out.splitlines()
     return json.loads(facts), forked == "True"
@@ -52,7 +52,7 @@ def test_a_sitecustomize_is_executed_first(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("import sys\nprint('torch' in sys.modules, sys.path[0], len(sys.argv))")
     path = os.pathsep.join([str(tmp_path), environment()["PYTHONPATH"]])
     command = [sys.executable, "-c", "print(2)"]
-    done = subprocess.run(command, env=environment(PYTHONPATH=path), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=environment(PYTHONPATH=path), capture_output=True, text=True, timeout=180)
     assert done.stdout.startswith(f"True {tmp_path} ")
     assert done.stdout.endswith("\n2\n")
 
@@ -81,7 +81,7 @@ def test_a_template_with_a_thread_or_with_something_of_ours_ends_at_once(tmp_pat
     code = f"import forking, socket\nforking.PRELOADED = ({module!r},)\nforking._main(socket.socketpair()[0].detach())"
     path = os.pathsep.join([str(tmp_path), str(Path(__file__).parent), environment()["PYTHONPATH"]])
     command = [sys.executable, "-P", "-c", code]
-    done = subprocess.run(command, env=environment(PYTHONPATH=path), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=environment(PYTHONPATH=path), capture_output=True, text=True, timeout=180)
     assert (done.returncode, why in done.stderr) == (int(bool(why)), True), done.stderr
 
 
@@ -104,7 +104,7 @@ def test_it_ends_as_a_real_one_does(tmp_path: Path, code: str, left_with: int) -
             [sys.executable, "ends.py"],
             cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=180)
         ends.append((process.returncode, out, err.splitlines()[-1:]))
         assert not Path(f"/proc/{process.pid}").exists()
     assert ends[0] == ends[1]
@@ -121,7 +121,7 @@ def test_signals_reach_it_from_its_first_moment_on() -> None:
 def test_torchrun_and_its_workers_are_forked_as_well(tmp_path: Path) -> None:
     args = [*command(2)[:-2], str(PROGRAMS / "torchrun_worker.py")]
     process = Popen(args, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
-    told = process.communicate(timeout=60)[1]
+    told = process.communicate(timeout=180)[1]
     assert process.returncode == 1, told
     assert "exitcode  : 7" in told
     for rank in "01":
@@ -158,3 +158,12 @@ def test_a_forked_run_has_the_weights_of_a_real_one(tmp_path: Path) -> None:
         run(tmp_path, 1, "trainer.duration=5step", f"run.name=real-{real}", "tracking.report=false", real=real)
     one, other = (json.loads((tmp_path / f"runs/real-{real}/result.json").read_text()) for real in (False, True))
     assert one["weights_sha256"] == other["weights_sha256"]
+
+
+def test_threads_that_start_their_first_processes_at_once_get_their_exit_codes() -> None:
+    """Two templates at a time would take each other's children away: exit code 0 for whatever they did."""
+    env = environment()
+    env["PYTHONPATH"] = os.pathsep.join([str(PROGRAMS.parent), env["PYTHONPATH"]])
+    done = RealPopen([sys.executable, str(PROGRAMS / "many_at_once.py")], env=env, stdout=subprocess.PIPE, text=True)
+    out, _ = done.communicate(timeout=180)
+    assert out == f"{[(code, code) for code in range(1, 7)]}\n"

@@ -36,7 +36,7 @@ def test_a_job_that_wakes_up_after_its_successor_writes_nothing_and_ends(alone: 
         assert "took the run over from" in done.stdout
         before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file() and "logs" not in path.parts}
         os.kill(zombie.pid, signal.SIGCONT)
-        out, err = zombie.communicate(timeout=60)
+        out, err = zombie.communicate(timeout=180)
     finally:
         zombie.kill()
     assert zombie.returncode == 1, out

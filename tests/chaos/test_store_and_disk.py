@@ -71,7 +71,7 @@ def test_a_second_job_on_a_live_run_is_refused_and_names_the_owner(alone: Path) 
         assert len(list((place / "trace" / ".attempts").iterdir())) == 1, "the second one left a trace"
     finally:
         first.send_signal(signal.SIGTERM)
-        out, err = first.communicate(timeout=60)
+        out, err = first.communicate(timeout=180)
     assert first.returncode == 75, out + err
 
 

@@ -144,7 +144,7 @@ class SlurmCluster:
 
     def run(self, *command: str) -> str:
         """Run a Slurm command; return its output, empty if it failed."""
-        return subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=60).stdout
+        return subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=180).stdout
 
     def submit(self, cwd: Path, *arguments: str, env: Mapping[str, str] | None = None) -> str:
         """sbatch in `cwd`; return the job ID."""
@@ -154,7 +154,7 @@ class SlurmCluster:
             env={**self.env, **(env or {})},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=180,
         )
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()

@@ -253,7 +253,7 @@ def test_a_terminal_that_goes_away_does_not_end_the_training(tmp_path: Path) -> 
 def test_a_reader_that_goes_away_does_not_end_the_training(tmp_path: Path) -> None:
     command = f'"{sys.executable}" "{PROGRAM}" | head -1; echo ${{PIPESTATUS[0]}}'
     done = subprocess.run(
-        ["bash", "-c", command], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=30
+        ["bash", "-c", command], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=180
     )
     assert done.stdout.splitlines() == ["  model  DigitsCNN", "0"]
     assert "BrokenPipe" not in done.stderr
@@ -271,7 +271,7 @@ def test_a_stdout_that_is_closed_or_missing_does_not_end_the_training(tmp_path: 
 
 def test_a_locale_without_unicode_does_not_end_the_training(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, PROGRAM, "unicode"], cwd=tmp_path, capture_output=True, text=True, timeout=30,
+        [sys.executable, PROGRAM, "unicode"], cwd=tmp_path, capture_output=True, text=True, timeout=180,
         env=environment(PYTHONIOENCODING="ascii", PYTHONUTF8="0"),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -31,7 +31,7 @@ CASES = {
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, PROGRAM, *arguments], env=environment(), capture_output=True, text=True, timeout=30
+        [sys.executable, PROGRAM, *arguments], env=environment(), capture_output=True, text=True, timeout=180
     )
 
 
