@@ -25,19 +25,15 @@ LOG = logging.getLogger("dist_train")  # routine lines go to the log file, not t
 
 @dataclass(frozen=True)
 class SavePolicy:
-    """How checkpoints are saved and which are kept.
-
-    Attributes:
-        keep_last: how many of the newest to keep.
-        keep_best: a metric and ``min`` or ``max``: the best checkpoint by it is kept too.
-        asynchronous: write in a thread; ``False`` writes in :meth:`CheckpointManager.save` itself, and keeps no buffer.
-        on_error: ``warn`` logs a failed save where ``fail`` raises, unless the run has another owner by now.
-    """
+    """How checkpoints are saved and which are kept."""
 
     keep_last: int = 3
     keep_best: tuple[str, str] | None = None
+    """A metric and ``min`` or ``max``: the best checkpoint by it is kept beside the newest."""
     asynchronous: bool = True
+    """Write in a thread; else in :meth:`CheckpointManager.save` itself, which then keeps no buffer."""
     on_error: Literal["fail", "warn"] = "fail"
+    """``warn`` logs a failed save where ``fail`` raises, unless the run has another owner by now."""
 
 
 class CheckpointManager:
@@ -75,12 +71,9 @@ class CheckpointManager:
         self.tolerated: CheckpointError | None = None
 
     def assure_owner(self) -> None:
-        """To be called before writing a record that a successor writes too, so that a zombie's records don't mix in.
+        """Before a record that a successor writes too: raises LeaseLostError if the run has another owner by now.
 
         With a URL nothing is checked here: records are written locally, and uploaded after a check.
-
-        Raises:
-            LeaseLostError: another process owns the run by now.
         """
         if self._lease is not None and self._store.storage.is_local:
             self._lease.assure()

@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter
 
 from dist_train.tracking.records import finite
 
@@ -20,9 +21,9 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 # Fields of format 1. A field added later must be optional on reading (`content.get`), or every older checkpoint would count
 # as corrupted.
-_FIELDS = ("step", "attempt", "created_at", "lease", "metrics")
+_FIELDS = ("step", "attempt", "created_at", "lease", "metrics", "files", "meta")
 
-_NAME, _HASH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*"), re.compile(r"[0-9a-f]{64}")
+_Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
 
 
 class CheckpointError(Exception):
@@ -30,12 +31,10 @@ class CheckpointError(Exception):
 
 
 class CorruptedError(CheckpointError):
-    """Bytes that were read and aren't those that were published, in ``file``."""
+    """Bytes that were read and aren't those that were published."""
 
     def __init__(self, file: str, reason: str) -> None:
         super().__init__(f"{file}: {reason}")
-        self.file = file
-        self.reason = reason
 
 
 class NewerFormatError(CheckpointError):
@@ -46,8 +45,8 @@ class NewerFormatError(CheckpointError):
 class FileEntry:
     """One file of a checkpoint: its length, its sha256, and its path relative to the checkpoint's directory."""
 
-    bytes: int
-    sha256: str
+    bytes: Annotated[int, Field(gt=0)]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     key: str
 
 
@@ -60,31 +59,22 @@ class Manifest:
     world_size, best, plan and horizon, and `run_facts` config, versions, host and, in a git repository, commit.
     """
 
-    step: int
-    files: dict[str, FileEntry]
-    attempt: str
+    step: Annotated[int, Field(ge=0)]
+    files: Annotated[dict[_Name, FileEntry], Field(min_length=1)]
+    attempt: _Name
     metrics: dict[str, float] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
     created_at: str = ""
     lease: int | None = None
 
     def to_bytes(self) -> bytes:
-        """Bytes of the file, ending with the hash.
-
-        Raises:
-            TypeError, ValueError: ``meta`` is not JSON (a NaN in it isn't).
-        """
-        files: dict[str, Any] = {name: vars(entry).copy() for name, entry in self.files.items()}
-        for name, entry in files.items():
-            if entry["key"] == name:
-                del entry["key"]
-        content = {
-            "format": FORMAT,
-            **{name: getattr(self, name) for name in _FIELDS},
-            "files": files,
-            "meta": self.meta,
-        }
+        """Bytes of the file, ending with the hash. Raises TypeError or ValueError if ``meta`` isn't JSON (NaN isn't)."""
+        content = {"format": FORMAT, **{name: getattr(self, name) for name in _FIELDS}}
         content["metrics"] = finite({name: float(value) for name, value in self.metrics.items()})
+        content["files"] = {
+            name: {field: value for field, value in vars(entry).items() if (field, value) != ("key", name)}
+            for name, entry in self.files.items()
+        }
         return _dump({**content, "sha256": _own_hash(content)})
 
     @classmethod
@@ -115,35 +105,22 @@ class Manifest:
         try:
             return _checked(content)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CorruptedError(MANIFEST, f"the hash matches, but the content is invalid ({error!r})") from None
+            why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise CorruptedError(MANIFEST, f"the hash matches, but the content is invalid ({why})") from None
 
 
-def _checked(content: Mapping[str, Any]) -> Manifest:
+_READER = TypeAdapter(Manifest)
+
+
+def _checked(content: dict[str, Any]) -> Manifest:
     """The manifest, with every field of the type it must have. Raises any error where one isn't."""
-    attempt, files = content["attempt"], {}
-    for name, entry in content["files"].items():
-        key, size = entry.get("key", name), entry["bytes"]
+    fields = {name: content[name] for name in _FIELDS}
+    fields["metrics"] = {name: math.nan if value is None else value for name, value in content["metrics"].items()}
+    for name, entry in fields["files"].items():
         # A name is that of a file inside the checkpoint's directory: nothing else is ever read or deleted.
-        inside = _NAME.fullmatch(name) and name != MANIFEST and key in (name, f"{attempt}/{name}")
-        _require(inside, f"file {name!r}, {key!r}")
-        _require(type(size) is int and size > 0 and _HASH.fullmatch(entry["sha256"]), f"{name}: {entry}")
-        files[name] = FileEntry(size, entry["sha256"], key)
-    metrics = {name: math.nan if value is None else value for name, value in content["metrics"].items()}
-    _require(files, "no files")
-    _require(type(content["step"]) is int and content["step"] >= 0, f"step {content['step']!r}")
-    _require(_NAME.fullmatch(attempt), f"attempt {attempt!r}")
-    _require(
-        isinstance(content["created_at"], str) and type(content["lease"]) in (int, type(None)), "created_at, lease"
-    )
-    _require(all(type(value) in (int, float) for value in metrics.values()), f"metrics {metrics!r}")
-    _require(isinstance(content["meta"], dict), f"meta {content['meta']!r}")
-    fields = {name: content[name] for name in _FIELDS} | {"metrics": metrics}
-    return Manifest(files=files, meta=content["meta"], **fields)
-
-
-def _require(condition: object, found: str) -> None:
-    if not condition:
-        raise ValueError(found[:200])
+        if name == MANIFEST or entry.setdefault("key", name) not in (name, f"{fields['attempt']}/{name}"):
+            raise ValueError(f"file {name!r}: {entry}")
+    return _READER.validate_json(json.dumps(fields), strict=True)
 
 
 def _own_hash(content: Mapping[str, Any]) -> str:

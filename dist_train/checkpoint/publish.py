@@ -38,11 +38,7 @@ class Writing:
         storage.makedirs(self.directory)
 
     def add(self, name: str, produce: Callable[[BinaryIO], object]) -> None:
-        """Write one file durably, hashing it on the way.
-
-        Raises:
-            CheckpointError: naming the file and the cause.
-        """
+        """Write one file durably, hashing it on the way. Raises CheckpointError with the file and the cause."""
         key = self._prefix + name
         try:
             length, digest = self._storage.write_stream(f"{self.directory}/{key}", produce)
@@ -60,11 +56,7 @@ class Writing:
 
 
 class OwnedStore(CheckpointStore):
-    """The checkpoints of a run, for the process that trains it.
-
-    Args:
-        lease: checked before anything is published or deleted.
-    """
+    """The checkpoints of a run, for the process that trains it; `lease` is checked before any is published or deleted."""
 
     def __init__(self, storage: Storage, log: Callable[[str], None] = print, lease: Lease | None = None) -> None:
         super().__init__(storage, log)
@@ -75,20 +67,13 @@ class OwnedStore(CheckpointStore):
         return self._lease.check() if self._lease is not None else None
 
     def publish(self, writing: Writing, metrics: Mapping[str, float], meta: dict[str, Any]) -> None:
-        """Make what was written visible, all at once.
-
-        Raises:
-            LeaseLostError: another process owns the run.
-        """
-        number = self.check()
-        manifest = Manifest(
-            step=writing.step, files=writing.files, attempt=writing.attempt, metrics=dict(metrics), meta=meta,
-            created_at=utc_now(), lease=number,
-        )  # fmt: skip
+        """Make what was written visible, all at once. Raises LeaseLostError if another process owns the run."""
+        facts = {"metrics": dict(metrics), "meta": meta, "created_at": utc_now(), "lease": self.check()}
+        body = Manifest(writing.step, writing.files, writing.attempt, **facts).to_bytes()
         if isinstance(self.storage, LocalStorage):
-            self._publish_directory(self.storage, writing, manifest.to_bytes())
+            self._publish_directory(self.storage, writing, body)
         else:
-            self._publish_object(writing, manifest.to_bytes())
+            self._publish_object(writing, body)
 
     def remove(self, found: Found) -> None:
         """Delete a published one: first what publishes it, so that a kill leaves nothing half visible."""

@@ -39,7 +39,6 @@ def step_name(step: int) -> str:
 class Row:
     """One line of ``verify``: ``state`` is ``good``, ``corrupted``, ``newer`` or ``quarantined``; ``reason`` says why."""
 
-    step: int
     name: str
     state: str
     reason: str = ""
@@ -66,7 +65,6 @@ class Found:
         Raises:
             CheckpointError: there is no such part, or it holds more than plain values.
             CorruptedError: its bytes aren't those that were published.
-            StorageError: it can't be read now.
         """
         if part not in self.parts:
             raise CheckpointError(f"{self.location} has no part {part!r}; it has {', '.join(self.parts)}")
@@ -77,29 +75,19 @@ class Found:
         except MemoryError:
             raise
         except Exception as error:  # the bytes are as they were published, whoever published them
-            needs_code = isinstance(error, pickle.UnpicklingError)
-            why = (
-                "it holds objects that only running code could rebuild" if needs_code else "torch.save didn't write it"
-            )
+            code = isinstance(error, pickle.UnpicklingError)
+            why = "it holds objects that only running code could rebuild" if code else "torch.save didn't write it"
             line = next(iter(str(error).splitlines()), type(error).__name__)
             raise CheckpointError(f"{self.location}/{part}.pt is refused: {why} ({line})") from None
 
     def value(self, name: str, kind: Any) -> Any:
-        """The value of that name in the manifest's ``meta``.
-
-        Raises:
-            CorruptedError: it is missing, or not of that type.
-        """
+        """The value of that name in the manifest's ``meta``. Raises CorruptedError if it isn't of that type, or missing."""
         if not isinstance(self.meta.get(name), kind):
             raise CorruptedError(MANIFEST, f"meta.{name} is {self.meta.get(name)!r:.80}")
         return self.meta[name]
 
     def verify(self) -> None:
-        """Read and hash every file.
-
-        Raises:
-            CorruptedError: naming the first file that isn't as it was published.
-        """
+        """Read and hash every file. Raises CorruptedError with the first one that isn't as it was published."""
         for file in self.manifest.files:
             self._compare(file, *self._read(file, self._storage.digest))
 
@@ -126,12 +114,7 @@ def ranking_key(metrics: Mapping[str, float], metric: str, mode: str) -> tuple[f
 
 
 class CheckpointStore:
-    """The checkpoints of a run, for reading.
-
-    Args:
-        storage: their directory (a run's ``checkpoints``).
-        log: takes one line.
-    """
+    """The checkpoints of a run (whose directory ``checkpoints`` the storage is), for reading; ``log`` takes one line."""
 
     def __init__(self, storage: Storage, log: Callable[[str], None] = print) -> None:
         self.storage = storage
@@ -148,8 +131,7 @@ class CheckpointStore:
     def open(self, step: int, *, verify: bool = False) -> Found | None:
         """The published checkpoint of a step; ``None`` if there is none. Its manifest is checked, its files if ``verify``.
 
-        Raises:
-            CorruptedError, NewerFormatError, StorageError.
+        Raises CorruptedError or NewerFormatError.
         """
         raw = self._raw_manifest(step_name(step))
         if raw is None:
@@ -179,7 +161,7 @@ class CheckpointStore:
             CheckpointError: there were some, and none is intact.
             NewerFormatError, StorageError.
         """
-        found, corrupted = self._first_intact(list(reversed(self.steps())))
+        found, corrupted = self._first_intact(self.steps()[::-1])
         corrupted |= set(self.quarantined())
         if found is None and corrupted:
             raise CheckpointError(
@@ -228,12 +210,11 @@ class CheckpointStore:
         for step in self.steps():
             try:
                 if self.open(step, verify=True):
-                    rows.append(Row(step, step_name(step), "good"))
-            except CorruptedError as error:
-                rows.append(Row(step, step_name(step), "corrupted", str(error)))
-            except NewerFormatError as error:
-                rows.append(Row(step, step_name(step), "newer", str(error)))
-        return rows + [Row(int(name.split("-")[2]), name, "quarantined", "corrupted") for name in self.quarantined()]
+                    rows.append(Row(step_name(step), "good"))
+            except (CorruptedError, NewerFormatError) as error:
+                state = "corrupted" if isinstance(error, CorruptedError) else "newer"
+                rows.append(Row(step_name(step), state, str(error)))
+        return rows + [Row(name, "quarantined", "corrupted") for name in self.quarantined()]
 
     def records(self, step: int) -> Iterator[dict[str, Any]]:
         """The quarantine records of a step's manifests (under a URL)."""
@@ -283,8 +264,7 @@ class CheckpointStore:
 def find_at(location: str, log: Callable[[str], None] = print) -> Found:
     """The checkpoint at a path or URL: of a checkpoint itself, of a ``checkpoints`` directory or of a run.
 
-    Raises:
-        CheckpointError: there is none, or it is corrupted.
+    Raises CheckpointError if there is none, or it is corrupted.
     """
     parent, _, name = location.rstrip("/").rpartition("/")
     if _STEP.fullmatch(name):
