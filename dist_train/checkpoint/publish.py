@@ -68,8 +68,8 @@ class OwnedStore(CheckpointStore):
 
     def publish(self, writing: Writing, metrics: Mapping[str, float], meta: dict[str, Any]) -> None:
         """Make what was written visible, all at once. Raises LeaseLostError if another process owns the run."""
-        facts = {"metrics": dict(metrics), "meta": meta, "created_at": utc_now(), "lease": self.check()}
-        body = Manifest(writing.step, writing.files, writing.attempt, **facts).to_bytes()
+        facts = dict(metrics), meta, utc_now(), self.check()
+        body = Manifest(writing.step, writing.files, writing.attempt, *facts).to_bytes()
         if isinstance(self.storage, LocalStorage):
             self._publish_directory(self.storage, writing, body)
         else:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from dist_train.data.errors import DataError, SampleError, dataset_name, resource_hint
 from dist_train.data.plan import EvalPlan, Indices, MicroBatch, Plan, StepSampler, rank_slice
 from dist_train.data.reading import LoaderOptions, SampleReader, dataset_length
-from dist_train.data.stream import can_shard, is_stream, stream_length
+from dist_train.data.stream import is_stream, shard_parameters, stream_length
 from dist_train.data.stream_check import check_stream
 from dist_train.data.stream_reader import ShardPlan, ShardReader, StreamInfo, StreamReader
 from dist_train.data.workers import (
@@ -202,7 +202,7 @@ class TrainLoader(_Loader):
         finite = stream_length(dataset) == plan.length
         shards = ShardPlan(plan, options.world_size, max(1, workers), micro_batch_size, finite)
         available = getattr(dataset, "num_shards", 0)  # Hugging Face's; more readers than these can't have a shard each
-        sharded = can_shard(dataset) and shards.readers > 1 and isinstance(available, int)
+        sharded = bool(shard_parameters(dataset)) and shards.readers > 1 and isinstance(available, int)
         found = check_stream(dataset, "train", workers, options)
         info = StreamInfo(plan.length, finite, found["resumable"], found["repeatable"])
         self._first_samples = found["first"]

@@ -40,8 +40,11 @@ def stream_length(dataset: Any) -> int | None:
         return None
 
 
-def _shard_parameters(dataset: Any) -> tuple[str, str] | None:
-    """What a dataset's `shard` method calls the shard and the number of shards; None without such a method."""
+def shard_parameters(dataset: Any) -> tuple[str, str] | None:
+    """What a dataset's `shard` method calls the shard and the number of shards; None without such a method.
+
+    Raises DataError for a `shard` method with unclear parameters.
+    """
     shard = getattr(dataset, "shard", None)
     if not callable(shard):
         return None
@@ -57,17 +60,10 @@ def _shard_parameters(dataset: Any) -> tuple[str, str] | None:
     )
 
 
-def can_shard(dataset: Any) -> bool:
-    """Whether a stream can give each reader a shard. Raises DataError for a `shard` method with unclear parameters."""
-    return _shard_parameters(dataset) is not None
-
-
 def shard_of(dataset: Any, index: int, count: int) -> Any:
     """Shard `index` of `count` of a stream: `shard` changes the dataset, or returns another one."""
-    names = _shard_parameters(dataset)
-    if names is None:
-        return dataset
-    shard = dataset.shard(**{names[0]: index, names[1]: count})
+    names = shard_parameters(dataset)
+    shard = None if names is None else dataset.shard(**dict(zip(names, (index, count))))
     return dataset if shard is None else shard
 
 

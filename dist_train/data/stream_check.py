@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from dist_train.data.digest import content_digest
 from dist_train.data.errors import DataError, SampleError, dataset_name, describe_error
 from dist_train.data.reading import LoaderOptions
-from dist_train.data.stream import Pass, can_shard, shard_of
+from dist_train.data.stream import Pass, shard_of, shard_parameters
 from dist_train.data.workers import context_for, hide_rank, init_worker, run_signals_blocked, stop_workers
 
 _COMPARED = 8  # samples
@@ -48,7 +48,7 @@ class _Probe(Dataset[dict[str, Any]]):
         resumable = False
         if callable(getattr(dataset, "state_dict", None)) and callable(getattr(dataset, "load_state_dict", None)):
             resumable = self._resumable(dataset, private)
-        elif can_shard(dataset) and not repeatable:
+        elif shard_parameters(dataset) and not repeatable:
             raise DataError(
                 f"{dataset_name(dataset)} returns different samples when it is read again, so that a resumed run couldn't "
                 f"find its position in a shard: draw from torch, numpy or random, which are seeded, or by set_epoch"

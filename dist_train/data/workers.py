@@ -22,7 +22,7 @@ from torch.utils.data._utils import worker as torch_worker
 
 from dist_train.data.errors import DataError, resource_hint
 from dist_train.data.reading import Collate, batch_reader
-from dist_train.data.stream import can_shard, is_stream
+from dist_train.data.stream import is_stream, shard_parameters
 from dist_train.runtime.world import usable_cpus
 
 # Sent to entire process groups by terminals, torchrun and Slurm, to ask for a clean stop. A worker killed by one would
@@ -50,7 +50,7 @@ def resolve_workers(setting: int | str, dataset: Any, *, collate: Collate | None
         return int(setting)
     if cpus < 3 or (collate is None and batch_reader(dataset) is not None):
         return 0
-    if is_stream(dataset) and not can_shard(dataset):
+    if is_stream(dataset) and not shard_parameters(dataset):
         return 1
     return min(cpus - 1, _MOST_WORKERS)
 
