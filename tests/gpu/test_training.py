@@ -17,7 +17,7 @@ from dist_train.step.finite import NonFiniteError
 from dist_train.step.precision import resolve_precision
 
 sys.path.append(str(runs.ROOT / "bench"))
-from gpu_parts import network, stepper, work
+from gpu_steps import network, stepper, work
 
 # DIST_TRAIN_TEST_DEVICE=cpu runs what a CPU can run of these: a test of the tests.
 DEVICE = torch.device(os.environ.get("DIST_TRAIN_TEST_DEVICE", "cuda"))
