@@ -48,7 +48,7 @@ chaos: install  ## run the long kill tests: real processes, real signals
 	CUDA_VISIBLE_DEVICES= PYTHONHASHSEED=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m chaos $(or $(ARGS),tests)
 
 docs: install  ## regenerate docs/config.md and the JSON Schema from the schema
-	$(BIN)/python -m dist_train.config.docs
+	$(BIN)/python docs/make_config.py
 
 clean:  ## remove tool caches and build outputs (keeps runs/ and .venv)
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from importlib.resources import files
 
 from dist_train.commands.arguments import CONFIG, parse
 from dist_train.config.errors import ConfigError, did_you_mean
@@ -15,9 +16,8 @@ def main(arguments: Sequence[str]) -> int:
     schema = {"action": "store_true", "help": "print the JSON Schema of configs, for editors"}
     options = parse("config", "Print the resolved config.", arguments, *CONFIG, ("--get", get), ("--schema", schema))
     if options.schema:
-        from dist_train.config.docs import json_schema
-
-        print(json.dumps(json_schema(), indent=2))
+        schema_file = files("dist_train.config") / "schema.json"
+        print(json.dumps(json.loads(schema_file.read_text(encoding="utf-8")), indent=2))
         return 0
     from dist_train.config.load import load_config
 

@@ -10,8 +10,6 @@ from typing import Any, Literal
 from .fields import dotted, leaves, section_of, walk
 from .schema import Config
 
-Kind = Literal["harmless", "consent", "refused"]
-
 # How to start, not what to train; nor is a run's directory (`run`) a property of its training.
 IGNORED = ("checkpoint.resume", "checkpoint.accept_changes")
 
@@ -23,7 +21,7 @@ class Change:
     key: str
     old: Any
     new: Any
-    kind: Kind
+    kind: Literal["harmless", "consent", "refused"]
 
     def __str__(self) -> str:
         return f"{self.key}: {_shown(self.old)} -> {_shown(self.new)}"
@@ -52,26 +50,15 @@ def _get(data: Any, key: str, default: Any) -> Any:
 
 
 def _value(key: str, old: Any, new: Any, kind: Any) -> Iterator[Change]:
-    """Differences inside a leaf: a component's arguments one by one, anything else as a whole."""
-    if _same(old, new):
-        return
+    """Differences inside a leaf: arguments and entries one by one. nan is nan and 1 is 1.0, but true isn't 1."""
     if isinstance(old, dict) and isinstance(new, dict) and old.get("_target_") == new.get("_target_"):
         for name in dict.fromkeys((*old, *new)):
             yield from _value(f"{key}.{name}", old.get(name), new.get(name), kind)
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         for index, (before, after) in enumerate(zip(old, new, strict=True)):
             yield from _value(f"{key}.{index}", before, after, kind)
-    else:
+    elif isinstance(old, bool) != isinstance(new, bool) or (old != new and (old == old or new == new)):
         yield Change(key, old, new, kind)
-
-
-def _same(old: Any, new: Any) -> bool:
-    """Equality by which nan equals nan and 1 equals 1.0, but true isn't 1."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        return old.keys() == new.keys() and all(_same(old[key], new[key]) for key in old)
-    if isinstance(old, list) and isinstance(new, list):
-        return len(old) == len(new) and all(map(_same, old, new))
-    return bool(old == new or (old != old and new != new)) and isinstance(old, bool) == isinstance(new, bool)
 
 
 def refusal_message(changes: Sequence[Change], location: str) -> str:

@@ -24,14 +24,14 @@ def check_values(data: Any) -> Iterator[Finding]:
     """The secrets in plain data, which would be written into the run's records, and paths with a variable that isn't set."""
     found = list(leaves(data))
     secret = {part for part in {part for key, _ in found for part in key} if holds_secret(str(part))}
+    hint = f"a secret, which would be written into the run's records; {SECRET_HINT}"
     for key, value in found:
         if bad := [index for index, part in enumerate(key) if part in secret]:
             masked = tuple(mask(part, REFUSED) if isinstance(part, str) else part for part in key[: bad[0] + 1])
-            yield masked, f"this key holds a secret, which would be written into the run's records; {SECRET_HINT}"
+            yield masked, f"this key holds {hint}"
         if isinstance(value, str | int | float) and not isinstance(value, bool):
             if holds_secret(str(value)):
-                text = mask(str(value), REFUSED)
-                yield key, f"{text} holds a secret, which would be written into the run's records; {SECRET_HINT}"
+                yield key, f"{mask(str(value), REFUSED)} holds {hint}"
             elif value != "" and any(_SECRET_NAME.search(_words(part)) for part in key):
                 yield key, f"a secret would be written into the run's records; {SECRET_HINT}"
         if isinstance(value, str):
@@ -49,15 +49,12 @@ def _words(name: str | int) -> str:
 
 def cross_checks(config: Config) -> Iterator[Finding]:
     """Every violated rule over the keys of a valid config."""
-    for rules in (_name, _data, _model, _optimizer, _scheduler, _watched, _tensorboard):
+    for rules in (_name, _data, _model, _optimizer, _scheduler, _watched):
         for key, message in rules(config):
             yield keyed(key), message
-
-
-def _tensorboard(config: Config) -> Iterator[Violation]:
     for name in ("images", "histograms", "graph"):
         if getattr(config.tracking, name) and not config.tracking.tensorboard:
-            yield f"tracking.{name}", "this needs TensorBoard, which is off: set tracking.tensorboard=true"
+            yield ("tracking", name), "this needs TensorBoard, which is off: set tracking.tensorboard=true"
 
 
 def _name(config: Config) -> Iterator[Violation]:
@@ -66,14 +63,11 @@ def _name(config: Config) -> Iterator[Violation]:
         try:
             _ = placeholder in ("time", "job") or config.get(placeholder)
         except KeyError:
-            allowed = "use {time}, {job} or a key like {optimizer.lr}"
-            yield "run.name", f"{{{placeholder}}} is not a key of this config; {allowed}"
-    parts = name.split("/")
-    if name and (name.startswith("~") or {"", ".", ".."} & set(parts) or not all(map(str.isprintable, parts))):
-        message = (
-            f"expected a name for a directory inside run.dir, found {describe(name)}; set run.dir for another place"
-        )
-        yield "run.name", message
+            hint = "use {time}, {job} or a key like {optimizer.lr}"
+            yield "run.name", f"{{{placeholder}}} is not a key of this config; {hint}"
+    if name and (name.startswith("~") or {"", ".", ".."} & set(name.split("/")) or not name.isprintable()):
+        hint = "set run.dir for another place"
+        yield "run.name", f"expected a name for a directory inside run.dir, found {describe(name)}; {hint}"
 
 
 def _data(config: Config) -> Iterator[Violation]:
@@ -86,8 +80,8 @@ def _data(config: Config) -> Iterator[Violation]:
     }
     for name, given in without_effect.items():
         if given and data.num_workers == 0:
-            hint = "leave it out, or set data.num_workers above 0"
-            yield f"data.{name}", f"this has no effect with data.num_workers=0; {hint}"
+            message = "this has no effect with data.num_workers=0; leave it out, or set data.num_workers above 0"
+            yield f"data.{name}", message
     if isinstance(data.global_batch_size, int) and isinstance(micro, int) and micro > data.global_batch_size:
         most = f"data.global_batch_size={data.global_batch_size}, which all ranks share"
         yield "trainer.micro_batch_size", f"expected at most {most}, found {micro}"
@@ -98,8 +92,8 @@ def _model(config: Config) -> Iterator[Violation]:
         if isinstance(rule, dict):
             yield from _patterns(f"model_init.{index}.match", rule.get("match"))
     if config.loss is None and config.task is None:
-        hint = "give it a component such as {_target_: torch.nn.CrossEntropyLoss}"
-        yield "loss", f"a loss is required unless there is a task; {hint}"
+        example = "{_target_: torch.nn.CrossEntropyLoss}"
+        yield "loss", f"a loss is required unless there is a task; give it a component such as {example}"
 
 
 def _patterns(key: str, value: Any) -> Iterator[Violation]:
@@ -113,8 +107,7 @@ def _optimizer(config: Config) -> Iterator[Violation]:
     form = "{match: 'head.*', lr: 0.1}"
     if groups is not None and not isinstance(groups, list):
         yield "optimizer.groups", f"expected a list of groups like {form}, found {describe(groups)}"
-        return
-    for index, group in enumerate(groups or []):
+    for index, group in enumerate(groups if isinstance(groups, list) else []):
         if isinstance(group, dict) and "match" in group:
             yield from _patterns(f"optimizer.groups.{index}.match", group["match"])
         else:
@@ -140,8 +133,8 @@ def _scheduler(config: Config) -> Iterator[Violation]:
         if config.data.val is None:
             yield "scheduler._target_", "ReduceLROnPlateau monitors a metric of the validation data: set data.val"
         if scheduler.get("every") is not None:
-            hint = "leave `every` out"
-            yield "scheduler.every", f"ReduceLROnPlateau is stepped at evaluations (trainer.evaluate_every); {hint}"
+            message = "ReduceLROnPlateau is stepped at evaluations (trainer.evaluate_every); leave `every` out"
+            yield "scheduler.every", message
 
 
 def _watched(config: Config) -> Iterator[Violation]:
@@ -158,8 +151,8 @@ def _watched(config: Config) -> Iterator[Violation]:
         if direction in ("", "min", "max"):
             yield from _is_computed(config, "checkpoint.keep_best", metric)
         else:
-            message = f"expected a metric such as val/accuracy, or min or max and a metric, found {describe(best)}"
-            yield "checkpoint.keep_best", message
+            wanted = "a metric such as val/accuracy, or min or max and a metric"
+            yield "checkpoint.keep_best", f"expected {wanted}, found {describe(best)}"
     if isinstance(config.scheduler, dict) and isinstance(config.scheduler.get("metric"), str):
         yield from _is_computed(config, "scheduler.metric", config.scheduler["metric"])
 

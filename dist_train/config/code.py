@@ -8,6 +8,7 @@ is left to the check that imports (`slots.check_components`).
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import importlib
 import importlib.util
@@ -40,15 +41,17 @@ def source_files(config: Config) -> dict[str, str]:
     """
     importlib.invalidate_caches()  # files may have been written a moment ago
     paths = [Path(path) for path in config.run.code_paths]
-    inside = [Path(entry) for entry in map(os.path.abspath, sys.path) if _is_below(Path(entry), paths)]
-    roots = [*paths, *inside]
+    roots = list(paths)
+    for entry in map(Path, map(os.path.abspath, sys.path)):
+        if entry not in paths and any(path in entry.parents for path in paths) and "-packages" not in str(entry):
+            roots.append(entry)
     # The import paths of specs, and of the classes of live objects.
     todo = [str(value) for key, value in leaves(config.to_dict()) if key[-1] in ("_target_", "_live_")]
     found: dict[str, str] = {}
-    seen: set[str] = set()
+    seen = {""}
     while todo:
         module = todo.pop()
-        if not module or module in seen:
+        if module in seen:
             continue
         seen.add(module)
         todo.append(module.rpartition(".")[0])
@@ -66,14 +69,10 @@ def source_files(config: Config) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def _is_below(entry: Path, paths: list[Path]) -> bool:
-    return entry not in paths and any(path in entry.parents for path in paths) and "-packages" not in str(entry)
-
-
 def read_signature(path: str, search: Sequence[str]) -> tuple[inspect.Signature, bool] | None:
     """The call signature at an import path and whether it is a class's; None where the source doesn't show it.
-    `search` are directories that come before those of sys.path. Defaults other than constants are shown as `...`.
-    """
+
+    `search` are directories that come before those of sys.path. Defaults other than constants are shown as `...`."""
     module, _, name = path.rpartition(".")
     for _ in range(6):  # re-exports of re-exports
         body, package = _source(module, (*search, *sys.path))
@@ -95,15 +94,10 @@ def missing(path: str, search: Sequence[str]) -> str | None:
     parts = path.split(".")
     if len(parts) < 2 or not all(part.isidentifier() for part in parts):
         return None
-    places = (*search, *sys.path, str(_OURS.parent))
-    if PathFinder.find_spec(parts[0], places) is None:
-        try:
-            exists = importlib.util.find_spec(parts[0]) is not None  # builtins, and what is installed by a hook
-        except ValueError:
-            exists = True
-        if not exists:
+    with contextlib.suppress(ValueError):  # a module without a spec, such as __main__
+        if importlib.util.find_spec(parts[0]) is None:
             return no_module(parts[0])
-    judged = places if parts[0] in _JUDGED else tuple(search)
+    judged = (*search, *sys.path) if parts[0] in _JUDGED else tuple(search)
     for depth in range(len(parts) - 1, 0, -1):
         holder, name = ".".join(parts[:depth]), parts[depth]
         body, package = _source(holder, judged)
@@ -145,10 +139,9 @@ def _definitions(module: str, search: tuple[str, ...]) -> frozenset[str] | None:
 def _source(module: str, search: tuple[str, ...]) -> tuple[list[ast.stmt], str]:
     """The statements of a module (none, if it isn't found or isn't Python), and the package of its relative imports."""
     file, package = _find(module, search)
-    try:
+    with contextlib.suppress(OSError):
         return _parse(file.read_bytes()) if file is not None else [], package
-    except OSError:
-        return [], package
+    return [], package
 
 
 def _find(module: str, search: Sequence[str | Path]) -> tuple[Path | None, str]:
@@ -196,13 +189,9 @@ def _signature(node: ast.ClassDef | ast.FunctionDef) -> tuple[inspect.Signature,
     for arg in (*args.posonlyargs, *args.args, *args.kwonlyargs, args.vararg, args.kwarg):
         if arg is not None:
             arg.annotation = None
-    args.defaults = [_constant(default) for default in args.defaults]
-    args.kw_defaults = [default and _constant(default) for default in args.kw_defaults]
+    for defaults in (args.defaults, args.kw_defaults):
+        defaults[:] = [value if isinstance(value, ast.Constant | None) else ast.Constant(...) for value in defaults]
     body = ast.copy_location(ast.Constant(None), node)
     code = compile(ast.fix_missing_locations(ast.Expression(ast.Lambda(args, body))), "<signature>", "eval")
     form = inspect.signature(eval(code))
     return form.replace(parameters=list(form.parameters.values())[is_class:]), is_class
-
-
-def _constant(default: ast.expr) -> ast.expr:
-    return default if isinstance(default, ast.Constant) else ast.Constant(...)

@@ -1,4 +1,4 @@
-"""`python -m dist_train.config.docs` generates the tables of docs/config.md, and dist_train/config/schema.json."""
+"""`make docs`: generates the tables of docs/config.md and dist_train/config/schema.json from the schema of the config."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .fields import Section, about, section_of, walk
-from .load import example_of, foreign
-from .schema import Config
+from dist_train.config import load
+from dist_train.config.fields import Section, about, section_of, walk
+from dist_train.config.schema import Config
 
-SCHEMA_FILE = Path(__file__).with_name("schema.json")
-REFERENCE_FILE = Path(__file__).resolve().parents[2] / "docs" / "config.md"
+SCHEMA_FILE = Path(load.__file__).with_name("schema.json")
+REFERENCE_FILE = Path(__file__).with_name("config.md")
 # Above this line, docs/config.md is written by hand.
 MARK = "<!-- From here on generated from the schema by `make docs`; a test keeps it current. -->\n"
 
@@ -44,8 +44,8 @@ def reference() -> str:
             parts += [f"## {name}", "", about(section), "", *_table(section, name + "."), ""]
     parts += ["## Names from other tools", "", "| name elsewhere | here |", "| --- | --- |"]
     answers: dict[str, list[str]] = {}
-    for name, answer in foreign()[0].items():
-        answers.setdefault(example_of(answer), []).append(f"`{name}`")
+    for name, answer in load.foreign()[0].items():
+        answers.setdefault(load.example_of(answer), []).append(f"`{name}`")
     parts += [f"| {', '.join(names)} | {answer} |" for answer, names in answers.items()]
     return "\n".join(parts) + "\n"
 
