@@ -35,7 +35,7 @@ test-cpu: install  ## run all tests that need neither a GPU nor a network; ARGS=
 lint: install  ## run ruff (style and format) and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy dist_train bench
+	$(BIN)/mypy
 
 format: install  ## reformat the code with ruff
 	$(BIN)/ruff check --fix .
