@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from functools import cache
 from importlib.machinery import PathFinder
 from pathlib import Path
+from typing import Any
 
 from .components import no_module
 from .errors import did_you_mean
@@ -189,6 +190,7 @@ def _signature(node: ast.ClassDef | ast.FunctionDef) -> tuple[inspect.Signature,
     for arg in (*args.posonlyargs, *args.args, *args.kwonlyargs, args.vararg, args.kwarg):
         if arg is not None:
             arg.annotation = None
+    defaults: list[Any]
     for defaults in (args.defaults, args.kw_defaults):
         defaults[:] = [value if isinstance(value, ast.Constant | None) else ast.Constant(...) for value in defaults]
     body = ast.copy_location(ast.Constant(None), node)
