@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from functools import cache
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import Any
 
 from .components import no_module
 from .errors import did_you_mean
@@ -190,9 +189,10 @@ def _signature(node: ast.ClassDef | ast.FunctionDef) -> tuple[inspect.Signature,
     for arg in (*args.posonlyargs, *args.args, *args.kwonlyargs, args.vararg, args.kwarg):
         if arg is not None:
             arg.annotation = None
-    defaults: list[Any]
-    for defaults in (args.defaults, args.kw_defaults):
-        defaults[:] = [value if isinstance(value, ast.Constant | None) else ast.Constant(...) for value in defaults]
+    args.defaults = [value if isinstance(value, ast.Constant) else ast.Constant(...) for value in args.defaults]
+    args.kw_defaults = [
+        value if value is None or isinstance(value, ast.Constant) else ast.Constant(...) for value in args.kw_defaults
+    ]
     body = ast.copy_location(ast.Constant(None), node)
     code = compile(ast.fix_missing_locations(ast.Expression(ast.Lambda(args, body))), "<signature>", "eval")
     form = inspect.signature(eval(code))
