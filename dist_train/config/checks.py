@@ -52,7 +52,7 @@ def cross_checks(config: Config) -> Iterator[Finding]:
     for rules in (_name, _data, _model, _optimizer, _scheduler, _watched):
         for key, message in rules(config):
             yield keyed(key), message
-    for name in ("images", "histograms", "graph"):
+    for name in ("images", "histograms"):
         if getattr(config.tracking, name) and not config.tracking.tensorboard:
             yield ("tracking", name), "this needs TensorBoard, which is off: set tracking.tensorboard=true"
 

@@ -1,4 +1,4 @@
-"""A network's inputs, feature maps, histograms and graph for TensorBoard.
+"""A network's inputs, feature maps and histograms for TensorBoard.
 
 Taken on rank 0 from the first micro-batch of a step, right before the model gets it. Training is bitwise identical with it
 and without: the forward is a separate one, in eval mode, before the seeding of the step's own; gradients are read in an
@@ -8,7 +8,6 @@ optimizer hook that is registered only when asked for.
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +23,6 @@ from dist_train.models.transfer import match_modules
 from dist_train.task.batch import first_rows
 from dist_train.training.callbacks import Callback
 from dist_train.training.due import NEVER, in_steps
-from dist_train.watch.control import next_multiple
 
 if TYPE_CHECKING:
     from dist_train.config.schema import TrackingConfig
@@ -48,7 +46,7 @@ def image_modules(config: TrackingConfig, model: nn.Module) -> list[str]:
 
 
 class Pictures(Callback):
-    """Logs what `tracking.images`, `tracking.histograms` and `tracking.graph` ask for.
+    """Logs what `tracking.images` and `tracking.histograms` ask for.
 
     Raises:
         ConfigError: `tracking.images.modules` names no module of the model.
@@ -78,14 +76,12 @@ class Pictures(Callback):
     def on_batch(self, trainer: Training, batch: Any) -> None:
         """The first micro-batch of each step, on its way into the model."""
         images = self.config.images
-        if (images is None and not self.config.graph) or self._seen == trainer.step:
+        if images is None or self._seen == trainer.step:
             return
         self._seen = trainer.step
-        if images is not None and self._every["images"].due(trainer):
+        if self._every["images"].due(trainer):
             self._rows = first_rows(batch, images.samples)
             self._try("images", self._show_images, trainer)
-        if self.config.graph and trainer.step == 0:
-            self._try("graph", self._show_graph, trainer, batch)
 
     def on_end(self, trainer: Training) -> None:
         """Log the trained model's too."""
@@ -128,15 +124,6 @@ class Pictures(Callback):
             for k, array in enumerate(arrays):
                 self.logger.image(name if len(arrays) == 1 else f"{name}/{k}", trainer.step, array)
 
-    def _show_graph(self, trainer: Training, batch: Any) -> None:
-        got: list[Any] = []
-        self._look(trainer, first_rows(batch, 1), got.append, lambda name, output: None)
-        inputs = got[0] if isinstance(got[0], tuple) else (got[0],)
-        if not all(isinstance(part, Tensor) for part in inputs):
-            raise ValueError("only a model whose inputs are tensors by position can be traced")
-        on_cpu = copy.deepcopy(trainer.model).cpu().eval()  # traced in another thread: shares nothing with training
-        self.logger.graph(on_cpu, tuple(part.cpu() for part in inputs))
-
     def _show_histograms(self, trainer: Training) -> None:
         for name, parameter in trainer.model.named_parameters():
             if parameter.requires_grad:
@@ -172,19 +159,15 @@ class _Every:
 
     def __init__(self, every: Duration | None) -> None:
         self.every = every
-        self._next: float | None = None
+        self._passed: float | None = None  # how many times it had passed at the step before
 
     def due(self, trainer: Training) -> bool:
         """Whether something is due; called once per step, before it."""
-        every, now = self.every, trainer.seconds
+        every, before = self.every, self._passed
         if every is None or not every.is_time:
             return trainer.step % (in_steps(every, trainer.plan.steps_per_epoch) or NEVER) == 0
-        if self._next is None:
-            self._next = next_multiple(now, every.value)
-        is_due = now >= self._next
-        if is_due:
-            self._next = next_multiple(now, every.value)
-        return is_due or trainer.step == 0
+        self._passed = trainer.seconds // every.value
+        return trainer.step == 0 or before not in (None, self._passed)
 
 
 def _named(name: str, inputs: Any) -> Iterator[tuple[str, Tensor]]:
