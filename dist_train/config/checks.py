@@ -8,6 +8,7 @@ from typing import Any
 
 from .errors import REFUSED, SECRET_HINT, describe, did_you_mean, holds_secret, mask
 from .fields import METRICS, PLACEHOLDER, Duration, Key, dotted, expand_argument, expand_path, keyed, leaves
+from .schedules import Warmup
 from .schema import KEYS, Config
 
 Finding = tuple[Key, str]  # (key, message)
@@ -118,14 +119,14 @@ def _scheduler(config: Config) -> Iterator[Violation]:
     scheduler = config.scheduler
     if not isinstance(scheduler, dict):
         return
-    for name in ("every", "horizon"):
+    for name, parse in (("every", Duration.parse_count), ("horizon", Duration.parse_count), ("warmup", Warmup.parse)):
         try:
-            _ = scheduler.get(name) is None or Duration.parse_count(scheduler[name])
+            _ = scheduler.get(name) is None or parse(scheduler[name])
         except ValueError as error:
             yield f"scheduler.{name}", str(error)
     if config.trainer.duration.is_time and scheduler.get("horizon") is None:
         hint = "set scheduler.horizon to epochs or steps"
-        for key in (dotted(key) for key, value in leaves(scheduler) if value == "total_steps"):
+        for key in (dotted(key) for key, value in leaves(scheduler) if str(value).startswith("total_steps")):
             yield f"scheduler.{key}", f"total_steps isn't known while trainer.duration is a time; {hint}"
     if scheduler.get("metric") is not None and not isinstance(scheduler["metric"], str):
         yield "scheduler.metric", f"expected a metric such as val/loss, found {describe(scheduler['metric'])}"

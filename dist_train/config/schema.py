@@ -300,8 +300,11 @@ class Config(Section):
         "1ep; required for LambdaLR, for mixtures, and for functions that get numbers; ReduceLROnPlateau is stepped by "
         "evaluations), `metric` (what ReduceLROnPlateau monitors, by default the metric of checkpoint.keep_best; its "
         "`mode` follows from it), `horizon` (the duration that `total_steps` counts, by default trainer.duration at the "
-        "first start). The values `total_steps` and `steps_per_epoch` are replaced by the numbers, counted in `every`: "
-        "with 1ep, `total_steps` is the number of epochs.",
+        "first start), `warmup` (500step, 2ep, or {duration: 500step, from: 0.01}: the lr first rises linearly, each optimizer "
+        "step, from that share of it, by default one step's, to the lr; then the scheduler begins, and counts from there). "
+        "Arguments may be `total_steps`, `steps_per_epoch`, durations (`T_max: 20ep`, `milestones: [500step]`) and "
+        "`total_steps - 5ep`: they are replaced by the numbers, counted in `every`: with 1ep, `total_steps` is the number of "
+        "epochs. A warm-up isn't part of `total_steps`.",
     )
     callbacks: list[Component] = consent([], "Objects with hooks (dist_train.callbacks.Callback), called in order.")
     trainer: TrainerConfig = Field(default_factory=TrainerConfig, description=about(TrainerConfig))

@@ -12,6 +12,7 @@ from . import components
 from .code import missing, read_signature
 from .errors import ConfigError, Problem, describe, did_you_mean
 from .fields import Key
+from .schedules import is_schedule_number
 from .schema import Config
 from .source import as_problems, nearest
 
@@ -77,7 +78,7 @@ SLOTS: dict[str, Slot] = {
         "a scheduler of torch.optim.lr_scheduler",
         _is("torch.optim.lr_scheduler.LRScheduler"),
         ("optimizer",),
-        ("every", "metric", "horizon"),
+        ("every", "metric", "horizon", "warmup"),
     ),
     "callbacks": Slot(
         "a callback, a subclass of dist_train.callbacks.Callback or one with all of its methods",
@@ -198,7 +199,7 @@ def _arguments(
         if argument in filled and argument in named:
             by = "dist_train passes it" if argument in ours else "it is in _args_ too"
             yield (*key, argument), f"{name} gets {argument} twice: {by}; leave it out here"
-        elif argument in named and not (key[0] == "scheduler" and value in ("total_steps", "steps_per_epoch")):
+        elif argument in named and not (key[0] == "scheduler" and is_schedule_number(value)):
             yield from _value((*key, argument), name, named[argument], value)
     groups = extra["groups"] if isinstance(extra.get("groups"), list) else []
     groups = [(("groups", index), group) for index, group in enumerate(groups) if isinstance(group, dict)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import (
     ChainedScheduler,
     CyclicLR,
     LambdaLR,
+    LinearLR,
     LRScheduler,
     MultiplicativeLR,
     OneCycleLR,
@@ -22,10 +23,12 @@ from torch.optim.lr_scheduler import (
 from dist_train.config.components import build, is_spec, locate, reserved, signature
 from dist_train.config.errors import ConfigError
 from dist_train.config.fields import METRICS, Duration
+from dist_train.config.schedules import Warmup, is_schedule_number, schedule_count
 from dist_train.library.schedules import WarmupCosine
 from dist_train.task.metrics import monitored
 
 EACH_STEP = (OneCycleLR, CyclicLR, WarmupCosine)
+WARM_THEMSELVES = (OneCycleLR, CyclicLR)  # they set the lr at the first step, and rise by themselves
 EITHER_WAY = (LambdaLR, MultiplicativeLR)  # commonly stepped each step or each epoch
 COMPOSITE = (SequentialLR, ChainedScheduler)  # stepped as their parts are
 # What torch's schedulers keep for each group, in lists of their own and in the optimizer's groups.
@@ -40,26 +43,53 @@ class Span(NamedTuple):
     steps_per_epoch: int
     end: int | None
 
-    def period(self, every: Duration) -> int:
-        """Optimizer steps between two steps of the scheduler."""
-        return int(every.value * (self.steps_per_epoch if every.unit == "ep" else 1))
+    def steps(self, duration: Duration) -> int:
+        """A duration in epochs or steps as optimizer steps."""
+        return int(duration.value * (self.steps_per_epoch if duration.unit == "ep" else 1))
 
-    def counted(self, every: Duration) -> dict[str, int]:
-        """The numbers that a config may name, in steps of the scheduler."""
-        numbers = {"steps_per_epoch": max(1, self.steps_per_epoch // self.period(every))}
+    def numbers(self, every: Duration, warmup: int) -> Callable[[str], Any]:
+        """What replaces a string among a scheduler's arguments: a number counted in `every`, or the string itself.
+
+        `total_steps` is what the horizon leaves after `warmup` optimizer steps.
+
+        Raises:
+            ConfigError: a duration isn't a whole number of the scheduler's steps.
+        """
+        period = self.steps(every)
+        known = {"steps_per_epoch": max(1, self.steps_per_epoch // period)}
         if self.horizon is not None:
-            numbers["total_steps"] = max(1, self.horizon // self.period(every))
-        return numbers
+            known["total_steps"] = max(1, (self.horizon - warmup) // period)
+
+        def number(text: str) -> Any:
+            if (count := schedule_count(text)) is None:
+                return known.get(text, text)
+            from_end, duration = count
+            whole, rest = divmod(self.steps(duration), period)
+            if rest:
+                raise _refused(
+                    f"{text}: {duration} is {self.steps(duration):,} optimizer steps, which isn't a whole number of the "
+                    f"scheduler's steps, {period:,} optimizer steps each (every: {every}); give a multiple, or every: 1step"
+                )
+            if from_end and known["total_steps"] <= whole:
+                raise _refused(
+                    f"{text}: there are only {known['total_steps']:,} steps of the scheduler (every: {every})"
+                )
+            return known["total_steps"] - whole if from_end else whole
+
+        return number
 
 
 class Schedule:
     """An lr scheduler, and when it is stepped.
 
+    With a `warmup`, torch's LinearLR raises the lr over that many optimizer steps, then the scheduler begins, as in torch's
+    SequentialLR: it counts from the end of the warm-up, in `every`, and `total_steps` is what is left of the horizon.
+
     Args:
         monitor: the metric for ReduceLROnPlateau, and which way it is better: `min` or `max`.
 
     Attributes:
-        every: the duration between its steps.
+        every: the duration between its steps, after the warm-up.
         on_plateau: it is ReduceLROnPlateau, stepped after each evaluation by the value of `metric`.
         note: for the user, where the run continues after the end of the schedule; or "".
 
@@ -68,12 +98,16 @@ class Schedule:
     """
 
     def __init__(self, spec: Any, optimizer: torch.optim.Optimizer, span: Span, monitor: tuple[str, str]):
-        own, extra = reserved(spec, {"every", "metric", "horizon"})
-        words = {value for value in _nested(own) if isinstance(value, str)}
-        every = extra.get("every") or _usual_every(own, numbered=bool(words & {"total_steps", "steps_per_epoch"}))
+        own, extra = reserved(spec, {"every", "metric", "horizon", "warmup"})
+        words = {value for value in _nested(own) if isinstance(value, str) and is_schedule_number(value)}
+        every = extra.get("every") or _usual_every(own, numbered=bool(words))
         self.every = Duration.parse(str(every or "1ep"))
         self.note = ""
-        if "total_steps" in words and span.horizon is not None and span.horizon < (span.end or 0):
+        if (
+            any(word.startswith("total_steps") for word in words)
+            and span.horizon is not None
+            and span.horizon < (span.end or 0)
+        ):
             self.note = (
                 f"the schedule spans {span.horizon:,} of the {span.end:,} steps (scheduler.horizon, by default the duration at "
                 "the first start); the lr after that is up to the scheduler"
@@ -82,16 +116,25 @@ class Schedule:
         outer = _class_of(own)
         if isinstance(own, dict) and outer is not None and issubclass(outer, ReduceLROnPlateau) and "_args_" not in own:
             own = {"mode": mode, **own}
-        self.scheduler: Any = _build(own, optimizer, span.counted(self.every))
-        self._check_form()
+        self.warmup, self._warmup = 0, None
+        if extra.get("warmup"):
+            warmup = Warmup.parse(extra["warmup"])
+            self.warmup = span.steps(warmup.duration)
+            start = warmup.start or 1 / (self.warmup + 1)
+            self._warmup = LinearLR(optimizer, start_factor=start, total_iters=self.warmup)
+        self.scheduler: Any = _build(own, optimizer, span.numbers(self.every, self.warmup))
         self.on_plateau = isinstance(self.scheduler, ReduceLROnPlateau)
+        self._check_form()
         if self.on_plateau:
             self._check_plateau(mode, extra)
             return
         if every is None:
             self.every = Duration.parse(_unit(type(part) for part in _parts(self.scheduler)))
+        self._period = span.steps(self.every)
         if span.end is not None:
-            self._check_end(span.end // span.period(self.every))
+            self._check_end((span.end - self.warmup) // self._period)
+        if self._warmup is not None:
+            self.scheduler = _after(self._warmup, self.scheduler)
 
     def _check_form(self) -> None:
         if not isinstance(self.scheduler, LRScheduler):
@@ -107,6 +150,18 @@ class Schedule:
                 f"its state can't be saved ({type(error).__name__}: {error}); use Python functions or objects in it instead of "
                 "built-in functions"
             ) from error
+        inner = [part for whole in _wholes(self.scheduler, SequentialLR) for part in whole._schedulers]
+        if self._warmup is not None and isinstance(self.scheduler, ChainedScheduler):
+            inner = [self.scheduler]
+        if mixed := next((part for part in inner if isinstance(part, COMPOSITE)), None):
+            raise _refused(
+                f"torch's SequentialLR can't switch to a {type(mixed).__name__}: list the schedulers of both in one, or put a "
+                "LinearLR into the chain instead of `warmup`"
+            )
+        itself = [type(part).__name__ for part in _parts(self.scheduler) if isinstance(part, WARM_THEMSELVES)]
+        if self._warmup is not None and itself:
+            share = "pct_start" if itself[0] == "OneCycleLR" else "step_size_up"
+            raise _refused(f"{itself[0]} rises by itself ({share}): leave `warmup` out", "scheduler.warmup")
 
     def _check_plateau(self, mode: str, extra: dict[str, Any]) -> None:
         """Its direction is the metric's; that of a custom metric is known only to the user, who may name both."""
@@ -134,15 +189,22 @@ class Schedule:
                 "scheduler.horizon",
             )
 
+    def is_due(self, done: int) -> bool:
+        """Whether `step()` is to be called after `done` optimizer steps: in a warm-up after each, then once in `every`."""
+        return done <= self.warmup or (not self.on_plateau and (done - self.warmup) % self._period == 0)
+
     def step(self, metrics: dict[str, float] | None = None) -> None:
-        """One step; ReduceLROnPlateau's follows an evaluation and reads its `metrics`.
+        """One step; ReduceLROnPlateau's follows an evaluation and reads its `metrics`, once a warm-up is over.
 
         Raises:
             ValueError: OneCycleLR is over.
         """
         if self.on_plateau:
-            assert metrics is not None
-            self.scheduler.step(monitored(metrics, self.metric))
+            if metrics is None:
+                assert self._warmup is not None
+                self._warmup.step()
+            elif self._warmup is None or self._warmup.last_epoch >= self.warmup:
+                self.scheduler.step(monitored(metrics, self.metric))
             return
         try:
             self.scheduler.step()
@@ -153,7 +215,7 @@ class Schedule:
 
     def extend(self) -> None:
         """Include groups that were added to the optimizer: their lr changes from now on as that of the first group does."""
-        for scheduler in _parts(self.scheduler):
+        for scheduler in {id(part): part for part in (*_parts(self.scheduler), *filter(None, [self._warmup]))}.values():
             bases, groups = getattr(scheduler, "base_lrs", None), scheduler.optimizer.param_groups
             while bases is not None and len(bases) < len(groups):
                 first, group = groups[0], groups[len(bases)]
@@ -168,31 +230,37 @@ class Schedule:
                 bases.append(bases[0] * ratio)
 
     def advance(self, steps: int) -> None:
-        """Bring a new one to where it would be after `steps` steps; its lr is then in the optimizer's groups."""
+        """Bring a new one to where it would be after `steps` optimizer steps; its lr is then in the optimizer's groups."""
+        later = 0 if self.on_plateau else max(0, steps - self.warmup) // self._period
         with warnings.catch_warnings():  # torch takes this for a wrong order of steps
             warnings.simplefilter("ignore")
-            for _ in range(0 if self.on_plateau else steps):
+            for _ in range(min(steps, self.warmup) + later):
                 self.step()
 
     def state_dict(self) -> dict[str, Any]:
         """The scheduler's own state, without functions, which come from the config again."""
         state: dict[str, Any] = _without_functions(self.scheduler.state_dict())
+        if self.on_plateau and self._warmup is not None:
+            state["warmup"] = self._warmup.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a saved state."""
-        self.scheduler.load_state_dict({**self.scheduler.state_dict(), **state})
+        own, warmup = reserved(state, {"warmup"})
+        self.scheduler.load_state_dict({**self.scheduler.state_dict(), **own})
+        if warmup and self._warmup is not None:
+            self._warmup.load_state_dict(warmup["warmup"])
 
 
-def _build(spec: Any, optimizer: torch.optim.Optimizer, numbers: Mapping[str, int], outer: bool = True) -> Any:
-    """What a spec describes, with `numbers` in place of their names; schedulers inside get the optimizer too, in order."""
+def _build(spec: Any, optimizer: torch.optim.Optimizer, number: Callable[[str], Any], outer: bool = True) -> Any:
+    """What a spec describes, with numbers for the strings that stand for them; schedulers inside get the optimizer too."""
     if isinstance(spec, str):
-        return numbers.get(spec, spec)
+        return number(spec)
     if isinstance(spec, list):
-        return [_build(item, optimizer, numbers, False) for item in spec]
+        return [_build(item, optimizer, number, False) for item in spec]
     if not isinstance(spec, dict):
         return spec(optimizer) if outer else spec
-    own = {key: item if key == "_target_" else _build(item, optimizer, numbers, False) for key, item in spec.items()}
+    own = {key: item if key == "_target_" else _build(item, optimizer, number, False) for key, item in spec.items()}
     if not is_spec(spec):
         return own
     places = _parameters(spec)
@@ -256,6 +324,22 @@ def _parts(scheduler: Any) -> Iterator[Any]:
             yield from _parts(part)
     else:
         yield scheduler
+
+
+def _wholes(scheduler: Any, kind: type) -> Iterator[Any]:
+    """The composite schedulers of a class, from the outside in."""
+    if isinstance(scheduler, kind):
+        yield scheduler
+    for part in scheduler._schedulers if isinstance(scheduler, COMPOSITE) else ():
+        yield from _wholes(part, kind)
+
+
+def _after(warmup: LinearLR, scheduler: Any) -> SequentialLR:
+    """The warm-up, then the scheduler; the parts of a sequence one by one, since torch's can't hold another."""
+    begin, later, places = warmup.total_iters, [scheduler], list[int]()
+    if isinstance(scheduler, SequentialLR):
+        later, places = scheduler._schedulers, [begin + place for place in scheduler._milestones]
+    return SequentialLR(warmup.optimizer, [warmup, *later], [begin, *places])
 
 
 def _room(scheduler: Any) -> float:

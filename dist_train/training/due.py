@@ -30,13 +30,13 @@ class Due:
         end, stop: the steps of `trainer.duration` and `trainer.stop_at`; None for a time or nothing.
     """
 
-    def __init__(self, config: Config, steps_per_epoch: int, schedule: Duration | None):
+    def __init__(self, config: Config, steps_per_epoch: int):
         trainer = config.trainer
         self.end = in_steps(trainer.duration, steps_per_epoch)
         self.stop = in_steps(trainer.stop_at, steps_per_epoch)
-        self._log, self._evaluate, self._schedule, *self._saves = (
+        self._log, self._evaluate, *self._saves = (
             in_steps(every, steps_per_epoch) or NEVER
-            for every in (trainer.log_every, trainer.evaluate_every, schedule, *config.checkpoint.every)
+            for every in (trainer.log_every, trainer.evaluate_every, *config.checkpoint.every)
         )
 
     def log(self, done: int) -> bool:
@@ -50,10 +50,6 @@ class Due:
     def save(self, done: int) -> bool:
         """A checkpoint."""
         return any(done % every == 0 for every in self._saves)
-
-    def schedule(self, done: int) -> bool:
-        """A step of the schedule."""
-        return done % self._schedule == 0
 
 
 def clocks(config: Config, seconds: Callable[[], float]) -> Iterator[Source]:

@@ -16,7 +16,6 @@ from dist_train.data.digest import content_digest
 from dist_train.step.parameters import match_strides
 from dist_train.task.metrics import monitored
 from dist_train.training.callbacks import callback_states, load_callback_states
-from dist_train.training.due import in_steps
 from dist_train.training.evaluate import on_rank_zero
 from dist_train.training.model import load_weights
 from dist_train.training.prepare import building
@@ -149,7 +148,7 @@ def restore(
     progress = Progress(**state["progress"])
     if parts.schedule is not None:
         if has_changed("optimizer", "scheduler", "transfer.freeze"):  # brought to where the new one would be by now
-            parts.schedule.advance(progress.step // (in_steps(parts.schedule.every, parts.plan.steps_per_epoch) or 1))
+            parts.schedule.advance(progress.step)
         elif "schedule" in state:
             parts.schedule.load_state_dict(state["schedule"])
     if parts.stop_when is not None and "stop_when" in state and not has_changed("trainer.stop_when"):

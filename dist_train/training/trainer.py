@@ -62,8 +62,7 @@ class Trainer:
         self._trainable = Trainable(parts, self.stepper)
         sources = [*self.run.requests(), *clocks(self.config, lambda: self.seconds)] if self.world.is_main else []
         self.control = Control(self.world.rank, self.world.size, self.world.clone_store(), sources)
-        schedule = parts.schedule.every if parts.schedule is not None and not parts.schedule.on_plateau else None
-        self.due = Due(self.config, self.plan.steps_per_epoch, schedule)
+        self.due = Due(self.config, self.plan.steps_per_epoch)
         self._saved_step = self.step or -1
         self._status_at = time.monotonic()
 
@@ -145,7 +144,7 @@ class Trainer:
         self.stepper(work, want_norm=self.due.log(done))
         self.progress.step = self.console.step = done
         self.progress.samples += work.samples
-        if parts.schedule is not None and self.due.schedule(done):
+        if parts.schedule is not None and parts.schedule.is_due(done):
             parts.schedule.step()
         if parts.ema is not None:
             parts.ema.update()

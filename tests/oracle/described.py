@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import lr_scheduler as lrs
 from torch.utils.data import IterableDataset, default_collate
 
 INF, NEVER = float("inf"), 1 << 60  # steps, or samples of a micro-batch
@@ -160,10 +161,16 @@ def schedule_of(config: dict[str, Any], optimizer: Any, duration: int, epoch: in
     if not spec:
         return None, NEVER, None
     each_step = spec["_target_"].rpartition(".")[2] in ("OneCycleLR", "CyclicLR", "WarmupCosine")
-    every, metric, horizon = (spec.pop(key, None) for key in ("every", "metric", "horizon"))
-    numbers = {"total_steps": steps_of(horizon, epoch) if horizon else duration, "steps_per_epoch": epoch}
+    every, metric, horizon, warmup = (spec.pop(key, None) for key in ("every", "metric", "horizon", "warmup"))
+    first = steps_of(warmup, epoch) if warmup else 0  # of every: 1step
+    total = (steps_of(horizon, epoch) if horizon else duration) - first
+    numbers = {"total_steps": total, "steps_per_epoch": epoch}
     spec = {key: numbers.get(value, value) if isinstance(value, str) else value for key, value in spec.items()}
-    return made(spec, optimizer), steps_of(every or ("1step" if each_step else "1ep"), epoch), metric
+    warm = lrs.LinearLR(optimizer, 1 / (first + 1), total_iters=first) if first else None
+    schedule = made(spec, optimizer)
+    if warm is not None:
+        schedule = lrs.SequentialLR(optimizer, [warm, schedule], [first])
+    return schedule, steps_of(every or ("1step" if each_step else "1ep"), epoch), metric
 
 
 def loss_of(spec: dict[str, Any]) -> Callable[[Any, Any], tuple[Tensor, Any]]:

@@ -95,7 +95,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "bf16": {
         "data": {"train": piece("Points"), "val": piece("Points", samples=11, seed=1, noise=0.3), "global_batch_size": 6},
         "model": MLP, "loss": {"_target_": CE}, "metrics": ["accuracy"],
-        "optimizer": {"_target_": ADAMW, "lr": 0.05}, "trainer": {"duration": "2ep", "precision": "bf16"},
+        "optimizer": {"_target_": ADAMW, "lr": 0.05}, "trainer": {"duration": "3ep", "precision": "bf16", "log_every": "1step"},
+        "scheduler": {
+            "_target_": "torch.optim.lr_scheduler.CosineAnnealingLR", "T_max": "total_steps", "every": "1step",
+            "warmup": "4step",
+        },
     },
     "plateau": {
         "data": {"train": piece("Points"), **VAL, "global_batch_size": 11, "shuffle": False},

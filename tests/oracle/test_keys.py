@@ -54,6 +54,7 @@ MATTERS: dict[str, tuple[str, Any]] = {
     "scheduler": ("above", DEFAULT),
     "scheduler.every": ("fp16", DEFAULT),
     "scheduler.horizon": ("dropout", DEFAULT),
+    "scheduler.warmup": ("bf16", DEFAULT),
     "scheduler.metric": ("plateau", "val/accuracy"),
     "callbacks": ("own", DEFAULT),
     "trainer.duration": ("plain", "11step"),

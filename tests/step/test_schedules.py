@@ -26,6 +26,7 @@ STEPS = STEPS_PER_EPOCH * EPOCHS
 SPAN = Span(STEPS, STEPS_PER_EPOCH, STEPS)
 LOSS = ("val/loss", "min")
 L = "torch.optim.lr_scheduler."
+PLATEAU = {"_target_": L + "ReduceLROnPlateau", "patience": 0}
 Spec = dict[str, Any]
 
 
@@ -62,7 +63,7 @@ def ours(spec: Any, optimizers: Iterator[torch.optim.Optimizer], stop: int) -> l
     schedule, used = Schedule(spec, optimizer, SPAN, LOSS), []
     for step in range(1, STEPS + 1):
         used.append(turn(optimizer))
-        if step % (STEPS_PER_EPOCH if schedule.every.unit == "ep" else 1) == 0:
+        if schedule.is_due(step):
             schedule.step()
         if step == stop:
             file = io.BytesIO()
@@ -103,6 +104,16 @@ def named(name: str, optimizer: torch.optim.Optimizer, total: int) -> lrs.LRSche
 
 def linear(factor: float = 0.1, total: int = 5) -> Spec:
     return {"_target_": L + "LinearLR", "start_factor": factor, "total_iters": total}
+
+
+def after_warmup(make: Callable[[Any], Any], steps: int = 5, start: float | None = None) -> Callable[[Any], Any]:
+    """LinearLR, then another scheduler, by torch's SequentialLR."""
+
+    def build(optimizer: torch.optim.Optimizer) -> lrs.LRScheduler:
+        warm = lrs.LinearLR(optimizer, start or 1 / (steps + 1), total_iters=steps)
+        return lrs.SequentialLR(optimizer, [warm, make(optimizer)], [steps])
+
+    return build
 
 
 CASES: dict[str, tuple[Spec, Callable[[Any], Any], int]] = {
@@ -168,6 +179,39 @@ CASES: dict[str, tuple[Spec, Callable[[Any], Any], int]] = {
         },
         lambda o: lrs.ChainedScheduler([lrs.LinearLR(o, 0.1, total_iters=5), lrs.ExponentialLR(o, 0.9)]), 1,
     ),
+    "warm-up before a cosine over the rest": (
+        {"_target_": L + "CosineAnnealingLR", "T_max": "total_steps", "eta_min": 0.001, "every": "1step", "warmup": "5step"},
+        after_warmup(lambda o: lrs.CosineAnnealingLR(o, STEPS - 5, 0.001)), 1,
+    ),
+    "warm-up from a share of the lr, for an epoch": (
+        {
+            "_target_": L + "PolynomialLR", "total_iters": "total_steps", "every": "1step",
+            "warmup": {"duration": "1ep", "from": 0.25},
+        },
+        after_warmup(lambda o: lrs.PolynomialLR(o, STEPS - 4), 4, 0.25), 1,
+    ),
+    "warm-up before a sequence": (
+        {
+            "_target_": L + "SequentialLR", "every": "1step", "milestones": ["2ep"], "warmup": "3step",
+            "schedulers": [
+                {"_target_": L + "ConstantLR", "factor": 1.0},
+                {"_target_": L + "LinearLR", "start_factor": 1.0, "end_factor": 0.0, "total_iters": "total_steps - 2ep"},
+            ],
+        },
+        lambda o: lrs.SequentialLR(
+            o,
+            [
+                lrs.LinearLR(o, 1 / 4, total_iters=3),
+                lrs.ConstantLR(o, 1.0),
+                lrs.LinearLR(o, 1.0, 0.0, total_iters=STEPS - 3 - 8),
+            ],
+            [3, 11],
+        ), 1,
+    ),
+    "durations instead of numbers": (
+        {"_target_": L + "MultiStepLR", "milestones": ["2ep", "total_steps - 1ep"], "every": "2step"},
+        lambda o: lrs.MultiStepLR(o, [4, 10]), 2,
+    ),
     "a function that builds a sequence": (
         {"_target_": warm, "total_steps": "total_steps", "every": "1step"}, lambda o: warm(o, STEPS), 1,
     ),
@@ -222,6 +266,29 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "none of torch's": (lambda optimizer: object(), "expected a scheduler of torch.optim.lr_scheduler"),
     "too short": ({"_target_": L + "OneCycleLR", "max_lr": 0.1, "total_steps": 20}, "scheduler.horizon"),
+    "no whole number of its steps": (
+        {"_target_": L + "CosineAnnealingLR", "T_max": "10step"}, "10 optimizer steps, which isn't a whole number of the",
+    ),
+    "longer than there are steps": (
+        {"_target_": L + "CosineAnnealingLR", "T_max": "total_steps - 6ep"}, "there are only 6 steps",
+    ),
+    "a chain after a warm-up": (
+        {"_target_": L + "ChainedScheduler", "every": "1step", "warmup": "5step", "schedulers": [linear(), linear(0.5)]},
+        "can't switch to a ChainedScheduler",
+    ),
+    "a sequence in a sequence": (
+        {
+            "_target_": L + "SequentialLR", "milestones": [5], "every": "1step",
+            "schedulers": [
+                linear(), {"_target_": L + "SequentialLR", "milestones": [5], "schedulers": [linear(), linear(0.5)]}
+            ],
+        },
+        "can't switch to a SequentialLR",
+    ),
+    "two warm-ups": (
+        {"_target_": L + "OneCycleLR", "max_lr": 0.1, "total_steps": "total_steps", "warmup": "5step"},
+        r"scheduler.warmup: OneCycleLR rises by itself \(pct_start\)",
+    ),
     "too short inside": (
         {
             "_target_": L + "SequentialLR", "milestones": [5], "every": "1step",
@@ -239,8 +306,57 @@ def test_what_could_be_another_lr_than_meant_is_refused(name: str) -> None:
         Schedule(spec, an_optimizer(), SPAN, LOSS)
 
 
+def test_a_schedule_stepped_each_epoch_counts_from_the_end_of_its_warmup() -> None:
+    spec = {"_target_": L + "StepLR", "step_size": 2, "gamma": 0.1, "warmup": "6step"}
+    optimizer = an_optimizer()
+    warm = lrs.LinearLR(optimizer, 1 / 7, total_iters=6)
+    scheduler, expected = lrs.SequentialLR(optimizer, [warm, lrs.StepLR(optimizer, 2, 0.1)], [6]), []
+    for step in range(1, STEPS + 1):
+        expected.append(turn(optimizer))
+        if step <= 6 or (step - 6) % STEPS_PER_EPOCH == 0:
+            scheduler.step()
+    assert [used[0][0] for used in expected][13:15] == pytest.approx([0.1, 0.01]), "two epochs after the warm-up"
+    for stop in (3, 6, 7, 15):
+        assert ours(spec, (an_optimizer() for _ in range(2)), stop) == expected
+    jumped = Schedule(spec, an_optimizer(), SPAN, LOSS)
+    jumped.advance(15)
+    assert jumped.scheduler.optimizer.param_groups[1]["lr"] == pytest.approx(expected[15][1][0], rel=1e-12)
+
+
+@pytest.mark.parametrize("stop", [0, 3, 12])
+def test_a_plateau_is_watched_once_its_warmup_is_over(stop: int) -> None:
+    """Evaluations during the warm-up have no say."""
+    losses = {4: 0.1, 8: 0.5, 12: 0.5, 16: 0.6, 20: 0.6}
+    optimizer = an_optimizer()
+    warm, plateau = lrs.LinearLR(optimizer, 0.1, total_iters=5), None
+    expected, used = [], []
+    for step in range(1, STEPS + 1):
+        expected.append(turn(optimizer))
+        if step <= 5:
+            warm.step()
+        if step == 5:
+            plateau = lrs.ReduceLROnPlateau(optimizer, patience=0)
+        elif plateau is not None and step in losses:
+            plateau.step(losses[step])
+    assert len({str(one) for one in expected[5:]}) == 4, "it is reduced three times, and not for the 0.1 of the warm-up"
+
+    spec = {**PLATEAU, "warmup": {"duration": "5step", "from": 0.1}}
+    schedule = Schedule(spec, optimizer := an_optimizer(), SPAN, LOSS)
+    for step in range(1, STEPS + 1):
+        used.append(turn(optimizer))
+        if schedule.is_due(step):
+            schedule.step()
+        if step in losses:
+            schedule.step({"val/loss": losses[step]})
+        if step == stop:
+            saved, state = schedule.state_dict(), optimizer.state_dict()
+            schedule = Schedule(spec, optimizer := an_optimizer(), SPAN, LOSS)
+            optimizer.load_state_dict(state)
+            schedule.load_state_dict(saved)
+    assert used == expected
+
+
 ACCURACY = ("val/accuracy", "max")
-PLATEAU = {"_target_": L + "ReduceLROnPlateau", "patience": 0}
 
 
 def test_reduce_on_plateau_takes_its_mode_from_the_metric() -> None:
