@@ -5,6 +5,7 @@ A spec is such a dict, or a live object from Python. This module itself imports 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import inspect
@@ -71,24 +72,20 @@ def _import(name: str) -> types.ModuleType | None:
     """A module, or None where there is none of this name."""
     try:
         return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name == name:
-            return None
-        raise ConfigError.single("", _import_failure(name, error)) from error
     except (Exception, SystemExit) as error:  # a script without `if __name__ == "__main__"` exits
+        if isinstance(error, ModuleNotFoundError) and error.name == name:
+            return None
         raise ConfigError.single("", _import_failure(name, error)) from error
 
 
 def _import_failure(name: str, error: BaseException) -> str:
     """The message for a module that raises: the last frame outside Python's import machinery and this file."""
     skipped = ("<frozen", os.sep + "importlib" + os.sep, __file__)
-    frames = [
-        at for at in traceback.extract_tb(error.__traceback__) if not any(part in at.filename for part in skipped)
-    ]
-    place = f" at {_short(frames[-1].filename)}:{frames[-1].lineno}" if frames else ""
-    text = str(error).splitlines()[0] if str(error) else ""
+    at = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    at, text = [place for place in at if not any(part in place[0] for part in skipped)], str(error).partition("\n")[0]
     if isinstance(error, SyntaxError) and error.filename:
-        place, text = f" at {_short(error.filename)}:{error.lineno}", error.msg
+        at, text = [(error.filename, error.lineno)], error.msg
+    place = f" at {_short(at[-1][0])}:{at[-1][1]}" if at else ""
     return f"importing {name} failed{place}: {type(error).__name__}: {text}"
 
 
@@ -132,10 +129,9 @@ def build_callable(spec: Any) -> Callable[..., Any]:
         return typing.cast(Callable[..., Any], spec() if isinstance(spec, type) else spec)
     target = locate(spec["_target_"])
     given, keywords = arguments(target, spec)
-    try:
-        whole = isinstance(target, type) or inspect.signature(target).bind(*given, **keywords) is not None
-    except (TypeError, ValueError):
-        whole = False
+    whole = isinstance(target, type)
+    with contextlib.suppress(TypeError, ValueError):
+        whole = whole or inspect.signature(target).bind(*given, **keywords) is not None
     maker = functools.partial(target, *given, **keywords) if given or keywords else target
     return typing.cast(Callable[..., Any], maker() if whole else maker)
 

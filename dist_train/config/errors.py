@@ -38,22 +38,17 @@ _IN_URL = re.compile(
 def mask(text: str, shortest: int = SHORTEST) -> str:
     """The text with `***` in place of what looks like a secret, or is the value of an environment variable that holds one."""
     for name, value in os.environ.items():
-        if len(value) >= shortest and _is_secret(name):
-            for form in _forms(value):
-                text = text.replace(form, MASK)
+        for form in _forms(name, value) if len(value) >= shortest else ():
+            text = text.replace(form, MASK)
     return _IN_URL.sub(lambda found: (found[1] or "") + MASK, text)
 
 
 @functools.cache
-def _is_secret(variable: str) -> bool:
-    return _VARIABLE.search(variable) is not None
-
-
-@functools.cache
-def _forms(value: str) -> list[str]:
-    """A value as it is and as it is quoted in other text; the longest first."""
+def _forms(variable: str, value: str) -> list[str]:
+    """A secret variable's value as it is and as it is quoted in other text, the longest first; none of another variable."""
     forms = {value, value.strip(), repr(value)[1:-1], json.dumps(value)[1:-1], html.escape(value)}
-    return sorted((form for form in forms if len(form) >= SHORTEST), key=len, reverse=True)
+    is_secret = _VARIABLE.search(variable) is not None
+    return sorted((form for form in forms if is_secret and len(form) >= SHORTEST), key=len, reverse=True)
 
 
 def visible(text: str, keep: str = "\n\t") -> str:

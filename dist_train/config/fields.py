@@ -110,9 +110,8 @@ def expand_path(path: str) -> str:
     def fill(match: re.Match[str]) -> str:
         name = match[1] or match[2]
         if name is not None and name not in os.environ:
-            raise ValueError(
-                f"{path} needs the environment variable {name}, which isn't set ($$ is a plain dollar sign)"
-            )
+            hint = "which isn't set ($$ is a plain dollar sign)"
+            raise ValueError(f"{path} needs the environment variable {name}, {hint}")
         return "$" if name is None else os.environ[name]
 
     return os.path.expanduser(_VARIABLE.sub(fill, path))
@@ -160,10 +159,8 @@ def _component(value: Any) -> Any:
     form = "write a component as {_target_: package.module.Name, argument: value, ...}"
     if isinstance(value, dict):
         if "_live_" in value:
-            raise ValueError(
-                f"this was an object made in Python ({value['_live_']}), which a file can't hold: resume from Python "
-                "with the same object, or name it by _target_"
-            )
+            hint = "resume from Python with the same object, or name it by _target_"
+            raise ValueError(f"this was an object made in Python ({value['_live_']}), which a file can't hold: {hint}")
         if "_target_" not in value:
             raise ValueError(f"_target_ is missing; {form}")
         if not isinstance(value["_target_"], str) and not callable(value["_target_"]):
@@ -179,10 +176,10 @@ def _component(value: Any) -> Any:
 
 def _optimizer(value: Any) -> Any:
     if isinstance(value, list):
-        raise ValueError(
-            "several optimizers (of a GAN, say) aren't supported: name one, use its `groups` for settings of some parameters, "
-            "and let the task return the sum of the losses"
+        hint = (
+            "name one, use its `groups` for settings of some parameters, and let the task return the sum of the losses"
         )
+        raise ValueError(f"several optimizers (of a GAN, say) aren't supported: {hint}")
     return _component(value)
 
 
@@ -277,14 +274,13 @@ def map_leaves(value: Any, change: Callable[[Any], Any]) -> Any:
     return [map_leaves(inner, change) for inner in value] if isinstance(value, list | tuple) else change(value)
 
 
-def _is_plain(leaf: Any) -> bool:
-    return leaf is None or type(leaf) in (bool, int, float, str)
+_PLAIN = (type(None), bool, int, float, str)
 
 
 def live_objects(value: Any) -> Iterator[tuple[str, Any]]:
     """Every object in a value of a config that no file can name, with its dotted key."""
     for key, leaf in leaves(value):
-        if not isinstance(leaf, Duration | dict | list | tuple) and not _is_plain(leaf):
+        if type(leaf) not in (*_PLAIN, Duration) and not isinstance(leaf, dict | list | tuple):
             yield dotted(key), leaf
 
 
@@ -292,8 +288,8 @@ def plain(value: Any) -> Any:
     """A copy of any value of a config that YAML can hold; a live object is {"_live_": its class}."""
 
     def change(leaf: Any) -> Any:
-        if _is_plain(leaf) or isinstance(leaf, Duration):
-            return str(leaf) if isinstance(leaf, Duration) else leaf
+        if type(leaf) in (*_PLAIN, Duration):
+            return str(leaf) if type(leaf) is Duration else leaf
         named = leaf if hasattr(leaf, "__qualname__") else type(leaf)
         return {"_live_": f"{named.__module__}.{named.__qualname__}"}
 

@@ -64,9 +64,8 @@ def load_config(
         for key, message in findings:
             if not any(key[: len(bad)] == bad or bad[: len(key)] == key for bad in broken):
                 reader.note(nearest(places, key), key, message)
-    if reader.noted:
+    if reader.noted or config is None:
         raise ConfigError(as_problems(reader.noted))
-    assert config is not None
     return config
 
 
@@ -164,10 +163,10 @@ def _mismatch(key: Key, items: list[ErrorDetails]) -> str:
             hint = f"; write it as a number: {number}"
         else:
             hint = f"; write {word}" if word in words else did_you_mean(value, words)
-    elif "string_type" in kinds:
-        braces = isinstance(value, dict) and None in value.values()
-        hint = "; braces make a mapping in YAML: put the text in quotes" if braces else ""
-        hint = "; put it in quotes" if isinstance(value, bool | int | float) else hint
+    elif "string_type" in kinds and isinstance(value, bool | int | float):
+        hint = "; put it in quotes"
+    elif "string_type" in kinds and isinstance(value, dict) and None in value.values():
+        hint = "; braces make a mapping in YAML: put the text in quotes"
     return f"expected {' or '.join(wanted)}, found {describe(value)}{hint}"
 
 
@@ -189,10 +188,8 @@ def _advice(key: Key, value: Any) -> str:
 def foreign() -> tuple[dict[str, str], dict[str, str]]:
     """Names that people know from other tools (foreign.yaml): the answer for each key, and the word for each value."""
     tables = yaml.safe_load(Path(__file__).with_name("foreign.yaml").read_text(encoding="utf-8"))
-    answers, synonyms = (
-        {name: word for word, names in tables[kind].items() for name in names.split()}
-        for kind in ("answers", "synonyms")
-    )
+    kinds = (tables["answers"], tables["synonyms"])
+    answers, synonyms = ({name: word for word, names in kind.items() for name in names.split()} for kind in kinds)
     return answers, synonyms
 
 

@@ -313,13 +313,7 @@ class Config(Section):
     tracking: TrackingConfig = Field(default_factory=TrackingConfig, description=about(TrackingConfig))
     debug: DebugConfig = Field(default_factory=DebugConfig, description=about(DebugConfig))
 
-    _source: str | None = PrivateAttr(default=None)
     _places: dict[fields.Key, Place] = PrivateAttr(default_factory=dict)
-
-    @property
-    def source(self) -> str | None:
-        """The path of the file that it was read from, or None (a dict, or the built-in default)."""
-        return self._source
 
     @property
     def places(self) -> dict[fields.Key, Place]:
@@ -334,12 +328,9 @@ class Config(Section):
             written = nearest(places, ("run", "code_paths")).source
             origin = "" if written in (COMMAND_LINE, DICT) else os.path.dirname(written)
             with contextlib.suppress(ValueError):  # a variable that isn't set has been reported
-                paths = [
-                    os.path.abspath(os.path.join(origin, fields.expand_path(path))) for path in self.run.code_paths
-                ]
-        run = self.run.model_copy(update={"name": name, "code_paths": paths})
-        config = self.model_copy(update={"run": run})
-        config._source, config._places = source, places
+                paths = [os.path.abspath(os.path.join(origin, fields.expand_path(p))) for p in self.run.code_paths]
+        config = self.model_copy(update={"run": self.run.model_copy(update={"name": name, "code_paths": paths})})
+        config._places = places
         return config
 
     def where(self, key: str) -> str:
@@ -349,7 +340,7 @@ class Config(Section):
     @property
     def has_live_objects(self) -> bool:
         """Whether some component is an object (or class) handed over from Python, which no file can name."""
-        return any(True for _ in fields.live_objects(self))
+        return next(fields.live_objects(self), None) is not None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and scalars that YAML and JSON can hold; a live object is {"_live_": its class}."""

@@ -113,13 +113,11 @@ def check_sources(config: Config) -> Iterator[Finding]:
     """The same problems as far as they can be found without importing anything: see `code.py`."""
     components.add_code_paths(config.run.code_paths)
     for key, slot, spec in _specs(config):
-        if not components.is_spec(spec) or not isinstance(spec["_target_"], str):
-            continue
-        form = read_signature(spec["_target_"], config.run.code_paths)
-        if form is not None:
-            yield from _arguments(key, slot, spec, *form)
-        elif wrong := missing(spec["_target_"], config.run.code_paths):
-            yield (*key, "_target_"), wrong
+        if components.is_spec(spec) and isinstance(spec["_target_"], str):
+            if form := read_signature(spec["_target_"], config.run.code_paths):
+                yield from _arguments(key, slot, spec, *form)
+            elif wrong := missing(spec["_target_"], config.run.code_paths):
+                yield (*key, "_target_"), wrong
 
 
 def _specs(config: Config) -> Iterator[tuple[Key, Slot, Any]]:
@@ -137,24 +135,23 @@ def _specs(config: Config) -> Iterator[tuple[Key, Slot, Any]]:
 
 
 def _nested(key: Key, value: Any, slot: Slot) -> Iterator[tuple[Key, Slot, Any]]:
-    if isinstance(value, dict | list):
-        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
-            if components.is_spec(item):
-                yield (*key, name), slot, item
-            yield from _nested((*key, name), item, slot)
+    for name, item in value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else ()):
+        if components.is_spec(item):
+            yield (*key, name), slot, item
+        yield from _nested((*key, name), item, slot)
 
 
 def _live(key: Key, slot: Slot, value: Any) -> Iterator[Finding]:
     """Whether an object from Python fits; where the slot passes arguments, a factory does too."""
-    kind = value if isinstance(value, type) else type(value)
+    is_class = isinstance(value, type)
+    kind = value if is_class else type(value)
     if slot.gives and not callable(value):
         given = ", ".join(slot.gives)
         yield key, f"expected a factory called with ({given}), such as functools.partial, found {describe(value)}"
-    elif isinstance(value, type) and not slot.gives:
+    elif is_class and not slot.gives:
         yield key, f"expected {slot.wants}, found the class {kind.__name__} itself: write {kind.__name__}(...)"
-    elif (isinstance(value, type) or not slot.gives) and not slot.fits(kind):
-        found = f"the class {kind.__name__}" if isinstance(value, type) else describe(value)
-        yield key, f"expected {slot.wants}, found {found}"
+    elif (is_class or not slot.gives) and not slot.fits(kind):
+        yield key, f"expected {slot.wants}, found {f'the class {kind.__name__}' if is_class else describe(value)}"
 
 
 def _imported(key: Key, slot: Slot, spec: dict[str, Any]) -> Iterator[Finding]:

@@ -141,14 +141,13 @@ class _Loader(yaml.BaseLoader):
 class _Dumper(yaml.SafeDumper):
     """Quotes every string that YAML 1.1 or 1.2 would read as something else."""
 
+    def represent_str(self, value: str) -> yaml.ScalarNode:
+        # Line separators and control characters are kept only as escapes between double quotes.
+        quoted = not value.isprintable() or _kind(value) != "str"
+        return self.represent_scalar(_TAG + "str", value, style='"' if quoted else None)
 
-def _represent_text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
-    # Line separators and control characters are kept only as escapes between double quotes.
-    quoted = not value.isprintable() or _kind(value) != "str"
-    return dumper.represent_scalar(_TAG + "str", value, style='"' if quoted else None)
 
-
-_Dumper.add_representer(str, _represent_text)
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 
 def dump(data: Any) -> str:
@@ -165,7 +164,6 @@ class Reader:
         self.incomplete = False  # something couldn't be read, so keys may be missing that were written
 
     def note(self, place: Place, key: Key, message: str) -> None:
-        """Collect a mistake at a key."""
         self.noted.append((place, key, message))
 
     def parse(self, text: str, start: Place, key: Key = ()) -> Node | None:
@@ -260,12 +258,11 @@ class Reader:
             place = Place(1, COMMAND_LINE, number)
             name, equals, text = override.partition("=")
             key: Key = tuple(name.strip().lstrip("-").split("."))
-            if not equals or not all(key):
-                example = "write key.path=value, for example optimizer.lr=0.05"
-                self.note(place, (), f"expected key=value, found {mask(override)!r}; {example}")
-                continue
-            node = self._override_value(text.strip(), place, key)
             try:
+                if not equals or not all(key):
+                    key, example = (), "write key.path=value, for example optimizer.lr=0.05"
+                    raise ValueError(f"expected key=value, found {mask(override)!r}; {example}")
+                node = self._override_value(text.strip(), place, key)
                 root = root.put(key, node) if node is not None else root
             except ValueError as error:
                 self.note(place, key, str(error))
@@ -289,34 +286,27 @@ def _contents(path: str) -> str:
         return Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         folder = Path(path).parent
-        if folder.is_dir():
-            hint = did_you_mean(path, (str(other) for other in folder.glob("*.y*ml")))
-        else:
-            hint = f"; there is no directory {folder.absolute()}"
-        raise ConfigError([Problem(path, "", f"no such file{hint}")]) from None
+        hint = did_you_mean(path, map(str, folder.glob("*.y*ml")))
+        hint = hint if folder.is_dir() else f"; there is no directory {folder.absolute()}"
+        raise ConfigError.single("", f"no such file{hint}", where=path) from None
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it isn't UTF-8 text"
-        raise ConfigError([Problem(path, "", f"can't be read: {reason}")]) from None
+        raise ConfigError.single("", f"can't be read: {reason}", where=path) from None
 
 
 def _from_python(value: Any) -> Node:
     place = Place(0, DICT, 0)
     if isinstance(value, Mapping) and type(value).__module__ in ("builtins", "collections", "types"):
         result = {key if type(key) is int else str(key): _from_python(item) for key, item in value.items()}
-        if "_target_" in result:
-            result["_target_"] = Node(_import_path(result["_target_"].value), place)
+        target = result["_target_"].value if "_target_" in result else None
+        module, name = getattr(target, "__module__", None), getattr(target, "__qualname__", "<")
+        if module not in (None, "__main__") and "<" not in name:  # it can be imported again under this path
+            result["_target_"] = Node(f"{module}.{name}", place)
         return Node(result, place)
     if type(value) in (list, tuple):
         return Node([_from_python(item) for item in value], place)
     if isinstance(value, os.PathLike):
         return Node(os.fspath(value), place)
-    for kind in (bool, int, float, str):  # numpy's float64, enums of strings, ... are their plain value
-        if isinstance(value, kind):
-            return Node(kind(value), place)
-    return Node(value, place)
-
-
-def _import_path(target: Any) -> Any:
-    """The dotted path of a class or function that can be imported again under it; anything else as it is."""
-    module, name = getattr(target, "__module__", None), getattr(target, "__qualname__", "<")
-    return target if module in (None, "__main__") or "<" in name else f"{module}.{name}"
+    # numpy's float64, enums of strings, ... are their plain value
+    kind = next((kind for kind in (bool, int, float, str) if isinstance(value, kind)), None)
+    return Node(value if kind is None else kind(value), place)

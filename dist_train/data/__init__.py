@@ -13,15 +13,7 @@ if TYPE_CHECKING:
     from dist_train.library.datasets import Digits, Gaussians, RandomSplit
     from dist_train.library.tables import CSV
 
-_HOMES = {
-    "data.augment": ("Augment", "Draws"),
-    "data.errors": ("DataError",),
-    "library.arrays": ("Arrays",),
-    "library.augments": ("CutMix", "Mixup", "OneOf", "RandomErasing", "RandomHorizontalFlip", "RandomShift"),
-    "library.datasets": ("Digits", "Gaussians", "RandomSplit"),
-    "library.tables": ("CSV",),
-}
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_HOMES = ("data.augment", "data.errors", "library.augments", "library.datasets", "library.tables")
 __all__ = [
     "CSV", "Arrays", "Augment", "CutMix", "DataError", "Digits", "Draws", "Gaussians", "Mixup", "OneOf", "RandomErasing",
     "RandomHorizontalFlip", "RandomShift", "RandomSplit",
@@ -29,9 +21,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
-        raise AttributeError(f"module 'dist_train.data' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"dist_train.{_HOME_OF[name]}"), name)
+    for home in _HOMES if name in __all__ else ():
+        if hasattr(module := importlib.import_module(f"dist_train.{home}"), name):
+            return getattr(module, name)
+    raise AttributeError(f"module 'dist_train.data' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

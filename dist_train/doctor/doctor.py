@@ -67,12 +67,10 @@ class Diagnosis:
 
     @property
     def failed(self) -> list[Check]:
-        """The checks that failed."""
         return [check for check in self.checks if check.state == "FAIL"]
 
     @property
     def bad_hosts(self) -> list[str]:
-        """The hosts at fault."""
         return list(dict.fromkeys(host for check in self.failed for host in check.hosts))
 
     def to_json(self) -> str:
@@ -142,19 +140,15 @@ def _diagnose(
 ) -> Diagnosis:
     """Every check but those of the config's data and the dry run."""
     mine = {**probes.resources(world.device), "versions": probes.versions(), "problem": str(problem or "")}
-    if config is not None:
-        plain = config.to_dict()
-        del plain["run"]["code_paths"]  # the user's code may be in another directory on each host
-        text = json.dumps(plain, sort_keys=True, default=str)
+    if config is not None:  # the user's code may be in another directory on each host
+        text = config.model_copy(update={"run": config.run.model_copy(update={"code_paths": []})}).to_yaml()
         mine["versions"]["config"] = hashlib.sha256(text.encode()).hexdigest()[:12]
     ranks = world.all_gather(mine)
     if problem is not None and all(rank["problem"] for rank in ranks):
         raise problem
     for rank, offset in zip(ranks, probes.clock_offsets(world)):
         rank["clock_offset"] = round(offset, 4)
-    checks = [
-        _same(name, [(rank["host"], rank["versions"].get(name, "none")) for rank in ranks]) for name in mine["versions"]
-    ]
+    checks = [_same(name, ranks) for name in mine["versions"]]
     if any(rank["problem"] for rank in ranks):
         wrong = [(rank["host"], rank["problem"] and f" only: {rank['problem']}") for rank in ranks]
         checks.append(Check.of("config", wrong, ""))
@@ -171,8 +165,9 @@ def _diagnose(
     return Diagnosis(checks, ranks)
 
 
-def _same(name: str, values: list[tuple[str, str]]) -> Check:
-    (usual, _), *_ = Counter(value for _, value in values).most_common(1)  # of equally many, rank 0's
+def _same(name: str, ranks: list[dict[str, Any]]) -> Check:
+    values = [(rank["host"], rank["versions"].get(name, "none")) for rank in ranks]
+    usual = Counter(value for _, value in values).most_common(1)[0][0]  # of equally many, rank 0's
     hint = f"the others have {usual}: make them the same"
     return Check.of(name, [(host, f" has {value}, {hint}") for host, value in values if value != usual], usual)
 

@@ -119,9 +119,7 @@ def _beta_table(alpha: float) -> Tensor:
 
 def _soft(targets: Tensor, classes: int) -> Tensor:
     """Class indices (B,) as probabilities (B, classes) float32; probabilities stay as they are."""
-    if targets.is_floating_point():
-        return targets
-    return F.one_hot(targets.long(), classes).float()
+    return targets if targets.is_floating_point() else F.one_hot(targets.long(), classes).float()
 
 
 class _Mix(Augment):
@@ -178,9 +176,8 @@ class CutMix(_Mix):
         _, _, height, width = _images("CutMix", inputs)
         u = draws.host(4)[:-1]
         half = torch.sqrt(1.0 - self._kept(u).double()) / 2.0
-        middle_y, middle_x = u[:, 2] * height, u[:, 3] * width
-        top, bottom = ((middle_y + sign * half * height).round().clamp_(0, height) for sign in (-1, 1))
-        left, right = ((middle_x + sign * half * width).round().clamp_(0, width) for sign in (-1, 1))
+        top, bottom = ((u[:, 2] * height + sign * half * height).round().clamp_(0, height) for sign in (-1, 1))
+        left, right = ((u[:, 3] * width + sign * half * width).round().clamp_(0, width) for sign in (-1, 1))
         kept = 1.0 - (bottom - top) * (right - left) / (height * width)
         box = draws.send(torch.stack((top, bottom, left, right, kept)))
         mixed = torch.where(_inside(box, height, width), inputs[1:], inputs[:-1])

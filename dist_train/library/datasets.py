@@ -84,11 +84,9 @@ class Gaussians(Arrays):
         if samples < 1 or dimensions < 1:
             raise DataError(f"Gaussians: samples and dimensions must be at least 1, found {samples} and {dimensions}")
         random = np.random.RandomState([SPLIT, seed & 0xFFFFFFFF, split_number("Gaussians", split)])
-        noise = random.standard_normal((2, samples, dimensions))
-        points = noise + bias + np.array([mean, -mean])[:, None, None]
-        targets = np.repeat(np.array([0, 1], dtype=np.float32), samples)
-        inputs = torch.from_numpy(points.reshape(-1, dimensions)).float()
-        super().__init__(inputs, torch.from_numpy(targets), classes=["0", "1"])
+        points = random.standard_normal((2, samples, dimensions)) + bias + np.array([mean, -mean])[:, None, None]
+        targets = torch.tensor([0.0, 1.0]).repeat_interleave(samples)
+        super().__init__(torch.from_numpy(points.reshape(-1, dimensions)).float(), targets, classes=["0", "1"])
 
 
 class RandomSplit(Subset[Any]):
@@ -113,7 +111,13 @@ class RandomSplit(Subset[Any]):
         stratify: bool = False,
     ) -> None:
         total = dataset_length(dataset, "RandomSplit")
-        labels = _labels(dataset, total) if stratify else None
+        labels = None
+        if stratify:
+            found = getattr(dataset, "targets", None)
+            labels = np.asarray([dataset[index][1] for index in range(total)] if found is None else found)
+            if labels.ndim != 1 or len(np.unique(labels)) > total // 2:
+                hint = "set stratify: false for other targets"
+                raise DataError(f"RandomSplit: stratify needs a class for each sample; {hint}")
         indices = split_indices("RandomSplit", split, total, parts, seed=seed, labels=labels)
         if not len(indices):
             raise DataError(f"RandomSplit: no sample remains for {split}: {list(parts)} of {total} samples")
@@ -121,13 +125,3 @@ class RandomSplit(Subset[Any]):
         # loader worker copy all of them.
         super().__init__(dataset, array("q", indices.tobytes()))
         self.classes = getattr(dataset, "classes", None)
-
-
-def _labels(dataset: Any, total: int) -> np.ndarray:
-    labels = getattr(dataset, "targets", None)
-    if labels is None:
-        labels = [dataset[index][1] for index in range(total)]
-    array = np.asarray(labels)
-    if array.ndim != 1 or len(np.unique(array)) > total // 2:
-        raise DataError("RandomSplit: stratify needs a class for each sample; set stratify: false for other targets")
-    return array

@@ -81,12 +81,9 @@ def _read(path: Path, delimiter: str, modified: int) -> _Table:
             header = [name.strip() for name in next(reader, [])]
             for row in filter(None, reader):
                 if len(row) != len(header):
-                    raise DataError(
-                        f"{path} line {reader.line_num}: expected {len(header)} columns as in the header, found "
-                        f"{len(row)}; is {delimiter!r} the delimiter?"
-                    )
-                words = map(str.strip, row)
-                cells.append(["" if word.lower() in _MISSING else word for word in words])
+                    found = f"expected {len(header)} columns as in the header, found {len(row)}"
+                    raise csv.Error(f"{found}; is {delimiter!r} the delimiter?")
+                cells.append(["" if word.lower() in _MISSING else word for word in map(str.strip, row)])
                 lines.append(reader.line_num)
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: expected UTF-8 text: {error}") from error
@@ -161,10 +158,9 @@ class CSV(Arrays):
         if self._classify and (len(self.targets_named) != 1 or standardize_target):
             raise DataError("CSV: a classification has one target, which isn't standardized")
         if train_path is None and (split or standardize or standardize_target or missing == "mean" or self._classify):
-            raise DataError(
-                f"CSV: {path}: splits, standardizing, means and classes are learned from the training rows: give "
-                f"train_path, the file that holds them (the same as path, if one file is split into parts)"
-            )
+            hint = "give train_path, the file that holds them (the same as path, if one file is split into parts)"
+            learned = "splits, standardizing, means and classes are learned from the training rows"
+            raise DataError(f"CSV: {path}: {learned}: {hint}")
         table = _open(path, delimiter)
         training = table if train_path is None else _open(train_path, delimiter)
         training.words([*self.targets_named, *(features or ()), *ignore])  # refuses unknown names
@@ -175,13 +171,13 @@ class CSV(Arrays):
 
         x, y, rows = self._rows(training, training=True)
         assert y is not None
-        mine = learned = np.arange(len(x))
+        mine = learned_from = np.arange(len(x))
         if split is not None:
             labels = y[:, 0] if self._classify else None
-            mine, learned = (
+            mine, learned_from = (
                 split_indices("CSV", name, len(x), parts, seed=seed, labels=labels) for name in (split, "train")
             )
-        self._learn(x[learned], y[learned], standardize, standardize_target)
+        self._learn(x[learned_from], y[learned_from], standardize, standardize_target)
         if table.path == training.path:
             x, y, rows = x[mine], y[mine], rows[mine]
         else:
@@ -190,7 +186,7 @@ class CSV(Arrays):
             raise DataError(f"CSV: {path}: no row remains for {split or 'training'}")
         self.lines = [table.lines[row] for row in rows]
         x = (np.where(np.isnan(x), self._fill, x) - self._x_mean) / self._x_std
-        targets = None if y is None else self._class_indices(table, y, rows) if self._classify else self._scaled(y)
+        targets = None if y is None else self._targets(table, y, rows)
         super().__init__(torch.from_numpy(x).to(torch.get_default_dtype()), targets, classes=self.classes)
 
     def original_units(self, values: Tensor) -> Tensor:
@@ -229,12 +225,11 @@ class CSV(Arrays):
         else:
             self._y_mean, self._y_std = _moments(y, standardize_target)
 
-    def _scaled(self, y: np.ndarray) -> Tensor:
-        scaled = torch.from_numpy((y - self._y_mean) / self._y_std).to(torch.get_default_dtype())
-        return scaled[:, 0] if scaled.shape[1] == 1 else scaled
-
-    def _class_indices(self, table: _Table, y: np.ndarray, rows: np.ndarray) -> Tensor:
-        index = {word: k for k, word in enumerate(self.classes or ())}
+    def _targets(self, table: _Table, y: np.ndarray, rows: np.ndarray) -> Tensor:
+        if self.classes is None:
+            scaled = torch.from_numpy((y - self._y_mean) / self._y_std).to(torch.get_default_dtype())
+            return scaled[:, 0] if scaled.shape[1] == 1 else scaled
+        index = {word: k for k, word in enumerate(self.classes)}
         for row, word in zip(rows, y[:, 0]):
             if word not in index:
                 message = f"class {word!r} is in no training row; known are {', '.join(index)}"

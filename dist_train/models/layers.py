@@ -93,10 +93,8 @@ def watch(model: nn.Module, run: Callable[[], object], note: Callable[[str, Any]
     def hook(module: nn.Module, inputs: Any, output: Any) -> None:
         note(names[module], output[0] if isinstance(output, tuple | list) and output else output)
 
-    handles = [module.register_forward_hook(hook) for module in names]
-    try:
-        with evaluating(model):
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with contextlib.ExitStack() as stack:
+        for module in names:
+            stack.callback(module.register_forward_hook(hook).remove)
+        stack.enter_context(evaluating(model))
+        run()

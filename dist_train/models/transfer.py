@@ -72,7 +72,7 @@ def _state_dict(content: object, source: str, own: Mapping[str, Tensor]) -> dict
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]
     if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        found = describe(dict(content)) if isinstance(content, Mapping) else describe(content)
+        found = describe(dict(content) if isinstance(content, Mapping) else content)
         message = f"expected a state_dict (names and tensors) in {source}, found {found}"
         raise ConfigError.single("transfer.weights", f"{message}; save one with torch.save(model.state_dict(), FILE)")
     state = {str(name): value for name, value in content.items()}
@@ -110,17 +110,15 @@ def find_head(model: nn.Module, at: str | None = None) -> str:
 
 def replace_head(model: nn.Module, name: str, classes: int) -> str:
     """Replace layer `name` by one with `classes` outputs, otherwise like the old one; returns a line for the log."""
-    old = model.get_submodule(name)
-    assert isinstance(old, nn.Linear | nn.Conv2d)
-    like: dict[str, Any] = {"bias": old.bias is not None, "device": old.weight.device, "dtype": old.weight.dtype}
-    new: nn.Module
+    old: Any = model.get_submodule(name)
+    like = {"bias": old.bias is not None, "device": old.weight.device, "dtype": old.weight.dtype}
     if isinstance(old, nn.Linear):
-        before, new = old.out_features, nn.Linear(old.in_features, classes, **like)
+        new: nn.Module = nn.Linear(old.in_features, classes, **like)
     else:
-        before, size = old.out_channels, (old.kernel_size, old.stride, old.padding, old.dilation)
-        new = nn.Conv2d(old.in_channels, classes, *size, **like)  # type: ignore[arg-type]
+        size = (old.kernel_size, old.stride, old.padding, old.dilation)
+        new = nn.Conv2d(old.in_channels, classes, *size, **like)
     model.set_submodule(name, new)
-    return f"head {name}: {before} -> {classes} outputs"
+    return f"head {name}: {len(old.weight)} -> {classes} outputs"
 
 
 def append_module(model: nn.Module, at: str, name: str, module: nn.Module) -> str:
@@ -208,9 +206,8 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
     for name in match_parameters(model, patterns, "transfer.freeze"):
         model.get_parameter(name).requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigError.single(
-            "transfer.freeze", f"{', '.join(patterns)} freezes every parameter: nothing is left to train"
-        )
+        message = f"{', '.join(patterns)} freezes every parameter: nothing is left to train"
+        raise ConfigError.single("transfer.freeze", message)
     # An attribute of the instance, so that every caller finds it first. A bound method is copied and pickled with its
     # object; unpickled it is the class's own `train`, so that a file with the whole module needs torch alone.
     model.__dict__["train"] = types.MethodType(_train, model)
@@ -235,13 +232,11 @@ def initialize(model: nn.Module, patterns: Sequence[str], fill: Callable[[Tensor
         ConfigError: a pattern matches no parameter, or `fill` fails for one.
     """
     wanted = set(match_parameters(model, patterns, f"{key}.match"))
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.named_parameters():  # a shared one once
         if name in wanted:
             try:
                 with torch.no_grad():
                     fill(parameter)
             except Exception as error:  # whatever the function says about this tensor
-                message = (
-                    f"it can't initialize {name} {tuple(parameter.shape)}: {error}; match others, like Conv2d.weight"
-                )
-                raise ConfigError.single(key, message) from error
+                wrong = f"it can't initialize {name} {tuple(parameter.shape)}: {error}"
+                raise ConfigError.single(key, f"{wrong}; match others, like Conv2d.weight") from error

@@ -14,6 +14,7 @@ from dist_train.runtime.storage import is_url, open_storage
 
 _SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".safetensors")
 KEY = "transfer.weights"
+CODE = "more than tensors, which only running its code could rebuild"
 
 
 def is_torchvision_name(weights: str) -> bool:
@@ -54,8 +55,7 @@ def read_torchvision(name: str, builder: str) -> Any:
     try:
         return weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except pickle.UnpicklingError as error:
-        message = f"{place} is refused: it holds more than tensors, which only running its code could rebuild; delete that file"
-        raise ConfigError.single(KEY, message) from error
+        raise ConfigError.single(KEY, f"{place} is refused: it holds {CODE}; delete that file") from error
     except (OSError, RuntimeError) as error:  # no network, no space, a wrong hash
         message = f"{name} can't be downloaded from {weights.url}: {error}; without a network put that file at {place}"
         raise ConfigError.single(KEY, message) from error
@@ -88,6 +88,7 @@ def read_file(location: str) -> Any:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         message = f"{location} can't be read as weights: {reason}; expected a state_dict of torch.save, or safetensors"
         if isinstance(error, pickle.UnpicklingError):
-            message = f"{location} is refused: it holds more than tensors, which only running its code could rebuild "
-            message += f"({reason}); save torch.save(model.state_dict(), FILE) instead"
+            message = (
+                f"{location} is refused: it holds {CODE} ({reason}); save torch.save(model.state_dict(), FILE) instead"
+            )
         raise ConfigError.single(KEY, message) from error

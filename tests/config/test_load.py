@@ -47,7 +47,6 @@ def test_the_built_in_default_is_the_digits_config() -> None:
     text = (ROOT / "configs" / "digits.yaml").read_text()
     assert DEFAULT.read_text() == text
     assert load_config().run.name == "digits"
-    assert load_config().source is None
 
 
 def test_values_have_their_types_and_sections_are_attributes() -> None:
