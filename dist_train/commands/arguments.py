@@ -34,21 +34,24 @@ def output(metavar: str, about: str) -> Option:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise command_error(self.prog, message)
+        raise command_error(self.prog.rpartition(" ")[2], message)
 
 
 def command_error(command: str, message: str) -> ConfigError:
     """What to raise for wrong arguments: a `ConfigError`, so that rank 0 alone reports it."""
-    return ConfigError.single("", f"{message}; see {command} --help", where="command line")
+    return ConfigError.single("", f"{message}; see dist-train {command} --help", where="command line")
 
 
-def parse(command: str, description: str, arguments: Sequence[str], *options: Option) -> argparse.Namespace:
-    """Parse a command's arguments by a table of its options.
+def parse(command: str, about: str | None, arguments: Sequence[str], *options: Option) -> argparse.Namespace:
+    """Parse a command's arguments by a table of its options; `about` is its module's docstring.
 
     Raises:
         ConfigError: the arguments are wrong.
     """
-    parser = _Parser(prog=f"dist-train {command}", description=description, allow_abbrev=False)
+    description = (about or "").partition(": ")[2]
+    parser = _Parser(
+        prog=f"dist-train {command}", description=description[:1].upper() + description[1:], allow_abbrev=False
+    )
     for name, settings in options:
         parser.add_argument(name, **settings)
     return parser.parse_intermixed_args(list(arguments))
@@ -56,7 +59,7 @@ def parse(command: str, description: str, arguments: Sequence[str], *options: Op
 
 def parse_run(
     command: str,
-    description: str,
+    about: str | None,
     arguments: Sequence[str],
     *options: Option,
     several: bool = False,
@@ -69,22 +72,21 @@ def parse_run(
     Args:
         several: more than one run may be given. no_overrides: the command takes no config overrides.
     """
-    about = "the run's directory or URL (--run may be left out, and must be with torchrun)"
-    about += "; give several to overlay their curves" if several else ""
+    where = "the run's directory or URL (--run may be left out, and must be with torchrun)"
+    where += "; give several to overlay their curves" if several else ""
     keys = {"nargs": "*", "metavar": "DIR | key.path=value", "help": "overrides take precedence over the run's config"}
     keys |= {"metavar": "DIR", "help": "the same"} if no_overrides else {}
-    run: Option = ("--run", {"action": "append", "default": [], "metavar": "DIR", "help": about})
-    found = parse(command, description, arguments, run, *options, ("rest", keys))
+    run: Option = ("--run", {"action": "append", "default": [], "metavar": "DIR", "help": where})
+    found = parse(command, about, arguments, run, *options, ("rest", keys))
     found.overrides = [word for word in found.rest if "=" in word and not os.path.isdir(word)]
     found.runs = found.run + [word for word in found.rest if word not in found.overrides]
-    if not found.runs:
-        raise command_error(f"dist-train {command}", "no run was given: --run DIR")
+    wrong = "" if found.runs else "no run was given: --run DIR"
     if len(found.runs) > 1 and not several:
-        raise command_error(f"dist-train {command}", f"expected one run, found {', '.join(found.runs)}")
-    if found.overrides and no_overrides:
-        raise command_error(
-            f"dist-train {command}", f"it takes no config overrides, found {', '.join(found.overrides)}"
-        )
+        wrong = f"expected one run, found {', '.join(found.runs)}"
+    elif found.overrides and no_overrides:
+        wrong = wrong or f"it takes no config overrides, found {', '.join(found.overrides)}"
+    if wrong:
+        raise command_error(command, wrong)
     found.run = found.runs[0]
     if getattr(found, "output", None) is not None:
         if _is_of_a_run(Path(found.output).resolve()):

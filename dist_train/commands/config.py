@@ -1,4 +1,4 @@
-"""`config`: a config with everything resolved."""
+"""`config`: print a config with everything resolved."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def main(arguments: Sequence[str]) -> int:
     """Print the resolved config, one value of it, or the schema."""
     get = {"metavar": "KEY", "help": "print one value; run.path is where the run is written"}
     schema = {"action": "store_true", "help": "print the JSON Schema of configs, for editors"}
-    options = parse("config", "Print the resolved config.", arguments, *CONFIG, ("--get", get), ("--schema", schema))
+    options = parse("config", __doc__, arguments, *CONFIG, ("--get", get), ("--schema", schema))
     if options.schema:
         schema_file = files("dist_train.config") / "schema.json"
         print(json.dumps(json.loads(schema_file.read_text(encoding="utf-8")), indent=2))

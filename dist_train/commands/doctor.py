@@ -1,4 +1,4 @@
-"""`doctor`: whether all hosts are ready for a job."""
+"""`doctor`: whether all hosts are ready for a job; launch it on them as the job would be launched."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def main(arguments: Sequence[str]) -> int:
     """Check everything; 0 if a job may start, 1 if not, 2 if the config is wrong."""
     options = parse(
         "doctor",
-        "Whether all hosts are ready for a job; launch it on them as the job would be launched.",
+        __doc__,
         arguments,
         *CONFIG,
         ("--min-bandwidth", {"type": float, "metavar": "GB/s", "help": "fail below this all-reduce bus bandwidth"}),

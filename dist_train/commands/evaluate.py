@@ -1,4 +1,4 @@
-"""`evaluate`: the metrics of a run's checkpoint on its data, or on other data."""
+"""`evaluate`: metrics of a run's checkpoint on its data, or on other data, with the EMA weights where it has them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from dist_train.files import replacing
 
 def main(arguments: Sequence[str]) -> int:
     """Print a table and, as the last line, the same as JSON; every sample counts once, on any number of processes."""
-    description = "Metrics of a run's checkpoint, with the EMA weights where it has them."
     file = output("FILE.json", "write the JSON there too")
-    options = parse_run("evaluate", description, arguments, CHECKPOINT, SPLIT, file)
+    options = parse_run("evaluate", __doc__, arguments, CHECKPOINT, SPLIT, file)
     from dist_train.run.open import open_run
     from dist_train.text import format_number, two_columns
     from dist_train.tracking.records import finite

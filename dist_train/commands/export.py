@@ -1,8 +1,7 @@
-"""`export`: a run's weights in a format for other programs, read back and compared before the file appears."""
+"""`export`: a run's weights (the EMA weights where it has them) for other programs, read back and compared first."""
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 from collections.abc import Sequence
@@ -28,8 +27,7 @@ def main(arguments: Sequence[str]) -> int:
     """Write one file, on rank 0; other ranks exit at once."""
     form = ("--format", {"choices": tuple(ENDINGS), "default": "state_dict", "help": "by default state_dict"})
     file = output("FILE", "by default the run's name, in this directory")
-    description = "A run's weights: the EMA weights where it has them."
-    options = parse_run("export", description, arguments, CHECKPOINT, form, file)
+    options = parse_run("export", __doc__, arguments, CHECKPOINT, form, file)
     from dist_train.runtime.launch import read_placement
 
     if read_placement(os.environ).rank != 0:
@@ -94,12 +92,10 @@ def _export_graph(restored: Restored, path: Path) -> str:
             return (), value
         return (tuple(value) if isinstance(value, list | tuple) else (value,)), {}
 
-    def batched(value: Any) -> dict[int, Any] | None:
-        return {0: size} if hasattr(value, "dim") else None
-
     args, kwargs = inputs(2)
-    size = torch.export.Dim("batch", min=1)
-    shapes = tuple(batched(value) for value in args) or {name: batched(value) for name, value in kwargs.items()}
+    size = {0: torch.export.Dim("batch", min=1)}
+    sizes = [size if isinstance(value, torch.Tensor) else None for value in args or kwargs.values()]
+    shapes = dict(zip(kwargs, sizes)) if kwargs else tuple(sizes)
     note, counts = "", [2, 3, 1]
     try:
         program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
@@ -107,10 +103,10 @@ def _export_graph(restored: Restored, path: Path) -> str:
         reason = (str(error).strip().splitlines() or [""])[0]
         note, counts = f"note: exported for batches of 2 samples only: {type(error).__name__}: {reason}", [2]
         program = torch.export.export(model, args, kwargs)
-    content = io.BytesIO()  # given a path, torch insists on its own suffix
-    torch.export.save(program, content)
-    path.write_bytes(content.getvalue())
-    reread = torch.export.load(io.BytesIO(path.read_bytes())).module()
+    with open(path, "w+b") as file:  # given a path, torch insists on its own suffix
+        torch.export.save(program, file)
+        file.seek(0)
+        reread = torch.export.load(file).module()
     for count in counts:
         args, kwargs = inputs(count)
         with torch.no_grad():

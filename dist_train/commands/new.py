@@ -15,9 +15,8 @@ OF_THE_REPOSITORY = {"launch/slurm/train.sbatch": "train.sbatch", "configs/digit
 
 def main(arguments: Sequence[str]) -> int:
     """Write the files; existing ones are never overwritten."""
-    description = "A folder with a model, a dataset, a config and a batch script to start from."
     place = ("dir", {"metavar": "DIR", "type": Path, "help": "the folder, which may exist"})
-    folder = parse("new", description, arguments, place).dir
+    folder = parse("new", __doc__, arguments, place).dir
     there = [name for name in FILES if (folder / name).exists()]
     if there:
         message = f"{folder} already has {', '.join(there)}; nothing was written: name another folder"

@@ -1,4 +1,4 @@
-"""`predict`: the predictions of a run's checkpoint for each sample, as a table in a file."""
+"""`predict`: predictions of a dataset, with or without labels, by a run's checkpoint, as a CSV table."""
 
 from __future__ import annotations
 
@@ -21,9 +21,8 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str]) -> int:
     """Write one row per sample in dataset order: the same bytes on any number of processes."""
-    description = "Predictions of a dataset, with or without labels, as a CSV table."
     table_file = output("FILE.csv", "where to write; by default the table is printed")
-    options = parse_run("predict", description, arguments, CHECKPOINT, SPLIT, table_file)
+    options = parse_run("predict", __doc__, arguments, CHECKPOINT, SPLIT, table_file)
     from dist_train.run.open import open_run
     from dist_train.training.evaluate import gathered, read_meaning
 
@@ -34,10 +33,10 @@ def main(arguments: Sequence[str]) -> int:
         with _opened(options.output if restored.world.is_main else None) as file:
             writer = csv.writer(file, lineterminator="\n")
             for part in gathered(restored.evaluator, loader):
-                first = table is None
+                header = table is None
                 table = table or Table(read_meaning(restored.evaluator, part.outputs), loader.dataset)
                 columns = table.columns(part)
-                writer.writerows([columns] if first else [])
+                writer.writerows([columns] if header else [])
                 writer.writerows(zip(*columns.values(), strict=True))
         if table is not None and options.output is not None:
             name, count = restored.found.name, loader.plan.length
@@ -75,9 +74,8 @@ class Table:
         columns |= self._answers("prediction", self.meaning.predictions(part.outputs))
         if self.meaning.kind in ("classes", "binary"):
             likely = _texts(self.meaning.probabilities(part.outputs))
-            columns |= {
-                f"probability_{k}" if len(likely) > 1 else "probability": texts for k, texts in enumerate(likely)
-            }
+            names = [f"probability_{k}" for k in range(len(likely))] if len(likely) > 1 else ["probability"]
+            columns |= dict(zip(names, likely))
         if part.targets is not None:
             columns |= self._answers("target", self.meaning.truths(part.targets))
         return columns

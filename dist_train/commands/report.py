@@ -1,4 +1,4 @@
-"""`report`: writes a run's report.html again, or compares several runs."""
+"""`report`: write a run's report.html again, or compare several runs."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from dist_train.files import replacing
 
 def main(arguments: Sequence[str]) -> int:
     """One run: its report, with pictures by the kept model. Several: one page with all of them."""
-    description = "Write a run's report.html again, or compare several runs."
     file = output("FILE.html", "of a comparison; by default comparison.html, in this directory")
-    options = parse_run("report", description, arguments, CHECKPOINT, file, several=True)
+    options = parse_run("report", __doc__, arguments, CHECKPOINT, file, several=True)
     wrong = ""
     if len(options.runs) > 1 and (options.checkpoint is not None or options.overrides):
         wrong = "a comparison reads records only: it takes no --checkpoint and no keys of a config"
     elif len(options.runs) == 1 and options.output is not None:
         wrong = "--output is for a comparison; the report of one run is the report.html in its directory"
     if wrong:
-        raise command_error("dist-train report", wrong)
+        raise command_error("report", wrong)
     from dist_train.run.report import report_again
     from dist_train.runtime.launch import read_placement
 

@@ -1,4 +1,4 @@
-"""`runs`: the runs below a directory or URL, how each is, and where their configs differ; imports no torch."""
+"""`runs`: the runs below a directory or URL, how each one is, and where their configs differ."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def main(arguments: Sequence[str]) -> int:
     """Print a table of runs and one of the keys in which they differ, or both as JSON; with --watch repeatedly."""
     options = parse(
         "runs",
-        "The runs below a directory or URL, how each one is, and where their configs differ.",
+        __doc__,
         arguments,
         ("dir", {"nargs": "?", "default": "runs", "metavar": "DIR", "help": "by default runs"}),
         ("--json", {"action": "store_true", "help": "print JSON"}),
@@ -38,7 +38,6 @@ def main(arguments: Sequence[str]) -> int:
             began = time.monotonic()
             page = runs_page(root, options.json)
             print("\x1b[H\x1b[2J" + page if sys.stdout.isatty() else page + "\n", flush=True)
-            time.sleep(
-                max(PAUSE, 5 * (time.monotonic() - began))
-            )  # five times the reading: spares a store with many runs
+            # Five times the reading spares a store with many runs.
+            time.sleep(max(PAUSE, 5 * (time.monotonic() - began)))
     return 0

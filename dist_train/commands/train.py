@@ -1,4 +1,4 @@
-"""`train`: starts a run, or resumes the one of that name."""
+"""`train`: train, or resume the run of that name."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ def main(arguments: Sequence[str]) -> int:
     from dist_train.run.api import train
     from dist_train.runtime.launch import read_placement
 
-    options = parse("train", "Train, or resume the run of that name.", arguments, *CONFIG)
+    options = parse("train", __doc__, arguments, *CONFIG)
     result = train(options.config, *options.overrides)
     return 0 if result["state"] == "completed" or read_placement(os.environ).under_torchrun else 75

@@ -1,4 +1,4 @@
-"""`verify`: whether all checkpoints of a run are intact."""
+"""`verify`: check every file of every checkpoint of a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dist_train.config.errors import ConfigError
 
 def main(arguments: Sequence[str]) -> int:
     """Print a line for each checkpoint, and for each file beside them that can't be read; 1 if any is corrupted."""
-    options = parse_run("verify", "Check every file of every checkpoint of a run.", arguments, no_overrides=True)
+    options = parse_run("verify", __doc__, arguments, no_overrides=True)
     from dist_train.checkpoint.store import CheckpointStore
     from dist_train.runtime.sidefiles import problems
     from dist_train.runtime.storage import open_storage

@@ -19,9 +19,10 @@ from typing import Any
 
 from dist_train.config.errors import ConfigError, mask, visible
 from dist_train.config.fields import Duration, map_leaves
+from dist_train.config.load import load_config
 from dist_train.config.schema import Config, DistributedConfig
+from dist_train.config.slots import require_components
 from dist_train.doctor import dry_run, probes
-from dist_train.run.api import checked
 from dist_train.runtime.launch import read_placement
 from dist_train.runtime.storage import open_storage
 from dist_train.runtime.world import World, open_world
@@ -114,7 +115,8 @@ def diagnose(
     """
     config, problem = None, None
     try:
-        config = checked(source, overrides)
+        require_components(loaded := load_config(source, overrides))
+        config = loaded
     except ConfigError as error:
         problem = error
     distributed = config.distributed if config is not None else DistributedConfig()
@@ -150,14 +152,18 @@ def _diagnose(
         rank["clock_offset"] = round(offset, 4)
     checks = [_same(name, ranks) for name in mine["versions"]]
     if any(rank["problem"] for rank in ranks):
-        wrong = [(rank["host"], rank["problem"] and f" only: {rank['problem']}") for rank in ranks]
-        checks.append(Check.of("config", wrong, ""))
+        only = [(rank["host"], rank["problem"] and f" only: {rank['problem']}") for rank in ranks]
+        checks.append(Check.of("config", only, ""))
+    offsets = sorted(rank["clock_offset"] for rank in ranks)
+    spread, usual = offsets[-1] - offsets[0], offsets[len(offsets) // 2]
+    wrong = f"'s clock differs by up to {spread:.1f} s: start NTP there"
+    off = [(rank["host"], wrong) for rank in ranks if abs(rank["clock_offset"] - usual) > CLOCKS]
     shm = "loader workers need it: free some, or docker run --shm-size=8g"
     files = f"ulimit -n {OPEN_FILES} or more: loader workers and sockets need them"
     checks += [
         _at_least("/dev/shm", "shm", SHARED_MEMORY, lambda value: f"{format_bytes(value)} free", ranks, shm),
         _at_least("open files", "files", OPEN_FILES, str, ranks, files),
-        _clocks(ranks),
+        Check.of("clocks", off, f"within {spread * 1e3:.0f} ms"),
         _storage(world, config.run.place if config is not None else "runs"),
     ]
     if world.size > 1:
@@ -179,14 +185,6 @@ def _at_least(
     low = {host: value for host, value in known.items() if 0 <= value < least}
     wrong = [(host, f": {shown(value)}, expected at least {shown(least)}; {hint}") for host, value in low.items()]
     return Check.of(name, wrong, f"at least {shown(min(known.values()))}" if known else "not on this system")
-
-
-def _clocks(ranks: list[dict[str, Any]]) -> Check:
-    offsets = sorted(rank["clock_offset"] for rank in ranks)
-    spread, usual = offsets[-1] - offsets[0], offsets[len(offsets) // 2]
-    off = [rank["host"] for rank in ranks if abs(rank["clock_offset"] - usual) > CLOCKS]
-    wrong = [(host, f"'s clock differs by up to {spread:.1f} s: start NTP there") for host in off]
-    return Check.of("clocks", wrong, f"within {spread * 1e3:.0f} ms")
 
 
 def _storage(world: World, where: str) -> Check:
@@ -222,8 +220,7 @@ def _network(world: World, floor: float | None) -> list[Check]:
     right, speed = probes.all_reduce(world)
     links = probes.links(world)
     hosts = list(dict.fromkeys(world.all_gather(socket.gethostname())))
-    median = sorted(links.values())[len(links) // 2] if links else 0.0
-    limit = max(SLOW_LINK * median, floor or 0.0)
+    limit = max(SLOW_LINK * sorted(links.values())[len(links) // 2] if links else 0.0, floor or 0.0)
     slow = {pair: value for pair, value in links.items() if value < limit}
     fast = {host for pair in links.keys() - slow.keys() for host in pair}
     bad = [host for host in hosts if any(host in pair for pair in slow)]

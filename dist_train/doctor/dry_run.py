@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from dist_train.checkpoint.store import find_at
-from dist_train.config.components import is_spec
 from dist_train.config.fields import Duration
 from dist_train.data.stream import is_stream
 from dist_train.run.start import train_in
@@ -62,9 +61,11 @@ def run(config: Config, world: World, where: Path) -> tuple[list[str], str]:
     Raises:
         Exception: what training would raise.
     """
-    out, kept = io.StringIO(), list[Parts]()
+    out, kept, missing = io.StringIO(), list[Parts](), ""
     train_in(world, _shortened(config, where, STEPS), Console(world.is_main, out=out, err=out), kept.append)
-    missing = "" if config.has_live_objects else _unsaved(kept[0], config, world, where)
+    if not config.has_live_objects:
+        batch = kept[0].move(first_samples(config, kept[0].datasets["train"], SAMPLES))
+        missing = unsaved_state(kept[0], build_model_parts(config, world), find_at(str(where / "dry_run")), batch)
     kept.clear()
     train_in(world, _shortened(config, where, STEPS + 1), Console(world.is_main, out=io.StringIO(), err=io.StringIO()))
     if not world.is_main:
@@ -80,32 +81,24 @@ def run(config: Config, world: World, where: Path) -> tuple[list[str], str]:
     return [*shown, f"  saved: {format_bytes(size)}"], missing
 
 
-def _unsaved(trained: Parts, config: Config, world: World, where: Path) -> str:
-    found = find_at(str(where / "dry_run"))
-    batch = trained.move(first_samples(config, trained.datasets["train"], SAMPLES))
-    return unsaved_state(trained, build_model_parts(config, world), found, batch)
-
-
 def _shortened(config: Config, where: Path, steps: int) -> Config:
     """The config with a few steps and little to evaluate; the schedule keeps its horizon."""
     once, every, whole = Duration(1, "step"), Duration(STEPS, "step"), config.trainer.duration
-    data: dict[str, Any] = {"test": None}
-    if config.data.val is not None:
-        val = build_dataset(config, "val")
-        some = range(0) if is_stream(val) else range(min(len(val), 2 * config.data.eval_batch_size))
+    val = None
+    if config.data.val is not None and not is_stream(dataset := build_dataset(config, "val")):
+        some = list(range(min(len(dataset), 2 * config.data.eval_batch_size)))
         # By _target_: a live object would make this another kind of run.
-        target = {"_target_": "torch.utils.data.Subset", "dataset": config.data.val, "indices": list(some)}
-        data["val"] = target if some else None
+        val = {"_target_": "torch.utils.data.Subset", "dataset": config.data.val, "indices": some} if some else None
+    ends: dict[str, Any] = {"duration": Duration(steps, "step"), "stop_at": None, "stop_when": None}
     changes: dict[str, dict[str, Any]] = {
-        "trainer": {"duration": Duration(steps, "step"), "stop_at": None, "stop_when": None, "log_every": once},
-        "data": data,
+        "trainer": {**ends, "log_every": once, "evaluate_every": every},
+        "data": {"val": val, "test": None},
         "run": {"dir": str(where), "name": "dry_run"},
         "checkpoint": {"every": [every], "keep_best": None, "resume": "auto"},
         "tracking": {"tensorboard": False, "wandb": None},
     }
-    changes["trainer"]["evaluate_every"] = every
     sections: dict[str, Any] = {name: getattr(config, name).model_copy(update=new) for name, new in changes.items()}
     scheduler = config.scheduler
-    if isinstance(scheduler, dict) and is_spec(scheduler) and not whole.is_time and "horizon" not in scheduler:
+    if isinstance(scheduler, dict) and not whole.is_time and "horizon" not in scheduler:
         sections["scheduler"] = {**scheduler, "horizon": str(whole)}
     return config.model_copy(update=sections)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -41,20 +41,6 @@ def train(config: str | Mapping[str, Any] | None = None, *overrides: str) -> dic
     except ConfigError as error:  # raised while a component was built: it knows the key, not where the key is written
         located = [Problem(p.where or (loaded.where(p.key) if p.key else ""), p.key, p.message) for p in error.problems]
         raise ConfigError(located) from error
-
-
-def checked(source: str | Mapping[str, Any] | None, overrides: Sequence[str]) -> Config:
-    """The config, with its components looked up and their arguments checked.
-
-    Raises:
-        ConfigError: with every mistake.
-    """
-    from dist_train.config.load import load_config
-    from dist_train.config.slots import require_components
-
-    config = load_config(source, overrides)
-    require_components(config)
-    return config
 
 
 def load(run: str | os.PathLike[str], checkpoint: str | None = None, model: nn.Module | None = None) -> nn.Module:
