@@ -41,7 +41,8 @@ def load_config(
     path = None if source is None or isinstance(source, Mapping) else os.fspath(source)
     root = reader.mapping(source) if isinstance(source, Mapping) else reader.file(path or str(DEFAULT))
     root = reader.overrides(root, overrides)
-    data, places = root.plain(_is_text), {key: node.place for key, node in root.walk()}
+    data = root.plain(lambda key: dotted(key) in _TEXTS or dotted(key[:-1]) in _TEXTS)
+    places = {key: node.place for key, node in root.walk()}
     for key, message in checks.check_values(data):
         reader.note(nearest(places, key), key, message)
 
@@ -75,12 +76,8 @@ def _kinds(annotation: Any) -> set[Any]:
     return set().union(*map(_kinds, inside)) if inside else {annotation}
 
 
+# Keys that hold text and nothing else, or a list of texts.
 _TEXTS = {key for key, field in KEYS.items() if _kinds(field.annotation) - {type(None)} == {str}}
-
-
-def _is_text(key: Key) -> bool:
-    """Whether a key of the schema (or an entry of its list) holds text and nothing else."""
-    return dotted(key) in _TEXTS or dotted(key[:-1]) in _TEXTS
 
 
 def _repaired(data: Any) -> Config | None:
@@ -194,6 +191,6 @@ def foreign() -> tuple[dict[str, str], dict[str, str]]:
 
 
 def example_of(answer: str) -> str:
-    """An answer of FOREIGN with an example for the value."""
+    """An answer of `foreign` with an example for the value."""
     answer = answer.replace("{value}ep", "20ep").replace("{value}step", "500step")
     return answer.replace("={value}", "").replace("{key}", "...")

@@ -56,6 +56,7 @@ def _is_dataset(kind: type) -> bool:
 
 
 _DATASET = Slot("a dataset, with __getitem__ and __len__", _is_dataset)
+_MODULE = Slot("a torch.nn.Module", _is("torch.nn.Module"))
 SLOTS: dict[str, Slot] = {
     "data.train": _DATASET,
     "data.val": _DATASET,
@@ -64,9 +65,9 @@ SLOTS: dict[str, Slot] = {
     "data.augment": Slot(
         "an augmentation, called with (inputs, targets, draws), (inputs, targets) or (inputs)", _is_callable
     ),
-    "model": Slot("a torch.nn.Module", _is("torch.nn.Module")),
+    "model": _MODULE,
     "model_init": Slot("a function that fills a tensor, of torch.nn.init say", _is_callable, ("tensor",), ("match",)),
-    "transfer.append.module": Slot("a torch.nn.Module", _is("torch.nn.Module")),
+    "transfer.append.module": _MODULE,
     "task": Slot("a task, with step(model, batch) and predict(model, batch)", _has("step", "predict")),
     "loss": Slot("a loss, called with (output, target)", _is_callable, late=True),
     "metrics": Slot(
@@ -123,10 +124,10 @@ def check_sources(config: Config) -> Iterator[Finding]:
 def _specs(config: Config) -> Iterator[tuple[Key, Slot, Any]]:
     """Every component of a config, also those in arguments of others; without metrics given by name."""
     for name, slot in SLOTS.items():
+        key: Key = tuple(name.split("."))
         value: Any = config
         for part in name.split("."):
             value = getattr(value, part, None)
-        key: Key = tuple(name.split("."))
         for place, item in [((*key, i), v) for i, v in enumerate(value)] if isinstance(value, list) else [(key, value)]:
             if item is not None and not isinstance(item, str):
                 yield place, slot, item
@@ -209,13 +210,9 @@ def _arguments(
     required = [p.name for p in parameters if p.default is p.empty and p.name in (*places, *named)]
     missing = [p for p in required if p not in filled and p not in keywords]
     if missing and not (slot.late and not is_class):
-        yield key, f"{name} requires {', '.join(missing)}; its signature is {name.rpartition('.')[2]}{_shown(form)}"
-
-
-def _shown(form: inspect.Signature) -> str:
-    """A signature without its annotations, truncated."""
-    bare = [parameter.replace(annotation=_Kind.empty) for parameter in form.parameters.values()]
-    return textwrap.shorten(str(inspect.Signature(bare)), 120, placeholder=" ...)")
+        bare = inspect.Signature([p.replace(annotation=p.empty) for p in parameters])
+        shown = name.rpartition(".")[2] + textwrap.shorten(str(bare), 120, placeholder=" ...)")
+        yield key, f"{name} requires {', '.join(missing)}; its signature is {shown}"
 
 
 def _value(key: Key, name: str, parameter: inspect.Parameter, value: Any) -> Iterator[Finding]:

@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -44,14 +45,10 @@ def versions() -> dict[str, str]:
 def resources(device: torch.device) -> dict[str, Any]:
     """This rank's device, and on its host: free and total memory, free /dev/shm (bytes), the limit of open files."""
     if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        name = torch.cuda.get_device_name(device)
+        name, (free, total) = torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)
     else:
-        pages = os.sysconf("SC_PAGE_SIZE")
-        free, total, name = os.sysconf("SC_AVPHYS_PAGES") * pages, os.sysconf("SC_PHYS_PAGES") * pages, "CPU"
-        with contextlib.suppress(OSError):
-            lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-            free = int(lines["MemAvailable"].split()[0]) * 1024
+        memory = psutil.virtual_memory()
+        name, free, total = "CPU", memory.available, memory.total
     found = {"host": socket.gethostname(), "device": name, "free": free, "total": total}
     with contextlib.suppress(OSError):
         shared = os.statvfs("/dev/shm")
