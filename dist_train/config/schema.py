@@ -81,6 +81,11 @@ class HeadConfig(Section):
     at: Text | None = refused(None, "Name of the layer, such as `fc` or `classifier.6`. null: the last linear layer.")
 
 
+_head = BeforeValidator(
+    lambda v: {"classes": v} if type(v) is int else v, json_schema_input_type=Count | HeadConfig | None
+)
+
+
 class AppendConfig(Section):
     """A module appended to a torch.nn.Sequential."""
 
@@ -102,15 +107,9 @@ class TransferConfig(Section):
     )
     strict: bool = harmless(
         True,
-        "Every weight must fit. false: those that fit are loaded, and a table lists the others. A layer that `head` "
-        "replaces need not fit.",
+        "Every weight must fit, but that of a replaced head. false: those that fit are loaded, and a table lists the others.",
     )
-    head: Annotated[
-        HeadConfig | None,
-        BeforeValidator(
-            lambda v: {"classes": v} if type(v) is int else v, json_schema_input_type=Count | HeadConfig | None
-        ),
-    ] = refused(None, about(HeadConfig))
+    head: Annotated[HeadConfig | None, _head] = refused(None, about(HeadConfig))
     append: AppendConfig | None = refused(None, about(AppendConfig))
     freeze: fields.Patterns = consent(
         [],
@@ -132,8 +131,7 @@ class StopWhenConfig(Section):
     min_delta: fields.AtLeastZero = harmless(0.0, "With patience: a smaller change is no improvement.")
     mode: Literal["auto", "min", "max"] = harmless(
         "auto",
-        "With patience: which direction is better. `auto`: min for names with loss, error, mae, mse, perplexity and the "
-        "like, else max.",
+        "With patience: the better direction. `auto`: min for names with loss, error, mae, mse, perplexity, ..., else max.",
     )
 
 
@@ -156,7 +154,7 @@ class TrainerConfig(Section):
     ema_decay: fields.Decay | None = consent(None, "Evaluate EMA weights (exponential moving average).")
     compile: bool = harmless(False, "Compile the model with torch.compile (dynamic=False).")
     channels_last: bool | Auto = harmless(
-        "auto", "Memory format of 4-d inputs and weights. `auto`: on CUDA, for models with 2-d convolutions."
+        "auto", "Memory format of 4-d tensors. `auto`: on CUDA with 2-d convolutions."
     )
     evaluate_every: Length | None = harmless(Duration(1, "ep"), "When `data.val` is evaluated. null: only at the end.")
     evaluate_at_start: bool = harmless(False, "Evaluate `data.val` before the first step too.")
@@ -209,9 +207,7 @@ class CheckpointConfig(Section):
         "`auto`: resume from the newest good checkpoint of this run, if any. `never`: refuse to start a run that has "
         "checkpoints. Otherwise the path of a checkpoint or run to start from.",
     )
-    accept_changes: bool = harmless(
-        False, "Apply changed values that need consent (docs/config.md lists them) to a run that is resumed."
-    )
+    accept_changes: bool = harmless(False, "Resume with changed values that need consent (docs/config.md lists them).")
 
 
 class WandbConfig(Section):
