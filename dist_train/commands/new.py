@@ -10,24 +10,19 @@ from dist_train.config.errors import ConfigError
 
 TEMPLATES = Path(__file__).parent.parent / "templates"
 FILES = ("model.py", "data.py", "config.yaml", "train.sbatch")
-OF_THE_REPOSITORY = {"launch/slurm/train.sbatch": "train.sbatch", "configs/digits.yaml": "config.yaml"}
 
 
 def main(arguments: Sequence[str]) -> int:
     """Write the files; existing ones are never overwritten."""
     place = ("dir", {"metavar": "DIR", "type": Path, "help": "the folder, which may exist"})
     folder = parse("new", __doc__, arguments, place).dir
-    there = [name for name in FILES if (folder / name).exists()]
-    if there:
+    if there := [name for name in FILES if (folder / name).exists()]:
         message = f"{folder} already has {', '.join(there)}; nothing was written: name another folder"
         raise ConfigError.single("DIR", message)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in FILES:
-            text = (TEMPLATES / name).read_text(encoding="utf-8")
-            for theirs, here in OF_THE_REPOSITORY.items():
-                text = text.replace(theirs, here)
-            (folder / name).write_text(text, encoding="utf-8")
+            (folder / name).write_bytes((TEMPLATES / name).read_bytes())
     except OSError as error:
         raise ConfigError.single("DIR", f"{folder} can't be written: {error}") from None
     print(f"{folder}: {', '.join(FILES)}; to start:\n  cd {folder} && dist-train --config config.yaml")
