@@ -40,9 +40,7 @@ def build_plan(dataset: Any, *, seed: int, config: DataConfig) -> Plan:
     """The plan of the training data by the `data` section's global_batch_size, shuffle, drop_last and steps_per_epoch.
 
     A stream comes in its own order: it isn't shuffled, and its epoch is `steps_per_epoch` steps, else its own length.
-
-    Raises:
-        DataError: no samples, no full batch, or a stream of unknown length.
+    Raises DataError for no samples, no full batch, or a stream of unknown length.
     """
     size, steps = config.global_batch_size, config.steps_per_epoch
     if not is_stream(dataset):
@@ -64,7 +62,11 @@ def _no_collate(batch: Any) -> Any:
 
 
 class _Loader:
-    """What training and evaluation share: a DataLoader for micro-batches, whose workers live and die with this process."""
+    """What training and evaluation share: a DataLoader for micro-batches, whose workers live and die with this process.
+
+    Attributes:
+        num_workers: worker processes, 0 for none.
+    """
 
     def __init__(
         self, reader: SampleReader, workers: int, requests: Any, options: LoaderOptions, *, evaluates: bool
@@ -110,10 +112,8 @@ class _Loader:
         except SampleError:
             raise
         except (RuntimeError, OSError, EOFError) as error:
-            text = str(error).partition("\n")[0]
-            lost = text.startswith("DataLoader worker (pid") or isinstance(
-                error, ConnectionError | EOFError | FileNotFoundError
-            )
+            text, sockets = str(error).partition("\n")[0], ConnectionError | EOFError | FileNotFoundError
+            lost = text.startswith("DataLoader worker (pid") or isinstance(error, sockets)
             if lost and (causes := exit_causes(iterator)):
                 raise DataError(
                     f"a loader worker died without a Python error ({causes}). If it was killed by SIGKILL or SIGBUS, memory "
@@ -168,7 +168,6 @@ class TrainLoader(_Loader):
         neighbours: `Augmentation.neighbours`: rows beyond each micro-batch for augmentations that mix samples.
 
     Attributes:
-        sampler: the `StepSampler` that the DataLoader got as its batch sampler.
         num_workers: worker processes, 0 for none.
         waited: seconds that the caller has waited for batches since the loader was made; may be set back to 0.
         notes: how a stream is read, for the log.
@@ -210,14 +209,13 @@ class TrainLoader(_Loader):
             self._stream = ShardReader(dataset, seed, collate, info, shards, options.rank)
         else:
             self._stream = StreamReader(dataset, seed, collate, info)
-        self.notes = self._stream.notes()
+        self.notes.append(self._stream.note())
         return self._stream
 
     def state_dict(self, gather: Callable[[Any], list[Any]]) -> dict[str, Any] | None:
         """The positions of a stream's readers after the last micro-batch that was taken; None without a stream.
 
-        `gather` collects each rank's value on rank 0; all ranks call this. Where every rank reads the entire stream, one
-        position is enough.
+        All ranks call this; `gather` collects each one's value on rank 0 (where all read the entire stream, one is enough).
         """
         if self._stream is None:
             return None
@@ -229,9 +227,8 @@ class TrainLoader(_Loader):
     def load_state_dict(self, state: dict[str, Any] | None, step: int) -> None:
         """Resume from there at `step`.
 
-        Raises:
-            DataError: this pass over a sharded stream was begun by another number of readers, or the stream isn't the one
-                that was read.
+        Raises DataError if this pass over a sharded stream was begun by another number of readers, or the stream isn't the
+        one that was read.
         """
         if self._stream is None or state is None:
             return
@@ -286,8 +283,7 @@ class TrainLoader(_Loader):
         self.close()
 
     def _micro_batches(self, iterator: Iterator[Any], step: int, position: int) -> Iterator[MicroBatch]:
-        last = False
-        while not last:
+        while True:
             began = time.perf_counter()
             micro = self._next(iterator)
             self.waited += time.perf_counter() - began
@@ -295,8 +291,9 @@ class TrainLoader(_Loader):
             position += micro.samples
             if self._stream is not None:
                 self._stream.commit(micro)
-            last = micro.last
             yield micro
+            if micro.last:
+                return
 
 
 def _check_order(micro: MicroBatch, step: int, position: int) -> None:
@@ -326,7 +323,6 @@ class EvalLoader(_Loader):
         plan: the `EvalPlan`.
         batches: the samples of each eval batch of this rank.
         rounds: maximum number of eval batches per rank; equal on all ranks.
-        num_workers: worker processes, 0 for none.
     """
 
     def __init__(self, dataset: Any, batch_size: int, options: LoaderOptions, slot: str = "val") -> None:

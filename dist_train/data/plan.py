@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +20,6 @@ from dist_train.data.errors import DataError
 from dist_train.runtime.seeding import ORDER
 
 Indices = NDArray[np.int64]
-
-_FINGERPRINT_ENTRIES = 4096
 
 
 class MicroBatch(NamedTuple):
@@ -85,22 +83,18 @@ def _order(seed: int, epoch: int, length: int, shuffle: bool) -> Indices:
 class Plan:
     """Which samples each optimizer step takes; steps and epochs count from 0.
 
-    Args:
-        seed: the run's seed.
-        length: samples in the dataset.
-        global_batch_size: samples of one optimizer step over all ranks.
-        shuffle: a new permutation each epoch, else dataset order.
-        drop_last: leave out the samples of an epoch that don't fill a global batch; else its last step is smaller.
-
-    Raises:
-        DataError: no sample at all, or fewer than one global batch while `drop_last` is set.
+    Raises DataError for no sample at all, or fewer than one global batch while `drop_last` is set.
     """
 
     seed: int
     length: int
+    """Samples in the dataset."""
     global_batch_size: int
+    """Samples of one optimizer step over all ranks."""
     shuffle: bool = True
+    """A new permutation each epoch, else dataset order."""
     drop_last: bool = True
+    """Leave out the samples of an epoch that don't fill a global batch; else its last step is smaller."""
 
     def __post_init__(self) -> None:
         if self.length < 1:
@@ -181,7 +175,7 @@ class Plan:
 
     def fingerprint(self) -> str:
         """16 hex digits, equal on machines that produce the same order (a hash of the start of epoch 0's)."""
-        head = self.order(0)[:_FINGERPRINT_ENTRIES].astype("<i8").tobytes()
+        head = self.order(0)[:4096].astype("<i8").tobytes()
         return hashlib.sha256(head).hexdigest()[:16]
 
 
@@ -206,28 +200,14 @@ class StepSampler(DistributedSampler[Any]):
 
     Unlike its parent it neither pads nor repeats samples, and it can start at any optimizer step. `set_epoch` selects
     one epoch, as its users expect; `set_steps` any range of global steps, without an end if `stop` is None.
-
-    Args:
-        plan: the order of samples.
-        rank, world_size: this rank and how many split each global batch.
-        micro_batch_size: maximum number of samples per forward.
-        neighbours: samples to read beyond each micro-batch, see `dist_train.data.augment`.
+    The arguments are those of `Plan.micro_batches`.
     """
 
     def __init__(self, plan: Plan, *, rank: int, world_size: int, micro_batch_size: int, neighbours: int = 0) -> None:
-        super().__init__(
-            cast("Any", range(plan.length)),  # the parent only asks for its length
-            num_replicas=world_size,
-            rank=rank,
-            shuffle=plan.shuffle,
-            seed=plan.seed,
-            drop_last=plan.drop_last,
-        )
-        self.plan = plan
-        self.micro_batch_size = micro_batch_size
-        self.neighbours = neighbours
-        self.start_step = 0
-        self.stop_step: int | None = plan.steps_per_epoch
+        samples: Any = range(plan.length)  # the parent only asks for its length
+        super().__init__(samples, world_size, rank, plan.shuffle, plan.seed, plan.drop_last)
+        self.plan, self.micro_batch_size, self.neighbours = plan, micro_batch_size, neighbours
+        self.set_steps(0, plan.steps_per_epoch)
 
     def set_epoch(self, epoch: int) -> None:
         """Iterate over the steps of `epoch` (also called by code that knows only DistributedSampler)."""
@@ -248,8 +228,6 @@ class StepSampler(DistributedSampler[Any]):
 
     def __len__(self) -> int:
         """Micro-batches of this rank in the selected steps (in one epoch, if they have no end)."""
-        start, stop = self.start_step, self.stop_step
-        if stop is None:
-            start, stop = 0, self.plan.steps_per_epoch
-        sizes = (self.plan.batch_samples(step) for step in range(start, stop))
+        steps = range(self.plan.steps_per_epoch) if self.stop_step is None else range(self.start_step, self.stop_step)
+        sizes = (self.plan.batch_samples(step) for step in steps)
         return sum(max(1, len(micro_slices(n, self.rank, self.num_replicas, self.micro_batch_size))) for n in sizes)

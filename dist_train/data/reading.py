@@ -44,11 +44,7 @@ class LoaderOptions:
 
 
 def dataset_length(dataset: Any, slot: str = "train") -> int:
-    """The number of samples of a map-style dataset.
-
-    Raises:
-        DataError: it has no length, or no sample.
-    """
+    """The number of samples of a map-style dataset. Raises DataError if it has no length, or no sample."""
     try:
         length = len(dataset)
     except TypeError as error:
@@ -85,20 +81,14 @@ class SampleReader(Dataset[Any]):
     """A dataset whose reads depend on (seed, epoch, sample index) alone; fills in the batch of a `MicroBatch`.
 
     A dataset whose items draw nothing at random may have `read_batch(indices) -> batch`, with indices (n,) int64 numpy,
-    which returns the collated batch itself; it is used unless the user has a collate function. All others are read by
-    `__getitem__`, with torch, numpy and `random` seeded before each sample.
-
-    Args:
-        dataset: any object with `__getitem__`.
-        seed: the run's seed.
-        collate: list of samples -> batch; None is torch's `default_collate`.
-        at_once: use `read_batch` if there is one.
+    which returns the collated batch itself; it is used unless the user has a collate function (list of samples -> batch, by
+    default torch's). All others are read by `__getitem__`, with torch, numpy and `random` seeded before each sample.
     """
 
-    def __init__(self, dataset: Any, seed: int, collate: Collate | None = None, at_once: bool = True) -> None:
+    def __init__(self, dataset: Any, seed: int, collate: Collate | None = None) -> None:
         self.dataset, self.seed = dataset, seed
         self.collate: Collate = default_collate if collate is None else collate
-        self.read = batch_reader(dataset) if at_once and collate is None else None
+        self.read = batch_reader(dataset) if collate is None else None
 
     def __getitems__(self, request: MicroBatch) -> MicroBatch:
         """Called once per micro-batch by torch's DataLoader, with what the batch sampler yielded."""
@@ -111,15 +101,11 @@ class SampleReader(Dataset[Any]):
                 raise SampleError(f"{what} failed: {describe_error(error)}") from error
         samples = self.samples(request)
         try:
-            return request._replace(batch=self.collated(samples))
+            return request._replace(batch=self.collate(samples))
         except (Exception, SystemExit) as error:
             hint = resource_hint(error) or self._odd_one(request, samples)
             what = f"making a batch of samples {_listed(request.indices)} of {name} failed: {describe_error(error)}"
             raise SampleError(f"{what}{hint}") from error
-
-    def collated(self, samples: list[Any]) -> Any:
-        """The batch of some samples."""
-        return self.collate(samples)
 
     def samples(self, request: MicroBatch) -> list[Any]:
         """The samples of a request, in its order."""
@@ -135,23 +121,22 @@ class SampleReader(Dataset[Any]):
 
     def _odd_one(self, request: MicroBatch, samples: list[Any]) -> str:
         """Names the first sample that is None, else the first that can't be batched with the first one; and what to do."""
+        need = (
+            "; samples must be alike (resize, pad), and hold tensors, arrays, numbers, strings, lists or dicts "
+            "(torchvision.transforms.v2.functional.to_image makes a tensor of an image); or name a function in data.collate"
+        )
         for index, sample in zip(request.indices, samples):
             if sample is None:
                 return (
                     f"; sample {index} is None: leave missing samples out of the dataset (torch.utils.data.Subset), or name "
                     f"a function in data.collate that drops them"
                 )
-        odd = ""
         for index, sample in zip(request.indices[1:], samples[1:]):
             try:
                 self.collate([samples[0], sample])
             except Exception as error:
-                odd = f" (samples {request.indices[0]} and {index} alone: {error})"
-                break
-        return (
-            f"{odd}; samples must be alike (resize, pad), and hold tensors, arrays, numbers, strings, lists or dicts "
-            f"(torchvision.transforms.v2.functional.to_image makes a tensor of an image); or name a function in data.collate"
-        )
+                return f" (samples {request.indices[0]} and {index} alone: {error}){need}"
+        return need
 
 
 def _listed(indices: np.ndarray) -> str:

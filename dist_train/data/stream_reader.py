@@ -6,10 +6,11 @@ import copy
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
-from torch.utils.data import get_worker_info
+from torch.utils.data import default_collate, get_worker_info
 
 from dist_train.data.errors import DataError, dataset_name
 from dist_train.data.plan import MicroBatch, Plan, micro_slices
@@ -32,6 +33,13 @@ class StreamInfo:
     """It returns the same samples when it is read again."""
 
 
+def _collated(collate: Collate, samples: list[Any]) -> Any:
+    with (
+        worker_visible()
+    ):  # torch's default_collate puts a batch into shared memory where it sees that it runs in a worker
+        return collate(samples)
+
+
 class StreamReader(SampleReader):
     """Fills in a `MicroBatch` from a stream, whose samples are numbered as they come; reads the whole stream.
 
@@ -43,14 +51,14 @@ class StreamReader(SampleReader):
     """
 
     def __init__(self, dataset: Any, seed: int, collate: Collate | None, info: StreamInfo) -> None:
-        super().__init__(dataset, seed, collate, at_once=False)
+        super().__init__(dataset, seed, partial(_collated, collate or default_collate))
         self.source, self.info = dataset, info
         self.saved: dict[int, dict[str, Any]] = {}
         self._shard = WHOLE
         self._pass: Pass | None = None
         self._next = 0  # the number of the next sample; counted over all passes, in a shard of its own
 
-    def notes(self) -> list[str]:
+    def note(self) -> str:
         """How the stream is read, for the log."""
         how = "from the dataset's state_dict" if self.info.resumable else "by reading forward to its position"
         if not (self.info.resumable or self.info.repeatable):
@@ -58,10 +66,10 @@ class StreamReader(SampleReader):
                 "; but each reading of this one returns different samples, so that a resumed run is refused or trains on some "
                 "twice (draw from torch, numpy or random, which are seeded)"
             )
-        return [
+        return (
             f"an IterableDataset is not shuffled here; every rank and worker reads the whole stream and keeps its part "
             f"(a method shard(index, count) gives each its own); a run resumes {how}"
-        ]
+        )
 
     def rewind(self) -> None:
         """Start from the last committed sample when the next request comes."""
@@ -82,11 +90,6 @@ class StreamReader(SampleReader):
         state = self._state()
         self._at_end()  # raises now rather than in the next epoch
         return batch._replace(state=state)
-
-    def collated(self, samples: list[Any]) -> Any:
-        """The batch; torch's default_collate puts it into shared memory where it sees that it runs in a worker."""
-        with worker_visible():
-            return self.collate(samples)
 
     def samples(self, request: MicroBatch) -> list[Any]:
         """The samples of a request; consecutive ones are read in one go."""
@@ -195,13 +198,9 @@ class ShardPlan:
         before = self._steps_before(request.step) * len(self._sizes(rank, self.plan.global_batch_size))
         return rank * self.workers + (before + number) % self.workers
 
-    def requested(self, reader: int, step: int) -> int:
-        """Samples that a reader is asked for before `step`: in that step's epoch, or since step 0."""
-        return self._requested(reader, self._steps_before(step))
-
-    def shard(self, source: Any, index: int, count: int | None = None) -> Any:
+    def shard(self, source: Any, index: int) -> Any:
         """A reader's shard, of a copy: a `shard` that changes its dataset leaves the source as it is."""
-        return shard_of(copy.copy(source), index, count or self.readers)
+        return shard_of(copy.copy(source), index, self.readers)
 
     def surplus(self, source: Any, reader: int, seed: int, epoch: int) -> Iterator[Any]:
         """The samples for a reader whose own shard has ended: surplus of the other shards, found by reading them."""
@@ -212,12 +211,13 @@ class ShardPlan:
         asked = [self._requested(index, self.plan.steps_per_epoch) for index in range(self.readers)]
         sizes = [sum(1 for _ in read(index)) for index in range(self.readers)]
         before = sum(max(0, count - size) for count, size in zip(asked[:reader], sizes))
-        rest = (
-            itertools.islice(read(index), asked[index], None)
-            for index in range(self.readers)
-            if sizes[index] > asked[index]
-        )
+        longer = (index for index in range(self.readers) if sizes[index] > asked[index])
+        rest = (itertools.islice(read(index), asked[index], None) for index in longer)
         return itertools.islice(itertools.chain.from_iterable(rest), before, None)
+
+    def requested(self, reader: int, step: int) -> int:
+        """Samples that a reader is asked for before `step`: in that step's epoch, or since step 0."""
+        return self._requested(reader, self._steps_before(step))
 
     def _steps_before(self, step: int) -> int:
         return step % self.plan.steps_per_epoch if self.finite else step
@@ -254,12 +254,10 @@ class ShardReader(StreamReader):
         self._samples: Iterator[Any] = iter(())  # of the shard, then the surplus of other shards
         self.rewind()
 
-    def notes(self) -> list[str]:
+    def note(self) -> str:
         uneven = "" if self.info.finite else "; a shard that ends starts over, so shards should have equal sizes"
-        return [
-            f"each of {self.shards.readers} readers has a shard of the stream, so the samples of a step depend on their "
-            f"number{uneven}"
-        ]
+        each = f"each of {self.shards.readers} readers has a shard of the stream"
+        return f"{each}, so the samples of a step depend on their number{uneven}"
 
     def rewind(self) -> None:
         super().rewind()
@@ -267,7 +265,7 @@ class ShardReader(StreamReader):
 
     def samples(self, request: MicroBatch) -> list[Any]:
         if request.zero_weight:  # it only fills the forward: a sample of the shard must not be lost to it
-            spare = Pass(self.shards.shard(self.source, 0, 1), self.seed, 0)
+            spare = Pass(shard_of(copy.copy(self.source), *WHOLE), self.seed, 0)
             return list(itertools.islice(itertools.cycle(itertools.islice(spare, 2)), len(request.indices)))
         if self.info.finite and self._opened().number != request.epoch:
             self._next = 0

@@ -41,25 +41,20 @@ _NOTICE_SECONDS = (5.0, 60.0)  # until a wait for other processes is reported, a
 
 @dataclass(frozen=True)
 class Placement:
-    """A process's place among the processes of its job.
-
-    Attributes:
-        rank, size, launcher: from the launcher's environment. launcher: none, torchrun, accelerate, srun, mpirun, or
-            environment (RANK and WORLD_SIZE set by something else, such as Kubernetes' PyTorchJob).
-        names: the variables that gave rank and size.
-        local_rank, local_size, nodes: among the ranks of this host, and the number of hosts; known after the rendezvous.
-        gpu, gpu_ranks: among the ranks that see the same GPUs (under `srun --gpus-per-task=1` each sees its own).
-    """
+    """A process's place among the processes of its job; the fields after `names` are known after the rendezvous."""
 
     rank: int = 0
     size: int = 1
     launcher: str = "none"
+    """none, torchrun, accelerate, srun, mpirun, or environment (RANK and WORLD_SIZE set by something else, as by Kubernetes)."""
     names: tuple[str, ...] = ()
+    """The variables that gave rank and size."""
     local_rank: int = 0
     local_size: int = 1
     nodes: int = 1
     gpu: int = 0
     gpu_ranks: int = 1
+    """Like local_size, among the ranks that see the same GPUs (under `srun --gpus-per-task=1` each sees its own)."""
 
     @property
     def under_torchrun(self) -> bool:
@@ -73,8 +68,7 @@ def read_placement(env: Mapping[str, str]) -> Placement:
     `accelerate launch` with one process sets no RANK; a shell inside a Slurm job has SLURM_PROCID but no step, and one opened
     by `srun --pty` has all variables of a step, and a terminal, which no task of an ordinary step has.
 
-    Raises:
-        ConfigError: the variables are incomplete or contradictory.
+    Raises ConfigError if the variables are incomplete or contradictory.
     """
     accelerate = "ACCELERATE_MIXED_PRECISION" in env
     if "RANK" in env or env.get("WORLD_SIZE", "1") != "1":
@@ -124,11 +118,7 @@ def _placed(env: Mapping[str, str], launcher: str, *names: str) -> Placement:
 
 
 def check_launcher(env: Mapping[str, str]) -> None:
-    """Refuse what accelerate's configuration requests and would silently not get.
-
-    Raises:
-        ConfigError: with each such setting.
-    """
+    """Raise ConfigError with each setting of accelerate's that would silently have no effect here."""
     requested = {name: what for name, what in _UNSUPPORTED.items() if env.get(name, "").lower() not in _SUPPORTED}
     fix = "which is not supported here: leave it out, as launch/accelerate/ddp.yaml does"
     if requested:
@@ -137,16 +127,10 @@ def check_launcher(env: Mapping[str, str]) -> None:
 
 
 def complete_placement(placement: Placement, store: Any, gpus: str, timeout: float) -> tuple[Placement, str]:
-    """Wait for all processes in `store`, and compare hosts and GPUs.
+    """Wait for all processes in `store`, and compare hosts and GPUs, by what the processes report and not the launcher.
 
-    Hosts are identified by what their processes report, not by what the launcher says.
-    `gpus`: the GPUs that this process sees, by names that are unique over hosts.
-
-    Returns:
-        The whole placement, and a nonce of rank 0's that is new with each rendezvous.
-
-    Raises:
-        TimeoutError: some processes never joined.
+    `gpus` are those that this process sees, by names that are unique over hosts. Returns the whole placement, and a nonce
+    of rank 0's that is new with each rendezvous. Raises TimeoutError if some processes never join.
     """
     # All of Slurm's nodes may be on one machine (a test's are).
     mine = [f"{machine()} {os.environ.get('SLURMD_NODENAME', '')}", gpus, uuid.uuid4().hex]
@@ -160,7 +144,7 @@ def complete_placement(placement: Placement, store: Any, gpus: str, timeout: flo
             if waited > timeout:
                 raise TimeoutError(_waiting(placement, waited, absent))
             if placement.rank == 0 and absent:
-                print(_waiting(placement, waited, absent), file=sys.stderr, flush=True)
+                _report_wait(placement, waited, absent)
             notice_at = waited + _NOTICE_SECONDS[1]
         time.sleep(pause)
         pause = min(2 * pause, 0.5)
@@ -177,8 +161,7 @@ def complete_placement(placement: Placement, store: Any, gpus: str, timeout: flo
 def rendezvous(placement: Placement, timeout: timedelta) -> Any:
     """A client of the store that connects all processes: that of torchrun's agent, else rank 0's.
 
-    Raises:
-        ConfigError: the environment doesn't say where rank 0 is.
+    Raises ConfigError if the environment doesn't say where rank 0 is.
     """
     import torch.distributed as dist
 
@@ -187,18 +170,18 @@ def rendezvous(placement: Placement, timeout: timedelta) -> Any:
         store, _, _ = next(dist.rendezvous("env://", placement.rank, placement.size, timeout=timeout))
         store.set_timeout(timeout)
         return store
-    notice = threading.Timer(
-        _NOTICE_SECONDS[0], lambda: print(_waiting(placement, _NOTICE_SECONDS[0], [0]), file=sys.stderr, flush=True)
-    )
+    notice = threading.Timer(_NOTICE_SECONDS[0], lambda: _report_wait(placement, _NOTICE_SECONDS[0], [0]))
     notice.daemon = True
     notice.start()
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    at, leads = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), placement.rank == 0
     try:
-        return dist.TCPStore(
-            address, port, placement.size, placement.rank == 0, timeout, wait_for_workers=False, multi_tenant=True
-        )
+        return dist.TCPStore(*at, placement.size, leads, timeout, wait_for_workers=False, multi_tenant=True)
     finally:
         notice.cancel()
+
+
+def _report_wait(placement: Placement, seconds: float, absent: list[int]) -> None:
+    print(_waiting(placement, seconds, absent), file=sys.stderr, flush=True)
 
 
 def _waiting(placement: Placement, seconds: float, absent: list[int]) -> str:
@@ -241,10 +224,10 @@ def _set_master(placement: Placement) -> None:
 
 def _first_host(nodes: str) -> str:
     try:
-        listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        return subprocess.check_output(
+            ["scontrol", "show", "hostnames", nodes], stderr=subprocess.DEVNULL, text=True
+        ).split()[0]
     except (OSError, subprocess.CalledProcessError) as error:
-        message = (
-            f"can't find the first host of {nodes!r} (scontrol failed: {error}); export MASTER_ADDR in the batch script"
-        )
+        why = f"scontrol failed: {error}"
+        message = f"can't find the first host of {nodes!r} ({why}); export MASTER_ADDR in the batch script"
         raise ConfigError.single("MASTER_ADDR", message) from None
-    return listed.stdout.split()[0]

@@ -91,17 +91,10 @@ class Lease:
 
     @classmethod
     def acquire(cls, storage: Storage, *, interval: float = 10.0, log: Callable[[str], None] = print) -> Lease:
-        """Take the lease of the run whose directory ``storage`` is, and keep renewing it.
+        """Take the lease of the run whose directory ``storage`` is, and renew it every ``interval`` seconds.
 
         An owner that died on this machine is succeeded at once. One on another machine is watched: if it renews its
-        lease it is alive, if it misses three renewals it is dead.
-
-        Args:
-            interval: seconds between renewals.
-
-        Raises:
-            LeaseHeldError: the owner is alive.
-            StorageError: the directory can't be read or written.
+        lease it is alive, if it misses three renewals it is dead. Raises LeaseHeldError if the owner is alive.
         """
         storage = storage.sub(".lease")
         storage.makedirs()
@@ -139,28 +132,20 @@ class Lease:
 
         Raises:
             LeaseLostError: another process owns the run by now, or its directory was deleted.
-            StorageError: it can't be looked up.
         """
         storage = self._storage if patience is None else self._storage.sub("", patience=patience)
         last, mine = (_numbers(storage) or [0])[-1], _read(storage, self.number)
         if self.lost or last > self.number or mine is None or mine.nonce != self.nonce:
             self.lost = True
-            if last == 0:
-                place = storage.location.removesuffix("/.lease")
-                raise LeaseLostError(
-                    f"{place} (or the lease in it) was deleted or moved: this process must stop, writing nothing"
-                )
-            owner = _read(storage, last) or "gone again"
-            raise LeaseLostError(f"the run has had another owner since ({owner}): this process must stop")
+            why = f"{storage.location.removesuffix('/.lease')} (or the lease in it) was deleted or moved"
+            if last:
+                why = f"the run has had another owner since ({_read(storage, last) or 'gone again'})"
+            raise LeaseLostError(f"{why}: this process must stop, writing nothing")
         self._checked = time.monotonic()
         return self.number
 
     def assure(self) -> None:
-        """As :meth:`check`, but only if a renewal is overdue, as after a sleep: cheap enough for every record.
-
-        Raises:
-            LeaseLostError: another process owns the run by now.
-        """
+        """As :meth:`check`, but only if a renewal is overdue, as after a sleep: cheap enough for every record."""
         if self.lost or time.monotonic() - self._checked > 2 * self._record.interval:
             self.check()
 
@@ -217,11 +202,7 @@ def look_at_owner(storage: Storage) -> tuple[bool, str | None]:
 
 
 def _wait_for_end(storage: Storage, number: int, log: Callable[[str], None]) -> None:
-    """Return when the lease of that number is over.
-
-    Raises:
-        LeaseHeldError: its owner is alive.
-    """
+    """Return when the lease of that number is over. Raises LeaseHeldError if its owner is alive."""
     seen, since = None, time.monotonic()
     while True:
         record = _read(storage, number)

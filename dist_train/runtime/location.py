@@ -32,24 +32,21 @@ def expand_name(template: str, config: Config, *, time: str, job: str) -> str:
     """Fill in `{time}`, `{job}` and keys like `{optimizer.lr}`; what isn't safe in a path becomes `-`.
 
     Different values give different names: a text that loses characters gets a few digits of its hash appended.
-
-    Raises:
-        KeyError: the config has no such key (`load_config` refuses such a name).
+    Raises KeyError for a key that the config hasn't (`load_config` refuses such a name).
     """
 
     def fill(match: re.Match[str]) -> str:
         key = match[1]
-        value: Any = {"time": time, "job": job}.get(key)
-        if value is None:
-            value = config.get(key)
-        if isinstance(value, str) and key not in ("time", "job") and key.endswith("_target_"):
+        given = {"time": time, "job": job}.get(key)
+        value: Any = config.get(key) if given is None else given
+        if isinstance(value, str) and key.endswith("_target_"):
             value = value.rpartition(".")[2]
         if value and isinstance(value, list) and all(type(item) in (int, float) for item in value):
             value = "-".join(map(str, value))
         text = str(value)
         safe = re.sub(r"[^\w.=+-]+", "-", text)
         safe = safe if text[:1] == "-" and text == safe else safe.strip("-.")
-        if (safe and safe == text) or key in ("time", "job"):
+        if given is not None or (safe and safe == text):
             return safe or "none"
         return f"{safe or 'none'}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
 
@@ -107,11 +104,7 @@ def _new_stamp(jobs: Storage, name: Callable[[str], str]) -> str:
 
 
 def check_place(location: str) -> None:
-    """Check, writing nothing, whether a run can be written there.
-
-    Raises:
-        ConfigError: it can't; names the obstacle.
-    """
+    """Check, writing nothing, whether a run can be written there; raises ConfigError that names the obstacle."""
     storage = open_storage(location)
     if obstacle := _obstacle(storage.path()) if isinstance(storage, LocalStorage) else "":
         raise no_place(location, obstacle)

@@ -62,11 +62,7 @@ class Mirror:
         return self.root / name
 
     def fetch(self, name: str) -> Path:
-        """The local path of a file, with the store's content, which replaces this host's.
-
-        Raises:
-            FileNotFoundError: the store doesn't hold it.
-        """
+        """The local path of a file, with the store's content (FileNotFoundError without one), which replaces this host's."""
         if not self.storage.is_local:
             self._keep(name, self._store.read_bytes(name))
         return self.path(name)
@@ -87,20 +83,15 @@ class Mirror:
                 self._keep(name, stored)
 
     def upload(self, only: Collection[str] | None = None) -> None:
-        """Upload what has changed since its last upload: of `uploaded`, or of some files and folders.
-
-        Raises:
-            StorageError: the store can't be written.
-        """
+        """Upload what has changed since its last upload: of `uploaded`, or of some files and folders."""
         wanted = self.uploaded if only is None else only
         if self.storage.is_local or wanted == ():
             return
         with self._lock:
             for path in sorted(self.root.rglob("*")):
                 name = path.relative_to(self.root).as_posix()
-                if not path.is_file() or path.name.startswith(".tmp-") or name in COPIES:
-                    continue
-                if wanted is None or name.split("/")[0] in wanted:
+                mine = wanted is None or name.split("/")[0] in wanted
+                if mine and path.is_file() and not path.name.startswith(".tmp-") and name not in COPIES:
                     with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
                         self._send(name, file)
 

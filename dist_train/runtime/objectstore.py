@@ -66,10 +66,8 @@ class HashingWriter:
 class Storage:
     """One directory of a run under a URL; ``LocalStorage`` is one on a disk, and ``open_storage`` makes either.
 
-    Names are relative to it, with ``/`` between their parts.
-
-    Raises (from all methods): ``StorageError`` when the patience has run out, naming place and cause;
-    ``FileNotFoundError`` and ``FileExistsError`` as they are.
+    Names are relative to it, with ``/`` between their parts. All methods raise ``StorageError`` when the patience has run
+    out, naming place and cause, and ``FileNotFoundError`` and ``FileExistsError`` as they are.
 
     Attributes:
         location: URL, or absolute path.
@@ -96,11 +94,7 @@ class Storage:
         return f"{self.location}/{name}" if name else self.location
 
     def read_bytes(self, name: str, *, most: int | None = None) -> bytes:
-        """All bytes of a file.
-
-        Raises:
-            NotAFileError: it is none, or holds more than `most` bytes.
-        """
+        """All bytes of a file. Raises NotAFileError if it is none, or holds more than `most` bytes."""
 
         def action() -> bytes:
             if most is not None and (size := self.fs.info(self._at(name))["size"]) > most:
@@ -193,8 +187,7 @@ class Storage:
     def makedirs(self, name: str = "") -> None:
         """Create this directory with its parents, or one inside it, durably (nothing to do on an object store).
 
-        Raises:
-            FileNotFoundError: ``name`` is inside a directory that was deleted; no write brings that back.
+        Raises FileNotFoundError for a name inside a directory that was deleted: no write brings that back.
         """
 
     def _refreshed(self, what: str, name: str, action: Callable[[], T]) -> T:

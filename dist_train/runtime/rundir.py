@@ -43,21 +43,13 @@ class RunDir(Mirror):
         self._watch: Watch | None = None
 
     def acquire(self, log: Callable[[str], None]) -> Lease:
-        """Create the directory, and own it until `close`.
-
-        Raises:
-            LeaseHeldError: another process trains this run.
-        """
+        """Create the directory, and own it until `close`. Raises LeaseHeldError if another process trains this run."""
         self.make()
         self.lease = Lease.acquire(self.storage, log=log)
         return self.lease
 
     def make(self) -> None:
-        """Create the directory.
-
-        Raises:
-            ConfigError: the system doesn't allow it, whatever the permissions say.
-        """
+        """Create the directory. Raises ConfigError if the system doesn't allow it, whatever the permissions say."""
         try:
             self.storage.makedirs()
         except OSError as error:
@@ -68,11 +60,7 @@ class RunDir(Mirror):
         self.lease = self.lease or Lease.known(self.storage, number, nonce)
 
     def check_owner(self) -> None:
-        """To be called before anything is written.
-
-        Raises:
-            LeaseLostError: the run has another owner by now, or was deleted. StorageError: that can't be looked up.
-        """
+        """Before anything is written: raises LeaseLostError if the run has another owner by now, or was deleted."""
         if self.lease is not None:
             self.lease.check(self.storage.patience)
 
@@ -128,11 +116,7 @@ class RunDir(Mirror):
         self.storage.write_atomic(name, (json.dumps(finite(content), indent=2, allow_nan=False) + "\n").encode())
 
     def write_status(self, state: str, *, step: int, epoch: int, world_size: int, error: str | None = None) -> None:
-        """status.json: the state of this run, for people and scripts.
-
-        Raises:
-            StorageError: it can't be written.
-        """
+        """status.json: the state of this run, for people and scripts."""
         content = {"state": state, "step": step, "epoch": epoch, "world_size": world_size}
         self.write_json("status.json", {**content, "updated_at": utc_now(), "error": error})
 
@@ -157,9 +141,8 @@ class RunDir(Mirror):
         claims = self.storage.sub("trace/.attempts")
         claims.makedirs()
         number = len(claims.list())
-        mine = (
-            f"{socket.gethostname()} {os.getpid()} {secrets.token_hex(8)}\n".encode()
-        )  # containers share names and pids
+        # Containers share names and pids.
+        mine = f"{socket.gethostname()} {os.getpid()} {secrets.token_hex(8)}\n".encode()
         while not claims.create_exclusive(str(number), mine):
             number += 1
         return number
@@ -168,8 +151,7 @@ class RunDir(Mirror):
 def check_shared(run: RunDir, world: World) -> None:
     """Rank 0 writes a nonce into the run's directory and each node reads it back.
 
-    Raises:
-        ConfigError: a node doesn't see it: its directory of that name is another one, where it would silently start over.
+    Raises ConfigError if a node doesn't see it: its directory of that name is another one, where it would start over.
     """
     if world.size == 1:
         return

@@ -33,12 +33,8 @@ class SideFileError(Exception):
 def read_mapping(storage: Storage, name: str, *, whole: bool = True) -> dict[str, Any] | None:
     """The content of a JSON file, or of a YAML file by its name; None if it doesn't exist.
 
-    Args:
-        whole: it must have all the fields that resuming relies on; else only those that it has are checked.
-
-    Raises:
-        SideFileError: it isn't a file, not a mapping, or has a field of another type.
-        StorageError: the storage fails.
+    If `whole`, it must have all the fields that resuming relies on; else only those that it has are checked.
+    Raises SideFileError if it isn't a file or not a mapping, or has a field of another type.
     """
     raw = _read(storage, name)
     if raw is None:
@@ -48,11 +44,7 @@ def read_mapping(storage: Storage, name: str, *, whole: bool = True) -> dict[str
 
 
 def read_lines(storage: Storage, name: str) -> tuple[list[dict[str, Any]], str]:
-    """The mappings in a JSONL file without torn lines, and what is wrong with the other lines ("" if nothing).
-
-    Raises:
-        StorageError: the storage fails.
-    """
+    """The mappings in a JSONL file without torn lines, and what is wrong with the other lines ("" if nothing)."""
     rows, wrong = [], ""
     try:
         lines = (_read(storage, name) or b"").split(b"\n")
@@ -60,8 +52,7 @@ def read_lines(storage: Storage, name: str) -> tuple[list[dict[str, Any]], str]:
         return [], str(error)
     for number, line in enumerate(lines, 1):
         try:
-            row = _parsed(storage.join(name), lambda line=line: parse_line(line))  # type: ignore[misc]
-            if row is not None:
+            if (row := _parsed(storage.join(name), lambda line=line: parse_line(line))) is not None:  # type: ignore[misc]
                 rows.append(_checked(storage, name, row))
         except SideFileError as error:
             wrong = wrong or f"{error} (line {number})"

@@ -44,28 +44,24 @@ def usable_cpus() -> int:
 def pick_device(choice: str, placement: Placement) -> torch.device:
     """The device of this rank: a GPU of its own where GPUs are usable, else the CPU.
 
-    Raises:
-        ConfigError: a GPU is requested or present, but torch can't use it; or this host has more ranks than GPUs.
+    Raises ConfigError if a GPU is requested or present, but torch can't use it, or this host has more ranks than GPUs.
     """
     import torch
 
-    if _wants_cpu(choice):
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "unset") in ("", "-1")
+    expected = choice == "cuda" or (not hidden and os.path.exists("/dev/nvidia0"))
+    if _wants_cpu(choice) or not (torch.cuda.is_available() or expected):
         return torch.device("cpu")
+    device, count = torch.device("cuda", placement.gpu), torch.cuda.device_count()
     if not torch.cuda.is_available():
-        hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "unset") in ("", "-1")
-        if choice == "cuda" or (not hidden and os.path.exists("/dev/nvidia0")):
-            raise ConfigError.single("distributed.device", _why_no_cuda(hidden))
-        return torch.device("cpu")
-    count = torch.cuda.device_count()
-    if placement.gpu_ranks > count:
-        raise ConfigError.single(
-            "distributed.device",
-            f"{placement.gpu_ranks} processes were started on {socket.gethostname()}, which has {count} usable GPU(s); "
-            f"start {count} (torchrun --nproc_per_node={count}), or train on the CPU with distributed.device=cpu",
-        )
-    device = torch.device("cuda", placement.gpu)
-    if problem := _built_for_others(device):
-        raise ConfigError.single("distributed.device", problem)
+        problem = _why_no_cuda(hidden)
+    elif placement.gpu_ranks > count:
+        started = f"{placement.gpu_ranks} processes were started on {socket.gethostname()}"
+        problem = f"{started}, which has {count} usable GPU(s); start {count} (torchrun --nproc_per_node={count})"
+    else:
+        problem = _built_for_others(device)
+    if problem:
+        raise ConfigError.single("distributed.device", f"{problem}; or train on the CPU with distributed.device=cpu")
     torch.cuda.set_device(device)
     return device
 
@@ -79,17 +75,11 @@ def _built_for_others(device: torch.device) -> str:
     for code in codes:
         kind, _, number = code.partition("_")
         of, least = divmod(int(number.rstrip("af")), 10)
-        runs = (
-            (of, least) <= (major, minor) if kind == "compute" else of == major and least <= minor
-        )  # PTX is recompiled
-        if runs:
+        if (of, least) <= (major, minor) and (kind == "compute" or of == major):  # PTX ("compute") is recompiled
             return ""
-    if not codes:
-        return ""
-    return (
-        f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, but torch {torch.__version__} is built "
-        f"for {', '.join(codes)}: install a build of torch for this GPU; or train on the CPU with distributed.device=cpu"
-    )
+    name, built = torch.cuda.get_device_name(device), f"torch {torch.__version__} is built for {', '.join(codes)}"
+    problem = f"{name} has compute capability {major}.{minor}, but {built}: install a build of torch for this GPU"
+    return problem if codes else ""
 
 
 def _wants_cpu(choice: str) -> bool:
@@ -114,18 +104,16 @@ def _why_no_cuda(hidden: bool) -> str:
     import torch
 
     if hidden:
-        why = "a GPU is requested, but CUDA_VISIBLE_DEVICES hides all of them: unset it"
-    elif torch.version.cuda is None and torch.version.hip is None:
-        why = f"torch {torch.__version__} is built without CUDA: install a CUDA build of torch"
-    else:
-        reason = "no usable GPU was found"
-        try:
-            torch.cuda.init()
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).strip().splitlines()[0]
-        fix = "update the NVIDIA driver, or install a torch build for an older CUDA"
-        why = f"torch {torch.__version__} (CUDA {torch.version.cuda}) can't use the GPU: {reason}; {fix}"
-    return f"{why}; or train on the CPU with distributed.device=cpu"
+        return "a GPU is requested, but CUDA_VISIBLE_DEVICES hides all of them: unset it"
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"torch {torch.__version__} is built without CUDA: install a CUDA build of torch"
+    reason = "no usable GPU was found"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+    fix = "update the NVIDIA driver, or install a torch build for an older CUDA"
+    return f"torch {torch.__version__} (CUDA {torch.version.cuda}) can't use the GPU: {reason}; {fix}"
 
 
 class World:
@@ -213,10 +201,8 @@ def open_world(config: DistributedConfig, placement: Placement) -> Iterator[Worl
 
     The process group's timeout is the hang timeout plus a minute, so that the watch reports a hang first. An exception inside
     (other than a ConfigError) ends this process and all others, where there are others: see `Peers`. With one process, owned by
-    a command, it is reported and becomes a `ReportedError`.
-
-    Raises:
-        ConfigError: see `pick_device`, `rendezvous` and `check_launcher`.
+    a command, it is reported and becomes a `ReportedError`. ConfigErrors are those of `pick_device`, `rendezvous` and
+    `check_launcher`.
     """
     import torch
     import torch.distributed as dist

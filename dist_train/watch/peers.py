@@ -206,7 +206,9 @@ class Peers:
     # Watching thread.
 
     def _run(self) -> None:
-        while not self._stop.wait(LOOK_SECONDS if self._knows_all() else FIRST_LOOK_SECONDS):
+        # A rank's memory must be open before it dies: after that its position can't be found any more.
+        known = self.store is None or not self._reads_all
+        while not self._stop.wait(LOOK_SECONDS if known else FIRST_LOOK_SECONDS):
             self._arm()
             try:
                 self._look()
@@ -215,10 +217,7 @@ class Peers:
                 if self._stop.is_set():
                     return
                 self._without_store(error)
-
-    def _knows_all(self) -> bool:
-        """Whether every rank's memory is open: after a rank's death its position can't be found any more."""
-        return self.store is None or not self._reads_all or len(self._states) == self.size
+            known = known or len(self._states) == self.size
 
     def _arm(self) -> None:
         """C code that holds the GIL silences this watch too: a C thread then ends the process, with the stacks on stderr."""
@@ -255,11 +254,9 @@ class Peers:
                 self._hear(json.loads(value))
 
     def _hear(self, beat: Record) -> None:
-        rank = beat["rank"]
-        if rank not in self._states:
-            self._states[rank] = PeerState(beat)
-        self._pace.update(rank, beat["sums"], self._states[rank].beat["sums"])
-        self._states[rank].update(beat)
+        peer = self._states.get(beat["rank"]) or self._states.setdefault(beat["rank"], PeerState(beat))
+        self._pace.update(peer.rank, beat["sums"], peer.beat["sums"])
+        peer.update(beat)
 
     def _others(self) -> list[PeerState]:
         return [peer for peer in list(self._states.values()) if peer is not self._me]
@@ -290,10 +287,10 @@ class Peers:
 
     def _lost(self, peer: PeerState) -> Record:
         how = "its process ended" if peer.local else f"no heartbeat for {LOST_SECONDS:.0f} s"
+        why = "killed, or exited by os._exit" + ("" if peer.local else ", or its host or network is down")
         return {
             **self._exit.record("lost", peer.position()),
-            "error": f"{how} without a message: killed, or exited by os._exit"
-            + ("" if peer.local else ", or its host or network is down"),
+            "error": f"{how} without a message: {why}",
             "try": "look for the kernel's out-of-memory killer on that host (dmesg -T | grep -i kill) and the scheduler's "
             "memory limit: fewer data.num_workers and a smaller trainer.micro_batch_size need less",
         }
