@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import ctypes
+import itertools
 import logging
 import mmap
 import sys
@@ -51,11 +52,7 @@ class HostCopy:
         self._moves: list[tuple[torch.Tensor, torch.Tensor]] = []  # (bytes of the buffer, bytes of the state)
 
     def take(self, tree: Any) -> Any:
-        """A copy of ``tree`` on the host, valid until the next call.
-
-        Raises:
-            TypeError: a leaf that ``torch.load(weights_only=True)`` would not restore; names its place.
-        """
+        """A copy of ``tree`` on the host, valid until the next call. Raises TypeError as `_map` does."""
         leaves: list[torch.Tensor] = []
         _map(tree, "", leaves.append)
         layouts = [_layout(leaf) for leaf in leaves]
@@ -74,25 +71,23 @@ class HostCopy:
     def _lay_out(self, leaves: list[torch.Tensor]) -> None:
         """Assign each tensor its place in the buffer."""
         copies, moves = list(leaves), []
-        shared: dict[tuple[torch.device, int], list[int]] = {}
+        shared: dict[tuple[torch.device, int], list[int]] = defaultdict(list)
         for index, leaf in enumerate(leaves):
             if _is_plain(leaf):
-                shared.setdefault((leaf.device, leaf.untyped_storage().data_ptr()), []).append(index)
+                shared[leaf.device, leaf.untyped_storage().data_ptr()].append(index)
             else:
                 copies[index] = leaf.resolve_conj().resolve_neg().to("cpu", copy=True)
         spans = [(indices, *_span([leaves[index] for index in indices])) for indices in shared.values()]
-        rooms = [-(-nbytes // _ALIGN) * _ALIGN for _, _, nbytes in spans]
-        buffer, start = self._reserve(sum(rooms), any(leaf.is_cuda for leaf in leaves)), 0
-        for (indices, begin, nbytes), size in zip(spans, rooms):
+        starts = [0, *itertools.accumulate(-(-nbytes // _ALIGN) * _ALIGN for _, _, nbytes in spans)]
+        buffer = self._reserve(starts[-1], any(leaf.is_cuda for leaf in leaves))
+        for (indices, begin, nbytes), start in zip(spans, starts):
             room, storage = torch.from_numpy(buffer[start : start + nbytes]), leaves[indices[0]].untyped_storage()
             source = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, begin, (nbytes,), (1,))
             moves.append((room, source))
             for index in indices:
                 t = leaves[index]
-                offset = int(t.storage_offset()) - begin // t.itemsize
-                empty = torch.empty(0, dtype=t.dtype)
-                copies[index] = empty.set_(room.untyped_storage(), offset, t.size(), t.stride())
-            start += size
+                at = room.untyped_storage(), int(t.storage_offset()) - begin // t.itemsize
+                copies[index] = torch.empty(0, dtype=t.dtype).set_(*at, t.size(), t.stride())
         self._copies, self._moves = copies, moves
 
     def release(self) -> None:
@@ -183,10 +178,9 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 
 def _map(node: Any, place: str, replace: Callable[[torch.Tensor], Any]) -> Any:
-    """Rebuild a tree with its tensors replaced.
+    """A tree with its tensors replaced.
 
-    Raises:
-        TypeError: a leaf or key that isn't part of a state.
+    Raises TypeError for a leaf or key that ``torch.load(weights_only=True)`` would not restore; names its place.
     """
     kind = type(node)
     if kind in _TENSORS:

@@ -43,15 +43,13 @@ def sample_keys(seed: int, epoch: int, indices: Indices) -> Keys:
 
 
 class Draws:
-    """The random numbers of one augmentation for the samples of a batch.
+    """The random numbers of one augmentation for the samples of a batch: new ones at each call, as of any generator.
 
     Args:
         keys: (B,) int64 from `sample_keys`.
         op: position of the augmentation in the list.
         device: where the images are.
         drawn: how many numbers were drawn before.
-
-    Each call returns new numbers: they depend on how many were drawn before, as with any generator.
     """
 
     def __init__(self, keys: Keys, op: int, device: torch.device, drawn: int = 0) -> None:
@@ -120,15 +118,12 @@ class Augmentation:
         self.neighbours = sum(getattr(augment, "neighbours", 0) for augment in augments)
 
     def __call__(self, batch: Any, *, seed: int, epoch: int, indices: Indices) -> tuple[Tensor, Tensor]:
-        """Augment one micro-batch.
+        """Augment one micro-batch; returns (inputs, targets) without the neighbours' rows.
 
         Args:
             batch: (inputs, targets) on the device, len(indices) rows each.
             seed, epoch: of the run and of the step.
             indices: the samples (`MicroBatch.indices`), on the host; includes the neighbours.
-
-        Returns:
-            (inputs, targets) without the neighbours' rows.
 
         Raises:
             DataError: the batch isn't a pair of tensors, or its images have a form that an augmentation can't take.
@@ -139,8 +134,8 @@ class Augmentation:
                 f"augment in the dataset's transform instead"
             )
         inputs, targets = batch
-        last = inputs.dim() == 4 and not inputs.is_contiguous()
-        last = last and inputs.is_contiguous(memory_format=torch.channels_last)
+        strided = inputs.dim() == 4 and not inputs.is_contiguous()
+        last = strided and inputs.is_contiguous(memory_format=torch.channels_last)
         keys = sample_keys(seed, epoch, indices)
         for op, (augment, takes) in enumerate(self.augments):
             if type(augment).__module__ != "dist_train.library.augments":  # those draw from `draws` alone
@@ -157,10 +152,10 @@ def _takes(augment: Any) -> int:
     """How many of (inputs, targets, draws) a callable wants."""
     if isinstance(augment, Augment):
         return 3
-    form = signature(augment.forward if isinstance(augment, torch.nn.Module) else augment)
-    needed = [p for p in form.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    if "draws" in form.parameters:
+    parameters = signature(augment.forward if isinstance(augment, torch.nn.Module) else augment).parameters
+    if "draws" in parameters:
         return 3
-    if any(p.kind is p.VAR_POSITIONAL for p in form.parameters.values()):
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters.values()):
         return 2
+    needed = [p for p in parameters.values() if p.kind is not p.KEYWORD_ONLY and p.kind is not p.VAR_KEYWORD]
     return min(3, max(1, sum(p.default is p.empty for p in needed)))

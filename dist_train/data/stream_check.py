@@ -83,23 +83,14 @@ def _read(samples: Pass) -> list[str]:
 def check_stream(
     dataset: Any, slot: str, workers: int, options: LoaderOptions, *, count: bool = False
 ) -> dict[str, Any]:
-    """Read the beginning of a stream as its readers will, on all ranks, which all call this.
+    """Read the beginning of a stream as its readers will, or an entire pass to `count` it, on all ranks, which all call this.
 
-    The stream is probed in up to two loader workers, or in this process, which can see its rank, if there are none.
-
-    Args:
-        dataset: the stream.
-        slot: train, val or test, for messages.
-        workers: loader workers of this rank.
-        options: whose seed, worker_start_method and all_gather are used.
-        count: read an entire pass.
+    It is probed in up to two of the rank's loader workers, or in this process, which can see its rank, if there are none.
+    Raises DataError if it can't be read, or its readers don't get the same samples.
 
     Returns:
         {"first": digests of the first samples, "length": samples of a pass if `count`, else None, "resumable": whether its
         state_dict can be relied on, "repeatable": whether a second reading gives the same samples}.
-
-    Raises:
-        DataError: it can't be read, or its readers don't get the same samples.
     """
     name = dataset_name(dataset)
     if hasattr(type(dataset), "__next__"):
@@ -110,9 +101,7 @@ def check_stream(
     probe = _Probe(dataset, options.seed, count)
     try:
         found = _in_workers(probe, min(workers, 2), options) if workers else [probe[0]]
-    except (
-        Exception
-    ) as error:  # a worker that couldn't be started: reported to the other ranks, which wait for this one
+    except Exception as error:  # no worker could be started: the other ranks, which wait for this one, hear of it
         found = [{"error": describe_error(error)}]
     readers = [(rank, k, one) for rank, every in enumerate(options.all_gather(found)) for k, one in enumerate(every)]
     for rank, _, one in readers:
@@ -121,25 +110,23 @@ def check_stream(
     reference = readers[0][2]
     for rank, k, one in readers:
         if one["first"] != reference["first"] or one["length"] != reference["length"]:
+            who = f"rank {rank}" + f", worker {k}," * (workers > 1)
             raise DataError(
-                _different(f"data.{slot}", name, f"rank {rank}" + f", worker {k}," * (workers > 1), workers)
+                f"data.{slot}: {name} returns different samples on {who} than on rank 0: {_split(workers > 0)}"
             )
     return {**reference, "resumable": all(one["resumable"] for _, _, one in readers)}
 
 
-def _different(slot: str, name: str, who: str, workers: int) -> str:
-    cause = (
-        "in loader workers rank and worker are hidden, so it did so where it was built, or draws from a generator that "
-        "isn't seeded alike"
-        if workers
-        else "it splits itself by rank, or draws from a generator that isn't seeded alike (data.num_workers: 1 reads it in "
-        "a worker, where the rank is hidden)"
-    )
+def _split(hidden: bool) -> str:
+    """Why a stream's readers get different samples, and what to do; `hidden`: no reader can see its rank."""
+    cause = "it splits itself by rank (data.num_workers: 1 reads it in a worker, where the rank is hidden)"
+    if hidden:
+        cause = "in loader workers rank and worker are hidden, so it did so where it was built"
     return (
-        f"{slot}: {name} returns different samples on {who} than on rank 0: here every reader reads the whole stream and "
-        f"keeps its part, and a split one would lose or repeat samples; {cause}. Don't split it (webdataset: "
-        f"nodesplitter=None, workersplitter=None; datasets: without split_dataset_by_node) or give it a method "
-        f"shard(index, count); draw from torch, numpy or random, which are seeded for each sample"
+        f"here every reader reads the whole stream and keeps its part, and a split one would lose or repeat samples; {cause}. "
+        f"Don't split it (webdataset: nodesplitter=None, workersplitter=None; datasets: without split_dataset_by_node) or give "
+        f"it a method shard(index, count). If it draws from a generator that isn't seeded alike, draw from torch, numpy or "
+        f"random, which are seeded for each sample"
     )
 
 

@@ -151,12 +151,12 @@ def exit_causes(iterator: Any) -> str:
     until = time.monotonic() + 1.0
     while time.monotonic() < until:
         with contextlib.suppress(RuntimeError):  # raised anywhere by torch's SIGCHLD handler after a worker was killed
-            if ended := [worker for worker in iterator._workers if worker.exitcode is not None]:
+            if ended := [(w.pid, w.exitcode) for w in iterator._workers if w.exitcode is not None]:
                 return ", ".join(
-                    f"pid {worker.pid} was killed by {signal.Signals(-worker.exitcode).name}"
-                    if worker.exitcode < 0
-                    else f"pid {worker.pid} exited with code {worker.exitcode}"
-                    for worker in ended
+                    f"pid {pid} was killed by {signal.Signals(-code).name}"
+                    if code < 0
+                    else f"pid {pid} exited with code {code}"
+                    for pid, code in ended
                 )
             time.sleep(0.02)
     return ""

@@ -109,10 +109,8 @@ class Control:
                     self._lock.notify_all()
 
     def _propose(self, action: str, reason: str) -> None:
-        if action in self.reasons and action == STOP:
-            return  # a signal may come twice; one stop is enough
-        number = self.store.add("requests", 1)
-        self.store.set(f"request/{number}", json.dumps([action, reason]))
+        if action != STOP or STOP not in self.reasons:  # a signal may come twice; one stop is enough
+            self.store.set(f"request/{self.store.add('requests', 1)}", json.dumps([action, reason]))
 
     def _answer(self) -> None:
         while self._handled < self.store.add("requests", 0):

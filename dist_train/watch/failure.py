@@ -79,8 +79,7 @@ def own_position(rank: int) -> Record:
 def new_record(kind: str, position: Mapping[str, Any], samples: Sequence[int] = (), size: int = 1) -> Record:
     """The record of a failure (`raised`, `lost` or `hang`) of the rank at that position, with its samples of that step."""
     where = {name: position[name] for name in ("rank", "host", "pid", "phase", "step")}
-    first = [int(sample) for sample in samples[:16]]
-    return {"kind": kind, **where, "size": size, "samples": first, "count": len(samples)}
+    return {"kind": kind, **where, "size": size, "samples": [*map(int, samples[:16])], "count": len(samples)}
 
 
 def describe(error: BaseException, rank: int = 0, samples: Sequence[int] = (), size: int = 1) -> Record:
@@ -117,26 +116,22 @@ def user_line(details: str) -> str:
     return ""
 
 
-def is_out_of_memory(text: str) -> bool:
-    """Whether an exception's line says that memory ran out, on a GPU or on the host."""
-    return bool(_OUT_OF_MEMORY.search(text))
-
-
 def less_memory(micro: int, changes: str, auto: bool) -> tuple[str, int | None]:
     """What to do when a forward or backward of `micro` samples ran out of memory.
 
-    Args:
-        changes: what smaller micro-batches change beside the memory; "" for nothing.
-        auto: whether the engine chose the size, so that it may choose another.
-
-    Returns:
-        A hint, and the size that all ranks can restart with by themselves, if any.
+    `changes` is what smaller micro-batches change beside the memory ("" for nothing), `auto` whether the engine chose the
+    size. Returns a hint, and the size that all ranks can restart with by themselves, if any.
     """
     if micro == 1:
         return "not even a single sample fits: a smaller model or input, or trainer.precision=bf16", None
     effect = f"less memory, but {changes}" if changes else "the same gradient in less memory"
     text = f"trainer.micro_batch_size={micro // 2} (it was {micro}): {effect}"
     return text, micro // 2 if auto and not changes else None
+
+
+def is_out_of_memory(text: str) -> bool:
+    """Whether an exception's line says that memory ran out, on a GPU or on the host."""
+    return bool(_OUT_OF_MEMORY.search(text))
 
 
 def hint(text: str) -> str:
@@ -161,17 +156,10 @@ def summary(record: Record) -> str:
     samples = ", ".join(str(sample) for sample in record["samples"])
     if record["count"] > len(record["samples"]):
         samples += f", ... ({record['count']} in all)"
-    fields = {
-        "pid": str(record["pid"]),
-        "error": record["error"],
-        "your code": record.get("line", ""),
-        "samples": samples,
-        "ranks": record.get("ranks", ""),
-        "try": record.get("try", ""),
-        "logs": record.get("logs", ""),
-    }
-    lines = [f"dist_train: {rank} on {record['host']} {verb} {_place(record)}"]
-    return "\n".join([*lines, *(f"  {name:<10} {value}" for name, value in fields.items() if value)])
+    shown = {**record, "your code": record.get("line"), "samples": samples}
+    names = [name for name in ("pid", "error", "your code", "samples", "ranks", "try", "logs") if shown.get(name)]
+    first = f"dist_train: {rank} on {record['host']} {verb} {_place(record)}"
+    return "\n".join([first, *(f"  {name:<10} {shown[name]}" for name in names)])
 
 
 def cause(record: Record) -> str:
@@ -180,10 +168,9 @@ def cause(record: Record) -> str:
 
 
 def _place(record: Record) -> str:
-    if record["phase"] in (STARTING, DONE):
-        return "while starting" if record["phase"] == STARTING else "at the end"
-    phase = PHASES[record["phase"]]
-    return f"in step {record['step']} ({phase})" if record["step"] else f"in {phase}"
+    phase, step = PHASES[record["phase"]], record["step"]
+    here = f"in step {step} ({phase})" if step else f"in {phase}"
+    return {STARTING: "while starting", DONE: "at the end"}.get(record["phase"], here)
 
 
 def report(record: Record) -> None:
@@ -195,11 +182,9 @@ def report(record: Record) -> None:
 
 def write_error_file(message: str, details: str = "") -> None:
     """torchrun prints this as the root cause in its own last lines (torch.distributed.elastic.multiprocessing.errors)."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if not path:
-        return
     extra = {"py_callstack": message, "timestamp": str(int(time.time())), **({"traceback": details} if details else {})}
-    with contextlib.suppress(OSError):  # the terminal has it
+    with contextlib.suppress(OSError, KeyError):  # the terminal has it; nobody reads it without torchrun
+        path = os.environ["TORCHELASTIC_ERROR_FILE"]
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path, "w") as file:
             json.dump({"message": {"message": message, "extraInfo": extra}}, file)

@@ -38,21 +38,18 @@ class ReportedError(Exception):
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a failure's report needs of the run that this process trains, and what the run does about it.
-
-    Attributes:
-        logs: directory of the ranks' logs.
-        samples: gives the samples of optimizer step (from 1) on a rank.
-        less_memory: what to do when memory ran out, see `failure.less_memory`.
-        record_failure: done by the rank that reports, before it does (status, ledger, lease); takes a few seconds at most.
-        on_exit: done by every rank as it leaves (the lease, the terminal's live bar).
-    """
+    """What a failure's report needs of the run that this process trains, and what the run does about it."""
 
     logs: str = ""
+    """Directory of the ranks' logs."""
     samples: Callable[[int, int], Sequence[int]] = lambda step, rank: ()
+    """Gives the samples of optimizer step (from 1) on a rank."""
     less_memory: Callable[[], tuple[str, int | None]] | None = None
+    """What to do when memory ran out, see `failure.less_memory`."""
     record_failure: Callable[[Record], object] = lambda record: None
+    """Done by the rank that reports, before it does (status, ledger, lease); takes a few seconds at most."""
     on_exit: Callable[[], object] = lambda: None
+    """Done by every rank as it leaves (the lease, the terminal's live bar)."""
 
 
 def _log_only(text: str, *values: object) -> None:
@@ -64,10 +61,7 @@ def _log_only(text: str, *values: object) -> None:
 class FailureExit:
     """Ends this rank, from any thread, once it or another one has failed.
 
-    Args:
-        rank, size: this rank, out of how many.
-        store: a store client; None with one process.
-        neighbors: gives the pids of the job's other processes on this machine.
+    `neighbors` gives the pids of the job's other processes on this machine; `store` is None with one process.
     """
 
     def __init__(self, rank: int, size: int, store: Any | None, neighbors: Callable[[], Iterable[int]]):
@@ -76,7 +70,7 @@ class FailureExit:
         self._leaving = threading.Lock()
 
     def attach(self, run: RunFacts) -> None:
-        """The run begins."""
+        """Failures from here on are those of this run."""
         self.run = run
 
     def describe(self, error: BaseException) -> Record:
@@ -90,7 +84,7 @@ class FailureExit:
                     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         except RuntimeError as late:
             error = late
-        record = failure.describe(error, self.rank, samples, self.size) | self._logs(self.rank)
+        record = failure.describe(error, self.rank, samples, self.size) | {"logs": self._logs(self.rank)}
         if self.run.less_memory and status.phase in (FORWARD, BACKWARD) and failure.is_out_of_memory(record["error"]):
             record["try"], halved = self.run.less_memory()
             if halved is not None and is_owned():
@@ -101,8 +95,8 @@ class FailureExit:
 
     def record(self, kind: str, position: Record) -> Record:
         """The record of a rank that was lost or hangs at that position."""
-        samples, rank = self._samples(position), position["rank"]
-        return failure.new_record(kind, position, samples, self.size) | self._logs(rank)
+        found = failure.new_record(kind, position, self._samples(position), self.size)
+        return {**found, "logs": self._logs(position["rank"])}
 
     def _samples(self, position: Record) -> Sequence[int]:
         with contextlib.suppress(Exception):
@@ -110,8 +104,8 @@ class FailureExit:
                 return self.run.samples(position["step"], position["rank"])
         return ()
 
-    def _logs(self, rank: int) -> Record:
-        return {"logs": self.run.logs and f"{self.run.logs}/rank-{rank}.log, and the other ranks' beside it"}
+    def _logs(self, rank: int) -> str:
+        return self.run.logs and f"{self.run.logs}/rank-{rank}.log, and the other ranks' beside it"
 
     def conclude(self, record: Record) -> NoReturn:
         """What this rank has found is the cause, unless another rank was first."""
@@ -161,8 +155,8 @@ class FailureExit:
         if self.rank and sys.stderr.isatty():
             time.sleep(0.5)  # rank 0 removes its live bar
         if "halved" in record:
-            text = f"{failure.cause(record)}; all ranks restart with micro-batches of {record['halved']}"
-            print(f"warning: {text}", file=sys.stderr, flush=True)
+            then = f"all ranks restart with micro-batches of {record['halved']}"
+            print(f"warning: {failure.cause(record)}; {then}", file=sys.stderr, flush=True)
         else:
             failure.report(record)
         with contextlib.suppress(Exception):

@@ -30,12 +30,11 @@ class Pace:
 
     def spread(self) -> dict[str, float]:
         """Minimum and maximum over all ranks; {} until every rank has been heard, and with one process."""
-        known = dict(self._known)
+        known = list(self._known.values())
         if len(known) < self.size or self.size == 1:
             return {}
-        own, waited = zip(*known.values(), strict=True)
-        names = ("step_s_min", "step_s_max", "data_wait_s_min", "data_wait_s_max")
-        return dict(zip(names, (min(own), max(own), min(waited), max(waited)), strict=True))
+        columns = zip(("step_s", "data_wait_s"), zip(*known, strict=True), strict=True)
+        return {f"{name}_{of.__name__}": of(column) for name, column in columns for of in (min, max)}
 
     def slow(self) -> tuple[int | None, str]:
         """A rank that was slow at the last few calls, and how slow; each rank is reported once."""

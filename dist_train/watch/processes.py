@@ -49,12 +49,10 @@ def die_with_parent() -> None:
 @functools.cache
 def machine() -> str:
     """Equal for two processes that can look each other up by pid: host, boot and pid namespace."""
-    parts = [socket.gethostname()]
-    with contextlib.suppress(OSError):
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            parts.append(file.read().strip())
-        parts.append(os.readlink("/proc/self/ns/pid"))
-    return " ".join(parts)
+    name = socket.gethostname()
+    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
+        name += f" {file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
+    return name
 
 
 def process_state(pid: int) -> str:

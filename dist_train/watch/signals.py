@@ -90,10 +90,8 @@ _before_end: Callable[[], object] | None = None  # informs the other ranks
 def install(stops: bool = True, reports: bool = True) -> None:
     """Listen from here on; does nothing outside the main thread (in a notebook's worker, say).
 
-    Args:
-        stops: each of `STOP_SIGNALS` ends this process, with exit code 128 + its number, until somebody calls `hold()`. Else
-            only Ctrl-C is heard, so that it ends a process whose main thread can't take its KeyboardInterrupt.
-        reports: whether this process reports such an end (rank 0).
+    With `stops` each of `STOP_SIGNALS` ends this process, with exit code 128 + its number, until somebody calls `hold()`, and
+    is reported if `reports` (rank 0); else only Ctrl-C is heard, where the main thread can't take its KeyboardInterrupt.
     """
     global _listener
     if threading.current_thread() is not threading.main_thread():

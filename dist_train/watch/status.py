@@ -28,9 +28,8 @@ PHASES = (
     "invalid config",
     "stopped before the run started",
 )
-STARTING, DATA, FORWARD, BACKWARD, UPDATE, LOGGING, CALLBACK, EVALUATION, SAVING, SYNC, DONE, CONFIG, STOPPED = range(
-    13
-)
+STARTING, DATA, FORWARD, BACKWARD, UPDATE, LOGGING, CALLBACK, EVALUATION, SAVING, SYNC, *_ = range(len(PHASES))
+DONE, CONFIG, STOPPED = range(SYNC + 1, len(PHASES))
 
 
 class Status(ctypes.Structure):
@@ -68,26 +67,16 @@ class Status(ctypes.Structure):
         return [self.step, self.phase, self.item, self.bytes]
 
 
-def _create() -> tuple[Status, int | None]:
-    with contextlib.suppress(OSError, AttributeError):  # memfd_create exists on Linux only
-        fd = os.memfd_create("dist_train-status")
-        os.ftruncate(fd, ctypes.sizeof(Status))
-        return Status.from_buffer(mmap.mmap(fd, ctypes.sizeof(Status))), fd
-    return Status(), None
-
-
-status, status_fd = _create()
+status = Status()
+status_fd: int | None = None
+with contextlib.suppress(OSError, AttributeError):  # memfd_create exists on Linux only
+    _fd = os.memfd_create("dist_train-status")
+    os.ftruncate(_fd, ctypes.sizeof(Status))
+    status, status_fd = Status.from_buffer(mmap.mmap(_fd, ctypes.sizeof(Status))), _fd
 
 
 def status_of(pid: int, fd: int | None) -> Status | None:
     """The status of a running process on this machine, from its `status_fd`; it stays readable after that process exits."""
-    if fd is None:
-        return None
-    try:
-        opened = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR)
-        try:
-            return Status.from_buffer(mmap.mmap(opened, ctypes.sizeof(Status)))
-        finally:
-            os.close(opened)
-    except (OSError, ValueError):
-        return None
+    with contextlib.suppress(OSError, ValueError), open(f"/proc/{pid}/fd/{fd}", "r+b", buffering=0) as file:
+        return Status.from_buffer(mmap.mmap(file.fileno(), ctypes.sizeof(Status)))
+    return None
