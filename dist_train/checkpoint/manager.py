@@ -37,15 +37,11 @@ class SavePolicy:
 
 
 class CheckpointManager:
-    """The checkpoints of the run that this process trains. One process of a run has one (rank 0).
+    """The checkpoints, in their directory `storage`, of the run that this process trains. One process of a run has one (rank 0).
 
     The blocking part of an asynchronous save is a copy to host memory; a thread writes and publishes. At most one save
-    is in flight: the next one waits for it. Leftovers of killed saves are swept before anything else is done.
-
-    Args:
-        storage: the directory of the checkpoints.
-        log: takes one line, from any thread.
-        lease: checked right before anything is published or deleted.
+    is in flight: the next one waits for it. Leftovers of killed saves are swept before anything else is done. The lease is
+    checked right before anything is published or deleted; `log` takes one line, from any thread.
 
     Attributes:
         published: step of the last checkpoint that this process published, or found to resume from.
@@ -152,19 +148,14 @@ class CheckpointManager:
             self._copier.release()
 
     def newest(self) -> Found | None:
-        """The newest that verifies; corrupted ones are quarantined with a line each. ``None`` if there never was one.
-
-        Raises:
-            CheckpointError: there were some and none is intact.
-            NewerFormatError, StorageError.
-        """
+        """As :meth:`CheckpointStore.newest`; corrupted ones are quarantined with a line each."""
         self._sweep_once()
         found = self._store.newest()
         self.published = found.step if found else None
         return found
 
     def best(self) -> Found | None:
-        """The best by ``keep_best`` that verifies; corrupted ones are quarantined. ``None`` if none has that metric."""
+        """The best by ``keep_best``, as :meth:`CheckpointStore.best`; corrupted ones are quarantined."""
         return self._store.best(*self._policy.keep_best) if self._policy.keep_best else None
 
     def find(self, name: str) -> Found:

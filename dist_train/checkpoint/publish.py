@@ -22,15 +22,13 @@ from dist_train.runtime.storage import LocalStorage, Storage
 
 
 class Writing:
-    """A checkpoint that is being written; nobody sees it before :meth:`OwnedStore.publish`.
-
-    Attributes:
-        sent: whether the object store may have the manifest, whatever it answered: then the data stay until a sweep.
-    """
+    """A checkpoint that is being written; nobody sees it before :meth:`OwnedStore.publish`."""
 
     def __init__(self, storage: Storage, step: int) -> None:
-        self.attempt = secrets.token_hex(8)
-        self.step, self.sent = step, False
+        self.attempt, self.step = secrets.token_hex(8), step
+        self.sent = (
+            False  # whether an object store may have the manifest, whatever it answered: the data stay until a sweep
+        )
         self.files: dict[str, FileEntry] = {}
         self._storage = storage
         self._prefix = "" if storage.is_local else f"{self.attempt}/"

@@ -45,13 +45,7 @@ class Row:
 
 
 class Found:
-    """A published checkpoint.
-
-    Attributes:
-        name: of its directory. location: path or URL of its directory.
-        step, meta, metrics: those of its manifest.
-        parts: names that :meth:`load` takes.
-    """
+    """A published checkpoint: `name` and `location` (path or URL) are its directory's, `parts` the names :meth:`load` takes."""
 
     def __init__(self, storage: Storage, name: str, manifest: Manifest) -> None:
         self._storage = storage
@@ -157,9 +151,7 @@ class CheckpointStore:
     def newest(self) -> Found | None:
         """The newest whose every file is as it was published; ``None`` if no checkpoint was ever published.
 
-        Raises:
-            CheckpointError: there were some, and none is intact.
-            NewerFormatError, StorageError.
+        Raises CheckpointError if there were some, and none is intact, and NewerFormatError for a newer one.
         """
         found, corrupted = self._first_intact(self.steps()[::-1])
         corrupted |= set(self.quarantined())

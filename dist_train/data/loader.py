@@ -62,11 +62,7 @@ def _no_collate(batch: Any) -> Any:
 
 
 class _Loader:
-    """What training and evaluation share: a DataLoader for micro-batches, whose workers live and die with this process.
-
-    Attributes:
-        num_workers: worker processes, 0 for none.
-    """
+    """What training and evaluation share: a DataLoader, whose workers (`num_workers`) live and die with this process."""
 
     def __init__(
         self, reader: SampleReader, workers: int, requests: Any, options: LoaderOptions, *, evaluates: bool
@@ -168,7 +164,6 @@ class TrainLoader(_Loader):
         neighbours: `Augmentation.neighbours`: rows beyond each micro-batch for augmentations that mix samples.
 
     Attributes:
-        num_workers: worker processes, 0 for none.
         waited: seconds that the caller has waited for batches since the loader was made; may be set back to 0.
         notes: how a stream is read, for the log.
     """

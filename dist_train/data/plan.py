@@ -154,15 +154,15 @@ class Plan:
         n, epoch = len(batch), self.epoch_of(step)
         mine = micro_slices(n, rank, world_size, micro)
 
-        def read(start: int, stop: int) -> Indices:
-            return batch.take(range(start, stop + neighbours), mode="wrap") if neighbours else batch[start:stop].copy()
+        def read(start: int, stop: int, samples: int, last: bool) -> MicroBatch:
+            indices = (
+                batch.take(range(start, stop + neighbours), mode="wrap") if neighbours else batch[start:stop].copy()
+            )
+            return MicroBatch(epoch, step, indices, start, samples, last)
 
         if not mine:
-            return [MicroBatch(epoch, step, read(0, min(2, n)), 0, 0, True)]
-        return [
-            MicroBatch(epoch, step, read(one.start, one.stop), one.start, one.stop - one.start, one is mine[-1])
-            for one in mine
-        ]
+            return [read(0, min(2, n), 0, True)]
+        return [read(one.start, one.stop, one.stop - one.start, one is mine[-1]) for one in mine]
 
     def smallest_micro_batch(self, world_size: int, micro: int) -> int:
         """The fewest samples that any forward of training gets, zero-weight ones apart (BatchNorm can't train on one)."""

@@ -72,7 +72,6 @@ class Pass:
 
     Args:
         dataset: the stream, or a shard of one.
-        seed: the run's seed.
         number: of the pass, from 0; given to the dataset's `set_epoch`, if it has one.
         shard: (index, count): the k-th sample of shard i is seeded as sample k * count + i, but the first one with the
             same seed in all shards: a generator may shuffle its input on the first draw, before taking its shard.

@@ -195,7 +195,7 @@ class ShardPlan:
         """The reader of a rank's micro-batch."""
         slices = micro_slices(self.plan.batch_samples(request.step), rank, self.world_size, self.micro_batch_size)
         number = [one.start for one in slices].index(request.position) if slices else 0
-        before = self._steps_before(request.step) * len(self._sizes(rank, self.plan.global_batch_size))
+        before = self.steps_before(request.step) * len(self._sizes(rank, self.plan.global_batch_size))
         return rank * self.workers + (before + number) % self.workers
 
     def shard(self, source: Any, index: int) -> Any:
@@ -208,18 +208,15 @@ class ShardPlan:
         def read(index: int) -> Pass:
             return Pass(self.shard(source, index), seed, epoch, (index, self.readers))
 
-        asked = [self._requested(index, self.plan.steps_per_epoch) for index in range(self.readers)]
+        asked = [self.requested(index, self.plan.steps_per_epoch) for index in range(self.readers)]
         sizes = [sum(1 for _ in read(index)) for index in range(self.readers)]
         before = sum(max(0, count - size) for count, size in zip(asked[:reader], sizes))
         longer = (index for index in range(self.readers) if sizes[index] > asked[index])
         rest = (itertools.islice(read(index), asked[index], None) for index in longer)
         return itertools.islice(itertools.chain.from_iterable(rest), before, None)
 
-    def requested(self, reader: int, step: int) -> int:
-        """Samples that a reader is asked for before `step`: in that step's epoch, or since step 0."""
-        return self._requested(reader, self._steps_before(step))
-
-    def _steps_before(self, step: int) -> int:
+    def steps_before(self, step: int) -> int:
+        """The steps before that one: of its epoch, or since step 0."""
         return step % self.plan.steps_per_epoch if self.finite else step
 
     def _sizes(self, rank: int, samples: int) -> list[int]:
@@ -227,7 +224,7 @@ class ShardPlan:
         slices = micro_slices(samples, rank, self.world_size, self.micro_batch_size)
         return [one.stop - one.start for one in slices] or [0]
 
-    def _requested(self, reader: int, steps: int) -> int:
+    def requested(self, reader: int, steps: int) -> int:
         """Samples that a reader is asked for in the first `steps` steps."""
         rank, worker = divmod(reader, self.workers)
         full = min(steps, self.plan.length // self.plan.global_batch_size) if self.finite else steps
@@ -283,7 +280,7 @@ class ShardReader(StreamReader):
     def _start(self, request: MicroBatch) -> None:
         self._select(request)
         reader = self._shard[0]
-        saved, asked = self.saved.get(reader), self.shards.requested(reader, request.step)
+        saved, asked = self.saved.get(reader), self.shards.requested(reader, self.shards.steps_before(request.step))
         if saved is not None and saved["next"] == asked and (not self.info.finite or saved["pass"] == request.epoch):
             self._restore(saved)
             return

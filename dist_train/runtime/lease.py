@@ -76,14 +76,11 @@ class LeaseRecord(BaseModel):
 
 
 class Lease:
-    """The ownership of a run, from :meth:`acquire` to :meth:`release`.
-
-    Attributes:
-        number, nonce: what identifies it. lost: whether the last renewal or check found another owner.
-    """
+    """The ownership of a run, from :meth:`acquire` to :meth:`release`; its number and nonce identify it."""
 
     def __init__(self, storage: Storage, number: int, record: LeaseRecord) -> None:
-        self.number, self.nonce, self.lost = number, record.nonce, False
+        self.number, self.nonce = number, record.nonce
+        self.lost = False  # whether the last renewal or check found another owner
         self._storage, self._record = storage, record
         self._checked = time.monotonic()
         self._over = threading.Event()
@@ -127,11 +124,8 @@ class Lease:
     def check(self, patience: float | None = None) -> int:
         """The number of this lease, if its file is still there, with its nonce, and the last one.
 
-        Args:
-            patience: seconds for which a failing storage is retried; by default as long as when it was acquired.
-
-        Raises:
-            LeaseLostError: another process owns the run by now, or its directory was deleted.
+        Raises LeaseLostError if another process owns the run by now, or its directory was deleted. A failing storage is
+        retried for `patience` seconds, by default as long as when the lease was acquired.
         """
         storage = self._storage if patience is None else self._storage.sub("", patience=patience)
         last, mine = (_numbers(storage) or [0])[-1], _read(storage, self.number)

@@ -38,9 +38,8 @@ def mirror_root(url: str) -> Path:
 
 
 class Mirror:
-    """The files of a run on this host: of a local run the files themselves, under a URL the growing ones and copies.
-
-    Threads may share it. For a local run there is nothing to fetch and nothing to upload.
+    """The files of a run on this host: of a local run the files themselves, with nothing to fetch and nothing to upload;
+    under a URL the growing ones and copies. Threads may share it.
 
     Attributes:
         storage: the run's directory. location: its path or URL. root: where its files are on this host.

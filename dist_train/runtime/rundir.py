@@ -167,8 +167,6 @@ def check_shared(run: RunDir, world: World) -> None:
     if world.is_main:
         run.storage.delete(nonce)
     if blind := sorted({host for saw, host in answers if not saw}):
-        raise ConfigError.single(
-            "run.dir",
-            f"{run.location} is not the same directory on all nodes: {', '.join(blind)} can't see a file that "
-            f"{answers[0][1]} (rank 0) wrote there; give run.dir a path on a shared file system",
-        )
+        differs = f"{run.location} is not the same directory on all nodes"
+        found = f"{', '.join(blind)} can't see a file that {answers[0][1]} (rank 0) wrote there"
+        raise ConfigError.single("run.dir", f"{differs}: {found}; give run.dir a path on a shared file system")

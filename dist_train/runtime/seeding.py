@@ -20,10 +20,10 @@ ORDER, SAMPLE, FORWARD, AUGMENT, SPLIT = 1, 2, 3, 4, 5
 
 
 def mix(*values: int) -> int:
-    """Hash integers into 64 well-mixed bits, the same on every platform, forever.
+    """Hash integers, each modulo 2**64, into 64 well-mixed bits, the same on every platform, forever.
 
-    Folds the values with the splitmix64 finalizer (Steele, Lea, Flood: "Fast Splittable Pseudorandom Number
-    Generators", OOPSLA 2014). The order of the values matters; each is taken modulo 2**64.
+    Folds the values, in order, with the splitmix64 finalizer (Steele, Lea, Flood: "Fast Splittable Pseudorandom Number
+    Generators", OOPSLA 2014).
     """
     state = 0
     for value in values:

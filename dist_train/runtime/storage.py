@@ -12,6 +12,7 @@ import shutil
 import stat
 import time
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,21 +34,18 @@ def is_url(location: str | os.PathLike[str]) -> bool:
 def open_storage(
     location: str | os.PathLike[str], *, patience: float | None = None, options: Mapping[str, Any] | None = None
 ) -> Storage:
-    """The directory at a path or URL; it need not exist.
+    """The directory at a path, or any URL that fsspec knows; it need not exist.
+
+    Raises ConfigError if the location has a password in it, or its protocol is unknown or not installed.
 
     Args:
-        location: a path, or any URL that fsspec knows.
         patience: seconds for which a failing operation is retried, with growing pauses; by default 3 on a local disk and
             60 on an object store.
         options: passed to fsspec (credentials, endpoint). fsspec's own configuration files and variables count too.
-
-    Raises:
-        ConfigError: the location has a password in it, or its protocol is unknown or not installed.
     """
     if holds_secret(os.fspath(location)):
-        raise ConfigError.single(
-            "", f"{location} holds a secret, and a location is named in many records; {SECRET_HINT}"
-        )
+        why = "holds a secret, and a location is named in many records"
+        raise ConfigError.single("", f"{location} {why}; {SECRET_HINT}")
     kind, usual = (Storage, 60.0) if is_url(location) else (LocalStorage, 3.0)
     return kind(os.fspath(location), usual if patience is None else patience, options)
 
@@ -78,14 +76,10 @@ class LocalStorage(Storage):
     def makedirs(self, name: str = "") -> None:
         """Create this directory with its parents, or one inside it, if this one still exists; durably."""
         wanted, top = self.path(name), self.path(name.split("/")[0])
-
-        def create(path: Path) -> None:
-            path.mkdir(exist_ok=True)
-            files.fsync_directory(path.parent)
-
         for path in [path for path in (wanted, *wanted.parents) if not path.exists()][::-1]:
             if not name or path.is_relative_to(top):
-                self._retry("create the directory", name, lambda path=path: create(path))  # type: ignore[misc]
+                self._retry("create the directory", name, partial(path.mkdir, exist_ok=True))
+                self._retry("sync", name, partial(files.fsync_directory, path.parent))
 
     def sweep_temporaries(self, older_than: float = 600.0) -> None:
         """Delete what killed writers left here, if older (in seconds) than a live one's can be."""
@@ -135,9 +129,8 @@ class LocalStorage(Storage):
                 raise
             mode = 0
         if not stat.S_ISREG(mode):
-            raise NotAFileError(
-                errno.EISDIR, f"expected a file, found {_KINDS.get(stat.S_IFMT(mode), 'a device')}", path
-            )
+            kind = _KINDS.get(stat.S_IFMT(mode), "a device")
+            raise NotAFileError(errno.EISDIR, f"expected a file, found {kind}", path)
         return open(path, "rb")
 
     def _read(self, name: str) -> bytes:

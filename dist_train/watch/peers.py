@@ -50,17 +50,12 @@ def heartbeat(rank: int) -> Record:
 
 
 class PeerState:
-    """What is known of a rank.
-
-    Attributes:
-        rank: which. beat: its last heartbeat.
-        heard, moved: since when, by this process's clock, its heartbeat and its progress are what they are.
-        local: whether it runs on this machine, so that its process can be looked up.
-    """
+    """What is known of a rank: `beat` is its last heartbeat."""
 
     def __init__(self, beat: Record):
-        self.rank, self.beat, self.heard, self.moved = beat["rank"], beat, time.monotonic(), time.monotonic()
-        self.local = beat["machine"] == machine()
+        self.rank, self.beat = beat["rank"], beat
+        self.heard = self.moved = time.monotonic()  # since when its heartbeat and its progress are what they are
+        self.local = beat["machine"] == machine()  # so that its process can be looked up
         self._status = status_of(beat["pid"], beat["status_fd"]) if self.local else None
 
     def update(self, beat: Record) -> None:
@@ -171,8 +166,7 @@ class Peers:
     def raised(self, error: BaseException) -> Record | None:
         """This rank's main thread has raised. With peers that ends the process; a config error or Ctrl-C is the caller's.
 
-        Returns:
-            With one process: the record of its first failure. None for what is no failure.
+        Returns the record of the first failure with one process, and None for what is no failure.
         """
         self.leave_a_fork(error)
         if isinstance(error, ConfigError) or (isinstance(error, KeyboardInterrupt) and not signals.held()):
