@@ -4,7 +4,8 @@ tests/conftest.py puts `Popen` in the place of `subprocess.Popen`. For a command
 session, signals, exit code and parent, but the process is forked from a *template* that has imported what every run imports.
 The template has no thread, no process group and nothing of dist_train, so whatever dist_train does while it is imported
 happens in each process as usual. Where something differs that is only read at a process's start (`_at_start`), and on other
-systems than Linux, it is a real one. A forked torchrun forks its workers as well.
+systems than Linux, it is a real one. A forked torchrun forks its workers as well, and so does a real one, or a real
+`accelerate launch`, that finds tests/hook in its PYTHONPATH (`HOOK`): it imports what they need once, before its first line.
 
 The child is handed to the process that asked for it: its first parent ends, and the kernel gives it to the nearest ancestor
 that has declared itself a subreaper.
@@ -43,6 +44,12 @@ PRELOADED = (
     "matplotlib.figure", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg", "PIL.JpegImagePlugin",
     "pydantic", "yaml", "fsspec.implementations.local", "safetensors.torch", "multiprocessing.popen_fork", "logging.handlers",
 )  # fmt: skip
+# What a worker of a real torchrun needs in any case; the rest only rank 0 does, or no worker.
+_WORKERS_NEED = (
+    "torch.distributed.run", "torch._dynamo", "torch.utils.serialization", "pydantic", "yaml", "fsspec.implementations.local",
+    "safetensors.torch", "multiprocessing.popen_fork", "logging.handlers",
+)  # fmt: skip
+HOOK = Path(__file__).parent / "hook"
 # Variables that are read when Python, a C library or a module is loaded.
 _AT_START = (
     "PYTHON", "LD_", "OMP_", "GOMP_", "MKL_", "OPENBLAS_", "CUDA_", "TORCH_", "TORCHDYNAMO", "MPL", "TF_", "MALLOC_", "HOME",
@@ -162,16 +169,20 @@ def _read(channel: socket.socket, size: int) -> bytes:
 _installed: list[str] = []  # sys.path without what is different in each process
 
 
-def _main(number: int) -> NoReturn:
+def _preload(names: tuple[str, ...]) -> None:
     own = ["", str(Path(__file__).parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     _installed.extend(place for place in sys.path if place not in own)
-    for name in PRELOADED:
+    for name in names:
         importlib.import_module(name)
     assert not any(name.split(".")[0] == "dist_train" for name in sys.modules)
     assert len(os.listdir("/proc/self/task")) == 1, "a fork has none of its parent's threads"
     inspect.stack()  # which torchrun calls: the first time it looks at each module
     gc.collect()
     gc.freeze()  # a collection in a child would touch, and so copy, every page
+
+
+def _main(number: int) -> NoReturn:
+    _preload(PRELOADED)
     _become(_serve(socket.socket(fileno=number)))
 
 
@@ -252,7 +263,7 @@ def _run(request: dict[str, Any]) -> int:
     os.chdir(request["cwd"])
     launches = args[:2] == ["-m", "torch.distributed.run"]
     if launches:
-        _fork_workers(request)
+        _fork_workers(request["env"])
     os.environ.clear()
     os.environ.update(request["env"])
     tempfile.tempdir = None
@@ -300,7 +311,16 @@ def _open_streams(unbuffered: bool) -> None:
         setattr(sys, f"__{name}__", stream)
 
 
-def _fork_workers(request: dict[str, Any]) -> None:
+def be_launcher() -> None:
+    """Let this real torchrun or `accelerate launch`, of which nothing has run, fork its workers."""
+    if sys.platform == "linux" and Popen.template is None:  # it would be a forked one
+        _preload(_WORKERS_NEED)
+        _fork_workers(dict(os.environ))
+        del sys.modules["torch.distributed.run"]  # which is executed again, as __main__
+        subprocess.Popen = Popen  # type: ignore[misc]  # accelerate starts a single process itself
+
+
+def _fork_workers(env: dict[str, str]) -> None:
     """Let this torchrun, which has no thread yet, fork its workers: from a copy of itself as it is now."""
     # It looks at its stack over and over: for frames without a file `inspect` would search all modules each time.
     inspect.modulesbyfile.update({os.path.abspath(name): "runpy" for name in ("<string>", "<frozen runpy>")})  # type: ignore[attr-defined]
@@ -312,7 +332,7 @@ def _fork_workers(request: dict[str, Any]) -> None:
             os.dup2(null, number)
         _become(_serve(theirs))
     theirs.close()
-    template = Template(ours, request["env"])
+    template = Template(ours, env)
     Popen.template = lambda: template
     importlib.import_module(
         "torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler"

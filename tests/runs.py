@@ -30,6 +30,11 @@ def environment(**extra: str) -> dict[str, str]:
     return {**env, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path, **extra}
 
 
+def forks_workers() -> dict[str, str]:
+    """PYTHONPATH for a script or shell that starts a real torchrun or `accelerate launch`, whose workers then are its forks."""
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(forking.HOOK), os.environ.get("PYTHONPATH")]))}
+
+
 def command(processes: int, *arguments: str) -> list[str]:
     """One plain process, or torchrun with several; `processes=0` is torchrun with one."""
     module = ["-m", "dist_train.main", *arguments]

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from forking import Popen, RealPopen
-from runs import command, environment, run
+from runs import command, environment, forks_workers, run
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
 
@@ -118,9 +118,16 @@ def test_signals_reach_it_from_its_first_moment_on() -> None:
         assert process.wait(20) == -signal.SIGTERM
 
 
-def test_torchrun_and_its_workers_are_forked_as_well(tmp_path: Path) -> None:
-    args = [*command(2)[:-2], str(PROGRAMS / "torchrun_worker.py")]
-    process = Popen(args, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
+@pytest.mark.parametrize(
+    ("popen", "launcher"),
+    [(Popen, command(2)[:-2]), (RealPopen, command(2)[:-2]), (RealPopen, ["torchrun", *command(2)[3:-2]])],
+    ids=["forked", "real module", "real script"],
+)
+def test_torchrun_forks_its_workers(tmp_path: Path, popen: Any, launcher: list[str]) -> None:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = environment(PATH=path, **({} if popen is Popen else forks_workers()))
+    args = [*launcher, str(PROGRAMS / "torchrun_worker.py")]
+    process = popen(args, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
     told = process.communicate(timeout=180)[1]
     assert process.returncode == 1, told
     assert "exitcode  : 7" in told

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forking import HOOK
 from runs import ROOT, result
 
 README = (ROOT / "README.md").read_text()
@@ -26,9 +27,10 @@ MAKE = ("make train", "make test-cpu")
 
 
 def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a command in a bare shell that finds only the tools of this environment, with one thread."""
+    """Run a command in a bare shell that finds only the tools of this environment, with one thread; launchers fork workers."""
     path = f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin"
     env = {"PATH": path, "HOME": str(folder), "CUDA_VISIBLE_DEVICES": "", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"}
+    env["PYTHONPATH"] = str(HOOK)
     return subprocess.run(
         ["bash", "-ec", command],
         cwd=folder,

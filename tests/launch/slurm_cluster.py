@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from runs import forks_workers
+
 COMMANDS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scancel", "scontrol", "sinfo", "squeue")
 FREEZER = Path("/sys/fs/cgroup/freezer")
 
@@ -63,12 +65,12 @@ def missing() -> str | None:
     return f"not installed: {', '.join(absent)} (Debian: munge slurmctld slurmd slurm-client)" if absent else None
 
 
-def wait_for(what: str, check: Callable[[], bool], timeout: float) -> None:
-    """Poll until `check` holds; AssertionError naming `what` after `timeout` seconds."""
+def wait_for(what: str, check: Callable[[], bool], timeout: float, every: float = 0.2) -> None:
+    """Poll until `check` holds, `every` so many seconds; AssertionError naming `what` after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while not check():
         assert time.monotonic() < deadline, f"{what}: not within {timeout:.0f} s"
-        time.sleep(0.2)
+        time.sleep(every)
 
 
 def _gone(path: Path) -> bool:
@@ -151,7 +153,7 @@ class SlurmCluster:
         done = subprocess.run(
             ["sbatch", "--parsable", *arguments],
             cwd=cwd,
-            env={**self.env, **(env or {})},
+            env={**self.env, **forks_workers(), **(env or {})},
             capture_output=True,
             text=True,
             timeout=180,
@@ -167,5 +169,5 @@ class SlurmCluster:
     def wait(self, number: str, timeout: float = 300) -> dict[str, str]:
         """Wait until a job has ended; return Slurm's record of it."""
         over = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
-        wait_for(f"job {number} over", lambda: self.job(number)["JobState"] in over, timeout)
+        wait_for(f"job {number} over", lambda: self.job(number)["JobState"] in over, timeout, every=0.5)
         return self.job(number)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from hosts import Hosts, missing
-from runs import CONFIGS, environment, traced
+from runs import CONFIGS, environment, forks_workers, traced
 from slurm_cluster import free_ports, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,7 +54,7 @@ class Cluster(Hosts):
             output = f"{self.folder}/output-{i}.txt"
             self.jobs[i] = self.run(
                 i, self.script, "elastic.yaml", before=f"exec >>{output} 2>&1",
-                NNODES=f"1:{self.count}", NPROC_PER_NODE="1", PET_SHUTDOWN_TIMEOUT="20", **env,
+                NNODES=f"1:{self.count}", NPROC_PER_NODE="1", PET_SHUTDOWN_TIMEOUT="20", **forks_workers(), **env,
             )  # fmt: skip
 
     def crash(self, i: int) -> None:
@@ -218,7 +218,7 @@ def script(project: Path, *arguments: str, **env: str) -> subprocess.CompletedPr
     """elastic.sh on this machine alone."""
     alone = {"NNODES": "1:2", "NPROC_PER_NODE": "1", "HOST": "127.0.0.1", "RDZV_CONF": "last_call_timeout=1"}
     command = [str(ROOT / "launch" / "elastic.sh"), "elastic.yaml", "run.name=alone", *arguments]
-    environ = environment(**alone, RDZV_ID=f"test-{free_ports(1)}", **env)
+    environ = environment(**alone, **forks_workers(), RDZV_ID=f"test-{free_ports(1)}", **env)
     return subprocess.run(command, cwd=project, env=environ, capture_output=True, text=True, timeout=300)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from runs import forks_workers
 from slurm_cluster import free_ports, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,7 +32,7 @@ def start(work: Path, *command: object, env: Mapping[str, str] | None = None) ->
         return subprocess.Popen(
             [str(word) for word in command],
             cwd=work,
-            env={**os.environ, **(env or {})},
+            env={**os.environ, **forks_workers(), **(env or {})},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
