@@ -89,18 +89,14 @@ def _compare_code(config: Config, run: RunDir, completed: bool) -> list[str]:
         done = "is completed, and its result is that of" if completed else "was started with"
         raise ConfigError.single("run.name", f"{run.location} {done} other objects ({'; '.join(differing)}); {fix}")
     old, new = start["code"], source_files(config)
-    edited = [name for name in new if name in old and old[name] != new[name]]
-    changed = ", ".join(
-        edited or sorted(old.keys() ^ new.keys())
-    )  # a file is added or dropped with another that imports it
+    # A file is added or dropped with another that imports it.
+    changed = [name for name in new if name in old and old[name] != new[name]] or sorted(old.keys() ^ new.keys())
     if not changed:
         return []
-    since = f"the code has changed since {run.location} was {'trained' if completed else 'last started'}: {changed}"
-    return [
-        f"{since}. This is the result of the code before; another run.name trains with what it is now"
-        if completed
-        else f"{since}. The run resumes with the code as it is now; another run.name starts over with it"
-    ]
+    was, then = "last started", "The run resumes with the code as it is now; another run.name starts over with it"
+    if completed:
+        was, then = "trained", "This is the result of the code before; another run.name trains with what it is now"
+    return [f"the code has changed since {run.location} was {was}: {', '.join(changed)}. {then}"]
 
 
 def _compare_configs(config: Config, run: RunDir) -> Decision:

@@ -95,13 +95,14 @@ def restore_in(world: World, run: RunDir, config: Config, checkpoint: str | None
     return Restored(run, config, world, _restore(evaluator.modules, run, checkpoint, world), evaluator)
 
 
-def load_model(run: RunDir, checkpoint: str | None, model: nn.Module | None = None) -> tuple[nn.Module, int]:
-    """The model of a run (or `model`) on the CPU, with the weights of a checkpoint, and that checkpoint's step."""
+def load_model(run: RunDir, checkpoint: str | None, model: nn.Module | None = None) -> nn.Module:
+    """The model of a run (or `model`) on the CPU, with the weights of a checkpoint."""
     if model is None:
         config = read_config(run)
         with undisturbed_generators():
             model = build_model(config)
-    return model, _restore(Modules(model), run, checkpoint).step
+    _restore(Modules(model), run, checkpoint)
+    return model
 
 
 def _restore(modules: Modules, run: RunDir, checkpoint: str | None, world: World | None = None) -> Found:

@@ -135,11 +135,9 @@ def load_callback_states(
 
     A class that occurs once, then and now, keeps its state under other arguments. The rest starts over.
     """
-    named = [(_name(callback), _text(spec), callback) for callback, spec in zip(callbacks, specs, strict=True)]
-    if not all(isinstance(entry, dict) and "name" in entry for entry in saved):  # of a version that went by position
-        saved = [{"name": n, "spec": t, "state": state} for (n, t, _), state in zip(named, saved, strict=False)]
     left, waiting = list(saved), []
-    for name, text, callback in named:
+    for callback, spec in zip(callbacks, specs, strict=True):
+        name, text = _name(callback), _text(spec)
         index = next((k for k, entry in enumerate(left) if (entry["name"], entry["spec"]) == (name, text)), None)
         if index is None:
             waiting.append((name, callback))
@@ -150,9 +148,7 @@ def load_callback_states(
         if len(states) == 1 and [other for other, _ in waiting].count(name) == 1:
             callback.load_state_dict(states[0])
         elif states:
-            note(
-                f"callbacks: the state of {name} starts over: it isn't known which of several callbacks had which state"
-            )
+            note(f"callbacks: the state of {name} starts over: which of several callbacks it belongs to isn't known")
 
 
 def _name(callback: Callback) -> str:

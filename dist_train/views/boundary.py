@@ -41,8 +41,7 @@ class BoundaryFrames(Callback):
 
     def on_evaluation_end(self, trainer: Training, metrics: dict[str, float]) -> None:
         """Record a frame if one is due."""
-        # A compiled model would be recompiled for the size of the grid.
-        if not self._on or not trainer.world.is_main or trainer.config.trainer.compile:
+        if not self._on or trainer.config.trainer.compile:  # it would be recompiled for the size of the grid
             return
         try:
             self._on = self._keep(trainer)

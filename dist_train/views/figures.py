@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,34 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NUMBERED = 20  # maximum number of classes for which a confusion matrix shows its counts
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image inside the page; without data only its caption."""
+
+    alt: str
+    data: bytes
+    kind: str = "svg+xml"
+    caption: str = ""
+
+    @property
+    def uri(self) -> str:
+        """Its data URI."""
+        return f"data:image/{self.kind};base64,{base64.b64encode(self.data).decode()}"
+
+
+@dataclass(frozen=True)
+class Section:
+    """A title and the content below it; without content it is left out.
+
+    layout: "text" (content is a string), "table" (rows), or of images the CSS class of their grid, "" for none.
+    """
+
+    title: str
+    content: Sequence[Any]
+    layout: str
+    head: Sequence[str] = ()
 
 
 @dataclass
@@ -40,6 +69,19 @@ class Confusion:
     classes: Sequence[str] = ()
     worst: Sequence[Example] = ()
 
+    def sections(self) -> Iterator[Section]:
+        yield Section("Confusion matrix", [Image("confusion matrix", render(draw_confusion(self), "svg"))], "")
+        worst = [
+            Image(
+                f"sample {one.index}",
+                picture_png(one.picture) if one.picture is not None else b"",
+                "png",
+                f"{one.truth} taken for {one.prediction}, {one.probability:.0%}; sample {one.index}",
+            )
+            for one in self.worst
+        ]
+        yield Section("Most wrong", worst, "worst")
+
 
 @dataclass
 class Regression:
@@ -48,6 +90,10 @@ class Regression:
     truth: numpy.ndarray[Any, Any]
     prediction: numpy.ndarray[Any, Any]
     name: str = "target"
+
+    def sections(self) -> Iterator[Section]:
+        image = Image("predicted over true", render(draw_regression(self), "svg"))
+        yield Section("Predicted against true", [image], "")
 
 
 @dataclass
@@ -66,6 +112,15 @@ class Boundary:
     def pngs(self) -> list[bytes]:
         """Each frame as a PNG."""
         return [render(draw_boundary(self, step, classes), "png") for step, classes in self.frames]
+
+    def sections(self) -> Iterator[Section]:
+        stills = sorted({round(k * (len(self.pngs) - 1) / 3) for k in range(4)})
+        frames = [Image("the decision boundary during training", boundary_gif(self), "gif")]
+        frames += [Image(f"boundary, frame {i}", self.pngs[i], "png") for i in stills]
+        yield Section("Decision boundary", frames, "panels")
+
+
+Picture = Confusion | Regression | Boundary
 
 
 def draw_confusion(confusion: Confusion) -> Figure:

@@ -22,8 +22,8 @@ from dist_train.training.evaluate import Meaning, Predicted, on_rank_zero, predi
 from dist_train.training.prepare import eval_loader
 from dist_train.views.boundary import FOLDER, around, classes_on, plane, read_frames
 from dist_train.views.curves import draw_curves
-from dist_train.views.figures import Boundary, Confusion, Example, Regression
-from dist_train.views.report import Picture, write_report
+from dist_train.views.figures import Boundary, Confusion, Example, Picture, Regression
+from dist_train.views.report import write_report
 
 if TYPE_CHECKING:
     from dist_train.config.schema import Config

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from math import nan
 from pathlib import Path
 from statistics import fmean, median
@@ -20,46 +18,9 @@ from dist_train.runtime.storage import open_storage
 from dist_train.text import format_number, format_seconds
 from dist_train.tracking.records import Row, read_rows
 from dist_train.views.curves import ASIDE, TITLES, draw_panel, dress, metric_names, new_figure, plain, render, series
-from dist_train.views.figures import (
-    Boundary,
-    Confusion,
-    Regression,
-    boundary_gif,
-    draw_confusion,
-    draw_regression,
-    picture_png,
-)
+from dist_train.views.figures import Image, Picture, Section
 
-Picture = Confusion | Regression | Boundary
 RUN_COLORS = ("#4c78a8", "#e4572e", "#2a9d5c", "#8b5cf6", "#d97706", "#0e7490", "#be185d", "#4d7c0f")
-
-
-@dataclass(frozen=True)
-class Image:
-    """An image inside the page; without data only its caption."""
-
-    alt: str
-    data: bytes
-    kind: str = "svg+xml"
-    caption: str = ""
-
-    @property
-    def uri(self) -> str:
-        """Its data URI."""
-        return f"data:image/{self.kind};base64,{base64.b64encode(self.data).decode()}"
-
-
-@dataclass(frozen=True)
-class Section:
-    """A title and the content below it; without content it is left out.
-
-    layout: "text" (content is a string), "table" (rows), or of images the CSS class of their grid, "" for none.
-    """
-
-    title: str
-    content: Sequence[Any]
-    layout: str
-    head: Sequence[str] = ()
 
 
 def write_report(
@@ -88,7 +49,7 @@ def write_report(
         Section("Files that can't be read", problems(open_storage(root)), "table"),
         Section("Curves", [_panel(rows, name) for name in panels if rows], "panels"),
         Section("The model that was kept", list(kept.items()), "table"),
-        *itertools.chain.from_iterable(map(_shown, pictures)),
+        *(section for picture in pictures for section in picture.sections()),
         Section("Starts and ends", list(_attempts(attempts)), "table", ("time (UTC)", "")),
         Section("Config", text, "text"),
         Section("Environment", list((environment or {}).items()), "table"),
@@ -160,29 +121,6 @@ def _overlay(every: Mapping[str, list[Row]], metric: str) -> Image:
             axis.legend(frameon=False, fontsize=8.5)
     dress(axis, TITLES.get(metric, metric))
     return Image(f"{metric} of all runs", render(figure, "svg"))
-
-
-def _shown(picture: Picture) -> Iterator[Section]:
-    if isinstance(picture, Regression):
-        image = Image("predicted over true", render(draw_regression(picture), "svg"))
-        yield Section("Predicted against true", [image], "")
-    elif isinstance(picture, Boundary):
-        stills = sorted({round(k * (len(picture.pngs) - 1) / 3) for k in range(4)})
-        frames = [Image("the decision boundary during training", boundary_gif(picture), "gif")]
-        frames += [Image(f"boundary, frame {i}", picture.pngs[i], "png") for i in stills]
-        yield Section("Decision boundary", frames, "panels")
-    else:
-        yield Section("Confusion matrix", [Image("confusion matrix", render(draw_confusion(picture), "svg"))], "")
-        worst = [
-            Image(
-                f"sample {one.index}",
-                picture_png(one.picture) if one.picture is not None else b"",
-                "png",
-                f"{one.truth} taken for {one.prediction}, {one.probability:.0%}; sample {one.index}",
-            )
-            for one in picture.worst
-        ]
-        yield Section("Most wrong", worst, "worst")
 
 
 def _attempts(records: Iterable[dict[str, Any]]) -> Iterable[tuple[str, str]]:

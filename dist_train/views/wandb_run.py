@@ -135,23 +135,21 @@ class View:
         run_id = kept.read_text()
         self._have = set(_offline(root / "wandb", run_id))
         settings = wandb.Settings(silent=True, console="off", init_timeout=60, x_stats_pid=trainer)
-        again: Any = (
-            {"resume": "allow"} if init.get("mode") != "offline" else {}
-        )  # offline, wandb refuses it with a warning
+        # Offline, wandb refuses `resume` with a warning.
+        again: Any = {"resume": "allow"} if init.get("mode") != "offline" else {}
         self._run = wandb.init(dir=folder, id=run_id, settings=settings, **again, **init)
         self._run.define_metric("global_step")
         self._run.define_metric("*", step_metric="global_step")
-        self._from = int(self._run.summary.get("global_step", -1)) if self._run.resumed else -1
         self.url = self._run.url
+        last = int(self._run.summary.get("global_step", -1)) if self._run.resumed else -1
         for row in read_rows(root / "metrics.jsonl"):
-            if row["step"] > self._from:
+            if row["step"] > last:
                 self.row(row)
-        self._from = -1
 
     def row(self, row: Row) -> None:
         """Log a row unless wandb has it."""
         split, step = row["split"], row["step"]
-        if (split, step) not in self._have and step > self._from:
+        if (split, step) not in self._have:
             self._have.add((split, step))
             values = {f"{split}/{k}": float("nan") if v is None else v for k, v in row.items() if k not in FIELDS}
             self._run.log({"global_step": step, "epoch": row["epoch"], **values})
