@@ -28,7 +28,8 @@ from dist_train.runtime.rundir import RunDir, check_shared
 from dist_train.runtime.sidefiles import read_lines
 from dist_train.runtime.storage import LocalStorage
 from dist_train.runtime.world import World, open_world
-from dist_train.tracking.console import Console, setup_logging
+from dist_train.tracking.console import Console
+from dist_train.tracking.logs import setup_logging
 from dist_train.training.model import splitting_changes
 from dist_train.training.parts import Parts, build_parts
 from dist_train.training.rows import Outputs, Trace

@@ -36,7 +36,7 @@ def read_mapping(storage: Storage, name: str, *, whole: bool = True) -> dict[str
     If `whole`, it must have all the fields that resuming relies on; else only those that it has are checked.
     Raises SideFileError if it isn't a file or not a mapping, or has a field of another type.
     """
-    raw = _read(storage, name)
+    raw = read_whole(storage, name)
     if raw is None:
         return None
     content = _parsed(storage.join(name), lambda: yaml.safe_load(raw) if name.endswith(".yaml") else json.loads(raw))
@@ -47,7 +47,7 @@ def read_lines(storage: Storage, name: str) -> tuple[list[dict[str, Any]], str]:
     """The mappings in a JSONL file without torn lines, and what is wrong with the other lines ("" if nothing)."""
     rows, wrong = [], ""
     try:
-        lines = (_read(storage, name) or b"").split(b"\n")
+        lines = (read_whole(storage, name) or b"").split(b"\n")
     except SideFileError as error:
         return [], str(error)
     for number, line in enumerate(lines, 1):
@@ -72,7 +72,8 @@ def problems(storage: Storage) -> list[tuple[str, str]]:
     return found
 
 
-def _read(storage: Storage, name: str) -> bytes | None:
+def read_whole(storage: Storage, name: str) -> bytes | None:
+    """The bytes of a file; None if it doesn't exist. Raises SideFileError where it isn't one."""
     try:
         return storage.read_bytes(name, most=_MOST.get(name, 64 << 20))
     except FileNotFoundError:

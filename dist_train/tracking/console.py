@@ -13,12 +13,10 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from dist_train.config.errors import mask, visible
 from dist_train.text import WIDTH, format_number, format_seconds, two_columns
-from dist_train.tracking.logs import Capture, setup_logging
+from dist_train.tracking.logs import Capture
 
 if TYPE_CHECKING:
     from dist_train.tracking.live import Live
-
-__all__ = ["Console", "setup_logging"]
 
 
 class _Stream:

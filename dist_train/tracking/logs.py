@@ -75,8 +75,8 @@ class Capture:
                 handler.close()
 
 
-def setup_logging(path: str | os.PathLike[str], rank: int) -> logging.Logger:
-    """Send the logger "dist_train" and Python's warnings to `path` (logs/rank-N.log), appending; returns the logger.
+def setup_logging(path: str | os.PathLike[str], rank: int) -> None:
+    """Send the logger "dist_train" and Python's warnings to `path` (logs/rank-N.log), appending.
 
     What was logged before the path was known is written first. Called again (a notebook that trains twice), it switches
     to the new file.
@@ -99,4 +99,3 @@ def setup_logging(path: str | os.PathLike[str], rank: int) -> logging.Logger:
             if isinstance(handler, logging.handlers.MemoryHandler | _File):
                 log.removeHandler(handler)
         log.addHandler(file)
-    return logging.getLogger("dist_train")

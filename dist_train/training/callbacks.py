@@ -135,9 +135,11 @@ def load_callback_states(
 
     A class that occurs once, then and now, keeps its state under other arguments. The rest starts over.
     """
+    named = [(_name(callback), _text(spec), callback) for callback, spec in zip(callbacks, specs, strict=True)]
+    if not all(isinstance(entry, dict) and "name" in entry for entry in saved):  # of a version that went by position
+        saved = [{"name": n, "spec": t, "state": state} for (n, t, _), state in zip(named, saved, strict=False)]
     left, waiting = list(saved), []
-    for callback, spec in zip(callbacks, specs, strict=True):
-        name, text = _name(callback), _text(spec)
+    for name, text, callback in named:
         index = next((k for k, entry in enumerate(left) if (entry["name"], entry["spec"]) == (name, text)), None)
         if index is None:
             waiting.append((name, callback))

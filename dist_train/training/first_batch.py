@@ -1,4 +1,4 @@
-"""What only the first micro-batch of a start shows of a config's loss and model."""
+"""What the first micro-batch of a start shows of a config's loss and model."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 
 class FirstBatch:
-    """What the first micro-batch of a start shows: whether the loss is a sum over samples, so that micro-batches give the
-    gradient of the global batch (`samplewise`); and of a run, whether a checkpoint holds all that training changes (`unsaved`).
+    """Whether the loss is a sum over samples, so that micro-batches give the gradient of the global batch (`samplewise`); and of
+    a fresh run, whether a checkpoint holds all that training changes (`unsaved`).
     """
 
     def __init__(self, built: Parts, fresh: bool):

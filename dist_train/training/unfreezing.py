@@ -82,8 +82,7 @@ def load_trainable_state(parts: Parts, saved: dict[str, Any]) -> bool:
         return False
     trained, evaluating = set(saved["trained"]), set(saved["evaluating"])
     for name, parameter in parameters.items():
-        if parameter.requires_grad != (name in trained):
-            parameter.requires_grad_(name in trained)
+        parameter.requires_grad_(name in trained)
     for index, names in enumerate(saved["groups"]):
         if None in names:  # an optimizer of the user's own, which trains something else as well
             continue

@@ -39,8 +39,6 @@ def write_curves(run: RunDir) -> None:
     try:
         draw_curves(read_rows(run.records() / "metrics.jsonl"), run.path("curves.png"), title=run.name)
         run.upload(("curves.png",))
-    except ImportError:
-        pass  # matplotlib isn't needed to train
     except Exception as error:
         logging.getLogger("dist_train").warning("there is no new curves.png: %s: %s", type(error).__name__, error)
 

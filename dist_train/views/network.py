@@ -103,20 +103,29 @@ class Pictures(Callback):
             logging.getLogger("dist_train").warning(text, key, type(error).__name__, error)
 
     def _show_images(self, trainer: Training) -> None:
+        """Run the batch through the model, in eval mode, and log what goes in and what the layers give."""
+        model, evaluator = self.evaluator.model, self.evaluator
         shown: dict[str, list[Array]] = {}
 
         def show(name: str, values: Any, color: bool = False) -> None:
             shown[name] = pictures(values, color)  # copied now: the next layer may work in place
 
-        def on_inputs(inputs: Any) -> None:
-            for name, tensor in _named("inputs", inputs):
+        def on_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            for name, tensor in _named("inputs", kwargs or (args[0] if len(args) == 1 else args)):
                 self._try(f"images of {name}", show, name, tensor, True)
 
         def on_layer(name: str, output: Any) -> None:
             if name in self.modules and f"features/{name}" not in shown:
                 self._try(f"images of {name}", show, f"features/{name}", output)
 
-        self._look(trainer, self._rows, on_inputs, on_layer)
+        # a compiled model would be recompiled for this
+        eager = torch.compiler.set_stance("force_eager") if trainer.config.trainer.compile else contextlib.nullcontext()
+        handle = model.register_forward_pre_hook(on_inputs, with_kwargs=True)
+        try:
+            with eager, evaluator.serving(ema=False), evaluator.precision.autocast():
+                watch(model, lambda: evaluator.task.predict(model, self._rows), on_layer)
+        finally:
+            handle.remove()
         for name in self.modules:
             if f"features/{name}" not in shown:
                 self._try(f"images of {name}", _not_called, name)
@@ -130,24 +139,6 @@ class Pictures(Callback):
                 self.logger.histogram(f"weights/{name}", trainer.step, _values(parameter))
             if parameter.grad is not None:
                 self.logger.histogram(f"gradients/{name}", trainer.step, _values(parameter.grad))
-
-    def _look(
-        self, trainer: Training, batch: Any, on_inputs: Callable[[Any], object], on_layer: Callable[[str, Any], None]
-    ) -> None:
-        """Run a batch through the model, in eval mode, and hand over what goes in and what each layer gives."""
-        model, evaluator = self.evaluator.model, self.evaluator
-
-        def first(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            on_inputs(kwargs or (args[0] if len(args) == 1 else args))
-
-        # a compiled model would be recompiled for this
-        eager = torch.compiler.set_stance("force_eager") if trainer.config.trainer.compile else contextlib.nullcontext()
-        handle = model.register_forward_pre_hook(first, with_kwargs=True)
-        try:
-            with eager, evaluator.serving(ema=False), evaluator.precision.autocast():
-                watch(model, lambda: evaluator.task.predict(model, batch), on_layer)
-        finally:
-            handle.remove()
 
 
 def _not_called(name: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -14,7 +14,7 @@ from dist_train.config.errors import mask, visible
 from dist_train.config.fields import better_is_lower
 from dist_train.files import StorageError
 from dist_train.runtime.lease import look_at_owner
-from dist_train.runtime.sidefiles import SideFileError, read_lines, read_mapping
+from dist_train.runtime.sidefiles import SideFileError, read_lines, read_mapping, read_whole
 from dist_train.runtime.storage import Storage
 from dist_train.text import aligned, format_number, format_seconds
 from dist_train.tracking.records import parse
@@ -107,24 +107,18 @@ def read_run(root: Storage, name: str) -> RunRow:
 def _read_into(row: RunRow, run: Storage) -> None:
     faults: list[str] = []
 
-    def mapping(name: str) -> dict[str, Any]:
+    def found(read: Callable[[Storage, str], Any], name: str) -> Any:
         try:
-            return read_mapping(run, name) or {}
+            return read(run, name)
         except SideFileError as error:
-            faults.append(str(error).removeprefix(f"{run.location}/"))
-            return {}
+            faults.append(str(error))
+            return None
 
-    row.config, status = mapping("config.yaml"), mapping("status.json")
+    row.config, status = found(read_mapping, "config.yaml") or {}, found(read_mapping, "status.json") or {}
     unreadable = bool(faults)
     attempts, fault = read_lines(run, "attempts.jsonl")
-    faults += [fault.removeprefix(f"{run.location}/")] if fault else []
-    records = b""
-    try:
-        records = run.read_bytes("metrics.jsonl")
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        faults.append(f"metrics.jsonl: {error.strerror}")
+    records = found(read_whole, "metrics.jsonl") or b""
+    faults = [text.removeprefix(f"{run.location}/") for text in (*faults, fault) if text]
     tail = (b"\n" + records)[-TAIL:].partition(b"\n")[2]
     if any(line and not line.startswith(b"{") for line in tail.split(b"\n")):
         faults.append("metrics.jsonl: lines that are no rows")

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from dist_train.text import format_number, format_seconds, two_columns
-from dist_train.tracking.console import Console, setup_logging
+from dist_train.tracking.console import Console
+from dist_train.tracking.logs import setup_logging
 
 PROGRAM = str(Path(__file__).parent / "programs" / "console_run.py")
 
