@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from typing import Any
 
 from .errors import REFUSED, SECRET_HINT, describe, did_you_mean, holds_secret, mask
 from .fields import METRICS, PLACEHOLDER, Duration, Key, dotted, expand_argument, expand_path, keyed, leaves
+from .metrics import metric_records
 from .schedules import Warmup
 from .schema import KEYS, Config
 
@@ -167,8 +169,8 @@ def _is_computed(config: Config, key: str, name: str) -> Iterator[Violation]:
         yield key, f"{name} needs validation data: set data.val"
     elif config.trainer.evaluate_every is None:
         yield key, f"{name} is never computed during training: trainer.evaluate_every is null"
-    elif config.task is None and all(isinstance(item, str) for item in config.metrics):
-        known = ["loss", *config.metrics]
-        if metric not in known:
+    elif config.task is None and all(named := [metric_records(item) for item in config.metrics]):
+        known = ["loss", *(name for names in named for name in names)]
+        if not any(fnmatchcase(metric, pattern) for pattern in known):
             hint = f"; add {metric} to metrics" if metric in METRICS else did_you_mean(metric, known, prefix="val/")
             yield key, f"{name} isn't computed{hint or '; the config gives val/' + ', val/'.join(known)}"

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
 from pydantic.fields import FieldInfo
 
-from .errors import describe, did_you_mean
+from .errors import describe
 
 Key = tuple[str | int, ...]  # a dotted key in parts; entries of a list are counted from 0
 
@@ -150,12 +150,26 @@ harmless = partial(_declare, "harmless")
 consent = partial(_declare, "consent")
 refused = partial(_declare, "refused")
 
-# Built-in metrics; a test keeps this equal to dist_train.task.metrics.NAMED, order included.
-METRICS = ("accuracy", "top5", "binary_accuracy", "mae", "mse", "rmse", "r2")
+# Metrics that have names, with the component that each is short for.
+METRICS: dict[str, dict[str, Any]] = {
+    "accuracy": {"_target_": "dist_train.metrics.Accuracy"},
+    "top5": {"_target_": "dist_train.metrics.Accuracy", "top": 5},
+    "binary_accuracy": {"_target_": "dist_train.metrics.BinaryAccuracy"},
+    "mae": {"_target_": "dist_train.metrics.MeanError"},
+    "mse": {"_target_": "dist_train.metrics.MeanError", "power": 2},
+    "rmse": {"_target_": "dist_train.metrics.MeanError", "power": 2, "root": True},
+    "r2": {"_target_": "dist_train.metrics.R2"},
+    "f1": {"_target_": "dist_train.metrics.F1"},
+    "miou": {"_target_": "dist_train.metrics.MeanIoU"},
+    "auroc": {"_target_": "dist_train.metrics.AUROC"},
+    "perplexity": {"_target_": "dist_train.metrics.Perplexity"},
+    "map": {"_target_": "dist_train.metrics.MAP"},
+}
 RECORD_FIELDS = ("time", "step", "epoch", "samples", "split")  # of every row of metrics.jsonl
 
 
-def _component(value: Any) -> Any:
+def component(value: Any) -> Any:
+    """A component as it is. Raises ValueError: it isn't written as one."""
     form = "write a component as {_target_: package.module.Name, argument: value, ...}"
     if isinstance(value, dict):
         if "_live_" in value:
@@ -180,17 +194,10 @@ def _optimizer(value: Any) -> Any:
             "name one, use its `groups` for settings of some parameters, and let the task return the sum of the losses"
         )
         raise ValueError(f"several optimizers (of a GAN, say) aren't supported: {hint}")
-    return _component(value)
+    return component(value)
 
 
-def _metric(value: Any) -> Any:
-    if isinstance(value, str) and value not in METRICS:
-        known = f"; there are {', '.join(METRICS)}, and any class by {{_target_: ...}}"
-        raise ValueError(f"there is no metric {value}{did_you_mean(value, METRICS) or known}")
-    return value if isinstance(value, str) else _component(value)
-
-
-_COMPONENT_SCHEMA: dict[str, Any] = {
+COMPONENT_SCHEMA: dict[str, Any] = {
     "type": "object",
     "required": ["_target_"],
     "properties": {
@@ -200,7 +207,6 @@ _COMPONENT_SCHEMA: dict[str, Any] = {
     "additionalProperties": True,
 }
 _LENGTH_SCHEMA = {"type": "string", "pattern": r"^\s*[0-9.eE+]+\s*[A-Za-z]+\s*$", "examples": ["20ep", "500step"]}
-_METRIC_SCHEMA = {"anyOf": [{"type": "string", "enum": list(METRICS)}, _COMPONENT_SCHEMA]}
 _AS_TEXT = (PlainSerializer(str, return_type=str), WithJsonSchema(_LENGTH_SCHEMA))
 
 
@@ -208,9 +214,8 @@ def _one_or_more(item: Any) -> BeforeValidator:
     return BeforeValidator(lambda v: v if isinstance(v, list) else [v], json_schema_input_type=item | list[item])
 
 
-Component = Annotated[Any, BeforeValidator(_component), WithJsonSchema(_COMPONENT_SCHEMA)]
-Optimizer = Annotated[Any, BeforeValidator(_optimizer), WithJsonSchema(_COMPONENT_SCHEMA)]
-Metric = Annotated[Any, BeforeValidator(_metric), WithJsonSchema(_METRIC_SCHEMA)]
+Component = Annotated[Any, BeforeValidator(component), WithJsonSchema(COMPONENT_SCHEMA)]
+Optimizer = Annotated[Any, BeforeValidator(_optimizer), WithJsonSchema(COMPONENT_SCHEMA)]
 Length = Annotated[Duration, BeforeValidator(Duration.parse), *_AS_TEXT]
 Time = Annotated[Duration, BeforeValidator(Duration.parse_time), *_AS_TEXT]
 EpochsOrSteps = Annotated[Duration, BeforeValidator(Duration.parse_count), *_AS_TEXT]

@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field, PrivateAttr
 
 from . import fields
 from .fields import Auto, Component, Count, Duration, Length, Section, Text, about, consent, harmless, refused
+from .metrics import OF, Metric
 from .source import COMMAND_LINE, DICT, Place, dump, nearest
 
 
@@ -282,7 +283,11 @@ class Config(Section):
     loss: Component | None = consent(
         None, "Class, function or factory; called with (output, target). Required without `task`."
     )
-    metrics: list[fields.Metric] = harmless([], "Names of built-in metrics, or components (torchmetrics classes, say).")
+    metrics: list[Metric] = harmless(
+        [],
+        "Names of built-in metrics, or components (torchmetrics classes, say). Reserved keys beside either: `name`, what it is "
+        f"recorded as, and `of`, what it is computed of: {OF}.",
+    )
     optimizer: fields.Optimizer = consent(
         ...,
         "Called with the parameters. Reserved key `groups`: a list of {match: name pattern or list of patterns, then "

@@ -12,6 +12,7 @@ from . import components
 from .code import missing, read_signature
 from .errors import ConfigError, Problem, describe, did_you_mean
 from .fields import Key
+from .metrics import RESERVED, metric_spec
 from .schedules import is_schedule_number
 from .schema import Config
 from .source import as_problems, nearest
@@ -28,6 +29,7 @@ class Slot:
         wants: in words. fits: whether a class fits, of the component or of a live object; functions always do.
         gives: the positional arguments that dist_train passes. own: keys of the spec that aren't arguments.
         late: functions are called later with more arguments (loss, collate).
+        yields: a key in `own` is an argument where the target has a parameter of that name.
     """
 
     wants: str
@@ -35,6 +37,7 @@ class Slot:
     gives: tuple[str, ...] = ()
     own: tuple[str, ...] = ()
     late: bool = False
+    yields: bool = False
 
 
 def _is(path: str) -> Callable[[type], bool]:
@@ -73,6 +76,8 @@ SLOTS: dict[str, Slot] = {
     "metrics": Slot(
         "a metric, with sums and result (dist_train.metrics.Metric) or update, compute and reset",
         lambda kind: hasattr(kind, "sums") or _has("update", "compute", "reset")(kind),
+        own=RESERVED,
+        yields=True,
     ),
     "optimizer": Slot("a torch.optim.Optimizer", _is("torch.optim.Optimizer"), ("params",), ("groups",)),
     "scheduler": Slot(
@@ -89,6 +94,7 @@ SLOTS: dict[str, Slot] = {
 
 
 _ARGUMENT = Slot("anything", lambda kind: True)  # a component in the arguments of another one
+_OF = Slot("a function (outputs, targets) -> (outputs, targets)", _is_callable, late=True)  # `of` of a metric
 _NESTED_SCHEDULER = Slot("anything", lambda kind: True, ("optimizer",))  # gets the optimizer if it takes one
 
 
@@ -129,10 +135,23 @@ def _specs(config: Config) -> Iterator[tuple[Key, Slot, Any]]:
         for part in name.split("."):
             value = getattr(value, part, None)
         for place, item in [((*key, i), v) for i, v in enumerate(value)] if isinstance(value, list) else [(key, value)]:
-            if item is not None and not isinstance(item, str):
+            if name == "metrics" and isinstance(item, dict) and "metric" in item:
+                yield from _metric(place, slot, item)
+            elif item is not None and not isinstance(item, str):
                 yield place, slot, item
-                own, _ = components.reserved(item, slot.own)
+                own, taken = components.reserved(item, slot.own)
+                if components.is_spec(taken.get("of")):
+                    yield (*place, "of"), _OF, taken["of"]
                 yield from _nested(place, own, _NESTED_SCHEDULER if name == "scheduler" else _ARGUMENT)
+
+
+def _metric(key: Key, slot: Slot, entry: dict[str, Any]) -> Iterator[tuple[Key, Slot, Any]]:
+    """The component of an entry with the key `metric`, and the function that `of` names."""
+    spec = metric_spec(entry)
+    yield (*key, *spec.place), slot, spec.component
+    yield from _nested((*key, *spec.place), spec.component, _ARGUMENT)
+    if components.is_spec(spec.of) or callable(spec.of):
+        yield (*key, "of"), _OF, spec.of
 
 
 def _nested(key: Key, value: Any, slot: Slot) -> Iterator[tuple[Key, Slot, Any]]:
@@ -180,7 +199,8 @@ def _arguments(
 ) -> Iterator[Finding]:
     """Everything that doesn't fit a signature (`Signature.bind` stops at the first)."""
     name = _name(spec)
-    keywords, extra = components.reserved(spec, ("_target_", "_args_", *slot.own))
+    own = [name for name in slot.own if not (slot.yields and name in form.parameters)]
+    keywords, extra = components.reserved(spec, ("_target_", "_args_", *own))
     parameters = list(form.parameters.values())
     kinds = {p.kind for p in parameters}
     places = [p.name for p in parameters if p.kind in (_Kind.POSITIONAL_ONLY, _Kind.POSITIONAL_OR_KEYWORD)]

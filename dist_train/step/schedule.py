@@ -25,7 +25,7 @@ from dist_train.config.errors import ConfigError
 from dist_train.config.fields import METRICS, Duration
 from dist_train.config.schedules import Warmup, is_schedule_number, schedule_count
 from dist_train.library.schedules import WarmupCosine
-from dist_train.task.metrics import monitored
+from dist_train.task.entries import monitored
 
 EACH_STEP = (OneCycleLR, CyclicLR, WarmupCosine)
 WARM_THEMSELVES = (OneCycleLR, CyclicLR)  # they set the lr at the first step, and rise by themselves

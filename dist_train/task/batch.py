@@ -156,3 +156,19 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(inputs)
+
+
+def shapes_of(value: Any, most: int = 8) -> str:
+    """What a value holds, for messages: dtype and shape of its tensors, in their containers; the first `most` of many."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    if isinstance(value, Mapping) or dataclasses.is_dataclass(value):
+        items = value.items() if isinstance(value, Mapping) else vars(value).items()
+        shown = [f"{key}: {shapes_of(item, most)}" for key, item in list(items)[:most]]
+        kind = "" if type(value) is dict else type(value).__name__
+        return f"{kind}{{{', '.join(shown)}{', ...' if len(items) > most else ''}}}"
+    if isinstance(value, list | tuple):
+        shown = [shapes_of(item, most) for item in value[:2]]
+        more = f", ... ({len(value)} in all)" if len(value) > 2 else ""
+        return f"{type(value).__name__}[{', '.join(shown)}{more}]"
+    return repr(value) if isinstance(value, bool | int | float | type(None)) else f"a {type(value).__name__}"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from dist_train.config.fields import Duration
-from dist_train.task.metrics import monitored
+from dist_train.task.entries import monitored
 from dist_train.watch.control import EVALUATE, FINISH, LOG, SAVE, STOP, Source, next_multiple, watch_clock
 
 if TYPE_CHECKING:

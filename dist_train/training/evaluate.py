@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dist_train.config.errors import ConfigError
+from dist_train.data.reading import attribute_of
 from dist_train.models.layers import evaluating
 from dist_train.runtime.seeding import seed_forward
 from dist_train.step.modules import BufferSnapshot
 from dist_train.task.batch import HALF, in_full_precision, is_pair, map_tensors, squeeze_column
-from dist_train.task.metrics import (
-    Accuracy,
-    BinaryAccuracy,
-    Metric,
-    NonDecomposable,
-    check_names,
-    errors_named,
-    sums_of,
-)
-from dist_train.task.task import as_step_output
+from dist_train.task.classes import ClassCounts
+from dist_train.task.entries import MetricEntry, check_names
+from dist_train.task.metrics import Accuracy, BinaryAccuracy
+from dist_train.task.task import StepOutput, as_step_output
+from dist_train.task.whole import SUM_TOLERANCE
 from dist_train.watch.status import EVALUATION, SYNC, status
 
 if TYPE_CHECKING:
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
     from dist_train.training.model import ModelParts
     from dist_train.watch.control import Control
 
-SUM_TOLERANCE = 2e-3  # of the probabilities of a sample, which sum to 1
 FIRST = 3  # sums before those of the metrics: loss, weight, samples
 
 
@@ -110,66 +108,93 @@ class Evaluator:
     def _run(self, loader: EvalLoader, control: Control | None) -> dict[str, float]:
         status.phase = SYNC
         self.modules.broadcast_buffers(self.world)
-        size = FIRST + sum(metric.size for metric in self.metrics)
-        whole = [metric for metric in self.metrics if isinstance(metric, NonDecomposable)]
-        for metric in whole:
-            metric.metric.reset()
-        # One row per eval batch, added up in the order of the dataset: the bits are those of one process. (Metrics with
-        # many sums are counts, which are exact in any order.)
-        rows = len(loader.plan) if size <= 64 else 1
-        sums = torch.zeros(rows, size, dtype=torch.float64, device=self.world.device)
+        whole = [entry for entry in self.metrics if entry.whole is not None]
+        for entry in whole:
+            entry.reset()
+        sums = None
         for mine in in_rounds(loader, control):
-            seen = None
-            if mine is not None:
-                samples, batch = mine
-                row, seen = self._batch(samples, batch)
-                sums[samples.start // loader.plan.batch_size % rows] += row
+            output = self.forward(*mine) if mine is not None else None
+            if sums is None:  # the first round, in which rank 0 always has a batch
+                self._settle(output)
+                size = self.size
+                # One row per eval batch, added up in the order of the dataset: the bits are those of one process. (Metrics
+                # with many sums are counts, which are exact in any order.)
+                rows = len(loader.plan) if size <= 64 else 1
+                sums = torch.zeros(rows, size, dtype=torch.float64, device=self.world.device)
+            if mine is not None and output is not None:
+                samples = mine[0]
+                sums[samples.start // loader.plan.batch_size % rows] += self.sums(output, len(samples))
+            seen = self.seen(output) if whole and output is not None else None
             for outputs, targets in filter(None, on_rank_zero(self.world, seen) if whole else []):
-                for metric in whole:
-                    with errors_named(metric):
-                        metric.update(outputs, targets)
+                for entry in whole:
+                    entry.update(outputs, targets)
             if control is not None and control.stop_due():
                 raise EvaluationInterruptedError
+            output = None  # its memory is free for the next forward
+        assert sums is not None
         status.phase = SYNC
         if self.world.size > 1:
             torch.distributed.all_reduce(sums)
-        return self._results(torch.from_numpy(sums.cpu().numpy().sum(axis=0)))
+        return self._results(torch.from_numpy(sums.cpu().numpy().sum(axis=0)), class_names(loader.dataset))
 
-    def _batch(self, samples: range, batch: Any) -> tuple[Tensor, tuple[Any, ...]]:
-        """What an eval batch adds to the sums, and its outputs and targets for metrics that can't be summed."""
+    @property
+    def size(self) -> int:
+        """How many numbers an evaluation adds up."""
+        return FIRST + sum(entry.size or 0 for entry in self.metrics)
+
+    def forward(self, samples: range, batch: Any) -> StepOutput:
+        """What the task gives for an eval batch; its outputs in full precision."""
         batch = self.prepare(batch)
         seed_forward(self.seed, 0, samples.start, self.world.device)
         with self.precision.autocast():
             output = as_step_output(self.task.step(self.model, batch))
         if self.metrics and output.outputs is None:
             raise TypeError("metrics need the outputs: the task's step must return (loss, weight, outputs, targets)")
-        head = torch.zeros(FIRST, dtype=torch.float64, device=self.world.device)
-        head[0], head[1], head[2] = output.loss, output.weight, len(samples)
-        outputs = in_full_precision(output.outputs)
-        sums = [
-            sums_of(metric, outputs, output.targets)
-            for metric in self.metrics
-            if not isinstance(metric, NonDecomposable)
-        ]
-        seen = (outputs, output.targets) if len(sums) < len(self.metrics) else ()
-        return torch.cat([head, *(part.to(head.device) for part in sums)]), map_tensors(Tensor.cpu, seen)
+        return replace(output, outputs=in_full_precision(output.outputs))
 
-    def _results(self, sums: Tensor) -> dict[str, float]:
+    def sums(self, output: StepOutput, samples: int) -> Tensor:
+        """What an eval batch adds to the sums."""
+        head = torch.zeros(FIRST, dtype=torch.float64, device=self.world.device)
+        head[0], head[1], head[2] = output.loss, output.weight, samples
+        summed = [entry for entry in self.metrics if entry.whole is None]
+        parts = [entry.sums(output.outputs, output.targets) for entry in summed]
+        return torch.cat([head, *(part.to(head.device) for part in parts)])
+
+    def seen(self, output: StepOutput) -> tuple[Any, Any]:
+        """Outputs and targets of an eval batch for metrics that can't be summed, on the CPU."""
+        outputs, targets = map_tensors(Tensor.cpu, (output.outputs, output.targets))
+        return outputs, targets
+
+    def _settle(self, output: StepOutput | None) -> None:
+        """Metrics whose size depends on the number of classes get it from rank 0's first outputs."""
+        unknown = [entry for entry in self.metrics if entry.size is None]
+        if unknown:
+            seen = [] if output is None else [entry.classes_in(output.outputs, output.targets) for entry in unknown]
+            for entry, classes in zip(unknown, self.world.broadcast(seen), strict=True):
+                entry.settle(classes)
+
+    def _results(self, sums: Tensor, classes: Sequence[str] = ()) -> dict[str, float]:
         loss, weight, samples = sums[:FIRST].tolist()
         results: dict[str, float] = {}
         names: list[str] = []
         start = FIRST
-        for metric in self.metrics:
-            with errors_named(metric):
-                if isinstance(metric, NonDecomposable):
-                    found = self.world.on_main(metric.values)
-                else:
-                    found = {metric.name: float(metric.result(sums[start : start + metric.size]))}
+        for entry in self.metrics:
+            part = sums[start : start + (entry.size or 0)]
+            if entry.whole is not None:
+                found = self.world.on_main(partial(entry.results, part, classes))
+            else:
+                found = entry.results(part, classes)
             results |= found
             names += found
-            start += metric.size
+            start += len(part)
         check_names(names)
         return {"loss": loss / weight if weight else float("nan"), **results, "eval_samples": int(samples)}
+
+
+def class_names(dataset: Any) -> tuple[str, ...]:
+    """The names of a dataset's classes: its attribute `classes`, if it is a list; () without one."""
+    names = attribute_of(dataset, "classes")
+    return tuple(map(str, names)) if isinstance(names, list | tuple | np.ndarray) else ()
 
 
 class Predicted(NamedTuple):
@@ -217,7 +242,7 @@ def read_meaning(evaluator: Evaluator, outputs: Tensor) -> Meaning:
     """How to interpret a run's outputs: as classes only where a loss or metric of classification says so, else as values."""
     function = getattr(getattr(evaluator.task, "loss", None), "function", None)
     several = outputs.dim() == 2
-    kinds = {kind for metric in evaluator.metrics for kind in _kinds(metric)}
+    kinds = {kind for entry in evaluator.metrics for kind in _kinds(entry)}
     if isinstance(function, nn.CrossEntropyLoss | nn.NLLLoss):
         kinds.add("multiclass")
     if not outputs.is_floating_point():
@@ -230,8 +255,9 @@ def read_meaning(evaluator: Evaluator, outputs: Tensor) -> Meaning:
         return Meaning("classes", "softmax" if isinstance(function, nn.CrossEntropyLoss) else "exp")
     if isinstance(function, nn.MSELoss | nn.L1Loss | nn.SmoothL1Loss | nn.HuberLoss):
         return Meaning("values")
-    for metric in evaluator.metrics:
-        if isinstance(metric, BinaryAccuracy) and not several:
+    for entry in evaluator.metrics:
+        metric = entry.metric
+        if isinstance(metric, BinaryAccuracy) and entry.of is None and not several:
             return Meaning("binary", "sigmoid" if metric.threshold == 0.0 else "none", metric.threshold)
     in_range = bool(((outputs >= 0) & (outputs <= 1)).all())
     if "binary" in kinds and not several:  # as torchmetrics interprets them
@@ -247,16 +273,16 @@ def read_meaning(evaluator: Evaluator, outputs: Tensor) -> Meaning:
     return Meaning("values")
 
 
-def _kinds(metric: Metric) -> Iterator[str]:
+def _kinds(entry: MetricEntry) -> Iterator[str]:
     """What a metric takes the outputs for, if that is known: `multiclass`, `binary`, `multilabel`."""
-    if isinstance(metric, Accuracy | BinaryAccuracy):
-        yield "multiclass" if isinstance(metric, Accuracy) else "binary"
-    if isinstance(metric, NonDecomposable):
-        whole = metric.metric
-        for part in whole.values() if isinstance(whole, nn.ModuleDict) else (whole,):
-            if type(part).__module__.startswith("torchmetrics.classification"):
-                name = type(part).__name__.lower()
-                yield from (kind for kind in ("multiclass", "binary", "multilabel") if name.startswith(kind))
+    if isinstance(entry.metric, BinaryAccuracy):
+        yield "binary"
+    if isinstance(entry.metric, Accuracy | ClassCounts):
+        yield "multiclass"
+    for part in entry.whole.members.values() if entry.whole is not None else ():
+        if type(part).__module__.startswith("torchmetrics.classification"):
+            name = type(part).__name__.lower()
+            yield from (kind for kind in ("multiclass", "binary", "multilabel") if name.startswith(kind))
 
 
 def predict(evaluator: Evaluator, loader: EvalLoader) -> Iterator[Predicted | None]:

@@ -19,8 +19,8 @@ from dist_train.step.modules import Modules
 from dist_train.step.parameters import check_parameters
 from dist_train.step.precision import Precision, common_precision, resolve_precision
 from dist_train.task.batch import move_batch
+from dist_train.task.entries import MetricEntry, build_metric, check_entries
 from dist_train.task.losses import Loss
-from dist_train.task.metrics import Metric, NonDecomposable, build_metrics
 from dist_train.task.task import Supervised, Task
 from dist_train.training.prepare import build_model, building
 
@@ -47,7 +47,7 @@ class ModelParts:
     modules: Modules
     loss: Loss | None
     task: Task
-    metrics: list[Metric]
+    metrics: list[MetricEntry]
     precision: Precision
     memory_format: torch.memory_format | None
     notes: list[str]
@@ -85,10 +85,19 @@ def build_model_parts(config: Config, world: World, *, fresh: bool = False) -> M
         with building("loss"):
             loss = Loss(build_callable(config.loss)).to(world.device)
     modules, task = _with_task(model, loss, config)
-    with building("metrics"):
-        metrics = build_metrics(config.metrics, loss)
+    metrics = _metrics(config, loss)
     precision = common_precision(resolve_precision(config.trainer.precision, world.device), world)
     return ModelParts(config, world, modules.to(world.device), loss, task, metrics, precision, memory_format, notes)
+
+
+def _metrics(config: Config, loss: Loss | None) -> list[MetricEntry]:
+    metrics = []
+    for number, entry in enumerate(config.metrics):
+        with building(f"metrics.{number}"):
+            metrics.append(build_metric(entry, loss, f"metrics.{number}"))
+    with building("metrics"):
+        check_entries(metrics)
+    return metrics
 
 
 def _memory_format(config: Config, world: World, model: nn.Module) -> torch.memory_format | None:
@@ -211,25 +220,30 @@ def _check_equal_counts(plan: Plan, world_size: int, micro: int) -> None:
 
 
 def check_watched(built: ModelParts, keep_best: tuple[str, str] | None) -> None:
-    """Check that monitored metrics are computed by the evaluation. (Those of torchmetrics are known after the first one.)
+    """Check that monitored metrics are computed by the evaluation. (Names that only a result shows are known after the first.)
 
     Raises:
         ConfigError: it isn't; names the metrics there are.
     """
     config = built.config
-    if config.data.val is None or any(isinstance(metric, NonDecomposable) for metric in built.metrics):
+    if config.data.val is None or any(entry.open for entry in built.metrics):
         return
-    known = ["val/loss", *(f"val/{metric.name}" for metric in built.metrics)]
+    known = ["val/loss", *(f"val/{entry.primary}" for entry in built.metrics)]
     known += [name.replace("val/", "val/raw_") for name in known if config.trainer.ema_decay is not None]
+    for key, name in watched(config, keep_best).items():
+        if name not in known:
+            raise ConfigError.single(key, f"{name} isn't computed; the config gives {', '.join(known)}")
+
+
+def watched(config: Config, keep_best: tuple[str, str] | None) -> dict[str, str]:
+    """The metrics that are monitored, by the key that names them."""
     rule, schedule = config.trainer.stop_when, config.scheduler
-    watched = {
+    names = {
         "checkpoint.keep_best": keep_best[0] if keep_best else None,
         "trainer.stop_when.metric": rule.metric if rule else None,
         "scheduler.metric": schedule.get("metric") if isinstance(schedule, dict) else None,
     }
-    for key, name in watched.items():
-        if name is not None and name not in known:
-            raise ConfigError.single(key, f"{name} isn't computed; the config gives {', '.join(known)}")
+    return {key: name for key, name in names.items() if name is not None}
 
 
 def splitting_changes(built: ModelParts) -> str:

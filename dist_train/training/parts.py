@@ -22,7 +22,7 @@ from dist_train.step.parameters import check_optimizer
 from dist_train.step.reduce import reducer_for
 from dist_train.step.schedule import Schedule, Span
 from dist_train.step.step import Stepper
-from dist_train.task.metrics import is_lower_better
+from dist_train.task.entries import is_lower_better
 from dist_train.training.callbacks import Callback
 from dist_train.training.due import StopWhen, in_steps
 from dist_train.training.evaluate import Evaluator
@@ -137,7 +137,7 @@ def _keep_best(built: ModelParts) -> tuple[str, str] | None:
         return None
     mode, _, name = str(choice).rpartition(" ")
     if name == "auto":
-        name = f"val/{built.metrics[0].name if built.metrics else 'loss'}"
+        name = f"val/{built.metrics[0].primary if built.metrics else 'loss'}"
     return name, mode or ("min" if is_lower_better(name, built.metrics) else "max")
 
 

@@ -14,7 +14,7 @@ from dist_train.checkpoint.store import ranking_key
 from dist_train.config.errors import ConfigError
 from dist_train.data.digest import content_digest
 from dist_train.step.parameters import match_strides
-from dist_train.task.metrics import monitored
+from dist_train.task.entries import monitored
 from dist_train.training.callbacks import callback_states, load_callback_states
 from dist_train.training.evaluate import on_rank_zero
 from dist_train.training.model import load_weights

@@ -59,8 +59,12 @@ def test_a_class_of_torchmetrics_gives_the_metric_of_one_process_on_three(
         rows = list(csv.DictReader(file))
     truth, guess = ([int(row[name]) for row in rows] for name in ("target", "prediction"))
     assert alone["multiclass_f1_score"] == pytest.approx(f1_score(truth, guess, average="macro"), abs=1e-6)
-    assert main(["evaluate", str(digits), F1.replace("10}", "10, average: null}")]) == 1
-    assert "multiclass_f1_score gives (10,) numbers, expected one" in capsys.readouterr().err
+    each = evaluated(capsys, str(digits), F1.replace("10}", "10, average: null, name: f1}"))["metrics"]
+    expected = dict(enumerate(f1_score(truth, guess, average=None)))
+    assert {k: each[f"f1_{k}"] for k in range(10)} == pytest.approx(expected, abs=1e-6)
+    confusion = "metrics=[{_target_: torchmetrics.ConfusionMatrix, task: multiclass, num_classes: 10}]"
+    assert main(["evaluate", str(digits), confusion]) == 1
+    assert "has shape (10, 10); only numbers and vectors can be recorded" in capsys.readouterr().err
 
 
 def test_other_data_can_be_named(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,8 +17,9 @@ from torch import nn
 import dist_train
 from dist_train.data import CSV, Digits
 from dist_train.main import main
+from dist_train.task.entries import MetricEntry, build_metric
 from dist_train.task.losses import Loss
-from dist_train.task.metrics import Accuracy, BinaryAccuracy, MeanError, Metric, build_metrics
+from dist_train.task.metrics import Accuracy, BinaryAccuracy, MeanError, Metric
 from dist_train.task.task import Supervised
 from dist_train.training.evaluate import Meaning, read_meaning
 
@@ -109,14 +110,14 @@ def test_a_place_that_cannot_be_written_is_named(
 class Stub:
     """What `read_meaning` looks at."""
 
-    def __init__(self, loss: object, metrics: tuple[object, ...] = ()):
+    def __init__(self, loss: object, metrics: tuple[Metric, ...] = ()):
         self.task = Supervised(Loss(loss)) if callable(loss) else object()  # type: ignore[arg-type]
-        self.metrics = metrics
+        self.metrics = [MetricEntry("metrics.0", metric, metric.name) for metric in metrics]
 
 
 def of_torchmetrics(name: str, **options: int) -> Callable[[], Metric]:
     """Made by the test, not by all who collect it: importing torchmetrics takes seconds."""
-    return lambda: build_metrics([{"_target_": f"torchmetrics.classification.{name}", **options}], None)[0]
+    return lambda: build_metric({"_target_": f"torchmetrics.classification.{name}", **options}, None).metric
 
 
 def OWN(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:  # noqa: N802

@@ -237,13 +237,6 @@ def test_schema_errors_come_without_torch_numpy_or_user_code(folder: Path) -> No
     assert result.stdout.split("\n") == ["2", "[]", ""], result.stderr
 
 
-def test_the_metrics_with_names_are_those_of_the_engine() -> None:
-    from dist_train.config.fields import METRICS
-    from dist_train.task.metrics import NAMED
-
-    assert list(NAMED) == list(METRICS)
-
-
 def test_whatever_is_in_a_config_is_read_or_refused_by_a_config_error() -> None:
     values = [
         None,

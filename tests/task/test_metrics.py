@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import sklearn.metrics as reference
 import torch
+from built import entries
 from torch import Tensor, nn
 
 import dist_train
@@ -17,8 +18,8 @@ from dist_train.checkpoint.store import CheckpointStore
 from dist_train.config.fields import Duration
 from dist_train.config.schema import StopWhenConfig
 from dist_train.runtime.storage import open_storage
-from dist_train.task.losses import Loss
-from dist_train.task.metrics import Metric, NonDecomposable, build_metrics, is_lower_better, sums_of
+from dist_train.task.entries import is_lower_better
+from dist_train.task.metrics import Metric
 from dist_train.training.due import StopWhen
 
 GENERATOR = torch.Generator().manual_seed(1)
@@ -26,15 +27,17 @@ LOGITS = torch.randn(60, 9, generator=GENERATOR)
 LABELS = torch.randint(0, 9, (60,), generator=GENERATOR)
 REAL, GUESS = torch.randn(60, generator=GENERATOR), torch.randn(60, generator=GENERATOR)
 YES = (REAL > 0).float()
+NONE = torch.zeros(0, dtype=torch.float64)  # the sums of a metric that isn't decomposable
 
 
 def value_of(name: str, outputs: Tensor, targets: Tensor, loss: nn.Module | None = None) -> float:
-    (metric,) = build_metrics([name], Loss(loss) if loss is not None else None)
+    (metric,) = entries(name, loss=loss)
     assert metric.name == name
     parts = [slice(0, 1), slice(1, 30), slice(30, None)]
     sums = [metric.sums(outputs[part], targets[part]) for part in parts]
     assert all(part.dtype == torch.float64 and part.shape == (metric.size,) for part in sums)
-    return metric.result(torch.stack(sums).sum(0))
+    (number,) = metric.results(torch.stack(sums).sum(0)).values()
+    return number
 
 
 @pytest.mark.parametrize(
@@ -78,18 +81,15 @@ def test_shapes_that_do_not_fit_are_errors(name: str, message: str) -> None:
 def test_classes_of_torchmetrics_are_taken_alone_and_in_collections() -> None:
     target = "torchmetrics.regression.MeanAbsoluteError"
     both = [{"_target_": target}, {"_target_": "torchmetrics.regression.R2Score"}]
-    alone, collection = build_metrics(
-        [{"_target_": target}, {"_target_": "torchmetrics.MetricCollection", "metrics": both}], None
-    )
+    alone, collection = entries({"_target_": target}, {"_target_": "torchmetrics.MetricCollection", "metrics": both})
     for metric in (alone, collection):
-        assert isinstance(metric, NonDecomposable)
         for part in (slice(0, 30), slice(30, None)):
             metric.update(GUESS[part, None], REAL[part])
     expected = reference.mean_absolute_error(REAL, GUESS)
     assert alone.name == "mean_absolute_error"
-    assert alone.values() == {"mean_absolute_error": pytest.approx(expected, rel=1e-5)}  # type: ignore[attr-defined]
+    assert alone.results(NONE) == {"mean_absolute_error": pytest.approx(expected, rel=1e-5)}
     assert collection.name == "MeanAbsoluteError"
-    found = collection.values()  # type: ignore[attr-defined]
+    found = collection.results(NONE)
     assert found["MeanAbsoluteError"] == pytest.approx(expected, rel=1e-5)
     assert found["R2Score"] == pytest.approx(reference.r2_score(REAL.numpy(), GUESS.numpy()), rel=1e-4)
 
@@ -121,7 +121,7 @@ MAE = {"_target_": "torchmetrics.regression.MeanAbsoluteError"}
 )
 def test_two_metrics_of_one_name_are_refused(specs: list[Any], name: str) -> None:
     with pytest.raises(ValueError, match=name):
-        build_metrics(specs, None)
+        entries(*specs)
 
 
 @pytest.mark.parametrize(
@@ -135,15 +135,15 @@ def test_two_metrics_of_one_name_are_refused(specs: list[Any], name: str) -> Non
 )
 def test_a_metric_that_fails_or_gives_other_sums_is_named(gives: Any, message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
-        sums_of(Given(sums=gives), GUESS, REAL)
-    counts = sums_of(Given(sums=lambda o, t: torch.tensor([3, 2**53 - 1])), GUESS, REAL)
+        entries(Given(sums=gives))[0].sums(GUESS, REAL)
+    counts = entries(Given(sums=lambda o, t: torch.tensor([3, 2**53 - 1])))[0].sums(GUESS, REAL)
     assert counts.tolist() == [3, 2**53 - 1], "integers lose nothing"
 
 
 def test_which_way_is_better_is_what_the_metric_says_and_else_its_name() -> None:
     hamming = {"_target_": "torchmetrics.classification.BinaryHammingDistance"}
     collection = {"_target_": "torchmetrics.MetricCollection", "metrics": {"off": hamming, "err_free": MAE}}
-    metrics = build_metrics([collection, "accuracy", "mse"], None)
+    metrics = entries(collection, "accuracy", "mse")
     lower = {name: is_lower_better(f"val/{name}", metrics) for name in ("off", "err_free", "accuracy", "mse", "loss")}
     assert lower == {"off": True, "err_free": True, "accuracy": False, "mse": True, "loss": True}
     assert is_lower_better("val/raw_mse", metrics)
