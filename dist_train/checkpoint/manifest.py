@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field, Strict, TypeAdapter
 
 from dist_train.tracking.records import finite
 
@@ -45,7 +45,7 @@ class NewerFormatError(CheckpointError):
 class FileEntry:
     """One file of a checkpoint: its length, its sha256, and its path relative to the checkpoint's directory."""
 
-    bytes: Annotated[int, Field(gt=0)]
+    bytes: Annotated[int, Field(gt=0, strict=True)]
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     key: str
 
@@ -59,13 +59,13 @@ class Manifest:
     world_size, best, plan and horizon, and `run_facts` config, versions, host and, in a git repository, commit.
     """
 
-    step: Annotated[int, Field(ge=0)]
+    step: Annotated[int, Field(ge=0, strict=True)]
     files: Annotated[dict[_Name, FileEntry], Field(min_length=1)]
     attempt: _Name
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, Annotated[float, Strict()]] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
     created_at: str = ""
-    lease: int | None = None
+    lease: Annotated[int, Strict()] | None = None
 
     def to_bytes(self) -> bytes:
         """Bytes of the file, ending with the hash. Raises TypeError or ValueError if ``meta`` isn't JSON (NaN isn't)."""
@@ -120,7 +120,7 @@ def _checked(content: dict[str, Any]) -> Manifest:
         # A name is that of a file inside the checkpoint's directory: nothing else is ever read or deleted.
         if name == MANIFEST or entry.setdefault("key", name) not in (name, f"{fields['attempt']}/{name}"):
             raise ValueError(f"file {name!r}: {entry}")
-    return _READER.validate_json(json.dumps(fields), strict=True)
+    return _READER.validate_python(fields)
 
 
 def _own_hash(content: Mapping[str, Any]) -> str:
