@@ -39,6 +39,7 @@ def step_name(step: int) -> str:
 class Row:
     """One line of ``verify``: ``state`` is ``good``, ``corrupted``, ``newer`` or ``quarantined``; ``reason`` says why."""
 
+    step: int
     name: str
     state: str
     reason: str = ""
@@ -202,11 +203,11 @@ class CheckpointStore:
         for step in self.steps():
             try:
                 if self.open(step, verify=True):
-                    rows.append(Row(step_name(step), "good"))
+                    rows.append(Row(step, step_name(step), "good"))
             except (CorruptedError, NewerFormatError) as error:
                 state = "corrupted" if isinstance(error, CorruptedError) else "newer"
-                rows.append(Row(step_name(step), state, str(error)))
-        return rows + [Row(name, "quarantined", "corrupted") for name in self.quarantined()]
+                rows.append(Row(step, step_name(step), state, str(error)))
+        return rows + [Row(int(name.split("-")[2]), name, "quarantined", "corrupted") for name in self.quarantined()]
 
     def records(self, step: int) -> Iterator[dict[str, Any]]:
         """The quarantine records of a step's manifests (under a URL)."""
