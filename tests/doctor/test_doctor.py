@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from failing import CONFIG
 from hosts import Hosts, missing
-from runs import CONFIGS, ROOT, run
+from runs import CONFIGS, ROOT, forks_workers, run
 
 from dist_train.commands import doctor
 from dist_train.config.errors import ConfigError
@@ -32,7 +33,7 @@ def examine(hosts: Hosts, *arguments: str, before: str = "", **env: str) -> dict
     """doctor on all hosts, with `before` and `env` on h2 only; the exit codes agree with what it found."""
     extra = {2: {"before": before, **env}}
     jobs = [
-        hosts.torchrun(i, "doctor", "--json", "found.json", *arguments, **extra.get(i, {}))  # type: ignore[arg-type]
+        hosts.torchrun(i, "doctor", "--json", "found.json", *arguments, **{**forks_workers(), **extra.get(i, {})})
         for i in range(1, hosts.count + 1)
     ]
     printed = ["\n".join(job.communicate(timeout=120)) for job in jobs]
@@ -56,7 +57,7 @@ def test_another_version_a_full_shared_memory_and_a_directory_that_cannot_be_wri
         "mount -t tmpfs -o size=100m tmpfs /dev/shm && head -c 90m /dev/zero >/dev/shm/full && "
         "mount --bind runs runs && mount -o remount,ro,bind runs"
     )
-    found = examine(hosts, before=before, PYTHONPATH=str(other))
+    found = examine(hosts, before=before, PYTHONPATH=os.pathsep.join([str(other), *forks_workers().values()]))
     states = found["states"]
     for name in ("dist_train", "/dev/shm", "run.dir"):
         assert states[name]["state"] == "FAIL"

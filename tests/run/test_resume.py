@@ -22,7 +22,7 @@ tracking: {{tensorboard: false, report: false}}
 """
 
 
-CASES = [(1, 1, "spawn"), (2, 2, "fork"), (3, 0, "auto"), (1, 0, "auto")]
+CASES = [(1, 1, "spawn"), (2, 2, "fork"), (3, 0, "auto")]  # one process without workers: tests/oracle/test_equal.py
 
 
 def options(processes: int, workers: int, method: str) -> list[str]:
