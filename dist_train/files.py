@@ -42,10 +42,9 @@ def retried(what: str, place: str | os.PathLike[str], action: Callable[[], T], p
     while True:
         try:
             return action()
-        except _FINAL_TYPES:
-            raise
         except Exception as error:
-            if not isinstance(error, OSError) and type(error).__module__.split(".")[0] not in _CLIENT_LIBRARIES:
+            known = isinstance(error, OSError) or type(error).__module__.split(".")[0] in _CLIENT_LIBRARIES
+            if not known or isinstance(error, _FINAL_TYPES):
                 raise
             now = time.monotonic()
             give_up = give_up or now + patience

@@ -158,20 +158,18 @@ def _find(module: str, search: Sequence[str | Path]) -> tuple[Path | None, str]:
 
 def _parse(content: bytes) -> list[ast.stmt]:
     """The statements of a source; none if it isn't Python."""
-    try:
+    body: list[ast.stmt] = []
+    with contextlib.suppress(SyntaxError, ValueError):
         body = ast.parse(content).body
-    except (SyntaxError, ValueError):
-        return []
     shown = [node for node in body if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"]
     return [*body, *(statement for node in shown for statement in node.body)]
 
 
 def _origin(node: ast.ImportFrom, package: str) -> str:
     """The module that `from ... import` names; `package` is that of relative imports."""
-    try:
+    with contextlib.suppress(ImportError):  # more dots than packages
         return importlib.util.resolve_name("." * node.level + (node.module or ""), package)
-    except ImportError:  # more dots than packages
-        return ""
+    return ""
 
 
 def _signature(node: ast.ClassDef | ast.FunctionDef) -> tuple[inspect.Signature, bool] | None:

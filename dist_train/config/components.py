@@ -9,6 +9,7 @@ import contextlib
 import functools
 import importlib
 import inspect
+import itertools
 import os
 import pkgutil
 import re
@@ -146,34 +147,29 @@ def signature(target: Any) -> inspect.Signature | None:
 
 def arguments(target: Any, spec: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
     """The built positional and keyword arguments of a spec: nested specs are built, lists become tensors where annotated."""
-    keywords = {key: _value(item) for key, item in spec.items() if key not in ("_target_", "_args_")}
-    given = [_value(item) for item in spec.get("_args_", [])]
     form = signature(target)
     parameters = form.parameters if form is not None else {}
-    for key in keywords.keys() & parameters.keys():
-        keywords[key] = _as_wanted(keywords[key], parameters[key])
-    given[: len(parameters)] = map(_as_wanted, given, parameters.values())
-    return given, keywords
+    keywords = {k: _value(item, parameters.get(k)) for k, item in spec.items() if k not in ("_target_", "_args_")}
+    args = spec.get("_args_", [])
+    given = itertools.zip_longest(args, list(parameters.values())[: len(args)])
+    return [_value(item, parameter) for item, parameter in given], keywords
 
 
-def _as_wanted(value: Any, parameter: inspect.Parameter) -> Any:
-    if isinstance(value, list) and "Tensor" in type_names(parameter.annotation):
-        import torch
-
-        return torch.tensor(value)
-    return value
-
-
-def _value(value: Any) -> Any:
+def _value(value: Any, parameter: inspect.Parameter | None = None) -> Any:
     if is_spec(value):
         return build(value)
     if isinstance(value, str):
         return expand_argument(value)
     if isinstance(value, dict):
         return {key: _value(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_value(item) for item in value]
-    return value
+    if not isinstance(value, list):
+        return value
+    items = [_value(item) for item in value]
+    if parameter is not None and "Tensor" in type_names(parameter.annotation):
+        import torch
+
+        return torch.tensor(items)
+    return items
 
 
 def type_names(annotation: Any) -> set[str]:

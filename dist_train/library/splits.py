@@ -36,20 +36,14 @@ def split_indices(
     sizes = [*part_sizes(total, parts), 0, 0]
     order = np.arange(total, dtype=np.int64)
     np.random.RandomState([SPLIT, seed & 0xFFFFFFFF]).shuffle(order)
-    if labels is not None:
-        order = _stratified(order, labels)
+    if labels is not None:  # every contiguous part becomes stratified: a class's k-th of m goes to (k + 1/2) / m
+        position = np.empty(total)
+        for label in np.unique(labels):
+            members = np.flatnonzero(labels[order] == label)
+            position[members] = (np.arange(len(members)) + 0.5) / len(members)
+        order = order[np.argsort(position, kind="stable")]
     start = sum(sizes[:number])
     return np.sort(order[start : start + sizes[number]])
-
-
-def _stratified(order: Indices, labels: np.ndarray) -> Indices:
-    """Reorder a permutation so that every contiguous part of it is stratified: a class's k-th of m goes to (k + 1/2) / m."""
-    position = np.empty(len(order), dtype=np.float64)
-    of_order = labels[order]
-    for label in np.unique(labels):
-        members = np.flatnonzero(of_order == label)
-        position[members] = (np.arange(len(members)) + 0.5) / len(members)
-    return order[np.argsort(position, kind="stable")]
 
 
 def part_sizes(total: int, parts: Sequence[float]) -> list[int]:
