@@ -106,13 +106,23 @@ def _patterns(key: str, value: Any) -> Iterator[Violation]:
 
 
 def _optimizer(config: Config) -> Iterator[Violation]:
-    groups = config.optimizer.get("groups") if isinstance(config.optimizer, dict) else None
+    spec: dict[str, Any] = config.optimizer if isinstance(config.optimizer, dict) else {}
+    groups, decay = spec.get("groups"), spec.get("layer_decay")
+    if decay is not None and (isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 < decay <= 1):
+        yield (
+            "optimizer.layer_decay",
+            f"expected a factor above 0 and at most 1 for each layer, found {describe(decay)}",
+        )
     form = "{match: 'head.*', lr: 0.1}"
     if groups is not None and not isinstance(groups, list):
         yield "optimizer.groups", f"expected a list of groups like {form}, found {describe(groups)}"
     for index, group in enumerate(groups if isinstance(groups, list) else []):
-        if isinstance(group, dict) and "match" in group:
-            yield from _patterns(f"optimizer.groups.{index}.match", group["match"])
+        if isinstance(group, dict) and group.keys() & {"match", "ndim_below"}:
+            yield from _patterns(f"optimizer.groups.{index}.match", group.get("match", "*"))
+            below = group.get("ndim_below", 1)
+            if type(below) is not int or below < 1:
+                message = f"expected a number of dimensions, like 2 for norms and biases, found {describe(below)}"
+                yield f"optimizer.groups.{index}.ndim_below", message
         else:
             yield f"optimizer.groups.{index}", f"expected a group like {form}, found {describe(group)}"
 

@@ -290,8 +290,12 @@ class Config(Section):
     )
     optimizer: fields.Optimizer = consent(
         ...,
-        "Called with the parameters. Reserved key `groups`: a list of {match: name pattern or list of patterns, then "
-        "the group's own options}, e.g. {match: 'head.*', lr: 0.1}; a parameter is in the first group that matches it. A "
+        "Called with the parameters. Reserved keys: `groups`, a list of {match: pattern or list of patterns of names or classes "
+        "as in transfer.freeze, and/or ndim_below: dimensions, then the group's own options}, e.g. {match: 'head.*', lr: 0.1} "
+        "or, for norms and biases, {ndim_below: 2, weight_decay: 0}; a parameter is in the first group that matches it. "
+        "`layer_decay`: the lr of each layer is that of the next one times this (BEiT, MAE: 0.75), in every group and under any "
+        "schedule; the layers are those of timm's group_matcher, else the numbered blocks by their names (encoder.layer.3, h.3, "
+        "layers.3, blocks.3), else the modules with parameters in their order. A "
         "fused kernel is used where there is one, unless `fused` or `foreach` is given.",
     )
     scheduler: Component | None = consent(

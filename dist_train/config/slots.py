@@ -79,7 +79,7 @@ SLOTS: dict[str, Slot] = {
         own=RESERVED,
         yields=True,
     ),
-    "optimizer": Slot("a torch.optim.Optimizer", _is("torch.optim.Optimizer"), ("params",), ("groups",)),
+    "optimizer": Slot("a torch.optim.Optimizer", _is("torch.optim.Optimizer"), ("params",), ("groups", "layer_decay")),
     "scheduler": Slot(
         "a scheduler of torch.optim.lr_scheduler",
         _is("torch.optim.lr_scheduler.LRScheduler"),
@@ -223,7 +223,7 @@ def _arguments(
     groups = [(("groups", index), group) for index, group in enumerate(groups) if isinstance(group, dict)]
     for where, options in (((), keywords), *groups):  # torch itself ignores unknown options of groups
         for argument in options if _Kind.VAR_KEYWORD not in kinds else ():
-            if argument not in named and not (where and argument == "match"):
+            if argument not in named and not (where and argument in ("match", "ndim_below")):
                 free = [p for p in named if p not in (ours if where else filled)]
                 hint = did_you_mean(argument, free) or f"; it takes {', '.join(free) or 'no arguments'}"
                 yield (*key, *where, argument), f"{name} has no argument {argument}{hint}"

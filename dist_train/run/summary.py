@@ -15,6 +15,7 @@ from dist_train.config.components import build_callable
 from dist_train.config.fields import to_json
 from dist_train.data.stream import is_stream, stream_length
 from dist_train.models.layers import layer_table, output_shapes
+from dist_train.step.groups import Grouping
 from dist_train.text import format_seconds
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def start_lines(trainer: Trainer) -> Lines:
         ("model", model + (f", {frozen:,} of them frozen" if frozen else "")),
         ("transfer", "\n".join(parts.notes)),
         ("layers", "\n".join(layer_lines(parts))),
+        ("layer lr", layer_lr(parts)),
         ("world", _world(parts)),
         ("precision", parts.precision.name),
         ("data", data),
@@ -91,6 +93,11 @@ def layer_lines(parts: Parts) -> list[str]:
         note = f"(shapes are those of the weights: one sample couldn't be run: {error})"
         return [*layer_table(model, full=True), note]
     return layer_table(model, full=True, shapes=shapes)
+
+
+def layer_lr(parts: Parts) -> str:
+    """With `optimizer.layer_decay`: the lr of the first and last layers."""
+    return Grouping(parts.modules, parts.config.optimizer).note(parts.optimizer)
 
 
 def _world(parts: Parts) -> str:

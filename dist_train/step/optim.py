@@ -8,22 +8,24 @@ import torch
 from torch import nn
 
 from dist_train.config.components import build, locate, reserved, signature
-from dist_train.config.errors import ConfigError
-from dist_train.models.transfer import match_parameters
+from dist_train.step.groups import Grouping, scale_lr_by_layer
 from dist_train.step.parameters import fill_momentum, is_dense, sparse_parameters
+
+RESERVED = ("groups", "layer_decay")
 
 
 def build_optimizer(spec: Any, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
-    """The optimizer of `optimizer:`; groups take parameters by name pattern, the rest are in the first group.
+    """The optimizer of `optimizer:`; its groups are those of `Grouping`.
 
     A fused kernel is used where the class has one and the config names neither `fused` nor `foreach`: it is the fastest, and
     it can skip an update by a flag on the device.
 
     Raises:
-        ConfigError: a group matches no parameter, or there is nothing to train.
+        ConfigError: a group matches no parameter, there is nothing to train, or `layer_decay` has no lr to scale.
     """
-    own, extra = reserved(spec, {"groups"})
-    groups = _grouped(model, extra.get("groups") or [])
+    own, _ = reserved(spec, RESERVED)
+    grouping = Grouping(model, spec)
+    groups = grouping.groups_of([name for name, parameter in model.named_parameters() if parameter.requires_grad])
     if isinstance(own, dict):
         form = signature(locate(own["_target_"]))
         plain = device.type in ("cpu", "cuda") and all(
@@ -38,39 +40,11 @@ def build_optimizer(spec: Any, model: nn.Module, device: torch.device) -> torch.
     else:
         optimizer = own(groups) if callable(own) else own
     fill_momentum(optimizer)
+    if grouping.decay is not None:
+        scale_lr_by_layer(optimizer)
     return optimizer
-
-
-def _grouped(model: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Parameter groups, in the config's order after the default one; the first pattern that matches takes a parameter."""
-    left = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if not left:
-        raise ConfigError.single("model", "it has no parameter that requires a gradient, so there is nothing to train")
-    result = []
-    for index, group in enumerate(groups):
-        key, patterns = f"optimizer.groups.{index}.match", _patterns(group)
-        taken = [name for name in match_parameters(model, patterns, key) if name in left]
-        if not taken:
-            raise ConfigError.single(key, f"{', '.join(patterns)} matches no parameter that is left and trains")
-        options = {name: value for name, value in group.items() if name != "match"}
-        result.append({"params": [left.pop(name) for name in taken], **options})
-    return [{"params": list(left.values())}, *result] if left else result
 
 
 def averages_weights(optimizer: torch.optim.Optimizer) -> bool:
     """Whether it has `train()` and `eval()`, between which it changes the weights, as schedulefree's optimizers do."""
     return callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
-
-
-def group_indices(modules: nn.Module, spec: Any) -> dict[str, int | None]:
-    """For each parameter, by name, the index of the config's group whose pattern takes it; None for the default group."""
-    groups = reserved(spec, {"groups"})[1].get("groups") or []
-    home: dict[str, int | None] = dict.fromkeys(name for name, _ in modules.named_parameters())
-    for index, group in enumerate(groups):
-        for name in match_parameters(modules, _patterns(group), f"optimizer.groups.{index}.match"):
-            home[name] = index if home.get(name) is None else home[name]
-    return home
-
-
-def _patterns(group: dict[str, Any]) -> list[str]:
-    return [group["match"]] if isinstance(group["match"], str) else list(group["match"])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from dist_train.config.fields import Duration, plain
 from dist_train.models.transfer import match_parameters
+from dist_train.step.groups import Grouping, Home
 from dist_train.training.due import in_steps
 
 if TYPE_CHECKING:
@@ -90,7 +91,9 @@ class Unfreeze(Callback):
     Args:
         match: name patterns, as in `transfer.freeze`.
         after: when, in epochs or steps: `3ep`, `500step`.
-        lr: puts them into a parameter group of their own, which the schedule takes up from there; None: into the config's.
+        lr: their lr, which the schedule takes up from there, in a parameter group of their own (one for each of the config's
+            groups that would take them, whose other options they have; layer_decay applies). None: they join the config's
+            groups, at the lr that those have by now.
     """
 
     def __init__(self, match: str | list[str], after: str, lr: float | None = None):
@@ -112,12 +115,20 @@ class Unfreeze(Callback):
     def _unfreeze(self, trainer: Training) -> None:
         known = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
         parameters = dict(trainer.modules.named_parameters())
-        frozen = [parameters[name] for name in self._names if not parameters[name].requires_grad]
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        new = [parameter for parameter in frozen if id(parameter) not in known]
-        if new and self.lr is not None:
-            trainer.optimizer.add_param_group({"params": new, "lr": self.lr})
+        frozen = [name for name in self._names if not parameters[name].requires_grad]
+        for name in frozen:
+            parameters[name].requires_grad_(True)
+        if self.lr is None:
+            return
+        grouping = Grouping(trainer.modules, trainer.config.optimizer)
+        new: dict[Home, list[nn.Parameter]] = {}
+        for name in frozen:
+            if id(parameters[name]) not in known:
+                new.setdefault(grouping.home[name], []).append(parameters[name])
+        for home, members in new.items():
+            options = {key: value for key, value in grouping.options(home).items() if key != "lr_scale"}
+            options["lr"] = self.lr * grouping.scale(home)
+            trainer.optimizer.add_param_group({"params": members, **options})
 
 
 def callback_states(callbacks: Sequence[Callback], specs: Sequence[Any]) -> list[dict[str, Any]]:

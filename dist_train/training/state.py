@@ -189,9 +189,15 @@ def _restore_optimizer(
     parts: Parts, found: Found, trained: dict[str, Any] | None, changed: Sequence[str], note: Callable[[str], None]
 ) -> None:
     other = any(
-        key in ("optimizer", "optimizer.groups") or ".match" in key or key.startswith("transfer.freeze")
+        key in ("optimizer", "optimizer.groups")
+        or key.startswith("transfer.freeze")
+        or key.endswith(".ndim_below")
+        or ".match" in key
         for key in changed
     )
+    if "optimizer.layer_decay" in changed:  # one group for each layer, or no longer
+        now = trainable_state(parts)["groups"]
+        other = other or trained is None or trained["groups"][: len(now)] != now
     if other or not (trained is None or load_trainable_state(parts, trained)):
         note("another optimizer, or other parameters for it: its state starts over")
         return

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.nn.modules.batchnorm import _NormBase
 
-from dist_train.step.optim import group_indices
+from dist_train.step.groups import Grouping, Home
 from dist_train.step.parameters import fill_momentum
 
 if TYPE_CHECKING:
@@ -116,21 +116,34 @@ def _complete_groups(parts: Parts) -> None:
         raise ValueError(
             "the optimizer was given a parameter that belongs neither to the model nor to its loss or task"
         )
-    home = group_indices(parts.modules, parts.config.optimizer)
-    first = optimizer.param_groups[0]["params"]
-    has_default = not first or home[names[id(first[0])]] is None
-    homeless = []
+    grouping = Grouping(parts.modules, parts.config.optimizer)
+    own = _own_groups(optimizer, grouping, names)
+    new: dict[Home, list[Any]] = {}
     for name, parameter in trained.items():
-        if name in known:
-            continue
-        index = home[name]
-        if index is None and not has_default:
-            homeless.append(parameter)
-        else:
-            place = 0 if index is None else index + has_default
-            optimizer.param_groups[place]["params"].append(parameter)
-    if homeless:
-        optimizer.add_param_group({"params": homeless})
+        if name not in known:
+            home = grouping.home[name]
+            (own[home]["params"] if home in own else new.setdefault(home, [])).append(parameter)
+    first, base = optimizer.param_groups[0], optimizer.defaults.get("lr")
+    for home, parameters in new.items():
+        options = grouping.options(home)
+        if base is not None:  # as if it had followed the schedule from the beginning, as the first group has
+            mine = options.get("lr", base)
+            theirs = grouping.options(next(iter(own), home)).get("lr", base)
+            options["lr"] = first["lr"] if mine == theirs else first["lr"] * mine / (theirs or 1.0)
+        optimizer.add_param_group({"params": parameters, **options})
+
+
+def _own_groups(optimizer: Any, grouping: Grouping, names: dict[int, str]) -> dict[Home, dict[str, Any]]:
+    """The optimizer's groups that are the config's, by the home of their parameters; callbacks add theirs behind them."""
+    groups = optimizer.param_groups
+    if grouping.decay is not None:
+        groups = [group for group in groups if "lr_scale" in group]
+    else:
+        first = groups[0]["params"]
+        has_default = not first or grouping.home[names[id(first[0])]].group is None
+        groups = groups[: len(grouping.groups) + has_default]
+    homes = [grouping.home[names[id(group["params"][0])]] if group["params"] else Home(None, 0) for group in groups]
+    return dict(zip(homes, groups, strict=True))
 
 
 def _unfreeze_norms(parts: Parts) -> None:

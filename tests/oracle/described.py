@@ -142,17 +142,30 @@ def model_of(config: dict[str, Any], seed: int) -> nn.Module:
 
 
 def optimizer_of(config: dict[str, Any], model: nn.Module, **more: Any) -> torch.optim.Optimizer:
-    """Groups in the config's order behind that of the rest; the first pattern that matches takes a parameter."""
+    """Groups in the config's order behind that of the rest; the first pattern that matches takes a parameter.
+
+    With layer_decay each is divided by layers, which are the modules with parameters in their order.
+    """
     left = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    spec = {key: value for key, value in config["optimizer"].items() if key != "groups"}
-    groups = []
+    spec = {key: value for key, value in config["optimizer"].items() if key not in ("groups", "layer_decay")}
+    named_groups = []
     for group in config["optimizer"].get("groups", []):
-        options = {key: value for key, value in group.items() if key != "match"}
-        taken = [left.pop(name) for name in matches(model, group["match"]) if name in left]
-        groups.append({"params": taken, **options})
+        options = {key: value for key, value in group.items() if key not in ("match", "ndim_below")}
+        taken = [name for name in matches(model, group.get("match", "*")) if name in left]
+        taken = [name for name in taken if left[name].ndim < group.get("ndim_below", NEVER)]
+        named_groups.append((options, {name: left.pop(name) for name in taken}))
+    decay, groups = config["optimizer"].get("layer_decay"), []
+    modules = list(dict.fromkeys(name.rpartition(".")[0] for name, _ in model.named_parameters()))
+    for options, members in [({}, left), *named_groups]:
+        if decay is None:
+            groups.append({"params": list(members.values()), **options})
+        for number, module in enumerate(modules if decay is not None else []):
+            params = [parameter for name, parameter in members.items() if name.rpartition(".")[0] == module]
+            scale = decay ** (len(modules) - 1 - number)
+            groups += [{"params": params, **options, "lr_scale": scale}] if params else []
     if "fused" in inspect.signature(named(spec)).parameters and not {"fused", "foreach"} & spec.keys():
         more = {"fused": True, **more}
-    return made(spec, [{"params": list(left.values())}, *groups], **more)
+    return made(spec, groups, **more)
 
 
 def schedule_of(config: dict[str, Any], optimizer: Any, duration: int, epoch: int) -> tuple[Any, int, str | None]:

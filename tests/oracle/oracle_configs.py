@@ -56,7 +56,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "dropout": {
         "data": {"train": piece("Points", noise=0.2), **VAL, "global_batch_size": 8},
         "model": NORMED, "loss": {"_target_": CE}, "metrics": ["accuracy"],
-        "optimizer": {"_target_": ADAMW, "lr": 0.05, "weight_decay": 0.1},
+        "optimizer": {
+            "_target_": ADAMW, "lr": 0.05, "weight_decay": 0.1, "layer_decay": 0.5,
+            "groups": [{"ndim_below": 2, "weight_decay": 0.0}],
+        },
         "scheduler": {
             "_target_": "dist_train.schedules.WarmupCosine", "total_steps": "total_steps", "warmup_steps": 2,
             "horizon": "7ep",

@@ -139,7 +139,11 @@ def plain_loop(config: dict[str, Any], ranks: int = 1) -> SimpleNamespace:
         lr = optimizer.param_groups[0]["lr"]
         if finite:
             open_loss, open_weight = open_loss + float(loss_sum), open_weight + float(weight_sum)
+            for group in optimizer.param_groups:  # of layer_decay
+                group["lr"], group["unscaled"] = group["lr"] * group.get("lr_scale", 1.0), group["lr"]
             scaler.step(optimizer)
+            for group in optimizer.param_groups:
+                group["lr"] = group.pop("unscaled")
         else:
             skipped += 1
         scaler.update()

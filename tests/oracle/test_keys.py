@@ -50,6 +50,8 @@ MATTERS: dict[str, tuple[str, Any]] = {
     "optimizer": ("own", {"_target_": SGD, "lr": 0.01}),
     "optimizer.momentum": ("plain", DEFAULT),
     "optimizer.weight_decay": ("dropout", DEFAULT),
+    "optimizer.groups.0.ndim_below": ("dropout", 3),
+    "optimizer.layer_decay": ("dropout", DEFAULT),
     "optimizer.groups": ("weighted", DEFAULT),
     "scheduler": ("above", DEFAULT),
     "scheduler.every": ("fp16", DEFAULT),
