@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from .errors import REFUSED, SECRET_HINT, describe, did_you_mean, holds_secret, mask
-from .fields import METRICS, PLACEHOLDER, Duration, Key, dotted, expand_argument, expand_path, keyed, leaves
+from .fields import METRICS, PLACEHOLDER, Duration, Key, dotted, expand_argument, expand_path, is_named, keyed, leaves
 from .metrics import metric_records
 from .schedules import Warmup
 from .schema import KEYS, Config
@@ -52,7 +52,7 @@ def _words(name: str | int) -> str:
 
 def cross_checks(config: Config) -> Iterator[Finding]:
     """Every violated rule over the keys of a valid config."""
-    for rules in (_name, _data, _model, _optimizer, _scheduler, _watched):
+    for rules in (_name, _data, _model, _optimizer, _schedulers, _watched):
         for key, message in rules(config):
             yield keyed(key), message
     for name in ("images", "histograms"):
@@ -97,6 +97,11 @@ def _model(config: Config) -> Iterator[Violation]:
     if config.loss is None and config.task is None:
         example = "{_target_: torch.nn.CrossEntropyLoss}"
         yield "loss", f"a loss is required unless there is a task; give it a component such as {example}"
+    if config.val_loss is not None and config.task is not None:
+        yield (
+            "val_loss",
+            "a task has its own losses: give it a method evaluate(model, batch) for another one in evaluation",
+        )
 
 
 def _patterns(key: str, value: Any) -> Iterator[Violation]:
@@ -106,48 +111,82 @@ def _patterns(key: str, value: Any) -> Iterator[Violation]:
 
 
 def _optimizer(config: Config) -> Iterator[Violation]:
-    spec: dict[str, Any] = config.optimizer if isinstance(config.optimizer, dict) else {}
+    if not is_named(config.optimizer):
+        yield from _groups("optimizer", config.optimizer)
+        if isinstance(config.optimizer, dict) and "match" in config.optimizer:
+            yield (
+                "optimizer.match",
+                "this is for several optimizers; for some parameters of one use `groups` or transfer.freeze",
+            )
+        return
+    rest = [name for name, spec in config.optimizer.items() if spec.get("match") is None]
+    if config.task is None:
+        yield (
+            "optimizer",
+            "several optimizers need a task whose step(model, batch, optimizer) says what each of them minimizes",
+        )
+    if len(rest) > 1:
+        yield (
+            f"optimizer.{rest[1]}",
+            f"{rest[0]} and {rest[1]} both have no `match`: one may take the rest of the parameters",
+        )
+    for name, spec in config.optimizer.items():
+        yield from _groups(f"optimizer.{name}", spec)
+        if spec.get("match") is not None:
+            yield from _patterns(f"optimizer.{name}.match", spec["match"])
+
+
+def _groups(key: str, spec: Any) -> Iterator[Violation]:
+    spec = spec if isinstance(spec, dict) else {}
     groups, decay = spec.get("groups"), spec.get("layer_decay")
     if decay is not None and (isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 < decay <= 1):
-        yield (
-            "optimizer.layer_decay",
-            f"expected a factor above 0 and at most 1 for each layer, found {describe(decay)}",
-        )
+        yield f"{key}.layer_decay", f"expected a factor above 0 and at most 1 for each layer, found {describe(decay)}"
     form = "{match: 'head.*', lr: 0.1}"
     if groups is not None and not isinstance(groups, list):
-        yield "optimizer.groups", f"expected a list of groups like {form}, found {describe(groups)}"
+        yield f"{key}.groups", f"expected a list of groups like {form}, found {describe(groups)}"
     for index, group in enumerate(groups if isinstance(groups, list) else []):
         if isinstance(group, dict) and group.keys() & {"match", "ndim_below"}:
-            yield from _patterns(f"optimizer.groups.{index}.match", group.get("match", "*"))
+            yield from _patterns(f"{key}.groups.{index}.match", group.get("match", "*"))
             below = group.get("ndim_below", 1)
             if type(below) is not int or below < 1:
                 message = f"expected a number of dimensions, like 2 for norms and biases, found {describe(below)}"
-                yield f"optimizer.groups.{index}.ndim_below", message
+                yield f"{key}.groups.{index}.ndim_below", message
         else:
-            yield f"optimizer.groups.{index}", f"expected a group like {form}, found {describe(group)}"
+            yield f"{key}.groups.{index}", f"expected a group like {form}, found {describe(group)}"
 
 
-def _scheduler(config: Config) -> Iterator[Violation]:
-    scheduler = config.scheduler
+def _schedulers(config: Config) -> Iterator[Violation]:
+    if not is_named(config.scheduler):
+        yield from _scheduler(config, "scheduler", config.scheduler)
+        return
+    named = config.optimizer if is_named(config.optimizer) else {}
+    for name, spec in (config.scheduler or {}).items():
+        if name not in named:
+            hint = did_you_mean(name, named) or "; several schedulers are named after several optimizers"
+            yield f"scheduler.{name}", f"there is no optimizer {name}{hint}"
+        yield from _scheduler(config, f"scheduler.{name}", spec)
+
+
+def _scheduler(config: Config, key: str, scheduler: Any) -> Iterator[Violation]:
     if not isinstance(scheduler, dict):
         return
     for name, parse in (("every", Duration.parse_count), ("horizon", Duration.parse_count), ("warmup", Warmup.parse)):
         try:
             _ = scheduler.get(name) is None or parse(scheduler[name])
         except ValueError as error:
-            yield f"scheduler.{name}", str(error)
+            yield f"{key}.{name}", str(error)
     if config.trainer.duration.is_time and scheduler.get("horizon") is None:
-        hint = "set scheduler.horizon to epochs or steps"
-        for key in (dotted(key) for key, value in leaves(scheduler) if str(value).startswith("total_steps")):
-            yield f"scheduler.{key}", f"total_steps isn't known while trainer.duration is a time; {hint}"
+        hint = f"set {key}.horizon to epochs or steps"
+        for place in (dotted(place) for place, value in leaves(scheduler) if str(value).startswith("total_steps")):
+            yield f"{key}.{place}", f"total_steps isn't known while trainer.duration is a time; {hint}"
     if scheduler.get("metric") is not None and not isinstance(scheduler["metric"], str):
-        yield "scheduler.metric", f"expected a metric such as val/loss, found {describe(scheduler['metric'])}"
+        yield f"{key}.metric", f"expected a metric such as val/loss, found {describe(scheduler['metric'])}"
     if str(scheduler["_target_"]).endswith("ReduceLROnPlateau"):
         if config.data.val is None:
-            yield "scheduler._target_", "ReduceLROnPlateau monitors a metric of the validation data: set data.val"
+            yield f"{key}._target_", "ReduceLROnPlateau monitors a metric of the validation data: set data.val"
         if scheduler.get("every") is not None:
             message = "ReduceLROnPlateau is stepped at evaluations (trainer.evaluate_every); leave `every` out"
-            yield "scheduler.every", message
+            yield f"{key}.every", message
 
 
 def _watched(config: Config) -> Iterator[Violation]:
@@ -166,8 +205,12 @@ def _watched(config: Config) -> Iterator[Violation]:
         else:
             wanted = "a metric such as val/accuracy, or min or max and a metric"
             yield "checkpoint.keep_best", f"expected {wanted}, found {describe(best)}"
-    if isinstance(config.scheduler, dict) and isinstance(config.scheduler.get("metric"), str):
-        yield from _is_computed(config, "scheduler.metric", config.scheduler["metric"])
+    schedulers = {"scheduler": config.scheduler}
+    if is_named(config.scheduler):
+        schedulers = {f"scheduler.{name}": spec for name, spec in (config.scheduler or {}).items()}
+    for key, spec in schedulers.items():
+        if isinstance(spec, dict) and isinstance(spec.get("metric"), str):
+            yield from _is_computed(config, f"{key}.metric", spec["metric"])
 
 
 def _is_computed(config: Config, key: str, name: str) -> Iterator[Violation]:

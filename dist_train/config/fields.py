@@ -188,13 +188,26 @@ def component(value: Any) -> Any:
     return value
 
 
-def _optimizer(value: Any) -> Any:
+def is_named(value: Any) -> bool:
+    """Whether a value holds several components by name, instead of one."""
+    return isinstance(value, dict) and bool(value) and "_target_" not in value and "_live_" not in value
+
+
+def _one_or_named(value: Any) -> Any:
     if isinstance(value, list):
-        hint = (
-            "name one, use its `groups` for settings of some parameters, and let the task return the sum of the losses"
+        raise ValueError(
+            "several are written by name, not as a list: {generator: {_target_: ...}, discriminator: {...}}"
         )
-        raise ValueError(f"several optimizers (of a GAN, say) aren't supported: {hint}")
-    return component(value)
+    if not is_named(value) or not all(isinstance(item, dict) for item in value.values()):
+        return component(value)
+    for name, item in value.items():
+        if not re.fullmatch(r"[A-Za-z]\w*", str(name)):
+            raise ValueError(f"expected a name of letters, digits and _, found {describe(name)}")
+        try:
+            component(item)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    return value
 
 
 COMPONENT_SCHEMA: dict[str, Any] = {
@@ -206,6 +219,7 @@ COMPONENT_SCHEMA: dict[str, Any] = {
     },
     "additionalProperties": True,
 }
+_NAMED_SCHEMA = {"anyOf": [COMPONENT_SCHEMA, {"type": "object", "additionalProperties": COMPONENT_SCHEMA}]}
 _LENGTH_SCHEMA = {"type": "string", "pattern": r"^\s*[0-9.eE+]+\s*[A-Za-z]+\s*$", "examples": ["20ep", "500step"]}
 _AS_TEXT = (PlainSerializer(str, return_type=str), WithJsonSchema(_LENGTH_SCHEMA))
 
@@ -215,7 +229,8 @@ def _one_or_more(item: Any) -> BeforeValidator:
 
 
 Component = Annotated[Any, BeforeValidator(component), WithJsonSchema(COMPONENT_SCHEMA)]
-Optimizer = Annotated[Any, BeforeValidator(_optimizer), WithJsonSchema(COMPONENT_SCHEMA)]
+Optimizer = Annotated[Any, BeforeValidator(_one_or_named), WithJsonSchema(_NAMED_SCHEMA)]
+Scheduler = Optimizer
 Length = Annotated[Duration, BeforeValidator(Duration.parse), *_AS_TEXT]
 Time = Annotated[Duration, BeforeValidator(Duration.parse_time), *_AS_TEXT]
 EpochsOrSteps = Annotated[Duration, BeforeValidator(Duration.parse_count), *_AS_TEXT]

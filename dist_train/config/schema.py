@@ -150,6 +150,11 @@ class TrainerConfig(Section):
         "auto",
         "Samples of one forward on one rank; the rest of its share is gradient accumulation. `auto`: the whole share.",
     )
+    whole_batch: bool | Auto = consent(
+        "auto",
+        "The loss compares samples with each other (SimCLR, CLIP, VICReg) and is computed of the outputs of the whole global "
+        "batch, over micro-batches and ranks, in two passes. `auto`: where the task says so (`whole_batch = True`).",
+    )
     clip_grad_norm: fields.Positive | None = consent(None, "Scale the gradient down to at most this 2-norm.")
     clip_grad_value: fields.Positive | None = consent(None, "Clamp each gradient entry to [-value, value].")
     ema_decay: fields.Decay | None = consent(None, "Evaluate EMA weights (exponential moving average).")
@@ -277,11 +282,15 @@ class Config(Section):
     )
     task: Component | None = consent(
         None,
-        "How a batch becomes a loss, where it isn't `loss(model(inputs), target)`: a class with `step(model, batch)` "
-        "and `predict(model, batch)`.",
+        "How a batch becomes a loss, where it isn't `loss(model(inputs), target)`: one of `dist_train.tasks`, or a class with "
+        "`step(model, batch)` and `predict(model, batch)` (docs/tasks.md).",
     )
     loss: Component | None = consent(
         None, "Class, function or factory; called with (output, target). Required without `task`."
+    )
+    val_loss: Component | None = consent(
+        None,
+        "The loss of evaluation, where it isn't that of training (cross-entropy beside mixup's soft targets, say).",
     )
     metrics: list[Metric] = harmless(
         [],
@@ -296,9 +305,11 @@ class Config(Section):
         "`layer_decay`: the lr of each layer is that of the next one times this (BEiT, MAE: 0.75), in every group and under any "
         "schedule; the layers are those of timm's group_matcher, else the numbered blocks by their names (encoder.layer.3, h.3, "
         "layers.3, blocks.3), else the modules with parameters in their order. A "
-        "fused kernel is used where there is one, unless `fused` or `foreach` is given.",
+        "fused kernel is used where there is one, unless `fused` or `foreach` is given. Several optimizers by name: "
+        "{generator: {_target_: ..., match: 'G.*'}, discriminator: {...}}, each with the parameters that it matches first; one "
+        "without `match` gets the rest. The task's `step` then gets the name of the one that moves.",
     )
-    scheduler: Component | None = consent(
+    scheduler: fields.Scheduler | None = consent(
         None,
         "Called with the optimizer; nested schedulers get it too. Reserved keys: `every` (how often it is stepped, "
         "1step or 1ep, say; by default 1step for OneCycleLR, CyclicLR, WarmupCosine and those of transformers, else "
@@ -309,7 +320,7 @@ class Config(Section):
         "step, from that share of it, by default one step's, to the lr; then the scheduler begins, and counts from there). "
         "Arguments may be `total_steps`, `steps_per_epoch`, durations (`T_max: 20ep`, `milestones: [500step]`) and "
         "`total_steps - 5ep`: they are replaced by the numbers, counted in `every`: with 1ep, `total_steps` is the number of "
-        "epochs. A warm-up isn't part of `total_steps`.",
+        "epochs. A warm-up isn't part of `total_steps`. Of several optimizers: one for each, or several by their names.",
     )
     callbacks: list[Component] = consent([], "Objects with hooks (dist_train.callbacks.Callback), called in order.")
     trainer: TrainerConfig = Field(default_factory=TrainerConfig, description=about(TrainerConfig))

@@ -11,7 +11,7 @@ from typing import Any
 from . import components
 from .code import missing, read_signature
 from .errors import ConfigError, Problem, describe, did_you_mean
-from .fields import Key
+from .fields import Key, is_named
 from .metrics import RESERVED, metric_spec
 from .schedules import is_schedule_number
 from .schema import Config
@@ -71,15 +71,21 @@ SLOTS: dict[str, Slot] = {
     "model": _MODULE,
     "model_init": Slot("a function that fills a tensor, of torch.nn.init say", _is_callable, ("tensor",), ("match",)),
     "transfer.append.module": _MODULE,
-    "task": Slot("a task, with step(model, batch) and predict(model, batch)", _has("step", "predict")),
+    "task": Slot(
+        "a task, with step(model, batch) and predict(model, batch), or outputs(model, batch) and loss(outputs, targets)",
+        lambda kind: _has("step", "predict")(kind) or _has("outputs", "loss")(kind),
+    ),
     "loss": Slot("a loss, called with (output, target)", _is_callable, late=True),
+    "val_loss": Slot("a loss, called with (output, target)", _is_callable, late=True),
     "metrics": Slot(
         "a metric, with sums and result (dist_train.metrics.Metric) or update, compute and reset",
         lambda kind: hasattr(kind, "sums") or _has("update", "compute", "reset")(kind),
         own=RESERVED,
         yields=True,
     ),
-    "optimizer": Slot("a torch.optim.Optimizer", _is("torch.optim.Optimizer"), ("params",), ("groups", "layer_decay")),
+    "optimizer": Slot(
+        "a torch.optim.Optimizer", _is("torch.optim.Optimizer"), ("params",), ("groups", "layer_decay", "match")
+    ),
     "scheduler": Slot(
         "a scheduler of torch.optim.lr_scheduler",
         _is("torch.optim.lr_scheduler.LRScheduler"),
@@ -134,7 +140,11 @@ def _specs(config: Config) -> Iterator[tuple[Key, Slot, Any]]:
         value: Any = config
         for part in name.split("."):
             value = getattr(value, part, None)
-        for place, item in [((*key, i), v) for i, v in enumerate(value)] if isinstance(value, list) else [(key, value)]:
+        places: list[tuple[Key, Any]] = [(key, value)]
+        if isinstance(value, list) or (name in ("optimizer", "scheduler") and is_named(value)):
+            items = enumerate(value) if isinstance(value, list) else value.items()
+            places = [((*key, place), item) for place, item in items]
+        for place, item in places:
             if name == "metrics" and isinstance(item, dict) and "metric" in item:
                 yield from _metric(place, slot, item)
             elif item is not None and not isinstance(item, str):

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dist_train.step.modules import Modules
-from dist_train.step.objective import Objective, SingleProcess, check_all_used
+from dist_train.step.objective import Item, Objective, SingleProcess, StepSums, check_all_used, step_sums
 from dist_train.watch.processes import machine
 from dist_train.watch.status import BACKWARD, status
 
@@ -134,20 +133,21 @@ class OneBucket(SingleProcess):
         self.partner = self.rank ^ self.power  # across that border, if there is such a rank
         peers = [self.rank ^ distance for distance in self._distances()]
         self.links = Links(world, [peer for peer in (*peers, self.partner) if peer < world.size])
-        self.trained = objective.modules.trained()
+        self.trained = objective.trained()
         self.parameters = list(self.trained.values())
         sizes = [parameter.numel() for parameter in self.parameters]
-        self.bucket = torch.zeros(sum(sizes) + 2, dtype=self.parameters[0].dtype)  # the last two: loss sum and weight
+        reported = 2 + 2 * len(objective.terms or ())  # weight and loss sum, then (sum, weight) of each named loss
+        self.bucket = torch.zeros(sum(sizes) + reported, dtype=self.parameters[0].dtype)
         self.received = torch.empty_like(self.bucket)
-        *parts, self.report = self.bucket.split([*sizes, 2])
+        *parts, self.report = self.bucket.split([*sizes, reported])
         self.views = [_with_strides(part, parameter) for part, parameter in zip(parts, self.parameters, strict=True)]
 
-    def forward_backward(self, batch: Any, *, scale: float, zero_weight: bool, last: bool) -> None:
+    def forward_backward(self, item: Item, *, scale: float, zero_weight: bool, last: bool) -> None:
         if not zero_weight:
-            super().forward_backward(batch, scale=scale, zero_weight=False, last=last)
+            super().forward_backward(item, scale=scale, zero_weight=False, last=last)
 
     @torch.no_grad()
-    def finish(self) -> tuple[Tensor, Tensor]:
+    def finish(self) -> StepSums:
         status.phase = BACKWARD
         status.busy += time.perf_counter() - status.began  # from here on the ranks wait for each other
         if self._loss is None:
@@ -157,12 +157,14 @@ class OneBucket(SingleProcess):
             if len(gradients) < len(self.views):
                 check_all_used(self.trained)
             torch._foreach_copy_(self.views, gradients)
-            self.report[0], self.report[1] = super().finish()
+            sums = super().finish()
+            self.report[0], self.report[1] = sums.weight, sums.loss
+            if sums.terms is not None:
+                self.report[2:] = sums.terms.view(-1)
         self._sum_over_ranks()
         for parameter, view in zip(self.parameters, self.views, strict=True):
             parameter.grad = view
-        loss, weight = self.report.clone().unbind()
-        return loss, weight
+        return step_sums(self.report.clone())
 
     def close(self) -> None:
         self.links.close()
@@ -193,12 +195,12 @@ def _with_strides(part: Tensor, parameter: Tensor) -> Tensor:
     return part.as_strided(parameter.shape, torch.empty_like(parameter).stride(), part.storage_offset())
 
 
-def fits_one_bucket(modules: Modules, bucket_mb: float) -> bool:
+def fits_one_bucket(objective: Objective, bucket_mb: float) -> bool:
     """Whether the gradients are on the CPU, dense, of one dtype and small."""
-    parameters = modules.trained().values()
+    parameters = objective.trained().values()
     kinds = {(parameter.device.type, parameter.dtype) for parameter in parameters}
     return (
         kinds in ({("cpu", torch.float32)}, {("cpu", torch.float64)})
         and sum(parameter.nbytes for parameter in parameters) <= min(bucket_mb * 2**20, MAX_BYTES)
-        and not any(getattr(module, "sparse", False) for module in modules.modules())
+        and not any(getattr(module, "sparse", False) for module in objective.modules.modules())
     )

@@ -221,6 +221,7 @@ class BufferSnapshot:
 
     @torch.no_grad()
     def __init__(self, modules: Modules, frozen: bool = False):
+        self.modules = modules
         self._buffers = [(slot, slot.value) for slot in modules.buffers_at]
         self._numbers = [(slot, slot.value) for slot in modules.numbers_at]
         kinds: dict[Any, dict[int, tuple[Slot, Tensor]]] = {}
@@ -230,6 +231,10 @@ class BufferSnapshot:
         self._kept = [(list(kind.values()), _flat(buffer for _, buffer in kind.values())) for kind in kinds.values()]
         still = [parameter for parameter in modules.parameters() if frozen and not parameter.requires_grad]
         self._frozen = [(parameter, parameter.detach().to("cpu", copy=True)) for parameter in still]
+
+    def frozen_changed(self) -> bool:
+        """Whether a parameter that doesn't train has another value now."""
+        return any(not torch.equal(parameter.detach().cpu(), value) for parameter, value in self._frozen)
 
     @torch.no_grad()
     def restore(self, where: Tensor | None = None) -> None:

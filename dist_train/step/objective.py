@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dist_train.step.modules import Modules
 from dist_train.step.precision import Precision
-from dist_train.task.task import StepOutput, Task, as_step_output
+from dist_train.task.task import Task
+from dist_train.task.terms import Computed, computed, ratios
 from dist_train.watch.status import BACKWARD, status
+
+if TYPE_CHECKING:
+    from dist_train.data.loader import StepWork
+    from dist_train.data.plan import MicroBatch
+
+
+Item = Any  # what one forward takes: a micro-batch on the device, and what an `Objective` adds to it
+
+
+class StepSums(NamedTuple):
+    """Of a step, over all ranks and micro-batches, on the device: loss sum and weight (0-dim), and those of each named loss."""
+
+    loss: Tensor
+    weight: Tensor
+    terms: Tensor | None = None
+    """(k, 2) in float64."""
+
+
+def step_sums(reported: Tensor) -> StepSums:
+    """The sums of a step from what was reduced: weight, loss sum, then (sum, weight) of each named loss."""
+    terms = reported[2:].double().view(-1, 2) if len(reported) > 2 else None
+    return StepSums(reported[1], reported[0], terms)
 
 
 class Objective:
@@ -20,37 +44,89 @@ class Objective:
     Attributes:
         modules: the model, with the parameters and buffers of loss and task.
         scaler: the loss scale of fp16; None in other precisions.
+        ranks: how many processes the gradients are summed over.
         summed: the loss asks for a plain sum over samples (see `Loss.summed`).
+        terms: the names of the losses that it is the sum of, once a forward has shown them; None before.
     """
 
-    def __init__(self, modules: Modules, task: Task, precision: Precision, scaler: torch.amp.GradScaler | None = None):
+    def __init__(
+        self,
+        modules: Modules,
+        task: Task,
+        precision: Precision,
+        scaler: torch.amp.GradScaler | None = None,
+        ranks: int = 1,
+    ):
         self.modules, self.task, self.precision, self.scaler = modules, task, precision, scaler
-        self.model = modules.model
+        self.model, self.ranks = modules.model, ranks
         self.summed: bool = getattr(task, "summed", False)
+        own = getattr(getattr(task, "loss", None), "exact", None)
+        self.terms: list[str] | None = [] if own else None  # torch's own losses give one
+        self._ratios: list[float] = []
 
-    def forward(self, batch: Any) -> StepOutput:
-        """The task's output for a micro-batch on the device, under autocast. Raises as `trainable_output`."""
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that it trains, by name."""
+        return self.modules.trained()
+
+    def items(
+        self, work: StepWork, prepare: Callable[[MicroBatch, StepWork], Any]
+    ) -> Iterator[tuple[MicroBatch, Item]]:
+        """What this rank computes in a step: each micro-batch, and what `forward` takes for it."""
+        for micro in work.micro_batches:
+            yield micro, prepare(micro, work)
+
+    def forward(self, item: Item) -> Computed:
+        """What the task gives for a micro-batch on the device, under autocast. Raises as `trainable`."""
         with self.precision.autocast():
-            return trainable_output(self.task.step(self.model, batch))
+            return self.checked(trainable(computed(self.task.step(self.model, item))))
+
+    def checked(self, output: Computed) -> Computed:
+        """The output, if the sums of its losses may be divided after the backward. Raises as `same_terms`, and:
+
+        Raises:
+            ValueError: the losses have weights of their own, which the task doesn't give beforehand.
+        """
+        self.same_terms(output)
+        if not output.terms:
+            return output
+        found = ratios(output.terms)
+        self._ratios = self._ratios or found
+        if not output.shared or (found != self._ratios and math.dist(found, self._ratios) > 1e-9):
+            raise ValueError(
+                f"the losses {', '.join(output.terms)} have weights of their own that depend on the batch, by which one backward "
+                "can't divide afterwards: give the task a method weights(batch) that returns {name: weight}, or one weight to all"
+            )
+        return output
+
+    def same_terms(self, output: Computed) -> None:
+        """Raises ValueError: the task has given other losses before."""
+        if self.terms is None:
+            self.terms = list(output.terms)
+        if list(output.terms) != self.terms:
+            before, now = (", ".join(names) or "one without a name" for names in (self.terms, output.terms))
+            raise ValueError(
+                f"the task has given the losses {before} before, and now {now}: give the same ones for each batch, those that "
+                "don't apply as (zero, 0)"
+            )
 
 
-def trainable_output(value: Any) -> StepOutput:
-    """What a task's `step` returned, in training.
+def trainable(output: Computed) -> Computed:
+    """What a task gave, in training.
 
     Raises:
         ValueError: the loss isn't real or has no gradient, or its weight has one.
     """
-    output = as_step_output(value)
     if not output.loss.requires_grad or output.loss.is_complex():
         found = "a complex number" if output.loss.is_complex() else "one without a gradient"
         raise ValueError(
             f"expected a real loss that depends on a trainable parameter, found {found}: it was computed from detached values, "
             "under no_grad or by an operation without a gradient (argmax, a comparison), or the model returns only frozen outputs"
         )
-    if isinstance(output.weight, Tensor) and output.weight.requires_grad:
-        raise ValueError(
-            "the weight of a loss is what it is divided by, so it must not depend on parameters: detach() it"
-        )
+    for weight in (output.weight, *(term.weight for term in output.terms.values())):
+        if isinstance(weight, Tensor) and weight.requires_grad:
+            raise ValueError(
+                "the weight of a loss is what it is divided by, so it must not depend on parameters: detach() it"
+            )
     return output
 
 
@@ -61,13 +137,14 @@ class SingleProcess:
         self.objective = objective
         self._loss: Tensor | None = None
         self._weight: Tensor | float = 0.0
+        self._terms: Tensor | None = None
         self._factor = (0.0, torch.empty(0))
 
-    def warm_up(self, batch: Any, rewind: Callable[[], object]) -> None:
+    def warm_up(self, item: Item, rewind: Callable[[], object]) -> None:
         pass
 
-    def forward_backward(self, batch: Any, *, scale: float, zero_weight: bool, last: bool) -> None:
-        output = self.objective.forward(batch)
+    def forward_backward(self, item: Item, *, scale: float, zero_weight: bool, last: bool) -> None:
+        output = self.objective.forward(item)
         loss, scaler = output.loss, self.objective.scaler
         status.phase = BACKWARD
         if scaler is not None:
@@ -76,19 +153,36 @@ class SingleProcess:
             if self._factor[0] != scale:
                 self._factor = (scale, torch.full_like(loss, scale))
             loss.backward(self._factor[1])
-        loss = loss.detach()
+        loss = loss.detach() if output.value is None else output.value
         if self._loss is None:
             self._loss, self._weight = loss, output.weight
         else:
             self._loss, self._weight = self._loss.double() + loss, self._weight + output.weight
+        if output.terms:
+            terms = term_sums(output, loss.device)
+            self._terms = terms if self._terms is None else self._terms + terms
 
-    def finish(self) -> tuple[Tensor, Tensor]:
+    def finish(self) -> StepSums:
         assert self._loss is not None
-        loss, weight, self._loss = self._loss, self._weight, None
-        return loss, weight if isinstance(weight, Tensor) else torch.full_like(loss, weight, dtype=torch.float64)
+        loss, weight, terms, self._loss, self._terms = self._loss, self._weight, self._terms, None, None
+        return StepSums(
+            loss, weight if isinstance(weight, Tensor) else torch.full_like(loss, weight, dtype=torch.float64), terms
+        )
 
     def close(self) -> None:
         pass
+
+
+def term_sums(output: Computed, device: torch.device) -> Tensor:
+    """(k, 2) in float64: sum and weight of each named loss, without waiting for the device."""
+    values = [number for term in output.terms.values() for number in term[:2]]
+    made = [
+        value.detach().double()
+        if isinstance(value, Tensor)
+        else torch.full((), value, dtype=torch.float64, device=device)
+        for value in values
+    ]
+    return torch.stack(made).view(-1, 2)
 
 
 def check_all_used(trained: Mapping[str, nn.Parameter]) -> None:

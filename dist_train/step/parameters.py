@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from dist_train.config.errors import ConfigError
+from dist_train.step.closure import takes_closure
 
 TAKE_SPARSE = (torch.optim.SGD, torch.optim.SparseAdam, torch.optim.Adagrad)
 
@@ -65,14 +66,7 @@ def check_optimizer(
     Raises:
         ConfigError: names what doesn't fit, and what to do.
     """
-    kind, arguments = type(optimizer).__name__, [*inspect.signature(type(optimizer).step).parameters.values()][1:]
-    required = [a for a in arguments if a.default is a.empty and a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD)]
-    if hasattr(optimizer, "first_step") or required:
-        raise ConfigError.single(
-            "optimizer",
-            f"{kind}.step needs a closure, that is, it runs forward and backward itself, which isn't supported: use an optimizer "
-            "whose step() takes none, such as torch.optim.AdamW",
-        )
+    _check_closure(optimizer, skips=skips, scaled=scaled)
     trained = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
     for name, parameter in model.named_parameters():
         if scaled and id(parameter) in trained and parameter.dtype not in (torch.float32, torch.float64):
@@ -98,6 +92,23 @@ def check_optimizer(
     elif isinstance(optimizer, torch.optim.SparseAdam):
         message = "SparseAdam takes only sparse gradients, but no module is `sparse`: use torch.optim.Adam"
         raise ConfigError.single("optimizer", message)
+
+
+def _check_closure(optimizer: torch.optim.Optimizer, *, skips: bool, scaled: bool) -> None:
+    kind, arguments = type(optimizer).__name__, [*inspect.signature(type(optimizer).step).parameters.values()][1:]
+    required = [a for a in arguments if a.default is a.empty and a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD)]
+    if any(argument.name != "closure" for argument in required):
+        names = ", ".join(argument.name for argument in required)
+        message = (
+            f"{kind}.step needs {names}, which isn't known here: use an optimizer whose step takes nothing or a closure"
+        )
+        raise ConfigError.single("optimizer", message)
+    if takes_closure(optimizer) and (skips or scaled):
+        key, value = ("trainer.precision", "fp32 or bf16") if scaled else ("trainer.on_nonfinite", "stop")
+        message = (
+            f"{kind} computes the gradient several times in a step, of which none can be left out: set it to {value}"
+        )
+        raise ConfigError.single(key, message)
 
 
 def _check_sparse(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.step.exchange import OneBucket, fits_one_bucket
-from dist_train.step.objective import Objective, SingleProcess, check_all_used
+from dist_train.step.objective import Item, Objective, SingleProcess, StepSums, check_all_used, step_sums
 from dist_train.task.batch import clone_batch
 from dist_train.watch.status import BACKWARD, status
 
@@ -33,13 +33,13 @@ _NO_BROADCAST: dict[str, Any] = {"forward_sync_buffers" if _RENAMED else "broadc
 class Reducer(Protocol):
     """Runs forward and backward; after `finish` every `.grad` is the sum over all samples of all ranks, times `scale`."""
 
-    def warm_up(self, batch: Any, rewind: Callable[[], object]) -> None:
+    def warm_up(self, item: Item, rewind: Callable[[], object]) -> None:
         """Finish whatever the first backward sets up; gradients are None again afterwards, the caller restores the rest.
 
         `rewind` restores buffers and seeds the generators; it is called before each forward.
         """
 
-    def forward_backward(self, batch: Any, *, scale: float, zero_weight: bool, last: bool) -> None:
+    def forward_backward(self, item: Item, *, scale: float, zero_weight: bool, last: bool) -> None:
         """Add one micro-batch's gradient of `scale * loss sum`.
 
         Args:
@@ -47,8 +47,8 @@ class Reducer(Protocol):
             last: this is the rank's last micro-batch of the step.
         """
 
-    def finish(self) -> tuple[Tensor, Tensor]:
-        """(loss sum, weight) of the step over all ranks and micro-batches: 0-dim tensors on the device."""
+    def finish(self) -> StepSums:
+        """The sums of the step over all ranks and micro-batches."""
 
     def close(self) -> None:
         """Release parameters and connections; all ranks call it."""
@@ -72,27 +72,30 @@ class _Reporting(torch.autograd.Function):
 class ReportingObjective(nn.Module):
     """The objective as one module, so that DDP sees a single forward.
 
-    `report` is a parameter of two elements whose gradient *is* (weight, loss sum) of a micro-batch: DDP sums it over the ranks
-    in a bucket that it reduces anyway, so the global denominator and loss need no collective of their own. No optimizer and no
-    state_dict sees it.
+    `report` is a parameter whose gradient *is* (weight, loss sum) of a micro-batch, followed by (sum, weight) of each named loss:
+    DDP sums it over the ranks in a bucket that it reduces anyway, so the global denominator and loss need no collective of their
+    own. No optimizer and no state_dict sees it.
     """
 
     def __init__(self, objective: Objective, world_size: int):
         super().__init__()
         self.modules_trained = objective.modules  # registers the parameters
         self.objective, self.world_size = objective, world_size
-        trained = list(objective.modules.trained().values())
+        trained = list(objective.trained().values())
         double = any(parameter.dtype in (torch.float64, torch.complex128) for parameter in trained)
         dtype = torch.float64 if double else torch.float32
-        self.report = nn.Parameter(torch.zeros(2, dtype=dtype, device=trained[0].device))
+        size = 2 + 2 * len(objective.terms or ())
+        self.report = nn.Parameter(torch.zeros(size, dtype=dtype, device=trained[0].device))
 
-    def forward(self, batch: Any, scale: float, zero_weight: bool) -> Tensor:
-        output, scaler = self.objective.forward(batch), self.objective.scaler
+    def forward(self, item: Item, scale: float, zero_weight: bool) -> Tensor:
+        output, scaler = self.objective.forward(item), self.objective.scaler
         loss = output.loss if scaler is None else scaler.scale(output.loss)
         if zero_weight:
             return _Reporting.apply(loss, self.report, torch.zeros_like(self.report), 0.0)
         # DDP divides by the world size: after a product with it, integers stay integers.
-        values = torch.stack([self._as_report(output.weight), self._as_report(output.loss)]) * self.world_size
+        numbers = [output.weight, output.loss if output.value is None else output.value]
+        numbers += [number for term in output.terms.values() for number in term[:2]]
+        values = torch.stack([self._as_report(number) for number in numbers]) * self.world_size
         return _Reporting.apply(loss, self.report, values, scale * self.world_size)
 
     def _as_report(self, value: Tensor | float) -> Tensor:
@@ -107,7 +110,7 @@ class DataParallel:
 
     def __init__(self, objective: Objective, world_size: int, config: DistributedConfig):
         self.find_unused = config.find_unused_parameters
-        self.trained = objective.modules.trained()
+        self.trained = objective.trained()
         self.objective = ReportingObjective(objective, world_size)
         self.ddp = _DDP(
             self.objective,
@@ -117,7 +120,7 @@ class DataParallel:
             **_NO_BROADCAST,
         )
 
-    def warm_up(self, batch: Any, rewind: Callable[[], object]) -> None:
+    def warm_up(self, item: Item, rewind: Callable[[], object]) -> None:
         """Two discarded steps: DDP rebuilds its buckets after its first backward, and until then sums in another order.
 
         Without them the first step after a start would differ in its last bits from the same step in the middle of a run.
@@ -127,37 +130,45 @@ class DataParallel:
         """
         for _ in range(2):
             rewind()
-            self.forward_backward(clone_batch(batch), scale=1.0, zero_weight=False, last=True)
+            self.forward_backward(clone_batch(item), scale=1.0, zero_weight=False, last=True)
             if not self.find_unused:
                 check_all_used(self.trained)
         for parameter in self.objective.parameters():
             parameter.grad = None
 
-    def forward_backward(self, batch: Any, *, scale: float, zero_weight: bool, last: bool) -> None:
+    def forward_backward(self, item: Item, *, scale: float, zero_weight: bool, last: bool) -> None:
         # gradients are reduced with the last micro-batch only
         with contextlib.nullcontext() if last else self.ddp.no_sync():
-            loss = self.ddp(batch, scale, zero_weight)
+            loss = self.ddp(item, scale, zero_weight)
             status.phase = BACKWARD
             if last:  # from here on the ranks wait for each other
                 status.busy += time.perf_counter() - status.began
             loss.backward()
 
-    def finish(self) -> tuple[Tensor, Tensor]:
-        reported = self.objective.report.grad
-        assert reported is not None
-        weight, loss = reported.clone().unbind()  # the gradient itself is a view into a bucket
+    def finish(self) -> StepSums:
+        assert self.objective.report.grad is not None
+        reported = self.objective.report.grad.clone()  # the gradient itself is a view into a bucket
         self.objective.report.grad = None
-        return loss, weight
+        return step_sums(reported)
 
     def close(self) -> None:
         del self.ddp, self.objective, self.trained
 
 
 def reducer_for(objective: Objective, world: World, config: DistributedConfig) -> Reducer:
-    """The form that suits the processes, the model and the config."""
+    """The form that suits the processes, the model and the config.
+
+    Raises:
+        ValueError: the ranks' tasks give different losses.
+    """
     if world.size == 1:
         return SingleProcess(objective)
+    every = world.all_gather(objective.terms)
+    if any(terms != every[0] for terms in every):
+        raise ValueError(
+            f"the ranks' tasks give different losses: {every}; give the same ones, in one order, for every batch"
+        )
     small = config.strategy == "auto" and not config.find_unused_parameters
-    if small and fits_one_bucket(objective.modules, config.bucket_mb):
+    if small and fits_one_bucket(objective, config.bucket_mb):
         return OneBucket(objective, world)
     return DataParallel(objective, world.size, config)

@@ -189,22 +189,25 @@ class Schedule:
                 "scheduler.horizon",
             )
 
-    def is_due(self, done: int) -> bool:
-        """Whether `step()` is to be called after `done` optimizer steps: in a warm-up after each, then once in `every`."""
-        return done <= self.warmup or (not self.on_plateau and (done - self.warmup) % self._period == 0)
+    def after_step(self, done: int) -> None:
+        """After `done` optimizer steps: in a warm-up a step after each, then once in `every`."""
+        if done <= self.warmup or (not self.on_plateau and (done - self.warmup) % self._period == 0):
+            self.step()
 
-    def step(self, metrics: dict[str, float] | None = None) -> None:
-        """One step; ReduceLROnPlateau's follows an evaluation and reads its `metrics`, once a warm-up is over.
+    def evaluated(self, metrics: dict[str, float]) -> None:
+        """After an evaluation, which ReduceLROnPlateau follows once a warm-up is over."""
+        if self.on_plateau and (self._warmup is None or self._warmup.last_epoch >= self.warmup):
+            self.scheduler.step(monitored(metrics, self.metric))
+
+    def step(self) -> None:
+        """One step; of ReduceLROnPlateau its warm-up's.
 
         Raises:
             ValueError: OneCycleLR is over.
         """
         if self.on_plateau:
-            if metrics is None:
-                assert self._warmup is not None
-                self._warmup.step()
-            elif self._warmup is None or self._warmup.last_epoch >= self.warmup:
-                self.scheduler.step(monitored(metrics, self.metric))
+            assert self._warmup is not None
+            self._warmup.step()
             return
         try:
             self.scheduler.step()

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.runtime.seeding import seed_forward
+from dist_train.step.closure import Closure, replayed, takes_closure
 from dist_train.step.finite import FiniteGuard, by_dtype, gradient_values
 from dist_train.step.modules import BufferSnapshot
-from dist_train.step.objective import Objective
+from dist_train.step.objective import Item, Objective, StepSums
 from dist_train.step.reduce import Reducer
-from dist_train.task.batch import HALF
+from dist_train.task.batch import HALF, clone_batch
 from dist_train.watch.status import DATA, FORWARD, UPDATE, status
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ class Stepper:
         config: clip_grad_norm, clip_grad_value and on_nonfinite.
 
     Attributes:
-        totals: float64 (2,) on the device: loss sum and weight since the last log row, without skipped steps.
+        totals: float64 (1 + k, 2) on the device: (sum, weight) of the loss, then of each of k named losses, since the last log
+            row, without skipped steps.
         grad_norm: the norm of the last step's gradient before clipping (0-dim tensor), if it was asked for or clipped.
         guard: checks for inf and nan, and counts the steps that were skipped for them.
     """
@@ -50,28 +52,30 @@ class Stepper:
         prepare: Callable[[MicroBatch, StepWork], Any],
         config: TrainerConfig,
     ):
-        self.modules, self.scaler, self.summed = objective.modules, objective.scaler, objective.summed
+        self.objective, self.modules = objective, objective.modules
+        self.scaler, self.summed = objective.scaler, objective.summed
         self.optimizer, self.seed, self.prepare = optimizer, plan.seed, prepare
         self.clip_norm, self.clip_value = config.clip_grad_norm, config.clip_grad_value
         self.device = device = next(self.modules.parameters()).device
-        self.totals = torch.zeros(2, dtype=torch.float64, device=device)
+        self.totals = torch.zeros(1, 2, dtype=torch.float64, device=device)
         self.grad_norm: Tensor | None = None
+        self._closure = takes_closure(optimizer)
         policy = "rescale" if self.scaler is not None else config.on_nonfinite
-        self.guard = FiniteGuard(self.modules, optimizer, plan, policy)
-        self.new_reducer, self.reducer = new_reducer, new_reducer()
-        self.parameters = list(self.modules.trained().values())
-        self._warm = False
-        self._loss_total, self._weight_total = self.totals.unbind()  # views
+        self.guard = FiniteGuard(self.modules, optimizer, plan, policy, on_host=True if self._closure else None)
+        self.new_reducer = new_reducer
+        self.reducer: Reducer | None = None  # until the first micro-batch
+        self.parameters = list(objective.trained().values())
+        self._loss_total, self._weight_total = self.totals[0].unbind()  # views
         self._samples = (1, torch.ones((), dtype=torch.float64, device=device))
         self._factor = torch.ones((), dtype=torch.float64, device=device)
         self._own_optimizer = not type(optimizer).__module__.startswith("torch.")
 
     def renew_reducer(self) -> None:
         """Train the parameters that require a gradient now, through a new reducer."""
-        self.reducer.close()
-        self.reducer = self.new_reducer()
-        self.parameters = list(self.modules.trained().values())
-        self._warm = False
+        if self.reducer is not None:
+            self.reducer.close()
+        self.reducer = None
+        self.parameters = list(self.objective.trained().values())
 
     def __call__(self, work: StepWork, want_norm: bool) -> None:
         """Run the optimizer step that `work` describes.
@@ -79,50 +83,73 @@ class Stepper:
         Raises:
             NonFiniteError: before the update where the check can act there (see `FiniteGuard`).
         """
-        before = BufferSnapshot(self.modules) if self.guard.skips else None
-        loss, weight = self._forward_backward(work)
+        before = BufferSnapshot(self.modules) if self.guard.skips or self._closure else None
+        closure: Closure | None = None
+        if self._closure:
+            assert before is not None
+            work, closure = replayed(
+                work, lambda again: self._gradient(again, want_norm=False), self.parameters, before
+            )
+        sums = self._gradient(work, want_norm)
+        if closure is not None:
+            closure.computed(sums)
+        if self._own_optimizer:  # one that draws random numbers (SGLD) draws the same on all ranks
+            seed_forward(self.seed, work.step, work.samples, self.device)
+        self._update(sums, before, closure)
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def _gradient(self, work: StepWork, want_norm: bool) -> StepSums:
+        """The gradient that the optimizer gets, in every `.grad`."""
+        sums = self._forward_backward(work)
         status.phase = UPDATE
         gradients = gradient_values(self.parameters)
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         self.guard.begin(work.step + 1)
-        self._divide(gradients, weight, work.samples)
-        self.guard.check([loss.clone(), *gradients])
+        self._divide(gradients, sums.weight, work.samples)
+        self.guard.check([sums.loss.clone(), *gradients])
         self._clip(gradients, want_norm)
-        if self._own_optimizer:  # one that draws random numbers (SGLD) draws the same on all ranks
-            seed_forward(self.seed, work.step, work.samples, self.device)
-        self._update(loss, weight, before)
-        for parameter in self.parameters:
-            parameter.grad = None
+        return sums
 
-    def _forward_backward(self, work: StepWork) -> tuple[Tensor, Tensor]:
+    def _gradient_again(self, work: StepWork) -> StepSums:
+        """For a closure; the norm stays that of the step's first gradient. Raises NonFiniteError."""
+        norm, sums = self.grad_norm, self._gradient(work, want_norm=False)
+        self.guard.read(sums.loss)
+        self.grad_norm = norm
+        return sums
+
+    def _forward_backward(self, work: StepWork) -> StepSums:
         scale = 1.0 if self.summed else 1.0 / work.samples
         status.phase = DATA
-        for micro in work.micro_batches:
+        for micro, item in self.objective.items(work, self.prepare):
             status.phase = FORWARD
             status.item += 1
-            batch = self.prepare(micro, work)
-            if not self._warm:
-                self._warm_up(batch)
+            reducer = self.reducer or self._begin(item)
             seed_forward(self.seed, work.step, micro.position, self.device)
             kept = BufferSnapshot(self.modules) if micro.zero_weight else None
-            self.reducer.forward_backward(batch, scale=scale, zero_weight=micro.zero_weight, last=micro.last)
+            reducer.forward_backward(item, scale=scale, zero_weight=micro.zero_weight, last=micro.last)
             if kept is not None:
                 kept.restore()
             status.phase = DATA
+        assert self.reducer is not None
         return self.reducer.finish()
 
-    def _warm_up(self, batch: Any) -> None:
-        """Before the first step of every start (see `DataParallel.warm_up`)."""
+    def _begin(self, item: Item) -> Reducer:
+        """Before the first step of every start: the reducer, which is told how many losses there are (see `warm_up`)."""
         kept = BufferSnapshot(self.modules, frozen=True)
 
         def rewind() -> None:
             kept.restore()
             seed_forward(self.seed, 0, 0, self.device)
 
-        self.reducer.warm_up(batch, rewind)
+        if self.objective.terms is None and self.objective.ranks > 1:
+            rewind()
+            self.objective.forward(clone_batch(item))
+        self.reducer = self.new_reducer()
+        self.reducer.warm_up(item, rewind)
         kept.restore()
-        self._warm = True
+        return self.reducer
 
     def _divide(self, gradients: Sequence[Tensor], weight: Tensor, samples: int) -> None:
         """Gradients over the sample count become gradients over the loss's own weight; zero where that is zero."""
@@ -161,8 +188,8 @@ class Stepper:
             for _, tensors in by_dtype(gradients):
                 torch._foreach_mul_(tensors, scale)
 
-    def _update(self, loss: Tensor, weight: Tensor, before: BufferSnapshot | None) -> None:
-        bad = False
+    def _update(self, sums: StepSums, before: BufferSnapshot | None, closure: Closure | None) -> None:
+        bad, (loss, weight, terms) = False, sums
         if self.scaler is not None:  # by itself it skips only for what it saw before the division
             for found in self.scaler._found_inf_per_device(self.optimizer).values():
                 torch.maximum(found, self.guard.found, out=found)  # kernels compare it with 1
@@ -173,26 +200,56 @@ class Stepper:
         else:
             good = self.guard.found == 0
             loss, weight = loss.where(good, 0), weight.where(good, 0)
+            terms = None if terms is None else terms.where(good, 0)
             if before is not None:
                 before.restore(~good)
         if not bad:
             self._loss_total.add_(loss)
             self._weight_total.add_(weight)
-            if self.scaler is None:
+            if terms is not None:
+                self._add_terms(terms)
+            if closure is not None:
+                closure.step(self.optimizer)
+            elif self.scaler is None:
                 self.optimizer.step()
             else:
                 self.scaler.step(self.optimizer)  # reads a flag on the host unless the optimizer is fused
         if self.scaler is not None:
             self.scaler.update()
 
+    def _add_terms(self, terms: Tensor) -> None:
+        if len(self.totals) == 1:
+            self._set_totals(torch.cat([self.totals, torch.zeros_like(terms)]))
+        self.totals[1:].add_(terms)
+
+    def _set_totals(self, totals: Tensor) -> None:
+        self.totals = totals
+        self._loss_total, self._weight_total = totals[0].unbind()
+
+    def take_row(self) -> dict[str, float]:
+        """loss, those of named losses, grad_norm and skipped since the last row, for the next; waits for the device."""
+        means = [total / weight if weight else math.nan for total, weight in self.totals.tolist()]
+        self.totals.zero_()
+        names = ["loss", *(f"loss/{name}" for name in self.objective.terms or ())]
+        row = dict(zip(names, means, strict=False))
+        if self.grad_norm is not None:
+            row["grad_norm"], self.grad_norm = float(self.grad_norm), None
+        if self.guard.skipped:
+            row["skipped"] = self.guard.skipped
+        return row
+
+    def read(self) -> None:
+        """Read the flags of all steps so far. Raises as `FiniteGuard.read`."""
+        self.guard.read()
+
     def state_dict(self) -> dict[str, Any]:
-        """Open sums, counters and loss scale; call `guard.read` first."""
+        """Open sums, counters and loss scale; call `read` first."""
         scale = self.scaler.state_dict() if self.scaler is not None else {}
         return {"totals": self.totals, "skipped": self.guard.skipped, "in_a_row": self.guard.in_a_row, "scaler": scale}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self.totals.copy_(state["totals"])
+        self._set_totals(state["totals"].view(-1, 2).to(self.device, copy=True))
         self.guard.skipped, self.guard.in_a_row = state["skipped"], state["in_a_row"]
         if self.scaler is not None and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])

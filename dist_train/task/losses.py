@@ -75,8 +75,10 @@ class Loss(nn.Module):
         self.function: Any = function
         self.exact: bool | None = None if self._weigh is None else True
 
-    def forward(self, outputs: Any, targets: Any) -> tuple[Tensor, Tensor | float]:
+    def forward(self, outputs: Any, targets: Any) -> tuple[Any, Any]:
         """The loss summed over this micro-batch (0-dim, float32 or float64), and its weight (a number or a 0-dim tensor).
+
+        Of a function that returns a dict: {name: (sum, weight)} and None.
 
         Raises:
             ValueError: outputs and targets don't fit the loss; says what was expected and found.
@@ -167,18 +169,26 @@ class Loss(nn.Module):
         outputs, targets, _ = self._elements(outputs, targets)
         return outputs, targets, len(outputs)
 
-    def _own(self, outputs: Any, targets: Any) -> tuple[Tensor, Tensor | float]:
+    def _own(self, outputs: Any, targets: Any) -> tuple[Any, Any]:
         value = self.function(outputs, targets)
         self.exact = True
+        if isinstance(value, Mapping):
+            parts = {
+                str(name): self._one(part, outputs, targets, name=f"{self.name}'s {name}")
+                for name, part in value.items()
+            }
+            return parts, None
+        return self._one(value, outputs, targets, str(self.name), alone=True)
+
+    def _one(
+        self, value: Any, outputs: Any, targets: Any, name: str, alone: bool = False
+    ) -> tuple[Tensor, Tensor | float]:
         if isinstance(value, tuple) and len(value) == 2:
-            return self._pair(*value)
+            return _pair(name, *value)
         if not isinstance(value, Tensor):
-            kind = f"a {type(value).__name__}" + (
-                f" of {', '.join(map(str, value))}" if isinstance(value, Mapping) else ""
-            )
             raise ValueError(
-                f"the loss {self.name} must return one tensor (a mean, or one value per sample) or a tuple (sum, weight), but "
-                f"returned {kind}; add its parts up, and name a `task` or metrics to log each of them"
+                f"the loss {name} must return one tensor (a mean, or one value per sample), a tuple (sum, weight), or a dict of "
+                f"these by name, but returned a {type(value).__name__}"
             )
         if value.numel() != 1 or (value.dim() and batch_length(targets) == 1):
             return value.sum(), (len(value) if self.summed else value.numel())
@@ -186,26 +196,27 @@ class Loss(nn.Module):
         if self.summed:
             return value, samples
         self.exact = False
-        if isinstance(targets, Tensor) and targets.dtype == torch.int64:
+        if alone and isinstance(targets, Tensor) and targets.dtype == torch.int64:
             # The mean over nothing is nan: if all labels are negative, as an ignore_index is, the weight is zero.
             empty = value.isnan() & (targets < 0).all()
             return torch.where(empty, 0.0, value * samples), torch.where(empty, 0, samples)
         return value * samples, samples
 
-    def _pair(self, total: Any, weight: Any) -> tuple[Tensor, Tensor | float]:
-        if isinstance(weight, Tensor) and weight.requires_grad:
-            raise ValueError(
-                f"the loss {self.name} returned two values, which are taken as (sum, weight), but the second depends on "
-                "the model too, so it is another loss: return one loss, the sum of its parts"
-            )
-        single = isinstance(total, Tensor) and total.numel() == 1
-        if not single or (weight.numel() != 1 if isinstance(weight, Tensor) else not isinstance(weight, int | float)):
-            found = [_shape(part) if isinstance(part, Tensor) else type(part).__name__ for part in (total, weight)]
-            raise ValueError(
-                f"the loss {self.name} returned two values, which are taken as (sum, weight), a tensor of one number and a "
-                f"number to divide it by, but they are {found[0]} and {found[1]}; return only the loss"
-            )
-        return total.reshape(()), (weight.reshape(()) if isinstance(weight, Tensor) else weight)
+
+def _pair(name: str, total: Any, weight: Any) -> tuple[Tensor, Tensor | float]:
+    if isinstance(weight, Tensor) and weight.requires_grad:
+        raise ValueError(
+            f"the loss {name} returned two values, which are taken as (sum, weight), but the second depends on "
+            "the model too, so it is another loss: return one loss, the sum of its parts"
+        )
+    single = isinstance(total, Tensor) and total.numel() == 1
+    if not single or (weight.numel() != 1 if isinstance(weight, Tensor) else not isinstance(weight, int | float)):
+        found = [_shape(part) if isinstance(part, Tensor) else type(part).__name__ for part in (total, weight)]
+        raise ValueError(
+            f"the loss {name} returned two values, which are taken as (sum, weight), a tensor of one number and a "
+            f"number to divide it by, but they are {found[0]} and {found[1]}; return only the loss"
+        )
+    return total.reshape(()), (weight.reshape(()) if isinstance(weight, Tensor) else weight)
 
 
 def _check_form(function: Any, name: str | None) -> None:

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from dist_train.task.batch import HALF, clone_batch, map_parts, tensors_in
-from dist_train.task.task import Task, as_step_output
+from dist_train.task.task import Task
+from dist_train.task.terms import computed
 
 REPEAT = 1e-5  # if two identical runs differ more, the loss draws random numbers or counts calls: no conclusion
 
@@ -37,7 +38,7 @@ def batch_dependence(task: Task, model: nn.Module, batch: Any, *, length: int, s
         model._compiled_call_impl = None  # compiling for three more shapes would take minutes
     try:
         whole, *halves, again = [
-            _loss(task, model, clone_batch(rows_of(batch, length, rows)))
+            _losses(task, model, clone_batch(rows_of(batch, length, rows)))
             for rows in (slice(0, 2 * half), slice(0, half), slice(half, 2 * half), slice(0, 2 * half))
         ]
     except Exception:  # of another form; if something is wrong with it, training reports it
@@ -45,13 +46,19 @@ def batch_dependence(task: Task, model: nn.Module, batch: Any, *, length: int, s
     finally:
         if compiled is not None:
             model._compiled_call_impl = compiled
-    divisors = (2.0 * half, 2.0 * half) if getattr(task, "summed", False) else (whole[1], halves[0][1] + halves[1][1])
-    if not all(math.isfinite(value) for pair in (whole, *halves, again) for value in pair) or not all(divisors):
-        return None
-    found = BatchDependence(2 * half, whole[0] / divisors[0], (halves[0][0] + halves[1][0]) / divisors[1])
-    size = (abs(whole[0]) + abs(halves[0][0]) + abs(halves[1][0])) / abs(divisors[0])
-    steady = abs(whole[0] - again[0]) / abs(divisors[0]) <= REPEAT * size
-    return found if steady and abs(found.whole - found.halves) > _tolerance(model) * size + REPEAT else None
+    tolerance, summed = _tolerance(model), getattr(task, "summed", False)
+    for of_whole, one, other, repeated in zip(whole, *halves, again, strict=True):
+        divisors = (2.0 * half, 2.0 * half) if summed else (of_whole[1], one[1] + other[1])
+        if not all(math.isfinite(value) for pair in (of_whole, one, other, repeated) for value in pair) or not all(
+            divisors
+        ):
+            continue
+        found = BatchDependence(2 * half, of_whole[0] / divisors[0], (one[0] + other[0]) / divisors[1])
+        size = (abs(of_whole[0]) + abs(one[0]) + abs(other[0])) / abs(divisors[0])
+        steady = abs(of_whole[0] - repeated[0]) / abs(divisors[0]) <= REPEAT * size
+        if steady and abs(found.whole - found.halves) > tolerance * size + REPEAT:
+            return found
+    return None
 
 
 def _uses_batch_statistics(module: nn.Module) -> bool:
@@ -65,9 +72,11 @@ def _tolerance(model: nn.Module) -> float:
     return 2e-2 if dtypes & set(HALF) else 1e-3 if next(model.parameters()).is_cuda else 1e-4
 
 
-def _loss(task: Task, model: nn.Module, batch: Any) -> tuple[float, float]:
-    output = as_step_output(task.step(model, batch))
-    return float(output.loss), float(output.weight)
+def _losses(task: Task, model: nn.Module, batch: Any) -> list[tuple[float, float]]:
+    """Sum and weight of the loss, or of each named loss."""
+    output = computed(task.step(model, batch))
+    parts = [term[:2] for term in output.terms.values()] or [(output.loss, output.weight)]
+    return [(float(total), float(weight)) for total, weight in parts]
 
 
 def rows_of(value: Any, length: int, rows: slice) -> Any:

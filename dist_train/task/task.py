@@ -2,42 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dist_train.task.batch import call_model, is_pair, split_batch, tensors_in
+from dist_train.task.batch import batch_length, call_model, in_full_precision, is_pair, split_batch, tensors_in
 from dist_train.task.losses import Loss
-
-
-@dataclass(slots=True)
-class StepOutput:
-    """The result of a task for one batch.
-
-    Attributes:
-        loss: the loss summed over the batch (0-dim tensor); the engine divides it by the weight of the global batch.
-        weight: a number, or a 0-dim tensor where it depends on the targets.
-        outputs, targets: for the metrics.
-    """
-
-    loss: Tensor
-    weight: Tensor | float
-    outputs: Any = None
-    targets: Any = None
+from dist_train.task.terms import Computed, StepOutput, computed
 
 
 @runtime_checkable
 class Task(Protocol):
-    """One class, used unchanged by train, evaluate and predict.
+    """One class, used unchanged by train, evaluate and predict. docs/tasks.md has the methods that it may have besides.
 
-    `step` runs under autocast where the precision asks for it and returns a `StepOutput` or a tuple (loss summed over the
-    batch, weight, outputs, targets), the last two as the metrics need them. `predict` returns the outputs for a batch
-    that may have no target.
+    `step` runs under autocast where the precision asks for it and returns a `StepOutput` or a tuple (loss, weight, outputs,
+    targets), the last two as the metrics need them. `predict` returns the outputs for a batch that may have no target.
     """
 
     def step(self, model: nn.Module, batch: Any) -> StepOutput | tuple[Any, ...]:
@@ -52,10 +36,13 @@ class Supervised:
 
     A tuple of inputs is spread over the model's arguments, a mapping is passed by name. The loss runs in float32, outside
     autocast.
+
+    Args:
+        loss: of training. val_loss: of evaluation, where that is another.
     """
 
-    def __init__(self, loss: Loss):
-        self.loss = loss
+    def __init__(self, loss: Loss, val_loss: Loss | None = None):
+        self.loss, self.val_loss = loss, val_loss or loss
 
     @property
     def summed(self) -> bool:
@@ -68,37 +55,146 @@ class Supervised:
         Raises:
             ValueError: the batch isn't (inputs, target), or the loss doesn't fit.
         """
+        return _with_loss(self.loss.forward, *self.outputs(model, batch))
+
+    def evaluate(self, model: nn.Module, batch: Any) -> StepOutput:
+        """`val_loss(model(inputs), target)`. Raises as `step`."""
+        return _with_loss(self.val_loss.forward, *self.outputs(model, batch))
+
+    def outputs(self, model: nn.Module, batch: Any) -> tuple[Any, Any]:
+        """(`model(inputs)`, target): what `loss` takes."""
         inputs, targets = split_batch(batch)
-        outputs = call_model(model, inputs)
-        device = next((tensor.device.type for tensor in tensors_in([outputs, batch])), "cpu")
-        if not torch.is_autocast_enabled(device):
-            return StepOutput(*self.loss.forward(outputs, targets), outputs, targets)
-        with torch.autocast(device, enabled=False):
-            return StepOutput(*self.loss.forward(outputs, targets), outputs, targets)
+        return call_model(model, inputs), targets
 
     def predict(self, model: nn.Module, batch: Any) -> Any:
         """`model(inputs)`; the batch may be (inputs, target) or the inputs alone."""
         return call_model(model, batch[0] if is_pair(batch) else batch)
 
 
-def as_step_output(value: StepOutput | tuple[Any, ...]) -> StepOutput:
-    """What a task's `step` returned, which may be a plain tuple.
+def _with_loss(loss: Callable[[Any, Any], tuple[Any, Any]], outputs: Any, targets: Any) -> StepOutput:
+    with full_precision([outputs, targets]):
+        return StepOutput(*loss(outputs, targets), outputs, targets)
 
-    Raises:
-        TypeError: it is neither a `StepOutput` nor a tuple of two to four, or its loss or weight isn't one number.
+
+def full_precision(value: Any) -> Any:
+    """A context without autocast on the device of the tensors in `value`."""
+    device = next((tensor.device.type for tensor in tensors_in(value)), "cpu")
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+
+
+class WholeBatchTask:
+    """A task whose loss compares samples with each other, made of `outputs(model, batch)` and `loss(outputs, targets)`.
+
+    In training the loss is of the outputs of the whole global batch (`step.whole_batch`), in evaluation of an eval batch's.
     """
-    found: Any = type(value).__name__
-    if isinstance(value, tuple) and 2 <= len(value) <= 4:
-        value = StepOutput(*value)
-    if isinstance(value, StepOutput):
-        loss, weight = value.loss, value.weight
-        if isinstance(loss, Tensor) and not loss.dim() and not (isinstance(weight, Tensor) and weight.dim()):
-            return value
-        found = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in (loss, weight)]
-    raise TypeError(
-        "a task's step must return (loss summed over the batch, weight), a 0-dim tensor and a number or 0-dim tensor, followed "
-        f"by outputs and targets if metrics need them; found {found}. Of several losses return the sum"
-    )
+
+    def __init__(self, task: Any):
+        self.task = task
+
+    def step(self, model: nn.Module, batch: Any) -> StepOutput:
+        """The loss of this batch alone."""
+        outputs, targets = self.outputs(model, batch)
+        return _with_loss(self.loss, outputs, targets)
+
+    def evaluate(self, model: nn.Module, batch: Any) -> Any:
+        """The task's own, or the loss of this batch alone."""
+        return getattr(self.task, "evaluate", self.step)(model, batch)
+
+    def outputs(self, model: nn.Module, batch: Any) -> tuple[Any, Any]:
+        """What the loss needs of a batch: outputs and targets whose tensors have a row for each sample.
+
+        Raises:
+            TypeError: the task returned something else.
+        """
+        found = self.task.outputs(model, batch)
+        if not isinstance(found, tuple) or len(found) != 2:
+            raise TypeError(
+                f"a task's outputs(model, batch) must return (outputs, targets), found {type(found).__name__}; None for "
+                "targets where the loss needs none"
+            )
+        return found
+
+    def loss(self, outputs: Any, targets: Any) -> tuple[Any, Any]:
+        """The loss and its weight; a loss without a weight is a mean over the samples."""
+        value = self.task.loss(in_full_precision(outputs), targets)
+        if isinstance(value, tuple):
+            return value  # type: ignore[return-value]
+        samples = batch_length(outputs)
+        if isinstance(value, Mapping):
+            return {name: part if isinstance(part, tuple) else part * samples for name, part in value.items()}, samples
+        return value * samples, samples
+
+    def predict(self, model: nn.Module, batch: Any) -> Any:
+        """The task's own, else its outputs."""
+        own = getattr(self.task, "predict", None)
+        return self.task.outputs(model, batch)[0] if own is None else own(model, batch)
+
+
+class OfOptimizer:
+    """What one of several optimizers minimizes: `step(model, batch, name)` of a task; anything else is the task's."""
+
+    def __init__(self, task: Any, name: str):
+        self.task, self.name = task, name
+
+    def step(self, model: nn.Module, batch: Any) -> Any:
+        """The loss that this optimizer minimizes."""
+        return self.task.step(model, batch, self.name)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "task":
+            raise AttributeError(name)
+        found = getattr(self.task, name)
+        return functools.partial(_named_last, found, self.name) if name == "weights" else found
+
+
+def _named_last(method: Callable[[Any, str], Any], name: str, batch: Any) -> Any:
+    return method(batch, name)
+
+
+class SeveralLosses:
+    """A task of several optimizers, with what each of them minimizes as a loss of its name; in evaluation they are added up."""
+
+    def __init__(self, task: Any, names: Sequence[str]):
+        self.task, self.names = task, list(names)
+
+    def step(self, model: nn.Module, batch: Any) -> StepOutput:
+        """The losses by the optimizers' names, and named losses inside them as `<optimizer>/<name>`, which count once."""
+        terms: dict[str, Any] = {}
+        outputs = targets = None
+        for name in self.names:
+            one = computed(self.task.step(model, batch, name))
+            terms[name] = (one.loss, one.weight)
+            terms |= {f"{name}/{inner}": (term.total, term.weight, 0.0) for inner, term in one.terms.items()}
+            if outputs is None:
+                outputs, targets = one.outputs, one.targets
+        return StepOutput(terms, None, outputs, targets)
+
+    def evaluate(self, model: nn.Module, batch: Any) -> Any:
+        """The task's own, or `step`."""
+        return getattr(self.task, "evaluate", self.step)(model, batch)
+
+    def predict(self, model: nn.Module, batch: Any) -> Any:
+        """The task's own."""
+        return self.task.predict(model, batch)
+
+    def moves(self, step: int) -> list[str]:
+        """The optimizers that move in a step (from 0), in order: as the task's own `moves` says, else all.
+
+        Raises:
+            ValueError: it names one that there isn't, one twice, or none.
+        """
+        own = getattr(self.task, "moves", None)
+        names = self.names if own is None else list(own(step))
+        if not names or not set(names) <= set(self.names) or len(set(names)) < len(names):
+            raise ValueError(
+                f"the task's moves({step}) gave {names}: expected one or more of {', '.join(self.names)}, each once"
+            )
+        return names
+
+
+def evaluated(task: Task, model: nn.Module, batch: Any) -> Computed:
+    """What a task gives in evaluation: by `evaluate` where it has one. Raises as `computed`."""
+    return computed(getattr(task, "evaluate", task.step)(model, batch))
 
 
 MAX_DEPTH = 3  # objects inside objects that `modules_in` searches

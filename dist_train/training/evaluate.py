@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,11 +18,13 @@ from dist_train.data.reading import attribute_of
 from dist_train.models.layers import evaluating
 from dist_train.runtime.seeding import seed_forward
 from dist_train.step.modules import BufferSnapshot
+from dist_train.step.objective import term_sums
 from dist_train.task.batch import HALF, in_full_precision, is_pair, map_tensors, squeeze_column
 from dist_train.task.classes import ClassCounts
 from dist_train.task.entries import MetricEntry, check_names
 from dist_train.task.metrics import Accuracy, BinaryAccuracy
-from dist_train.task.task import StepOutput, as_step_output
+from dist_train.task.task import Supervised, evaluated
+from dist_train.task.terms import Computed
 from dist_train.task.whole import SUM_TOLERANCE
 from dist_train.watch.status import EVALUATION, SYNC, status
 
@@ -33,6 +36,13 @@ if TYPE_CHECKING:
     from dist_train.watch.control import Control
 
 FIRST = 3  # sums before those of the metrics: loss, weight, samples
+
+
+class Losses(NamedTuple):
+    """The named losses of an evaluation with their factors in the total; see `Computed.shared`."""
+
+    factors: dict[str, float]
+    shared: bool = True
 
 
 class EvaluationInterruptedError(Exception):
@@ -70,6 +80,9 @@ class Evaluator:
         self.modules, self.task, self.metrics = parts.modules, parts.task, parts.metrics
         self.model, self.world, self.precision = parts.model, parts.world, parts.precision
         self.prepare, self.seed, self.ema = parts.move, parts.config.seed, ema
+        # Which losses the task gives, once a rank knows, and whether all know it. torch's own give one.
+        self._agreed = isinstance(parts.task, Supervised) and parts.task.val_loss.exact is True
+        self._losses = Losses({}) if self._agreed else None
 
     def run(self, loader: EvalLoader, control: Control | None = None) -> dict[str, float]:
         """loss, the metrics, and `eval_samples`: how many samples were evaluated.
@@ -140,44 +153,64 @@ class Evaluator:
     @property
     def size(self) -> int:
         """How many numbers an evaluation adds up."""
-        return FIRST + sum(entry.size or 0 for entry in self.metrics)
+        assert self._losses is not None
+        return FIRST + 2 * len(self._losses.factors) + sum(entry.size or 0 for entry in self.metrics)
 
-    def forward(self, samples: range, batch: Any) -> StepOutput:
+    def forward(self, samples: range, batch: Any) -> Computed:
         """What the task gives for an eval batch; its outputs in full precision."""
         batch = self.prepare(batch)
         seed_forward(self.seed, 0, samples.start, self.world.device)
         with self.precision.autocast():
-            output = as_step_output(self.task.step(self.model, batch))
+            output = evaluated(self.task, self.model, batch)
+        losses = Losses({name: term.factor for name, term in output.terms.items()}, output.shared)
+        if self._losses is None:
+            self._losses = losses
+        elif losses.factors.keys() != self._losses.factors.keys():
+            before, now = (", ".join(one.factors) or "one" for one in (self._losses, losses))
+            raise ValueError(
+                f"the task gave the losses {before} before, and {now} in this eval batch: give the same ones for each"
+            )
         if self.metrics and output.outputs is None:
             raise TypeError("metrics need the outputs: the task's step must return (loss, weight, outputs, targets)")
         return replace(output, outputs=in_full_precision(output.outputs))
 
-    def sums(self, output: StepOutput, samples: int) -> Tensor:
+    def sums(self, output: Computed, samples: int) -> Tensor:
         """What an eval batch adds to the sums."""
         head = torch.zeros(FIRST, dtype=torch.float64, device=self.world.device)
         head[0], head[1], head[2] = output.loss, output.weight, samples
         summed = [entry for entry in self.metrics if entry.whole is None]
         parts = [entry.sums(output.outputs, output.targets) for entry in summed]
+        if output.terms:
+            parts.insert(0, term_sums(output, head.device).view(-1))
         return torch.cat([head, *(part.to(head.device) for part in parts)])
 
-    def seen(self, output: StepOutput) -> tuple[Any, Any]:
+    def seen(self, output: Computed) -> tuple[Any, Any]:
         """Outputs and targets of an eval batch for metrics that can't be summed, on the CPU."""
         outputs, targets = map_tensors(Tensor.cpu, (output.outputs, output.targets))
         return outputs, targets
 
-    def _settle(self, output: StepOutput | None) -> None:
-        """Metrics whose size depends on the number of classes get it from rank 0's first outputs."""
+    def _settle(self, output: Computed | None) -> None:
+        """All ranks learn from rank 0's first outputs which losses there are, and how many classes where a metric needs that."""
         unknown = [entry for entry in self.metrics if entry.size is None]
-        if unknown:
+        if unknown or not self._agreed:
             seen = [] if output is None else [entry.classes_in(output.outputs, output.targets) for entry in unknown]
-            for entry, classes in zip(unknown, self.world.broadcast(seen), strict=True):
+            losses, found = self.world.broadcast((self._losses, seen))
+            self._losses, self._agreed = Losses(*losses), True
+            for entry, classes in zip(unknown, found, strict=True):
                 entry.settle(classes)
 
     def _results(self, sums: Tensor, classes: Sequence[str] = ()) -> dict[str, float]:
         loss, weight, samples = sums[:FIRST].tolist()
+        assert self._losses is not None
+        factors, shared = self._losses
+        start = FIRST + 2 * len(factors)
+        pairs = zip(factors, sums[FIRST:start].view(-1, 2).tolist(), strict=True)
+        terms = {name: total / part if part else math.nan for name, (total, part) in pairs}
+        mean = loss / weight if weight else math.nan
+        if not shared:
+            mean = sum(factors[name] * value for name, value in terms.items())
         results: dict[str, float] = {}
         names: list[str] = []
-        start = FIRST
         for entry in self.metrics:
             part = sums[start : start + (entry.size or 0)]
             if entry.whole is not None:
@@ -188,7 +221,8 @@ class Evaluator:
             names += found
             start += len(part)
         check_names(names)
-        return {"loss": loss / weight if weight else float("nan"), **results, "eval_samples": int(samples)}
+        losses = {"loss": mean, **{f"loss/{name}": value for name, value in terms.items()}}
+        return {**losses, **results, "eval_samples": int(samples)}
 
 
 def class_names(dataset: Any) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from dist_train.data.plan import micro_slices
 from dist_train.task.samplewise import BatchDependence, batch_dependence
+from dist_train.task.task import WholeBatchTask
 from dist_train.training.unsaved import unsaved_at_start
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class FirstBatch:
         built, size = self.parts, self.parts.world.size
         if self.fresh and built.world.is_main:
             self._unsaved = unsaved_at_start(built, batch, length)
-        if self.pieces == 1:
+        if self.pieces == 1 or isinstance(built.task, WholeBatchTask):
             return
         of_ranks = [micro_slices(samples, rank, size, built.micro_batch_size) for rank in range(size)]
         least = min(min((part.stop - part.start for part in mine), default=0) for mine in of_ranks)
@@ -51,8 +52,8 @@ class FirstBatch:
                 f"{what} isn't a sum over samples: {found.samples} of them at once give {found.whole:.4g}, in two halves "
                 f"{found.halves:.4g}. It compares samples with each other, or divides by something else than the weight that "
                 f"it returns; a step is split into {count} micro-batches here (over {world_size} process(es)), so training "
-                f"differs from that on unsplit batches, and depends on the split{own}. One process with trainer.micro_batch_size="
-                f"{built.plan.global_batch_size} doesn't split them"
+                f"differs from that on unsplit batches, and depends on the split{own}. trainer.whole_batch=true computes it of "
+                "the whole global batch (of a task by its outputs(model, batch) and loss(outputs, targets))"
             )
         if loss is None or loss.exact is not False or count == 1:
             return ""

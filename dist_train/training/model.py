@@ -12,6 +12,7 @@ from torch import nn
 
 from dist_train.config.components import build, build_callable
 from dist_train.config.errors import ConfigError
+from dist_train.config.fields import is_named
 from dist_train.data.plan import Plan, micro_slices
 from dist_train.models.layers import begin_training
 from dist_train.runtime.seeding import seed_everything
@@ -21,7 +22,7 @@ from dist_train.step.precision import Precision, common_precision, resolve_preci
 from dist_train.task.batch import move_batch
 from dist_train.task.entries import MetricEntry, build_metric, check_entries
 from dist_train.task.losses import Loss
-from dist_train.task.task import Supervised, Task
+from dist_train.task.task import SeveralLosses, Supervised, Task, WholeBatchTask
 from dist_train.training.prepare import build_model, building
 
 if TYPE_CHECKING:
@@ -79,12 +80,8 @@ def build_model_parts(config: Config, world: World, *, fresh: bool = False) -> M
     model = build_model(config, world, fresh=fresh, notes=notes)
     memory_format = _memory_format(config, world, model)
     model = _placed(model, config, world, memory_format)
-    loss = None
-    if config.loss is not None:
-        seed_everything(config.seed)
-        with building("loss"):
-            loss = Loss(build_callable(config.loss)).to(world.device)
-    modules, task = _with_task(model, loss, config)
+    loss, val_loss = (_loss(config, world, key) for key in ("loss", "val_loss"))
+    modules, task = _with_task(model, loss, val_loss, config)
     metrics = _metrics(config, loss)
     precision = common_precision(resolve_precision(config.trainer.precision, world.device), world)
     return ModelParts(config, world, modules.to(world.device), loss, task, metrics, precision, memory_format, notes)
@@ -128,21 +125,60 @@ def _placed(model: nn.Module, config: Config, world: World, memory_format: torch
     return model
 
 
-def _with_task(model: nn.Module, loss: Loss | None, config: Config) -> tuple[Modules, Task]:
+def _loss(config: Config, world: World, key: str) -> Loss | None:
+    spec = getattr(config, key)
+    if spec is None:
+        return None
+    seed_everything(config.seed)
+    with building(key):
+        return Loss(build_callable(spec)).to(world.device)
+
+
+def _with_task(model: nn.Module, loss: Loss | None, val_loss: Loss | None, config: Config) -> tuple[Modules, Task]:
+    parts: dict[str, Any] = {}
     if config.task is not None:
         seed_everything(config.seed)
         with building("task"):
-            task: Task = build(config.task)
-        modules = Modules(model, task=task)
+            given: Any = build(config.task)
+        parts["task"] = given
     else:
         assert loss is not None
-        task, function = Supervised(loss), loss.function
-        own = isinstance(function, nn.Module) and type(function).__module__.startswith("torch.nn.")
-        is_torchs = own and next(function.parameters(), None) is None  # type: ignore[union-attr]
-        # The buffers of torch's own losses are arguments of the config.
-        modules = Modules(model) if is_torchs else Modules(model, loss=function)
+        given = Supervised(loss, val_loss)
+        functions = {"loss": loss.function} | ({} if val_loss is None else {"val_loss": val_loss.function})
+        parts = {name: function for name, function in functions.items() if not _is_torchs(function)}
+    modules = Modules(model, **parts)
     check_parameters(modules)
-    return modules, task
+    return modules, adapted(given, config)
+
+
+def _is_torchs(function: Any) -> bool:
+    """One of torch's own losses, whose buffers are arguments of the config."""
+    own = isinstance(function, nn.Module) and type(function).__module__.startswith("torch.nn.")
+    return own and next(function.parameters(), None) is None
+
+
+def adapted(task: Any, config: Config) -> Task:
+    """A task as the engine calls it: of the whole batch, or of several optimizers, where it is one.
+
+    Raises:
+        ConfigError: it lacks a method that it needs for that.
+    """
+    whole, named = config.trainer.whole_batch, is_named(config.optimizer)
+    if whole is True or (whole == "auto" and getattr(task, "whole_batch", False)):
+        if named or not (callable(getattr(task, "outputs", None)) and callable(getattr(task, "loss", None))):
+            message = (
+                "it needs a task with outputs(model, batch), which returns (outputs, targets), and loss(outputs, targets), or "
+                "none at all and a `loss`" + (", and one optimizer" if named else "")
+            )
+            raise ConfigError.single("trainer.whole_batch", message)
+        return WholeBatchTask(task)
+    if not callable(getattr(task, "step", None)) or not callable(getattr(task, "predict", None)):
+        message = (
+            "it has outputs and loss, which are for losses that compare samples with each other: set trainer.whole_batch=true, "
+            "or define step(model, batch) and predict(model, batch)"
+        )
+        raise ConfigError.single("task", message)
+    return SeveralLosses(task, list(config.optimizer)) if named else task
 
 
 class Saved(Protocol):
@@ -229,9 +265,10 @@ def check_watched(built: ModelParts, keep_best: tuple[str, str] | None) -> None:
     if config.data.val is None or any(entry.open for entry in built.metrics):
         return
     known = ["val/loss", *(f"val/{entry.primary}" for entry in built.metrics)]
+    own = isinstance(built.task, Supervised) and built.task.val_loss.exact  # torch's own gives one
     known += [name.replace("val/", "val/raw_") for name in known if config.trainer.ema_decay is not None]
     for key, name in watched(config, keep_best).items():
-        if name not in known:
+        if name not in known and (own or not name.replace("raw_", "").startswith("val/loss/")):
             raise ConfigError.single(key, f"{name} isn't computed; the config gives {', '.join(known)}")
 
 

@@ -11,18 +11,22 @@ import torch
 
 from dist_train.config.components import build
 from dist_train.config.errors import ConfigError
-from dist_train.config.fields import Duration
+from dist_train.config.fields import Duration, is_named
 from dist_train.data.augment import Augmentation
 from dist_train.data.loader import EvalLoader, TrainLoader, build_plan
 from dist_train.data.plan import Plan
 from dist_train.step.ema import EMA, OptimizerEMA
 from dist_train.step.objective import Objective
 from dist_train.step.optim import averages_weights, build_optimizer
+from dist_train.step.own_weights import OwnWeights
 from dist_train.step.parameters import check_optimizer
 from dist_train.step.reduce import reducer_for
 from dist_train.step.schedule import Schedule, Span
+from dist_train.step.several import Optimizers, Owners, Schedules, SeveralSteppers
 from dist_train.step.step import Stepper
+from dist_train.step.whole_batch import WholeBatch
 from dist_train.task.entries import is_lower_better
+from dist_train.task.task import OfOptimizer, SeveralLosses, WholeBatchTask
 from dist_train.training.callbacks import Callback
 from dist_train.training.due import StopWhen, in_steps
 from dist_train.training.evaluate import Evaluator
@@ -45,6 +49,7 @@ class Parts(ModelParts):
         plan: the order of the training samples.
         micro_batch_size: maximum number of samples per forward.
         augmentation: what is done to a training batch on the device.
+        owners: which parameters each of several optimizers trains.
         eval_loaders: those of val and test, where the config has them.
         horizon: the optimizer steps that the schedule spans; None where the duration is a time.
         keep_best: the metric that decides which checkpoint is the best, and `min` or `max`.
@@ -59,13 +64,20 @@ class Parts(ModelParts):
     augmentation: Augmentation | None
     train_loader: TrainLoader
     eval_loaders: dict[str, EvalLoader]
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | Optimizers
+    owners: Owners | None
     horizon: int | None
-    schedule: Schedule | None
+    schedule: Schedule | Schedules | None
     ema: EMA | None
     keep_best: tuple[str, str] | None
     stop_when: StopWhen | None
     evaluator: Evaluator
+
+    def learning_rates(self) -> dict[str, float]:
+        """The lr of the first parameter group, as `lr`; of several optimizers, as `lr/<name>` of each."""
+        if isinstance(self.optimizer, Optimizers):
+            return {f"lr/{name}": one.param_groups[0]["lr"] for name, one in self.optimizer.by_name.items()}
+        return {"lr": self.optimizer.param_groups[0]["lr"]}
 
     def prepare(self, micro: MicroBatch, work: StepWork) -> Any:
         """A micro-batch on the device, augmented; the draws depend on (seed, epoch, sample)."""
@@ -108,10 +120,12 @@ def build_parts(
         train_loader = TrainLoader(datasets["train"], plan, options, micro_batch_size=micro, neighbours=neighbours)
     held_out = {split: dataset for split, dataset in datasets.items() if split != "train"}
     eval_loaders = {split: eval_loader(config, world, dataset, split) for split, dataset in held_out.items()}
-    optimizer = _optimizer(built)
+    owners = Owners(built.modules, config.optimizer) if is_named(config.optimizer) else None
+    optimizer = _optimizers(built, owners) if owners is not None else _optimizer(built, "optimizer", config.optimizer)
     horizon = _horizon(config, plan, horizon)
     schedule = _schedule(built, optimizer, plan, horizon, keep_best)
-    built.modules.add_optimizer(optimizer)
+    for one in optimizer.by_name.values() if isinstance(optimizer, Optimizers) else [optimizer]:
+        built.modules.add_optimizer(one)
     built.modules.synchronize(world)
     ema = _ema(built, optimizer)
     stop_when = None
@@ -119,7 +133,7 @@ def build_parts(
         stop_when = StopWhen(rule, plan.steps_per_epoch, is_lower_better(rule.metric, built.metrics))
     return Parts(
         **vars(built), datasets=datasets, callbacks=callbacks, plan=plan, micro_batch_size=micro,
-        augmentation=augmentation, train_loader=train_loader, eval_loaders=eval_loaders, optimizer=optimizer,
+        augmentation=augmentation, train_loader=train_loader, eval_loaders=eval_loaders, optimizer=optimizer, owners=owners,
         horizon=horizon, schedule=schedule, ema=ema, keep_best=keep_best, stop_when=stop_when,
         evaluator=Evaluator(built, ema),
     )  # fmt: skip
@@ -141,11 +155,11 @@ def _keep_best(built: ModelParts) -> tuple[str, str] | None:
     return name, mode or ("min" if is_lower_better(name, built.metrics) else "max")
 
 
-def _optimizer(built: ModelParts) -> torch.optim.Optimizer:
-    """Over the parameters that train."""
+def _optimizer(built: ModelParts, key: str, spec: Any) -> torch.optim.Optimizer:
+    """Over the parameters that require a gradient now."""
     config, world = built.config, built.world
-    with building("optimizer"):
-        optimizer = build_optimizer(config.optimizer, built.modules, world.device)
+    with building(key):
+        optimizer = build_optimizer(spec, built.modules, world.device)
     if averages_weights(optimizer):
         optimizer.train()  # type: ignore[attr-defined]
     check_optimizer(
@@ -159,6 +173,19 @@ def _optimizer(built: ModelParts) -> torch.optim.Optimizer:
     return optimizer
 
 
+def _optimizers(built: ModelParts, owners: Owners) -> Optimizers:
+    """Several, in the config's order."""
+    made = {}
+    for name, spec in built.config.optimizer.items():
+        with owners.only(name):
+            own = {key: value for key, value in spec.items() if key != "match"}
+            made[name] = _optimizer(built, f"optimizer.{name}", own)
+        if averages_weights(made[name]):
+            message = f"{type(made[name]).__name__} averages the weights itself, which is for one optimizer alone"
+            raise ConfigError.single(f"optimizer.{name}", message)
+    return Optimizers(made)
+
+
 def _horizon(config: Config, plan: Plan, before: int | None) -> int | None:
     """`scheduler.horizon`, else what the schedule has spanned before, else the duration."""
     asked = config.scheduler.get("horizon") if isinstance(config.scheduler, dict) else None
@@ -169,30 +196,45 @@ def _horizon(config: Config, plan: Plan, before: int | None) -> int | None:
 
 def _schedule(
     built: ModelParts,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | Optimizers,
     plan: Plan,
     horizon: int | None,
     keep_best: tuple[str, str] | None,
-) -> Schedule | None:
+) -> Schedule | Schedules | None:
     config = built.config
     if config.scheduler is None:
         return None
-    asked = config.scheduler.get("metric") if isinstance(config.scheduler, dict) else None
-    metric, mode = keep_best or ("val/loss", "min")
-    if asked not in (None, metric):
-        metric, mode = asked, "min" if is_lower_better(asked, built.metrics) else "max"
     span = Span(horizon, plan.steps_per_epoch, in_steps(config.trainer.duration, plan.steps_per_epoch))
-    with building("scheduler"):
-        schedule = Schedule(config.scheduler, optimizer, span, (metric, mode))
+    monitor = keep_best or ("val/loss", "min")
+    if not isinstance(optimizer, Optimizers):
+        return _one_schedule(built, "scheduler", config.scheduler, optimizer, span, monitor)
+    made: dict[str, Schedule] = {}
+    for name, one in optimizer.by_name.items():
+        spec = config.scheduler.get(name) if is_named(config.scheduler) else config.scheduler
+        if spec is not None:
+            key = f"scheduler.{name}" if is_named(config.scheduler) else "scheduler"
+            made[name] = _one_schedule(built, key, spec, one, span, monitor)
+    return Schedules(made)
+
+
+def _one_schedule(
+    built: ModelParts, key: str, spec: Any, optimizer: torch.optim.Optimizer, span: Span, monitor: tuple[str, str]
+) -> Schedule:
+    config = built.config
+    asked = spec.get("metric") if isinstance(spec, dict) else None
+    if asked not in (None, monitor[0]):
+        monitor = (asked, "min" if is_lower_better(asked, built.metrics) else "max")
+    with building(key):
+        schedule = Schedule(spec, optimizer, span, monitor)
     if schedule.on_plateau and (config.data.val is None or config.trainer.evaluate_every is None):
         message = "ReduceLROnPlateau follows evaluations during training: set data.val and trainer.evaluate_every"
-        raise ConfigError.single("scheduler", message)
+        raise ConfigError.single(key, message)
     return schedule
 
 
-def _ema(built: ModelParts, optimizer: torch.optim.Optimizer) -> EMA | None:
+def _ema(built: ModelParts, optimizer: torch.optim.Optimizer | Optimizers) -> EMA | None:
     decay = built.config.trainer.ema_decay
-    if averages_weights(optimizer):
+    if not isinstance(optimizer, Optimizers) and averages_weights(optimizer):
         if decay is not None:
             message = f"{type(optimizer).__name__} averages the weights itself: leave it null"
             raise ConfigError.single("trainer.ema_decay", message)
@@ -200,11 +242,28 @@ def _ema(built: ModelParts, optimizer: torch.optim.Optimizer) -> EMA | None:
     return EMA(built.modules, decay) if decay is not None else None
 
 
-def build_stepper(parts: Parts, prepare: Callable[[MicroBatch, StepWork], Any]) -> Stepper:
+def build_stepper(parts: Parts, prepare: Callable[[MicroBatch, StepWork], Any]) -> Stepper | SeveralSteppers:
     """What runs optimizer steps, for the parameters that train now: to be built after a checkpoint was loaded.
 
     `prepare` makes the batch that the model gets from a micro-batch of a step.
     """
-    objective = Objective(parts.modules, parts.task, parts.precision, parts.precision.scaler())
-    new_reducer = partial(reducer_for, objective, parts.world, parts.config.distributed)
-    return Stepper(objective, parts.optimizer, new_reducer, parts.plan, prepare, parts.config.trainer)
+
+    def make(task: Any, optimizer: torch.optim.Optimizer) -> Stepper:
+        objective = _objective(parts, task)
+        new_reducer = partial(reducer_for, objective, parts.world, parts.config.distributed)
+        return Stepper(objective, optimizer, new_reducer, parts.plan, prepare, parts.config.trainer)
+
+    if not isinstance(parts.optimizer, Optimizers):
+        return make(parts.task, parts.optimizer)
+    assert parts.owners is not None
+    assert isinstance(parts.task, SeveralLosses)
+    task, by_name = parts.task, parts.optimizer.by_name
+    return SeveralSteppers(lambda name: make(OfOptimizer(task.task, name), by_name[name]), parts.owners, task.moves)
+
+
+def _objective(parts: Parts, task: Any) -> Objective:
+    scaler, world = parts.precision.scaler(), parts.world
+    if isinstance(task, WholeBatchTask):
+        return WholeBatch(parts.modules, task, parts.precision, scaler, world, parts.config.seed)
+    kind = OwnWeights if callable(getattr(task, "weights", None)) else Objective
+    return kind(parts.modules, task, parts.precision, scaler, world.size)

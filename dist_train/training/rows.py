@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dist_train.checkpoint.manager import CheckpointManager
     from dist_train.data.plan import Indices
     from dist_train.runtime.rundir import RunDir
+    from dist_train.step.several import SeveralSteppers
     from dist_train.step.step import Stepper
     from dist_train.tracking.console import Console
     from dist_train.training.callbacks import Callback, Training
@@ -54,11 +55,12 @@ class TrainRows:
         samples: those that the run has consumed so far.
 
     Attributes:
-        lr: of the last step. extra: metrics of callbacks, for the next row.
+        lr: of the last step, `lr` or, of several optimizers, `lr/<name>`. extra: metrics of callbacks, for the next row.
     """
 
-    def __init__(self, stepper: Stepper, samples: int):
-        self.stepper, self.lr = stepper, 0.0
+    def __init__(self, stepper: Stepper | SeveralSteppers, samples: int):
+        self.stepper = stepper
+        self.lr: dict[str, float] = {}
         self.extra: dict[str, float] = {}
         self._samples, self._time, self._waited = samples, time.monotonic(), 0.0
 
@@ -70,13 +72,8 @@ class TrainRows:
             pace: how far the ranks are apart.
         """
         stepper, now = self.stepper, time.monotonic()
-        loss, weight = stepper.totals.tolist()
-        stepper.totals.zero_()
-        row: dict[str, float] = {"loss": loss / weight if weight else float("nan"), "lr": self.lr}
-        if stepper.grad_norm is not None:
-            row["grad_norm"] = float(stepper.grad_norm)
-        if stepper.guard.skipped:
-            row["skipped"] = stepper.guard.skipped
+        taken = stepper.take_row()
+        row = {name: value for name, value in taken.items() if name.startswith("loss")} | self.lr | taken
         elapsed = max(now - self._time, 1e-9)
         row["samples_per_s"] = (samples - self._samples) / elapsed
         row["data_wait"] = (waited - self._waited) / elapsed

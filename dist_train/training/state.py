@@ -14,6 +14,7 @@ from dist_train.checkpoint.store import ranking_key
 from dist_train.config.errors import ConfigError
 from dist_train.data.digest import content_digest
 from dist_train.step.parameters import match_strides
+from dist_train.step.several import Optimizers
 from dist_train.task.entries import monitored
 from dist_train.training.callbacks import callback_states, load_callback_states
 from dist_train.training.evaluate import on_rank_zero
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from dist_train.checkpoint.store import Found
     from dist_train.runtime.world import World
     from dist_train.step.modules import Modules
+    from dist_train.step.several import SeveralSteppers
     from dist_train.step.step import Stepper
     from dist_train.training.parts import Parts
 
@@ -67,7 +69,11 @@ class Progress:
 
 
 def snapshot(
-    parts: Parts, stepper: Stepper, progress: Progress, ranks: list[dict[str, Any]], stream: dict[str, Any] | None
+    parts: Parts,
+    stepper: Stepper | SeveralSteppers,
+    progress: Progress,
+    ranks: list[dict[str, Any]],
+    stream: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Everything that a run resumes from, as trees of tensors and plain values; `model` and `ema` are weights by name.
 
@@ -204,7 +210,8 @@ def _restore_optimizer(
     groups = parts.optimizer.param_groups
     fresh = [{key: value for key, value in group.items() if key != "params"} for group in groups]
     parts.optimizer.load_state_dict(found.load("optimizer"))
-    match_strides(parts.optimizer)
+    for one in parts.optimizer.by_name.values() if isinstance(parts.optimizer, Optimizers) else [parts.optimizer]:
+        match_strides(one)
     if any(key.startswith(("optimizer", "scheduler")) for key in changed):
         # The saved groups would silently bring the old values back.
         for group, values in zip(parts.optimizer.param_groups, fresh, strict=False):  # not those of callbacks

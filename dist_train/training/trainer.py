@@ -48,7 +48,8 @@ class Trainer:
     def __init__(self, parts: Parts, progress: Progress, outputs: Outputs, stepper_state: dict[str, Any] | None = None):
         self.parts, self.progress, self.outputs = parts, progress, outputs
         self.config, self.world, self.plan = parts.config, parts.world, parts.plan
-        self.model, self.modules, self.optimizer = parts.model, parts.modules, parts.optimizer
+        self.model, self.modules = parts.model, parts.modules
+        self.optimizer: Any = parts.optimizer
         self.run, self.console, self.checkpoints = outputs.run, outputs.console, outputs.checkpoints
         self.callbacks = [*parts.callbacks, *outputs.views]
         self.outcome: str | None = None
@@ -140,12 +141,12 @@ class Trainer:
         status.began = time.perf_counter()
         if self.outputs.trace is not None:
             self.outputs.trace.write(done, work.local_indices)
-        self.rows.lr = self.optimizer.param_groups[0]["lr"]
+        self.rows.lr = parts.learning_rates()
         self.stepper(work, want_norm=self.due.log(done))
         self.progress.step = self.console.step = done
         self.progress.samples += work.samples
-        if parts.schedule is not None and parts.schedule.is_due(done):
-            parts.schedule.step()
+        if parts.schedule is not None:
+            parts.schedule.after_step(done)
         if parts.ema is not None:
             parts.ema.update()
 
@@ -191,7 +192,7 @@ class Trainer:
     def _evaluate(self) -> Evaluated:
         """Evaluate on val, record it, and let schedule, callbacks and `stop_when` see it."""
         parts, progress = self.parts, self.progress
-        self.stepper.guard.read()
+        self.stepper.read()
         try:
             results = parts.evaluator.run(parts.eval_loaders["val"], self.control)
         except EvaluationInterruptedError:
@@ -203,8 +204,8 @@ class Trainer:
         progress.metrics = metrics = {f"val/{name}": value for name, value in results.items()}
         self._write_row("val", results)
         self.console.evaluation("val", self.step, results)
-        if parts.schedule is not None and parts.schedule.on_plateau:
-            parts.schedule.step(metrics)
+        if parts.schedule is not None:
+            parts.schedule.evaluated(metrics)
         self._call("on_evaluation_end", metrics)
         if parts.stop_when is not None and self.step:
             progress.finished = progress.finished or parts.stop_when.judge(metrics, self.step)
@@ -214,7 +215,7 @@ class Trainer:
     def _log(self) -> None:
         """A train row, for the records and for the console."""
         status.phase = LOGGING
-        self.stepper.guard.read()
+        self.stepper.read()
         row = self.rows.take(self.progress.samples, self.parts.train_loader.waited, self.world.peers.pace())
         self._write_row("train", row)
         duration = self.config.trainer.duration
@@ -235,7 +236,7 @@ class Trainer:
     def _save(self) -> None:
         """Save a checkpoint of this step; all ranks call it, rank 0 writes."""
         status.phase = SYNC
-        self.stepper.guard.read()
+        self.stepper.read()
         self._trainable.check_known()
         ranks = of_every_rank(self.modules, self.world)
         stream = self.parts.train_loader.state_dict(lambda value: on_rank_zero(self.world, value))

@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from dist_train.step.groups import Grouping, Home
 from dist_train.step.parameters import fill_momentum
+from dist_train.step.several import Optimizers, SeveralSteppers
 
 if TYPE_CHECKING:
     from dist_train.step.step import Stepper
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 class Trainable:
     """Notices that a callback has called `requires_grad_` or `optimizer.add_param_group`, and makes everything else follow."""
 
-    def __init__(self, parts: Parts, stepper: Stepper):
+    def __init__(self, parts: Parts, stepper: Stepper | SeveralSteppers):
         self.parts, self.stepper = parts, stepper
         self._parameters = list(parts.modules.parameters())
         self._seen = self._now()
@@ -32,6 +33,10 @@ class Trainable:
         if self._now() == self._seen:
             return
         parts = self.parts
+        if isinstance(self.stepper, SeveralSteppers):
+            raise ValueError(
+                "a callback lets other parameters train, which is for one optimizer: of several each has its own from the start"
+            )
         for parameter in self._parameters:
             parameter.grad = None
         _complete_groups(parts)
@@ -43,6 +48,7 @@ class Trainable:
                     f"a callback lets rank {rank} train other parameters than rank {parts.world.rank}: on every rank it must do "
                     "the same at the same step"
                 )
+        assert not isinstance(parts.optimizer, Optimizers)
         fill_momentum(parts.optimizer)
         _extend(parts)
         self.stepper.renew_reducer()
@@ -108,6 +114,7 @@ def _extend(parts: Parts) -> None:
 def _complete_groups(parts: Parts) -> None:
     """Put every parameter that trains into the group that the config gives it; those that it names nowhere into the first."""
     optimizer, trained = parts.optimizer, parts.modules.trained()
+    assert not isinstance(optimizer, Optimizers)
     if not trained:
         raise ValueError("a callback has frozen every parameter: nothing is left to train")
     names = {id(parameter): name for name, parameter in parts.modules.named_parameters()}

@@ -28,7 +28,7 @@ from dist_train.data.digest import content_digest
 from dist_train.runtime.seeding import seed_forward, undisturbed_generators
 from dist_train.task.batch import clone_batch, tensors_in
 from dist_train.task.samplewise import rows_of
-from dist_train.task.task import StepOutput, as_step_output
+from dist_train.task.terms import Computed, computed
 from dist_train.training.model import ModelParts, Saved, load_weights
 
 if TYPE_CHECKING:
@@ -48,11 +48,11 @@ def _copied(parts: ModelParts) -> ModelParts:
     return replace(parts, modules=modules, task=task)
 
 
-def _forward(parts: ModelParts, batch: Any, step: int = 0) -> StepOutput:
+def _forward(parts: ModelParts, batch: Any, step: int = 0) -> Computed:
     """Loss and outputs of a forward as in training, never compiled."""
     seed_forward(parts.config.seed, step, 0, parts.world.device)
     with parts.precision.autocast(), torch.compiler.set_stance("force_eager"):
-        return as_step_output(parts.task.step(parts.model, clone_batch(batch)))
+        return computed(parts.task.step(parts.model, clone_batch(batch)))
 
 
 def _train(parts: ModelParts, batch: Any, step: int) -> None:

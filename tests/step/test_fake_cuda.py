@@ -19,7 +19,7 @@ from dist_train.config.schema import TrainerConfig
 from dist_train.data.loader import StepWork
 from dist_train.data.plan import MicroBatch, Plan
 from dist_train.step.modules import Modules
-from dist_train.step.objective import Objective, SingleProcess
+from dist_train.step.objective import Objective, SingleProcess, StepSums, step_sums
 from dist_train.step.optim import build_optimizer
 from dist_train.step.precision import Precision
 from dist_train.step.reduce import ReportingObjective
@@ -77,9 +77,8 @@ class WithoutDDP:
     def forward_backward(self, batch: Any, *, scale: float, zero_weight: bool, last: bool) -> None:
         self.objective(batch, scale, zero_weight).backward()
 
-    def finish(self) -> tuple[Tensor, Tensor]:
-        weight, loss = self.objective.report.grad.clone().unbind()
-        return loss, weight
+    def finish(self) -> StepSums:
+        return step_sums(self.objective.report.grad.clone())
 
 
 def work(step: int, batch: Any, parts: int) -> StepWork:

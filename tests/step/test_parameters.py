@@ -101,9 +101,9 @@ def test_unusual_parameters_train_as_in_plain_torch(name: str, tmp_path: Path) -
         torch.testing.assert_close(a, b, rtol=2e-2 if rough else 1e-4, atol=1e-2 if rough else 1e-6)
 
 
-class Closure(torch.optim.SGD):
-    def step(self, closure: Any) -> Any:  # type: ignore[override]
-        return super().step(closure)
+class NeedsLoss(torch.optim.SGD):
+    def step(self, loss: Any) -> Any:  # type: ignore[override]
+        return super().step()
 
 
 def expanded() -> nn.Module:
@@ -136,8 +136,19 @@ def test_models_that_cannot_be_trained_are_refused(make: Any, message: str) -> N
 @pytest.mark.parametrize(
     ("model", "optimizer", "where", "message"),
     [
-        (nn.Linear(2, 2), {"_target_": torch.optim.LBFGS}, {}, "LBFGS.step needs a closure"),
-        (nn.Linear(2, 2), {"_target_": Closure}, {}, "Closure.step needs a closure"),
+        (
+            nn.Linear(2, 2),
+            {"_target_": torch.optim.LBFGS},
+            {"scaled": True},
+            "LBFGS computes the gradient several times",
+        ),
+        (
+            nn.Linear(2, 2),
+            {"_target_": torch.optim.LBFGS},
+            {"skips": True},
+            "LBFGS computes the gradient several times",
+        ),
+        (nn.Linear(2, 2), {"_target_": NeedsLoss}, {}, "NeedsLoss.step needs loss, which isn't known here"),
         (Words(), {"_target_": torch.optim.Adam}, {}, "table.weight is sparse, which Adam doesn't take"),
         (Words(), {"_target_": torch.optim.SGD, "weight_decay": 0.1}, {}, "can't decay weights"),
         (nn.Sequential(Words(), nn.Linear(2, 2)), {"_target_": torch.optim.SparseAdam}, {}, "1.weight is dense"),

@@ -363,7 +363,7 @@ def test_reduce_on_plateau_takes_its_mode_from_the_metric() -> None:
     for watched, rising in ((ACCURACY, 0.1), (LOSS, 0.01)):
         schedule = Schedule(PLATEAU, optimizer := an_optimizer(), SPAN, watched)
         for value in (0.5, 0.6):
-            schedule.step({watched[0]: value})
+            schedule.evaluated({watched[0]: value})
         assert optimizer.param_groups[0]["lr"] == pytest.approx(rising)
     for spec, watched in (
         ({**PLATEAU, "mode": "min"}, ACCURACY),

@@ -76,7 +76,7 @@ def test_a_step_is_the_step_of_a_plain_loop(parts: int) -> None:
         optimizer.step()
         torch.testing.assert_close(ours.weight, plain.weight, rtol=1e-6, atol=1e-7)
         torch.testing.assert_close(step.grad_norm, norm, rtol=1e-5, atol=1e-7)
-    total, weight = step.totals.tolist()
+    total, weight = step.totals[0].tolist()
     assert weight == 24
     assert total / weight > 0
 

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from dist_train.config.errors import ConfigError
-from dist_train.step.objective import trainable_output
+from dist_train.step.objective import trainable
 from dist_train.task.losses import Loss
+from dist_train.task.terms import computed
 
 GENERATOR = torch.Generator().manual_seed(0)
 LOGITS = torch.randn(12, 5, generator=GENERATOR, dtype=torch.float64)
@@ -140,10 +141,10 @@ BAD = {
     "BCE targets above 1": (nn.BCEWithLogitsLoss(), torch.zeros(4), torch.full((4,), 2.0), "between 0 and 1"),
     "no tensor": (lambda outputs, targets: "much", torch.zeros(4), torch.zeros(4), "must return one tensor"),
     "several": (
-        lambda o, t: {"box": o.sum(), "mask": t.sum()},
+        lambda o, t: {"box": o.sum(), "mask": "much"},
         torch.zeros(4),
         torch.zeros(4),
-        "a dict of box, mask; add",
+        "'s mask must return one tensor",
     ),
     "loss and logits": (
         lambda o, t: (o.sum(), o),
@@ -186,6 +187,6 @@ def test_a_loss_that_can_not_be_trained_is_named() -> None:
     with pytest.raises(ValueError, match="the second depends on the model too, so it is another loss"):
         Loss(lambda o, t: (o.sum(), o.mean()))(outputs, torch.zeros(2))
     with pytest.raises(ValueError, match="expected a real loss that depends on a trainable parameter"):
-        trainable_output((outputs.detach().sum(), 2))
+        trainable(computed((outputs.detach().sum(), 2)))
     with pytest.raises(ValueError, match=r"the weight of a loss .* must not depend on parameters"):
-        trainable_output((outputs.sum(), outputs.mean()))
+        trainable(computed((outputs.sum(), outputs.mean())))

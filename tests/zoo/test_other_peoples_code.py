@@ -127,8 +127,11 @@ def test_contrast_within_the_batch_is_said_where_it_is_cut(
 @pytest.mark.parametrize(
     ("user", "overrides", "message"),
     [
-        ("gan", ["optimizer=[{_target_: torch.optim.Adam}, {_target_: torch.optim.Adam}]"], "several optimizers"),
-        ("gan", ["task._target_=zoo_generative.TwoLosses"], "Of several losses return the sum"),
+        (
+            "gan",
+            ["optimizer=[{_target_: torch.optim.Adam}, {_target_: torch.optim.Adam}]"],
+            "several are written by name",
+        ),
         (
             "gpt2",
             ["task._target_=zoo_language.Naive"],
