@@ -55,7 +55,7 @@ def cross_checks(config: Config) -> Iterator[Finding]:
     for rules in (_name, _data, _model, _optimizer, _schedulers, _watched):
         for key, message in rules(config):
             yield keyed(key), message
-    for name in ("images", "histograms"):
+    for name in ("images", "histograms", "graph"):
         if getattr(config.tracking, name) and not config.tracking.tensorboard:
             yield ("tracking", name), "this needs TensorBoard, which is off: set tracking.tensorboard=true"
 

@@ -250,6 +250,7 @@ class TrackingConfig(Section):
         "How often TensorBoard gets histograms of the trained weights, and of their gradients as the optimizer gets them; "
         "also before training (step 0). null: never.",
     )
+    graph: bool = harmless(False, "Show TensorBoard the model's graph (torch.jit.trace, on a copy), before training.")
     wandb: WandbConfig | None = harmless(None, about(WandbConfig))
     report: bool = harmless(
         True,

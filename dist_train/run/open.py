@@ -111,12 +111,12 @@ def _restore(modules: Modules, run: RunDir, checkpoint: str | None, world: World
     A run that is training deletes checkpoints, perhaps the one that is being read here: then it is looked up again.
     """
     store = _store(run)
-
-    def look() -> int:
-        return find_weights(run, checkpoint).step
-
     while True:
-        step = look() if world is None else world.on_main(look)
+        step = (
+            find_weights(run, checkpoint).step
+            if world is None
+            else world.on_main(lambda: find_weights(run, checkpoint).step)
+        )
         try:
             found = store.open(step)
             if found is not None:

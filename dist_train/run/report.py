@@ -59,7 +59,11 @@ def report_in(world: World, run: RunDir, config: Config, warn: Callable[[str], N
     """Write the report of a completed run whose last start was killed before it did; all ranks of `world` call it."""
     try:
         require_components(config)
-        report_of(restore_in(world, run, config), warn)
+        restored = restore_in(world, run, config)
+        modes = [(module, module.training) for module in restored.evaluator.modules.modules()]
+        report_of(restored, warn)
+        for module, training in modes:
+            module.training = training
     except (ConfigError, CheckpointError) as error:
         warn(f"the report has no pictures: {error}")
         if world.is_main:
@@ -70,5 +74,6 @@ def report_in(world: World, run: RunDir, config: Config, warn: Callable[[str], N
 def report_of(restored: Restored, warn: Callable[[str], None]) -> Path | None:
     """Write the report of an opened run, with pictures where it has data for them; all ranks call it."""
     data, found = restored.config.data, restored.found
+    restored.evaluator.modules.eval()
     loader = None if data.test is None and data.val is None else restored.loader(restored.split(None))
     return make_report(restored.run, restored.config, restored.evaluator, loader, found.step, found.meta, warn)

@@ -1,8 +1,8 @@
 """The logger: every row goes into metrics.jsonl at once, then to sinks (TensorBoard, wandb) in the background.
 
-A sink is an object with any of the methods row(row), image(name, step, array), histogram(name, step, array), flush() and
-close(outcome) (see `Logger`); a method that it lacks isn't called. It lives in a thread of its own, where it may fail or hang
-without hurting the run; `abandon()` is called from another thread when it hangs.
+A sink is an object with any of the methods row(row), image(name, step, array), histogram(name, step, array), graph(model,
+inputs), flush() and close(outcome) (see `Logger`); a method that it lacks isn't called. It lives in a thread of its own, where
+it may fail or hang without hurting the run; `abandon()` is called from another thread when it hangs.
 """
 
 from __future__ import annotations
@@ -59,6 +59,13 @@ class Logger:
         """A NumPy array of any shape (weights, gradients), not written to afterwards."""
         self._put("histogram", name, step, values)
 
+    def graph(self, model: Any, inputs: Any, timeout: float = 600.0) -> None:
+        """The model's graph, traced on an example of its inputs.
+
+        Blocks until it is done: tracing draws from torch's default generator in the sink's thread.
+        """
+        self._put("graph", model, inputs, wait=timeout)
+
     def flush(self, wait: float = 0.0) -> None:
         """Make the rows so far durable (they survive a power failure): called before a checkpoint is published.
 
@@ -66,10 +73,7 @@ class Logger:
         to wait for them (before their files are uploaded).
         """
         self._sync()
-        waiting = [sink.put("flush", now=True) for sink in self._sinks]
-        end = time.monotonic() + wait
-        for done in waiting if wait else ():
-            done.wait(max(0.0, end - time.monotonic()))
+        self._put("flush", wait=wait)
 
     def close(self, outcome: str, timeout: float = 15.0) -> None:
         """The end of this start: outcome is completed, preempted or failed.
@@ -102,9 +106,11 @@ class Logger:
 
         retried("sync", self._path, sync)
 
-    def _put(self, method: str, *args: Any) -> None:
-        for sink in self._sinks:
-            sink.put(method, *args)
+    def _put(self, method: str, *args: Any, wait: float | None = None) -> None:
+        waiting = [sink.put(method, *args, now=wait is not None) for sink in self._sinks]
+        end = time.monotonic() + (wait or 0.0)
+        for done in waiting if wait else ():
+            done.wait(max(0.0, end - time.monotonic()))
 
 
 class SinkThread:

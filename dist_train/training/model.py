@@ -275,10 +275,15 @@ def check_watched(built: ModelParts, keep_best: tuple[str, str] | None) -> None:
 def watched(config: Config, keep_best: tuple[str, str] | None) -> dict[str, str]:
     """The metrics that are monitored, by the key that names them."""
     rule, schedule = config.trainer.stop_when, config.scheduler
+    specs = (
+        {f"scheduler.{name}": spec for name, spec in schedule.items()}
+        if is_named(schedule)
+        else {"scheduler": schedule}
+    )
     names = {
         "checkpoint.keep_best": keep_best[0] if keep_best else None,
         "trainer.stop_when.metric": rule.metric if rule else None,
-        "scheduler.metric": schedule.get("metric") if isinstance(schedule, dict) else None,
+        **{f"{key}.metric": spec.get("metric") for key, spec in specs.items() if isinstance(spec, dict)},
     }
     return {key: name for key, name in names.items() if name is not None}
 

@@ -188,7 +188,8 @@ def _optimizers(built: ModelParts, owners: Owners) -> Optimizers:
 
 def _horizon(config: Config, plan: Plan, before: int | None) -> int | None:
     """`scheduler.horizon`, else what the schedule has spanned before, else the duration."""
-    asked = config.scheduler.get("horizon") if isinstance(config.scheduler, dict) else None
+    named = is_named(config.scheduler)
+    asked = config.scheduler.get("horizon") if isinstance(config.scheduler, dict) and not named else None
     if not asked and before is not None:
         return before
     return in_steps(Duration.parse(str(asked)) if asked else config.trainer.duration, plan.steps_per_epoch)
@@ -222,6 +223,8 @@ def _one_schedule(
 ) -> Schedule:
     config = built.config
     asked = spec.get("metric") if isinstance(spec, dict) else None
+    if is_named(config.scheduler) and spec.get("horizon"):  # one scheduler's is in `span` already
+        span = span._replace(horizon=span.steps(Duration.parse(str(spec["horizon"]))))
     if asked not in (None, monitor[0]):
         monitor = (asked, "min" if is_lower_better(asked, built.metrics) else "max")
     with building(key):

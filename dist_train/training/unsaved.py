@@ -94,8 +94,7 @@ def unsaved_at_start(start: ModelParts, batch: Any, length: int) -> str:
     """
     try:
         some = rows_of(batch, length, slice(0, SAMPLES))
-        work = sum(map(Tensor.numel, start.modules.parameters())) * sum(map(Tensor.numel, tensors_in(some)))
-        if work > WORK or not _is_cheap_to_copy([start.modules, start.task]):
+        if not (_is_little_work(start, some) and _is_cheap_to_copy([start.modules, start.task])):
             return ""
         others = torch.distributed.is_available() and torch.distributed.is_initialized()
         with undisturbed_generators(start.world.device), _NoCollectives() if others else nullcontext():
@@ -116,7 +115,7 @@ def _compare(start: ModelParts, batch: Any) -> str:
         limit = SECONDS if step else 5 * SECONDS  # the first one loads kernels, which on a GPU the run must do anyway
         if time.thread_time() - began > limit and (step or start.world.device.type == "cpu"):
             return ""
-    found = _held(trained.modules)
+    found = _Held(trained.modules)
     if not (warning := unsaved_state(trained, _copied(start), found, batch)):
         return ""
     # Where kernels sum in any order, or the clock is read, two models that have loaded the same differ as well.
@@ -125,10 +124,18 @@ def _compare(start: ModelParts, batch: Any) -> str:
     return "" if unsaved_state(other, _copied(start), found, batch) else warning
 
 
-def _held(modules: Modules) -> Any:
-    """What a checkpoint would hold of a model: a `Saved` in memory."""
-    states = {"model": modules.model.state_dict(), "task": modules.task_state(), "ranks": [modules.unsaved()]}
-    return types.SimpleNamespace(location="memory", parts=list(states), load=copy.deepcopy(states).__getitem__)
+class _Held:
+    """What a checkpoint would hold of a model, in memory."""
+
+    location = "memory"
+
+    def __init__(self, modules: Modules):
+        states = {"model": modules.model.state_dict(), "task": modules.task_state(), "ranks": [modules.unsaved()]}
+        self._states = copy.deepcopy(states)
+        self.parts = list(states)
+
+    def load(self, part: str) -> Any:
+        return self._states[part]
 
 
 class _NoCollectives(TorchDispatchMode):
@@ -138,6 +145,11 @@ class _NoCollectives(TorchDispatchMode):
         if "c10d" in func.namespace:
             raise RuntimeError(f"{func} is called in a forward")
         return func(*args, **(kwargs or {}))
+
+
+def _is_little_work(start: ModelParts, batch: Any) -> bool:
+    parameters = sum(parameter.numel() for parameter in start.modules.parameters())
+    return parameters * sum(tensor.numel() for tensor in tensors_in(batch)) <= WORK
 
 
 def _is_cheap_to_copy(todo: list[Any]) -> bool:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import functools
 import io
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_train.views.curves import dress, new_figure, plain, render
@@ -185,15 +187,24 @@ def draw_boundary(boundary: Boundary, step: int, classes: numpy.ndarray[Any, Any
     return figure
 
 
-def boundary_gif(boundary: Boundary) -> bytes:
+def boundary_gif(boundary: Boundary, milliseconds: int = 400) -> bytes:
     """All frames as an animated GIF; the last one stays three times as long."""
     from PIL import Image
 
     frames = [Image.open(io.BytesIO(png)).convert("RGB") for png in boundary.pngs]
     out = io.BytesIO()
-    times = [400] * (len(frames) - 1) + [1200]
+    times = [milliseconds] * (len(frames) - 1) + [3 * milliseconds]
     frames[0].save(out, "GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)
     return out.getvalue()
+
+
+def write_boundary(boundary: Boundary, folder: str | os.PathLike[str]) -> None:
+    """boundary-STEP.png for each frame, and boundary.gif."""
+    folder = Path(folder)
+    folder.mkdir(exist_ok=True)  # whose own directory, if it is gone, isn't brought back
+    for (step, _), png in zip(boundary.frames, boundary.pngs, strict=True):
+        (folder / f"boundary-{step:08d}.png").write_bytes(png)
+    (folder / "boundary.gif").write_bytes(boundary_gif(boundary))
 
 
 def picture_png(picture: numpy.ndarray[Any, Any], side: int = 112) -> bytes:

@@ -22,7 +22,7 @@ from dist_train.training.evaluate import Meaning, Predicted, on_rank_zero, predi
 from dist_train.training.prepare import eval_loader
 from dist_train.views.boundary import FOLDER, around, classes_on, plane, read_frames
 from dist_train.views.curves import draw_curves
-from dist_train.views.figures import Boundary, Confusion, Example, Picture, Regression
+from dist_train.views.figures import Boundary, Confusion, Example, Picture, Regression, write_boundary
 from dist_train.views.report import write_report
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ def _regressions(outputs: Tensor, targets: Tensor, dataset: Any) -> list[Regress
 
 
 def _boundary(run: RunDir, evaluator: Evaluator, dataset: Any, step: int) -> Boundary | None:
-    """The boundaries recorded during training, else the final model's."""
+    """The boundaries recorded during training, else the final model's; also written as PNGs and a GIF."""
     points = plane(dataset)
     if points is None:
         return None
@@ -194,4 +194,6 @@ def _boundary(run: RunDir, evaluator: Evaluator, dataset: Any, step: int) -> Bou
         if classes is None:
             return None
         kept = extent, [(step, classes)]
-    return Boundary(*points, *kept)
+    boundary = Boundary(*points, *kept)
+    write_boundary(boundary, run.path(FOLDER))
+    return boundary

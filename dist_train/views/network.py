@@ -1,4 +1,4 @@
-"""A network's inputs, feature maps and histograms for TensorBoard.
+"""A network's inputs, feature maps, histograms and graph for TensorBoard.
 
 Taken on rank 0 from the first micro-batch of a step, right before the model gets it. Training is bitwise identical with it
 and without: the forward is a separate one, in eval mode, before the seeding of the step's own; gradients are read in an
@@ -8,6 +8,7 @@ optimizer hook that is registered only when asked for.
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +24,7 @@ from dist_train.models.transfer import match_modules
 from dist_train.task.batch import first_rows
 from dist_train.training.callbacks import Callback
 from dist_train.training.due import NEVER, in_steps
+from dist_train.watch.control import next_multiple
 
 if TYPE_CHECKING:
     from dist_train.config.schema import TrackingConfig
@@ -46,7 +48,7 @@ def image_modules(config: TrackingConfig, model: nn.Module) -> list[str]:
 
 
 class Pictures(Callback):
-    """Logs what `tracking.images` and `tracking.histograms` ask for.
+    """Logs what `tracking.images`, `tracking.histograms` and `tracking.graph` ask for.
 
     Raises:
         ConfigError: `tracking.images.modules` names no module of the model.
@@ -76,12 +78,14 @@ class Pictures(Callback):
     def on_batch(self, trainer: Training, batch: Any) -> None:
         """The first micro-batch of each step, on its way into the model."""
         images = self.config.images
-        if images is None or self._seen == trainer.step:
+        if (images is None and not self.config.graph) or self._seen == trainer.step:
             return
         self._seen = trainer.step
-        if self._every["images"].due(trainer):
+        if images is not None and self._every["images"].due(trainer):
             self._rows = first_rows(batch, images.samples)
             self._try("images", self._show_images, trainer)
+        if self.config.graph and trainer.step == 0:
+            self._try("graph", self._show_graph, trainer, batch)
 
     def on_end(self, trainer: Training) -> None:
         """Log the trained model's too."""
@@ -104,7 +108,6 @@ class Pictures(Callback):
 
     def _show_images(self, trainer: Training) -> None:
         """Run the batch through the model, in eval mode, and log what goes in and what the layers give."""
-        model, evaluator = self.evaluator.model, self.evaluator
         shown: dict[str, list[Array]] = {}
 
         def show(name: str, values: Any, color: bool = False) -> None:
@@ -118,20 +121,36 @@ class Pictures(Callback):
             if name in self.modules and f"features/{name}" not in shown:
                 self._try(f"images of {name}", show, f"features/{name}", output)
 
-        # a compiled model would be recompiled for this
-        eager = torch.compiler.set_stance("force_eager") if trainer.config.trainer.compile else contextlib.nullcontext()
-        handle = model.register_forward_pre_hook(on_inputs, with_kwargs=True)
-        try:
-            with eager, evaluator.serving(ema=False), evaluator.precision.autocast():
-                watch(model, lambda: evaluator.task.predict(model, self._rows), on_layer)
-        finally:
-            handle.remove()
+        self._look(trainer, self._rows, on_inputs, on_layer)
         for name in self.modules:
             if f"features/{name}" not in shown:
                 self._try(f"images of {name}", _not_called, name)
         for name, arrays in shown.items():
             for k, array in enumerate(arrays):
                 self.logger.image(name if len(arrays) == 1 else f"{name}/{k}", trainer.step, array)
+
+    def _look(
+        self, trainer: Training, rows: Any, on_inputs: Callable[..., None], on_layer: Callable[..., None]
+    ) -> None:
+        """A forward in eval mode: `on_inputs` gets the model and what it is called with, `on_layer` each output with its name."""
+        model, evaluator = self.evaluator.model, self.evaluator
+        # a compiled model would be recompiled for this
+        eager = torch.compiler.set_stance("force_eager") if trainer.config.trainer.compile else contextlib.nullcontext()
+        handle = model.register_forward_pre_hook(on_inputs, with_kwargs=True)
+        try:
+            with eager, evaluator.serving(ema=False), evaluator.precision.autocast():
+                watch(model, lambda: evaluator.task.predict(model, rows), on_layer)
+        finally:
+            handle.remove()
+
+    def _show_graph(self, trainer: Training, batch: Any) -> None:
+        got: list[tuple[Any, ...]] = []
+        self._look(trainer, first_rows(batch, 1), lambda _, args, kwargs: got.append(args), lambda name, output: None)
+        inputs = got[0]
+        if not inputs or not all(isinstance(part, Tensor) for part in inputs):
+            raise ValueError("only a model whose inputs are tensors by position can be traced")
+        on_cpu = copy.deepcopy(trainer.model).cpu().eval()  # traced in another thread: shares nothing with training
+        self.logger.graph(on_cpu, tuple(part.cpu() for part in inputs))
 
     def _show_histograms(self, trainer: Training) -> None:
         for name, parameter in trainer.model.named_parameters():
@@ -150,15 +169,19 @@ class _Every:
 
     def __init__(self, every: Duration | None) -> None:
         self.every = every
-        self._passed: float | None = None  # how many times it had passed at the step before
+        self._next: float | None = None
 
     def due(self, trainer: Training) -> bool:
         """Whether something is due; called once per step, before it."""
-        every, before = self.every, self._passed
+        every, now = self.every, trainer.seconds
         if every is None or not every.is_time:
             return trainer.step % (in_steps(every, trainer.plan.steps_per_epoch) or NEVER) == 0
-        self._passed = trainer.seconds // every.value
-        return trainer.step == 0 or before not in (None, self._passed)
+        if self._next is None:
+            self._next = next_multiple(now, every.value)
+        is_due = now >= self._next
+        if is_due:
+            self._next = next_multiple(now, every.value)
+        return is_due or trainer.step == 0
 
 
 def _named(name: str, inputs: Any) -> Iterator[tuple[str, Tensor]]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
+import warnings
 from collections.abc import Collection
 from datetime import datetime
 from pathlib import Path
@@ -69,6 +73,17 @@ class TensorBoard:
 
         if numpy.isfinite(values).all() and values.size:
             self._writer.add_histogram(name, values, step)
+
+    def graph(self, model: Any, inputs: Any) -> None:
+        """The model's graph, traced; a model that can't be traced is a warning."""
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # it prints errors as well
+            warnings.simplefilter("ignore")
+            try:
+                self._writer.add_graph(model, inputs, use_strict_trace=False)
+            except Exception as error:
+                text = "TensorBoard has no graph, torch.jit.trace failed: %s: %s"
+                reason = str(error).strip().partition("\n")[0]
+                logging.getLogger("dist_train").warning(text, type(error).__name__, reason)
 
     def close(self, outcome: str) -> None:
         """Flush and close the event file."""

@@ -55,6 +55,8 @@ def test_its_boundary_is_shown_as_it_moved(project: Path) -> None:
     run = project / "runs" / "moons"
     steps = [f"{12 * epoch:08d}" for epoch in range(1, 7)]
     assert sorted(path.name for path in (run / "boundary").glob("*.npz")) == [f"step-{step}.npz" for step in steps]
+    assert sorted(path.name for path in (run / "boundary").glob("*.png")) == [f"boundary-{step}.png" for step in steps]
+    assert (run / "boundary" / "boundary.gif").read_bytes()[:6] == b"GIF89a"
     page = (run / "report.html").read_text()
     assert "<h2>Decision boundary</h2>" in page
     assert "data:image/gif;base64," in page

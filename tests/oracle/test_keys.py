@@ -105,6 +105,7 @@ CHANGES_NOTHING: dict[str, Any] = {
     "tracking.images.samples": 2,
     "tracking.images.modules": ["ReLU"],
     "tracking.histograms": "2step",
+    "tracking.graph": True,
     "tracking.wandb.project": "none",
     "tracking.wandb.mode": "disabled",
     "tracking.wandb.entity": "nobody",

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dist_train.tracking.logger import Logger, SinkThread
@@ -178,8 +179,27 @@ def test_other_ranks_have_a_logger_that_keeps_nothing(tmp_path: Path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_pictures_and_histograms_are_read_back_by_tensorboard(tmp_path: Path) -> None:
+def test_a_graph_that_cannot_be_traced_is_reported_and_the_rest_continues(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Strange(torch.nn.Module):
+        def forward(self, x: Any) -> Any:
+            raise RuntimeError("not today")
+
     log, said = make(tmp_path)
+    log.graph(Strange(), torch.zeros(1, 4))
+    log.row("train", 1, 1, 1, {"loss": 1.0})
+    log.close("completed", timeout=60)
+    assert said == []
+    assert "TensorBoard has no graph, torch.jit.trace failed: RuntimeError: not today" in caplog.text
+    assert capsys.readouterr() == ("", "")
+    assert scalars(tmp_path, "train/loss") == [(1, 1.0)]
+
+
+def test_pictures_histograms_and_graph_are_read_back_by_tensorboard(tmp_path: Path) -> None:
+    log, said = make(tmp_path)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.ReLU())
+    log.graph(model, torch.zeros(1, 4))
     log.image("inputs", 0, np.zeros((8, 6, 3), np.uint8))
     log.image("features/conv", 5, np.ones((16, 12), np.float32))
     log.histogram("weights/0", 5, np.arange(10.0))
@@ -192,3 +212,4 @@ def test_pictures_and_histograms_are_read_back_by_tensorboard(tmp_path: Path) ->
     assert [(e.step, e.height, e.width) for e in events.Images("inputs")] == [(0, 8, 6)]
     assert [(e.step, e.height, e.width) for e in events.Images("features/conv")] == [(5, 16, 12)]
     assert [(e.step, e.histogram_value.num) for e in events.Histograms("weights/0")] == [(5, 10.0)]
+    assert events.Tags()["graph"]

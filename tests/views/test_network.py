@@ -34,6 +34,7 @@ debug: {{trace_samples: true}}
 SEEN = (
     "tracking.images={modules: [conv1, act, MaxPool2d, head, spare], samples: 4}",
     "tracking.histograms=2ep",
+    "tracking.graph=true",
 )
 FORMS = {1: (1, 28), 2: (3, 32)}  # channels and side, by the number of processes
 
@@ -96,7 +97,7 @@ def test_what_works_in_place_spoils_no_picture_before_it(folder: Path) -> None:
     )
 
 
-def test_histograms_are_there(folder: Path) -> None:
+def test_histograms_and_the_graph_are_there(folder: Path) -> None:
     found = events(folder / "seen")
     names = [f"{layer}.{part}" for layer in ("conv1", "norm", "conv2", "head") for part in ("weight", "bias")]
     assert set(found.Tags()["histograms"]) == {f"{what}/{name}" for what in ("weights", "gradients") for name in names}
@@ -106,6 +107,7 @@ def test_histograms_are_there(folder: Path) -> None:
         (8, 6),
         (12, 6),
     ]
+    assert "Net/Conv2d[conv1]" in str(found.Graph())
 
 
 def test_the_inputs_are_the_batch_as_it_goes_into_the_model(tmp_path: Path) -> None:

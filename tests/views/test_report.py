@@ -21,6 +21,7 @@ from dist_train.views.figures import (
     Regression,
     boundary_gif,
     picture_png,
+    write_boundary,
 )
 from dist_train.views.report import write_comparison, write_report
 
@@ -145,12 +146,16 @@ def test_runs_are_laid_over_each_other_and_their_differing_keys_named(tmp_path: 
     assert str(first) in same.text  # runs of one name are told apart by their paths
 
 
-def test_the_boundary_moves_in_a_gif() -> None:
+def test_the_boundary_moves_in_a_gif_and_stands_in_pngs(tmp_path: Path) -> None:
     boundary = pictures("x")[2]
     assert isinstance(boundary, Boundary)
-    gif = Image.open(io.BytesIO(boundary_gif(boundary)))
+    write_boundary(boundary, tmp_path)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["boundary-00000000.png", "boundary-00000005.png", "boundary.gif"]
+    gif = Image.open(tmp_path / "boundary.gif")
     assert gif.n_frames == 2  # type: ignore[attr-defined]
-    assert gif.size == Image.open(io.BytesIO(boundary.pngs[0])).size
+    assert gif.size == Image.open(tmp_path / names[0]).size
+    assert (tmp_path / "boundary.gif").read_bytes() == boundary_gif(boundary)
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (8, 8, 1), (8, 8, 3), (300, 200, 3)])
