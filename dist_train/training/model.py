@@ -275,8 +275,8 @@ def check_watched(built: ModelParts, keep_best: tuple[str, str] | None) -> None:
 def watched(config: Config, keep_best: tuple[str, str] | None) -> dict[str, str]:
     """The metrics that are monitored, by the key that names them."""
     rule, schedule = config.trainer.stop_when, config.scheduler
-    specs = (
-        {f"scheduler.{name}": spec for name, spec in schedule.items()}
+    specs: dict[str, Any] = (
+        {f"scheduler.{name}": spec for name, spec in (schedule or {}).items()}
         if is_named(schedule)
         else {"scheduler": schedule}
     )

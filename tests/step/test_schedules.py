@@ -63,8 +63,7 @@ def ours(spec: Any, optimizers: Iterator[torch.optim.Optimizer], stop: int) -> l
     schedule, used = Schedule(spec, optimizer, SPAN, LOSS), []
     for step in range(1, STEPS + 1):
         used.append(turn(optimizer))
-        if schedule.is_due(step):
-            schedule.step()
+        schedule.after_step(step)
         if step == stop:
             file = io.BytesIO()
             torch.save([schedule.state_dict(), optimizer.state_dict()], file)
@@ -344,10 +343,9 @@ def test_a_plateau_is_watched_once_its_warmup_is_over(stop: int) -> None:
     schedule = Schedule(spec, optimizer := an_optimizer(), SPAN, LOSS)
     for step in range(1, STEPS + 1):
         used.append(turn(optimizer))
-        if schedule.is_due(step):
-            schedule.step()
+        schedule.after_step(step)
         if step in losses:
-            schedule.step({"val/loss": losses[step]})
+            schedule.evaluated({"val/loss": losses[step]})
         if step == stop:
             saved, state = schedule.state_dict(), optimizer.state_dict()
             schedule = Schedule(spec, optimizer := an_optimizer(), SPAN, LOSS)
