@@ -16,6 +16,7 @@ from dist_train.config.fields import to_json
 from dist_train.data.stream import is_stream, stream_length
 from dist_train.models.layers import layer_table, output_shapes
 from dist_train.step.groups import Grouping
+from dist_train.step.several import Optimizers
 from dist_train.text import format_seconds
 
 if TYPE_CHECKING:
@@ -97,7 +98,11 @@ def layer_lines(parts: Parts) -> list[str]:
 
 def layer_lr(parts: Parts) -> str:
     """With `optimizer.layer_decay`: the lr of the first and last layers."""
-    return Grouping(parts.modules, parts.config.optimizer).note(parts.optimizer)
+    spec, optimizer = parts.config.optimizer, parts.optimizer
+    if isinstance(optimizer, Optimizers):
+        notes = (Grouping(parts.modules, spec[name]).note(one) for name, one in optimizer.by_name.items())
+        return "; ".join(filter(None, notes))
+    return Grouping(parts.modules, spec).note(optimizer)
 
 
 def _world(parts: Parts) -> str:
