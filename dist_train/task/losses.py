@@ -47,6 +47,7 @@ class Loss(nn.Module):
     labels are negative (ignored), its weight is zero.
 
     Attributes:
+        takes_tensor: it is torch's own, which takes outputs and targets as one tensor each.
         summed: the loss is a plain sum (`reduction="sum"`): gradients aren't divided, logs show the mean over samples.
         exact: the denominator is known, so the gradient of several micro-batches is that of one big batch; None before the
             first call of a loss that isn't torch's own.
@@ -60,6 +61,7 @@ class Loss(nn.Module):
         self.name = getattr(function, "__name__", None) or getattr(base, "__name__", type(function).__name__)
         reduction = getattr(function, "reduction", None) if isinstance(function, nn.Module) else None
         self.summed = reduction == "sum"
+        self.takes_tensor = type(function).__module__.startswith("torch.nn")
         self._checked = False
         self._weigh: Callable[[Tensor, Tensor], Weighted] | None = None  # for torch's own losses
         if type(function).__module__.startswith("torch.nn"):

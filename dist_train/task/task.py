@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dist_train.task.batch import batch_length, call_model, in_full_precision, is_pair, split_batch, tensors_in
 from dist_train.task.losses import Loss
@@ -34,8 +34,8 @@ class Task(Protocol):
 class Supervised:
     """The default task: a batch is (inputs, target) and the loss is `loss(model(inputs), target)`.
 
-    A tuple of inputs is spread over the model's arguments, a mapping is passed by name. The loss runs in float32, outside
-    autocast.
+    A tuple of inputs is spread over the model's arguments, a mapping is passed by name. Of outputs with an entry `logits`
+    (transformers' ModelOutput) a loss of torch's own gets that. The loss runs in float32, outside autocast.
 
     Args:
         loss: of training. val_loss: of evaluation, where that is another.
@@ -59,16 +59,23 @@ class Supervised:
 
     def evaluate(self, model: nn.Module, batch: Any) -> StepOutput:
         """`val_loss(model(inputs), target)`. Raises as `step`."""
-        return _with_loss(self.val_loss.forward, *self.outputs(model, batch))
+        inputs, targets = split_batch(batch)
+        return _with_loss(self.val_loss.forward, _taken(self.val_loss, call_model(model, inputs)), targets)
 
     def outputs(self, model: nn.Module, batch: Any) -> tuple[Any, Any]:
         """(`model(inputs)`, target): what `loss` takes."""
         inputs, targets = split_batch(batch)
-        return call_model(model, inputs), targets
+        return _taken(self.loss, call_model(model, inputs)), targets
 
     def predict(self, model: nn.Module, batch: Any) -> Any:
         """`model(inputs)`; the batch may be (inputs, target) or the inputs alone."""
-        return call_model(model, batch[0] if is_pair(batch) else batch)
+        return _taken(self.val_loss, call_model(model, batch[0] if is_pair(batch) else batch))
+
+
+def _taken(loss: Loss, outputs: Any) -> Any:
+    if loss.takes_tensor and isinstance(outputs, Mapping) and isinstance(outputs.get("logits"), Tensor):
+        return outputs["logits"]
+    return outputs
 
 
 def _with_loss(loss: Callable[[Any, Any], tuple[Any, Any]], outputs: Any, targets: Any) -> StepOutput:

@@ -299,6 +299,6 @@ def splitting_changes(built: ModelParts) -> str:
             return "BatchNorm would then take its statistics over fewer samples"
         if any(isinstance(p, float) and p > 0 for p in drops):
             return "dropout would then use different random numbers"
-    if built.loss is None or not built.loss.exact:
+    if not isinstance(built.task, WholeBatchTask) and (built.loss is None or not built.loss.exact):
         return "it isn't known that the loss is then still the mean over the global batch"
     return ""

@@ -137,7 +137,11 @@ def test_contrast_within_the_batch_is_said_where_it_is_cut(
             ["task._target_=zoo_language.Naive"],
             r"a task's step must return \(loss summed over the batch, weight\)",
         ),
-        ("hf_vit", ["loss={_target_: torch.nn.CrossEntropyLoss}"], "found a ImageClassifierOutput"),
+        (
+            "nano",
+            ["loss={_target_: torch.nn.CrossEntropyLoss}"],
+            "expects the model's outputs as one tensor, but found a tuple",
+        ),
         ("timm_vit", ["scheduler={_target_: timm.scheduler.CosineLRScheduler, t_initial: 5}"], "a scheduler of torch"),
     ],
 )

@@ -39,8 +39,3 @@ def hf_vit(dropout: float = 0.1) -> nn.Module:
             num_labels=2, hidden_dropout_prob=dropout,
         )
     )  # fmt: skip
-
-
-def of_logits(outputs: Any, labels: Any) -> Any:
-    """One value per sample, from the logits of a `ModelOutput`."""
-    return nn.functional.cross_entropy(outputs.logits, labels, reduction="none")
