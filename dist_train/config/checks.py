@@ -224,6 +224,6 @@ def _is_computed(config: Config, key: str, name: str) -> Iterator[Violation]:
         yield key, f"{name} is never computed during training: trainer.evaluate_every is null"
     elif config.task is None and all(named := [metric_records(item) for item in config.metrics]):
         known = ["loss", *(name for names in named for name in names)]
-        if not any(fnmatchcase(metric, pattern) for pattern in known):
+        if not metric.startswith(("loss/", "raw_loss/")) and not any(fnmatchcase(metric, pattern) for pattern in known):
             hint = f"; add {metric} to metrics" if metric in METRICS else did_you_mean(metric, known, prefix="val/")
             yield key, f"{name} isn't computed{hint or '; the config gives val/' + ', val/'.join(known)}"

@@ -133,7 +133,9 @@ _LOWER_WORDS = {"wer", "cer", "eer", "fid", "kid", "lpips", "ece", "brier", "ppl
 
 def better_is_lower(metric: str) -> bool:
     """Whether a lower value of a metric is better, by its name, as for `mode: auto`."""
-    name = metric.rsplit("/", 1)[-1].lower()
+    *above, name = metric.lower().split("/")
+    if {"loss", "raw_loss"} & set(above):  # one of several losses
+        return True
     if name.startswith("neg_"):  # as scikit-learn turns errors into scores
         return False
     return any(part in name for part in _LOWER) or bool(_LOWER_WORDS & set(name.split("_")))

@@ -218,8 +218,8 @@ class Stepper:
             self.scaler.update()
 
     def _add_terms(self, terms: Tensor) -> None:
-        if len(self.totals) == 1:
-            self._set_totals(torch.cat([self.totals, torch.zeros_like(terms)]))
+        if len(self.totals) != 1 + len(terms):  # the first, or a changed task's
+            self._set_totals(torch.cat([self.totals[:1], torch.zeros_like(terms)]))
         self.totals[1:].add_(terms)
 
     def _set_totals(self, totals: Tensor) -> None:

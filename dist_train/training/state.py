@@ -144,12 +144,13 @@ def restore(
         ConfigError: the model or the data aren't those that were trained.
     """
     _check_data(parts, found)
+    state = found.load("trainer")
+    _check_optimizers(parts, state["stepper"])
 
     def has_changed(*sections: str) -> bool:
         return any(key.startswith(sections) for key in changed)
 
     load_weights(parts.modules, found, [key for key in changed if key.startswith(("loss", "task"))])
-    state = found.load("trainer")
     _restore_optimizer(parts, found, state.get("trained"), changed, note)
     progress = Progress(**state["progress"])
     if parts.schedule is not None:
@@ -189,6 +190,18 @@ def _check_data(parts: Parts, found: Found) -> None:
     if old.get("fingerprint") != plan.fingerprint():
         message = "the order of samples has changed (numpy's RandomState gives different random numbers here)"
         raise ConfigError.single("data.train", message)
+
+
+def _check_optimizers(parts: Parts, saved: dict[str, Any]) -> None:
+    """The optimizers must be as many, and have the same names, as when the run was started."""
+    before = set() if "totals" in saved else set(saved)
+    now = set(parts.optimizer.by_name) if isinstance(parts.optimizer, Optimizers) else set()
+    if before != now:
+        raise ConfigError.single(
+            "optimizer",
+            f"this run was started with {', '.join(sorted(before)) or 'one optimizer'}, and the config has "
+            f"{', '.join(sorted(now)) or 'one optimizer'}: give the new one another run.name, or keep the names",
+        )
 
 
 def _restore_optimizer(

@@ -207,3 +207,10 @@ class TwoRows(Contrast):
 class NobodyMoves(Game):
     def moves(self, step: int) -> list[str]:
         return []
+
+
+class Alone(Game):
+    """The critic's loss, for one optimizer."""
+
+    def step(self, model: Any, batch: Any, optimizer: str = "D") -> Any:
+        return super().step(model, batch, optimizer)

@@ -265,3 +265,26 @@ def test_what_cannot_be_trained_exactly_is_refused(name: str, tmp_path: Path) ->
     config = config_of(outputs=6, **keys)
     with pytest.raises((ConfigError, ValueError), match=message):
         train({"run": {"name": "run", "dir": str(tmp_path)}, "tracking": QUIET, **config})
+
+
+def test_one_of_several_losses_can_decide_which_checkpoint_is_the_best(tmp_path: Path) -> None:
+    config = copy.deepcopy(CONFIGS["dict"])
+    config |= {"val_loss": None, "checkpoint": {"every": "3step", "keep_best": "val/loss/size"}}
+    config["trainer"]["evaluate_every"] = "1step"
+    run = trained(tmp_path, config)
+    values = {row["step"]: row["loss/size"] for row in rows(run, "val")}
+    assert json.loads((run / "result.json").read_text())["kept_step"] == min(
+        values, key=lambda step: (values[step], step)
+    )
+
+
+@pytest.mark.parametrize(("first", "second"), [("shared", "gan"), ("gan", "shared")])
+def test_a_run_with_other_optimizers_is_not_resumed(first: str, second: str, tmp_path: Path) -> None:
+    one, other = copy.deepcopy(CONFIGS["gan"]), copy.deepcopy(CONFIGS["gan"])
+    alone = one if first == "shared" else other
+    alone |= {"optimizer": SGD, "scheduler": None, "task": piece("Alone")}
+    one["trainer"]["stop_at"] = "2step"
+    trained(tmp_path, one)
+    other["checkpoint"] = {"every": "3step", "accept_changes": True}
+    with pytest.raises(ConfigError, match="this run was started with"):
+        trained(tmp_path, other)
