@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.util import Finalize
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -341,6 +343,26 @@ class EvalLoader(_Loader):
             for k, samples in enumerate(self.batches)
         ]
         super().__init__(reader, min(workers, len(requests)), requests, options, evaluates=True)
+
+    def some(self, count: int) -> tuple[int, Any]:
+        """Up to `count` samples as one batch, spread over the dataset, read in this process: (how many, the batch).
+
+        Of a stream the first ones, of a copy where it can be copied, so that the next pass isn't affected.
+
+        Raises:
+            SampleError: the dataset failed; names the sample.
+        """
+        reader, number = self._loader.dataset, min(count, self.plan.length)
+        if isinstance(reader, StreamReader):
+            stream = reader.source
+            with contextlib.suppress(Exception):
+                stream = copy.deepcopy(stream)
+            reader = StreamReader(stream, reader.seed, reader.collate, reader.info)
+            indices = np.arange(number)
+        else:
+            indices = np.linspace(0, self.plan.length - 1, number).round().astype(np.int64)
+        request = MicroBatch(_EVAL_EPOCH, 0, indices, 0, number, True)
+        return number, cast("SampleReader", reader).__getitems__(request).batch
 
     def __len__(self) -> int:
         """Eval batches of this rank."""

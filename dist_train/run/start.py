@@ -30,6 +30,7 @@ from dist_train.runtime.storage import LocalStorage
 from dist_train.runtime.world import World, open_world
 from dist_train.tracking.console import Console
 from dist_train.tracking.logs import setup_logging
+from dist_train.training.eval_check import check_evaluation
 from dist_train.training.model import splitting_changes
 from dist_train.training.parts import Parts, build_parts
 from dist_train.training.rows import Outputs, Trace
@@ -85,6 +86,8 @@ def train_in(
         parts = _build(config, world, decision)  # whatever is wrong with the config shows here
         if decision.is_over(config, parts.plan.steps_per_epoch):
             return finish_completed(world, config, run, console, decision)
+        if decision.action == "fresh":
+            check_evaluation(parts)
         for line in decision.warnings if world.is_main else ():
             console.warn(line)
         if built is not None:

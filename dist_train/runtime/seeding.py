@@ -7,8 +7,12 @@ call, `torch.default_generator.manual_seed` 1.2 us, and `seed_sample` is called 
 from __future__ import annotations
 
 import contextlib
+import copy
+import gc
 import random
+import types
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,12 +74,54 @@ def _seed(value: int, device: torch.device | None) -> None:
 
 
 @contextlib.contextmanager
-def undisturbed_generators(device: torch.device | None = None) -> Iterator[None]:
-    """Whatever is seeded and drawn inside, on the CPU and on `device`, leaves the caller's random numbers as they were."""
+def undisturbed_generators(device: torch.device | None = None, holder: Any = None) -> Iterator[None]:
+    """Whatever is seeded and drawn inside, on the CPU and on `device`, leaves the caller's random numbers as they were.
+
+    Args:
+        holder: an object (a dataset) whose own generators are left as they were, too.
+    """
     numpy_state, python_state = np.random.get_state(), random.getstate()
+    own = [(generator, copy.deepcopy(_state(generator))) for generator in _generators_in(holder)]
     try:
         with torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else []):
             yield
     finally:
         np.random.set_state(numpy_state)
         random.setstate(python_state)
+        for generator, state in own:
+            _set_state(generator, state)
+
+
+_LEAVES = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, torch.Tensor, np.ndarray, str, bytes)
+MAX_ITEMS, MAX_OBJECTS = 1000, 10_000  # longer collections are data; a search ends after so many objects
+
+
+def _generators_in(holder: Any) -> list[Any]:
+    """The generators among an object's attributes, and among theirs."""
+    found: list[Any] = []
+    seen, todo = set[int](), [holder]
+    while todo and len(seen) < MAX_OBJECTS:
+        item = todo.pop()
+        if id(item) in seen or isinstance(item, _LEAVES):
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Generator | np.random.Generator | np.random.RandomState | random.Random):
+            found.append(item)
+        elif len(parts := gc.get_referents(item)) <= MAX_ITEMS:
+            todo += parts
+    return found
+
+
+def _state(generator: Any) -> Any:
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    return generator.getstate() if isinstance(generator, random.Random) else generator.get_state()
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    else:
+        generator.set_state(state)

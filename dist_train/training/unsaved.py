@@ -42,13 +42,13 @@ PLAIN = (bool, int, float, str, list, tuple, dict, set, deque, np.ndarray, Tenso
 _OF_MODULES = vars(nn.Module()).keys()
 
 
-def _copied(parts: ModelParts) -> ModelParts:
+def copied(parts: ModelParts) -> ModelParts:
     """A copy with modules and a task of its own."""
     modules, task = copy.deepcopy((parts.modules, parts.task))
     return replace(parts, modules=modules, task=task)
 
 
-def _forward(parts: ModelParts, batch: Any, step: int = 0) -> Computed:
+def training_forward(parts: ModelParts, batch: Any, step: int = 0) -> Computed:
     """Loss and outputs of a forward as in training, never compiled."""
     seed_forward(parts.config.seed, step, 0, parts.world.device)
     with parts.precision.autocast(), torch.compiler.set_stance("force_eager"):
@@ -57,7 +57,7 @@ def _forward(parts: ModelParts, batch: Any, step: int = 0) -> Computed:
 
 def _train(parts: ModelParts, batch: Any, step: int) -> None:
     """A step of gradient descent that touches nothing but this model's parameters: no hooks, no `.grad`."""
-    loss, parameters = _forward(parts, batch, step).loss, list(parts.modules.trained().values())
+    loss, parameters = training_forward(parts, batch, step).loss, list(parts.modules.trained().values())
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     with torch.no_grad():
         for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -94,7 +94,7 @@ def unsaved_at_start(start: ModelParts, batch: Any, length: int) -> str:
     """
     try:
         some = rows_of(batch, length, slice(0, SAMPLES))
-        if not (_is_little_work(start, some) and _is_cheap_to_copy([start.modules, start.task])):
+        if not (_is_little_work(start, some) and is_cheap_to_copy([start.modules, start.task])):
             return ""
         others = torch.distributed.is_available() and torch.distributed.is_initialized()
         with undisturbed_generators(start.world.device), _NoCollectives() if others else nullcontext():
@@ -106,7 +106,7 @@ def unsaved_at_start(start: ModelParts, batch: Any, length: int) -> str:
 
 
 def _compare(start: ModelParts, batch: Any) -> str:
-    trained = _copied(start)
+    trained = copied(start)
     if not {*map(id, _owned(trained))}.isdisjoint(map(id, _owned(start))):
         return ""  # by a __deepcopy__ of its own: the run's model would be trained here
     for step in range(STEPS):
@@ -116,12 +116,12 @@ def _compare(start: ModelParts, batch: Any) -> str:
         if time.thread_time() - began > limit and (step or start.world.device.type == "cpu"):
             return ""
     found = _Held(trained.modules)
-    if not (warning := unsaved_state(trained, _copied(start), found, batch)):
+    if not (warning := unsaved_state(trained, copied(start), found, batch)):
         return ""
     # Where kernels sum in any order, or the clock is read, two models that have loaded the same differ as well.
-    other = _copied(start)
+    other = copied(start)
     load_weights(other.modules, found)
-    return "" if unsaved_state(other, _copied(start), found, batch) else warning
+    return "" if unsaved_state(other, copied(start), found, batch) else warning
 
 
 class _Held:
@@ -152,7 +152,7 @@ def _is_little_work(start: ModelParts, batch: Any) -> bool:
     return parameters * sum(tensor.numel() for tensor in tensors_in(batch)) <= WORK
 
 
-def _is_cheap_to_copy(todo: list[Any]) -> bool:
+def is_cheap_to_copy(todo: list[Any]) -> bool:
     """Whether all that a deep copy of these would visit is small, and safe to copy.
 
     Unsafe are functions that close over something (a copy's hook would write into the original's list), and objects that
@@ -189,7 +189,7 @@ def _owned(parts: ModelParts) -> Iterator[Any]:
 
 def _values(parts: ModelParts, batch: Any) -> list[Tensor]:
     with torch.no_grad():
-        output = _forward(parts, batch)
+        output = training_forward(parts, batch)
     return [output.loss.detach(), *(tensor.detach() for tensor in tensors_in(output.outputs))]
 
 
