@@ -17,16 +17,20 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.config.errors import ConfigError, Problem
-from dist_train.data.errors import DataError, describe_error
+from dist_train.data.errors import DataError, SampleError
 from dist_train.runtime.seeding import undisturbed_generators
+from dist_train.step.modules import BufferSnapshot
+from dist_train.task.batch import clone_batch
 from dist_train.task.entries import MetricEntry, check_names
 from dist_train.task.task import modules_in
 from dist_train.training.evaluate import Evaluator, class_names
 from dist_train.training.model import watched
-from dist_train.training.unsaved import copied, is_cheap_to_copy
+from dist_train.training.unsaved import copied, is_cheap_to_copy, training_forward
+from dist_train.watch import failure
 
 if TYPE_CHECKING:
     from dist_train.data.loader import EvalLoader
+    from dist_train.training.model import ModelParts
     from dist_train.training.parts import Parts
 
 # Few, since keys, shapes, types and exceptions show on any number, and reading or computing a whole batch may take seconds;
@@ -42,7 +46,8 @@ class _TooFewError(Exception):
 def check_evaluation(parts: Parts) -> None:
     """Try it for val and test; nothing remains of it: modes, buffers, generators and metrics are as before. All ranks call it.
 
-    Metrics whose size depends on the number of classes get it here.
+    Metrics whose size depends on the number of classes get it here. Where the forward fails in training, too, or memory runs out,
+    training is left to report that.
 
     Raises:
         ConfigError: it fails; names the metric (`metrics.<k>`), the data, the task or model, or the key that monitors a metric.
@@ -81,24 +86,29 @@ def _on_every_rank(parts: Parts, loader: EvalLoader, split: str, count: int) -> 
 
 
 def _tried(parts: Parts, loader: EvalLoader, split: str, count: int) -> dict[str, Any]:
-    """The records that the metrics give, in order, and the number of classes by key of those that have asked for it."""
+    """The records that an evaluation gives, in order, and the number of classes by key of those that have asked for it."""
     device = parts.world.device
     entries = [_private(entry) for entry in parts.metrics]
     private = copied(parts) if is_cheap_to_copy([parts.modules, parts.task]) else parts
     evaluator = Evaluator(replace(private, metrics=entries))
     with (
         undisturbed_generators(device, loader.dataset),
-        evaluator.serving(),
         torch.compiler.set_stance("force_eager"),
         warnings.catch_warnings(),
+        torch.no_grad(),
     ):
         warnings.simplefilter("ignore")  # of a metric: too few samples
         with _failing(f"data.{split}", "reading some samples failed"):
             number, batch = loader.some(count)
         what = f"evaluating {number} samples of data.{split} failed"
-        with _failing("task" if parts.config.task is not None else "model", what):
-            output = evaluator.forward(range(number), batch)
-            evaluator.sums_of_losses(output, number)
+        try:
+            with _failing("task" if parts.config.task is not None else "model", what), evaluator.serving():
+                output = evaluator.forward(range(number), clone_batch(batch))
+                Evaluator(replace(private, metrics=[])).sums(output, number)
+        except ConfigError:
+            if _training_fails(private, batch):
+                return {}  # its report has the whole traceback
+            raise
         classes, records = {}, list[str]()
         for entry in entries:
             with _failing(entry.key, what):
@@ -109,7 +119,20 @@ def _tried(parts: Parts, loader: EvalLoader, split: str, count: int) -> dict[str
             records += _records(entry, sums, loader, what)
     with _failing("metrics", what):
         check_names(records)
-    return {"classes": classes, "records": records}
+    return {"classes": classes, "records": ["loss", *(f"loss/{name}" for name in output.terms), *records]}
+
+
+def _training_fails(parts: ModelParts, batch: Any) -> bool:
+    """Whether a forward as in training fails on a batch, too."""
+    kept = BufferSnapshot(parts.modules)
+    try:
+        with torch.enable_grad():
+            training_forward(parts, parts.move(batch))
+    except Exception:
+        return True
+    finally:
+        kept.restore()
+    return False
 
 
 def _fed(entry: MetricEntry, evaluator: Evaluator, output: Any, world_size: int) -> Tensor:
@@ -154,23 +177,20 @@ def _failing(key: str, what: str) -> Iterator[None]:
         yield
     except (torch.OutOfMemoryError, ConfigError):
         raise
-    except DataError as error:
-        raise ConfigError.single(key, str(error)) from error
     except Exception as error:
-        cause = error.__cause__ if isinstance(error, RuntimeError) and str(error).startswith("metric ") else None
-        place = f"; {describe_error(cause).rpartition(' (')[2].rstrip(')')}" if isinstance(cause, Exception) else ""
-        text = f"{error}{place}" if cause is not None else describe_error(error)
-        raise ConfigError.single(key, f"{what}, before the first step: {text}") from error
+        record = failure.describe(error)
+        named = isinstance(error, DataError | SampleError) or str(error).startswith("metric ")
+        text, place = str(error) if named else record["error"], f" ({record['line']})" if record["line"] else ""
+        raise ConfigError.single(key, f"{what}, before the first step: {text}{place}") from error
 
 
 def _check_watched(parts: Parts, records: list[str]) -> None:
     """Raises ConfigError: a monitored metric isn't among the records."""
-    known = ["loss", *records]
     stems = {name.rpartition("_")[0] for name in records if any(entry.whole for entry in parts.metrics)}
     for key, name in watched(parts.config, parts.keep_best).items():
         record = name.removeprefix("val/")
         record = record.removeprefix("raw_") if parts.ema is not None else record
         grows = any(record.startswith(f"{stem}_") for stem in stems if stem)  # labels that these samples don't have
-        if record not in known and not grows and not record.startswith("loss/"):
-            gives = ", ".join(f"val/{name}" for name in known)
+        if record not in records and not grows:
+            gives = ", ".join(f"val/{name}" for name in records)
             raise ConfigError.single(key, f"{name} isn't computed; the evaluation gives {gives}: name one of these")

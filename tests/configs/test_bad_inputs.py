@@ -155,6 +155,11 @@ EARLY: list[tuple[dict[str, Any], str]] = [
     (base(data__augment=[{"_target_": "dist_train.data.Mixup", "classes": 1}]), "alpha > 0 and classes >= 2, found 0.2 and 1"),
     (base(data__augment=[{"_target_": "dist_train.data.OneOf", "augments": []}]), "at least one augmentation, found none"),
     (base(data__augment=[{"_target_": "dist_train.data.RandomShift", "pixels": -1}]), "expected pixels >= 0, found -1"),
+    # evaluation
+    (
+        base(loss=loss("L1Loss"), model={**LINEAR, "out_features": 1}, metrics=["accuracy"], data__val=rows()),
+        "metric accuracy expects outputs of shape (N, classes), got (8, 1)",
+    ),
 ]  # fmt: skip
 LATE: list[tuple[dict[str, Any], str]] = [
     (base(data__train=rows(label=3)), "has 3 outputs, so labels must be 0 to 2, but this batch's labels range from 3 to 3"),
@@ -173,10 +178,6 @@ LATE: list[tuple[dict[str, Any], str]] = [
     (
         base(loss=loss("BCELoss"), model={**LINEAR, "out_features": 1}, data__train=rows(label=1.0)),
         "BCELoss expects outputs between 0 and 1, but they range from",
-    ),
-    (
-        base(loss=loss("L1Loss"), model={**LINEAR, "out_features": 1}, metrics=["accuracy"], data__val=rows()),
-        "metric accuracy expects outputs of shape (N, classes), got (64, 1)",
     ),
     (
         base(data__augment=[{"_target_": "dist_train.data.RandomShift", "pixels": 1}]),

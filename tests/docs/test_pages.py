@@ -77,6 +77,9 @@ def test_the_custom_components_run_as_shown(tmp_path: Path) -> None:
     assert two["metrics"]["val"]["loss"] == pytest.approx(one["metrics"]["val"]["loss"], rel=1e-3)
     assert re.search(r"label: (slow|fast) prediction: (slow|fast)", out)
     assert (tmp_path / "predictions.csv").read_text().count("\n") == 201
+    assert {"accuracy", "f1_slow", "f1_fast", "auroc", "ap"} < result(tmp_path / "runs/metrics")["metrics"][
+        "val"
+    ].keys()
     assert result(tmp_path / "runs/autoencoder")["metrics"]["val"]["mse"] < 0.5
 
 

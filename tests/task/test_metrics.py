@@ -171,7 +171,7 @@ class Digit:
 
 def test_samples_are_counted_by_the_plan_ties_go_to_the_better_loss_and_json_stays_json(tmp_path: Path) -> None:
     """Losses of 6, 2, 2 and 5 at the same metric: the second evaluation is kept, and the third no better, so not saved."""
-    losses = iter([6.0, 2.0, 2.0, 5.0])
+    losses = iter([0.0, 6.0, 2.0, 2.0, 5.0])  # the first is that of the check before the first step
     data = torch.utils.data.TensorDataset(torch.randn(10, 3, generator=GENERATOR), torch.zeros(10))
 
     class Loss(nn.Module):
