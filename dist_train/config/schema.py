@@ -200,7 +200,7 @@ class CheckpointConfig(Section):
         "auto",
         "Also keep the best by this metric, e.g. `val/accuracy` (`min val/loss`, `max val/f1` to say which direction is "
         "better, else as in stop_when.mode). `auto`: the first of `metrics` on val, or val/loss without metrics; "
-        "nothing without data.val. null: none.",
+        "nothing without data.val, or with several optimizers and no metrics. null: none.",
     )
     asynchronous: bool = harmless(True, "Write in the background; training waits only for a copy to host memory.")
     on_error: Literal["fail", "warn"] = harmless(

@@ -150,6 +150,8 @@ def _keep_best(built: ModelParts) -> tuple[str, str] | None:
     if choice is None or built.config.data.val is None:
         return None
     mode, _, name = str(choice).rpartition(" ")
+    if name == "auto" and is_named(built.config.optimizer) and not built.metrics:
+        return None  # the losses of several optimizers may be opposed
     if name == "auto":
         name = f"val/{built.metrics[0].primary if built.metrics else 'loss'}"
     return name, mode or ("min" if is_lower_better(name, built.metrics) else "max")

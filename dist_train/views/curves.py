@@ -42,7 +42,29 @@ def metric_names(rows: Sequence[Row]) -> list[str]:
     """The metrics to draw beside the loss: those that an evaluation gave (else the train rows'), in order."""
     evaluated = [row for row in rows if row.get("split") in ("val", "test")]
     names = dict.fromkeys(key for row in evaluated or rows for key in row)
-    return [n for n in names if n not in (*FIELDS, *ASIDE, "loss", "eval_samples") and not n.startswith("raw_")]
+    return [n for n in names if not (n in (*FIELDS, "loss", "eval_samples") or n.startswith("raw_") or is_aside(n))]
+
+
+def is_aside(name: str) -> bool:
+    """Whether a metric of train rows isn't one of the model's; of several optimizers each has its own (`lr/NAME`)."""
+    return name.partition("/")[0] in ASIDE
+
+
+def panel_title(name: str) -> str:
+    """What a metric's panel is called."""
+    head, slash, rest = name.partition("/")
+    return TITLES.get(head, head) + slash + rest
+
+
+def aside_names(rows: Sequence[Row]) -> list[str]:
+    """What rows have of ASIDE, in that order; of several optimizers `lr/NAME` and so on."""
+    found = filter(is_aside, dict.fromkeys(key for row in rows for key in row))
+    return sorted(found, key=lambda name: ASIDE.index(name.partition("/")[0]))
+
+
+def lr_names(rows: Sequence[Row]) -> list[str]:
+    """`lr`, or those of several optimizers."""
+    return [name for name in aside_names(rows) if name.partition("/")[0] == "lr"] or ["lr"]
 
 
 def draw_curves(rows: Sequence[Row], path: str | os.PathLike[str], title: str = "") -> None:
@@ -50,7 +72,7 @@ def draw_curves(rows: Sequence[Row], path: str | os.PathLike[str], title: str = 
 
     rows: as records.read_rows gives them; any subset of splits will do, none as well. title: the run's name.
     """
-    panels = ["loss", *metric_names(rows)[:PANELS], "lr"]
+    panels = ["loss", *metric_names(rows)[:PANELS], *lr_names(rows)]
     columns = min(3, len(panels))
     lines = math.ceil(len(panels) / columns)
     figure = new_figure(5.2 * columns, 3.6 * lines + 0.5)
@@ -90,7 +112,7 @@ def render(figure: Figure, kind: str) -> bytes:
 def draw_panel(axis: Axes, rows: Sequence[Row], name: str) -> None:
     """One metric's panel: one line per split, a point where there is only one value (test)."""
     drawn: list[float] = []
-    for split in ("train", "val", "test") if name not in ASIDE else ("train",):
+    for split in ("train", "val", "test") if not is_aside(name) else ("train",):
         steps, values = series(rows, split, name)
         good = [value for value in values if math.isfinite(value)]
         if len(good) < len(values):
@@ -102,16 +124,16 @@ def draw_panel(axis: Axes, rows: Sequence[Row], name: str) -> None:
             continue
         drawn += good
         label = split if split == "train" else f"{split}  {good[-1]:.4g}"
-        style = {"color": COLORS["lr" if name in ASIDE else split], "label": label, "linewidth": 1.4}
+        style = {"color": COLORS["lr" if is_aside(name) else split], "label": label, "linewidth": 1.4}
         if split == "test" or len(good) == 1:
             style |= {"marker": "D" if split == "test" else "o", "linestyle": "none", "zorder": 5}
         elif split == "val":
             style |= {"linewidth": 1.8, "marker": "o" if len(values) <= 40 else "", "markersize": 3.5}
         axis.plot(steps, values, **style)
-    dress(axis, TITLES.get(name, name))
+    dress(axis, panel_title(name))
     if not drawn:
         axis.text(0.5, 0.5, "no values", ha="center", va="center", color="#9ca3af", transform=axis.transAxes)
-    elif name in ASIDE:
+    elif is_aside(name):
         axis.set_ylim(bottom=0)
     else:
         axis.legend(frameon=False, fontsize=9)

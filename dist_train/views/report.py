@@ -17,7 +17,18 @@ from dist_train.runtime.sidefiles import SideFileError, problems, read_lines, re
 from dist_train.runtime.storage import open_storage
 from dist_train.text import format_number, format_seconds
 from dist_train.tracking.records import Row, read_rows
-from dist_train.views.curves import ASIDE, TITLES, draw_panel, dress, metric_names, new_figure, plain, render, series
+from dist_train.views.curves import (
+    aside_names,
+    draw_panel,
+    dress,
+    lr_names,
+    metric_names,
+    new_figure,
+    panel_title,
+    plain,
+    render,
+    series,
+)
 from dist_train.views.figures import Image, Picture, Section
 
 RUN_COLORS = ("#4c78a8", "#e4572e", "#2a9d5c", "#8b5cf6", "#d97706", "#0e7490", "#be185d", "#4d7c0f")
@@ -41,7 +52,7 @@ def write_report(
     kept = {key: value for key, value in result.items() if not isinstance(value, dict | list)}
     for split, metrics in (result.get("metrics") or {}).items():
         kept |= {f"{split} {name}": text for name, text in _numbers(metrics)}
-    panels = ["loss", *metric_names(rows), *(name for name in ASIDE if any(name in row for row in rows))]
+    panels = ["loss", *metric_names(rows), *aside_names(rows)]
     config = root / "config.yaml"
     text = config.read_text(encoding="utf-8", errors="replace") if known["config.yaml"] else ""
     sections = [
@@ -64,7 +75,10 @@ def write_comparison(roots: Sequence[str | os.PathLike[str]], path: str | os.Pat
     if len(set(names)) < len(names):
         names = [str(root) for root in paths]
     every = {name: read_rows(root / "metrics.jsonl") for name, root in zip(names, paths, strict=True)}
-    panels = ["loss", *dict.fromkeys(name for rows in every.values() for name in metric_names(rows)), "lr"]
+    panels = [
+        "loss",
+        *dict.fromkeys(name for of in (metric_names, lr_names) for rows in every.values() for name in of(rows)),
+    ]
     records = [_records(root)[0] for root in paths]
     outcome = []
     for name, known in zip(names, records, strict=True):
@@ -119,7 +133,7 @@ def _overlay(every: Mapping[str, list[Row]], metric: str) -> Image:
             label = plain(name).lstrip("_") + (f"  {values[-1]:.4g}" if metric != "lr" else "")
             axis.plot(steps, values, color=color, linewidth=1.6, label=label)
             axis.legend(frameon=False, fontsize=8.5)
-    dress(axis, TITLES.get(metric, metric))
+    dress(axis, panel_title(metric))
     return Image(f"{metric} of all runs", render(figure, "svg"))
 
 
