@@ -120,11 +120,6 @@ def _optimizer(config: Config) -> Iterator[Violation]:
             )
         return
     rest = [name for name, spec in config.optimizer.items() if spec.get("match") is None]
-    if config.task is None:
-        yield (
-            "optimizer",
-            "several optimizers need a task whose step(model, batch, optimizer) says what each of them minimizes",
-        )
     if len(rest) > 1:
         yield (
             f"optimizer.{rest[1]}",

@@ -308,7 +308,8 @@ class Config(Section):
         "layers.3, blocks.3), else the modules with parameters in their order. A "
         "fused kernel is used where there is one, unless `fused` or `foreach` is given. Several optimizers by name: "
         "{generator: {_target_: ..., match: 'G.*'}, discriminator: {...}}, each with the parameters that it matches first; one "
-        "without `match` gets the rest. The task's `step` then gets the name of the one that moves.",
+        "without `match` gets the rest. All of them move on one loss (Muon and AdamW), or each on its own, where the task's "
+        "`step` takes the name of an optimizer as its third argument (GANs).",
     )
     scheduler: fields.Scheduler | None = consent(
         None,

@@ -1,4 +1,4 @@
-"""Several optimizers, each with parameters, loss, reducer, schedule, loss scale and non-finite check of its own (GANs, say)."""
+"""Several optimizers, each with parameters of its own: with a loss for each (GANs), or one loss for all (Muon and AdamW)."""
 
 from __future__ import annotations
 
@@ -62,10 +62,18 @@ class Owners:
 
 
 class Optimizers:
-    """Several optimizers with the attributes of one, as far as they make sense: `by_name` has each."""
+    """Several optimizers with the attributes of one, as far as they make sense: `by_name` has each.
+
+    With one loss for all it is what a `Stepper` has as its optimizer: one backward, clipping and non-finite check, then `step`.
+    """
 
     def __init__(self, by_name: Mapping[str, torch.optim.Optimizer]):
         self.by_name = dict(by_name)
+
+    def step(self) -> None:
+        """The step of each, on the gradients that there are."""
+        for optimizer in self.by_name.values():
+            optimizer.step()
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

@@ -154,6 +154,15 @@ class OfOptimizer:
         return functools.partial(_named_last, found, self.name) if name == "weights" else found
 
 
+def minimizes_by_name(task: Any) -> bool:
+    """Whether a task's `step` takes the name of an optimizer: each of several then has a loss of its own."""
+    try:
+        inspect.signature(task.step).bind(None, None, "")
+    except TypeError:
+        return False
+    return True
+
+
 def _named_last(method: Callable[[Any, str], Any], name: str, batch: Any) -> Any:
     return method(batch, name)
 

@@ -22,7 +22,7 @@ from dist_train.step.precision import Precision, common_precision, resolve_preci
 from dist_train.task.batch import move_batch
 from dist_train.task.entries import MetricEntry, build_metric, check_entries
 from dist_train.task.losses import Loss
-from dist_train.task.task import SeveralLosses, Supervised, Task, WholeBatchTask
+from dist_train.task.task import SeveralLosses, Supervised, Task, WholeBatchTask, minimizes_by_name
 from dist_train.training.prepare import build_model, building
 
 if TYPE_CHECKING:
@@ -158,17 +158,17 @@ def _is_torchs(function: Any) -> bool:
 
 
 def adapted(task: Any, config: Config) -> Task:
-    """A task as the engine calls it: of the whole batch, or of several optimizers, where it is one.
+    """A task as the engine calls it: of the whole batch, or with a loss for each of several optimizers, where it is one.
 
     Raises:
         ConfigError: it lacks a method that it needs for that.
     """
     whole, named = config.trainer.whole_batch, is_named(config.optimizer)
     if whole is True or (whole == "auto" and getattr(task, "whole_batch", False)):
-        if named or not (callable(getattr(task, "outputs", None)) and callable(getattr(task, "loss", None))):
+        if not (callable(getattr(task, "outputs", None)) and callable(getattr(task, "loss", None))):
             message = (
                 "it needs a task with outputs(model, batch), which returns (outputs, targets), and loss(outputs, targets), or "
-                "none at all and a `loss`" + (", and one optimizer" if named else "")
+                "none at all and a `loss`"
             )
             raise ConfigError.single("trainer.whole_batch", message)
         return WholeBatchTask(task)
@@ -178,7 +178,15 @@ def adapted(task: Any, config: Config) -> Task:
             "or define step(model, batch) and predict(model, batch)"
         )
         raise ConfigError.single("task", message)
-    return SeveralLosses(task, list(config.optimizer)) if named else task
+    if named and minimizes_by_name(task):
+        return SeveralLosses(task, list(config.optimizer))
+    if named and hasattr(task, "moves"):
+        message = (
+            "its `moves` says which optimizers move in a step, but its step(model, batch) has one loss for all: give it a "
+            "third parameter, the name of the optimizer, or remove `moves`"
+        )
+        raise ConfigError.single("task", message)
+    return task
 
 
 class Saved(Protocol):

@@ -15,6 +15,7 @@ from dist_train.config.fields import Duration, is_named
 from dist_train.data.augment import Augmentation
 from dist_train.data.loader import EvalLoader, TrainLoader, build_plan
 from dist_train.data.plan import Plan
+from dist_train.step.closure import takes_closure
 from dist_train.step.ema import EMA, OptimizerEMA
 from dist_train.step.objective import Objective
 from dist_train.step.optim import averages_weights, build_optimizer
@@ -185,6 +186,12 @@ def _optimizers(built: ModelParts, owners: Owners) -> Optimizers:
         if averages_weights(made[name]):
             message = f"{type(made[name]).__name__} averages the weights itself, which is for one optimizer alone"
             raise ConfigError.single(f"optimizer.{name}", message)
+        if takes_closure(made[name]) and not isinstance(built.task, SeveralLosses):
+            message = (
+                f"{type(made[name]).__name__} computes the gradient several times in a step, so it can't share one with other "
+                "optimizers: use it alone, or give it a loss of its own by a task whose step takes the optimizer's name"
+            )
+            raise ConfigError.single(f"optimizer.{name}", message)
     return Optimizers(made)
 
 
@@ -253,15 +260,14 @@ def build_stepper(parts: Parts, prepare: Callable[[MicroBatch, StepWork], Any]) 
     `prepare` makes the batch that the model gets from a micro-batch of a step.
     """
 
-    def make(task: Any, optimizer: torch.optim.Optimizer) -> Stepper:
+    def make(task: Any, optimizer: Any) -> Stepper:
         objective = _objective(parts, task)
         new_reducer = partial(reducer_for, objective, parts.world, parts.config.distributed)
         return Stepper(objective, optimizer, new_reducer, parts.plan, prepare, parts.config.trainer)
 
-    if not isinstance(parts.optimizer, Optimizers):
+    if not isinstance(parts.optimizer, Optimizers) or not isinstance(parts.task, SeveralLosses):
         return make(parts.task, parts.optimizer)
     assert parts.owners is not None
-    assert isinstance(parts.task, SeveralLosses)
     task, by_name = parts.task, parts.optimizer.by_name
     return SeveralSteppers(lambda name: make(OfOptimizer(task.task, name), by_name[name]), parts.owners, task.moves)
 

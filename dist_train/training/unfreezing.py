@@ -33,7 +33,7 @@ class Trainable:
         if self._now() == self._seen:
             return
         parts = self.parts
-        if isinstance(self.stepper, SeveralSteppers):
+        if isinstance(parts.optimizer, Optimizers):
             raise ValueError(
                 "a callback lets other parameters train, which is for one optimizer: of several each has its own from the start"
             )
@@ -48,7 +48,7 @@ class Trainable:
                     f"a callback lets rank {rank} train other parameters than rank {parts.world.rank}: on every rank it must do "
                     "the same at the same step"
                 )
-        assert not isinstance(parts.optimizer, Optimizers)
+        assert not isinstance(self.stepper, SeveralSteppers)
         fill_momentum(parts.optimizer)
         _extend(parts)
         self.stepper.renew_reducer()

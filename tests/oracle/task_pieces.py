@@ -204,6 +204,13 @@ class TwoRows(Contrast):
         return torch.cat([model(batch[0])] * 2), None
 
 
+class OneLossMoves(Shared):
+    """It says which optimizers move, but not what each of them minimizes."""
+
+    def moves(self, step: int) -> list[str]:
+        return ["body"]
+
+
 class NobodyMoves(Game):
     def moves(self, step: int) -> list[str]:
         return []

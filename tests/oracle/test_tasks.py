@@ -56,6 +56,7 @@ def piece(name: str, **arguments: Any) -> dict[str, Any]:
 LBFGS = {"_target_": "torch.optim.LBFGS", "lr": 0.5, "max_iter": 4, "line_search_fn": "strong_wolfe"}
 HALVED = {"_target_": "torch.optim.lr_scheduler.ExponentialLR", "gamma": 0.5, "every": "2step"}
 GAN = {"D": {**SGD, "match": "D.*"}, "G": {"_target_": "torch.optim.Adam", "lr": 0.01}}
+JOINT = {"body": {**SGD, "match": "net.0.*"}, "rest": {"_target_": "torch.optim.Adam", "lr": 0.01}}
 CONFIGS: dict[str, dict[str, Any]] = {
     "shared": config_of(task=piece("Shared"), metrics=["accuracy"]),
     "elements": config_of(task=piece("Elements")),
@@ -64,6 +65,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "whole": config_of(task=piece("Contrast"), outputs=4),
     "covariance": config_of(loss=piece("decorrelated"), trainer={"whole_batch": True}),
     "gan": config_of(GAN, task=piece("Game"), model=piece("Pair"), scheduler={"G": HALVED}),
+    "joint": config_of(JOINT, task=piece("Shared"), scheduler={"rest": HALVED}, trainer={"clip_grad_norm": 0.5}),
+    "joint_whole": config_of(JOINT, loss=piece("decorrelated"), trainer={"whole_batch": True}),
     "lbfgs": config_of(LBFGS, task=piece("Shared")),
     "sam": config_of({"_target_": "task_pieces.SAM", "lr": 0.1}, task=piece("Shared")),
 }  # fmt: skip
@@ -106,7 +109,8 @@ def means_covariance(net: nn.Module, batch: Any) -> dict[str, Tensor]:
 
 MEANS: dict[str, Callable[[Any, Any], dict[str, Tensor]]] = {
     "shared": means_shared, "elements": means_elements, "own": means_own, "dict": means_dict, "whole": means_whole,
-    "covariance": means_covariance, "lbfgs": means_shared, "sam": means_shared,
+    "covariance": means_covariance, "joint": means_shared, "joint_whole": means_covariance,
+    "lbfgs": means_shared, "sam": means_shared,
 }  # fmt: skip
 
 
@@ -125,6 +129,8 @@ def plain(name: str) -> tuple[list[dict[str, float]], nn.Module]:
     net: Any = pieces.Net(config["model"]["outputs"])
     if name == "whole":
         net.task = pieces.Contrast()
+    if name.startswith("joint"):
+        return plain_joint(net, means, name == "joint")
     spec = dict(config["optimizer"])
     kind = {"torch.optim.SGD": torch.optim.SGD, "torch.optim.LBFGS": torch.optim.LBFGS, "task_pieces.SAM": pieces.SAM}
     optimizer: Any = kind[spec.pop("_target_")](net.parameters(), **spec)
@@ -143,6 +149,25 @@ def plain(name: str) -> tuple[list[dict[str, float]], nn.Module]:
         if name == "own":
             nn.utils.clip_grad_norm_(net.parameters(), 0.5)
         optimizer.step(closure) if name in ("lbfgs", "sam") else optimizer.step()
+    return curve, net
+
+
+def plain_joint(net: Any, means: Any, clipped: bool) -> tuple[list[dict[str, float]], nn.Module]:
+    """Two optimizers step on the gradient of one backward."""
+    body = torch.optim.SGD(net.net[0].parameters(), lr=0.1, momentum=0.9)
+    rest = torch.optim.Adam(net.net[2].parameters(), lr=0.01)
+    schedule, curve = torch.optim.lr_scheduler.ExponentialLR(rest, 0.5), []
+    for step, batch in enumerate(batches()):
+        found = means(net, batch)
+        curve.append({key: float(value.detach()) for key, value in found.items()})
+        net.zero_grad()
+        found["loss"].backward()
+        if clipped:
+            curve[-1]["grad_norm"] = float(nn.utils.clip_grad_norm_(net.parameters(), 0.5))
+        body.step()
+        rest.step()
+        if clipped and step % 2:
+            schedule.step()
     return curve, net
 
 
@@ -255,7 +280,8 @@ REFUSED = {
     "moves": ({"task": piece("NobodyMoves"), "model": piece("Pair"), "optimizer": GAN}, "each once"),
     "orphan": ({"task": piece("Game"), "model": piece("Pair"), "optimizer": ORPHANS}, "no optimizer's `match` fits D.2.weight"),
     "two rests": ({"task": piece("Game"), "model": piece("Pair"), "optimizer": {"D": SGD, "G": SGD}}, "both have no `match`"),
-    "no task": ({"optimizer": GAN, "loss": piece("two_values")}, "several optimizers need a task"),
+    "moves of one loss": ({"task": piece("OneLossMoves"), "optimizer": JOINT}, "has one loss for all of them"),
+    "shared closure": ({"task": piece("Shared"), "optimizer": {**JOINT, "rest": LBFGS}}, "can't share one with other"),
 }  # fmt: skip
 
 
