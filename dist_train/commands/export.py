@@ -80,13 +80,14 @@ def _export_graph(restored: Restored, path: Path) -> str:
     import torch
 
     from dist_train.task.batch import is_pair
-    from dist_train.training.prepare import build_dataset, first_samples
+    from dist_train.training.prepare import build_dataset, first_samples, named_parts
 
     config, model = restored.config, restored.evaluator.model
-    dataset = build_dataset(config, restored.split(None))
+    dataset, parts = build_dataset(config, restored.split(None)), named_parts(config)
 
     def inputs(count: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         batch = first_samples(config, dataset, count)
+        batch = parts(batch, labeled=False) if parts else batch
         value = batch[0] if is_pair(batch) else batch
         if isinstance(value, dict):
             return (), value

@@ -85,9 +85,29 @@ def _data(config: Config) -> Iterator[Violation]:
         if given and data.num_workers == 0:
             message = "this has no effect with data.num_workers=0; leave it out, or set data.num_workers above 0"
             yield f"data.{name}", message
+    yield from _named_parts(config)
     if isinstance(data.global_batch_size, int) and isinstance(micro, int) and micro > data.global_batch_size:
         most = f"data.global_batch_size={data.global_batch_size}, which all ranks share"
         yield "trainer.micro_batch_size", f"expected at most {most}, found {micro}"
+
+
+def _named_parts(config: Config) -> Iterator[Violation]:
+    """data.inputs and data.target: both or neither, instead of a task, and under different names."""
+    data = config.data
+    for name, other in (("inputs", "target"), ("target", "inputs")):
+        given = getattr(data, name) is not None
+        if given and config.task is not None:
+            message = f"a task takes the batch apart itself: leave data.{name} out, or leave out the task"
+            yield f"data.{name}", message
+        elif given and getattr(data, other) is None:
+            needed = {"inputs": "which parts of a sample the model gets", "target": "which one the loss gets"}[other]
+            yield f"data.{name}", f"this needs data.{other} too: {needed}"
+    if isinstance(data.inputs, list):
+        names = [path.rpartition(".")[2] for path in data.inputs]
+        if twice := [name for name in names if names.count(name) > 1]:
+            yield "data.inputs", f"two of them would be the model's argument {twice[0]}: give the model different names"
+        if not names:
+            yield "data.inputs", "expected at least one name of a part of a sample, found []"
 
 
 def _model(config: Config) -> Iterator[Violation]:

@@ -238,6 +238,7 @@ Time = Annotated[Duration, BeforeValidator(Duration.parse_time), *_AS_TEXT]
 EpochsOrSteps = Annotated[Duration, BeforeValidator(Duration.parse_count), *_AS_TEXT]
 Lengths = Annotated[list[Length], _one_or_more(Length)]
 Text = Annotated[str, Field(min_length=1)]
+Paths = Text | list[Text]  # dotted paths into a batch
 Patterns = Annotated[list[Text], _one_or_more(Text)]
 # From a Python dict a name may be a number; from YAML it is text already (see `source.Node.plain`).
 Name = Annotated[Text, BeforeValidator(lambda value: str(value) if type(value) in (int, float) else value)]

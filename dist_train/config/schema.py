@@ -65,6 +65,13 @@ class DataConfig(Section):
     pin_memory: bool | Auto = harmless("auto", "Page-locked batches, for faster copies. `auto`: on CUDA only.")
     steps_per_epoch: Count | None = refused(None, "The length of an epoch, for an IterableDataset without a length.")
     drop_last: bool = refused(True, "Drop an epoch's last, smaller batch. false: train on it, by its exact mean.")
+    inputs: fields.Paths | None = consent(
+        None,
+        "Which parts of a sample (a dict, a dataclass) the model gets, where samples aren't (inputs, target): "
+        "`[input_ids, attention_mask]` go to it by these names, a single one (`pixels`) as its only argument. Dotted paths "
+        "lead inside; the last part is the name. Instead of a task.",
+    )
+    target: Text | None = consent(None, "The part of a sample that the loss gets, like `labels`, beside `data.inputs`.")
     augment: list[Component] = consent([], "Augmentations of batches, on the device, with per-sample randomness.")
     collate: Component | None = consent(None, "Makes a batch from a list of samples. null: torch's default_collate.")
     persistent_workers: bool | Auto = harmless("auto", "Keep workers over epochs. `auto`: where there are any.")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -45,6 +47,11 @@ class LoaderOptions:
 
 def dataset_length(dataset: Any, slot: str = "train") -> int:
     """The number of samples of a map-style dataset. Raises DataError if it has no length, or no sample."""
+    if isinstance(dataset, Mapping) and type(dataset).__module__.startswith("datasets."):  # a DatasetDict
+        raise DataError(
+            f"data.{slot}: {type(dataset).__name__} holds several datasets, {', '.join(map(str, dataset))}: name one of them, as "
+            f"`split: {next(iter(dataset), slot)}` beside `_target_: datasets.load_dataset`"
+        )
     try:
         length = len(dataset)
     except TypeError as error:
@@ -77,6 +84,40 @@ def _read_subset(read: BatchReader, subset: Indices, indices: Indices) -> Any:
     return read(subset[indices])
 
 
+def make_batch(samples: list[Any]) -> Any:
+    """torch's `default_collate`, which also makes dataclasses of dataclasses: each field is collated by itself."""
+    first = samples[0]
+    if not dataclasses.is_dataclass(first):
+        return default_collate(samples)
+    batch = copy.copy(first)
+    for field in dataclasses.fields(first):
+        values = make_batch([getattr(sample, field.name) for sample in samples])
+        object.__setattr__(batch, field.name, values)  # frozen ones too
+    return batch
+
+
+def in_tensors(dataset: Any) -> Any:
+    """A `datasets.Dataset` (Hugging Face's) that gives dicts of tensors; any other dataset, and one with a transform, as it is.
+
+    By default its samples hold Python lists, which `default_collate` would transpose, and floats in double precision. A
+    `Subset` of one is followed. Formats that collate as they are, torch's and numpy's, stay.
+    """
+    if type(dataset) is Subset:
+        inner = in_tensors(dataset.dataset)
+        return dataset if inner is dataset.dataset else Subset(inner, dataset.indices)
+    if not is_hugging_face(dataset) or dataset.format["type"] in ("torch", "numpy", "custom"):
+        return dataset
+    columns, others = dataset.format["columns"], dataset.format["output_all_columns"]
+    return dataset.with_format("torch", columns=columns, output_all_columns=others)
+
+
+def is_hugging_face(dataset: Any) -> bool:
+    """Whether it is a map-style `datasets.Dataset`, or of a subclass; the package isn't imported."""
+    return any(
+        (kind.__module__, kind.__name__) == ("datasets.arrow_dataset", "Dataset") for kind in type(dataset).__mro__
+    )
+
+
 class SampleReader(Dataset[Any]):
     """A dataset whose reads depend on (seed, epoch, sample index) alone; fills in the batch of a `MicroBatch`.
 
@@ -87,7 +128,8 @@ class SampleReader(Dataset[Any]):
 
     def __init__(self, dataset: Any, seed: int, collate: Collate | None = None) -> None:
         self.dataset, self.seed = dataset, seed
-        self.collate: Collate = default_collate if collate is None else collate
+        self.collate: Collate = make_batch if collate is None else collate
+        self._at_once = is_hugging_face(dataset) and dataset.format["type"] in ("torch", "numpy")
         self.read = batch_reader(dataset) if collate is None else None
 
     def __getitems__(self, request: MicroBatch) -> MicroBatch:
@@ -110,6 +152,11 @@ class SampleReader(Dataset[Any]):
     def samples(self, request: MicroBatch) -> list[Any]:
         """The samples of a request, in its order."""
         samples = []
+        if self._at_once:  # nothing is drawn, and Arrow gathers many rows in the time of one
+            try:
+                return list(self.dataset.__getitems__(request.indices.tolist()))
+            except (Exception, SystemExit):
+                pass  # read one by one, it shows which sample is the cause
         for index in request.indices.tolist():
             seed_sample(self.seed, request.epoch, index)
             try:

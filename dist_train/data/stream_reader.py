@@ -10,11 +10,11 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from torch.utils.data import default_collate, get_worker_info
+from torch.utils.data import get_worker_info
 
 from dist_train.data.errors import DataError, dataset_name
 from dist_train.data.plan import MicroBatch, Plan, micro_slices
-from dist_train.data.reading import Collate, SampleReader
+from dist_train.data.reading import Collate, SampleReader, make_batch
 from dist_train.data.stream import WHOLE, Pass, shard_of
 from dist_train.data.workers import hide_rank, worker_visible
 
@@ -51,7 +51,7 @@ class StreamReader(SampleReader):
     """
 
     def __init__(self, dataset: Any, seed: int, collate: Collate | None, info: StreamInfo) -> None:
-        super().__init__(dataset, seed, partial(_collated, collate or default_collate))
+        super().__init__(dataset, seed, partial(_collated, collate or make_batch))
         self.source, self.info = dataset, info
         self.saved: dict[int, dict[str, Any]] = {}
         self._shard = WHOLE

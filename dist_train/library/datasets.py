@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Subset
 
 from dist_train.data.errors import DataError
-from dist_train.data.reading import dataset_length
+from dist_train.data.reading import dataset_length, in_tensors
 from dist_train.library.arrays import Arrays
 from dist_train.library.splits import split_indices, split_number
 from dist_train.runtime.seeding import SPLIT
@@ -111,6 +111,7 @@ class RandomSplit(Subset[Any]):
         stratify: bool = False,
     ) -> None:
         total = dataset_length(dataset, "RandomSplit")
+        dataset = in_tensors(dataset)
         labels = None
         if stratify:
             found = getattr(dataset, "targets", None)

@@ -8,11 +8,11 @@ import subprocess
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import default_collate
 
 import dist_train
 from dist_train.config.components import build_callable
 from dist_train.config.fields import to_json
+from dist_train.data.reading import make_batch
 from dist_train.data.stream import is_stream, stream_length
 from dist_train.models.layers import layer_table, output_shapes
 from dist_train.step.groups import Grouping
@@ -86,7 +86,7 @@ def layer_lines(parts: Parts) -> list[str]:
     if not config.debug.layers or not parts.world.is_main:
         return layer_table(model)
     try:
-        collate = build_callable(config.data.collate) if config.data.collate is not None else default_collate
+        collate = build_callable(config.data.collate) if config.data.collate is not None else make_batch
         batch = parts.move(collate([parts.datasets["train"][0]]))
         with parts.evaluator.serving(ema=False), parts.precision.autocast():
             shapes = output_shapes(model, lambda: parts.task.predict(model, batch))

@@ -143,10 +143,84 @@ def split_batch(batch: Any) -> tuple[Any, Any]:
     if is_pair(batch):
         return batch[0], batch[1]
     kind = f"a {type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else f"a {type(batch).__name__}"
+    if names := _names_in(batch):
+        likely = next((name for name in names if name in ("labels", "label", "targets", "target", "y")), names[-1])
+        others = [name for name in names if name != likely]
+        raise ValueError(
+            f"the default task expects a batch of (inputs, target), but the dataset's samples collate to {kind} with "
+            f"{', '.join(names)}: say which go to the model and which one to the loss, as data.inputs: "
+            f"[{', '.join(others) or likely}] (by name; a single string: by position) and data.target: {likely}, or "
+            "name a `task` with step(model, batch) and predict(model, batch)"
+        )
     raise ValueError(
         f"the default task expects a batch of (inputs, target), but the dataset's samples collate to {kind}; return "
         "(inputs, target) from __getitem__, or name a `task` with step(model, batch) and predict(model, batch)"
     )
+
+
+class NamedParts:
+    """Makes (inputs, target) of a batch whose parts have names: a mapping, a dataclass, any object with attributes.
+
+    A path is a dotted string: each part is a key of a mapping, the index of a sequence or an attribute.
+
+    Args:
+        inputs: one path, whose value is the model's only argument, or several, whose values it gets by their last parts.
+        target: the path of what the loss gets.
+    """
+
+    def __init__(self, inputs: str | list[str], target: str):
+        self.inputs, self.target = inputs, target
+
+    def __call__(self, batch: Any, *, labeled: bool = True) -> tuple[Any, Any]:
+        """(inputs, target) of a batch.
+
+        Args:
+            labeled: the batch must have a target; otherwise one that it lacks is None.
+
+        Raises:
+            ValueError: the batch has no part of such a name; says which there are.
+        """
+        if isinstance(self.inputs, str):
+            inputs = self._part(batch, self.inputs, "data.inputs")
+        else:
+            inputs = {path.rpartition(".")[2]: self._part(batch, path, "data.inputs") for path in self.inputs}
+        try:
+            return inputs, self._part(batch, self.target, "data.target")
+        except ValueError:
+            if labeled:
+                raise
+            return inputs, None
+
+    def _part(self, batch: Any, path: str, key: str) -> Any:
+        value = batch
+        for number, part in enumerate(path.split(".")):
+            names = _names_in(value)
+            index = int(part) if part.isdigit() else -1
+            if isinstance(value, Mapping) and part in value:
+                value = value[part]
+            elif isinstance(value, list | tuple) and 0 <= index < len(value):
+                value = value[index]
+            elif part in names and not isinstance(value, Mapping):
+                value = getattr(value, part)
+            else:
+                above = ".".join(path.split(".")[:number])
+                holder = f"{above} of the batch" if above else "the batch"
+                found = f"has {', '.join(names)}" if names else f"is {shapes_of(value)}"
+                raise ValueError(f"{key}: {path}: {holder} has no {part}; it {found}")
+        return value
+
+
+def _names_in(value: Any) -> list[str]:
+    """The keys of a mapping; of a dataclass or a named tuple the fields; of any other object its public attributes."""
+    if isinstance(value, Mapping):
+        return list(map(str, value))
+    if dataclasses.is_dataclass(value):
+        return [field.name for field in dataclasses.fields(value)]
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return list(value._fields)
+    if isinstance(value, (Tensor, list, tuple, *_LEAVES)):
+        return []
+    return [name for name in getattr(value, "__dict__", ()) if not name.startswith("_")]
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:

@@ -333,7 +333,8 @@ def predict(evaluator: Evaluator, loader: EvalLoader) -> Iterator[Predicted | No
             samples, batch = mine
             seed_forward(evaluator.seed, 0, samples.start, evaluator.world.device)
             with evaluator.precision.autocast():
-                outputs = evaluator.task.predict(evaluator.model, evaluator.prepare(batch))
+                batch = evaluator.prepare(batch, labeled=False)
+                outputs = evaluator.task.predict(evaluator.model, batch)
             yield Predicted(samples.start, _rows(outputs, len(samples)), _targets(batch, len(samples)))
 
 
@@ -357,8 +358,8 @@ def _rows(outputs: Any, samples: int) -> Tensor:
 
 
 def _targets(batch: Any, samples: int) -> Tensor | None:
-    """The targets of a batch of (inputs, targets), as (n,) or (n, k); None if it has none of that shape."""
+    """The targets of a batch of (inputs, targets), as (n,) or (n, k) on the CPU; None if it has none of that shape."""
     if not is_pair(batch) or not isinstance(batch[1], Tensor):
         return None
-    targets = batch[1]
+    targets = batch[1].cpu()
     return squeeze_column(targets) if targets.dim() in (1, 2) and len(targets) == samples else None

@@ -23,7 +23,7 @@ from dist_train.task.batch import move_batch
 from dist_train.task.entries import MetricEntry, build_metric, check_entries
 from dist_train.task.losses import Loss
 from dist_train.task.task import SeveralLosses, Supervised, Task, WholeBatchTask, minimizes_by_name
-from dist_train.training.prepare import build_model, building
+from dist_train.training.prepare import build_model, building, named_parts
 
 if TYPE_CHECKING:
     from dist_train.config.schema import Config
@@ -58,9 +58,17 @@ class ModelParts:
         """The module itself, without DDP around it."""
         return self.modules.model
 
-    def move(self, batch: Any) -> Any:
-        """The batch on the model's device."""
-        return move_batch(batch, self.world.device, self.memory_format)
+    def move(self, batch: Any, *, labeled: bool = True) -> Any:
+        """The batch on the model's device; of one whose parts have names, (inputs, target) by `data.inputs` and `data.target`.
+
+        Args:
+            labeled: such a batch must have a target; otherwise one that it lacks is None.
+
+        Raises:
+            ValueError: it hasn't.
+        """
+        parts = named_parts(self.config)
+        return move_batch(parts(batch, labeled=labeled) if parts else batch, self.world.device, self.memory_format)
 
 
 def build_model_parts(config: Config, world: World, *, fresh: bool = False) -> ModelParts:

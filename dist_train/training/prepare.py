@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
-from torch.utils.data import default_collate
 
 from dist_train.checkpoint.manifest import CheckpointError
 from dist_train.checkpoint.store import find_at
@@ -20,7 +19,7 @@ from dist_train.config.errors import ConfigError
 from dist_train.config.fields import expand_argument, expand_path
 from dist_train.data.errors import DataError
 from dist_train.data.loader import EvalLoader
-from dist_train.data.reading import LoaderOptions
+from dist_train.data.reading import LoaderOptions, in_tensors, make_batch
 from dist_train.data.stream import is_stream
 from dist_train.files import StorageError
 from dist_train.models import transfer
@@ -28,6 +27,7 @@ from dist_train.models.weights import is_folder, is_torchvision_name, read_file,
 from dist_train.runtime.seeding import seed_everything
 from dist_train.runtime.storage import open_storage
 from dist_train.step.parameters import check_parameters
+from dist_train.task.batch import NamedParts
 
 if TYPE_CHECKING:
     from dist_train.config.schema import Config
@@ -67,7 +67,7 @@ def build_dataset(config: Config, split: str, world: World | None = None) -> Any
     seed_everything(config.seed)
     with building(f"data.{split}"):
         try:
-            return once_per_node(lambda: build(spec), world if _downloads(spec) else None)
+            return in_tensors(once_per_node(lambda: build(spec), world if _downloads(spec) else None))
         except (OSError, RuntimeError) as error:
             for inner in _specs(spec):
                 root, dataset = inner.get("root"), locate(inner["_target_"])
@@ -131,10 +131,16 @@ def missing_data(split: str, dataset: type, root: str | os.PathLike[str], error:
 
 def first_samples(config: Config, dataset: Any, count: int) -> Any:
     """The first `count` samples of a dataset or stream, or all where there are fewer, collated."""
-    collate = build_callable(config.data.collate) if config.data.collate is not None else default_collate
+    collate = build_callable(config.data.collate) if config.data.collate is not None else make_batch
     if is_stream(dataset):
         return collate(list(itertools.islice(iter(dataset), count)))
     return collate([dataset[index] for index in range(min(count, len(dataset)))])
+
+
+def named_parts(config: Config) -> NamedParts | None:
+    """What makes (inputs, target) of a batch whose parts have names; None where batches are pairs, or a task's matter."""
+    inputs, target = config.data.inputs, config.data.target
+    return None if inputs is None or target is None else NamedParts(inputs, target)
 
 
 def loader_options(config: Config, world: World) -> LoaderOptions:

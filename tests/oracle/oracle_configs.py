@@ -151,6 +151,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "model": MLP, "task": piece("Pairs", penalty=0.1), "metrics": ["accuracy"],
         "optimizer": {"_target_": SGD, "lr": 0.2}, "trainer": {"duration": "2ep", "micro_batch_size": 4},
     },
+    "named": {
+        "data": {
+            "train": piece("Named", noise=0.2), "val": piece("Named", samples=11, seed=1),
+            "global_batch_size": 6, "inputs": ["scale", "inner.points"], "target": "inner.label",
+        },
+        "model": piece("Scaled", _args_=MLP["_args_"]), "loss": {"_target_": CE}, "metrics": ["accuracy"],
+        "optimizer": {"_target_": SGD, "lr": 0.3, "momentum": 0.9},
+        "trainer": {"duration": "3ep", "log_every": "1step", "micro_batch_size": 4},
+    },
     "stream": {
         "data": {
             "train": piece("Stream", noise=0.3, target="binary"), "val": piece("Points", target="binary", seed=1),

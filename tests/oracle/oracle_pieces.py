@@ -40,6 +40,21 @@ class Points(Dataset[Any]):
         return self.inputs[index] + self.noise * drawn, self.targets[index]
 
 
+class Named(Points):
+    """The same as dicts in dicts, with more than the model takes."""
+
+    def __getitem__(self, index: int) -> Any:
+        points, label = super().__getitem__(index)
+        return {"scale": points.abs().mean(), "inner": {"points": points, "label": label, "scale": label}, "label": 2 - label}
+
+
+class Scaled(nn.Sequential):
+    """A Sequential with an input more."""
+
+    def forward(self, points: Tensor, scale: Tensor) -> Tensor:
+        return super().forward(points * scale[:, None])
+
+
 class Stream(IterableDataset[Any]):
     """The same, as a stream of ten samples."""
 

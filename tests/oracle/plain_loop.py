@@ -7,6 +7,7 @@ config names is built in described.py; test_equal.py shows that a mistake in a l
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -26,6 +27,10 @@ CPU, INF = torch.device("cpu"), float("inf")
 
 def clone(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def part_of(batch: Any, path: str) -> Any:
+    return functools.reduce(lambda part, key: part[key], path.split("."), batch)
 
 
 def endless(stream: Any, seed: int) -> Iterator[Any]:
@@ -58,6 +63,8 @@ def plain_loop(config: dict[str, Any], ranks: int = 1) -> SimpleNamespace:
                 seed_sample(c.seed, epoch, index)
                 samples.append(dataset[index])
         batch = c.collate(samples)
+        if c.inputs is not None:
+            batch = {path.rpartition(".")[2]: part_of(batch, path) for path in c.inputs}, part_of(batch, c.target)
         if c.channels_last:
             batch = [x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in batch]
         return batch
@@ -67,7 +74,7 @@ def plain_loop(config: dict[str, Any], ranks: int = 1) -> SimpleNamespace:
         with torch.autocast("cpu", c.half, enabled=c.half is not None):
             if c.task is not None:
                 return c.task.step(model, batch)
-            outputs = model(batch[0])
+            outputs = model(**batch[0]) if isinstance(batch[0], dict) else model(batch[0])
         return *c.loss(outputs, batch[1]), outputs, batch[1]
 
     @torch.no_grad()
@@ -113,7 +120,9 @@ def plain_loop(config: dict[str, Any], ranks: int = 1) -> SimpleNamespace:
         for rank in range(ranks):
             for part in micro_slices(n, rank, ranks, c.micro_batch_size):
                 rows = indices.take(range(part.start, part.stop + augmentation.neighbours), mode="wrap")
-                batch = augmentation(read(c.train, rows, epoch), seed=c.seed, epoch=epoch, indices=rows)
+                batch = read(c.train, rows, epoch)
+                if c.augment:
+                    batch = augmentation(batch, seed=c.seed, epoch=epoch, indices=rows)
                 seed_forward(c.seed, run.step, part.start, CPU)
                 loss, weight, *_ = forward(model, batch)
                 scaler.scale(loss if c.summed else loss * (1 / n)).backward()

@@ -49,7 +49,15 @@ def test_a_run_that_was_stopped_resumes_to_the_same_end(tmp_path: Path, name: st
 
 # A rank of "weighted" has no sample in an epoch's last step; "images" mixes samples over the cuts.
 ON_RANKS = {
-    2: {"weighted": "auto", "images": "ddp", "fp16": "auto", "own": "ddp", "stream": "auto", "zero_weight": "ddp"},
+    2: {
+        "weighted": "auto",
+        "named": "auto",
+        "images": "ddp",
+        "fp16": "auto",
+        "own": "ddp",
+        "stream": "auto",
+        "zero_weight": "ddp",
+    },
     3: {"weighted": "ddp", "dropout": "auto", "images": "auto", "fp16": "ddp", "plateau": "ddp", "skipped": "auto"},
 }
 

@@ -29,6 +29,8 @@ MATTERS: dict[str, tuple[str, Any]] = {
     "data.eval_batch_size": ("plain", DEFAULT),
     "data.steps_per_epoch": ("stream", 2),
     "data.drop_last": ("weighted", DEFAULT),
+    "data.inputs": ("named", ["inner.scale", "inner.points"]),
+    "data.target": ("named", "label"),
     "data.augment": ("images", DEFAULT),
     "data.augment.1.alpha": ("images", DEFAULT),
     "data.collate": ("summed", DEFAULT),
