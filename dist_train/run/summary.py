@@ -17,6 +17,7 @@ from dist_train.data.stream import is_stream, stream_length
 from dist_train.models.layers import layer_table, output_shapes
 from dist_train.step.groups import Grouping
 from dist_train.step.several import Optimizers
+from dist_train.task.task import SeveralLosses, WholeBatchTask
 from dist_train.text import format_seconds
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def start_lines(trainer: Trainer) -> Lines:
         ("layers", "\n".join(layer_lines(parts))),
         ("layer lr", layer_lr(parts)),
         ("world", _world(parts)),
+        ("task", _task(parts)),
         ("precision", parts.precision.name),
         ("data", data),
         ("batch", batch_arithmetic(parts)),
@@ -68,6 +70,18 @@ def start_lines(trainer: Trainer) -> Lines:
         command = f"torchrun --nproc_per_node={count} -m dist_train.main"
         lines.append(("note", f"{count} GPUs are here: {command} uses them all"))
     return [(label, text) for label, text in lines if text]
+
+
+def _task(parts: Parts) -> str:
+    """What a step costs or does more than a forward and a backward, by what the task declares."""
+    if isinstance(parts.task, WholeBatchTask):
+        return "a loss of the whole batch: two forwards of each micro-batch, and every rank gathers the outputs of all"
+    if isinstance(parts.task, SeveralLosses):
+        own = "as the task's moves(step) says" if hasattr(parts.task.task, "moves") else "in this order"
+        return f"optimizers {', '.join(parts.task.names)}, {own}"
+    if callable(getattr(parts.task, "weights", None)):
+        return "losses with weights of their own: one small all-reduce before the backward of each step"
+    return ""
 
 
 def _left_in_eval_mode(parts: Parts) -> str:

@@ -82,12 +82,30 @@ def ours(world: World, form: int) -> Callable[[], object]:
     return steps
 
 
-def of_training(strategy: str) -> dict[str, Any]:
+class Losses:
+    """Two losses with one denominator; `own`: with two, of which the task gives the weights beforehand."""
+
+    def __init__(self, own: bool) -> None:
+        if own:
+            self.weights = lambda batch: {"entropy": len(batch[0]), "size": (batch[1] > 0).sum()}
+
+    def step(self, model: nn.Module, batch: Any) -> Any:
+        outputs = model(batch[0])
+        entropy = nn.functional.cross_entropy(outputs, batch[1], reduction="sum")
+        weights = self.weights(batch) if hasattr(self, "weights") else {"entropy": len(outputs), "size": len(outputs)}
+        size = outputs.square().sum(1).where(batch[1] > 0, 0.0).sum()
+        return {"entropy": (entropy, weights["entropy"]), "size": (size, weights["size"], 0.1)}, None
+
+    def predict(self, model: nn.Module, batch: Any) -> Any:
+        return model(batch[0])
+
+
+def of_training(strategy: str, name: str, **keys: Any) -> dict[str, Any]:
     """What three steps more of a whole run cost: all that is done once and at its end is the same."""
     costs = []
     for steps in (5, 8):
         parts = {
-            "run": {"name": f"{strategy}{steps}"},
+            "run": {"name": f"{name}{steps}"},
             "data": {"train": TensorDataset(INPUTS, LABELS), "global_batch_size": BATCH, "num_workers": 0},
             "model": model(),  # a live one: every rank gets its weights back in the end
             "loss": nn.CrossEntropyLoss(weight=torch.ones(4)),
@@ -98,6 +116,7 @@ def of_training(strategy: str) -> dict[str, Any]:
             "checkpoint": {"every": []},
             "tracking": {"tensorboard": False, "report": False},
             "distributed": {"strategy": strategy, "device": "cpu"},
+            **keys,
         }  # fmt: skip
         with Reads() as reads, contextlib.redirect_stdout(sys.stderr):
             names = collectives(partial(train, parts))
@@ -119,7 +138,9 @@ def main() -> None:
             with Reads() as reads:
                 steps()
             counts[form] = {"reads": reads.count, "collectives": collectives(steps)}
-    counts |= {f"train {strategy}": of_training(strategy) for strategy in ("auto", "ddp")}
+    counts |= {f"train {strategy}": of_training(strategy, strategy) for strategy in ("auto", "ddp")}
+    counts["train losses"] = of_training("ddp", "losses", loss=None, task=Losses(own=False))
+    counts["train own weights"] = of_training("ddp", "own", loss=None, task=Losses(own=True))
     if os.environ["RANK"] == "0":
         print(json.dumps(counts))
 
