@@ -209,6 +209,11 @@ class CheckpointConfig(Section):
         "better, else as in stop_when.mode). `auto`: the first of `metrics` on val, or val/loss without metrics; "
         "nothing without data.val, or with several optimizers and no metrics. null: none.",
     )
+    what: Literal["all", "trained"] = refused(
+        "all",
+        "`trained`: checkpoints and model.pt leave out parameters that are frozen and as the config makes them (the base of "
+        "adapters). They are kept by hash, made again from `model` and transfer.weights, and compared when weights are loaded.",
+    )
     asynchronous: bool = harmless(True, "Write in the background; training waits only for a copy to host memory.")
     on_error: Literal["fail", "warn"] = harmless(
         "fail",

@@ -32,7 +32,8 @@ def load_weights(
 
     Args:
         model: its parameters and buffers are overwritten.
-        content: a state_dict, or a dict with one inside (`model`, `state_dict`, ...), as torch.load or safetensors give
+        content: for a model of peft also that of its base model, which gets no weights for the adapters;
+            a state_dict, or a dict with one inside (`model`, `state_dict`, ...), as torch.load or safetensors give
             it. A prefix that all of its names have (`module.` of DDP, `model.` of Lightning) is dropped if no name matches.
         source: what the file is called in messages.
         strict: every tensor must match by name and shape.
@@ -45,12 +46,15 @@ def load_weights(
         ConfigError: it holds no state_dict, a tensor doesn't match (strict), or none does.
     """
     own = model.state_dict()
-    state = _state_dict(content, source, own)
+    bases, adapters = _in_base(model, own)
+    state = _state_dict(content, source, own | bases)
+    if bases and not own.keys() & state.keys():
+        state = {bases.get(name, name): value for name, value in state.items()}
     matching = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape}
     rows = []
     for name in dict.fromkeys([*own, *state]):
         ours, theirs = (str(tuple(held[name].shape)) if name in held else "-" for held in (own, state))
-        ignored = replaced is not None and name.startswith(replaced + ".")
+        ignored = name in adapters or (replaced is not None and name.startswith(replaced + "."))
         if ours != theirs and not ignored and not (theirs == "-" and name.endswith("num_batches_tracked")):
             wrong = "not in the file" if theirs == "-" else "not in the model" if ours == "-" else "different shape"
             rows.append((f"  {name}", ours, theirs, wrong))
@@ -66,7 +70,25 @@ def load_weights(
     return [f"{len(matching)} of {len(own)} tensors from {source}", *table]
 
 
-def _state_dict(content: object, source: str, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _in_base(model: nn.Module, own: Mapping[str, Tensor]) -> tuple[dict[str, str], set[str]]:
+    """For a model of peft: its names by those that they have in the model that it wraps, and the names of its adapters."""
+    if not hasattr(model, "peft_config"):
+        return {}, set()
+    prefix = adapter_prefix(model)
+    adapters = {name for name in own if prefix in name or ".modules_to_save." in name}
+    bases = {}
+    for name in own.keys() - adapters:
+        plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
+        bases[plain] = name
+    return bases, adapters
+
+
+def adapter_prefix(model: nn.Module) -> str:
+    """What the names of adapters have in them, in a model of peft (`.lora_`)."""
+    return f".{getattr(getattr(model, 'base_model', None), 'prefix', 'lora_')}"
+
+
+def _state_dict(content: object, source: str, own: Mapping[str, object]) -> dict[str, Tensor]:
     """The state_dict in the content of a file, without prefixes that the model's names don't have."""
     for name in ("state_dict", "model_state_dict", "model", "module"):
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
@@ -96,7 +118,10 @@ def find_head(model: nn.Module, at: str | None = None) -> str:
     layer = model if at is None else _layer(model, at, "transfer.head.at")
     if at is not None and isinstance(layer, nn.Linear | nn.Conv2d):
         return at
-    inside = [[n for n, m in layer.named_modules() if n and isinstance(m, kind)] for kind in (nn.Linear, nn.Conv2d)]
+    names = [(name, module) for name, module in layer.named_modules() if name]
+    if hasattr(model, "peft_config"):  # layers of its adapters are none of the model
+        names = [(name, module) for name, module in names if adapter_prefix(model) not in f".{name}"]
+    inside = [[name for name, module in names if isinstance(module, kind)] for kind in (nn.Linear, nn.Conv2d)]
     last = next((names[-1] for names in inside if names), None)
     if at is not None:
         hint = f"; did you mean {at}.{last}?" if last else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from dist_train.config.schema import Config
     from dist_train.runtime.rundir import RunDir
     from dist_train.runtime.world import World
+    from dist_train.training.frozen import Frozen
 
 
 _FIX = "Put it back from a copy, give the run another run.name, or delete that directory"
@@ -166,6 +168,19 @@ def _config_before(run: RunDir, store: CheckpointStore, warnings: list[str]) -> 
             warnings.append(f"{wrong}: the config in {found.name} is used instead")
             return from_json(config)
     raise ConfigError.single("run.name", f"{wrong}, and no manifest has the config of {run.location}. {_FIX}")
+
+
+def compare_frozen(frozen: Frozen, decision: Decision, run: RunDir) -> None:
+    """Whether the frozen weights are those that the newest checkpoint leaves out; nothing is quarantined or changed.
+
+    Raises:
+        ConfigError: names the first one that isn't.
+    """
+    store = CheckpointStore(run.storage.sub("checkpoints"))
+    with contextlib.suppress(CheckpointError):  # reported where it is loaded
+        found = find_at(decision.source) if decision.source is not None else next(store.published(), None)
+        if found is not None and "frozen" in found.parts:
+            frozen.compare(found.load("frozen"), found.location)
 
 
 def find_checkpoint(world: World, decision: Decision, manager: CheckpointManager) -> Found:

@@ -18,8 +18,9 @@ from dist_train.run.report import report_in
 from dist_train.run.summary import end_lines
 from dist_train.runtime.lease import look_at_owner
 from dist_train.runtime.seeding import undisturbed_generators
+from dist_train.training.frozen import load_trained
 from dist_train.training.model import load_weights
-from dist_train.training.prepare import build_model
+from dist_train.training.prepare import build_model, frozen_source
 
 if TYPE_CHECKING:
     from dist_train.checkpoint.manager import CheckpointManager
@@ -57,7 +58,7 @@ def finish(trainer: Trainer, checkpoints: CheckpointManager) -> dict[str, Any]:
     epoch, samples = trainer.epoch, progress.samples  # of the weights that are kept, as the step of the test row
     if kept_step != trainer.step:
         found = checkpoints.find(f"step-{kept_step}")
-        load_weights(parts.modules, found)
+        load_weights(parts.modules, found, frozen=parts.frozen)
         if parts.ema is not None and "ema" in found.parts:
             parts.ema.load_state_dict(found.load("ema"))
         val = found.metrics
@@ -95,7 +96,11 @@ def _write(trainer: Trainer, result: dict[str, Any]) -> None:
         run.check_owner()
         if task := parts.modules.task_state():
             _write_weights(run, "task.pt", task)
-        _write_weights(run, "model.pt", trainer.model.state_dict())
+        weights = trainer.model.state_dict()
+        if parts.frozen is not None:
+            weights, digests = parts.frozen.split(weights)
+            run.write_json("frozen.json", {"from": frozen_source(trainer.config), "sha256": digests})
+        _write_weights(run, "model.pt", weights)
     report = run.path("report.html")  # of an earlier end: a start that finds none writes it
     retried("delete", report, lambda: report.unlink(missing_ok=True))
     run.storage.delete("report.html")
@@ -167,9 +172,17 @@ def load_into_live_model(config: Config, run: RunDir) -> None:
             f"{run.location} is completed, but its model.pt can't be read ({type(error).__name__}: {error}); give this run "
             "another run.name, or restore the file",
         ) from error
+    left_out = run.read_json("frozen.json") if config.checkpoint.what == "trained" else None
+
+    def load() -> None:
+        if left_out is None:
+            model.load_state_dict(weights)
+        else:
+            load_trained(model, weights, left_out, f"{run.location}/model.pt")
+
     try:
-        model.load_state_dict(weights)
-    except RuntimeError:  # it is as it was before `transfer` changed it
+        load()
+    except (RuntimeError, ConfigError):  # it is as it was before `transfer` changed it
         with undisturbed_generators():
             build_model(config)
-        model.load_state_dict(weights)
+        load()

@@ -16,7 +16,7 @@ from dist_train.config.code import source_files
 from dist_train.config.errors import ConfigError
 from dist_train.config.slots import require_components
 from dist_train.files import StorageError
-from dist_train.run.decide import Decision, decide, find_checkpoint
+from dist_train.run.decide import Decision, compare_frozen, decide, find_checkpoint
 from dist_train.run.finish import finish, finish_completed, load_into_live_model
 from dist_train.run.objects import facts_of, sample_digests
 from dist_train.run.report import report_at_end
@@ -88,6 +88,8 @@ def train_in(
             return finish_completed(world, config, run, console, decision)
         if decision.action == "fresh":
             check_evaluation(parts)
+        if decision.action == "resume" and (frozen := parts.frozen) is not None:
+            world.on_main(lambda: compare_frozen(frozen, decision, run))
         for line in decision.warnings if world.is_main else ():
             console.warn(line)
         if built is not None:

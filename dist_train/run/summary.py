@@ -53,6 +53,7 @@ def start_lines(trainer: Trainer) -> Lines:
         ("transfer", "\n".join(parts.notes)),
         ("layers", "\n".join(layer_lines(parts))),
         ("layer lr", layer_lr(parts)),
+        ("saved", parts.frozen.describe() if parts.frozen is not None else ""),
         ("world", _world(parts)),
         ("task", _task(parts)),
         ("precision", parts.precision.name),

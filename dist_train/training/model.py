@@ -23,6 +23,7 @@ from dist_train.task.batch import move_batch
 from dist_train.task.entries import MetricEntry, build_metric, check_entries
 from dist_train.task.losses import Loss
 from dist_train.task.task import SeveralLosses, Supervised, Task, WholeBatchTask, minimizes_by_name
+from dist_train.training.frozen import Frozen, load_trained
 from dist_train.training.prepare import build_model, building, named_parts
 
 if TYPE_CHECKING:
@@ -207,14 +208,15 @@ class Saved(Protocol):
         """The state tree of a part."""
 
 
-def load_weights(modules: Modules, found: Saved, fresh: Sequence[str] = ()) -> None:
+def load_weights(modules: Modules, found: Saved, fresh: Sequence[str] = (), frozen: Frozen | None = None) -> None:
     """Load a checkpoint's weights into a model, and into its loss or task where it has any; buffers are rank 0's.
 
     Args:
         fresh: `loss` or `task`, whose config has changed: what the config gives of them stays as it was built.
+        frozen: of a model that trains: what this checkpoint leaves out may have been trained since.
 
     Raises:
-        ConfigError: they don't fit it.
+        ConfigError: they don't fit it, or what the checkpoint leaves out as frozen isn't the same in this model.
         CorruptedError: the bytes aren't those that were saved.
     """
     if "ranks" in found.parts:
@@ -223,7 +225,13 @@ def load_weights(modules: Modules, found: Saved, fresh: Sequence[str] = ()) -> N
         constants = found.load("trainer").get("constants", []) if fresh else []
         modules.load_task_state(found.load("task"), keep=constants)
     try:
-        modules.model.load_state_dict(found.load("model"))
+        state = found.load("model")
+        if frozen is not None:
+            frozen.make_way(state)
+        if "frozen" in found.parts:
+            load_trained(modules.model, state, found.load("frozen"), found.location)
+        else:
+            modules.model.load_state_dict(state)
     except RuntimeError as error:
         raise ConfigError.single("model", f"the weights in {found.location} don't fit this model: {error}") from None
 

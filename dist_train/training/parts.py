@@ -31,6 +31,7 @@ from dist_train.task.task import OfOptimizer, SeveralLosses, WholeBatchTask
 from dist_train.training.callbacks import Callback
 from dist_train.training.due import StopWhen, in_steps
 from dist_train.training.evaluate import Evaluator
+from dist_train.training.frozen import Frozen
 from dist_train.training.model import ModelParts, build_model_parts, check_batchnorm, check_watched
 from dist_train.training.prepare import build_dataset, building, eval_loader, loader_options
 
@@ -53,6 +54,7 @@ class Parts(ModelParts):
         owners: which parameters each of several optimizers trains.
         eval_loaders: those of val and test, where the config has them.
         horizon: the optimizer steps that the schedule spans; None where the duration is a time.
+        frozen: with `checkpoint.what: trained`, the weights that aren't saved.
         keep_best: the metric that decides which checkpoint is the best, and `min` or `max`.
         stop_when: the rule that ends the run early.
         evaluator: of the EMA weights where there are any.
@@ -70,6 +72,7 @@ class Parts(ModelParts):
     horizon: int | None
     schedule: Schedule | Schedules | None
     ema: EMA | None
+    frozen: Frozen | None
     keep_best: tuple[str, str] | None
     stop_when: StopWhen | None
     evaluator: Evaluator
@@ -129,13 +132,14 @@ def build_parts(
         built.modules.add_optimizer(one)
     built.modules.synchronize(world)
     ema = _ema(built, optimizer)
+    frozen = Frozen(built.model, hashed=world.is_main) if config.checkpoint.what == "trained" else None
     stop_when = None
     if (rule := config.trainer.stop_when) is not None:
         stop_when = StopWhen(rule, plan.steps_per_epoch, is_lower_better(rule.metric, built.metrics))
     return Parts(
         **vars(built), datasets=datasets, callbacks=callbacks, plan=plan, micro_batch_size=micro,
         augmentation=augmentation, train_loader=train_loader, eval_loaders=eval_loaders, optimizer=optimizer, owners=owners,
-        horizon=horizon, schedule=schedule, ema=ema, keep_best=keep_best, stop_when=stop_when,
+        horizon=horizon, schedule=schedule, ema=ema, frozen=frozen, keep_best=keep_best, stop_when=stop_when,
         evaluator=Evaluator(built, ema),
     )  # fmt: skip
 

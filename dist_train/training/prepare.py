@@ -170,7 +170,8 @@ def build_model(
 
     Args:
         world: one process per node fetches what the model needs; None for a process alone.
-        fresh: load `transfer.weights`; otherwise a checkpoint's weights follow.
+        fresh: load `transfer.weights`; otherwise a checkpoint's weights follow (but with `checkpoint.what: trained` only the
+            trained ones, so that they are loaded at each start).
         notes: gets lines for the user, on what `transfer` did.
 
     Raises:
@@ -187,7 +188,7 @@ def build_model(
         raise ConfigError.single("model", message)
     check_parameters(model)
     head = transfer.find_head(model, changes.head.at) if changes.head is not None else None
-    if changes.weights is not None and fresh:
+    if changes.weights is not None and (fresh or config.checkpoint.what == "trained"):
         content = _read_weights(changes.weights, config, world)
         notes += transfer.load_weights(model, content, changes.weights, strict=changes.strict, replaced=head)
     if head is not None and changes.head is not None:
@@ -203,6 +204,11 @@ def build_model(
     if changes.freeze:
         transfer.freeze(model, changes.freeze)
     return model
+
+
+def frozen_source(config: Config) -> str:
+    """The key that gives a model its frozen weights."""
+    return "model" if config.transfer.weights is None else "transfer.weights"
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from dist_train.task.entries import monitored
 from dist_train.training.callbacks import callback_states, load_callback_states
 from dist_train.training.evaluate import on_rank_zero
 from dist_train.training.model import load_weights
-from dist_train.training.prepare import building
+from dist_train.training.prepare import building, frozen_source
 from dist_train.training.unfreezing import load_trainable_state, trainable_state
 from dist_train.watch.status import SYNC, status
 
@@ -81,6 +81,10 @@ def snapshot(
         ranks: from `of_every_rank`. stream: the position of a stream's readers.
     """
     states: dict[str, Any] = {"model": parts.model.state_dict(), "optimizer": parts.optimizer.state_dict()}
+    if parts.frozen is not None:
+        states["model"], digests = parts.frozen.split(states["model"])
+        if digests:
+            states["frozen"] = {"sha256": digests, "from": frozen_source(parts.config)}
     if parts.ema is not None:
         states["ema"] = parts.ema.state_dict()
     if task := parts.modules.task_state():  # parameters and buffers of loss and task
@@ -150,7 +154,7 @@ def restore(
     def has_changed(*sections: str) -> bool:
         return any(key.startswith(sections) for key in changed)
 
-    load_weights(parts.modules, found, [key for key in changed if key.startswith(("loss", "task"))])
+    load_weights(parts.modules, found, [key for key in changed if key.startswith(("loss", "task"))], parts.frozen)
     _restore_optimizer(parts, found, state.get("trained"), changed, note)
     progress = Progress(**state["progress"])
     if parts.schedule is not None:
@@ -208,13 +212,13 @@ def _restore_optimizer(
     parts: Parts, found: Found, trained: dict[str, Any] | None, changed: Sequence[str], note: Callable[[str], None]
 ) -> None:
     other = any(
-        key in ("optimizer", "optimizer.groups")
+        key == "optimizer"
         or key.startswith("transfer.freeze")
-        or key.endswith(".ndim_below")
+        or key.endswith((".groups", ".ndim_below"))
         or ".match" in key
         for key in changed
     )
-    if "optimizer.layer_decay" in changed:  # one group for each layer, or no longer
+    if any(key.endswith(".layer_decay") for key in changed):  # one group for each layer, or no longer
         now = trainable_state(parts)["groups"]
         other = other or trained is None or trained["groups"][: len(now)] != now
     if other or not (trained is None or load_trainable_state(parts, trained)):

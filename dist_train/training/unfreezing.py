@@ -41,6 +41,8 @@ class Trainable:
             parameter.grad = None
         _complete_groups(parts)
         _unfreeze_norms(parts)
+        if parts.frozen is not None:
+            parts.frozen.keep_unfrozen()
         mine = trainable_state(parts)
         for rank, theirs in enumerate(parts.world.all_gather(mine)):
             if theirs != mine:

@@ -98,6 +98,7 @@ CHANGES_NOTHING: dict[str, Any] = {
     "distributed.threads": 1,
     "distributed.deterministic": True,
     "distributed.hang_timeout": "5min",
+    "checkpoint.what": "trained",
     "checkpoint.asynchronous": False,
     "checkpoint.on_error": "warn",
     "checkpoint.resume": "never",
