@@ -45,7 +45,11 @@ class Named(Points):
 
     def __getitem__(self, index: int) -> Any:
         points, label = super().__getitem__(index)
-        return {"scale": points.abs().mean(), "inner": {"points": points, "label": label, "scale": label}, "label": 2 - label}
+        return {
+            "scale": points.abs().mean(),
+            "inner": {"points": points, "label": label, "scale": label},
+            "label": 2 - label,
+        }
 
 
 class Scaled(nn.Sequential):

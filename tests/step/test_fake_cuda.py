@@ -122,6 +122,7 @@ def waits(monkeypatch: pytest.MonkeyPatch, loss: Any, target: Any, form: Any, pr
         optimizer = build_optimizer({"_target_": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9}, modules, CUDA)
         assert optimizer.param_groups[0]["fused"]
         objective = Objective(modules, task, Precision(precision, "cuda"), scaler)
+        objective.terms = getattr(loss, "terms", objective.terms)  # which a forward before the first step shows
         reducer = form(objective)
         leaves += [*(reducer.objective if form is WithoutDDP else net).parameters()]
         plan, config = Plan(0, 32, 32), TrainerConfig(**options)
@@ -132,11 +133,18 @@ def waits(monkeypatch: pytest.MonkeyPatch, loss: Any, target: Any, form: Any, pr
     return seen
 
 
+def several(outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """Two losses by name."""
+    return {"entropy": nn.functional.cross_entropy(outputs, targets, reduction="none"), "size": outputs.square().sum(1)}
+
+
+several.terms = ["entropy", "size"]
 LOSSES: dict[str, tuple[Any, Callable[[], Tensor]]] = {
     "cross-entropy": (nn.CrossEntropyLoss(label_smoothing=0.1), lambda: torch.zeros(16, dtype=torch.int64)),
     "class weights": (nn.CrossEntropyLoss(weight=torch.ones(10)), lambda: torch.zeros(16, dtype=torch.int64)),
     "sum": (nn.CrossEntropyLoss(reduction="sum"), lambda: torch.zeros(16, dtype=torch.int64)),
     "elements": (nn.MSELoss(), lambda: torch.zeros(16, 10)),
+    "several": (several, lambda: torch.zeros(16, dtype=torch.int64)),
     "own mean": (lambda o, t: nn.functional.cross_entropy(o, t), lambda: torch.zeros(16, dtype=torch.int64)),
 }
 
