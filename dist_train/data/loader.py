@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.util import Finalize
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -342,27 +342,35 @@ class EvalLoader(_Loader):
             MicroBatch(_EVAL_EPOCH, k, np.arange(samples.start, samples.stop), samples.start, len(samples), True)
             for k, samples in enumerate(self.batches)
         ]
+        self._reader, self._workers, self._options = reader, workers, options
         super().__init__(reader, min(workers, len(requests)), requests, options, evaluates=True)
 
     def some(self, count: int) -> tuple[int, Any]:
-        """Up to `count` samples as one batch, spread over the dataset, read in this process: (how many, the batch).
+        """Up to `count` samples as one batch, spread over the dataset (of a stream the first): (how many, the batch).
 
-        Of a stream the first ones, of a copy where it can be copied, so that the next pass isn't affected.
+        They are read as others are, in a worker of their own where there are workers: a file that the dataset opened in this
+        process would be shared by all that are forked later. Without workers a copy of a stream is read, if it can be copied.
 
         Raises:
             SampleError: the dataset failed; names the sample.
+            DataError: the worker died.
         """
-        reader, number = self._loader.dataset, min(count, self.plan.length)
+        number = min(count, self.plan.length)
+        reader, indices = self._reader, np.linspace(0, self.plan.length - 1, number).round().astype(np.int64)
         if isinstance(reader, StreamReader):
             stream = reader.source
-            with contextlib.suppress(Exception):
-                stream = copy.deepcopy(stream)
-            reader = StreamReader(stream, reader.seed, reader.collate, reader.info)
-            indices = np.arange(number)
-        else:
-            indices = np.linspace(0, self.plan.length - 1, number).round().astype(np.int64)
+            if not self._workers:
+                with contextlib.suppress(Exception):
+                    stream = copy.deepcopy(stream)
+            reader, indices = StreamReader(stream, reader.seed, reader.collate, reader.info), np.arange(number)
         request = MicroBatch(_EVAL_EPOCH, 0, indices, 0, number, True)
-        return number, cast("SampleReader", reader).__getitems__(request).batch
+        if not self._workers:
+            return number, reader.__getitems__(request).batch
+        loader = _Loader(reader, 1, [request], self._options, evaluates=False)
+        try:
+            return number, loader._next(loader._start()).batch
+        finally:
+            loader.close()
 
     def __len__(self) -> int:
         """Eval batches of this rank."""

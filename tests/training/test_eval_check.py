@@ -90,6 +90,12 @@ def test_a_value_that_needs_more_than_a_few_samples_gets_an_eval_batch() -> None
     assert train({**BASE, "metrics": [ACCURACY, needs]})["state"] == "completed"
 
 
+def test_with_workers_this_process_reads_nothing() -> None:
+    data = {split: {"_target_": "checked.Handle"} for split in ("train", "val", "test")}
+    done = train({**BASE, "data": {**BASE["data"], **data, "num_workers": 1}, "trainer": {"duration": "1step"}})
+    assert done["metrics"]["test"]["eval_samples"] == 60
+
+
 @pytest.mark.parametrize("others", [{}, {"ema_decay": 0.9}, {"evaluate_at_start": True}])
 def test_a_run_is_bitwise_the_same_with_and_without_it(
     others: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,18 @@ class Points(torch.utils.data.Dataset[Any]):
         label = 3 * index // self.n
         noise = torch.randn(4) if self.noise is None else torch.from_numpy(self.noise.randn(4)).float()
         return torch.tensor([label, 1.0, 0.0, 0.0]) + noise, label
+
+
+class Handle(Points):
+    """A file that is opened at the first read, as HDF5's: what a forked process inherits of it, it can't read from."""
+
+    opened_by: int | None = None
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        self.opened_by = self.opened_by or os.getpid()
+        if self.opened_by != os.getpid():
+            raise OSError("a file of another process")
+        return super().__getitem__(index)
 
 
 class Net(nn.Module):
