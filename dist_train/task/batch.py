@@ -232,6 +232,12 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
     return model(inputs)
 
 
+def logits_of(outputs: Any) -> Any:
+    """The entry `logits` of outputs that are a mapping (transformers' ModelOutput), if it is a tensor; else the outputs."""
+    logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
+    return logits if isinstance(logits, Tensor) else outputs
+
+
 def shapes_of(value: Any, most: int = 8) -> str:
     """What a value holds, for messages: dtype and shape of its tensors, in their containers; the first `most` of many."""
     if isinstance(value, Tensor):

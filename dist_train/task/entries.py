@@ -17,7 +17,7 @@ from dist_train.config.components import build, is_spec, locate, signature
 from dist_train.config.errors import ConfigError
 from dist_train.config.fields import RECORD_FIELDS, better_is_lower, dotted
 from dist_train.config.metrics import MetricSpec, metric_spec, wrong_reserved
-from dist_train.task.batch import shapes_of
+from dist_train.task.batch import logits_of, shapes_of
 from dist_train.task.losses import Loss
 from dist_train.task.metrics import Metric
 from dist_train.task.selection import Selection
@@ -156,7 +156,9 @@ class MetricEntry:
 
     def _selected(self, outputs: Any, targets: Any) -> tuple[Any, Any]:
         if self.of is None:
-            return outputs, targets
+            metric = self.whole.metric if self.whole is not None else self.metric
+            ready = type(metric).__module__.startswith(("dist_train.task.", "torchmetrics."))
+            return logits_of(outputs) if ready else outputs, targets
         with self.errors(outputs, targets):
             return self.of(outputs, targets)
 

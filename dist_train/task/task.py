@@ -9,9 +9,17 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dist_train.task.batch import batch_length, call_model, in_full_precision, is_pair, split_batch, tensors_in
+from dist_train.task.batch import (
+    batch_length,
+    call_model,
+    in_full_precision,
+    is_pair,
+    logits_of,
+    split_batch,
+    tensors_in,
+)
 from dist_train.task.losses import Loss
 from dist_train.task.terms import Computed, StepOutput, computed
 
@@ -73,9 +81,7 @@ class Supervised:
 
 
 def _taken(loss: Loss, outputs: Any) -> Any:
-    if loss.takes_tensor and isinstance(outputs, Mapping) and isinstance(outputs.get("logits"), Tensor):
-        return outputs["logits"]
-    return outputs
+    return logits_of(outputs) if loss.takes_tensor else outputs
 
 
 def _with_loss(loss: Callable[[Any, Any], tuple[Any, Any]], outputs: Any, targets: Any) -> StepOutput:

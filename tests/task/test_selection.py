@@ -94,6 +94,27 @@ def test_a_metric_of_dicts_is_told_of_the_key() -> None:
         entries("accuracy")[0].sums({"out": LOGITS}, LABELS)
 
 
+def test_ready_metrics_take_the_logits_of_a_mapping_as_torchs_losses_do_and_ones_own_take_all() -> None:
+    outputs = UserDict(loss=torch.tensor(1.0), logits=LOGITS)
+    (right,) = values(entries("accuracy")[0], LOGITS, LABELS).values()
+    torchmetrics = {"_target_": "torchmetrics.classification.MulticlassAccuracy", "num_classes": 3, "average": "micro"}
+    accuracy, whole, own = entries("accuracy", torchmetrics, {"_target_": f"{__name__}.Takes", "size": 1})
+    assert accuracy.results(accuracy.sums(outputs, LABELS)) == {"accuracy": right}
+    whole.update(outputs, LABELS)
+    assert [*whole.results(torch.zeros(0)).values()] == [pytest.approx(right)]
+    assert own.sums(outputs, LABELS).tolist() == [2.0], "the mapping itself, of two entries"
+
+
+class Takes(Metric):
+    name = "takes"
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def sums(self, outputs: Any, targets: Tensor) -> Tensor:
+        return torch.tensor([len(outputs)])
+
+
 @pytest.mark.parametrize(
     ("entry", "message"),
     [

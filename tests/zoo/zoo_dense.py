@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torchmetrics.segmentation import MeanIoU
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign
@@ -47,13 +46,6 @@ class Masks(Boxes):
         image, _, mask = self.drawn(index)
         mask[0] = 255
         return image, mask
-
-
-class IoU(MeanIoU):
-    """torchmetrics' class wants class numbers."""
-
-    def update(self, outputs: Tensor, targets: Tensor) -> None:
-        super().update(outputs.argmax(1), targets.masked_fill(targets == 255, 0))
 
 
 class OutAndAux:

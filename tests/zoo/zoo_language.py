@@ -11,8 +11,6 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchEncoding, GPT2Config, GPT2LMHeadModel
 
-from dist_train.metrics import Metric
-
 VOCABULARY = 32
 
 
@@ -55,18 +53,6 @@ def of_tokens(outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
     """The first of the model's outputs; the sum over tokens and their number."""
     loss = functional.cross_entropy(outputs[0].flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")
     return loss, (targets != -1).sum()
-
-
-class Perplexity(Metric):
-    """exp of the mean loss of a token."""
-
-    name, size = "perplexity", 2
-
-    def sums(self, outputs: Any, targets: Tensor) -> Tensor:
-        return torch.stack(of_tokens((outputs,) if isinstance(outputs, Tensor) else outputs, targets)).double()
-
-    def result(self, sums: Tensor) -> float:
-        return float((sums[0] / sums[1]).exp())
 
 
 def gpt2(dropout: float = 0.1) -> nn.Module:
