@@ -1,100 +1,166 @@
-"""`predict`: predictions of a dataset, with or without labels, by a run's checkpoint, as a CSV table."""
+"""`predict`: predictions of a dataset, labeled or not, by a run's checkpoint, as CSV, JSON lines, Parquet or a torch file."""
 
 from __future__ import annotations
 
 import contextlib
-import csv
-import os
 import sys
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TextIO
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from dist_train.commands.arguments import CHECKPOINT, SPLIT, output, parse_run, writable
-from dist_train.config.errors import visible
+from dist_train.commands.formats import FORMATS, Format, format_of
+from dist_train.config.errors import ConfigError, visible
 from dist_train.files import replacing
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dist_train.training.evaluate import Meaning, Predicted
+    from dist_train.training.evaluate import Evaluator
+    from dist_train.training.meaning import Meaning
+    from dist_train.training.predict import Column, Predicted
+
+FORMAT = (
+    "--format",
+    {
+        "choices": tuple(FORMATS),
+        "help": "by default that of the output's suffix, else csv; parquet and pt need --output",
+    },
+)
+RAW = (
+    "--raw",
+    {"action": "store_true", "help": "the model's outputs as they are, not as classes or in original units"},
+)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Write one row per sample in dataset order: the same bytes on any number of processes."""
-    table_file = output("FILE.csv", "where to write; by default the table is printed")
-    options = parse_run("predict", __doc__, arguments, CHECKPOINT, SPLIT, table_file)
+    file = output("FILE", "where to write; by default csv or jsonl is printed")
+    options = parse_run("predict", __doc__, arguments, CHECKPOINT, SPLIT, file, FORMAT, RAW)
+    form = format_of(options.format, options.output)
     from dist_train.run.open import open_run
-    from dist_train.training.evaluate import gathered, read_meaning
+    from dist_train.training.meaning import Meaning
+    from dist_train.training.predict import gathered
 
     with open_run(options.run, options.checkpoint, options.overrides) as restored:
         split = restored.split(options.split)
-        loader = restored.loader(split)
-        table: Table | None = None
-        with _opened(options.output if restored.world.is_main else None) as file:
-            writer = csv.writer(file, lineterminator="\n")
-            for part in gathered(restored.evaluator, loader):
-                header = table is None
-                table = table or Table(read_meaning(restored.evaluator, part.outputs), loader.dataset)
-                columns = table.columns(part)
-                writer.writerows([columns] if header else [])
-                writer.writerows(zip(*columns.values(), strict=True))
-        if table is not None and options.output is not None:
+        loader, world = restored.loader(split), restored.world
+        table = Table(loader.dataset, options.raw)
+
+        def first(part: Predicted) -> Meaning | None:
+            """How all ranks interpret outputs; raises, on all ranks, where they can't be written."""
+            meaning = table.meaning(restored.evaluator, part)
+            form.encode(table.columns(part, meaning))
+            if table.left_out:
+                print(f"note: left out, without a row for each sample: {', '.join(table.left_out)}", file=sys.stderr)
+            return meaning
+
+        def encoded(part: Predicted, meaning: Sequence[Any] | None) -> Any:
+            return form.encode(table.columns(part, None if meaning is None else Meaning(*meaning)))
+
+        with _opened(form, options.output, world.is_main) as write:
+            for part in gathered(restored.evaluator, loader, first, encoded):
+                write(part)
+        if world.is_main and options.output is not None:
             name, count = restored.found.name, loader.plan.length
             print(f"{options.output}: {count:,} predictions of {split} by {name} of {restored.run.location}")
     return 0
 
 
 @contextlib.contextmanager
-def _opened(output: str | None) -> Iterator[TextIO]:
-    if output is None:
-        try:
-            yield sys.stdout
-            sys.stdout.flush()
-        except BrokenPipeError:  # the reader closed the pipe
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return
-    with replacing(writable(output)) as path, open(path, "w", newline="", encoding="utf-8") as file:
-        yield file
+def _opened(form: Format, output: str | None, is_main: bool) -> Iterator[Callable[[Any], None]]:
+    with contextlib.ExitStack() as stack:
+        if not is_main:
+            yield lambda _: None  # what is gathered is there on rank 0 alone
+            return
+        path = None if output is None else stack.enter_context(replacing(writable(output)))
+        yield stack.enter_context(form.writing(path))
 
 
+@dataclass
 class Table:
-    """index, prediction, probabilities or further values, target: class numbers with the names of the classes beside them."""
+    """index, prediction, probabilities or further values, target: class numbers with the names of the classes beside them.
 
-    def __init__(self, meaning: Meaning, dataset: Any):
-        from dist_train.data.reading import attribute_of
+    Outputs of several parts have columns of their own names instead, as all have with `raw`.
 
-        self.meaning = meaning
-        self.classes = [visible(str(name), keep="") for name in attribute_of(dataset, "classes") or []]
-        self.named = [visible(str(name), keep="") for name in attribute_of(dataset, "targets_named") or []]
-        self.original = attribute_of(dataset, "original_units")
+    Attributes:
+        left_out: parts of the outputs that have no row for each sample.
+    """
 
-    def columns(self, part: Predicted) -> dict[str, Sequence[Any]]:
-        """The columns of consecutive samples, by name."""
-        columns: dict[str, Sequence[Any]] = {"index": range(part.start, part.start + len(part.outputs))}
-        columns |= self._answers("prediction", self.meaning.predictions(part.outputs))
-        if self.meaning.kind in ("classes", "binary"):
-            likely = _texts(self.meaning.probabilities(part.outputs))
-            names = [f"probability_{k}" for k in range(len(likely))] if len(likely) > 1 else ["probability"]
-            columns |= dict(zip(names, likely))
-        if part.targets is not None:
-            columns |= self._answers("target", self.meaning.truths(part.targets))
+    dataset: Any
+    raw: bool
+    left_out: Sequence[str] = ()
+
+    def meaning(self, evaluator: Evaluator, part: Predicted) -> Meaning | None:
+        """How one tensor of outputs is to be interpreted; None: not at all."""
+        from torch import Tensor
+
+        from dist_train.task.batch import squeeze_column
+        from dist_train.training.meaning import read_meaning
+
+        if self.raw or not isinstance(part.outputs, Tensor) or not part.outputs.dim():
+            return None
+        return read_meaning(evaluator, squeeze_column(part.outputs))
+
+    def columns(self, part: Predicted, meaning: Meaning | None) -> dict[str, Column]:
+        """The columns of consecutive samples, by name. Raises ConfigError where the outputs haven't a row per sample."""
+        import torch
+
+        from dist_train.training.predict import rows_of
+
+        columns, self.left_out = rows_of(part.outputs, part.samples)
+        if meaning is not None:
+            columns = self._interpreted(part, meaning)
+        targets = {} if meaning is not None and self._is_flat(part) else _targets(part)
+        taken = sorted(columns.keys() & {"index", *targets})
+        if taken:
+            raise ConfigError.single(
+                "task",
+                f"the outputs have parts named {', '.join(taken)}, as the columns of the dataset are: rename them",
+            )
+        return {"index": torch.arange(part.start, part.start + part.samples), **columns, **targets}
+
+    def _is_flat(self, part: Predicted) -> bool:
+        """Whether outputs and targets are (n,) or (n, k): then targets have the format of predictions."""
+        from torch import Tensor
+
+        return part.outputs.dim() <= 2 and isinstance(part.targets, Tensor) and part.targets.dim() in (1, 2)
+
+    def _interpreted(self, part: Predicted, meaning: Meaning) -> dict[str, Column]:
+        from dist_train.task.batch import squeeze_column
+
+        outputs = squeeze_column(part.outputs)
+        columns = self._answers("prediction", meaning.predictions(outputs), meaning)
+        if meaning.kind in ("classes", "binary") and outputs.dim() <= 2:  # of each pixel they would be too many
+            columns["probability"] = meaning.probabilities(outputs)
+        if self._is_flat(part) and len(part.targets) == part.samples:
+            columns |= self._answers("target", meaning.truths(squeeze_column(part.targets)), meaning)
         return columns
 
-    def _answers(self, word: str, values: Tensor) -> dict[str, Sequence[Any]]:
-        if self.meaning.kind == "values":
-            texts = _texts(self.original(values) if self.original is not None else values)
-            if values.dim() == 1:
-                return {word: texts[0]}
-            names = self.named if self.named and len(self.named) == len(texts) else range(len(texts))
-            return {f"{word}_{name}": column for name, column in zip(names, texts, strict=True)}
-        numbers = values.tolist()
-        if not self.classes:
-            return {word: numbers}
-        names = [self.classes[k] if 0 <= k < len(self.classes) else "" for k in numbers]
-        return {word: numbers, f"{word}_name": names}
+    def _answers(self, word: str, values: Tensor, meaning: Meaning) -> dict[str, Column]:
+        from dist_train.data.reading import attribute_of
+
+        def names(attribute: str) -> list[str]:
+            return [visible(str(name), keep="") for name in attribute_of(self.dataset, attribute) or []]
+
+        if meaning.kind == "values":
+            original = attribute_of(self.dataset, "original_units")
+            values = values if original is None else original(values)
+            named = names("targets_named") if values.dim() == 2 else []
+            if len(named) == values.shape[-1]:
+                return {f"{word}_{name}": column for name, column in zip(named, values.T, strict=True)}
+            return {word: values}
+        classes = names("classes")
+        if not classes or values.dim() > 1:
+            return {word: values}
+        return {word: values, f"{word}_name": [classes[k] if 0 <= k < len(classes) else "" for k in values.tolist()]}
 
 
-def _texts(values: Tensor) -> list[list[str]]:
-    """Each column's numbers, in the fewest digits that read back bitwise identical."""
-    array = values.numpy()
-    return [[str(value) for value in column] for column in (array.T if array.ndim == 2 else [array])]
+def _targets(part: Predicted) -> dict[str, Column]:
+    """The targets of a batch, {} where they haven't a row per sample."""
+    from dist_train.training.predict import rows_of
+
+    try:
+        return {} if part.targets is None else rows_of(part.targets, part.samples, "target", nested=True).columns
+    except ConfigError:
+        return {}

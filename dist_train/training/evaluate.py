@@ -1,4 +1,4 @@
-"""Evaluation and prediction: every sample once, on any number of processes, and how outputs are read."""
+"""Evaluation: every sample once, on any number of processes."""
 
 from __future__ import annotations
 
@@ -11,21 +11,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dist_train.config.errors import ConfigError
 from dist_train.data.reading import attribute_of
 from dist_train.models.layers import evaluating
 from dist_train.runtime.seeding import seed_forward
 from dist_train.step.modules import BufferSnapshot
 from dist_train.step.objective import term_sums
-from dist_train.task.batch import HALF, in_full_precision, is_pair, map_tensors, squeeze_column
-from dist_train.task.classes import ClassCounts
-from dist_train.task.entries import MetricEntry, check_names
-from dist_train.task.metrics import Accuracy, BinaryAccuracy
+from dist_train.task.batch import in_full_precision, map_tensors
+from dist_train.task.entries import check_names
 from dist_train.task.task import Supervised, evaluated
 from dist_train.task.terms import Computed
-from dist_train.task.whole import SUM_TOLERANCE
 from dist_train.watch.status import EVALUATION, SYNC, status
 
 if TYPE_CHECKING:
@@ -229,137 +225,3 @@ def class_names(dataset: Any) -> tuple[str, ...]:
     """The names of a dataset's classes: its attribute `classes`, if it is a list; () without one."""
     names = attribute_of(dataset, "classes")
     return tuple(map(str, names)) if isinstance(names, list | tuple | np.ndarray) else ()
-
-
-class Predicted(NamedTuple):
-    """Consecutive samples of a dataset: the index of the first, outputs (n,) or (n, k) on the CPU, and targets if any."""
-
-    start: int
-    outputs: Tensor
-    targets: Tensor | None
-
-
-class Meaning(NamedTuple):
-    """How outputs are interpreted.
-
-    Attributes:
-        kind: `classes`, scores of k classes for each sample; `binary`; `labels`, class numbers already; `values`.
-        scale: what turns them into probabilities: `softmax`, `exp`, `sigmoid`, or `none`.
-        threshold: of binary outputs, before `scale`.
-    """
-
-    kind: str
-    scale: str = "none"
-    threshold: float = 0.5
-
-    def probabilities(self, outputs: Tensor) -> Tensor:
-        """(n,) or (n, k): outputs as probabilities; values as the loss sees them unless `scale` says otherwise."""
-        scales = {"softmax": lambda: outputs.softmax(1), "exp": outputs.exp, "sigmoid": outputs.sigmoid}
-        return scales[self.scale]() if self.scale in scales else outputs
-
-    def predictions(self, outputs: Tensor) -> Tensor:
-        """(n,) class numbers; of `values`, what `probabilities` returns."""
-        if self.kind == "classes":
-            return outputs.argmax(1)
-        if self.kind == "binary":
-            return (outputs > self.threshold).long()
-        return outputs.long() if self.kind == "labels" else self.probabilities(outputs)
-
-    def truths(self, targets: Tensor) -> Tensor:
-        """Targets in the format of `predictions`."""
-        if self.kind == "classes" and targets.dim() == 2:  # probabilities
-            return targets.argmax(1)
-        return targets if self.kind == "values" else targets.reshape(len(targets)).round().long()
-
-
-def read_meaning(evaluator: Evaluator, outputs: Tensor) -> Meaning:
-    """How to interpret a run's outputs: as classes only where a loss or metric of classification says so, else as values."""
-    function = getattr(getattr(evaluator.task, "loss", None), "function", None)
-    several = outputs.dim() == 2
-    kinds = {kind for entry in evaluator.metrics for kind in _kinds(entry)}
-    if isinstance(function, nn.CrossEntropyLoss | nn.NLLLoss):
-        kinds.add("multiclass")
-    if not outputs.is_floating_point():
-        return Meaning("labels" if kinds and not several else "values")
-    if isinstance(function, nn.BCEWithLogitsLoss):  # several outputs: multilabel, without a single answer
-        return Meaning("values", "sigmoid") if several else Meaning("binary", "sigmoid", 0.0)
-    if isinstance(function, nn.BCELoss):
-        return Meaning("values") if several else Meaning("binary")
-    if several and isinstance(function, nn.CrossEntropyLoss | nn.NLLLoss):
-        return Meaning("classes", "softmax" if isinstance(function, nn.CrossEntropyLoss) else "exp")
-    if isinstance(function, nn.MSELoss | nn.L1Loss | nn.SmoothL1Loss | nn.HuberLoss):
-        return Meaning("values")
-    for entry in evaluator.metrics:
-        metric = entry.metric
-        if isinstance(metric, BinaryAccuracy) and entry.of is None and not several:
-            return Meaning("binary", "sigmoid" if metric.threshold == 0.0 else "none", metric.threshold)
-    in_range = bool(((outputs >= 0) & (outputs <= 1)).all())
-    if "binary" in kinds and not several:  # as torchmetrics interprets them
-        return Meaning("binary") if in_range else Meaning("binary", "sigmoid", 0.0)
-    if "multilabel" in kinds and several:
-        return Meaning("values", "none" if in_range else "sigmoid")
-    if "multiclass" in kinds and several:
-        if bool((outputs >= 0).all()) and bool(((outputs.sum(1) - 1).abs() < SUM_TOLERANCE).all()):
-            return Meaning("classes")
-        if bool((outputs <= 0).all()) and bool(((outputs.exp().sum(1) - 1).abs() < SUM_TOLERANCE).all()):
-            return Meaning("classes", "exp")
-        return Meaning("classes", "softmax")
-    return Meaning("values")
-
-
-def _kinds(entry: MetricEntry) -> Iterator[str]:
-    """What a metric takes the outputs for, if that is known: `multiclass`, `binary`, `multilabel`."""
-    if isinstance(entry.metric, BinaryAccuracy):
-        yield "binary"
-    if isinstance(entry.metric, Accuracy | ClassCounts):
-        yield "multiclass"
-    for part in entry.whole.members.values() if entry.whole is not None else ():
-        if type(part).__module__.startswith("torchmetrics.classification"):
-            name = type(part).__name__.lower()
-            yield from (kind for kind in ("multiclass", "binary", "multilabel") if name.startswith(kind))
-
-
-def predict(evaluator: Evaluator, loader: EvalLoader) -> Iterator[Predicted | None]:
-    """Predictions of this rank's eval batches, in order; None in a last round without one: all ranks run the same number.
-
-    Raises:
-        ConfigError: the task's `predict` doesn't return one tensor with one row per sample.
-    """
-    with evaluator.serving():
-        for mine in in_rounds(loader):
-            if mine is None:
-                yield None
-                continue
-            samples, batch = mine
-            seed_forward(evaluator.seed, 0, samples.start, evaluator.world.device)
-            with evaluator.precision.autocast():
-                batch = evaluator.prepare(batch, labeled=False)
-                outputs = evaluator.task.predict(evaluator.model, batch)
-            yield Predicted(samples.start, _rows(outputs, len(samples)), _targets(batch, len(samples)))
-
-
-def gathered(evaluator: Evaluator, loader: EvalLoader) -> Iterator[Predicted]:
-    """Predictions of every sample once, in dataset order, on rank 0; [] on the others, which must call it too."""
-    for mine in predict(evaluator, loader):
-        yield from (part for part in on_rank_zero(evaluator.world, mine) if part is not None)
-
-
-def _rows(outputs: Any, samples: int) -> Tensor:
-    """Outputs as (n,) or (n, k) on the CPU, in float32 if they were in half precision; (n, 1) becomes (n,)."""
-    if not isinstance(outputs, Tensor) or outputs.dim() not in (1, 2) or len(outputs) != samples:
-        found = f"a tensor of shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise ConfigError.single(
-            "task",
-            f"predictions are tables: expected predict(model, batch) to give one tensor with a row for each of the "
-            f"{samples} samples, (n,) or (n, k), found {found}; name a task whose predict does, or use dist_train.load",
-        )
-    outputs = outputs.detach().cpu()
-    return squeeze_column(outputs.float() if outputs.dtype in HALF else outputs)
-
-
-def _targets(batch: Any, samples: int) -> Tensor | None:
-    """The targets of a batch of (inputs, targets), as (n,) or (n, k) on the CPU; None if it has none of that shape."""
-    if not is_pair(batch) or not isinstance(batch[1], Tensor):
-        return None
-    targets = batch[1].cpu()
-    return squeeze_column(targets) if targets.dim() in (1, 2) and len(targets) == samples else None

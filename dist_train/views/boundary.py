@@ -14,7 +14,7 @@ from dist_train.data.stream import is_stream
 from dist_train.files import replacing
 from dist_train.task.batch import squeeze_column
 from dist_train.training.callbacks import Callback
-from dist_train.training.evaluate import read_meaning
+from dist_train.training.meaning import read_meaning
 
 if TYPE_CHECKING:
     from dist_train.training.callbacks import Training

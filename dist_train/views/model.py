@@ -12,13 +12,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
-from dist_train.config.errors import ConfigError, visible
+from dist_train.config.errors import visible
 from dist_train.data.reading import attribute_of
 from dist_train.data.stream import is_stream
 from dist_train.runtime.rundir import RunDir
 from dist_train.runtime.seeding import seed_sample
+from dist_train.task.batch import squeeze_column
 from dist_train.tracking.records import read_rows
-from dist_train.training.evaluate import Meaning, Predicted, on_rank_zero, predict, read_meaning
+from dist_train.training.evaluate import on_rank_zero
+from dist_train.training.meaning import Meaning, read_meaning
+from dist_train.training.predict import Predicted, predict
 from dist_train.training.prepare import eval_loader
 from dist_train.views.boundary import FOLDER, around, classes_on, plane, read_frames
 from dist_train.views.curves import draw_curves
@@ -93,7 +96,7 @@ def pictures_of(run: RunDir, config: Config, evaluator: Evaluator, loader: EvalL
     """The pictures on rank 0, [] on the other ranks; a collective."""
     world, dataset = evaluator.world, loader.dataset
     where: Any = range(loader.plan.length)
-    mine: list[Predicted] = []
+    mine: list[tuple[int, Tensor, Tensor]] = []
     problem = ""
     try:  # a rank that fails still joins the all_gather
         if len(where) > SAMPLES:
@@ -101,9 +104,8 @@ def pictures_of(run: RunDir, config: Config, evaluator: Evaluator, loader: EvalL
                 return []
             where = _spread(len(where), SAMPLES)
             loader = eval_loader(config, world, Subset(dataset, where.tolist()))
-        mine = [part for part in predict(evaluator, loader) if part is not None]
-    except ConfigError:
-        pass  # outputs that are no table: nothing to show
+        found = [_table(part) for part in predict(evaluator, loader) if part is not None]
+        mine = [part for part in found if part is not None]
     except Exception as error:
         problem = f"rank {world.rank}: {type(error).__name__}: {error}"
     every = on_rank_zero(world, (mine, problem))
@@ -111,16 +113,24 @@ def pictures_of(run: RunDir, config: Config, evaluator: Evaluator, loader: EvalL
         return []
     if any(problem for _, problem in every):
         raise RuntimeError("; ".join(problem for _, problem in every if problem))
-    parts = sorted((part for theirs, _ in every for part in theirs), key=lambda part: part.start)
-    if not parts or any(part.targets is None for part in parts):
+    parts = sorted((part for theirs, _ in every for part in theirs), key=lambda part: part[0])
+    if not parts:
         return []
-    outputs, targets = (torch.cat([part[k] for part in parts]) for k in (1, 2))
+    outputs, targets = (torch.cat([part[k] for part in parts]) for k in (1, 2))  # type: ignore[misc]
     meaning = read_meaning(evaluator, outputs)
     if meaning.kind == "values":
         return list(_regressions(meaning.predictions(outputs), targets, dataset))
     shown: list[Picture] = [_confusion(evaluator, meaning, outputs, meaning.truths(targets), dataset, where)]
     boundary = _boundary(run, evaluator, dataset, step)
     return shown if boundary is None else [*shown, boundary]
+
+
+def _table(part: Predicted) -> tuple[int, Tensor, Tensor] | None:
+    """The first index, outputs and targets, both (n,) or (n, k); None where they aren't."""
+    pair = [part.outputs, part.targets]
+    if not all(isinstance(value, Tensor) and value.dim() in (1, 2) and len(value) == part.samples for value in pair):
+        return None
+    return part.start, squeeze_column(part.outputs), squeeze_column(part.targets)
 
 
 def _spread(length: int, most: int) -> np.ndarray[Any, Any]:

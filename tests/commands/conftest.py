@@ -35,12 +35,17 @@ def together(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     def make(folder: Path) -> None:
         shutil.copytree(digits, folder / "2" / "copy")
         (folder / "2" / "copy" / "report.html").unlink()
+        (folder / "3").mkdir()
         shutil.copy(PROGRAMS / "mute.py", folder / "2")
+        for place in ("2", "3"):
+            shutil.copy(PROGRAMS / "answers.py", folder / place)
+        boxes = ["predict", str(digits), "--output", "boxes.jsonl", "task._target_=answers.Boxes"]
+        pairs = ["predict", str(digits), "--raw", "--output", "pairs.csv", "task._target_=answers.Pairs"]
         mute = ["--config", str(CONFIGS / "digits_mlp.yaml"), "trainer.duration=5step", "task._target_=mute.Mute"]
         mute += ["data.eval_batch_size=50", "tracking.tensorboard=false", "run.name=mute"]
         evaluate, predict = ["evaluate", str(digits), "--output"], ["predict", str(digits), "--output", "out.csv"]
-        run_commands(folder, 2, [predict, ["report", "copy"], mute])
-        run_commands(folder, 3, [predict, [*evaluate, "out.json"], [*evaluate, "f1.json", F1]])
+        run_commands(folder, 2, [predict, ["report", "copy"], mute, boxes, pairs])
+        run_commands(folder, 3, [predict, boxes, pairs, [*evaluate, "out.json"], [*evaluate, "f1.json", F1]])
 
     return made_once(tmp_path_factory, "together", make)
 

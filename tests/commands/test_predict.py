@@ -21,7 +21,7 @@ from dist_train.task.entries import MetricEntry, build_metric
 from dist_train.task.losses import Loss
 from dist_train.task.metrics import Accuracy, BinaryAccuracy, MeanError, Metric
 from dist_train.task.task import Supervised
-from dist_train.training.evaluate import Meaning, read_meaning
+from dist_train.training.meaning import Meaning, read_meaning
 
 
 def predicted(folder: Path, *arguments: str) -> list[dict[str, str]]:
