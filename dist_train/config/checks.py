@@ -156,6 +156,8 @@ def _groups(key: str, spec: Any) -> Iterator[Violation]:
     groups, decay = spec.get("groups"), spec.get("layer_decay")
     if decay is not None and (isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 < decay <= 1):
         yield f"{key}.layer_decay", f"expected a factor above 0 and at most 1 for each layer, found {describe(decay)}"
+    if not isinstance(spec.get("named_parameters", True), bool):
+        yield f"{key}.named_parameters", f"expected true or false, found {describe(spec['named_parameters'])}"
     form = "{match: 'head.*', lr: 0.1}"
     if groups is not None and not isinstance(groups, list):
         yield f"{key}.groups", f"expected a list of groups like {form}, found {describe(groups)}"

@@ -84,7 +84,10 @@ SLOTS: dict[str, Slot] = {
         yields=True,
     ),
     "optimizer": Slot(
-        "a torch.optim.Optimizer", _is("torch.optim.Optimizer"), ("params",), ("groups", "layer_decay", "match")
+        "a torch.optim.Optimizer",
+        _is("torch.optim.Optimizer"),
+        ("params",),
+        ("groups", "layer_decay", "match", "named_parameters"),
     ),
     "scheduler": Slot(
         "a scheduler of torch.optim.lr_scheduler",
@@ -232,7 +235,8 @@ def _arguments(
     groups = extra["groups"] if isinstance(extra.get("groups"), list) else []
     groups = [(("groups", index), group) for index, group in enumerate(groups) if isinstance(group, dict)]
     for where, options in (((), keywords), *groups):  # torch itself ignores unknown options of groups
-        for argument in options if _Kind.VAR_KEYWORD not in kinds else ():
+        free_form = places[:1] == ["param_groups"] and bool(where)  # its groups have options that no argument names
+        for argument in options if _Kind.VAR_KEYWORD not in kinds and not free_form else ():
             if argument not in named and not (where and argument in ("match", "ndim_below")):
                 free = [p for p in named if p not in (ours if where else filled)]
                 hint = did_you_mean(argument, free) or f"; it takes {', '.join(free) or 'no arguments'}"

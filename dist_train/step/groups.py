@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -38,13 +38,15 @@ class Grouping:
     Attributes:
         decay: `layer_decay`, or None.
         home: of each parameter, by name, frozen ones included.
+        key: that of the optimizer in the config, for messages.
         depth: the number of the last layer. found_by: what tells the layers.
 
     Raises:
         ConfigError: a pattern matches no parameter.
     """
 
-    def __init__(self, modules: nn.Module, spec: Any):
+    def __init__(self, modules: nn.Module, spec: Any, key: str = "optimizer"):
+        self.key = key
         extra = reserved(spec, ("groups", "layer_decay"))[1]
         self.groups: list[dict[str, Any]] = extra.get("groups") or []
         self.decay: float | None = extra.get("layer_decay")
@@ -54,7 +56,7 @@ class Grouping:
             patterns = group.get("match", "*")
             patterns = [patterns] if isinstance(patterns, str) else list(patterns)
             below = group.get("ndim_below")
-            for name in match_parameters(modules, patterns, f"optimizer.groups.{index}.match"):
+            for name in match_parameters(modules, patterns, f"{key}.groups.{index}.match"):
                 if below is None or self._parameters[name].ndim < below:
                     taken.setdefault(name, index)
         layers: dict[str, int] = {}
@@ -93,7 +95,7 @@ class Grouping:
                 if group.get("ndim_below") is not None:
                     shown += f" (with fewer than {group['ndim_below']} dimensions)"
                 message = f"{shown} matches no parameter that is left and trains"
-                raise ConfigError.single(f"optimizer.groups.{index}.match", message)
+                raise ConfigError.single(f"{self.key}.groups.{index}.match", message)
         order = sorted(members, key=lambda home: (-1 if home.group is None else home.group, home.layer))
         return [{"params": members[home], **self.options(home)} for home in order]
 
@@ -110,7 +112,22 @@ class Grouping:
         return f"{self.depth + 1} layers by {self.found_by}: {', '.join(shown)}"
 
 
-def scale_lr_by_layer(optimizer: torch.optim.Optimizer) -> None:
+def add_group(
+    optimizer: torch.optim.Optimizer, members: Mapping[str, nn.Parameter], options: Mapping[str, Any]
+) -> None:
+    """`add_param_group`, with the parameters' names where the optimizer has them (torch refuses a mixture)."""
+    has_names = "param_names" in optimizer.param_groups[0]
+    optimizer.add_param_group({"params": list(members.items() if has_names else members.values()), **options})
+
+
+def add_to_group(group: dict[str, Any], name: str, parameter: nn.Parameter) -> None:
+    """Append a parameter to a group of an optimizer."""
+    group["params"].append(parameter)
+    if "param_names" in group:
+        group["param_names"].append(name)
+
+
+def scale_lr_by_layer(optimizer: torch.optim.Optimizer, key: str) -> None:
     """Let each step use `lr * lr_scale` of a group; outside a step `lr` is what the schedule says, the same for every layer.
 
     So any schedule keeps the ratio of the layers' lr, also one that sets the lr (OneCycleLR, a cosine down to `eta_min`).
@@ -122,7 +139,7 @@ def scale_lr_by_layer(optimizer: torch.optim.Optimizer) -> None:
         message = (
             f"{type(optimizer).__name__} has no lr here that could be scaled: give it one, or leave layer_decay out"
         )
-        raise ConfigError.single("optimizer.layer_decay", message)
+        raise ConfigError.single(f"{key}.layer_decay", message)
     unscaled: list[Any] = []
 
     def before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -11,11 +11,14 @@ from dist_train.config.components import build, locate, reserved, signature
 from dist_train.step.groups import Grouping, scale_lr_by_layer
 from dist_train.step.parameters import fill_momentum, is_dense, sparse_parameters
 
-RESERVED = ("groups", "layer_decay")
+RESERVED = ("groups", "layer_decay", "named_parameters")
 
 
-def build_optimizer(spec: Any, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
-    """The optimizer of `optimizer:`; its groups are those of `Grouping`.
+def build_optimizer(spec: Any, model: nn.Module, device: torch.device, key: str = "optimizer") -> torch.optim.Optimizer:
+    """The optimizer of `optimizer:` (or another `key`); its groups are those of `Grouping`.
+
+    One whose first argument is called `named_parameters`, or for which the config says so, gets (name, parameter) pairs, as
+    torch's own take them.
 
     A fused kernel is used where the class has one and the config names neither `fused` nor `foreach`: it is the fastest, and
     it can skip an update by a flag on the device.
@@ -23,8 +26,8 @@ def build_optimizer(spec: Any, model: nn.Module, device: torch.device) -> torch.
     Raises:
         ConfigError: a group matches no parameter, there is nothing to train, or `layer_decay` has no lr to scale.
     """
-    own, _ = reserved(spec, RESERVED)
-    grouping = Grouping(model, spec)
+    own, extra = reserved(spec, RESERVED)
+    grouping = Grouping(model, spec, key)
     groups = grouping.groups_of([name for name, parameter in model.named_parameters() if parameter.requires_grad])
     if isinstance(own, dict):
         form = signature(locate(own["_target_"]))
@@ -36,13 +39,22 @@ def build_optimizer(spec: Any, model: nn.Module, device: torch.device) -> torch.
         plain = plain and not any(group.get("dampening") for group in (own, *groups))
         if plain and form and "fused" in form.parameters and not {"fused", "foreach", "differentiable"} & own.keys():
             own = {**own, "fused": True}
-        optimizer = build(own, groups)
+        first = next(iter(form.parameters), "") if form else ""
+        wants_names = extra.get("named_parameters", first == "named_parameters")
+        optimizer = build(own, _named(groups, model) if wants_names else groups)
     else:
         optimizer = own(groups) if callable(own) else own
     fill_momentum(optimizer)
     if grouping.decay is not None:
-        scale_lr_by_layer(optimizer)
+        scale_lr_by_layer(optimizer, key)
     return optimizer
+
+
+def _named(groups: list[dict[str, Any]], model: nn.Module) -> list[Any]:
+    """Groups with (name, parameter) pairs; where there is one without options, the pairs themselves."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    named = [{**group, "params": [(names[id(p)], p) for p in group["params"]]} for group in groups]
+    return named[0]["params"] if len(named) == 1 and len(named[0]) == 1 else named
 
 
 def averages_weights(optimizer: torch.optim.Optimizer) -> bool:

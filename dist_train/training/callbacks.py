@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from dist_train.config.fields import Duration, plain
 from dist_train.models.transfer import match_parameters
-from dist_train.step.groups import Grouping, Home
+from dist_train.step.groups import Grouping, Home, add_group
 from dist_train.training.due import in_steps
 
 if TYPE_CHECKING:
@@ -121,14 +121,14 @@ class Unfreeze(Callback):
         if self.lr is None:
             return
         grouping = Grouping(trainer.modules, trainer.config.optimizer)
-        new: dict[Home, list[nn.Parameter]] = {}
+        new: dict[Home, dict[str, nn.Parameter]] = {}
         for name in frozen:
             if id(parameters[name]) not in known:
-                new.setdefault(grouping.home[name], []).append(parameters[name])
+                new.setdefault(grouping.home[name], {})[name] = parameters[name]
         for home, members in new.items():
             options = {key: value for key, value in grouping.options(home).items() if key != "lr_scale"}
             options["lr"] = self.lr * grouping.scale(home)
-            trainer.optimizer.add_param_group({"params": members, **options})
+            add_group(trainer.optimizer, members, options)
 
 
 def callback_states(callbacks: Sequence[Callback], specs: Sequence[Any]) -> list[dict[str, Any]]:

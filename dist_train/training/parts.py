@@ -166,7 +166,7 @@ def _optimizer(built: ModelParts, key: str, spec: Any) -> torch.optim.Optimizer:
     """Over the parameters that require a gradient now."""
     config, world = built.config, built.world
     with building(key):
-        optimizer = build_optimizer(spec, built.modules, world.device)
+        optimizer = build_optimizer(spec, built.modules, world.device, key)
     if averages_weights(optimizer):
         optimizer.train()  # type: ignore[attr-defined]
     check_optimizer(

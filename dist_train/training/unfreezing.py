@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.nn.modules.batchnorm import _NormBase
 
-from dist_train.step.groups import Grouping, Home
+from dist_train.step.groups import Grouping, Home, add_group, add_to_group
 from dist_train.step.parameters import fill_momentum
 from dist_train.step.several import Optimizers, SeveralSteppers
 
@@ -94,11 +94,12 @@ def load_trainable_state(parts: Parts, saved: dict[str, Any]) -> bool:
     for index, names in enumerate(saved["groups"]):
         if None in names:  # an optimizer of the user's own, which trains something else as well
             continue
-        group = {"params": [parameters[name] for name in names]}
+        members = {name: parameters[name] for name in names}
         if index < len(parts.optimizer.param_groups):
-            parts.optimizer.param_groups[index].update(group)
+            group = parts.optimizer.param_groups[index]
+            group |= {"params": list(members.values())} | ({"param_names": names} if "param_names" in group else {})
         else:
-            parts.optimizer.add_param_group(group)
+            add_group(parts.optimizer, members, {})  # type: ignore[arg-type]  # several have no groups of callbacks
     for name, module in parts.modules.named_modules():
         if module.training == (name in evaluating):
             module.training = name not in evaluating
@@ -127,19 +128,21 @@ def _complete_groups(parts: Parts) -> None:
         )
     grouping = Grouping(parts.modules, parts.config.optimizer)
     own = _own_groups(optimizer, grouping, names)
-    new: dict[Home, list[Any]] = {}
+    new: dict[Home, dict[str, Any]] = {}
     for name, parameter in trained.items():
-        if name not in known:
-            home = grouping.home[name]
-            (own[home]["params"] if home in own else new.setdefault(home, [])).append(parameter)
+        home = grouping.home[name]
+        if name not in known and home in own:
+            add_to_group(own[home], name, parameter)
+        elif name not in known:
+            new.setdefault(home, {})[name] = parameter
     first, base = optimizer.param_groups[0], optimizer.defaults.get("lr")
-    for home, parameters in new.items():
+    for home, members in new.items():
         options = grouping.options(home)
         if base is not None:  # as if it had followed the schedule from the beginning, as the first group has
             mine = options.get("lr", base)
             theirs = grouping.options(next(iter(own), home)).get("lr", base)
             options["lr"] = first["lr"] if mine == theirs else first["lr"] * mine / (theirs or 1.0)
-        optimizer.add_param_group({"params": parameters, **options})
+        add_group(optimizer, members, options)
 
 
 def _own_groups(optimizer: Any, grouping: Grouping, names: dict[int, str]) -> dict[Home, dict[str, Any]]:

@@ -10,6 +10,8 @@ from torch import nn
 from torch.optim import lr_scheduler as lrs
 
 from dist_train.config.errors import ConfigError
+from dist_train.config.load import load_config
+from dist_train.config.slots import check_components
 from dist_train.models.depth import depths
 from dist_train.step.groups import Grouping
 from dist_train.step.optim import build_optimizer
@@ -148,6 +150,52 @@ def test_a_schedule_keeps_the_ratio_of_the_layers_as_in_the_loop_of_mae(name: st
             ours = Schedule(spec, optimizer, Span(12, 4, 12), ("val/loss", "min"))
             optimizer.load_state_dict(state)
             ours.load_state_dict(saved)
+
+
+class ByName(torch.optim.SGD):
+    """Needs names: it decides by them what it does."""
+
+    def __init__(self, named_parameters: Any, lr: float):
+        super().__init__(named_parameters, lr=lr)
+
+
+class Mixed(torch.optim.Optimizer):
+    """As Muon with an Adam for the rest (Jordan): a flag of its groups says which."""
+
+    def __init__(self, param_groups: list[dict[str, Any]]):
+        assert all(group.keys() == {"params", "use_muon", "lr"} for group in param_groups)
+        super().__init__(param_groups, {})
+
+
+def test_optimizers_that_want_names_or_options_of_their_own_get_them() -> None:
+    model = Tower()
+    names = [name for name, _ in model.named_parameters()]
+    one = build_optimizer({"_target_": ByName, "lr": 0.1}, model, CPU)
+    assert one.param_groups[0]["param_names"] == names
+    groups = [{"match": "head.*", "lr": 0.2}]
+    asked = {"_target_": torch.optim.SGD, "lr": 0.1, "named_parameters": True, "groups": groups}
+    two = build_optimizer(asked, model, CPU).param_groups
+    assert [group["param_names"] for group in two] == [
+        [n for n in names if "head" not in n],
+        ["head.weight", "head.bias"],
+    ]
+    assert "param_names" not in build_optimizer(ADAMW, model, CPU).param_groups[0]
+    mixed = {
+        "_target_": Mixed,
+        "groups": [
+            {"match": "*.layer.*.weight", "use_muon": True, "lr": 0.1},
+            {"match": "*", "use_muon": False, "lr": 0.2},
+        ],
+    }
+    flags = build_optimizer(mixed, model, CPU).param_groups
+    assert [(group["use_muon"], len(group["params"])) for group in flags] == [(True, 2), (False, 8)]
+    config = load_config(
+        {
+            "data": {"train": {"_target_": "dist_train.data.Digits"}},
+            "model": model, "loss": nn.MSELoss(), "optimizer": mixed,
+        }
+    )  # fmt: skip
+    assert check_components(config) == []
 
 
 def test_what_gets_no_parameter_or_has_no_lr_is_refused() -> None:

@@ -99,6 +99,18 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "whole"
 
 
+def test_an_optimizer_with_names_has_those_of_what_is_unfrozen(whole: Path) -> None:
+    for stop in ("6step", "9step", None):
+        made = config(whole.parent, "named", stop_at=stop)
+        made["optimizer"]["named_parameters"] = True
+        train(made)
+    assert rows(whole.parent / "named", "train") == rows(whole, "train")
+    saved = torch.load(max((whole.parent / "named" / "checkpoints").iterdir()) / "optimizer.pt", weights_only=True)
+    assert [group["param_names"] for group in saved["param_groups"]] == [
+        [f"{layer}.{kind}"] for layer in (2, 1, 0) for kind in ("weight", "bias")
+    ]
+
+
 def test_it_is_the_plain_loop(whole: Path) -> None:
     net, optimizer = plain()
     found = torch.load(whole / "model.pt", weights_only=True)
