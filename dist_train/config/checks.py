@@ -52,7 +52,7 @@ def _words(name: str | int) -> str:
 
 def cross_checks(config: Config) -> Iterator[Finding]:
     """Every violated rule over the keys of a valid config."""
-    for rules in (_name, _data, _model, _optimizer, _schedulers, _watched):
+    for rules in (_name, _data, _model, _optimizer, _by_optimizer, _schedulers, _watched):
         for key, message in rules(config):
             yield keyed(key), message
     for name in ("images", "histograms", "graph"):
@@ -149,6 +149,19 @@ def _optimizer(config: Config) -> Iterator[Violation]:
         yield from _groups(f"optimizer.{name}", spec)
         if spec.get("match") is not None:
             yield from _patterns(f"optimizer.{name}.match", spec["match"])
+
+
+def _by_optimizer(config: Config) -> Iterator[Violation]:
+    """Keys that may have a value for each of several optimizers name these."""
+    for name in ("clip_grad_norm", "clip_grad_value", "ema_decay"):
+        value = getattr(config.trainer, name)
+        for optimizer in value if isinstance(value, dict) else ():
+            if not is_named(config.optimizer):
+                yield f"trainer.{name}", f"expected a number, as there is one optimizer, found {describe(value)}"
+                break
+            if optimizer not in config.optimizer:
+                hint = did_you_mean(optimizer, config.optimizer) or f"; there are {', '.join(config.optimizer)}"
+                yield f"trainer.{name}.{optimizer}", f"there is no optimizer {optimizer}{hint}"
 
 
 def _groups(key: str, spec: Any) -> Iterator[Violation]:

@@ -162,9 +162,17 @@ class TrainerConfig(Section):
         "The loss compares samples with each other (SimCLR, CLIP, VICReg) and is computed of the outputs of the whole global "
         "batch, over micro-batches and ranks, in two passes. `auto`: where the task says so (`whole_batch = True`).",
     )
-    clip_grad_norm: fields.Positive | None = consent(None, "Scale the gradient down to at most this 2-norm.")
-    clip_grad_value: fields.Positive | None = consent(None, "Clamp each gradient entry to [-value, value].")
-    ema_decay: fields.Decay | None = consent(None, "Evaluate EMA weights (exponential moving average).")
+    clip_grad_norm: fields.Positive | dict[str, fields.Positive] | None = consent(
+        None,
+        "Scale the gradient down to at most this 2-norm; of several optimizers each one's, or {NAME: norm} of some.",
+    )
+    clip_grad_value: fields.Positive | dict[str, fields.Positive] | None = consent(
+        None, "Clamp each gradient entry to [-value, value]; or {NAME: value} of some of several optimizers."
+    )
+    ema_decay: fields.Decay | dict[str, fields.Decay] | None = consent(
+        None,
+        "Evaluate EMA weights (exponential moving average); or {NAME: decay} of those of some of several optimizers.",
+    )
     compile: bool = harmless(False, "Compile the model with torch.compile (dynamic=False).")
     channels_last: bool | Auto = harmless(
         "auto", "Memory format of 4-d tensors. `auto`: on CUDA with 2-d convolutions."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,10 +17,14 @@ class EMA:
     """`average = decay * average + (1 - decay) * weights` after every optimizer step; buffers are the model's own.
 
     The average starts as the initial weights.
+
+    Args:
+        decay: of all parameters, or of those that are averaged each.
     """
 
-    def __init__(self, modules: nn.Module, decay: float):
-        self.decay, self._modules = decay, modules
+    def __init__(self, modules: nn.Module, decay: float | Mapping[nn.Parameter, float]):
+        self._decay, self._modules = decay, modules
+        self._names: dict[float, list[str]] = {}  # by their decay
         self._weights: dict[str, nn.Parameter] = {}
         self._average: dict[str, Tensor] = {}
         self.follow()
@@ -28,7 +32,8 @@ class EMA:
     def follow(self, names: Collection[str] = ()) -> None:
         """Include the parameters that train now, and those named; their average starts as their current values."""
         for name, parameter in self._modules.named_parameters():
-            if name not in self._weights and (parameter.requires_grad or name in names):
+            decay = self._decay.get(parameter) if isinstance(self._decay, Mapping) else self._decay
+            if decay is not None and name not in self._weights and (parameter.requires_grad or name in names):
                 if parameter.dtype in HALF:
                     raise ConfigError.single(
                         "trainer.ema_decay",
@@ -36,11 +41,14 @@ class EMA:
                         "changes in a step: keep the weights in float32 (trainer.precision=bf16 for speed), or use no EMA",
                     )
                 self._weights[name], self._average[name] = parameter, parameter.detach().clone()
+                self._names.setdefault(decay, []).append(name)
 
     @torch.no_grad()
     def update(self) -> None:
         """Include the current weights."""
-        torch._foreach_lerp_(list(self._average.values()), list(self._weights.values()), 1.0 - self.decay)
+        for decay, names in self._names.items():
+            weights: list[Tensor] = [self._weights[name] for name in names]
+            torch._foreach_lerp_([self._average[name] for name in names], weights, 1.0 - decay)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:

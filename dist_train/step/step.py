@@ -55,6 +55,8 @@ class Stepper:
         self.objective, self.modules = objective, objective.modules
         self.scaler, self.summed = objective.scaler, objective.summed
         self.optimizer, self.seed, self.prepare = optimizer, plan.seed, prepare
+        assert not isinstance(config.clip_grad_norm, dict), "the values of this optimizer"
+        assert not isinstance(config.clip_grad_value, dict)
         self.clip_norm, self.clip_value = config.clip_grad_norm, config.clip_grad_value
         self.device = device = next(self.modules.parameters()).device
         self.totals = torch.zeros(1, 2, dtype=torch.float64, device=device)

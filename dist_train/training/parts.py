@@ -131,7 +131,7 @@ def build_parts(
     for one in optimizer.by_name.values() if isinstance(optimizer, Optimizers) else [optimizer]:
         built.modules.add_optimizer(one)
     built.modules.synchronize(world)
-    ema = _ema(built, optimizer)
+    ema = _ema(built, optimizer, owners)
     frozen = Frozen(built.model, hashed=world.is_main) if config.checkpoint.what == "trained" else None
     stop_when = None
     if (rule := config.trainer.stop_when) is not None:
@@ -248,14 +248,19 @@ def _one_schedule(
     return schedule
 
 
-def _ema(built: ModelParts, optimizer: torch.optim.Optimizer | Optimizers) -> EMA | None:
+def _ema(built: ModelParts, optimizer: torch.optim.Optimizer | Optimizers, owners: Owners | None) -> EMA | None:
     decay = built.config.trainer.ema_decay
     if not isinstance(optimizer, Optimizers) and averages_weights(optimizer):
         if decay is not None:
             message = f"{type(optimizer).__name__} averages the weights itself: leave it null"
             raise ConfigError.single("trainer.ema_decay", message)
         return OptimizerEMA(built.modules, lambda: optimizer)
-    return EMA(built.modules, decay) if decay is not None else None
+    if decay is None:
+        return None
+    if not isinstance(decay, dict):
+        return EMA(built.modules, decay)
+    assert owners is not None
+    return EMA(built.modules, {p: decay[name] for name, own in owners.parameters.items() if name in decay for p in own})
 
 
 def build_stepper(parts: Parts, prepare: Callable[[MicroBatch, StepWork], Any]) -> Stepper | SeveralSteppers:
@@ -264,16 +269,28 @@ def build_stepper(parts: Parts, prepare: Callable[[MicroBatch, StepWork], Any]) 
     `prepare` makes the batch that the model gets from a micro-batch of a step.
     """
 
-    def make(task: Any, optimizer: Any) -> Stepper:
+    def make(task: Any, optimizer: Any, name: str = "") -> Stepper:
         objective = _objective(parts, task)
         new_reducer = partial(reducer_for, objective, parts.world, parts.config.distributed)
-        return Stepper(objective, optimizer, new_reducer, parts.plan, prepare, parts.config.trainer)
+        trainer, clips = parts.config.trainer, {}
+        for key in ("clip_grad_norm", "clip_grad_value"):
+            value = getattr(trainer, key)
+            if isinstance(value, dict) and not name:
+                message = (
+                    "the optimizers share one loss, and so one gradient, which is clipped at once: give one number"
+                )
+                raise ConfigError.single(f"trainer.{key}", message)
+            clips[key] = value.get(name) if isinstance(value, dict) else value
+        config = trainer.model_copy(update=clips)
+        return Stepper(objective, optimizer, new_reducer, parts.plan, prepare, config)
 
     if not isinstance(parts.optimizer, Optimizers) or not isinstance(parts.task, SeveralLosses):
         return make(parts.task, parts.optimizer)
     assert parts.owners is not None
     task, by_name = parts.task, parts.optimizer.by_name
-    return SeveralSteppers(lambda name: make(OfOptimizer(task.task, name), by_name[name]), parts.owners, task.moves)
+    return SeveralSteppers(
+        lambda name: make(OfOptimizer(task.task, name), by_name[name], name), parts.owners, task.moves
+    )
 
 
 def _objective(parts: Parts, task: Any) -> Objective:

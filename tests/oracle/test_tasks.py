@@ -271,6 +271,8 @@ def test_val_loss_is_another_loss(tmp_path: Path) -> None:
     assert rows(run, "val")[-1]["loss"] == pytest.approx(expected, rel=1e-9)
 
 
+AVERAGED = {"task": piece("Game"), "model": piece("Pair"), "optimizer": GAN, "trainer": {"ema_decay": {"g": 0.9}}}
+CLIPPED = {"task": piece("Shared"), "trainer": {"clip_grad_norm": {"D": 0.9}}}
 ORPHANS = {"D": {**SGD, "match": "D.0.*"}, "G": {**SGD, "match": "G.*"}}
 REFUSED = {
     "no weights": ({"task": piece("NoWeights")}, "weights of their own"),
@@ -279,8 +281,10 @@ REFUSED = {
     "rows": ({"task": piece("TwoRows")}, "has a row for each sample"),
     "moves": ({"task": piece("NobodyMoves"), "model": piece("Pair"), "optimizer": GAN}, "each once"),
     "orphan": ({"task": piece("Game"), "model": piece("Pair"), "optimizer": ORPHANS}, "no optimizer's `match` fits D.2.weight"),
+    "no such optimizer": (AVERAGED, "there is no optimizer g"),
+    "one optimizer": (CLIPPED, "expected a number, as there is one optimizer"),
     "two rests": ({"task": piece("Game"), "model": piece("Pair"), "optimizer": {"D": SGD, "G": SGD}}, "both have no `match`"),
-    "moves of one loss": ({"task": piece("OneLossMoves"), "optimizer": JOINT}, "has one loss for all of them"),
+    "moves of one loss": ({"task": piece("OneLossMoves"), "optimizer": JOINT}, "has one loss for all"),
     "shared closure": ({"task": piece("Shared"), "optimizer": {**JOINT, "rest": LBFGS}}, "can't share one with other"),
 }  # fmt: skip
 
@@ -302,6 +306,36 @@ def test_one_of_several_losses_can_decide_which_checkpoint_is_the_best(tmp_path:
     assert json.loads((run / "result.json").read_text())["kept_step"] == min(
         values, key=lambda step: (values[step], step)
     )
+
+
+def test_clipping_and_the_average_are_of_one_of_several_optimizers(tmp_path: Path) -> None:
+    config = copy.deepcopy(CONFIGS["gan"])
+    config["trainer"] |= {"clip_grad_norm": {"D": 0.1}, "ema_decay": {"G": 0.5}}
+    run = trained(tmp_path, config)
+    seed_everything(0)
+    pair: Any = pieces.Pair()
+    critic = torch.optim.SGD(pair.D.parameters(), lr=0.1, momentum=0.9)
+    generator = torch.optim.Adam(pair.G.parameters(), lr=0.01)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(generator, 0.5)
+    average = {name: p.detach().clone() for name, p in pair.G.named_parameters()}
+    for step, (real, _) in enumerate(batches()):
+        fake = pair.G(real.flip(1)).detach()
+        critic.zero_grad()
+        (functional.softplus(-pair.D(real)).mean() + functional.softplus(pair.D(fake)).mean()).backward()
+        nn.utils.clip_grad_norm_(pair.D.parameters(), 0.1)
+        critic.step()
+        if step % 2:
+            generator.zero_grad()
+            (-pair.D(pair.G(real.flip(1))).mean()).backward()
+            generator.step()
+            schedule.step()
+        for name, p in pair.G.named_parameters():
+            average[name].lerp_(p.detach(), 0.5)
+    found = torch.load(run / "model.pt", weights_only=True)
+    for name, p in pair.D.named_parameters():
+        torch.testing.assert_close(found[f"D.{name}"], p.detach(), rtol=1e-9, atol=1e-11)
+    for name, value in average.items():
+        torch.testing.assert_close(found[f"G.{name}"], value, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize(("first", "second"), [("shared", "gan"), ("gan", "shared")])
