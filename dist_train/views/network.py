@@ -27,7 +27,7 @@ from dist_train.training.due import NEVER, in_steps
 from dist_train.watch.control import next_multiple
 
 if TYPE_CHECKING:
-    from dist_train.config.schema import TrackingConfig
+    from dist_train.config.schema_tracking import TrackingConfig
     from dist_train.tracking.logger import Logger
     from dist_train.training.callbacks import Training
     from dist_train.training.evaluate import Evaluator

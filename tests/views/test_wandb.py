@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from wandb.proto.wandb_internal_pb2 import Record
 
-from dist_train.config.schema import WandbConfig
+from dist_train.config.schema_tracking import WandbConfig
 from dist_train.tracking.logger import Logger
 from dist_train.tracking.records import read_rows
 from dist_train.views import wandb_run

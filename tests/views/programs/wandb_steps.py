@@ -7,7 +7,7 @@ import sys
 import time
 import types
 
-from dist_train.config.schema import WandbConfig
+from dist_train.config.schema_tracking import WandbConfig
 from dist_train.tracking.console import Console
 from dist_train.views.sinks import open_logger
 
