@@ -38,6 +38,16 @@ class Net(nn.Module):
         return self.net(inputs)
 
 
+class Noisy(Net):
+    """With BatchNorm and dropout."""
+
+    def __init__(self, outputs: int = 3) -> None:
+        super().__init__(outputs)
+        self.net = nn.Sequential(
+            nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, outputs)
+        ).double()
+
+
 class Shared:
     """Two losses with the number of samples as their denominator, one of them at a tenth."""
 

@@ -25,8 +25,8 @@ from torch.utils.data import default_collate
 
 from dist_train import train
 from dist_train.config.errors import ConfigError
-from dist_train.data.plan import Plan
-from dist_train.runtime.seeding import seed_everything
+from dist_train.data.plan import Plan, micro_slices
+from dist_train.runtime.seeding import seed_everything, seed_forward
 
 STEPS, BATCH = 6, 7
 SGD = {"_target_": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9}
@@ -251,6 +251,32 @@ def test_a_stopped_run_resumes_bitwise(name: str, tmp_path: Path) -> None:
             torch.load(run / "checkpoints" / f"step-{STEPS:08d}" / file, weights_only=True) for run in (whole, stopped)
         )
         assert str(one) == str(other)
+
+
+def test_the_second_pass_of_a_whole_batch_repeats_dropout_and_batchnorm(tmp_path: Path) -> None:
+    """Against one graph over all micro-batches, each with its own seeds and statistics."""
+    config = config_of(task=piece("Contrast"), model=piece("Noisy", outputs=4), trainer={"micro_batch_size": 4})
+    run = trained(tmp_path, config)
+    seed_everything(0)
+    net: Any = pieces.Noisy(4)
+    task = pieces.Contrast()
+    optimizer = torch.optim.SGD([*net.parameters(), task.scale], lr=0.1, momentum=0.9)
+    curve = []
+    for step, (inputs, _) in enumerate(batches()):
+        parts = []
+        for micro in micro_slices(BATCH, 0, 1, 4):
+            seed_forward(0, step, micro.start, torch.device("cpu"))
+            parts.append(task.outputs(net, (inputs[micro], None))[0])
+        loss = task.loss((*(torch.cat(part) for part in zip(*[p[:2] for p in parts], strict=True)), parts[0][2]), None)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        curve.append(float(loss.detach()))
+    assert [row["loss"] for row in rows(run, "train")] == pytest.approx(curve, rel=1e-9)
+    found = torch.load(run / "checkpoints" / f"step-{STEPS:08d}" / "model.pt", weights_only=True)
+    for name, value in net.state_dict().items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-11)
+    assert int(found["net.1.num_batches_tracked"]) == STEPS * 2, "statistics change once a step for each micro-batch"
 
 
 def test_an_evaluation_has_the_losses_of_the_task(tmp_path: Path) -> None:
