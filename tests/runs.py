@@ -111,7 +111,7 @@ def result(folder: Path) -> dict[str, Any]:
 def traced(folder: Path) -> dict[int, set[int]]:
     """The samples of each optimizer step, over all ranks; where attempts overlap, the later one counts.
 
-    Fails where two ranks of one attempt trained on the same sample in a step.
+    Fails where two ranks of one attempt trained on the same sample in a step (which `data.weights` allows: not for its runs).
     """
     steps: dict[int, set[int]] = {}
     attempts: dict[int, list[Path]] = {}

@@ -14,6 +14,9 @@ from .schema import Config
 IGNORED = ("checkpoint.resume", "checkpoint.accept_changes")
 
 
+MOST_LISTED = 50  # entries of a longer list aren't told apart
+
+
 @dataclass(frozen=True)
 class Change:
     """A key whose value differs: `old` and `new` are plain values (None where the key is absent)."""
@@ -54,7 +57,7 @@ def _value(key: str, old: Any, new: Any, kind: Any) -> Iterator[Change]:
     if isinstance(old, dict) and isinstance(new, dict) and old.get("_target_") == new.get("_target_"):
         for name in dict.fromkeys((*old, *new)):
             yield from _value(f"{key}.{name}", old.get(name), new.get(name), kind)
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new) <= MOST_LISTED:
         for index, (before, after) in enumerate(zip(old, new, strict=True)):
             yield from _value(f"{key}.{index}", before, after, kind)
     elif isinstance(old, bool) != isinstance(new, bool) or (old != new and (old == old or new == new)):
@@ -84,6 +87,8 @@ def _shown(value: Any) -> str:
         return f"{value['_target_']}({arguments})"
     if isinstance(value, dict) and "_live_" in value:
         return f"an object of class {value['_live_']}"
+    if isinstance(value, list) and len(value) > MOST_LISTED:
+        return f"a list of {len(value):,}"
     return value if isinstance(value, str) else json.dumps(value)
 
 

@@ -15,7 +15,7 @@ from .schema import KEYS, Config
 
 Finding = tuple[Key, str]  # (key, message)
 Violation = tuple[str, str]  # (dotted key, message)
-PATHS = ("run.dir", "run.code_paths", "transfer.weights", "checkpoint.resume")
+PATHS = ("run.dir", "run.code_paths", "data.weights", "transfer.weights", "checkpoint.resume")
 _SECRET_NAME = re.compile(
     r"(^|_)(password|passwd|passphrase|secret|credential|api_?key|(access|account|secret|private)_key)s?$"
     r"|^((auth|access|api|bearer|hf|use_auth)_)?token$|_(auth|access|refresh|session|security|secret|service|bearer)_token$"
@@ -85,6 +85,11 @@ def _data(config: Config) -> Iterator[Violation]:
         if given and data.num_workers == 0:
             message = "this has no effect with data.num_workers=0; leave it out, or set data.num_workers above 0"
             yield f"data.{name}", message
+    if data.weights is not None and not data.shuffle:
+        yield (
+            "data.weights",
+            "samples drawn by weight are in random order: leave data.shuffle=false out, or data.weights",
+        )
     yield from _named_parts(config)
     if isinstance(data.global_batch_size, int) and isinstance(micro, int) and micro > data.global_batch_size:
         most = f"data.global_batch_size={data.global_batch_size}, which all ranks share"

@@ -212,6 +212,27 @@ def _one_or_named(value: Any) -> Any:
     return value
 
 
+_MOST_IN_A_LIST = 100_000  # weights: every config.yaml and manifest holds them
+
+
+def _sample_weights(value: Any) -> Any:
+    value = value.tolist() if hasattr(value, "tolist") and not isinstance(value, type) else value  # an array, a tensor
+    if isinstance(value, str) and value:
+        return value
+    if not isinstance(value, list):
+        return component(value)
+    wrong = next((k for k, x in enumerate(value) if isinstance(x, bool) or not isinstance(x, int | float)), None)
+    if wrong is not None or not value:
+        found = "an empty list" if wrong is None else f"{describe(value[wrong])} for sample {wrong}"
+        raise ValueError(f"expected a number for each sample, found {found}")
+    if len(value) > _MOST_IN_A_LIST:
+        hint = "write them into a .npy file, and give its path"
+        raise ValueError(
+            f"expected at most {_MOST_IN_A_LIST:,} weights in the config itself, found {len(value):,}: {hint}"
+        )
+    return value
+
+
 COMPONENT_SCHEMA: dict[str, Any] = {
     "type": "object",
     "required": ["_target_"],
@@ -231,6 +252,11 @@ def _one_or_more(item: Any) -> BeforeValidator:
 
 
 Component = Annotated[Any, BeforeValidator(component), WithJsonSchema(COMPONENT_SCHEMA)]
+SampleWeights = Annotated[
+    Any,
+    BeforeValidator(_sample_weights),
+    WithJsonSchema({"anyOf": [{"type": "array", "items": {"type": "number"}}, {"type": "string"}, COMPONENT_SCHEMA]}),
+]
 Optimizer = Annotated[Any, BeforeValidator(_one_or_named), WithJsonSchema(_NAMED_SCHEMA)]
 Scheduler = Optimizer
 Length = Annotated[Duration, BeforeValidator(Duration.parse), *_AS_TEXT]

@@ -65,6 +65,12 @@ class DataConfig(Section):
     )
     pin_memory: bool | Auto = harmless("auto", "Page-locked batches, for faster copies. `auto`: on CUDA only.")
     steps_per_epoch: Count | None = refused(None, "The length of an epoch, for an IterableDataset without a length.")
+    weights: fields.SampleWeights | None = refused(
+        None,
+        "Draw the samples of each epoch with replacement, as often as these weights say: a list; a .npy, .csv or .txt file with "
+        "a number for each sample; a function of the dataset; or `balanced`, every class equally often (by the dataset's "
+        "`targets` or `labels`, else every sample is read once). By seed and epoch: the same on any number of processes.",
+    )
     drop_last: bool = refused(True, "Drop an epoch's last, smaller batch. false: train on it, by its exact mean.")
     inputs: fields.Paths | None = consent(
         None,

@@ -64,6 +64,7 @@ SLOTS: dict[str, Slot] = {
     "data.train": _DATASET,
     "data.val": _DATASET,
     "data.test": _DATASET,
+    "data.weights": Slot("a function from the dataset to the weights of its samples", _is_callable, ("dataset",)),
     "data.collate": Slot("a function from a list of samples to a batch", _is_callable, late=True),
     "data.augment": Slot(
         "an augmentation, called with (inputs, targets, draws), (inputs, targets) or (inputs)", _is_callable
@@ -150,7 +151,7 @@ def _specs(config: Config) -> Iterator[tuple[Key, Slot, Any]]:
         for place, item in places:
             if name == "metrics" and isinstance(item, dict) and "metric" in item:
                 yield from _metric(place, slot, item)
-            elif item is not None and not isinstance(item, str):
+            elif item is not None and not isinstance(item, str | int | float):
                 yield place, slot, item
                 own, taken = components.reserved(item, slot.own)
                 if components.is_spec(taken.get("of")):

@@ -123,7 +123,7 @@ class Augmentation:
         Args:
             batch: (inputs, targets) on the device, len(indices) rows each.
             seed, epoch: of the run and of the step.
-            indices: the samples (`MicroBatch.indices`), on the host; includes the neighbours.
+            indices: the samples, or what else tells them apart (`MicroBatch.random_keys`), on the host; includes the neighbours.
 
         Raises:
             DataError: the batch isn't a pair of tensors, or its images have a form that an augmentation can't take.

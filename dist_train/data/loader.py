@@ -21,6 +21,7 @@ from dist_train.data.reading import LoaderOptions, SampleReader, dataset_length
 from dist_train.data.stream import is_stream, shard_parameters, stream_length
 from dist_train.data.stream_check import check_stream
 from dist_train.data.stream_reader import ShardPlan, ShardReader, StreamInfo, StreamReader
+from dist_train.data.weights import Weights
 from dist_train.data.workers import (
     context_for,
     exit_causes,
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 _EVAL_EPOCH = -1
 
 
-def build_plan(dataset: Any, *, seed: int, config: DataConfig) -> Plan:
+def build_plan(dataset: Any, *, seed: int, config: DataConfig, weights: Weights | None = None) -> Plan:
     """The plan of the training data by the `data` section's global_batch_size, shuffle, drop_last and steps_per_epoch.
 
     A stream comes in its own order: it isn't shuffled, and its epoch is `steps_per_epoch` steps, else its own length.
@@ -47,7 +48,8 @@ def build_plan(dataset: Any, *, seed: int, config: DataConfig) -> Plan:
     size, steps = config.global_batch_size, config.steps_per_epoch
     if not is_stream(dataset):
         samples = dataset_length(dataset)
-        return Plan(seed, samples, samples if size == "all" else int(size), config.shuffle, config.drop_last)
+        size = samples if size == "all" else int(size)
+        return Plan(seed, samples, size, config.shuffle, config.drop_last, weights)
     if size == "all":
         raise DataError(f"data.global_batch_size: all needs a map-style dataset, found {dataset_name(dataset)}")
     length = stream_length(dataset) if steps is None else steps * int(size)

@@ -1,7 +1,7 @@
 """Which samples make each optimizer step, which of them a rank reads, and the sampler for torch's DataLoader.
 
-The order is a pure function of (seed, epoch, dataset length): world size, workers and micro-batches only split it, and never
-change it. All arithmetic is on integers and numpy arrays, so that its tests are exact and take milliseconds.
+The order is a pure function of (seed, epoch, dataset length, weights): world size, workers and micro-batches only split it, and
+never change it. All arithmetic is on integers and numpy arrays, so that its tests are exact and take milliseconds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch.utils.data import DistributedSampler
 
 from dist_train.data.errors import DataError
-from dist_train.runtime.seeding import ORDER
+from dist_train.data.weights import Weights
+from dist_train.runtime.seeding import DRAW, ORDER
 
 Indices = NDArray[np.int64]
 
@@ -40,6 +41,14 @@ class MicroBatch(NamedTuple):
     """The collated batch, on the CPU (pinned if so configured)."""
     state: Any = None
     """The position of a stream's reader after it (see `StreamReader`)."""
+    keys: Indices | None = None
+    """What each sample's random numbers depend on besides seed and epoch: (n + neighbours,) int64, its place in the epoch where
+    samples are drawn with replacement, so that two copies draw differently; None: its index."""
+
+    @property
+    def random_keys(self) -> Indices:
+        """`keys`, or the indices."""
+        return self.indices if self.keys is None else self.keys
 
     @property
     def zero_weight(self) -> bool:
@@ -68,13 +77,16 @@ def micro_slices(n: int, rank: int, world_size: int, micro: int) -> tuple[slice,
 
 
 @lru_cache(maxsize=2)  # two: prefetching may already be in the next epoch
-def _order(seed: int, epoch: int, length: int, shuffle: bool) -> Indices:
-    # numpy promises that RandomState never changes (NEP 19); torch.randperm may.
-    order = np.arange(length, dtype=np.int64)
-    if shuffle:
-        low = 0xFFFFFFFF
-        key = [ORDER, seed & low, (seed >> 32) & low, epoch & low, (epoch >> 32) & low]
-        np.random.RandomState(key).shuffle(order)
+def _order(seed: int, epoch: int, length: int, shuffle: bool, weights: Weights | None) -> Indices:
+    # numpy promises that RandomState never changes (NEP 19); torch.randperm and torch.multinomial may.
+    low = 0xFFFFFFFF
+    key = [seed & low, (seed >> 32) & low, epoch & low, (epoch >> 32) & low]
+    if weights is not None:
+        order = weights.draw(np.random.RandomState([DRAW, *key]), length)
+    else:
+        order = np.arange(length, dtype=np.int64)
+        if shuffle:
+            np.random.RandomState([ORDER, *key]).shuffle(order)
     order.flags.writeable = False
     return order
 
@@ -95,6 +107,8 @@ class Plan:
     """A new permutation each epoch, else dataset order."""
     drop_last: bool = True
     """Leave out the samples of an epoch that don't fill a global batch; else its last step is smaller."""
+    weights: Weights | None = None
+    """Draw the `length` samples of an epoch with replacement, by these weights; shuffle makes no difference then."""
 
     def __post_init__(self) -> None:
         if self.length < 1:
@@ -125,7 +139,7 @@ class Plan:
 
     def order(self, epoch: int) -> Indices:
         """All samples in the order of `epoch`: (length,) int64, read-only. The last two epochs are kept."""
-        return _order(self.seed, epoch, self.length, self.shuffle)
+        return _order(self.seed, epoch, self.length, self.shuffle, self.weights)
 
     def batch(self, step: int) -> Indices:
         """The samples of global step `step`: (n,) int64, n = global_batch_size except in a smaller last step."""
@@ -153,12 +167,16 @@ class Plan:
         batch = self.batch(step)
         n, epoch = len(batch), self.epoch_of(step)
         mine = micro_slices(n, rank, world_size, micro)
+        first = (step % self.steps_per_epoch) * self.global_batch_size  # place of the batch in the epoch
+
+        def part(values: Indices, start: int, stop: int) -> Indices:
+            return (
+                values.take(range(start, stop + neighbours), mode="wrap") if neighbours else values[start:stop].copy()
+            )
 
         def read(start: int, stop: int, samples: int, last: bool) -> MicroBatch:
-            indices = (
-                batch.take(range(start, stop + neighbours), mode="wrap") if neighbours else batch[start:stop].copy()
-            )
-            return MicroBatch(epoch, step, indices, start, samples, last)
+            keys = None if self.weights is None else part(np.arange(first, first + n), start, stop)
+            return MicroBatch(epoch, step, part(batch, start, stop), start, samples, last, keys=keys)
 
         if not mine:
             return [read(0, min(2, n), 0, True)]
@@ -177,6 +195,11 @@ class Plan:
         """16 hex digits, equal on machines that produce the same order (a hash of the start of epoch 0's)."""
         head = self.order(0)[:4096].astype("<i8").tobytes()
         return hashlib.sha256(head).hexdigest()[:16]
+
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint holds to see whether a position means the same: length and fingerprint, the digest of any weights."""
+        weights = {} if self.weights is None else {"weights": self.weights.digest}
+        return {"length": self.length, "fingerprint": self.fingerprint(), **weights}
 
 
 @dataclass(frozen=True)

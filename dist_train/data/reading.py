@@ -157,8 +157,8 @@ class SampleReader(Dataset[Any]):
                 return list(self.dataset.__getitems__(request.indices.tolist()))
             except (Exception, SystemExit):
                 pass  # read one by one, it shows which sample is the cause
-        for index in request.indices.tolist():
-            seed_sample(self.seed, request.epoch, index)
+        for index, key in zip(request.indices.tolist(), request.random_keys.tolist(), strict=True):
+            seed_sample(self.seed, request.epoch, key)
             try:
                 samples.append(self.dataset[index])
             except (Exception, SystemExit) as error:

@@ -44,7 +44,9 @@ def start_lines(trainer: Trainer) -> Lines:
         for split, dataset in parts.datasets.items()
     )
     data += f"; {plan.steps_per_epoch:,} steps an epoch"
-    if plan.samples_per_epoch < plan.length:
+    if plan.weights is not None:
+        data += f", {plan.samples_per_epoch:,} samples each, drawn with replacement: weights {plan.weights.origin}"
+    elif plan.samples_per_epoch < plan.length:
         data += f", {plan.length - plan.samples_per_epoch} samples of each epoch left out (data.drop_last)"
     total = f" = {trainer.due.end:,} steps" if trainer.due.end else ""
     lines = [

@@ -20,7 +20,7 @@ import torch
 _MASK = 0xFFFFFFFFFFFFFFFF
 
 # One purpose, one stream: the numbers are part of what makes two runs equal, so they never change.
-ORDER, SAMPLE, FORWARD, AUGMENT, SPLIT = 1, 2, 3, 4, 5
+ORDER, SAMPLE, FORWARD, AUGMENT, SPLIT, DRAW = 1, 2, 3, 4, 5, 6
 
 
 def mix(*values: int) -> int:
@@ -46,7 +46,10 @@ def seed_everything(seed: int) -> None:
 
 
 def seed_sample(seed: int, epoch: int, index: int) -> None:
-    """Seed torch (CPU), numpy's global state and `random` for reading sample `index` in `epoch`; about 9 us."""
+    """Seed torch (CPU), numpy's global state and `random` for reading sample `index` in `epoch`; about 9 us.
+
+    Where an epoch's samples are drawn with replacement, `index` is the draw's place in the epoch (`MicroBatch.keys`).
+    """
     _seed(mix(SAMPLE, seed, epoch, index), None)
 
 

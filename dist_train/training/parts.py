@@ -15,6 +15,7 @@ from dist_train.config.fields import Duration, is_named
 from dist_train.data.augment import Augmentation
 from dist_train.data.loader import EvalLoader, TrainLoader, build_plan
 from dist_train.data.plan import Plan
+from dist_train.data.weighting import sampling_weights
 from dist_train.step.closure import takes_closure
 from dist_train.step.ema import EMA, OptimizerEMA
 from dist_train.step.objective import Objective
@@ -88,7 +89,7 @@ class Parts(ModelParts):
         batch = self.move(micro.batch)
         if self.augmentation is None:
             return batch
-        return self.augmentation(batch, seed=self.config.seed, epoch=work.epoch, indices=micro.indices)
+        return self.augmentation(batch, seed=self.config.seed, epoch=work.epoch, indices=micro.random_keys)
 
 
 def build_parts(
@@ -109,8 +110,11 @@ def build_parts(
     datasets = {split: build_dataset(config, split, world) for split in splits}
     with building("callbacks"):
         callbacks = [build(spec) for spec in config.callbacks]
+    options = loader_options(config, world)
+    with building("data.weights"):
+        weights = sampling_weights(datasets["train"], options)
     with building("data"):
-        plan = build_plan(datasets["train"], seed=config.seed, config=config.data)
+        plan = build_plan(datasets["train"], seed=config.seed, config=config.data, weights=weights)
     micro = _micro_batch_size(config, world, plan, fits)
     keep_best = _keep_best(built)
     check_batchnorm(built, plan, micro)
@@ -119,7 +123,6 @@ def build_parts(
         steps = [build(spec) for spec in config.data.augment]
     augmentation = Augmentation(steps) if steps else None
     neighbours = augmentation.neighbours if augmentation is not None else 0
-    options = loader_options(config, world)
     with building("data"):
         train_loader = TrainLoader(datasets["train"], plan, options, micro_batch_size=micro, neighbours=neighbours)
     held_out = {split: dataset for split, dataset in datasets.items() if split != "train"}

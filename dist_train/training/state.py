@@ -191,7 +191,14 @@ def _check_data(parts: Parts, found: Found) -> None:
             f"this run has trained on {old.get('length')} samples, but the dataset now has {plan.length}: a position in it means "
             "something else. Give the run another run.name, or restore the dataset",
         )
-    if old.get("fingerprint") != plan.fingerprint():
+    mine = plan.record()
+    if old.get("weights") != mine.get("weights"):
+        raise ConfigError.single(
+            "data.weights",
+            f"this run has drawn its samples by other weights (digest {old.get('weights', 'none')}) than these "
+            f"({mine.get('weights', 'none')}): give the run another run.name, or restore the weights",
+        )
+    if old.get("fingerprint") != mine["fingerprint"]:
         message = "the order of samples has changed (numpy's RandomState gives different random numbers here)"
         raise ConfigError.single("data.train", message)
 

@@ -241,7 +241,7 @@ class Trainer:
         ranks = of_every_rank(self.modules, self.world)
         stream = self.parts.train_loader.state_dict(lambda value: on_rank_zero(self.world, value))
         status.phase = SAVING
-        progress, plan = self.progress, self.plan
+        progress = self.progress
         self._saved_step = self.step
         progress.seconds = self.seconds
         if self.checkpoints is None:
@@ -252,7 +252,7 @@ class Trainer:
             "samples": progress.samples,
             "world_size": self.world.size,
             "best": self.parts.keep_best,
-            "plan": {"length": plan.length, "fingerprint": plan.fingerprint()},
+            "plan": self.plan.record(),
             "horizon": self.parts.horizon,
             **self.outputs.record,
         }

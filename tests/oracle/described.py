@@ -20,6 +20,7 @@ INF, NEVER = float("inf"), 1 << 60  # steps, or samples of a micro-batch
 DATA = {
     "val": None, "test": None, "global_batch_size": 64, "shuffle": True, "eval_batch_size": 256, "collate": None,
     "steps_per_epoch": None, "drop_last": True, "augment": [], "inputs": None, "target": None,
+    "weights": None,
 }  # fmt: skip
 TRAINER = {
     "duration": "20ep", "precision": "fp32", "stop_at": None, "micro_batch_size": NEVER, "clip_grad_norm": INF,

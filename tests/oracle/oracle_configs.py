@@ -154,7 +154,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "named": {
         "data": {
             "train": piece("Named", noise=0.2), "val": piece("Named", samples=11, seed=1),
-            "global_batch_size": 6, "inputs": ["scale", "inner.points"], "target": "inner.label",
+            "global_batch_size": 6, "inputs": ["scale", "inner.points"], "target": "inner.label", "drop_last": False,
+            "weights": [0, 1, 2, 0.5, 30] + [0.1] * 17,  # sample 4 is in every step, several times
         },
         "model": piece("Scaled", _args_=MLP["_args_"]), "loss": {"_target_": CE}, "metrics": ["accuracy"],
         "optimizer": {"_target_": SGD, "lr": 0.3, "momentum": 0.9},

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from described import described
 from torch import Tensor, nn
@@ -54,13 +55,23 @@ def plain_loop(config: dict[str, Any], ranks: int = 1) -> SimpleNamespace:
     ema = clone(parameters) if c.ema_decay else {}
     evaluated = copy.deepcopy(model).eval()  # so that an evaluation leaves no trace in the one that is trained
 
-    def read(dataset: Any, indices: Any, epoch: int) -> Any:
+    def samples_of(step: int) -> tuple[Any, Any]:
+        """(the samples of a step, what else than their indices their draws depend on)."""
+        if c.weights is None:
+            return plan.batch(step), plan.batch(step)
+        sums, epoch = np.cumsum(np.array(c.weights, dtype=np.float64)), plan.epoch_of(step)
+        drawn = np.random.RandomState([6, c.seed, 0, epoch, 0]).random_sample(c.length) * sums[-1]
+        start = step % plan.steps_per_epoch * c.global_batch_size
+        places = np.arange(c.length)[start : start + c.global_batch_size]
+        return np.array([next(k for k in range(c.length) if sums[k] > drawn[place]) for place in places]), places
+
+    def read(dataset: Any, indices: Any, epoch: int, keys: Any = None) -> Any:
         samples = []
-        for index in map(int, indices):
+        for index, key in zip(map(int, indices), map(int, indices if keys is None else keys), strict=True):
             if isinstance(dataset, IterableDataset):
                 samples.append(next(stream))
             else:
-                seed_sample(c.seed, epoch, index)
+                seed_sample(c.seed, epoch, key)
                 samples.append(dataset[index])
         batch = c.collate(samples)
         if c.inputs is not None:
@@ -113,16 +124,17 @@ def plain_loop(config: dict[str, Any], ranks: int = 1) -> SimpleNamespace:
     val = validate() if c.evaluate_at_start else None
 
     while state is None:
-        indices, epoch = plan.batch(run.step), plan.epoch_of(run.step)
+        (indices, keys), epoch = samples_of(run.step), plan.epoch_of(run.step)
         n, loss_sum, weight_sum = len(indices), torch.zeros((), dtype=torch.float64), 0
         buffers = before = clone(dict(model.named_buffers()))
         # 1. Each micro-batch; an augmentation that mixes samples reads the next ones of the global batch too.
         for rank in range(ranks):
             for part in micro_slices(n, rank, ranks, c.micro_batch_size):
-                rows = indices.take(range(part.start, part.stop + augmentation.neighbours), mode="wrap")
-                batch = read(c.train, rows, epoch)
+                places = range(part.start, part.stop + augmentation.neighbours)
+                rows, row_keys = (values.take(places, mode="wrap") for values in (indices, keys))
+                batch = read(c.train, rows, epoch, row_keys)
                 if c.augment:
-                    batch = augmentation(batch, seed=c.seed, epoch=epoch, indices=rows)
+                    batch = augmentation(batch, seed=c.seed, epoch=epoch, indices=row_keys)
                 seed_forward(c.seed, run.step, part.start, CPU)
                 loss, weight, *_ = forward(model, batch)
                 scaler.scale(loss if c.summed else loss * (1 / n)).backward()

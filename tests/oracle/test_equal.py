@@ -35,6 +35,7 @@ def test_training_is_the_plain_loop(name: str, run_of: RunOf) -> None:
     [
         ("weighted", [2, 6]),  # three groups
         ("fp16", [5]),  # the scale has fallen, and counts towards its growth
+        ("named", [2, 5]),  # in the middle of epochs whose samples are drawn by weight
         ("plateau", [8]),  # inside the patience of schedule and stop_when
     ],
 )
@@ -113,7 +114,7 @@ GRADIENTS = "gradients = [p.grad for p in parameters.values() if p.grad is not N
 FACTOR = "gradient.mul_(n / float(weight_sum) if weight_sum else 0.0)"
 AVERAGE = "average.lerp_(parameters[name].detach(), 1 - c.ema_decay)"
 SCHEDULED = "run.step % c.schedule_every == 0"
-READ = "read(c.train, rows, epoch)"
+READ = "read(c.train, rows, epoch, row_keys)"
 # A mistake: the text of the plain loop that it changes, and the configs in which it shows.
 MISTAKES: dict[str, tuple[dict[str, str], list[str]]] = {
     "clips by value before the division": ({BY_VALUE: "pass", GRADIENTS: f"{GRADIENTS}; {BY_VALUE}"}, ["weighted"]),
@@ -147,7 +148,9 @@ MISTAKES: dict[str, tuple[dict[str, str], list[str]]] = {
     "draws the same in every step": ({"seed_forward(c.seed, run.step,": "seed_forward(c.seed, 0,"}, ["dropout"]),
     "draws the same in every micro-batch": ({"part.start, CPU": "0, CPU"}, ["dropout"]),
     "augments without the epoch": ({"epoch=epoch": "epoch=0"}, ["images"]),
-    "reads without the epoch": ({READ: "read(c.train, rows, 0)"}, ["weighted"]),
+    "reads without the epoch": ({READ: "read(c.train, rows, 0, row_keys)"}, ["weighted"]),
+    "gives two copies of a sample the same draws": ({READ: "read(c.train, rows, epoch, rows)"}, ["named"]),
+    "draws the same samples in every epoch": ({"[6, c.seed, 0, epoch, 0]": "[6, c.seed, 0, 0, 0]"}, ["named"]),
     "a schedule one step late": ({SCHEDULED: "(run.step - 1) % c.schedule_every == 0"}, ["weighted", "fp16"]),
     "no schedule": ({SCHEDULED: "False"}, ["dropout"]),
     "keeps the first of equal ones": ({'-val["loss"])': "0.0)"}, ["dropout"]),

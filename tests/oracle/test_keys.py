@@ -29,6 +29,7 @@ MATTERS: dict[str, tuple[str, Any]] = {
     "data.eval_batch_size": ("plain", DEFAULT),
     "data.steps_per_epoch": ("stream", 2),
     "data.drop_last": ("weighted", DEFAULT),
+    "data.weights": ("named", DEFAULT),
     "data.inputs": ("named", ["inner.scale", "inner.points"]),
     "data.target": ("named", "label"),
     "data.augment": ("images", DEFAULT),

@@ -19,6 +19,7 @@ from dist_train.data import DataError, RandomSplit
 from dist_train.data.loader import TrainLoader
 from dist_train.data.plan import Plan
 from dist_train.data.reading import LoaderOptions, SampleReader, dataset_length, in_tensors
+from dist_train.data.weighting import known_labels
 from dist_train.runtime.seeding import seed_sample
 
 LENGTH, BATCH = 20, 6
@@ -125,6 +126,14 @@ def _one_by_one(self: Any, init: Any, *arguments: Any) -> None:
 def test_a_part_of_one_is_read_in_tensors_too() -> None:
     part = RandomSplit(made(), "val", parts=[0.5, 0.5, 0])
     assert isinstance(part[0]["points"], Tensor)
+
+
+def test_balanced_weights_come_from_a_column() -> None:
+    labels = table()["labels"]
+    for dataset, column in [(made(), None), (made(transform=True), "labels"), (Subset(made(), [3, 1]), "labels")]:
+        chosen = [labels[index] for index in dataset.indices] if isinstance(dataset, Subset) else labels
+        assert known_labels(dataset, column).tolist() == chosen  # type: ignore[union-attr]
+    assert known_labels(made(), "text2") is None
 
 
 def test_several_datasets_in_one_are_refused_with_their_names() -> None:
