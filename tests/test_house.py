@@ -29,7 +29,7 @@ FLOORS = [
     {"main"},
 ]
 # They define nothing that other rooms need, or hand names on only when these are asked for.
-FACES = {"__init__", "data/__init__", "models/__init__", "callbacks", "metrics", "schedules"}
+FACES = {"__init__", "data/__init__", "models/__init__", "callbacks", "metrics", "schedules", "tasks"}
 HEAVY = {"torchvision", "wandb", "tensorboard", "matplotlib", "sklearn", "accelerate", "pandas", "PIL", "jinja2"}
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -11,12 +11,13 @@ if TYPE_CHECKING:
     from dist_train.library.arrays import Arrays
     from dist_train.library.augments import CutMix, Mixup, OneOf, RandomErasing, RandomHorizontalFlip, RandomShift
     from dist_train.library.datasets import Digits, Gaussians, RandomSplit
+    from dist_train.library.synthetic import MarkovChain, Shapes, TwoViews, collate_lists
     from dist_train.library.tables import CSV
 
-_HOMES = ("data.augment", "data.errors", "library.augments", "library.datasets", "library.tables")
+_HOMES = ("data.augment", "data.errors", "library.augments", "library.datasets", "library.synthetic", "library.tables")
 __all__ = [
-    "CSV", "Arrays", "Augment", "CutMix", "DataError", "Digits", "Draws", "Gaussians", "Mixup", "OneOf", "RandomErasing",
-    "RandomHorizontalFlip", "RandomShift", "RandomSplit",
+    "CSV", "Arrays", "Augment", "CutMix", "DataError", "Digits", "Draws", "Gaussians", "MarkovChain", "Mixup", "OneOf",
+    "RandomErasing", "RandomHorizontalFlip", "RandomShift", "RandomSplit", "Shapes", "TwoViews", "collate_lists",
 ]  # fmt: skip
 
 

@@ -186,7 +186,7 @@ def _near(word: str, known: Iterable[str]) -> str:
 
 
 def match_parameters(model: nn.Module, patterns: Sequence[str], key: str) -> list[str]:
-    """Names of the parameters that match a pattern, in the model's order.
+    """Names of the parameters that match a pattern, in the model's order; of a tied one the first, whichever matches.
 
     A shell pattern may match the parameter's name, that of a module around it, its module's class, or class and
     parameter: `features.*`, `layer[1-3]`, `BatchNorm2d`, `Conv2d.weight`.
@@ -195,12 +195,14 @@ def match_parameters(model: nn.Module, patterns: Sequence[str], key: str) -> lis
         ConfigError: a pattern matches no parameter.
     """
     words: dict[str, list[str]] = {}  # each parameter's name, and all that a pattern may match
+    names: dict[nn.Parameter, str] = {}
     for place, module in model.named_modules():
         kind = type(module).__name__
         around = list(itertools.accumulate(place.split("."), "{}.{}".format))
-        for leaf, _ in module.named_parameters(recurse=False):
+        for leaf, parameter in module.named_parameters(recurse=False):
             name = f"{place}.{leaf}" if place else leaf
-            words[name] = [name, *around, kind, f"{kind}.{leaf}"]
+            first = names.setdefault(parameter, name)
+            words.setdefault(first, []).extend([name, *around, kind, f"{kind}.{leaf}"])
     return _match(words, patterns, key, f"parameter of {getattr(model, 'display_name', type(model).__name__)}")
 
 

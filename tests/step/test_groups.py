@@ -13,6 +13,7 @@ from dist_train.config.errors import ConfigError
 from dist_train.config.load import load_config
 from dist_train.config.slots import check_components
 from dist_train.models.depth import depths
+from dist_train.models.transfer import match_parameters
 from dist_train.step.groups import Grouping
 from dist_train.step.optim import build_optimizer
 from dist_train.step.schedule import Schedule, Span
@@ -31,6 +32,15 @@ class Tower(nn.Module):
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(nn.Linear(4, 4) for _ in range(2))})
         self.norm, self.head = nn.LayerNorm(4), nn.Linear(4, 2)
         self.temperature = nn.Parameter(torch.ones(()))
+
+
+def test_tied_weights_are_one_parameter_that_both_names_match() -> None:
+    model = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 4, bias=False))
+    model[1].weight = model[0].weight
+    assert match_parameters(model, ["1.*"], "transfer.freeze") == match_parameters(model, ["0.*"], "x") == ["0.weight"]
+    spec = {"_target_": "torch.optim.SGD", "lr": 0.1, "groups": [{"ndim_below": 3, "lr": 0.2}]}
+    [group] = build_optimizer(spec, model, torch.device("cpu")).param_groups
+    assert (group["lr"], len(group["params"])) == (0.2, 1)
 
 
 def settings(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tuple[float, float]]:
