@@ -21,10 +21,11 @@ from dist_train.task.terms import StepOutput
 class Distillation(nn.Module):
     """A student learns a teacher's softened probabilities beside the labels (Hinton, Vinyals & Dean 2015):
 
-    loss = (1 - soft) * CE(y, student) + soft * T^2 * KL(softmax(teacher / T) || softmax(student / T)), of means.
+    loss = (1 - soft) * CE(y, student) + soft * T^2 * KL(softmax(teacher / T) || softmax(student / T))
 
-    The two are the named losses `hard` and `soft` (the latter with T^2). A batch is (inputs, labels (N,)); both models give logits
-    (N, classes), also as an object with `logits`. The outputs for metrics are the student's logits and the labels.
+    The two are the named losses `hard` and `soft` (the latter with T^2), means over samples. A batch is (inputs, labels (N,));
+    both models give logits (N, classes), also as an object with `logits`. The outputs for metrics are the student's logits and
+    the labels.
 
     The teacher runs in eval mode without gradients, and is no part of checkpoints or of model.pt: they hold the SHA-256 of its
     weights, and a run that resumes with other weights is refused.
