@@ -109,7 +109,7 @@ class Grouping:
         shown = [f"{lr * share:.3g} {first[layer]}" for layer, share in shares.items()]
         if len(shown) > 6:
             shown[3:-2] = ["..."]
-        return f"{self.depth + 1} layers by {self.found_by}: {', '.join(shown)}"
+        return f"{len(shares)} layers by {self.found_by}: {', '.join(shown)}"
 
 
 def add_group(

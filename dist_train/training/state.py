@@ -97,6 +97,7 @@ def snapshot(
         **{name: part.state_dict() for name, part in small.items() if part is not None},
         "constants": parts.modules.constants(),
         "trained": trainable_state(parts),
+        "optimizers": _optimizer_names(parts),
         "callbacks": callback_states(parts.callbacks, parts.config.callbacks),
         "stream": stream,
     }
@@ -149,7 +150,7 @@ def restore(
     """
     _check_data(parts, found)
     state = found.load("trainer")
-    _check_optimizers(parts, state["stepper"])
+    _check_optimizers(parts, state)
 
     def has_changed(*sections: str) -> bool:
         return any(key.startswith(sections) for key in changed)
@@ -205,14 +206,21 @@ def _check_data(parts: Parts, found: Found) -> None:
 
 def _check_optimizers(parts: Parts, saved: dict[str, Any]) -> None:
     """The optimizers must be as many, and have the same names, as when the run was started."""
-    before = set() if "totals" in saved else set(saved)
-    now = set(parts.optimizer.by_name) if isinstance(parts.optimizer, Optimizers) else set()
+    of_steppers = (
+        [] if "totals" in saved["stepper"] else list(saved["stepper"])
+    )  # before there were several on one loss
+    before, now = set(saved.get("optimizers", of_steppers)), set(_optimizer_names(parts))
     if before != now:
         raise ConfigError.single(
             "optimizer",
             f"this run was started with {', '.join(sorted(before)) or 'one optimizer'}, and the config has "
             f"{', '.join(sorted(now)) or 'one optimizer'}: give the new one another run.name, or keep the names",
         )
+
+
+def _optimizer_names(parts: Parts) -> list[str]:
+    """Of several optimizers; none for one."""
+    return list(parts.optimizer.by_name) if isinstance(parts.optimizer, Optimizers) else []
 
 
 def _restore_optimizer(
