@@ -18,6 +18,10 @@ class SampleError(RuntimeError):
     """Reading or collating one sample failed; the user's own exception and traceback are the cause."""
 
 
+class CollateError(SampleError):
+    """Samples were read, and can't be made into one batch."""
+
+
 def dataset_name(dataset: Any) -> str:
     """The class of a dataset as it is written in a config."""
     kind = type(dataset)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from dist_train.data.errors import DataError, SampleError, dataset_name, resource_hint
+from dist_train.data.errors import CollateError, DataError, SampleError, dataset_name, resource_hint
 from dist_train.data.plan import EvalPlan, Indices, MicroBatch, Plan, StepSampler, rank_slice
 from dist_train.data.reading import LoaderOptions, SampleReader, dataset_length
 from dist_train.data.stream import is_stream, shard_parameters, stream_length
@@ -348,7 +348,9 @@ class EvalLoader(_Loader):
         super().__init__(reader, min(workers, len(requests)), requests, options, evaluates=True)
 
     def some(self, count: int) -> tuple[int, Any]:
-        """Up to `count` samples as one batch, spread over the dataset (of a stream the first): (how many, the batch).
+        """Up to `count` samples as one batch, spread over the dataset: (how many, the batch).
+
+        The first ones of a stream, and of a dataset in which only neighbours can be batched.
 
         They are read as others are, in a worker of their own where there are workers: a file that the dataset opened in this
         process would be shared by all that are forked later. Without workers a copy of a stream is read, if it can be copied.
@@ -358,19 +360,27 @@ class EvalLoader(_Loader):
             DataError: the worker died.
         """
         number = min(count, self.plan.length)
-        reader, indices = self._reader, np.linspace(0, self.plan.length - 1, number).round().astype(np.int64)
+        first, spread = np.arange(number), np.linspace(0, self.plan.length - 1, number).round().astype(np.int64)
+        reader = self._reader
         if isinstance(reader, StreamReader):
             stream = reader.source
             if not self._workers:
                 with contextlib.suppress(Exception):
                     stream = copy.deepcopy(stream)
-            reader, indices = StreamReader(stream, reader.seed, reader.collate, reader.info), np.arange(number)
-        request = MicroBatch(_EVAL_EPOCH, 0, indices, 0, number, True)
+            return number, self._read_apart(StreamReader(stream, reader.seed, reader.collate, reader.info), first)
+        try:
+            return number, self._read_apart(reader, spread)
+        except CollateError:
+            return number, self._read_apart(reader, first)
+
+    def _read_apart(self, reader: SampleReader, indices: Indices) -> Any:
+        """These samples, collated, in a worker of their own if others are read in workers."""
+        request = MicroBatch(_EVAL_EPOCH, 0, indices, 0, len(indices), True)
         if not self._workers:
-            return number, reader.__getitems__(request).batch
+            return reader.__getitems__(request).batch
         loader = _Loader(reader, 1, [request], self._options, evaluates=False)
         try:
-            return number, loader._next(loader._start()).batch
+            return loader._next(loader._start()).batch
         finally:
             loader.close()
 

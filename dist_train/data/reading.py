@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
 
-from dist_train.data.errors import DataError, SampleError, dataset_name, describe_error, resource_hint
+from dist_train.data.errors import CollateError, DataError, SampleError, dataset_name, describe_error, resource_hint
 from dist_train.data.plan import Indices, MicroBatch
 from dist_train.runtime.seeding import seed_sample
 
@@ -147,7 +147,7 @@ class SampleReader(Dataset[Any]):
         except (Exception, SystemExit) as error:
             hint = resource_hint(error) or self._odd_one(request, samples)
             what = f"making a batch of samples {_listed(request.indices)} of {name} failed: {describe_error(error)}"
-            raise SampleError(f"{what}{hint}") from error
+            raise CollateError(f"{what}{hint}") from error
 
     def samples(self, request: MicroBatch) -> list[Any]:
         """The samples of a request, in its order."""

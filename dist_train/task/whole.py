@@ -106,11 +106,16 @@ class AUROC:
 
 
 def _area(scores: Tensor, positive: Tensor) -> float:
-    from sklearn.metrics import roc_auc_score
+    """How often a positive has a higher score than a negative, equal ones by half (Mann-Whitney's U): that is the area.
 
-    if len(positive.unique()) < 2:
+    By counts of equal scores in float64; importing scikit-learn for it would take seconds at the start.
+    """
+    if scores.isnan().any():
         return float("nan")
-    return float(roc_auc_score(positive.numpy(), scores.numpy()))
+    values, place = scores.unique(return_inverse=True)
+    hits, misses = (torch.bincount(place[positive == k], minlength=len(values)).double() for k in (1, 0))
+    lower = misses.cumsum(0) - misses / 2
+    return float((hits @ lower) / (hits.sum() * misses.sum()))
 
 
 class MAP:

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
 # Few, since keys, shapes, types and exceptions show on any number, and reading or computing a whole batch may take seconds;
 # spread over the dataset, which is often sorted by class. A metric whose value can't be computed from them gets a whole batch.
-SAMPLES = 8
+SAMPLES, OF_LARGE = 8, 2
+LARGE = 10_000_000  # parameters: 8 samples of a ResNet-50 would be 8 % of a start on the CPU, 2 are 4 %
 BYTES = 64 << 20  # of a metric's own weights: one with more is used itself, and reset
 
 
@@ -52,10 +53,12 @@ def check_evaluation(parts: Parts) -> None:
     Raises:
         ConfigError: it fails; names the metric (`metrics.<k>`), the data, the task or model, or the key that monitors a metric.
     """
+    large = sum(parameter.numel() for parameter in parts.model.parameters()) > LARGE
     for split, loader in parts.eval_loaders.items():
-        found = _on_every_rank(parts, loader, split, SAMPLES)
+        whole = min(loader.plan.batch_size, loader.plan.length)
+        found = _on_every_rank(parts, loader, split, min(OF_LARGE if large else SAMPLES, whole))
         if found.get("too_few"):
-            found = _on_every_rank(parts, loader, split, loader.plan.batch_size)
+            found = _on_every_rank(parts, loader, split, whole)
         if not found:
             return
         for entry in parts.metrics:
@@ -67,7 +70,7 @@ def check_evaluation(parts: Parts) -> None:
 
 def _on_every_rank(parts: Parts, loader: EvalLoader, split: str, count: int) -> dict[str, Any]:
     """Every rank tries the same samples, and all agree on what was found: rank 0's, or the first problem."""
-    last = count > SAMPLES or loader.plan.length <= SAMPLES
+    last = count >= min(loader.plan.batch_size, loader.plan.length)
     try:
         mine = _tried(parts, loader, split, count)
     except _TooFewError as error:

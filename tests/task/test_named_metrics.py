@@ -123,7 +123,10 @@ def test_auroc_of_two_classes_is_scikit_learns() -> None:
         value({"metric": "auroc", "ignore_index": 2}, torch.cat([GUESS, GUESS]), torch.cat([YES, 0 * YES + 2]))
         == expected
     )
+    ties = (GUESS * 2).round()
+    assert value("auroc", ties, YES) == pytest.approx(reference.roc_auc_score(YES, ties), rel=1e-12)
     assert math.isnan(value("auroc", GUESS, 0 * YES)), "one class alone has no curve"
+    assert math.isnan(value("auroc", GUESS.where(GUESS < 1, NAN), YES))
     with pytest.raises(
         RuntimeError,
         match=r"metric auroc: .*MultilabelAUROC; it got outputs float32 \(1, 5\) and targets int64 \(1, 5\)",

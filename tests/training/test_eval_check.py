@@ -96,6 +96,16 @@ def test_with_workers_this_process_reads_nothing() -> None:
     assert done["metrics"]["test"]["eval_samples"] == 60
 
 
+@pytest.mark.parametrize(("size", "workers"), [(1, 0), (15, 0), (15, 1)])
+def test_a_dataset_in_which_only_neighbours_fit_into_a_batch_is_read_as_evaluation_reads_it(
+    size: int, workers: int
+) -> None:
+    val = {"_target_": "checked.Lengths", "n": 30}
+    data = {**BASE["data"], "val": val, "test": None, "eval_batch_size": size, "num_workers": workers}
+    done = train({**BASE, "data": data, "model": {"_target_": "checked.Mean"}, "trainer": {"duration": "1step"}})
+    assert done["metrics"]["val"]["eval_samples"] == 30
+
+
 @pytest.mark.parametrize("others", [{}, {"ema_decay": 0.9}, {"evaluate_at_start": True}])
 def test_a_run_is_bitwise_the_same_with_and_without_it(
     others: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch

@@ -32,6 +32,25 @@ class Points(torch.utils.data.Dataset[Any]):
         return torch.tensor([label, 1.0, 0.0, 0.0]) + noise, label
 
 
+class Lengths(Points):
+    """Two sizes, in dataset order: default_collate takes neighbours only."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        x, label = super().__getitem__(index)
+        return (x if index < self.n // 2 else torch.cat([x, x])), label
+
+
+class Mean(nn.Module):
+    """Takes any length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(1, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"out": self.head(x.mean(1, keepdim=True))}
+
+
 class Handle(Points):
     """A file that is opened at the first read, as HDF5's: what a forked process inherits of it, it can't read from."""
 
