@@ -37,6 +37,7 @@ from dist_train.training.rows import Outputs, Trace
 from dist_train.training.state import Progress, restore
 from dist_train.training.trainer import Trainer
 from dist_train.views.boundary import BoundaryFrames
+from dist_train.views.grids import GridFrames
 from dist_train.views.model import write_curves
 from dist_train.views.network import Pictures, image_modules
 from dist_train.views.sinks import open_logger
@@ -269,7 +270,8 @@ class Start:
         outputs.checkpoints = checkpoints
         outputs.logger = open_logger(run.root, config, self.console, start_step=progress.step, pending=pending)
         if "val" in parts.eval_loaders:
-            outputs.views.append(BoundaryFrames(run.root, parts.eval_loaders["val"].dataset, parts.evaluator))
+            shown = run.root, parts.eval_loaders["val"].dataset, parts.evaluator
+            outputs.views += [BoundaryFrames(*shown), GridFrames(*shown)]
         if config.tracking.tensorboard:
             pictures = Pictures(config.tracking, parts.evaluator, outputs.logger)
             outputs.views.append(pictures)

@@ -51,16 +51,17 @@ def predict(evaluator: Evaluator, loader: EvalLoader) -> Iterator[Predicted | No
     """Predictions of this rank's eval batches, in order; None in a last round without one: all ranks run the same number."""
     with evaluator.serving():
         for mine in in_rounds(loader):
-            if mine is None:
-                yield None
-                continue
-            samples, batch = mine
-            seed_forward(evaluator.seed, 0, samples.start, evaluator.world.device)
-            with evaluator.precision.autocast():
-                batch = evaluator.prepare(batch, labeled=False)
-                outputs = in_full_precision(evaluator.task.predict(evaluator.model, batch))
-            outputs, targets = map_tensors(Tensor.cpu, (outputs, batch[1] if is_pair(batch) else None))
-            yield Predicted(samples.start, len(samples), outputs, targets)
+            yield None if mine is None else predict_batch(evaluator, *mine)
+
+
+def predict_batch(evaluator: Evaluator, samples: range, batch: Any) -> Predicted:
+    """The prediction of an eval batch, of a model that is `serving`."""
+    seed_forward(evaluator.seed, 0, samples.start, evaluator.world.device)
+    with evaluator.precision.autocast():
+        batch = evaluator.prepare(batch, labeled=False)
+        outputs = in_full_precision(evaluator.task.predict(evaluator.model, batch))
+    outputs, targets = map_tensors(Tensor.cpu, (outputs, batch[1] if is_pair(batch) else None))
+    return Predicted(samples.start, len(samples), outputs, targets)
 
 
 def gathered(

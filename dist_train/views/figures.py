@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dist_train.views.curves import dress, new_figure, plain, render
 
@@ -122,7 +122,11 @@ class Boundary:
         yield Section("Decision boundary", frames, "panels")
 
 
-Picture = Confusion | Regression | Boundary
+class Picture(Protocol):
+    """What a report shows of a model, as sections of the page."""
+
+    def sections(self) -> Iterator[Section]:
+        """Titles with their images or tables."""
 
 
 def draw_confusion(confusion: Confusion) -> Figure:
@@ -207,8 +211,8 @@ def write_boundary(boundary: Boundary, folder: str | os.PathLike[str]) -> None:
     (folder / "boundary.gif").write_bytes(boundary_gif(boundary))
 
 
-def picture_png(picture: numpy.ndarray[Any, Any], side: int = 112) -> bytes:
-    """A sample's picture as a PNG, small ones enlarged without smoothing to about `side` pixels."""
+def picture_png(picture: numpy.ndarray[Any, Any], side: int = 112, most: int = 224) -> bytes:
+    """A picture as a PNG, small ones enlarged without smoothing to about `side` pixels, large ones made smaller than `most`."""
     import numpy
     from PIL import Image
 
@@ -219,7 +223,7 @@ def picture_png(picture: numpy.ndarray[Any, Any], side: int = 112) -> bytes:
     times = max(1, side // max(image.size))
     if times > 1:
         image = image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
-    image.thumbnail((2 * side, 2 * side))
+    image.thumbnail((most, most))
     out = io.BytesIO()
     image.save(out, "PNG")
     return out.getvalue()

@@ -16,16 +16,18 @@ from dist_train.config.errors import visible
 from dist_train.data.reading import attribute_of
 from dist_train.data.stream import is_stream
 from dist_train.runtime.rundir import RunDir
-from dist_train.runtime.seeding import seed_sample
-from dist_train.task.batch import squeeze_column
+from dist_train.task.batch import clone_batch, squeeze_column
 from dist_train.tracking.records import read_rows
-from dist_train.training.evaluate import on_rank_zero
+from dist_train.training.evaluate import in_rounds, on_rank_zero
 from dist_train.training.meaning import Meaning, read_meaning
-from dist_train.training.predict import Predicted, predict
+from dist_train.training.predict import Predicted, predict_batch
 from dist_train.training.prepare import eval_loader
 from dist_train.views.boundary import FOLDER, around, classes_on, plane, read_frames
+from dist_train.views.collect import Collector, Shown, collector_for, sample_picture
 from dist_train.views.curves import draw_curves
 from dist_train.views.figures import Boundary, Confusion, Example, Picture, Regression, write_boundary
+from dist_train.views.grids import FOLDER as GRIDS
+from dist_train.views.grids import read_grids
 from dist_train.views.report import write_report
 
 if TYPE_CHECKING:
@@ -96,7 +98,7 @@ def pictures_of(run: RunDir, config: Config, evaluator: Evaluator, loader: EvalL
     """The pictures on rank 0, [] on the other ranks; a collective."""
     world, dataset = evaluator.world, loader.dataset
     where: Any = range(loader.plan.length)
-    mine: list[tuple[int, Tensor, Tensor]] = []
+    mine: Collector | TableCollector | None = None
     problem = ""
     try:  # a rank that fails still joins the all_gather
         if len(where) > SAMPLES:
@@ -104,8 +106,7 @@ def pictures_of(run: RunDir, config: Config, evaluator: Evaluator, loader: EvalL
                 return []
             where = _spread(len(where), SAMPLES)
             loader = eval_loader(config, world, Subset(dataset, where.tolist()))
-        found = [_table(part) for part in predict(evaluator, loader) if part is not None]
-        mine = [part for part in found if part is not None]
+        mine = _collected(evaluator, loader)
     except Exception as error:
         problem = f"rank {world.rank}: {type(error).__name__}: {error}"
     every = on_rank_zero(world, (mine, problem))
@@ -113,9 +114,63 @@ def pictures_of(run: RunDir, config: Config, evaluator: Evaluator, loader: EvalL
         return []
     if any(problem for _, problem in every):
         raise RuntimeError("; ".join(problem for _, problem in every if problem))
-    parts = sorted((part for theirs, _ in every for part in theirs), key=lambda part: part[0])
-    if not parts:
+    if mine is None:  # rank 0 always has the first eval batch
         return []
+    for other, _ in every[1:]:
+        if other is not None:
+            mine.merge(other)
+    if isinstance(mine, TableCollector):
+        return _of_table(run, evaluator, mine, dataset, where, step)
+    return mine.pictures(Shown(dataset, where, evaluator.seed, read_grids(run.path(GRIDS))))
+
+
+def _collected(evaluator: Evaluator, loader: EvalLoader) -> Collector | TableCollector | None:
+    """What this rank's eval batches give: predictions where they are a table, else the outputs of the evaluation."""
+    found: Collector | TableCollector | None = None
+    with evaluator.serving():
+        for samples, batch in filter(None, in_rounds(loader)):
+            if found is None:
+                found = _collector(evaluator, samples, clone_batch(batch), loader.plan.length)
+            if found is None:
+                return None
+            if isinstance(found, TableCollector):
+                found.add(predict_batch(evaluator, samples, batch))
+            else:
+                found.add(samples, *evaluator.seen(evaluator.forward(samples, batch)))
+    return found
+
+
+def _collector(evaluator: Evaluator, samples: range, batch: Any, length: int) -> Collector | TableCollector | None:
+    if _is_table(predict_batch(evaluator, samples, clone_batch(batch))):
+        return TableCollector()
+    return collector_for(evaluator, *evaluator.seen(evaluator.forward(samples, batch)), length)
+
+
+def _is_table(part: Predicted) -> bool:
+    """Whether outputs and targets are (n,) or (n, k)."""
+    pair = [part.outputs, part.targets]
+    return all(isinstance(value, Tensor) and value.dim() in (1, 2) and len(value) == part.samples for value in pair)
+
+
+class TableCollector:
+    """Predictions and targets that are (n,) or (n, k), with the position of the first of each part."""
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[int, Tensor, Tensor]] = []
+
+    def add(self, part: Predicted) -> None:
+        """An eval batch."""
+        self.parts.append((part.start, squeeze_column(part.outputs), squeeze_column(part.targets)))
+
+    def merge(self, other: TableCollector) -> None:
+        """What another rank has collected."""
+        self.parts += other.parts
+
+
+def _of_table(
+    run: RunDir, evaluator: Evaluator, table: TableCollector, dataset: Any, where: Any, step: int
+) -> list[Picture]:
+    parts = sorted(table.parts, key=lambda part: part[0])
     outputs, targets = (torch.cat([part[k] for part in parts]) for k in (1, 2))  # type: ignore[misc]
     meaning = read_meaning(evaluator, outputs)
     if meaning.kind == "values":
@@ -123,14 +178,6 @@ def pictures_of(run: RunDir, config: Config, evaluator: Evaluator, loader: EvalL
     shown: list[Picture] = [_confusion(evaluator, meaning, outputs, meaning.truths(targets), dataset, where)]
     boundary = _boundary(run, evaluator, dataset, step)
     return shown if boundary is None else [*shown, boundary]
-
-
-def _table(part: Predicted) -> tuple[int, Tensor, Tensor] | None:
-    """The first index, outputs and targets, both (n,) or (n, k); None where they aren't."""
-    pair = [part.outputs, part.targets]
-    if not all(isinstance(value, Tensor) and value.dim() in (1, 2) and len(value) == part.samples for value in pair):
-        return None
-    return part.start, squeeze_column(part.outputs), squeeze_column(part.targets)
 
 
 def _spread(length: int, most: int) -> np.ndarray[Any, Any]:
@@ -155,26 +202,9 @@ def _confusion(
         likely = likely.max(1).values if likely.dim() == 2 else torch.where(predictions == 1, likely, 1 - likely)
         wrong = torch.nonzero(counted & (predictions != truths)).flatten()
         for k in wrong[likely[wrong].argsort(descending=True, stable=True)][:WORST].tolist():
-            index, picture = int(where[k]), _picture(evaluator.seed, dataset, int(where[k]))
+            index, picture = int(where[k]), sample_picture(evaluator.seed, dataset, int(where[k]))
             worst.append(Example(index, names[truths[k]], names[predictions[k]], float(likely[k]), picture))
     return Confusion(counts, names, worst)
-
-
-def _picture(seed: int, dataset: Any, index: int) -> Any:
-    """A sample's input as an image, rescaled to [0, 1] if it was normalized; None if it isn't an image."""
-    if is_stream(dataset):
-        return None
-    seed_sample(seed, -1, index)  # as in evaluation
-    sample = dataset[index]
-    image = sample[0] if isinstance(sample, tuple | list) else sample
-    if isinstance(image, Tensor) and image.dim() == 3 and image.shape[0] in (1, 3):
-        image = image.permute(1, 2, 0)
-    elif not isinstance(image, Tensor) or image.dim() != 2:
-        return None
-    array = image.numpy()
-    if array.dtype == np.uint8 or (array.min() >= 0 and array.max() <= 1):
-        return array
-    return (array - array.min()) / max(float(array.max() - array.min()), 1e-12)
 
 
 def _regressions(outputs: Tensor, targets: Tensor, dataset: Any) -> list[Regression]:
