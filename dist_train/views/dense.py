@@ -52,8 +52,16 @@ class Masks:
 
     def sections(self) -> Iterator[Section]:
         yield Section("IoU per class", [Image("IoU of each class", render(draw_iou(self), "svg"))], "")
-        shown = [Image("images with their masks", render(draw_masks(self), "png"), "png")] if self.samples else []
-        yield Section("Masks", shown, "")
+        colors = colors_of(len(self.classes))
+        shown = [
+            Image(f"sample {one.index} with its masks", render(draw_mask(one, colors), "png"), "png")
+            for one in self.samples
+        ]
+        yield Section(
+            "Masks",
+            [*shown, Image("colors of the classes", render(draw_legend(self), "svg"))] if shown else [],
+            "panels",
+        )
 
 
 @dataclass
@@ -74,7 +82,11 @@ class Boxes:
     threshold: float
 
     def sections(self) -> Iterator[Section]:
-        yield Section("Boxes", [Image("images with their boxes", render(draw_boxes(self), "png"), "png")], "")
+        legend = f"true: green, solid; predicted: orange, dashed, with a score of at least {self.threshold:g}"
+        shown = [
+            Image(f"sample {one.index} with its boxes", render(draw_boxes(one), "png"), "png") for one in self.samples
+        ]
+        yield Section("Boxes", [*shown, Image("", b"", "png", legend)], "panels")
 
 
 @dataclass
@@ -160,34 +172,45 @@ def draw_iou(masks: Masks) -> Figure:
     axis.barh(range(len(kept)), iou[kept], color=[tuple(color) for color in colors_of(len(iou))[kept]])
     axis.set_yticks(range(len(kept)), [plain(masks.classes[k]) for k in kept], fontsize=8)
     for row, k in enumerate(kept):
-        axis.text(min(iou[k], 0.93) + 0.01, row, f"{iou[k]:.3f}", va="center", fontsize=8, color="#1f2937")
+        axis.text(iou[k] + 0.01, row, f"{iou[k]:.3f}", va="center", fontsize=8, color="#1f2937")
     which = f", the {LISTED} lowest of {numpy.isfinite(iou).sum()}" if len(iou) > LISTED else ""
     mean = numpy.nanmean(iou) if kept else numpy.nan
     dress(axis, f"IoU of each class{which}; mean {mean:.4f}", "")
-    axis.set_xlim(0, 1.05)
+    axis.set_xlim(0, 1.12)
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
     return figure
 
 
-def draw_masks(masks: Masks) -> Figure:
-    """A row for each sample: the image, the true classes, the predicted ones; below, which color is which class."""
+def draw_mask(sample: MaskSample, colors: Array) -> Figure:
+    """The image, the true classes, the predicted ones beside each other; `colors` (C, 3) of the classes."""
+    parts = [(sample.picture, f"sample {sample.index}"), (_colored(sample.truth, colors), "true")]
+    parts += [(_colored(sample.prediction, colors), "predicted")]
+    parts = [(picture, title) for picture, title in parts if picture is not None]
+    height, width = sample.truth.shape
+    figure = new_figure(1.9 * len(parts), 0.3 + min(4.0, 1.9 * height / width))
+    for (picture, title), axis in zip(parts, figure.subplots(1, len(parts)), strict=True):
+        _show(axis, picture, title)
+    return figure
+
+
+def draw_legend(masks: Masks) -> Figure:
+    """Which color is which class, of those that occur in the samples."""
     from matplotlib.patches import Patch
 
-    rows = len(masks.samples)
-    figure = new_figure(7.2, 2.35 * rows + 0.6)
-    axes = figure.subplots(rows, 3, squeeze=False)
     colors = colors_of(len(masks.classes))
-    for one, (left, middle, right) in zip(masks.samples, axes, strict=True):
-        _show(left, one.picture, f"sample {one.index}")
-        _show(middle, _colored(one.truth, colors), "true")
-        _show(right, _colored(one.prediction, colors), "predicted")
-    present = sorted(
-        {int(k) for one in masks.samples for part in (one.truth, one.prediction) for k in set(part.flat)} - {-1}
-    )
-    patches = [Patch(color=tuple(colors[k]), label=plain(masks.classes[k])) for k in present[:24]]
-    patches.append(Patch(color=UNLABELED, label="doesn't count"))
-    figure.legend(handles=patches, loc="outside lower center", ncols=min(6, len(patches)), fontsize=8, frameon=False)
+    both = [part for one in masks.samples for part in (one.truth, one.prediction)]
+    present = sorted({int(k) for part in both for k in set(part.flat)})
+    patches = [
+        Patch(
+            color=tuple(colors[k]) if k >= 0 else UNLABELED,
+            label=plain(masks.classes[k]) if k >= 0 else "doesn't count",
+        )
+        for k in present
+    ]
+    columns = min(5, len(patches))
+    figure = new_figure(1.5 * columns, 0.28 * -(-len(patches) // columns) + 0.15)
+    figure.legend(handles=patches, loc="center", ncols=columns, fontsize=8.5, frameon=False)
     return figure
 
 
@@ -208,38 +231,29 @@ def _show(axis: Axes, picture: Array | None, title: str) -> None:
         axis.imshow(picture.squeeze(), interpolation="nearest", **size, **(gray if picture.squeeze().ndim == 2 else {}))
 
 
-def draw_boxes(boxes: Boxes) -> Figure:
-    """The images with true boxes and predicted ones."""
-    from matplotlib.patches import Patch, Rectangle
-
-    columns = min(4, len(boxes.samples))
-    rows = -(-len(boxes.samples) // columns)
-    figure = new_figure(2.6 * columns, 2.75 * rows + 0.5)
-    axes = figure.subplots(rows, columns, squeeze=False).reshape(-1)
-    for axis in axes:
-        axis.set_axis_off()
-    for one, axis in zip(boxes.samples, axes, strict=False):
-        _show(axis, one.picture, f"sample {one.index}")
-        scores = [f" {score:.2f}" for score in one.prediction[2]]
-        for color, line, (corners, labels, *_), ends in (
-            (TRUE, "-", one.truth, [""] * len(one.truth[1])),
-            (PREDICTED, "--", one.prediction, scores),
-        ):
-            for (x1, y1, x2, y2), label, end in zip(corners, labels, ends, strict=True):
-                axis.add_patch(
-                    Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linestyle=line, linewidth=1.6)
-                )
-                place = (x1, y1, "bottom") if color == TRUE else (x1, y2, "top")
-                box = {"facecolor": color, "edgecolor": "none", "pad": 1, "alpha": 0.85}
-                axis.text(
-                    *place[:2], plain(label) + end, va=place[2], fontsize=6.5, color="white", bbox=box, clip_on=True
-                )
-    known = [
-        Patch(color=TRUE, label="true"),
-        Patch(color=PREDICTED, label=f"predicted, score at least {boxes.threshold:g}"),
-    ]
-    figure.legend(handles=known, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+def draw_boxes(sample: BoxSample) -> Figure:
+    """An image with true boxes and predicted ones."""
+    figure = new_figure(3.6, 3.8)
+    axis = figure.subplots()
+    _show(axis, sample.picture, f"sample {sample.index}")
+    (true, true_labels), (found, labels, scores) = sample.truth, sample.prediction
+    _add_boxes(axis, true, true_labels, TRUE, "-", "bottom")
+    _add_boxes(axis, found, [f"{label} {score:.2f}" for label, score in zip(labels, scores)], PREDICTED, "--", "top")
+    if sample.picture is None:
+        axis.autoscale_view()
+        axis.invert_yaxis()
     return figure
+
+
+def _add_boxes(axis: Axes, corners: Array, labels: Sequence[str], color: str, line: str, side: str) -> None:
+    from matplotlib.patches import Rectangle
+
+    style: dict[str, Any] = {"fill": False, "edgecolor": color, "linestyle": line, "linewidth": 1.8}
+    behind = {"facecolor": color, "edgecolor": "none", "pad": 1, "alpha": 0.85}
+    for (x1, y1, x2, y2), label in zip(corners, labels, strict=True):
+        axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, **style))
+        y = y1 if side == "bottom" else y2
+        axis.text(x1, y, plain(label), va=side, fontsize=7, color="white", bbox=behind, clip_on=True)
 
 
 def draw_positions(tokens: Tokens) -> Figure:
