@@ -35,6 +35,8 @@ class VAE:
         beta: the weight of kl.
     """
 
+    gives_images = True  # the report shows those of each evaluation, see docs/your-own.md
+
     def __init__(self, likelihood: str = "gaussian", beta: float = 1.0):
         if likelihood not in ("gaussian", "bernoulli"):
             raise ValueError(f"VAE: expected likelihood to be gaussian or bernoulli, found {likelihood!r}")
@@ -103,6 +105,8 @@ class GAN:
         critic_steps: steps of the discriminator for one of the generator; 5 in the papers on WGAN.
         gradient_penalty: weight of (|gradient of D| - 1)^2 between real and generated samples; None: 10 for wgan, else 0.
     """
+
+    gives_images = True
 
     def __init__(
         self,
