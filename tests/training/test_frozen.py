@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from runs import rows
+import yaml
+from runs import rows, run_several
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -161,6 +162,30 @@ def test_weights_of_a_file_are_read_again_at_each_start_and_compared(tmp_path: P
     torch.save(Base().state_dict(), tmp_path / "base.pt")
     with pytest.raises(ConfigError, match=r"transfer.weights: .* but body.0.weight is another one"):
         load(tmp_path / "run")
+
+
+def test_two_processes_resume_and_one_loads_what_they_saved(tmp_path: Path) -> None:
+    for name, weights_of in (("one", None), ("base", 3)):
+        torch.manual_seed(weights_of or 0)
+        torch.save(Base().state_dict(), tmp_path / f"{name}.pt")
+    transfer = {"freeze": ["body.0.*", "body.2.*"], "weights": str(tmp_path / "base.pt")}
+    made = config(tmp_path, "two", transfer=transfer, callbacks=UNFREEZE)
+    made["distributed"] = {"strategy": "ddp"}
+    made["run"]["code_paths"].append(str(Path(__file__).parent.parent))  # what this file imports
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(made))
+    run_several(tmp_path, 2, [["two.yaml", "trainer.stop_at=7step"], ["two.yaml"], ["two.yaml", "run.name=whole"]])
+    assert rows(tmp_path / "two") == rows(tmp_path / "whole")
+    assert same(load(tmp_path / "two"), load(tmp_path / "whole"))
+    assert "body.0.weight" in weights(tmp_path / "two" / "model.pt"), "it trains from step 6 on"
+    assert torch.equal(load(tmp_path / "two").body[2].weight, weights(tmp_path / "base.pt")["body.2.weight"])
+    (tmp_path / "base.pt").write_bytes((tmp_path / "one.pt").read_bytes())
+    with pytest.raises(AssertionError, match=r"transfer.weights: .* but body.\d.weight is another one"):
+        run_several(tmp_path, 2, [["two.yaml", "trainer.duration=5ep"]])
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    return all(torch.equal(mine, theirs) for mine, theirs in pairs)
 
 
 def test_a_live_model_gets_what_was_trained(tmp_path: Path) -> None:
