@@ -13,11 +13,16 @@ if TYPE_CHECKING:
     from dist_train.library.datasets import Digits, Gaussians, RandomSplit
     from dist_train.library.synthetic import MarkovChain, Shapes, TwoViews, collate_lists
     from dist_train.library.tables import CSV
+    from dist_train.library.tokens import PackedTokens, Tokens, pack_tokens
 
-_HOMES = ("data.augment", "data.errors", "library.augments", "library.datasets", "library.synthetic", "library.tables")
+_HOMES = (
+    "data.augment", "data.errors", "library.augments", "library.datasets", "library.synthetic", "library.tables",
+    "library.tokens",
+)  # fmt: skip
 __all__ = [
     "CSV", "Arrays", "Augment", "CutMix", "DataError", "Digits", "Draws", "Gaussians", "MarkovChain", "Mixup", "OneOf",
-    "RandomErasing", "RandomHorizontalFlip", "RandomShift", "RandomSplit", "Shapes", "TwoViews", "collate_lists",
+    "PackedTokens", "RandomErasing", "RandomHorizontalFlip", "RandomShift", "RandomSplit", "Shapes", "Tokens", "TwoViews",
+    "collate_lists", "pack_tokens",
 ]  # fmt: skip
 
 
