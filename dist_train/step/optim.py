@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dist_train.config.components import build, locate, reserved, signature
+from dist_train.config.errors import ConfigError
 from dist_train.step.groups import Grouping, scale_lr_by_layer
 from dist_train.step.parameters import fill_momentum, is_dense, sparse_parameters
 
@@ -24,11 +25,14 @@ def build_optimizer(spec: Any, model: nn.Module, device: torch.device, key: str 
     it can skip an update by a flag on the device.
 
     Raises:
-        ConfigError: a group matches no parameter, there is nothing to train, or `layer_decay` has no lr to scale.
+        ConfigError: a group matches no parameter, there is nothing to train, or `layer_decay` has no lr to scale, or Muon would
+            get what isn't a matrix.
     """
     own, extra = reserved(spec, RESERVED)
     grouping = Grouping(model, spec, key)
     groups = grouping.groups_of([name for name, parameter in model.named_parameters() if parameter.requires_grad])
+    if isinstance(own, dict) and locate(own["_target_"]) is torch.optim.Muon:
+        _check_matrices(model, key)
     if isinstance(own, dict):
         form = signature(locate(own["_target_"]))
         plain = device.type in ("cpu", "cuda") and all(
@@ -48,6 +52,17 @@ def build_optimizer(spec: Any, model: nn.Module, device: torch.device, key: str 
     if grouping.decay is not None:
         scale_lr_by_layer(optimizer, key)
     return optimizer
+
+
+def _check_matrices(model: nn.Module, key: str) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.ndim != 2:
+            raise ConfigError.single(
+                key,
+                f"torch.optim.Muon trains matrices only, but {name} has the shape {tuple(parameter.shape)}: give the others to a "
+                "second optimizer, as in optimizer: {muon: {_target_: torch.optim.Muon, match: Linear.weight}, rest: {_target_: "
+                "torch.optim.AdamW}}",
+            )
 
 
 def _named(groups: list[dict[str, Any]], model: nn.Module) -> list[Any]:

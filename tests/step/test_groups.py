@@ -218,6 +218,15 @@ def test_what_gets_no_parameter_or_has_no_lr_is_refused() -> None:
         build_optimizer({"_target_": Unscheduled, "lr": None, "layer_decay": 0.5}, Tower(), CPU)
 
 
+def test_muon_says_which_parameter_needs_another_optimizer() -> None:
+    spec = {"_target_": "torch.optim.Muon", "lr": 0.02}
+    with pytest.raises(
+        ConfigError, match=r"optimizer.muon: torch.optim.Muon trains matrices only, but temperature has the shape \(\)"
+    ):
+        build_optimizer(spec, Tower(), CPU, "optimizer.muon")
+    build_optimizer(spec, nn.Linear(2, 2, bias=False), CPU)
+
+
 class Unscheduled(torch.optim.SGD):
     """An optimizer that finds its own lr, as Adafactor can."""
 
