@@ -29,9 +29,9 @@ def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
 def test_a_run_without_its_base_resumes_and_loads_as_a_whole_one(tmp_path: Path) -> None:
     import peft
 
-    whole = run(tmp_path, "whole")
+    whole = run(tmp_path, "whole", "checkpoint.what=all")
     for stop in ("4step", "null"):
-        adapters = run(tmp_path, "adapters", "checkpoint.what=trained", f"trainer.stop_at={stop}")
+        adapters = run(tmp_path, "adapters", f"trainer.stop_at={stop}")
     model = load(adapters)
     assert isinstance(model, peft.PeftModel)
     assert same(model, load(whole))

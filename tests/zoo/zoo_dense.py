@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign
@@ -48,26 +47,6 @@ class Masks(Boxes):
         return image, mask
 
 
-class OutAndAux:
-    """torchvision's reference for segmentation: a dict of two outputs, half of the second's loss."""
-
-    def step(self, model: nn.Module, batch: Any) -> tuple[Any, ...]:
-        images, masks = batch
-        outputs = model(images)
-        out, aux = (
-            functional.cross_entropy(outputs[k], masks, reduction="sum", ignore_index=255) for k in ("out", "aux")
-        )
-        return out + 0.5 * aux, (masks != 255).sum(), outputs["out"], masks
-
-    def predict(self, model: nn.Module, batch: Any) -> Tensor:
-        return model(batch[0])["out"].argmax(1)
-
-
-def pairs(samples: list[Any]) -> tuple[Any, ...]:
-    """torchvision's utils.collate_fn."""
-    return tuple(zip(*samples, strict=True))
-
-
 def small_rcnn() -> nn.Module:
     """torchvision's Faster R-CNN on a body of two layers."""
     body = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU())
@@ -86,18 +65,3 @@ class _Heads(nn.Module):
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         return self.classes(features), self.boxes(features)
-
-
-class Detect:
-    """A dict of losses in train mode, detections in eval mode; for the loss of an evaluation the task switches modes."""
-
-    def step(self, model: nn.Module, batch: Any) -> tuple[Any, ...]:
-        images, targets = list(batch[0]), list(batch[1])
-        detections = None if model.training else model(images)
-        before = model.training
-        losses = model.train()(images, targets)
-        model.train(before)
-        return sum(losses.values()) * len(images), len(images), detections, targets
-
-    def predict(self, model: nn.Module, batch: Any) -> Any:
-        return model(list(batch[0]))

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import datasets
+import tokenizers
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils.rnn import pad_sequence
-from transformers import BatchEncoding, GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from dist_train.tasks import LanguageModel
 
 VOCABULARY = 32
 
@@ -49,12 +51,6 @@ class NanoGPT(nn.Module):
         return logits, None if targets is None else functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def of_tokens(outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The first of the model's outputs; the sum over tokens and their number."""
-    loss = functional.cross_entropy(outputs[0].flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")
-    return loss, (targets != -1).sum()
-
-
 def gpt2(dropout: float = 0.1) -> nn.Module:
     """transformers' GPT-2, small and with random weights."""
     sizes = {"vocab_size": VOCABULARY, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2}
@@ -77,29 +73,14 @@ def lines(n: int, seed: int = 0) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"input_ids": ids}).with_format("torch")
 
 
-def pad(samples: list[dict[str, Tensor]]) -> BatchEncoding:
-    """As transformers' collators do: padded to the longest of the batch, padding masked and without a label."""
-    ids = [sample["input_ids"] for sample in samples]
-    mask = pad_sequence([torch.ones_like(line) for line in ids], batch_first=True)
-    padded = pad_sequence(ids, batch_first=True)
-    return BatchEncoding({"input_ids": padded, "attention_mask": mask, "labels": padded.masked_fill(mask == 0, -100)})
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One whose tokens are numbers, for transformers' collators, which ask it how to pad."""
+    words = tokenizers.models.WordLevel({str(k): k for k in range(VOCABULARY)}, unk_token="0")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(words), pad_token="0")
 
 
-class CausalLM:
-    """labels in, .loss out: a mean over the labels of the micro-batch, given back as a sum and their number."""
-
-    def step(self, model: nn.Module, batch: Any) -> tuple[Any, ...]:
-        outputs = model(**batch)
-        labels = batch["labels"][:, 1:]
-        count = (labels != -100).sum()
-        return outputs.loss * count, count, outputs.logits[:, :-1], labels.masked_fill(labels == -100, -1)
-
-    def predict(self, model: nn.Module, batch: Any) -> Tensor:
-        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-
-
-class Naive(CausalLM):
+class Naive(LanguageModel):
     """What a user of transformers writes first."""
 
     def step(self, model: nn.Module, batch: Any) -> Any:
-        return model(**batch).loss
+        return model(**batch, labels=batch["input_ids"]).loss

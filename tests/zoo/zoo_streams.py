@@ -41,10 +41,6 @@ def rows(shards: int) -> Any:
     return datasets.Dataset.from_dict(held).to_iterable_dataset(num_shards=shards).with_format("torch")
 
 
-def pairs(samples: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
-    return torch.stack([sample["x"] for sample in samples]), torch.stack([sample["y"] for sample in samples])
-
-
 class SelfSplit(IterableDataset[Any]):
     """The example of torch's documentation: each worker its own range."""
 
@@ -55,8 +51,3 @@ class SelfSplit(IterableDataset[Any]):
         info = get_worker_info()
         first, step = (info.id, info.num_workers) if info else (0, 1)
         yield from ((inputs_of(index), index) for index in range(first, SAMPLES, step))
-
-
-def squares(outputs: Tensor, indices: Tensor) -> Tensor:
-    """One value per sample; from it a sample's number can be told."""
-    return (outputs.squeeze(1) - indices.float()).pow(2)
