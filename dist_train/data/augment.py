@@ -20,6 +20,7 @@ from torch import Tensor
 from dist_train.data.errors import DataError
 from dist_train.data.plan import Indices
 from dist_train.runtime.seeding import AUGMENT, mix, seed_augment
+from dist_train.task.batch import shapes_of
 
 Keys = NDArray[np.int64]
 
@@ -130,8 +131,8 @@ class Augmentation:
         """
         if not (isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(x, Tensor) for x in batch)):
             raise DataError(
-                f"data.augment works on batches (inputs, targets) of two tensors, found {type(batch).__name__}; "
-                f"augment in the dataset's transform instead"
+                f"data.augment works on batches (inputs, targets) of two tensors, found {shapes_of(batch)}; augment in the "
+                f"dataset's transform instead, or name a single part in data.inputs"
             )
         inputs, targets = batch
         strided = inputs.dim() == 4 and not inputs.is_contiguous()

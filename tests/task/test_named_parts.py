@@ -20,6 +20,7 @@ from dist_train.config.errors import ConfigError
 from dist_train.config.load import load_config
 from dist_train.data.reading import make_batch
 from dist_train.task.batch import NamedParts, split_batch
+from dist_train.views.collect import sample_picture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,3 +193,16 @@ def test_the_keys_are_refused_alone_and_beside_a_task(tmp_path: Path) -> None:
     beside = {**config_of(tmp_path, "dict", inputs="x", target="y"), "task": {"_target_": "mine.Task"}}
     with pytest.raises(ConfigError, match=r"data\.inputs: a task takes the batch apart itself"):
         load_config(beside)
+
+
+def test_reports_show_the_only_image_of_a_sample_with_names() -> None:
+    image, data = torch.rand(3, 5, 5), {"image": torch.zeros(0), "name": "x", "label": 1}
+    assert sample_picture(0, [{**data, "image": image}], 0).shape == (5, 5, 3)
+    assert sample_picture(0, [{**data, "image": image, "mask": image}], 0) is None
+
+
+def test_augmentations_want_a_single_input(tmp_path: Path) -> None:
+    config = config_of(tmp_path, "dict", inputs=["x", "scale"], target="label")
+    config["data"]["augment"] = [{"_target_": "dist_train.data.RandomErasing"}]
+    with pytest.raises(Exception, match=r"two tensors, found tuple\[\{x: float32.*single part in data\.inputs"):
+        train(config)
