@@ -1,4 +1,7 @@
-"""Tasks that a config can name: how a batch becomes losses (docs/tasks.md). They live in `dist_train.library`."""
+"""Tasks that a config can name: how a batch becomes losses (docs/tasks.md); `generate`, of a language model that was trained.
+
+They live in `dist_train.library`.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ if TYPE_CHECKING:
     from dist_train.library.contrastive import Contrastive
     from dist_train.library.dense import Detection, Segmentation
     from dist_train.library.distillation import Distillation
+    from dist_train.library.generation import generate
     from dist_train.library.generative import GAN, VAE
     from dist_train.library.language import LanguageModel
     from dist_train.task.task import Supervised, Task
@@ -25,9 +29,11 @@ _HOMES = {
     "Supervised": "task.task",
     "Task": "task.task",
     "VAE": "library.generative",
+    "generate": "library.generation",
 }
 __all__ = [
     "GAN", "VAE", "Contrastive", "Detection", "Distillation", "LanguageModel", "Segmentation", "StepOutput", "Supervised", "Task",
+    "generate",
 ]  # fmt: skip
 
 

@@ -78,38 +78,71 @@ def _export_graph(restored: Restored, path: Path) -> str:
         A note for the user ("" for none).
     """
     import torch
+    from torch.utils import _pytree as pytree
 
-    from dist_train.task.batch import is_pair
-    from dist_train.training.prepare import build_dataset, first_samples, named_parts
+    from dist_train.config.errors import ConfigError
+    from dist_train.task.batch import tensors_in
+    from dist_train.training.prepare import build_dataset
 
-    config, model = restored.config, restored.evaluator.model
-    dataset, parts = build_dataset(config, restored.split(None)), named_parts(config)
-
-    def inputs(count: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        batch = first_samples(config, dataset, count)
-        batch = parts(batch, labeled=False) if parts else batch
-        value = batch[0] if is_pair(batch) else batch
-        if isinstance(value, dict):
-            return (), value
-        return (tuple(value) if isinstance(value, list | tuple) else (value,)), {}
-
-    args, kwargs = inputs(2)
+    model = restored.evaluator.model
+    dataset = build_dataset(restored.config, restored.split(None))
+    args, kwargs = _inputs(restored, dataset, 2)
     size = {0: torch.export.Dim("batch", min=1)}
-    sizes = [size if isinstance(value, torch.Tensor) else None for value in args or kwargs.values()]
-    shapes = dict(zip(kwargs, sizes)) if kwargs else tuple(sizes)
+    shapes = pytree.tree_map(lambda value: size if isinstance(value, torch.Tensor) else None, kwargs or args)
     note, counts = "", [2, 3, 1]
     try:
         program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
-        note, counts = f"note: exported for batches of 2 samples only: {type(error).__name__}: {reason}", [2]
-        program = torch.export.export(model, args, kwargs)
+        note, counts = f"note: exported for batches of 2 samples only: {_first_line(error)}", [2]
+        try:
+            program = torch.export.export(model, args, kwargs)
+        except Exception as inner:
+            reason = f"torch.export can't make a graph of {type(model).__name__}: {_first_line(inner)}"
+            raise ConfigError.single("--format", f"{reason}. state_dict, safetensors and module need none") from inner
     with open(path, "w+b") as file:  # given a path, torch insists on its own suffix
         torch.export.save(program, file)
         file.seek(0)
         reread = torch.export.load(file).module()
     for count in counts:
-        args, kwargs = inputs(count)
+        args, kwargs = _inputs(restored, dataset, count)
         with torch.no_grad():
-            torch.testing.assert_close(reread(*args, **kwargs), model(*args, **kwargs))
+            found, expected = (list(tensors_in(module(*args, **kwargs))) for module in (reread, model))
+        torch.testing.assert_close(found, expected)
     return note
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+def _inputs(restored: Restored, dataset: Any, count: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the task calls the model with, for a prediction of the first `count` samples.
+
+    Raises:
+        ConfigError: it calls parts of the model only.
+    """
+    import torch
+
+    from dist_train.config.errors import ConfigError
+    from dist_train.task.batch import clone_batch
+    from dist_train.training.prepare import first_samples
+
+    evaluator, calls = restored.evaluator, list[tuple[tuple[Any, ...], dict[str, Any]]]()
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append(clone_batch((args, kwargs)))
+
+    hook = evaluator.model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            batch = evaluator.prepare(first_samples(restored.config, dataset, count), labeled=False)
+            evaluator.task.predict(evaluator.model, batch)
+    finally:
+        hook.remove()
+    if not calls:
+        raise ConfigError.single(
+            "--format",
+            "torch_export needs the model's inputs, but the task's predict calls parts of the model only; export state_dict or "
+            "module, and the part that you want from there",
+        )
+    return calls[0]

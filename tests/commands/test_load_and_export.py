@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import PROGRAMS
 from runs import CONFIGS, environment
 from torch import nn
 
@@ -130,3 +131,36 @@ def test_the_module_comes_with_a_warning(digits: Path, tmp_path: Path, capsys: p
 def test_an_unknown_format_is_answered_with_those_there_are(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", "--run", str(digits), "--format", "onnx"]) == 2
     assert "torch_export" in capsys.readouterr().err
+
+
+def test_the_graph_is_of_the_inputs_that_the_task_gives_the_model(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(PROGRAMS))
+    export = ["export", str(digits), "--format", "torch_export", "--output", str(tmp_path / "out.pt2")]
+    assert main([*export, "task._target_=answers.ByName"]) == 0
+    program = torch.export.load(tmp_path / "out.pt2").module()
+    torch.testing.assert_close(program(input=images()), dist_train.load(digits)(images()))
+    (tmp_path / "out.pt2").unlink()
+    assert main([*export, "task._target_=answers.Parts"]) == 2
+    assert "the task's predict calls parts of the model only" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_torch_export_says_of_a_model_that_it_cannot_export_is_passed_on(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(PROGRAMS))
+    path = tmp_path / "out.pt2"
+    branching = [
+        "model={_target_: answers.Branching, in_features: 64, hidden: [128], out_features: 10}",
+        "--output",
+        str(path),
+    ]
+    assert main(["export", str(digits), "--format", "torch_export", *branching]) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "torch.export can't make a graph of Branching: " in told
+    assert "data-dependent" in told.lower()
+    assert "state_dict, safetensors and module need none" in told
+    assert not path.exists()
+    assert main(["export", str(digits), *branching]) == 0

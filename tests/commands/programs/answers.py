@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dist_train.models import MLP
+
 
 class Task:
     def step(self, model: nn.Module, batch: Any) -> tuple[Any, ...]:
@@ -72,3 +74,25 @@ class Heads(Task):
 
     def predict(self, model: nn.Module, batch: Any) -> list[Tensor]:
         return [model(batch[0])] * 2
+
+
+class Branching(MLP):
+    """Has the weights of an MLP; its forward goes two ways by what its inputs hold."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        outputs = super().forward(input)
+        return outputs if input.sum() > 0 else -outputs
+
+
+class ByName(Task):
+    """Calls the model with a keyword."""
+
+    def predict(self, model: nn.Module, batch: Any) -> Tensor:
+        return model(input=batch[0])
+
+
+class Parts(Task):
+    """Never calls the model itself."""
+
+    def predict(self, model: nn.Module, batch: Any) -> Any:
+        return next(model.children())(batch[0])
