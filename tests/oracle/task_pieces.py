@@ -1,4 +1,4 @@
-"""Tasks, losses and an optimizer that test_tasks.py names; in double precision."""
+"""Tasks, losses and an optimizer that test_task_interface.py names; in double precision."""
 
 from __future__ import annotations
 
