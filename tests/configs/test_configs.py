@@ -20,6 +20,7 @@ import torch
 from runs import CONFIGS, ROOT, environment, result, rows, run, run_several, traced
 
 from dist_train.config.errors import ConfigError
+from dist_train.data import MarkovChain
 from dist_train.run.api import train
 
 VGG = [f"data.{split}.dataset.transform.transforms.{k}.size={size}" for split, k, size in
@@ -41,8 +42,25 @@ OVERRIDES: dict[str, list[str]] = {
     "cifar10_resnet18": ["trainer.duration=2step", "data.global_batch_size=8"],
     "vgg16_finetune": ["trainer.duration=3step", "data.global_batch_size=8", "transfer.weights=null", *VGG],
     "imagefolder_resnet50": ["trainer.duration=2step", "data.global_batch_size=8", *RESNET50],
-}
+    "language_model": [
+        "trainer.duration=60step", "scheduler.warmup=5step", "data.train.samples=256", "data.val.samples=64",
+        *(f"data.{split}.{size}" for split in ("train", "val") for size in ("order=1", "length=32")),
+    ],
+    "segmentation": ["trainer.duration=40step", "data.global_batch_size=8", "scheduler.max_lr=0.01", "data.val.samples=32"],
+    "detection": ["trainer.duration=8step", "data.global_batch_size=8", "data.val.samples=16", "trainer.log_every=1step"],
+    "contrastive": ["trainer.duration=12step", "data.global_batch_size=128"],
+    "vae": ["trainer.duration=60step"],
+    "gan": ["trainer.duration=20step"],
+    "distillation": ["trainer.duration=60step"],
+    "digits_muon": ["trainer.duration=40step"],
+}  # fmt: skip
+# Draws and batch statistics that depend on how a batch is split, and a kernel in bfloat16.
+BY_SPLIT = (
+    "digits", "cifar10_resnet18", "imagefolder_resnet50", "vgg16_finetune", "contrastive", "detection", "vae", "gan",
+    "digits_muon",
+)  # fmt: skip
 NAMES = sorted(OVERRIDES)
+QUIET = ("tracking.tensorboard=false", "tracking.report=false")
 Trained = Callable[[str, int], Path]
 
 
@@ -61,6 +79,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for name in ("cifar10_cnn", "cifar10_resnet18"):
         path = folder / "configs" / f"{name}.yaml"
         path.write_text(path.read_text().replace("torchvision.datasets.CIFAR10", "small_cifar.CIFAR10"))
+    train_here(folder, "trainer.duration=60step", *QUIET)  # the teacher of `distillation`
     yield folder
     shutil.rmtree(folder)  # VGG-16's files have half a gigabyte each
 
@@ -68,7 +87,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def trained(folder: Path) -> Iterator[Trained]:
     """`trained(name, processes)` waits for a config's run: each by its command on one process, all by one torchrun on two."""
-    common = ["tracking.tensorboard=false", "tracking.report=false", "debug.trace_samples=true", "data.num_workers=0"]
+    common = [*QUIET, "debug.trace_samples=true", "data.num_workers=0"]
 
     def arguments(name: str, processes: int) -> list[str]:
         return [f"configs/{name}.yaml", *OVERRIDES[name], *common, f"run.name={name}-{processes}"]
@@ -109,7 +128,7 @@ def test_a_config_trains(trained: Trained, name: str, processes: int) -> None:
 def test_one_and_two_processes_train_on_the_same_samples(trained: Trained, name: str) -> None:
     one, two = (trained(name, processes) for processes in (1, 2))
     assert traced(one) == traced(two)
-    if name not in ("digits", "cifar10_resnet18", "imagefolder_resnet50", "vgg16_finetune"):  # BatchNorm, dropout
+    if name not in BY_SPLIT:
         first, second = rows(one, "val")[-1], rows(two, "val")[-1]
         assert first["step"] == second["step"]
         assert first["loss"] == pytest.approx(second["loss"], rel=1e-4)
@@ -139,6 +158,47 @@ def test_the_table_is_learned_as_well_as_by_linear_regression(trained: Trained) 
         metrics = result(trained("csv_regression", processes))["metrics"]["test"]
         assert metrics["r2"] >= expected - 0.02
         assert metrics["eval_samples"] == len(test) == 66
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_language_model_comes_close_to_what_is_known_of_the_language(trained: Trained, processes: int) -> None:
+    """Below it would be a model that sees the tokens that it predicts."""
+    best = MarkovChain("val", samples=64, order=1, length=32).perplexity
+    assert 0.98 * best < result(trained("language_model", processes))["metrics"]["val"]["perplexity"] < 1.15 * best
+
+
+# Of a few steps: what has been learned by then, on the validation data. The comments of the configs say what they reach.
+LEARNED = {
+    "segmentation": ("iou_square", 0.3, 1.0),
+    "contrastive": ("accuracy", 0.05, 1.0),  # by chance: 1 of 180
+    "vae": ("loss", 15.0, 32.0),  # at first: 45
+    "digits_muon": ("accuracy", 0.8, 1.0),
+    "distillation": ("accuracy", 0.5, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_the_ready_tasks_learn_in_a_few_steps(trained: Trained, name: str, processes: int) -> None:
+    metric, low, high = LEARNED[name]
+    assert low < result(trained(name, processes))["metrics"]["val"][metric] < high
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_rows_of_ready_tasks_have_their_losses_and_optimizers(trained: Trained, processes: int) -> None:
+    last = rows(trained("gan", processes), "train")[-1]
+    names = ("discriminator", "discriminator/real", "discriminator/fake", "discriminator/penalty", "generator")
+    assert {f"loss/{name}" for name in names} <= last.keys()
+    assert (last["lr/discriminator"], last["lr/generator"]) == (5e-4, 5e-4)
+    assert {"grad_norm/discriminator", "grad_norm/generator"} <= last.keys()
+    boxes = rows(trained("detection", processes), "train")
+    assert {"loss/loss_classifier", "loss/loss_box_reg", "loss/loss_objectness", "loss/loss_rpn_box_reg"} <= boxes[
+        0
+    ].keys()
+    assert boxes[-1]["loss"] < boxes[0]["loss"]
+    muon = rows(trained("digits_muon", processes), "train")[-1]
+    assert muon["lr/muon"] / muon["lr/adamw"] == pytest.approx(0.02 / 3e-3)
+    assert "grad_norm" in muon
 
 
 def test_only_the_head_of_vgg_changes(trained: Trained) -> None:
