@@ -23,13 +23,15 @@ class Segmentation:
     (N, classes, H, W), or a dict with `out` and `aux` (torchvision's, an auxiliary head after an earlier layer: FCN, Long et
     al. 2015; PSPNet, Zhao et al. 2017) or with `logits` (transformers). Logits of another size than the masks are resized
     (bilinear). A model with `aux` has two named losses, out + aux_weight * aux. The outputs for metrics are the logits and the
-    masks; `predict` returns class numbers (N, H, W).
+    masks; `predict` returns the logits.
 
     Args:
         ignore_index: pixels that don't count; metrics have their own `ignore_index`.
         aux_weight: of the auxiliary output's loss.
         class_weights: one for each class.
     """
+
+    classes_dim = 1  # of what `predict` returns: see `training.meaning`
 
     def __init__(self, ignore_index: int = 255, aux_weight: float = 0.5, class_weights: Tensor | None = None):
         self.aux_weight = aux_weight
@@ -52,10 +54,10 @@ class Segmentation:
         return StepOutput({"out": total, "aux": (aux, weight, self.aux_weight)}, weight, logits, masks)
 
     def predict(self, model: nn.Module, batch: Any) -> Tensor:
-        """The class of each pixel, (N, H, W) int64; the batch may be the images alone."""
+        """Logits (N, classes, H, W); the batch may be the images alone."""
         images, masks = split_batch(batch) if is_pair(batch) else (batch, None)
         size = images.shape[-2:] if isinstance(images, Tensor) else None if masks is None else masks.shape[-2:]
-        return _segments(call_model(model, images), size).argmax(1)
+        return _segments(call_model(model, images), size)
 
 
 def _segments(outputs: Any, size: torch.Size | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -17,12 +18,14 @@ from dist_train.config.fields import section_of, walk
 from dist_train.config.load import load_config
 from dist_train.config.schema import Config
 from dist_train.main import COMMANDS
+from dist_train.run.api import train
 from dist_train.runtime.location import expand_name
 
 PAGES = (
     "from-notebook-to-cluster",
     "gallery",
     "your-own",
+    "tasks",
     "coming-from",
     "batch-size",
     "limits",
@@ -81,6 +84,27 @@ def test_the_custom_components_run_as_shown(tmp_path: Path) -> None:
         "val"
     ].keys()
     assert result(tmp_path / "runs/autoencoder")["metrics"]["val"]["mse"] < 0.5
+
+
+OTHERS = ("my_text.", "my_images.", "my_pairs.", "transformers.", "runs/digits")  # of a reader, or large
+
+
+def test_the_tasks_train_as_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for language in ("python", "yaml"):
+        for name, text in blocks("tasks", language):
+            (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    trained = {}
+    for name, text in blocks("tasks", "yaml"):
+        assert load_config(tmp_path / name).data.global_batch_size
+        if not any(other in text for other in OTHERS) and name != "detection.yaml":
+            trained[name] = train(name, "tracking.report=false", "tracking.tensorboard=false")["metrics"]
+    assert sorted(trained) == ["gan.yaml", "lbfgs.yaml", "muon.yaml", "sam.yaml", "two_classes.yaml", "vae.yaml"]
+    assert trained["two_classes.yaml"]["val"]["accuracy"] > 0.9
+    assert {"loss/a", "loss/b"} <= trained["two_classes.yaml"]["val"].keys()
+    assert trained["sam.yaml"]["val"]["accuracy"] > 0.8
+    first, *_, last = [json.loads(line)["loss"] for line in Path("runs/lbfgs/metrics.jsonl").read_text().splitlines()]
+    assert last < 0.1 < first
 
 
 @pytest.mark.chaos

@@ -257,14 +257,14 @@ def test_what_a_language_model_cannot_take_is_said(model: nn.Module, batch: Any,
 # --- dense ---------------------------------------------------------------------------------------------------------------
 
 
-def test_segmentation_without_aux_has_one_loss_and_predicts_classes() -> None:
+def test_segmentation_without_aux_has_one_loss_and_predicts_logits() -> None:
     model, (pictures, found) = nn.Conv2d(1, 4, 1).double(), default_collate(masks())
     output = tasks.Segmentation().step(model, (pictures, found))
     assert loss_of(output) == pytest.approx(
         float(functional.cross_entropy(model(pictures), found, ignore_index=255).detach())
     )
     assert means(output) == {}
-    assert tasks.Segmentation().predict(model, pictures).equal(model(pictures).argmax(1))
+    assert tasks.Segmentation().predict(model, pictures).equal(model(pictures))
     with pytest.raises(TypeError, match="found float64 "):
         tasks.Segmentation().step(nn.Flatten(), (pictures, found))
 
