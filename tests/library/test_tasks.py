@@ -276,7 +276,7 @@ def boxes(count: int = 4) -> Any:
 def test_detection_has_the_losses_of_torchvision_and_predicts_in_eval_mode() -> None:
     model, batch, task = small_faster_rcnn(width=8), boxes(), tasks.Detection()
     torch.manual_seed(1)
-    expected = {name: float(value) for name, value in model(*batch).items()}
+    expected = {name: float(value.detach()) for name, value in model(*batch).items()}
     torch.manual_seed(1)
     output = task.step(model, batch)
     assert means(output) == pytest.approx(expected)
