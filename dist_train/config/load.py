@@ -123,6 +123,8 @@ def _translate(data: Any, error: ValidationError, incomplete: bool) -> Iterator[
     for item in error.errors(include_url=False):
         by_key.setdefault(_key(data, item), []).append(item)
     for key, items in by_key.items():
+        if isinstance(items[0]["input"], dict) and any(key == other[: len(key)] != other for other in by_key):
+            continue  # a mapping is right there, and what is wrong in it is told
         kinds = {item["type"]: item for item in items}
         if "value_error" in kinds:  # ours
             yield key, str(kinds["value_error"]["ctx"]["error"])
@@ -138,6 +140,8 @@ def _key(data: Any, item: ErrorDetails) -> Key:
     """The key that an error is about: its loc continues into the branches of unions."""
     key: Key = ()
     for part in item["loc"]:
+        if str(part).startswith("dict["):  # the branch of a union that takes a mapping
+            continue
         inside = part in data if type(data) is dict else type(data) is list and type(part) is int
         if not inside:
             return (*key, part) if item["type"] == "missing" and type(data) is dict else key
@@ -148,7 +152,8 @@ def _key(data: Any, item: ErrorDetails) -> Key:
 def _mismatch(key: Key, items: list[ErrorDetails]) -> str:
     """`expected X, found Y`, with a hint for common mistakes in YAML. `items` are the branches of a union."""
     value, kinds = items[0]["input"], {item["type"] for item in items}
-    wanted = [_EXPECTED.get(item["type"], item["msg"]).format(**item.get("ctx", {})) for item in items]
+    told = [item for item in items if item["type"] != "dict_type"] or items  # by optimizer: docs/config.md has it
+    wanted = [_EXPECTED.get(item["type"], item["msg"]).format(**item.get("ctx", {})) for item in told]
     words = re.findall("'([^']*)'", " ".join(wanted)) + ["true", "false"] * ("bool_type" in kinds)
     if type(None) in get_args(KEYS[dotted(key)].annotation if dotted(key) in KEYS else None):
         wanted, words = [*wanted, "null"], [*words, "null"]
