@@ -29,7 +29,7 @@ FORMAT = (
 )
 RAW = (
     "--raw",
-    {"action": "store_true", "help": "the model's outputs as they are, not as classes or in original units"},
+    {"action": "store_true", "help": "what the task's predict returns as it is, not as classes or in original units"},
 )
 
 
