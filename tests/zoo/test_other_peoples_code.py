@@ -25,12 +25,7 @@ STREAMS = ("hf_parts", "hf_stream", "self_split", "web")
 EVALUATED = [user for user in USERS if user not in STREAMS]
 PLAIN = [user for user in USERS if user != "hf_parts"]  # where there is a plain loop
 # What draws nothing in its forward and has no statistics of a batch trains the same with shares of 3, 3 and 2 samples.
-STILL = {
-    "gpt2": ["model.dropout=0"],
-    "lora": ["model.model.dropout=0", "model.peft_config.lora_dropout=0"],
-    "hf_vit": ["model.dropout=0"],
-    **{user: [] for user in ("simclr", "self_split", "web")},
-}
+STILL = {"gpt2": ["model.dropout=0"], "simclr": [], "web": []}
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +119,7 @@ def test_two_processes_give_the_same_curve(user: str, alone: Callable[..., Path]
 
 @pytest.mark.parametrize("user", STILL)
 def test_three_processes_give_the_same_curve(user: str, alone: Callable[..., Path], three: Callable[..., Path]) -> None:
-    one, several = losses(alone(user, "still")), losses(three(user))
+    one, several = losses(alone(user, "still" if STILL[user] else "whole")), losses(three(user))
     assert several == pytest.approx(one, rel=1e-4)
 
 
@@ -140,11 +135,11 @@ def test_a_stopped_run_ends_with_the_weights_of_a_whole_one(
     assert rows(run(user, "whole")) == rows(run(user, "stopped"))
 
 
-@pytest.mark.parametrize("user", EVALUATED)
+@pytest.mark.parametrize("user", [user for user in EVALUATED if user not in ("gpt2", "lora")])
 def test_what_a_run_leaves_is_loaded_by_its_own_library_or_plain_torch(
     user: str, pair: Callable[..., Path], users: ModuleType, tmp_path: Path
 ) -> None:
-    """By timm's `checkpoint_path`, transformers' and peft's `from_pretrained`, `load_state_dict`."""
+    """By timm's `checkpoint_path`, `from_pretrained`, `load_state_dict`; for the others see test_after_training.py."""
     run = pair(user, "whole")
     ours = load(run)
     if user in users.PRETRAINED:

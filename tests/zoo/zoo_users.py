@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peft
 import schedulefree
 import segmentation_models_pytorch
 import timm
@@ -198,33 +197,24 @@ PLAIN = {f.__name__: f for f in (timm_vit, hf_vit, nano, gpt2, lora, unet, detec
 PLAIN |= {"hf_stream": web, "self_split": web}
 
 
-def restored(model: nn.Module) -> Callable[[Path], nn.Module]:
+def restored(build: Callable[[], nn.Module]) -> Callable[[Path], nn.Module]:
     """In plain torch."""
 
     def read(path: Path) -> nn.Module:
+        model = build()
         model.load_state_dict(torch.load(path, weights_only=True))
         return model
 
     return read
 
 
-def adapters(folder: Path) -> nn.Module:
-    """peft's, on the base model as the run has built it."""
-    torch.manual_seed(0)
-    return peft.PeftModel.from_pretrained(language.gpt2(), folder)
-
-
-PRETRAINED: dict[str, Callable[[Path], nn.Module]] = {
-    "gpt2": transformers.GPT2LMHeadModel.from_pretrained,
-    "hf_vit": transformers.ViTForImageClassification.from_pretrained,
-    "lora": adapters,
-}
+PRETRAINED = {"hf_vit": transformers.ViTForImageClassification.from_pretrained}
 READ: dict[str, Callable[[Path], nn.Module]] = {
     "timm_vit": lambda path: timm.create_model("test_vit", img_size=32, num_classes=2, checkpoint_path=str(path)),
-    "nano": restored(language.NanoGPT()),
-    "unet": restored(small_unet()),
-    "detection": restored(dense.small_rcnn()),
-    "vae": restored(generative.VAE()),
-    "gan": restored(generative.GAN()),
-    "simclr": restored(generative.Encoder()),
+    "nano": restored(language.NanoGPT),
+    "unet": restored(small_unet),
+    "detection": restored(dense.small_rcnn),
+    "vae": restored(generative.VAE),
+    "gan": restored(generative.GAN),
+    "simclr": restored(generative.Encoder),
 }
