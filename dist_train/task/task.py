@@ -46,11 +46,15 @@ class Supervised:
     (transformers' ModelOutput) a loss of torch's own gets that. The loss runs in float32, outside autocast.
 
     Args:
-        loss: of training. val_loss: of evaluation, where that is another.
+        loss: of training, a `Loss` or what one is made of (torch's losses, a function of (outputs, targets)).
+        val_loss: of evaluation, where that is another.
     """
 
-    def __init__(self, loss: Loss, val_loss: Loss | None = None):
-        self.loss, self.val_loss = loss, val_loss or loss
+    def __init__(self, loss: Loss | Callable[..., Any], val_loss: Loss | Callable[..., Any] | None = None):
+        self.loss = loss if isinstance(loss, Loss) else Loss(loss)
+        self.val_loss = self.loss
+        if val_loss is not None:
+            self.val_loss = val_loss if isinstance(val_loss, Loss) else Loss(val_loss)
 
     @property
     def summed(self) -> bool:

@@ -216,6 +216,25 @@ def test_training_in_micro_batches_is_a_plain_loop(name: str, tmp_path: Path) ->
         assert rows(tmp_path / "run", "val")[-1]["loss"] == pytest.approx(whole, rel=1e-9)
 
 
+def test_the_default_task_by_its_name_is_the_default_task(tmp_path: Path) -> None:
+    """With torch's loss as it is; so that one's own task may inherit from it."""
+    results = []
+    loss = {"_target_": "torch.nn.CrossEntropyLoss"}
+    for name, how in {
+        "loss": {"loss": loss},
+        "task": {"task": {"_target_": "dist_train.tasks.Supervised", "loss": loss}},
+    }.items():
+        results.append(train({
+            "run": {"name": name, "dir": str(tmp_path)}, **how, "metrics": ["accuracy"],
+            "data": {key: {"_target_": "dist_train.data.Digits", "split": "val", "flat": True} for key in ("train", "val")},
+            "model": {"_target_": "dist_train.models.MLP", "in_features": 64, "hidden": [8], "out_features": 10},
+            "optimizer": {"_target_": "torch.optim.SGD", "lr": 0.1}, "trainer": {"duration": "3step", "micro_batch_size": 20},
+            "tracking": {"tensorboard": False, "report": False},
+        }))  # fmt: skip
+    assert results[0]["weights_sha256"] == results[1]["weights_sha256"]
+    assert results[0]["metrics"] == results[1]["metrics"]
+
+
 # --- language ------------------------------------------------------------------------------------------------------------
 
 
