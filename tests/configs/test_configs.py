@@ -310,7 +310,7 @@ def test_mistakes_in_transfer_are_reported_before_anything_is_written(folder: Pa
 
 
 def test_a_mistake_in_transfer_is_reported_with_file_and_line(folder: Path) -> None:
-    text = f"extends: {CONFIGS / 'digits.yaml'}\ntransfer:\n  head:\n    at: classifier.3\n    classes: 10\n"
+    text = f"extends: {CONFIGS / 'digits.yaml'}\ntransfer:\n  head:\n    at: classifier.3\n    classes: 10\nrun: {{name: bad}}\n"
     (folder / "bad.yaml").write_text(text)
     with pytest.raises(ConfigError) as caught:
         train_here(folder, config=Path("bad.yaml"))

@@ -137,7 +137,8 @@ def test_out_of_memory_halves_the_micro_batches_of_all_and_continues_and_a_slow_
         assert reported[0].startswith(f"warning: rank {rank} on {os.uname().nodename} is slow: ")
         spread = [row for row in rows(place, "train", clock=True) if "step_s_max" in row]
         assert spread
-        assert all(row["step_s_max"] > 0.06 > row["step_s_min"] >= row["data_wait_s_min"] for row in spread[2:])
+        assert all(row["step_s_max"] > 0.06 for row in spread[2:])
+        assert all(row["step_s_max"] > row["step_s_min"] >= row["data_wait_s_min"] for row in spread[2:])
 
 
 def test_a_single_rank_dies_with_its_torchrun_and_the_next_start_says_what_it_could_not(folder: Path) -> None:

@@ -228,7 +228,7 @@ def test_memory_that_runs_out_is_halved_where_that_changes_nothing_and_else_the_
     loss: Any, model: torch.nn.Module, micro: int, hint: str, halved: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def less_memory() -> tuple[str, int | None]:
-        changes = splitting_changes(SimpleNamespace(model=model, loss=EngineLoss(loss)))  # type: ignore[arg-type]
+        changes = splitting_changes(SimpleNamespace(model=model, loss=EngineLoss(loss), task=None))  # type: ignore[arg-type]
         return failure.less_memory(micro, changes, auto=True)
 
     def raised(error: Exception, phase: int) -> Any:
