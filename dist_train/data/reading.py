@@ -70,7 +70,7 @@ def batch_reader(dataset: Any) -> BatchReader | None:
     collating item by item.
     """
     read = getattr(dataset, "read_batch", None)
-    if callable(read):
+    if callable(read) and not _overridden(type(dataset)):
         return cast("BatchReader", read)
     if type(dataset) is TensorDataset:  # a subclass may do anything in its __getitem__
         return cast("BatchReader", dataset.__getitem__)
@@ -78,6 +78,16 @@ def batch_reader(dataset: Any) -> BatchReader | None:
         inner = batch_reader(dataset.dataset)
         return None if inner is None else partial(_read_subset, inner, np.asarray(dataset.indices))
     return None
+
+
+def _overridden(kind: type) -> bool:
+    """Whether a subclass has changed the samples of a class with `read_batch`, which would then read others."""
+    homes = (
+        next((i for i, base in enumerate(kind.__mro__) if name in vars(base)), None)
+        for name in ("__getitem__", "read_batch")
+    )
+    items, batches = homes
+    return items is not None and batches is not None and items < batches
 
 
 def _read_subset(read: BatchReader, subset: Indices, indices: Indices) -> Any:

@@ -87,6 +87,8 @@ def _balanced(dataset: Any, length: int, options: LoaderOptions) -> Weights:
     data = options.config
     parts = NamedParts(data.inputs, data.target) if data.inputs is not None and data.target is not None else None
     labels, how = known_labels(dataset, data.target), "its labels"
+    if labels is not None and not _agree(dataset, labels, options.seed, parts):
+        labels = None  # its samples have other targets than the attribute: a subclass changes them, say
     if labels is None:
         mine = rank_slice(length, options.rank, options.world_size)
         read = [_label(dataset, index, options.seed, parts) for index in range(length)[mine]]
@@ -118,11 +120,18 @@ def known_labels(dataset: Any, column: str | None = None) -> np.ndarray | None:
         return None if name is None else np.asarray(dataset.with_format("numpy", columns=[name])[:][name])
     if getattr(dataset, "target_transform", None) is not None:
         return None
-    for name in _LABEL_NAMES:
+    for name in _LABEL_NAMES if column is None else (column,):
         labels = getattr(dataset, name, None)
         if labels is not None and hasattr(labels, "__len__") and len(labels) == len(dataset):
             return np.asarray(labels)
     return None
+
+
+def _agree(dataset: Any, labels: np.ndarray, seed: int, parts: NamedParts | None) -> bool:
+    """Whether some samples, spread over the dataset, are of the classes that an attribute says, by whatever name."""
+    places = np.unique(np.linspace(0, len(labels) - 1, 16).astype(int))
+    pairs = {(str(labels[index]), str(_label(dataset, int(index), seed, parts))) for index in places}
+    return len(pairs) == len({mine for mine, _ in pairs}) == len({theirs for _, theirs in pairs})
 
 
 def _label(dataset: Any, index: int, seed: int, parts: NamedParts | None) -> Any:

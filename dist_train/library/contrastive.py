@@ -95,7 +95,10 @@ class Contrastive(nn.Module):
     def _scaled(self, outputs: Any) -> tuple[Tensor, Tensor, Tensor | float]:
         if len(outputs) == 3:
             return outputs
-        learned = None if self.log_scale is None else self.log_scale.to(outputs[0].dtype).clamp(max=MAX_SCALE).exp()
+        learned = None
+        if self.log_scale is not None:  # a clamp would take the gradient away, with which the scale comes back
+            free = self.log_scale.to(outputs[0].dtype)
+            learned = (free - (free - MAX_SCALE).clamp(min=0).detach()).exp()
         return outputs[0], outputs[1], self.scale if learned is None else learned
 
     def _views(self, batch: Any) -> tuple[Any, Any]:

@@ -26,7 +26,7 @@ class Segmentation:
     masks; `predict` returns the logits.
 
     Args:
-        ignore_index: pixels that don't count; metrics have their own `ignore_index`.
+        ignore_index: pixels that don't count, in metrics by name either (but `accuracy`).
         aux_weight: of the auxiliary output's loss.
         class_weights: one for each class.
     """
@@ -35,6 +35,7 @@ class Segmentation:
 
     def __init__(self, ignore_index: int = 255, aux_weight: float = 0.5, class_weights: Tensor | None = None):
         self.aux_weight = aux_weight
+        self.ignore_index = ignore_index
         self.entropy = Loss(nn.CrossEntropyLoss(weight=class_weights, ignore_index=ignore_index))
 
     def step(self, model: nn.Module, batch: Any) -> StepOutput:

@@ -20,7 +20,7 @@ from dist_train.data.plan import Indices
 from dist_train.files import replacing
 
 # llm.c's and modded-nanogpt's .bin files begin with 256 int32: this number, a version, how many tokens follow.
-_HEADERS = {20240520: np.uint16, 20240801: np.uint32}
+_HEADERS = {20240520: (1, np.uint16), 20240801: (7, np.uint32)}
 _HEADER_BYTES = 1024
 
 
@@ -257,8 +257,13 @@ def _bin(path: Path, dtype: str) -> Any:
     size, offset, kind = path.stat().st_size, 0, np.dtype(dtype)
     if size >= _HEADER_BYTES:
         magic, version, count = np.fromfile(path, dtype="<i4", count=3).tolist()
-        if magic in _HEADERS and version == 1:
-            kind, offset = np.dtype(_HEADERS[magic]), _HEADER_BYTES
+        if magic in _HEADERS:
+            known, number = _HEADERS[magic]
+            if version not in (1, known):
+                raise DataError(
+                    f"Tokens: {path} has a header of version {version}, of which the format isn't known here"
+                )
+            kind, offset = np.dtype(number), _HEADER_BYTES
             if size - offset != count * kind.itemsize:
                 hint = f"its header promises {count:,} tokens of {kind}"
                 raise DataError(f"Tokens: {path} is damaged: {hint}, but {size - offset:,} bytes follow")

@@ -34,17 +34,23 @@ class Closure:
 
     def __init__(self, compute: Callable[[], StepSums], parameters: Sequence[nn.Parameter], before: BufferSnapshot):
         self._compute, self._parameters, self._before = compute, parameters, before
-        self._known: tuple[object, ...] = ()
+        self._weights: list[Tensor] = []
+        self._gradients: list[object] = []
         self._loss: Tensor | None = None
 
     def computed(self, sums: StepSums) -> None:
         """`sums`, and the gradients, are those of the weights as they are now."""
         self._loss = torch.where(sums.weight == 0, 0.0, sums.loss / sums.weight)
-        self._known = self._versions()
+        self._weights = [parameter.detach().clone() for parameter in self._parameters]
+        self._gradients = self._now()
 
     def __call__(self) -> Tensor:
         """The mean loss (0-dim). Raises NonFiniteError as a step does."""
-        if self._loss is None or self._known != self._versions():
+        if (
+            self._loss is None
+            or self._gradients != self._now()
+            or not all(map(torch.equal, self._weights, self._parameters))
+        ):
             self._before.restore()
             for parameter in self._parameters:
                 parameter.grad = None
@@ -59,9 +65,9 @@ class Closure:
         optimizer.step(self)  # type: ignore[arg-type]
         after.restore()
 
-    def _versions(self) -> tuple[object, ...]:
-        """What changes with any in-place change of weights or gradients, and with another gradient."""
-        return tuple((p._version, id(p.grad), None if p.grad is None else p.grad._version) for p in self._parameters)
+    def _now(self) -> list[object]:
+        """What changes with another gradient, and with any change of one; weights may change behind autograd's back (`.data`)."""
+        return [(id(p.grad), None if p.grad is None else p.grad._version) for p in self._parameters]
 
 
 def replayed(

@@ -62,7 +62,7 @@ class Objective:
         self.summed: bool = getattr(task, "summed", False)
         own = getattr(getattr(task, "loss", None), "exact", None)
         self.terms: list[str] | None = [] if own else None  # torch's own losses give one
-        self._ratios: list[float] = []
+        self.ratios: list[float] = []  # of the losses' weights, once a forward has shown them
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters that it trains, by name."""
@@ -89,9 +89,9 @@ class Objective:
         self.same_terms(output)
         if not output.terms:
             return output
-        found = ratios(output.terms)
-        self._ratios = self._ratios or found
-        if not output.shared or (found != self._ratios and math.dist(found, self._ratios) > 1e-9):
+        found = ratios(output)
+        self.ratios = self.ratios or found
+        if not output.shared or (found != self.ratios and math.dist(found, self.ratios) > 1e-9):
             raise ValueError(
                 f"the losses {', '.join(output.terms)} have weights of their own that depend on the batch, by which one backward "
                 "can't divide afterwards: give the task a method weights(batch) that returns {name: weight}, or one weight to all"

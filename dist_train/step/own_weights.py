@@ -42,8 +42,8 @@ class OwnWeights(Objective):
             torch.distributed.all_reduce(total)
         # samples / weight: the step divides by the samples. A loss without weight in the whole batch is zero.
         scales = (work.samples / total).nan_to_num(posinf=0.0, nan=0.0).unbind()
-        for micro, batch in loaded:
-            yield micro, (batch, micro.samples, dict(zip(given[0], scales, strict=True)))
+        for (micro, batch), weights in zip(loaded, given, strict=True):
+            yield micro, (batch, micro.samples, dict(zip(given[0], scales, strict=True)), weights)
 
     def _weights(self, batch: Any) -> dict[str, Any]:
         weights = self.task.weights(batch)  # type: ignore[attr-defined]
@@ -55,7 +55,7 @@ class OwnWeights(Objective):
         return weights
 
     def forward(self, item: Item) -> Computed:
-        batch, samples, scales = item
+        batch, samples, scales, weights = item
         with self.precision.autocast():
             output = computed(self.task.step(self.model, batch))
         if output.terms.keys() != scales.keys():
@@ -63,5 +63,12 @@ class OwnWeights(Objective):
                 f"a task's weights(batch) gave those of {', '.join(scales)}, but its step the losses {', '.join(output.terms)}: "
                 "expected the same names"
             )
+        if self.terms is None:  # the first forward: it waits for the device
+            for name, term in output.terms.items():
+                if float(term.weight) != float(weights[name]):
+                    raise ValueError(
+                        f"a task's weights(batch) gave {float(weights[name]):g} for {name}, but its step {float(term.weight):g}: "
+                        "both must be what the sum is divided by"
+                    )
         self.same_terms(output)
         return trainable(combine(output.terms, scales, samples, output.outputs, output.targets))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
@@ -163,7 +164,12 @@ def reducer_for(objective: Objective, world: World, config: DistributedConfig) -
     """
     if world.size == 1:
         return SingleProcess(objective)
-    every = world.all_gather(objective.terms)
+    every, weights = zip(*world.all_gather((objective.terms, objective.ratios)), strict=True)
+    if any(len(w) != len(weights[0]) or math.dist(w, weights[0]) > 1e-9 for w in weights):
+        raise ValueError(
+            f"the weights of the losses {', '.join(objective.terms or ())} have other ratios on each rank, by which one backward "
+            "can't divide afterwards: give the task a method weights(batch) that returns {name: weight}, or one weight to all"
+        )
     if any(terms != every[0] for terms in every):
         raise ValueError(
             f"the ranks' tasks give different losses: {every}; give the same ones, in one order, for every batch"

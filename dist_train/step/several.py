@@ -77,8 +77,8 @@ class Optimizers:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The groups of all of them."""
-        return [group for optimizer in self.by_name.values() for group in optimizer.param_groups]
+        """The groups of all of them, by their names: a config may list them in another order when it resumes."""
+        return [group for _, optimizer in sorted(self.by_name.items()) for group in optimizer.param_groups]
 
     def add_param_group(self, group: dict[str, Any]) -> None:
         """Raises ValueError: it isn't known to which one."""

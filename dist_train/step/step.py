@@ -89,9 +89,7 @@ class Stepper:
         closure: Closure | None = None
         if self._closure:
             assert before is not None
-            work, closure = replayed(
-                work, lambda again: self._gradient(again, want_norm=False), self.parameters, before
-            )
+            work, closure = replayed(work, self._gradient_again, self.parameters, before)
         sums = self._gradient(work, want_norm)
         if closure is not None:
             closure.computed(sums)

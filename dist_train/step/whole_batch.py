@@ -9,7 +9,7 @@ micro-batch and of the outputs, and the gradient that of one batch.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from dist_train.runtime.seeding import seed_forward
 from dist_train.step.modules import BufferSnapshot, Modules
 from dist_train.step.objective import Item, Objective, trainable
 from dist_train.step.precision import Precision
-from dist_train.task.batch import in_full_precision, map_tensors, tensors_in
+from dist_train.task.batch import clone_batch, in_full_precision, map_tensors, tensors_in
 from dist_train.task.task import WholeBatchTask, full_precision
 from dist_train.task.terms import Computed, StepOutput, Term, combine, computed, weight_of
 from dist_train.watch.status import FORWARD, SYNC, status
@@ -62,7 +62,10 @@ class WholeBatch(Objective):
     ):
         super().__init__(modules, task, precision, scaler, world.size)
         self.whole, self.world, self.seed = task, world, seed
-        self._frozen_change: bool | None = None  # whether a forward changes parameters that don't train
+        self._changed = False
+        self._frozen_change: bool | None = (
+            None  # after the first step: whether a forward changes parameters that don't train
+        )
 
     def items(
         self, work: StepWork, prepare: Callable[[MicroBatch, StepWork], Any]
@@ -71,6 +74,7 @@ class WholeBatch(Objective):
         outputs, targets = zip(*self._first_pass(loaded, work), strict=True)
         status.phase = SYNC
         of_all, targets_of_all = (self._gather(parts, work) for parts in (outputs, targets))
+        self._frozen_change = self._changed
         status.phase = FORWARD
         seed_forward(self.seed, work.step, work.samples, self.world.device)
         loss, gradients, of_parameters = self._differentiate(of_all, targets_of_all, work.samples)
@@ -90,22 +94,27 @@ class WholeBatch(Objective):
         with torch.no_grad(), self.precision.autocast():
             for micro, batch in loaded:
                 seed_forward(self.seed, work.step, micro.position, self.world.device)
-                outputs, targets = self.whole.outputs(self.model, batch)
+                outputs, targets = self.whole.outputs(self.model, clone_batch(batch))
                 if not micro.zero_weight:
                     _check_rows(outputs, targets, micro.samples)
                 found.append((in_full_precision(outputs), targets))
-        if self._frozen_change is None:
-            self._frozen_change = kept.frozen_changed()
+        self._changed = kept.frozen_changed() if self._frozen_change is None else self._frozen_change
         kept.restore()
         return found
 
     def _gather(self, parts: tuple[Any, ...], work: StepWork) -> Any:
         """Tensors of all micro-batches and ranks in the order of the global batch; of 0-dim ones rank 0's first."""
         if next(tensors_in(parts), None) is None:
-            return parts[0]
+            if parts[0] is not None:
+                raise ValueError(
+                    f"with whole_batch outputs and targets are tensors, to be gathered, or None, found {type(parts[0]).__name__}"
+                )
+            return None
         leaves = [list(tensors_in(part)) for part in parts]
         joined = []
         for tensors in zip(*leaves, strict=True):
+            if not tensors[0].dim() and self._frozen_change is None:  # at the first step, since it waits for the device
+                _check_equal(tensors)
             mine = (
                 torch.cat([tensor.detach() for tensor in tensors]) if tensors[0].dim() else tensors[0].detach().clone()
             )
@@ -118,8 +127,11 @@ class WholeBatch(Objective):
         if world.size == 1:
             return mine
         if not mine.dim():
-            torch.distributed.broadcast(mine, 0)
-            return mine
+            first = mine.clone()
+            torch.distributed.broadcast(first, 0)
+            if self._frozen_change is None:
+                _check_equal([first, mine])
+            return first
         shares = [rank_slice(samples, rank, world.size) for rank in range(world.size)]
         sizes = [share.stop - share.start for share in shares]
         sent = mine.new_zeros((max(sizes), *mine.shape[1:]))
@@ -174,6 +186,15 @@ class WholeBatch(Objective):
 def _share(gradient: Tensor | None, rows: slice) -> Tensor | None:
     """The rows of some samples in a gradient over the global batch; of a 0-dim one all."""
     return gradient[rows] if gradient is not None and gradient.dim() else gradient
+
+
+def _check_equal(scalars: Sequence[Tensor]) -> None:
+    """Raises ValueError: an output that is one number isn't the same for all micro-batches."""
+    if not all(torch.allclose(scalar, scalars[0], rtol=1e-3) for scalar in scalars):
+        raise ValueError(
+            "with whole_batch an output that is one number (a temperature) must be the same for each micro-batch, found "
+            f"{', '.join(f'{float(scalar):.6g}' for scalar in scalars[:4])}: what depends on samples is one value for each"
+        )
 
 
 def _check_rows(outputs: Any, targets: Any, samples: int) -> None:

@@ -18,7 +18,6 @@ from dist_train.config.errors import ConfigError
 from dist_train.config.fields import RECORD_FIELDS, better_is_lower, dotted
 from dist_train.config.metrics import MetricSpec, metric_spec, wrong_reserved
 from dist_train.task.batch import logits_of, shapes_of
-from dist_train.task.losses import Loss
 from dist_train.task.metrics import Metric
 from dist_train.task.selection import Selection
 from dist_train.task.whole import NonDecomposable
@@ -172,8 +171,9 @@ class MetricEntry:
         return f"{self.name}_{name.removeprefix(f'{own}_')}"
 
 
-def build_metric(entry: Any, loss: Loss | None, key: str = "metrics.0") -> MetricEntry:
-    """One entry, built. Of the loss it gets where logits are cut (`threshold`), and `ignore_index`, unless it has its own.
+def build_metric(entry: Any, function: Any, key: str = "metrics.0") -> MetricEntry:
+    """One entry, built. Of the loss's `function` it gets where logits are cut (`threshold`), and `ignore_index`, unless it has
+    its own.
 
     Raises:
         ConfigError: `name` or `of` is wrong.
@@ -185,8 +185,8 @@ def build_metric(entry: Any, loss: Loss | None, key: str = "metrics.0") -> Metri
         raise ConfigError.single(dotted((key, *wrong)), message)
     of = Selection(spec.of) if spec.of is not None else None
     component = spec.component
-    if spec.alias is not None and loss is not None:
-        component = {**_from_loss(spec, of, loss.function), **component}
+    if spec.alias is not None and function is not None:
+        component = {**_from_loss(spec, of, function), **component}
     try:
         metric = build(component)
     except ModuleNotFoundError as error:

@@ -14,6 +14,7 @@ from torch import nn
 from dist_train.task.batch import (
     batch_length,
     call_model,
+    clone_batch,
     in_full_precision,
     is_pair,
     logits_of,
@@ -108,6 +109,11 @@ class WholeBatchTask:
     def __init__(self, task: Any):
         self.task = task
 
+    @property
+    def summed(self) -> bool:
+        """Whether the loss asks for a plain sum (see `Loss.summed`)."""
+        return getattr(self.task, "summed", False)
+
     def step(self, model: nn.Module, batch: Any) -> StepOutput:
         """The loss of this batch alone."""
         outputs, targets = self.outputs(model, batch)
@@ -166,11 +172,8 @@ class OfOptimizer:
 
 def minimizes_by_name(task: Any) -> bool:
     """Whether a task's `step` takes the name of an optimizer: each of several then has a loss of its own."""
-    try:
-        inspect.signature(task.step).bind(None, None, "")
-    except TypeError:
-        return False
-    return True
+    third = list(inspect.signature(task.step).parameters.values())[2:3] if hasattr(task, "step") else []
+    return any(parameter.default is parameter.empty or parameter.name == "optimizer" for parameter in third)
 
 
 def _named_last(method: Callable[[Any, str], Any], name: str, batch: Any) -> Any:
@@ -188,9 +191,11 @@ class SeveralLosses:
         terms: dict[str, Any] = {}
         outputs = targets = None
         for name in self.names:
-            one = computed(self.task.step(model, batch, name))
-            terms[name] = (one.loss, one.weight)
-            terms |= {f"{name}/{inner}": (term.total, term.weight, 0.0) for inner, term in one.terms.items()}
+            one = computed(self.task.step(model, clone_batch(batch), name))
+            if one.shared:
+                terms[name] = (one.loss, one.weight)
+            for inner, term in one.terms.items():  # they count once: as their sum, or each where it has its own weight
+                terms[f"{name}/{inner}"] = (term.total, term.weight, 0.0 if one.shared else term.factor)
             if outputs is None:
                 outputs, targets = one.outputs, one.targets
         return StepOutput(terms, None, outputs, targets)

@@ -83,6 +83,10 @@ def computed(value: Any) -> Computed:
 
 
 def _term(name: str, part: Any, weight: Any) -> Term:
+    if name == "loss":
+        raise TypeError(
+            "several losses are the parts of one, whose sum is recorded as `loss`: leave the total out of the dict"
+        )
     given = part if isinstance(part, tuple) else (part, weight)
     if len(given) in (2, 3) and _is_sum(given[0]) and _is_weight(given[1]):
         factor = given[2] if len(given) == 3 else 1.0
@@ -135,9 +139,10 @@ def weight_of(term: Term) -> Tensor | float:
     return term.weight or math.inf
 
 
-def ratios(terms: Mapping[str, Term]) -> list[float]:
+def ratios(output: Computed) -> list[float]:
     """The weights that are numbers, relative to the first of them: for an exact gradient the same in each micro-batch."""
-    numbers = [term.weight for term in terms.values() if not isinstance(term.weight, Tensor)]
+    weights = [output.weight, *(term.weight for term in output.terms.values())] if output.terms else []
+    numbers = [weight for weight in weights if not isinstance(weight, Tensor)]
     return [number / numbers[0] if numbers[0] else 0.0 for number in numbers]
 
 

@@ -91,16 +91,23 @@ def build_model_parts(config: Config, world: World, *, fresh: bool = False) -> M
     model = _placed(model, config, world, memory_format)
     loss, val_loss = (_loss(config, world, key) for key in ("loss", "val_loss"))
     modules, task = _with_task(model, loss, val_loss, config)
-    metrics = _metrics(config, loss)
+    metrics = _metrics(config, _judged(task))
     precision = common_precision(resolve_precision(config.trainer.precision, world.device), world)
     return ModelParts(config, world, modules.to(world.device), loss, task, metrics, precision, memory_format, notes)
 
 
-def _metrics(config: Config, loss: Loss | None) -> list[MetricEntry]:
+def _judged(task: Any) -> Any:
+    """What says how an evaluation's outputs are read: the function of a task's loss, or a task with its `ignore_index`."""
+    own = getattr(task, "task", task)
+    losses = (getattr(own, name, None) for name in ("val_loss", "loss"))
+    return next((loss.function for loss in losses if isinstance(loss, Loss)), own)
+
+
+def _metrics(config: Config, function: Any) -> list[MetricEntry]:
     metrics = []
     for number, entry in enumerate(config.metrics):
         with building(f"metrics.{number}"):
-            metrics.append(build_metric(entry, loss, f"metrics.{number}"))
+            metrics.append(build_metric(entry, function, f"metrics.{number}"))
     with building("metrics"):
         check_entries(metrics)
     return metrics
@@ -179,6 +186,9 @@ def adapted(task: Any, config: Config) -> Task:
                 "it needs a task with outputs(model, batch), which returns (outputs, targets), and loss(outputs, targets), or "
                 "none at all and a `loss`"
             )
+            raise ConfigError.single("trainer.whole_batch", message)
+        if named and minimizes_by_name(task):
+            message = "a loss of the whole batch is one for all optimizers, but the task's step takes the name of one"
             raise ConfigError.single("trainer.whole_batch", message)
         return WholeBatchTask(task)
     if not callable(getattr(task, "step", None)) or not callable(getattr(task, "predict", None)):

@@ -164,10 +164,6 @@ def _of_items(items: Any, samples: int, name: str, nested: bool) -> dict[str, Co
     """The columns of a list with an item per sample."""
     if len(items) != samples:
         raise _refusal(name, f"there is a list of {len(items)}; several outputs are a tuple or a mapping", samples)
-    if all(isinstance(item, Tensor) and item.dim() and len(item) == samples for item in items):
-        raise _refusal(
-            name, f"a list of {samples} tensors of {samples} rows may be either; several outputs are a tuple", samples
-        )
     columns: dict[str, Column] = {}
     for number, item in enumerate(items):
         entries = _entries(item, name, nested)

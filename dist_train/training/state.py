@@ -228,6 +228,7 @@ def _restore_optimizer(
 ) -> None:
     other = any(
         key == "optimizer"
+        or (isinstance(parts.optimizer, Optimizers) and key.removeprefix("optimizer.") in parts.optimizer.by_name)
         or key.startswith("transfer.freeze")
         or key.endswith((".groups", ".ndim_below"))
         or ".match" in key

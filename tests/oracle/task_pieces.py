@@ -231,3 +231,15 @@ class Alone(Game):
 
     def step(self, model: Any, batch: Any, optimizer: str = "D") -> Any:
         return super().step(model, batch, optimizer)
+
+
+class SAMByData(SAM):
+    """The same, writing through `.data`, which autograd's version counters don't see."""
+
+    @torch.no_grad()
+    def first_step(self) -> None:
+        norm = torch.stack([p.grad.norm() for group in self.param_groups for p in group["params"]]).norm()
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["old"] = p.detach().clone()
+                p.data.add_(p.grad * (group["rho"] / (norm + 1e-12)))

@@ -374,3 +374,20 @@ def test_a_run_with_other_optimizers_is_not_resumed(first: str, second: str, tmp
     other["checkpoint"] = {"every": "3step", "accept_changes": True}
     with pytest.raises(ConfigError, match="this run was started with"):
         trained(tmp_path, other)
+
+
+def test_several_optimizers_resume_in_another_order_of_the_config(tmp_path: Path) -> None:
+    whole, config = trained(tmp_path / "whole", CONFIGS["gan"]), copy.deepcopy(CONFIGS["gan"])
+    config["trainer"]["stop_at"] = "2step"
+    trained(tmp_path / "stopped", config)
+    config["trainer"]["stop_at"] = None
+    config["optimizer"] = dict(reversed(config["optimizer"].items()))
+    stopped = trained(tmp_path / "stopped", config)
+    assert rows(whole, "train") == rows(stopped, "train"), "the task's moves has the order"
+
+
+def test_a_closure_sees_weights_that_change_behind_autograds_back(tmp_path: Path) -> None:
+    config = copy.deepcopy(CONFIGS["sam"])
+    config["optimizer"]["_target_"] = "task_pieces.SAMByData"
+    one, other = trained(tmp_path / "data", config), trained(tmp_path / "plain", CONFIGS["sam"])
+    assert [row["loss"] for row in rows(one, "train")] == [row["loss"] for row in rows(other, "train")]

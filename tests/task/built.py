@@ -25,8 +25,8 @@ def entries(*specs: Any, loss: nn.Module | None = None) -> list[MetricEntry]:
     """The entries of `metrics`, checked and built."""
     config = load_config({**CONFIG, "metrics": list(specs)})
     require_components(config)
-    wrapped = Loss(loss) if loss is not None else None
-    built = [build_metric(entry, wrapped, f"metrics.{k}") for k, entry in enumerate(config.metrics)]
+    function = Loss(loss).function if loss is not None else None
+    built = [build_metric(entry, function, f"metrics.{k}") for k, entry in enumerate(config.metrics)]
     check_entries(built)
     return built
 
