@@ -8,13 +8,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-import sklearn.metrics as reference
+import sklearn.metrics as sklearn_metrics
 import torch
 from built import entries, values
 from torch import Tensor, nn
 
 from dist_train.config.errors import ConfigError
 
+
+class Reference:
+    """scikit-learn's metrics, on numpy arrays: older ones don't take tensors."""
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(sklearn_metrics, name)
+        return lambda *args, **options: function(*map(np.asarray, args), **options)
+
+
+reference = Reference()
 GENERATOR = torch.Generator().manual_seed(1)
 LOGITS = torch.randn(90, 5, generator=GENERATOR)
 LABELS = torch.randint(0, 5, (90,), generator=GENERATOR)
