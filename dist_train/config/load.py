@@ -124,7 +124,7 @@ def _translate(data: Any, error: ValidationError, incomplete: bool) -> Iterator[
         by_key.setdefault(_key(data, item), []).append(item)
     for key, items in by_key.items():
         if isinstance(items[0]["input"], dict) and any(key == other[: len(key)] != other for other in by_key):
-            continue  # a mapping is right there, and what is wrong in it is told
+            continue  # a mapping is right there, and what is wrong in it is reported
         kinds = {item["type"]: item for item in items}
         if "value_error" in kinds:  # ours
             yield key, str(kinds["value_error"]["ctx"]["error"])

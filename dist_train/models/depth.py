@@ -12,6 +12,7 @@ from torch import nn
 _BLOCK = re.compile(r"(?:^|\.)(?:encoder_layer_|(?:layers?|h|blocks?)\.)(\d+)\.")
 # Blocks in stages, as of Swin and ConvNeXt: layers.0.blocks.1, stages.0.layers.1.
 _STAGE = re.compile(r"(?:^|\.)(?:stages?|layers)\.(\d+)\.(?:(?:blocks|layers)\.(\d+)\.)?")
+_NUMBER = re.compile(r"\d+")
 _STEM = re.compile(r"(?:^|\.)(?:embeddings|embed_tokens|patch_embed|pos_embed|cls_token|wte|wpe)(?:\.|$)")
 
 
@@ -44,14 +45,18 @@ def _blocks(names: list[str]) -> dict[str, tuple[int, int]]:
     """(stage, block) of the parameters in blocks; what a stage holds besides belongs to the block before it, or its first."""
     stages = {name: match for name in names if (match := _STAGE.search(name)) is not None}
     if not any(match[2] for match in stages.values()):
-        return {name: (0, int(match[1])) for name in names if (match := _BLOCK.search(name)) is not None}
-    found: dict[str, tuple[int, int]] = {}
+        found = {name: match for name in names if (match := _BLOCK.search(name)) is not None}
+        lists = {match.string[: match.start(1)] for match in found.values()}
+        if len({_NUMBER.sub("#", place) for place in lists}) < len(lists):  # numbers inside of numbered blocks
+            return {}
+        return {name: (0, int(match[1])) for name, match in found.items()}
+    placed: dict[str, tuple[int, int]] = {}
     last: dict[int, int] = {}
     for name, match in stages.items():
         stage = int(match[1])
         last[stage] = int(match[2]) if match[2] else last.get(stage, 0)
-        found[name] = stage, last[stage]
-    return found
+        placed[name] = stage, last[stage]
+    return placed
 
 
 def _sides(names: list[str], blocks: dict[str, tuple[int, int]]) -> Iterator[tuple[str, bool]]:

@@ -78,7 +78,8 @@ class Objective:
     def forward(self, item: Item) -> Computed:
         """What the task gives for a micro-batch on the device, under autocast. Raises as `trainable`."""
         with self.precision.autocast():
-            return self.checked(trainable(computed(self.task.step(self.model, item))))
+            output = trainable(computed(self.task.step(self.model, item)))
+        return self.checked(output) if output.terms or self.terms != [] else output
 
     def checked(self, output: Computed) -> Computed:
         """The output, if the sums of its losses may be divided after the backward. Raises as `same_terms`, and:
@@ -122,7 +123,8 @@ def trainable(output: Computed) -> Computed:
             f"expected a real loss that depends on a trainable parameter, found {found}: it was computed from detached values, "
             "under no_grad or by an operation without a gradient (argmax, a comparison), or the model returns only frozen outputs"
         )
-    for weight in (output.weight, *(term.weight for term in output.terms.values())):
+    weights = [output.weight] if not output.terms else [output.weight, *(term.weight for term in output.terms.values())]
+    for weight in weights:
         if isinstance(weight, Tensor) and weight.requires_grad:
             raise ValueError(
                 "the weight of a loss is what it is divided by, so it must not depend on parameters: detach() it"

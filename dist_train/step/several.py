@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -61,14 +61,37 @@ class Owners:
                 parameter.requires_grad_(True)
 
 
-class Optimizers:
+class HasState(Protocol):
+    """An optimizer, a schedule, a stepper."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
+
+
+T = TypeVar("T", bound=HasState)
+
+
+class ByName(Generic[T]):
+    """What each of several optimizers has of its own, by their names."""
+
+    def __init__(self, by_name: Mapping[str, T]):
+        self.by_name = dict(by_name)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of each, by its name."""
+        return {name: one.state_dict() for name, one in self.by_name.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        for name, one in self.by_name.items():
+            one.load_state_dict(state[name])
+
+
+class Optimizers(ByName[torch.optim.Optimizer]):
     """Several optimizers with the attributes of one, as far as they make sense: `by_name` has each.
 
     With one loss for all it is what a `Stepper` has as its optimizer: one backward, clipping and non-finite check, then `step`.
     """
-
-    def __init__(self, by_name: Mapping[str, torch.optim.Optimizer]):
-        self.by_name = dict(by_name)
 
     def step(self) -> None:
         """The step of each, on the gradients that there are."""
@@ -89,21 +112,9 @@ class Optimizers:
         for optimizer in self.by_name.values():
             optimizer.register_step_pre_hook(hook)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The state of each, by its name."""
-        return {name: optimizer.state_dict() for name, optimizer in self.by_name.items()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        for name, optimizer in self.by_name.items():
-            optimizer.load_state_dict(state[name])
-
-
-class Schedules:
-    """The schedules of several optimizers, by the optimizers' names."""
-
-    def __init__(self, by_name: Mapping[str, Schedule]):
-        self.by_name = dict(by_name)
+class Schedules(ByName[Schedule]):
+    """The schedules of several optimizers."""
 
     @property
     def note(self) -> str:
@@ -130,17 +141,8 @@ class Schedules:
         for schedule in self.by_name.values():
             schedule.advance(steps)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The state of each."""
-        return {name: schedule.state_dict() for name, schedule in self.by_name.items()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        for name, schedule in self.by_name.items():
-            schedule.load_state_dict(state[name])
-
-
-class SeveralSteppers:
+class SeveralSteppers(ByName["Stepper"]):
     """A step of the run is a step of each optimizer that moves, in order, on the same global batch with the same seeds.
 
     Args:
@@ -150,10 +152,11 @@ class SeveralSteppers:
 
     def __init__(self, make: Callable[[str], Stepper], owners: Owners, moves: Callable[[int], list[str]]):
         self.owners, self.moves = owners, moves
-        self.steppers: dict[str, Stepper] = {}
+        made = {}
         for name in owners.parameters:
             with owners.only(name):
-                self.steppers[name] = make(name)
+                made[name] = make(name)
+        super().__init__(made)
 
     def __call__(self, work: StepWork, want_norm: bool) -> None:
         """Raises NonFiniteError: see `Stepper`."""
@@ -161,12 +164,12 @@ class SeveralSteppers:
         for name in self.moves(work.step):
             copies = (micro._replace(batch=clone_batch(micro.batch)) for micro in micros)
             with self.owners.only(name):
-                self.steppers[name](replace(work, micro_batches=copies), want_norm)
+                self.by_name[name](replace(work, micro_batches=copies), want_norm)
 
     def take_row(self) -> dict[str, float]:
         """As `Stepper.take_row`: loss/<optimizer>, loss/<optimizer>/<name>, grad_norm/<optimizer>, ...; loss is their sum."""
         row: dict[str, float] = {"loss": 0.0}
-        for name, stepper in self.steppers.items():
+        for name, stepper in self.by_name.items():
             for key, value in stepper.take_row().items():
                 row[key.replace("loss", f"loss/{name}", 1) if key.startswith("loss") else f"{key}/{name}"] = value
             if row[f"loss/{name}"] == row[f"loss/{name}"]:  # not nan, as of one that hasn't moved
@@ -175,14 +178,5 @@ class SeveralSteppers:
 
     def read(self) -> None:
         """Read the flags of all steps so far. Raises as `FiniteGuard.read`."""
-        for stepper in self.steppers.values():
+        for stepper in self.by_name.values():
             stepper.read()
-
-    def state_dict(self) -> dict[str, Any]:
-        """As `Stepper.state_dict`, by optimizer."""
-        return {name: stepper.state_dict() for name, stepper in self.steppers.items()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        for name, stepper in self.steppers.items():
-            stepper.load_state_dict(state[name])

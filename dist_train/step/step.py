@@ -136,7 +136,7 @@ class Stepper:
         return self.reducer.finish()
 
     def _begin(self, item: Item) -> Reducer:
-        """Before the first step of every start: the reducer, which is told how many losses there are (see `warm_up`)."""
+        """Before the first step of every start: the reducer, once it is known how many losses there are (see `warm_up`)."""
         kept = BufferSnapshot(self.modules, frozen=True)
 
         def rewind() -> None:

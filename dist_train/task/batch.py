@@ -234,6 +234,8 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
 
 def logits_of(outputs: Any) -> Any:
     """The entry `logits` of outputs that are a mapping (transformers' ModelOutput), if it is a tensor; else the outputs."""
+    if isinstance(outputs, Tensor):
+        return outputs
     logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
     return logits if isinstance(logits, Tensor) else outputs
 

@@ -90,14 +90,21 @@ def _taken(loss: Loss, outputs: Any) -> Any:
 
 
 def _with_loss(loss: Callable[[Any, Any], tuple[Any, Any]], outputs: Any, targets: Any) -> StepOutput:
-    with full_precision([outputs, targets]):
+    device = _device_of([outputs, targets])
+    if not torch.is_autocast_enabled(device):
+        return StepOutput(*loss(outputs, targets), outputs, targets)
+    with torch.autocast(device, enabled=False):
         return StepOutput(*loss(outputs, targets), outputs, targets)
 
 
 def full_precision(value: Any) -> Any:
     """A context without autocast on the device of the tensors in `value`."""
-    device = next((tensor.device.type for tensor in tensors_in(value)), "cpu")
+    device = _device_of(value)
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+
+
+def _device_of(value: Any) -> str:
+    return next((tensor.device.type for tensor in tensors_in(value)), "cpu")
 
 
 class WholeBatchTask:

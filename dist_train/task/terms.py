@@ -69,7 +69,7 @@ def computed(value: Any) -> Computed:
         value = StepOutput(*value)
     if isinstance(value, StepOutput):
         loss, weight = value.loss, value.weight
-        if isinstance(loss, Mapping):
+        if not isinstance(loss, Tensor) and isinstance(loss, Mapping):  # the check for Tensor is the quicker one
             terms = {str(name): _term(str(name), part, weight) for name, part in loss.items()}
             return _sum_of(terms, weight, value.outputs, value.targets)
         if _is_sum(loss) and _is_weight(weight):

@@ -157,13 +157,17 @@ class SAM(torch.optim.Optimizer):
     def __init__(self, params: Any, lr: float, rho: float = 0.05) -> None:
         super().__init__(params, {"lr": lr, "rho": rho})
 
+    def climb(self, p: nn.Parameter, by: Tensor) -> None:
+        """Change a weight in place."""
+        p.add_(by)
+
     @torch.no_grad()
     def first_step(self) -> None:
         norm = torch.stack([p.grad.norm() for group in self.param_groups for p in group["params"]]).norm()
         for group in self.param_groups:
             for p in group["params"]:
                 self.state[p]["old"] = p.detach().clone()
-                p.add_(p.grad * (group["rho"] / (norm + 1e-12)))
+                self.climb(p, p.grad * (group["rho"] / (norm + 1e-12)))
         self.zero_grad()
 
     @torch.no_grad()
@@ -236,10 +240,5 @@ class Alone(Game):
 class SAMByData(SAM):
     """The same, writing through `.data`, which autograd's version counters don't see."""
 
-    @torch.no_grad()
-    def first_step(self) -> None:
-        norm = torch.stack([p.grad.norm() for group in self.param_groups for p in group["params"]]).norm()
-        for group in self.param_groups:
-            for p in group["params"]:
-                self.state[p]["old"] = p.detach().clone()
-                p.data.add_(p.grad * (group["rho"] / (norm + 1e-12)))
+    def climb(self, p: nn.Parameter, by: Tensor) -> None:
+        p.data.add_(by)

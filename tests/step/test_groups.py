@@ -234,3 +234,14 @@ class Unscheduled(torch.optim.SGD):
         super().__init__(params, lr=0.1)
         for group in self.param_groups:
             group["lr"] = lr
+
+
+@pytest.mark.parametrize("name", ["efficientnet_b0", "mobilenet_v3_small", "convnext_tiny", "vit_b_16", "swin_t"])
+def test_torchvisions_models_get_deeper_in_the_order_of_their_parameters(name: str) -> None:
+    """Numbers of parts inside a block (MBConv's, CNBlock's) are no depth."""
+    import torchvision
+
+    with torch.device("meta"):
+        found = list(depths(getattr(torchvision.models, name)())[0].values())
+    assert found == sorted(found)
+    assert len({*found}) > 10
