@@ -29,13 +29,19 @@ class OwnWeights(Objective):
     ) -> Iterator[tuple[MicroBatch, Item]]:
         loaded = [(micro, prepare(micro, work)) for micro in work.micro_batches]
         given = [self._weights(batch) for micro, batch in loaded]
+        names = sorted(given[0])
         device = next(self.modules.parameters()).device
-        total = torch.zeros(len(given[0]), dtype=torch.float64, device=device)
+        total = torch.zeros(len(names), dtype=torch.float64, device=device)
         for (micro, _), weights in zip(loaded, given, strict=True):
+            if sorted(weights) != names:
+                raise ValueError(
+                    f"a task's weights(batch) gave {', '.join(names)} before, and now {', '.join(sorted(weights))}"
+                )
             if not micro.zero_weight:
+                numbers = [weights[name] for name in names]
                 total += torch.stack([
-                    weight.detach().to(total) if isinstance(weight, Tensor) else torch.full_like(total[0], weight)
-                    for weight in weights.values()
+                    number.detach().to(total) if isinstance(number, Tensor) else torch.full_like(total[0], number)
+                    for number in numbers
                 ])  # fmt: skip
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             status.phase = SYNC
@@ -43,7 +49,7 @@ class OwnWeights(Objective):
         # samples / weight: the step divides by the samples. A loss without weight in the whole batch is zero.
         scales = (work.samples / total).nan_to_num(posinf=0.0, nan=0.0).unbind()
         for (micro, batch), weights in zip(loaded, given, strict=True):
-            yield micro, (batch, micro.samples, dict(zip(given[0], scales, strict=True)), weights)
+            yield micro, (batch, micro.samples, dict(zip(names, scales, strict=True)), weights)
 
     def _weights(self, batch: Any) -> dict[str, Any]:
         weights = self.task.weights(batch)  # type: ignore[attr-defined]

@@ -62,10 +62,8 @@ class WholeBatch(Objective):
     ):
         super().__init__(modules, task, precision, scaler, world.size)
         self.whole, self.world, self.seed = task, world, seed
-        self._changed = False
-        self._frozen_change: bool | None = (
-            None  # after the first step: whether a forward changes parameters that don't train
-        )
+        self._first = True  # at the first step there are checks that wait for the device
+        self._snapshot_frozen = True  # as long as a forward may change parameters that don't train
 
     def items(
         self, work: StepWork, prepare: Callable[[MicroBatch, StepWork], Any]
@@ -74,13 +72,17 @@ class WholeBatch(Objective):
         outputs, targets = zip(*self._first_pass(loaded, work), strict=True)
         status.phase = SYNC
         of_all, targets_of_all = (self._gather(parts, work) for parts in (outputs, targets))
-        self._frozen_change = self._changed
+        self._first = False
         status.phase = FORWARD
         seed_forward(self.seed, work.step, work.samples, self.world.device)
         loss, gradients, of_parameters = self._differentiate(of_all, targets_of_all, work.samples)
         for k, (micro, batch) in enumerate(loaded):
             rows = slice(micro.position, micro.position + micro.samples)
             mine = [_share(gradient, rows) for gradient in gradients]
+            if micro.zero_weight:  # a rank without samples of this batch runs one that doesn't count
+                mine = [
+                    g if g is None else torch.zeros_like(o) for g, o in zip(mine, tensors_in(outputs[k]), strict=True)
+                ]
             first = self.world.is_main and k == 0
             # What isn't of one sample - a temperature among the outputs, a parameter of the loss - counts once.
             mine = [g if g is None or g.dim() or first else torch.zeros_like(g) for g in mine]
@@ -89,7 +91,7 @@ class WholeBatch(Objective):
 
     def _first_pass(self, loaded: list[tuple[MicroBatch, Any]], work: StepWork) -> list[tuple[Any, Any]]:
         """Outputs and targets of each micro-batch, without a graph; buffers and numbers are as before afterwards."""
-        kept = BufferSnapshot(self.modules, frozen=self._frozen_change is not False)
+        kept = BufferSnapshot(self.modules, frozen=self._snapshot_frozen)
         found = []
         with torch.no_grad(), self.precision.autocast():
             for micro, batch in loaded:
@@ -98,7 +100,8 @@ class WholeBatch(Objective):
                 if not micro.zero_weight:
                     _check_rows(outputs, targets, micro.samples)
                 found.append((in_full_precision(outputs), targets))
-        self._changed = kept.frozen_changed() if self._frozen_change is None else self._frozen_change
+        if self._first:
+            self._snapshot_frozen = kept.frozen_changed()
         kept.restore()
         return found
 
@@ -113,7 +116,7 @@ class WholeBatch(Objective):
         leaves = [list(tensors_in(part)) for part in parts]
         joined = []
         for tensors in zip(*leaves, strict=True):
-            if not tensors[0].dim() and self._frozen_change is None:  # at the first step, since it waits for the device
+            if not tensors[0].dim() and self._first:
                 _check_equal(tensors)
             mine = (
                 torch.cat([tensor.detach() for tensor in tensors]) if tensors[0].dim() else tensors[0].detach().clone()
@@ -129,7 +132,7 @@ class WholeBatch(Objective):
         if not mine.dim():
             first = mine.clone()
             torch.distributed.broadcast(first, 0)
-            if self._frozen_change is None:
+            if self._first:
                 _check_equal([first, mine])
             return first
         shares = [rank_slice(samples, rank, world.size) for rank in range(world.size)]

@@ -75,7 +75,8 @@ class OwnCounts(Shared):
     """Two classes of each sample, of which some don't have the second: two denominators that depend on the data."""
 
     def weights(self, batch: Any) -> dict[str, Any]:
-        return {"first": len(batch[0]), "second": (batch[1][1] >= 0).sum()}
+        found = {"first": len(batch[0]), "second": (batch[1][1] >= 0).sum()}
+        return found if batch[1][0][0] else dict(reversed(found.items()))  # in any order
 
     def step(self, model: nn.Module, batch: Any) -> Any:
         inputs, (first, second) = batch
