@@ -6,7 +6,7 @@ import contextlib
 import copy
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from multiprocessing.util import Finalize
 from typing import TYPE_CHECKING, Any
@@ -347,40 +347,40 @@ class EvalLoader(_Loader):
         self._reader, self._workers, self._options = reader, workers, options
         super().__init__(reader, min(workers, len(requests)), requests, options, evaluates=True)
 
-    def some(self, count: int) -> tuple[int, Any]:
-        """Up to `count` samples as one batch, spread over the dataset: (how many, the batch).
+    def some(self, count: int, batches: int = 1) -> Generator[tuple[int, Any]]:
+        """Batches of up to `count` samples each, spread over the dataset, all different: (how many, the batch).
 
         The first ones of a stream, and of a dataset in which only neighbours can be batched.
-
         They are read as others are, in a worker of their own where there are workers: a file that the dataset opened in this
         process would be shared by all that are forked later. Without workers a copy of a stream is read, if it can be copied.
 
-        Raises:
-            SampleError: the dataset failed; names the sample.
-            DataError: the worker died.
+        Raises SampleError: the dataset failed; names the sample. DataError: the worker died.
         """
-        number = min(count, self.plan.length)
-        first, spread = np.arange(number), np.linspace(0, self.plan.length - 1, number).round().astype(np.int64)
-        reader = self._reader
+        total, reader = min(count * batches, self.plan.length), self._reader
+        first = [np.arange(k, min(k + count, total)) for k in range(0, total, count)]
+        spread = np.linspace(0, self.plan.length - 1, total).round().astype(np.int64)
+        parts = [spread[k :: len(first)] for k in range(len(first))]
         if isinstance(reader, StreamReader):
             stream = reader.source
             if not self._workers:
                 with contextlib.suppress(Exception):
                     stream = copy.deepcopy(stream)
-            return number, self._read_apart(StreamReader(stream, reader.seed, reader.collate, reader.info), first)
+            reader, parts = StreamReader(stream, reader.seed, reader.collate, reader.info), first
+        done = 0
         try:
-            return number, self._read_apart(reader, spread)
+            for batch in self._read_apart(reader, parts):
+                yield batch
+                done += 1
         except CollateError:
-            return number, self._read_apart(reader, first)
+            yield from self._read_apart(reader, first[done:])
 
-    def _read_apart(self, reader: SampleReader, indices: Indices) -> Any:
+    def _read_apart(self, reader: SampleReader, parts: list[Indices]) -> Iterator[tuple[int, Any]]:
         """These samples, collated, in a worker of their own if others are read in workers."""
-        request = MicroBatch(_EVAL_EPOCH, 0, indices, 0, len(indices), True)
-        if not self._workers:
-            return reader.__getitems__(request).batch
-        loader = _Loader(reader, 1, [request], self._options, evaluates=False)
+        requests = [MicroBatch(_EVAL_EPOCH, k, part, 0, len(part), True) for k, part in enumerate(parts)]
+        loader = _Loader(reader, min(self._workers, 1), requests, self._options, evaluates=False)
         try:
-            return loader._next(loader._start()).batch
+            iterator = loader._start()
+            yield from ((len(part), loader._next(iterator).batch) for part in parts)
         finally:
             loader.close()
 

@@ -87,11 +87,10 @@ def train_in(
         parts = _build(config, world, decision)  # whatever is wrong with the config shows here
         if decision.is_over(config, parts.plan.steps_per_epoch):
             return finish_completed(world, config, run, console, decision)
-        if decision.action == "fresh":
-            check_evaluation(parts)
+        unsure = check_evaluation(parts) if decision.action == "fresh" else []
         if decision.action == "resume" and (frozen := parts.frozen) is not None:
             world.on_main(lambda: compare_frozen(frozen, decision, run))
-        for line in decision.warnings if world.is_main else ():
+        for line in (*decision.warnings, *unsure) if world.is_main else ():
             console.warn(line)
         if built is not None:
             built(parts)

@@ -59,8 +59,8 @@ EACH = {"metric": "f1", "of": "out", "average": "none"}
 WRONG: list[tuple[dict[str, Any], str, list[str]]] = [
     ({"metrics": ["accuracy"]}, "metrics.0", ["metric accuracy: ", "aux: float32 (8, 4)}", "of: logits"]),
     ({"metrics": [ACCURACY, {**EACH, "of": "logits"}]}, "metrics.1", ["metric f1: ", "have no logits: they are {out"]),
-    ({"metrics": [ACCURACY, metric("sums")]}, "metrics.1", ["8 samples of data.val", "'logits'", "checked.py:"]),
-    ({"metrics": [metric("result")]}, "metrics.0", ["evaluating 20 samples of data.val", "20 samples are too few"]),
+    ({"metrics": [ACCURACY, metric("sums")]}, "metrics.1", ["20 samples of data.val", "'logits'", "checked.py:"]),
+    ({"metrics": [metric("result")]}, "metrics.0", ["evaluating 30 samples of data.val", "30 samples are too few"]),
     ({"metrics": [metric("shape")]}, "metrics.0", ["fails has shape (2, 2); only numbers and vectors"]),
     ({"metrics": [metric("update", "Whole")]}, "metrics.0", ["metric whole: KeyError: 'boxes'; it got outputs {out"]),
     ({"metrics": [metric("compute", "Whole")]}, "metrics.0", ["metric whole: ValueError: could not convert string"]),
@@ -88,6 +88,40 @@ def test_what_fails_is_named_by_its_key_and_nothing_is_written(
 def test_a_value_that_needs_more_than_a_few_samples_gets_an_eval_batch() -> None:
     needs = {**metric("result"), "least": 12}
     assert train({**BASE, "metrics": [ACCURACY, needs]})["state"] == "completed"
+
+
+@pytest.mark.parametrize(("size", "workers"), [(1, 0), (1, 1), (12, 0)])
+def test_a_value_that_needs_more_samples_than_an_eval_batch_gets_more_batches(size: int, workers: int) -> None:
+    data = {**BASE["data"], "eval_batch_size": size, "num_workers": workers}
+    regression = {"_target_": "torchmetrics.R2Score"}  # of one sample: an error
+    first = {"metric": regression, "of": {"_target_": "checked.first_column"}}
+    needs = {**metric("result"), "least": 12}  # as many as data.test has
+    done = train({**BASE, "data": data, "metrics": [first, needs], "trainer": {"duration": "1step"}})
+    assert done["metrics"]["val"]["r2_score"] < 1
+    assert done["metrics"]["test"]["fails"] == 1
+
+
+def test_what_fails_with_a_few_samples_is_no_error_if_it_does_not_with_an_eval_batch() -> None:
+    """Hard negatives, recall among the batch, a task's own top 10: what evaluation gives is a whole eval batch."""
+    top = {"metric": {"_target_": "checked.Best", "k": 10}, "of": "out"}
+    assert train({**BASE, "metrics": [top], "trainer": {"duration": "1step"}})["state"] == "completed"
+    data = {**BASE["data"], "test": None, "eval_batch_size": 9}
+    with pytest.raises(ConfigError, match=r"evaluating 9 samples of data.val failed.*metric best"):
+        train({**BASE, "data": data, "metrics": [top], "run": {"name": "other"}})
+
+
+def test_a_value_that_may_need_the_whole_of_a_large_split_is_a_warning(
+    capfd: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    val = points(n=700, own_noise=False)
+    data = {**BASE["data"], "val": val, "test": None, "eval_batch_size": 100}
+    needs = {**metric("result"), "least": 650, "name": "late"}
+    checkpoint = {"keep_best": "val/late"}
+    done = train({**BASE, "data": data, "metrics": [ACCURACY, needs], "checkpoint": checkpoint})
+    assert done["metrics"]["val"]["late"] == 1
+    out = " ".join("".join(capfd.readouterr()).split())
+    assert "600 samples are too few" in out
+    assert "the whole split may be enough" in out
 
 
 def test_with_workers_this_process_reads_nothing() -> None:
@@ -119,12 +153,12 @@ def test_a_run_is_bitwise_the_same_with_and_without_it(
     config = {**BASE, "metrics": metrics, "trainer": {**BASE["trainer"], **others}}
     checks = []
 
-    def check(parts: Any) -> None:
+    def check(parts: Any) -> list[str]:
         checks.append(parts)
-        real(parts)
+        return real(parts)
 
     real = start.check_evaluation
-    for name, function in (("with", check), ("without", lambda parts: None)):
+    for name, function in (("with", check), ("without", lambda parts: [])):
         monkeypatch.delitem(sys.modules, "checked", raising=False)
         monkeypatch.setattr(start, "check_evaluation", function)
         train({**config, "run": {"name": name}})
@@ -137,7 +171,7 @@ def test_a_run_is_bitwise_the_same_with_and_without_it(
 
 def test_it_is_done_at_a_fresh_start_only(monkeypatch: pytest.MonkeyPatch) -> None:
     checks = []
-    monkeypatch.setattr(start, "check_evaluation", checks.append)
+    monkeypatch.setattr(start, "check_evaluation", lambda parts: checks.append(parts) or [])
     for stop in ("3step", "5step", None):
         train({**BASE, "trainer": {**BASE["trainer"], "stop_at": stop}})
     assert len(checks) == 1
@@ -166,5 +200,5 @@ def test_several_processes_agree_on_the_number_of_classes_and_on_what_fails(fold
     run_several(folder, 3, [[str(config), "run.name=three", "trainer.duration=3step"]])
     assert [*rows(folder / "runs" / "three", "val")[-1]][-len(expected) :] == [*expected]
     wrong = run(folder, 2, "--config", "x.yaml", "run.name=wrong", "metrics.1.of=logits", expect=1)  # torchrun's own
-    assert "metrics.1: evaluating 8 samples of data.val failed" in wrong.stderr
+    assert "metrics.1: evaluating 30 samples of data.val failed" in wrong.stderr
     assert not (folder / "runs" / "wrong").exists()

@@ -116,6 +116,22 @@ class Fails(Metric):
         return torch.zeros(2, 2) if self.where == "shape" else 1.0
 
 
+class Best(Metric):
+    """Of the samples of a batch those with the k highest scores: needs as many."""
+
+    name = "best"
+
+    def __init__(self, k: int):
+        self.k = k
+
+    def sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return torch.stack([outputs[:, 0].topk(self.k).values.double().sum(), torch.tensor(self.k).double()])
+
+
+def first_column(outputs: dict[str, Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:
+    return outputs["out"][:, 0], targets.float()
+
+
 class Whole:
     """The same with update, compute and reset."""
 
