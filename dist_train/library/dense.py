@@ -26,7 +26,7 @@ class Segmentation:
     masks; `predict` returns the logits.
 
     Args:
-        ignore_index: pixels that don't count, in metrics by name either (but `accuracy`).
+        ignore_index: pixels that don't count, in metrics by name either.
         aux_weight: of the auxiliary output's loss.
         class_weights: one for each class.
     """

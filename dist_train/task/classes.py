@@ -9,25 +9,33 @@ from torch import Tensor
 from torch.nn import functional
 
 from dist_train.task.batch import shapes_of
-from dist_train.task.metrics import Metric
+from dist_train.task.metrics import Metric, class_dim
 
 
 class ClassCounts(Metric):
     """Base of those that count, for each class, hits, predictions and targets.
 
     Outputs are (N, classes, ...) with targets (N, ...): the predicted class is the highest; one column, (N,) or (N, 1, ...), is
-    cut at `threshold` into two classes; integers of the targets' shape are class numbers already.
+    cut at `threshold` into two classes; integers of the targets' shape are class numbers already. The classes of language models'
+    outputs, (N, tokens, classes), are known by their task or their shape.
 
     Args:
         num_classes: None: as many as the first outputs have columns.
         ignore_index: elements with this target don't count, nor do their predictions.
         threshold: above it one column means class 1; 0 for logits (the default where the loss takes logits).
+        dim: that of the classes; None: 1, or the last where only that fits the targets.
     """
 
     higher_is_better = True
 
-    def __init__(self, num_classes: int | None = None, ignore_index: int = -100, threshold: float = 0.5):
-        self.num_classes, self.ignore_index, self.threshold = num_classes, ignore_index, threshold
+    def __init__(
+        self,
+        num_classes: int | None = None,
+        ignore_index: int = -100,
+        threshold: float = 0.5,
+        dim: int | None = None,
+    ):
+        self.num_classes, self.ignore_index, self.threshold, self.dim = num_classes, ignore_index, threshold, dim
 
     @property
     def size(self) -> int | None:  # type: ignore[override]
@@ -40,7 +48,8 @@ class ClassCounts(Metric):
         Raises:
             ValueError: they are class numbers.
         """
-        if self._is_binary(outputs, targets):
+        outputs = self._classes_second(outputs, targets)
+        if self._is_binary(outputs):
             return 2
         if not outputs.is_floating_point() or outputs.dim() < 2:
             raise ValueError(f"{shapes_of(outputs)} doesn't show how many classes there are: give num_classes")
@@ -54,7 +63,7 @@ class ClassCounts(Metric):
         """(hits of each class, predictions of each, targets of each, elements whose target or prediction is no class)."""
         classes = self.num_classes
         assert classes is not None
-        predicted, targets = self._classes(outputs, targets)
+        predicted, targets = self._classes(self._classes_second(outputs, targets), targets)
         kept = targets != self.ignore_index
         predicted, targets = predicted[kept], targets[kept]
         valid = (targets >= 0) & (targets < classes) & (predicted >= 0) & (predicted < classes)
@@ -78,14 +87,18 @@ class ClassCounts(Metric):
         hits, predicted, targets = sums[:-1].view(3, -1)
         return hits, predicted, targets
 
-    def _is_binary(self, outputs: Tensor, targets: Tensor) -> bool:
+    def _classes_second(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        scores = outputs.is_floating_point() and outputs.dim() > 1
+        return outputs.movedim(class_dim(outputs, targets, self.dim), 1) if scores else outputs
+
+    def _is_binary(self, outputs: Tensor) -> bool:
         return outputs.is_floating_point() and (outputs.dim() == 1 or outputs.shape[1] == 1)
 
     def _classes(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Predicted and true class numbers, flat."""
         if targets.dim() == outputs.dim() and targets.shape[1:2] == (1,):
             targets = targets.squeeze(1)
-        if self._is_binary(outputs, targets):
+        if self._is_binary(outputs):
             predicted = ((outputs.squeeze(1) if outputs.dim() > 1 else outputs) > self.threshold).long()
         elif outputs.is_floating_point():
             if outputs.shape[1] != self.num_classes:
@@ -120,14 +133,15 @@ class F1(ClassCounts):
         num_classes: int | None = None,
         ignore_index: int = -100,
         threshold: float = 0.5,
+        dim: int | None = None,
     ):
-        super().__init__(num_classes, ignore_index, threshold)
+        super().__init__(num_classes, ignore_index, threshold, dim)
         if average not in (None, "macro", "weighted", "micro", "binary", "none"):
             raise ValueError(f"expected average: macro, weighted, micro, binary or none, found {average!r}")
         self.average = average
 
     def _classes(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        if self.average is None and self._is_binary(outputs, targets):
+        if self.average is None and self._is_binary(outputs):
             raise ValueError("with one output per sample say which F1 is meant: average: binary (of class 1), or macro")
         if self.average == "binary" and self.num_classes != 2:
             raise ValueError(f"average: binary is of two classes, found {self.num_classes}")
@@ -163,8 +177,9 @@ class MeanIoU(ClassCounts):
         num_classes: int | None = None,
         ignore_index: int = -100,
         threshold: float = 0.5,
+        dim: int | None = None,
     ):
-        super().__init__(num_classes, ignore_index, threshold)
+        super().__init__(num_classes, ignore_index, threshold, dim)
         self.per_class = per_class
 
     def result(self, sums: Tensor) -> dict[str, Any]:

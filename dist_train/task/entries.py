@@ -172,8 +172,8 @@ class MetricEntry:
 
 
 def build_metric(entry: Any, function: Any, key: str = "metrics.0") -> MetricEntry:
-    """One entry, built. Of the loss's `function` it gets where logits are cut (`threshold`), and `ignore_index`, unless it has
-    its own.
+    """One entry, built. Of the loss's `function`, or a task, it gets where logits are cut (`threshold`), `ignore_index` and the
+    dim of the classes, unless it has its own.
 
     Raises:
         ConfigError: `name` or `of` is wrong.
@@ -213,8 +213,11 @@ def _from_loss(spec: MetricSpec, of: Selection | None, function: Any) -> dict[st
             )
         found["threshold"] = 0.0
     ignored = getattr(function, "ignore_index", None)
-    if isinstance(ignored, int) and "ignore_index" in accepted and spec.alias not in ("accuracy", "top5"):
+    if isinstance(ignored, int) and "ignore_index" in accepted:
         found["ignore_index"] = ignored
+    dim = getattr(function, "classes_dim", None)  # of a task
+    if isinstance(dim, int) and "dim" in accepted and of is None:
+        found["dim"] = dim
     return found
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dist_train.task.batch import squeeze_column
+
 
 class Metric:
     """Base of all metrics; your own define a name and `sums`, and where needed size and `result`.
@@ -37,33 +39,56 @@ class Metric:
         return float(sums[0] / sums[1]) if sums[1] else float("nan")
 
 
+def class_dim(outputs: Tensor, targets: Tensor, dim: int | None) -> int:
+    """The dim of `outputs` that has a score for each class: the one given, else 1, or the last where only that fits."""
+    shape, last = outputs.shape, outputs.dim() - 1
+    if dim is not None or last < 2:
+        return 1 if dim is None else dim % outputs.dim()
+    return last if shape[:last] == targets.shape and (shape[0], *shape[2:]) != targets.shape else 1
+
+
 class Accuracy(Metric):
     """Fraction of samples whose highest output (N, classes, ...) is the target class (N, ...), without `ignore_index`.
 
-    Targets of the outputs' own shape (class probabilities, as from mixup) are reduced to their argmax.
+    Targets of the outputs' own shape (class probabilities, as from mixup) are reduced to their argmax. Language models' outputs,
+    (N, tokens, classes) with targets (N, tokens), are known by their task or their shape.
+
+    Args:
+        top: the target is among as many of the highest ones.
+        ignore_index: elements with this target don't count.
+        dim: that of the classes; None: 1, or the last where only that fits the targets.
     """
 
     higher_is_better = True
 
-    def __init__(self, top: int = 1, ignore_index: int = -100):
-        self.top, self.ignore_index = top, ignore_index
+    def __init__(self, top: int = 1, ignore_index: int = -100, dim: int | None = None):
+        self.top, self.ignore_index, self.dim = top, ignore_index, dim
         self.name = "accuracy" if top == 1 else f"top{top}"
 
     def sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """(correct, counted)."""
-        if outputs.dim() < 2 or outputs.shape[1] == 1:
+        dim = class_dim(outputs, targets, self.dim) if outputs.dim() > 1 else 1
+        if outputs.dim() < 2 or outputs.shape[dim] == 1:
             raise ValueError(
                 f"metric {self.name} expects outputs of shape (N, classes), got {tuple(outputs.shape)}; for one output per "
                 "sample use binary_accuracy (two classes) or mae and r2 (regression)"
             )
         if targets.shape == outputs.shape:
-            targets = targets.argmax(1)
-        if self.top == 1:
-            hit = outputs.argmax(1) == targets
+            targets = targets.argmax(dim)
+            kept = torch.ones_like(targets, dtype=torch.bool)
         else:
-            best = outputs.topk(min(self.top, outputs.shape[1]), dim=1).indices
-            hit = (best == targets.unsqueeze(1)).any(1)
-        kept = targets != self.ignore_index
+            targets = squeeze_column(targets) if outputs.dim() == 2 else targets
+            kept = targets != self.ignore_index
+        if targets.shape != outputs.shape[:dim] + outputs.shape[dim + 1 :]:
+            raise ValueError(
+                f"metric {self.name} expects outputs (N, classes, ...) and the class numbers (N, ...), got "
+                f"{tuple(outputs.shape)} and {tuple(targets.shape)}"
+            )
+        if self.top == 1:
+            hit = outputs.argmax(dim) == targets
+        else:
+            best = outputs.topk(min(self.top, outputs.shape[dim]), dim=dim).indices
+            hit = (best == targets.unsqueeze(dim)).any(dim)
         return torch.stack([(hit & kept).sum(), kept.sum()]).double()
 
 

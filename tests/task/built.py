@@ -21,11 +21,11 @@ CONFIG = {
 }
 
 
-def entries(*specs: Any, loss: nn.Module | None = None) -> list[MetricEntry]:
-    """The entries of `metrics`, checked and built."""
+def entries(*specs: Any, loss: Any = None) -> list[MetricEntry]:
+    """The entries of `metrics`, checked and built for a loss, or for a task."""
     config = load_config({**CONFIG, "metrics": list(specs)})
     require_components(config)
-    function = Loss(loss).function if loss is not None else None
+    function = Loss(loss).function if isinstance(loss, nn.Module) else loss
     built = [build_metric(entry, function, f"metrics.{k}") for k, entry in enumerate(config.metrics)]
     check_entries(built)
     return built

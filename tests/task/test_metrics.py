@@ -20,6 +20,7 @@ from dist_train.config.schema import StopWhenConfig
 from dist_train.runtime.storage import open_storage
 from dist_train.task.entries import is_lower_better
 from dist_train.task.metrics import Metric
+from dist_train.tasks import LanguageModel
 from dist_train.training.due import StopWhen
 
 GENERATOR = torch.Generator().manual_seed(1)
@@ -30,9 +31,11 @@ YES = (REAL > 0).float()
 NONE = torch.zeros(0, dtype=torch.float64)  # the sums of a metric that isn't decomposable
 
 
-def value_of(name: str, outputs: Tensor, targets: Tensor, loss: nn.Module | None = None) -> float:
+def value_of(name: str, outputs: Tensor, targets: Tensor, loss: Any = None) -> float:
     (metric,) = entries(name, loss=loss)
     assert metric.name == name
+    if metric.size is None:
+        metric.settle(metric.classes_in(outputs, targets))
     parts = [slice(0, 1), slice(1, 30), slice(30, None)]
     sums = [metric.sums(outputs[part], targets[part]) for part in parts]
     assert all(part.dtype == torch.float64 and part.shape == (metric.size,) for part in sums)
@@ -70,6 +73,32 @@ def test_ignored_labels_are_not_counted_and_mixed_ones_count_by_the_largest_shar
     assert value_of("accuracy", LOGITS, ignored) == reference.accuracy_score(LABELS[:20], LOGITS[:20].argmax(1))
     mixed = 0.6 * nn.functional.one_hot(LABELS, 9) + 0.4 / 9
     assert value_of("accuracy", LOGITS, mixed) == reference.accuracy_score(LABELS, LOGITS.argmax(1))
+
+
+@pytest.mark.parametrize("name", ["accuracy", "top5"])
+def test_accuracy_leaves_out_what_the_loss_ignores_in_any_shape(name: str) -> None:
+    loss, void = nn.CrossEntropyLoss(ignore_index=255), torch.arange(60) % 3 == 0
+    targets, top = LABELS.where(~void, 255), 1 if name == "accuracy" else 5
+    expected = reference.top_k_accuracy_score(LABELS[~void].numpy(), LOGITS[~void].numpy(), k=top, labels=np.arange(9))
+    assert value_of(name, LOGITS, targets, loss) == pytest.approx(expected, rel=1e-12)
+    assert value_of(name, LOGITS, targets) < expected
+    pixels, masks = LOGITS.view(10, 2, 3, 9).permute(0, 3, 1, 2), targets.view(10, 2, 3)
+    assert value_of(name, pixels, masks, loss) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["accuracy", "top5", "f1", "miou"])
+def test_the_classes_of_a_language_models_outputs_are_in_its_last_dim(name: str) -> None:
+    """Known by the shapes, or, with as many tokens as words, by the task."""
+    alone = value_of(name, LOGITS[:54], LABELS[:54])
+    assert value_of(name, LOGITS[:54].view(9, 6, 9), LABELS[:54].view(9, 6)) == alone
+    assert value_of(name, LOGITS[:54].view(6, 9, 9), LABELS[:54].view(6, 9), LanguageModel()) == alone
+
+
+def test_a_column_of_labels_is_not_compared_with_each_row() -> None:
+    expected = reference.accuracy_score(LABELS, LOGITS.argmax(1))
+    assert value_of("accuracy", LOGITS, LABELS[:, None]) == expected
+    with pytest.raises(ValueError, match=r"expects outputs \(N, classes, ...\) and the class numbers \(N, ...\)"):
+        value_of("accuracy", LOGITS.view(10, 6, 9), LABELS.view(10, 2, 3))
 
 
 @pytest.mark.parametrize(("name", "message"), [("accuracy", "binary_accuracy"), ("mae", "element by element")])
