@@ -55,4 +55,9 @@ class DebugConfig(Section):
     """Diagnostics."""
 
     trace_samples: bool = harmless(False, "Write the sample indices of every step to trace/, before its backward.")
+    digest: bool = harmless(
+        False,
+        "Record a digest of every step's loss, reduced gradient and weights, of each tensor on each rank, in digest/: by them "
+        "`dist-train compare RUN RUN` finds the first step and tensor at which two runs part.",
+    )
     layers: bool = harmless(False, "Show every layer of the model at the start: class, output shape, parameters.")

@@ -30,9 +30,10 @@ from dist_train.runtime.storage import LocalStorage
 from dist_train.runtime.world import World, open_world
 from dist_train.tracking.console import Console
 from dist_train.tracking.logs import setup_logging
+from dist_train.training.digests import open_digests, resume_digests
 from dist_train.training.eval_check import check_evaluation
 from dist_train.training.model import splitting_changes
-from dist_train.training.parts import Parts, build_parts
+from dist_train.training.parts import Parts, build_parts, losses_of
 from dist_train.training.rows import Outputs, Trace
 from dist_train.training.state import Progress, restore
 from dist_train.training.trainer import Trainer
@@ -258,11 +259,14 @@ class Start:
         return restore(self.parts, found, self.decision.changed, self.console.note)
 
     def _outputs(self, progress: Progress, checkpoints: CheckpointManager) -> Outputs:
-        """Where training writes: on rank 0 the records with their views, and checkpoints; on each rank its trace."""
+        """Where training writes: on rank 0 the records with their views, and checkpoints; on each rank its trace and digests."""
         config, parts, run = self.config, self.parts, self.run
         outputs = Outputs(run, self.console, record=run_facts(config))
         if config.debug.trace_samples:
             outputs.trace = Trace(run.path("trace"), self.attempt, self.world.rank)
+        resume_digests(run, self.world, progress.step, writes=config.debug.digest)
+        if config.debug.digest:
+            outputs.digests = open_digests(run, self.world, progress.step, parts.modules, losses_of(parts))
         if not self.world.is_main:
             return outputs
         pending = ("val", "test") if progress.evaluation_due else ("test",)

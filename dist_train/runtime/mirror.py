@@ -1,6 +1,6 @@
 """The growing files of a run under a URL: kept in a local directory; each upload sends the entire file.
 
-Objects can't be appended to. So logs, metrics.jsonl, traces and TensorBoard's files are written to a directory of this
+Objects can't be appended to. So logs, metrics.jsonl, traces, digests and TensorBoard's files are written to a directory of this
 host, and uploaded before each checkpoint is published and at the end. The store is the source of truth: a start on
 another host begins with what it holds.
 """

@@ -29,7 +29,7 @@ log = logging.getLogger("dist_train")
 
 
 class RunDir(Mirror):
-    """One run's directory. Rank 0 writes status, results and attempts; each rank its own log and trace.
+    """One run's directory. Rank 0 writes status, results and attempts; each rank its own log, trace and digests.
 
     Attributes:
         lease: this job's, while it trains. Once the run has another owner or was deleted, nothing is written or uploaded:
@@ -85,7 +85,7 @@ class RunDir(Mirror):
         """Under a URL: fetch the files that earlier starts uploaded, on whatever host they ran."""
         # Each host uploads what its ranks write; only rank 0's has the records.
         if world.placement.local_rank == 0:
-            self.uploaded = None if world.is_main else ("logs", "trace")
+            self.uploaded = None if world.is_main else ("logs", "trace", "digest")
         records = ("metrics.jsonl", "wandb/run_id") if world.is_main else ()
         self.resume_files(*records, f"logs/rank-{world.rank}.log")
 

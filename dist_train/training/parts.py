@@ -22,7 +22,7 @@ from dist_train.step.objective import Objective
 from dist_train.step.optim import averages_weights, build_optimizer
 from dist_train.step.own_weights import OwnWeights
 from dist_train.step.parameters import check_optimizer
-from dist_train.step.reduce import reducer_for
+from dist_train.step.reduce import Reducer, reducer_for
 from dist_train.step.schedule import Schedule, Span
 from dist_train.step.several import Optimizers, Owners, Schedules, SeveralSteppers
 from dist_train.step.step import Stepper
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from dist_train.data.loader import StepWork
     from dist_train.data.plan import MicroBatch
     from dist_train.runtime.world import World
+    from dist_train.training.digests import StepDigests
 
 
 @dataclass
@@ -266,15 +267,25 @@ def _ema(built: ModelParts, optimizer: torch.optim.Optimizer | Optimizers, owner
     return EMA(built.modules, {p: decay[name] for name, own in owners.parameters.items() if name in decay for p in own})
 
 
-def build_stepper(parts: Parts, prepare: Callable[[MicroBatch, StepWork], Any]) -> Stepper | SeveralSteppers:
+def losses_of(parts: Parts) -> list[str]:
+    """Of several optimizers, each with a loss of its own: their names. Empty where there is one loss."""
+    several = isinstance(parts.optimizer, Optimizers) and isinstance(parts.task, SeveralLosses)
+    return list(parts.optimizer.by_name) if several else []  # type: ignore[union-attr]
+
+
+def build_stepper(
+    parts: Parts, prepare: Callable[[MicroBatch, StepWork], Any], digests: StepDigests | None = None
+) -> Stepper | SeveralSteppers:
     """What runs optimizer steps, for the parameters that train now: to be built after a checkpoint was loaded.
 
-    `prepare` makes the batch that the model gets from a micro-batch of a step.
+    `prepare` makes the batch that the model gets from a micro-batch of a step; `digests` records what is reduced.
     """
 
     def make(task: Any, optimizer: Any, name: str = "") -> Stepper:
         objective = _objective(parts, task)
-        new_reducer = partial(reducer_for, objective, parts.world, parts.config.distributed)
+        new_reducer: Callable[[], Reducer] = partial(reducer_for, objective, parts.world, parts.config.distributed)
+        if digests is not None:
+            new_reducer = digests.watched(new_reducer, objective, name)
         trainer, clips = parts.config.trainer, {}
         for key in ("clip_grad_norm", "clip_grad_value"):
             value = getattr(trainer, key)
@@ -287,9 +298,11 @@ def build_stepper(parts: Parts, prepare: Callable[[MicroBatch, StepWork], Any]) 
         config = trainer.model_copy(update=clips)
         return Stepper(objective, optimizer, new_reducer, parts.plan, prepare, config)
 
-    if not isinstance(parts.optimizer, Optimizers) or not isinstance(parts.task, SeveralLosses):
+    if not losses_of(parts):
         return make(parts.task, parts.optimizer)
     assert parts.owners is not None
+    assert isinstance(parts.optimizer, Optimizers)
+    assert isinstance(parts.task, SeveralLosses)
     task, by_name = parts.task, parts.optimizer.by_name
     return SeveralSteppers(
         lambda name: make(OfOptimizer(task.task, name), by_name[name], name), parts.owners, task.moves

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dist_train.step.step import Stepper
     from dist_train.tracking.console import Console
     from dist_train.training.callbacks import Callback, Training
+    from dist_train.training.digests import StepDigests
 
 
 @dataclass
@@ -38,6 +39,7 @@ class Outputs:
     logger: Logger = field(default_factory=Logger)
     checkpoints: CheckpointManager | None = None
     trace: Trace | None = None
+    digests: StepDigests | None = None
     record: dict[str, Any] = field(default_factory=dict)
     views: list[Callback] = field(default_factory=list)
     watch_batch: Callable[[Training, Any], object] | None = None

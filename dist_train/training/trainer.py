@@ -56,7 +56,7 @@ class Trainer:
         self.reason = ""
         self._began = time.monotonic() - progress.seconds
         self.first_batch = FirstBatch(parts, fresh=stepper_state is None)
-        self.stepper = build_stepper(parts, self._prepare)
+        self.stepper = build_stepper(parts, self._prepare, outputs.digests)
         if stepper_state is not None:
             self.stepper.load_state_dict(stepper_state)
         self.rows = TrainRows(self.stepper, progress.samples)
@@ -161,6 +161,8 @@ class Trainer:
         self._call("on_step_end")
         if step % self.plan.steps_per_epoch == 0:
             self._call("on_epoch_end")
+        if self.outputs.digests is not None:
+            self.outputs.digests.take(step)
         self._check_end(FINISH in actions)
         if progress.finished or LOG in actions or self.due.log(step):
             self._log()
@@ -216,6 +218,8 @@ class Trainer:
         """A train row, for the records and for the console."""
         status.phase = LOGGING
         self.stepper.read()
+        if self.outputs.digests is not None:
+            self.outputs.digests.flush()
         row = self.rows.take(self.progress.samples, self.parts.train_loader.waited, self.world.peers.pace())
         self._write_row("train", row)
         duration = self.config.trainer.duration
@@ -238,6 +242,8 @@ class Trainer:
         status.phase = SYNC
         self.stepper.read()
         self._trainable.check_known()
+        if self.outputs.digests is not None:  # before rank 0 hears of this rank, and so before it publishes
+            self.outputs.digests.flush(sync=True)
         ranks = of_every_rank(self.modules, self.world)
         stream = self.parts.train_loader.state_dict(lambda value: on_rank_zero(self.world, value))
         status.phase = SAVING
@@ -266,6 +272,7 @@ class Trainer:
 
     def close(self) -> None:
         """End loader workers and files, whatever happened."""
-        for loader in (self.parts.train_loader, *self.parts.eval_loaders.values(), self.outputs.trace):
-            if loader is not None:
-                loader.close()
+        loaders, outputs = (self.parts.train_loader, *self.parts.eval_loaders.values()), self.outputs
+        for opened in (*loaders, outputs.trace, outputs.digests):
+            if opened is not None:
+                opened.close()

@@ -117,6 +117,7 @@ CHANGES_NOTHING: dict[str, Any] = {
     "tracking.wandb.tags": ["tag"],
     "tracking.report": True,
     "debug.trace_samples": True,
+    "debug.digest": True,
     "debug.layers": True,
     "run.name": "run",
     "run.code_paths": [str(Path(__file__).parent)],

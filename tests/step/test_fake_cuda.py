@@ -26,6 +26,7 @@ from dist_train.step.reduce import ReportingObjective
 from dist_train.step.step import Stepper
 from dist_train.task.losses import Loss
 from dist_train.task.task import Supervised
+from dist_train.training.digests import StepDigests
 
 CUDA = torch.device("cuda", 0)
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique")
@@ -81,6 +82,16 @@ class WithoutDDP:
         return step_sums(self.objective.report.grad.clone())
 
 
+class Unopened:
+    """A file of digests to which nothing is written."""
+
+    def write(self, steps: Any, *, sync: bool = False) -> None:
+        raise AssertionError("written in a step")
+
+    def close(self) -> None:
+        pass
+
+
 def work(step: int, batch: Any, parts: int) -> StepWork:
     """A step of so many micro-batches of 16."""
     rows = np.arange(32)
@@ -92,8 +103,16 @@ def work(step: int, batch: Any, parts: int) -> StepWork:
     return StepWork(step, 0, 16 * parts, rows, micro_batches())
 
 
-def waits(monkeypatch: pytest.MonkeyPatch, loss: Any, target: Any, form: Any, precision: str, **options: Any) -> Waits:
-    """A step after a first one."""
+def waits(
+    monkeypatch: pytest.MonkeyPatch,
+    loss: Any,
+    target: Any,
+    form: Any,
+    precision: str,
+    digested: bool = False,
+    **options: Any,
+) -> Waits:
+    """A step after a first one; `digested`, as `debug.digest` has it."""
     monkeypatch.setattr(
         "dist_train.step.step.seed_forward", lambda *args: None
     )  # there is no generator without a driver
@@ -126,10 +145,18 @@ def waits(monkeypatch: pytest.MonkeyPatch, loss: Any, target: Any, form: Any, pr
         reducer = form(objective)
         leaves += [*(reducer.objective if form is WithoutDDP else net).parameters()]
         plan, config = Plan(0, 32, 32), TrainerConfig(**options)
-        step = Stepper(objective, optimizer, lambda: reducer, plan, lambda micro, work: micro.batch, config)
-        step(work(0, batch, 1), want_norm=True)
+        digests = StepDigests(modules, (), lambda names: Unopened()) if digested else None
+        new_reducer = (lambda: reducer) if digests is None else digests.watched(lambda: reducer, objective)
+        step = Stepper(objective, optimizer, new_reducer, plan, lambda micro, work: micro.batch, config)
+
+        def steps(number: int, parts: int) -> None:
+            step(work(number, batch, parts), want_norm=True)
+            if digests is not None:
+                digests.take(number + 1)
+
+        steps(0, 1)
         with Waits() as seen:
-            step(work(1, batch, 2), want_norm=True)
+            steps(1, 2)
     return seen
 
 
@@ -156,6 +183,16 @@ def test_a_step_lists_no_wait(monkeypatch: pytest.MonkeyPatch, name: str, form: 
     options = {"clip_grad_norm": 1.0, "clip_grad_value": 0.5, "on_nonfinite": "skip"} if name == "elements" else {}
     seen = waits(monkeypatch, *LOSSES[name], form, precision, **options)
     assert seen.kernels > 50
+    assert not seen.found
+
+
+@pytest.mark.parametrize("form", [SingleProcess, WithoutDDP])
+@pytest.mark.parametrize("name", ["elements", "several"])
+def test_digests_of_a_step_list_no_wait(monkeypatch: pytest.MonkeyPatch, name: str, form: Any) -> None:
+    with monkeypatch.context() as patch:
+        plain = waits(patch, *LOSSES[name], form, "bf16")
+    seen = waits(monkeypatch, *LOSSES[name], form, "bf16", digested=True)
+    assert seen.kernels > plain.kernels + 20, "no digests were computed"
     assert not seen.found
 
 

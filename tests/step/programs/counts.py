@@ -141,6 +141,7 @@ def main() -> None:
     counts |= {f"train {strategy}": of_training(strategy, strategy) for strategy in ("auto", "ddp")}
     counts["train losses"] = of_training("ddp", "losses", loss=None, task=Losses(own=False))
     counts["train own weights"] = of_training("ddp", "own", loss=None, task=Losses(own=True))
+    counts["train digests"] = of_training("ddp", "digests", debug={"digest": True})
     if os.environ["RANK"] == "0":
         print(json.dumps(counts))
 
