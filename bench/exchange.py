@@ -13,17 +13,18 @@ import os
 import time
 from statistics import median
 
+import numpy as np
 import torch
 from torch import nn
 
 from dist_train.config.schema import DistributedConfig
+from dist_train.data.plan import MicroBatch
 from dist_train.runtime.launch import read_placement
 from dist_train.runtime.world import World, open_world
-from dist_train.step.exchange import OneBucket
 from dist_train.step.modules import Modules
 from dist_train.step.objective import Objective, SingleProcess
 from dist_train.step.precision import Precision
-from dist_train.step.reduce import DataParallel, Reducer
+from dist_train.step.reduce import DataParallel, OneBucket, Reducer
 from dist_train.task.losses import Loss
 from dist_train.task.task import Supervised
 
@@ -53,6 +54,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=9)
     args = parser.parse_args()
     batch = torch.randn(32, 64), torch.randint(0, 10, (32,))
+    micro = MicroBatch(0, 0, np.arange(32), 0, 32, last=True)
     with open_world(DistributedConfig(device="cpu", threads=1), read_placement(os.environ)) as world:
         reducers = ways(world, args.hidden)
         times: dict[str, list[float]] = {name: [] for name in reducers}
@@ -61,7 +63,7 @@ def main() -> None:
                 world.barrier()
                 began = time.perf_counter()
                 for _ in range(args.steps):
-                    reducer.forward_backward(batch, scale=1.0, zero_weight=False, last=True)
+                    reducer.forward_backward(batch, micro, scale=1.0)
                     reducer.finish()
                     if not isinstance(reducer, SingleProcess):
                         continue

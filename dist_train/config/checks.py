@@ -52,7 +52,7 @@ def _words(name: str | int) -> str:
 
 def cross_checks(config: Config) -> Iterator[Finding]:
     """Every violated rule over the keys of a valid config."""
-    for rules in (_name, _data, _model, _optimizer, _by_optimizer, _schedulers, _watched):
+    for rules in (_name, _data, _model, _optimizer, _by_optimizer, _schedulers, _watched, _bitwise):
         for key, message in rules(config):
             yield keyed(key), message
     for name in ("images", "histograms", "graph"):
@@ -94,6 +94,35 @@ def _data(config: Config) -> Iterator[Violation]:
     if isinstance(data.global_batch_size, int) and isinstance(micro, int) and micro > data.global_batch_size:
         most = f"data.global_batch_size={data.global_batch_size}, which all ranks share"
         yield "trainer.micro_batch_size", f"expected at most {most}, found {micro}"
+
+
+def _bitwise(config: Config) -> Iterator[Violation]:
+    """What `distributed.reproducibility: bitwise` needs and excludes."""
+    distributed, batch, micro = config.distributed, config.data.global_batch_size, config.trainer.micro_batch_size
+    if distributed.reproducibility != "bitwise":
+        return
+    why = "with distributed.reproducibility=bitwise"
+    if isinstance(batch, int) and (micro == "auto" or batch % micro):
+        fitting = [size for size in range(1, batch + 1) if batch % size == 0]
+        shown = fitting if len(fitting) <= 12 else [*fitting[:6], "...", *fitting[-5:]]
+        sizes = ", ".join(map(str, shown))
+        yield (
+            "trainer.micro_batch_size",
+            f"{why} a global batch is always the same micro-batches, as many as there are processes or more: expected a size "
+            f"that divides data.global_batch_size={batch} ({sizes}), found {micro}",
+        )
+    elif micro == "auto":
+        yield "trainer.micro_batch_size", f"{why} micro-batches have a fixed size: expected a number, found auto"
+    if distributed.sync_batchnorm:
+        yield (
+            "distributed.sync_batchnorm",
+            f"{why} BatchNorm takes its statistics of each micro-batch: leave it false, and let trainer.micro_batch_size be "
+            "as many samples as the statistics need",
+        )
+    if distributed.strategy == "ddp":
+        yield "distributed.strategy", f"{why} gradients are summed in a fixed order, which DDP can't: leave it auto"
+    if distributed.deterministic is False:
+        yield "distributed.deterministic", f"{why} kernels must be deterministic: leave it auto"
 
 
 def _named_parts(config: Config) -> Iterator[Violation]:

@@ -202,14 +202,19 @@ class DistributedConfig(Section):
         "`auto`: none on one process; on several ddp, or, where gradients of up to 1 MiB on the CPU fit one bucket, a pairwise "
         "exchange that is faster. `none` on several processes is an error.",
     )
+    reproducibility: Literal["fast", "bitwise"] = consent(
+        "fast",
+        "`fast`: bitwise identical results on the same number of processes. `bitwise`: on any number, and over any change of it, "
+        "with fixed micro-batches (trainer.micro_batch_size); a little slower (docs/reproducibility.md).",
+    )
     sync_batchnorm: bool = consent(False, "BatchNorm statistics over all ranks (torch.nn.SyncBatchNorm; CUDA).")
     find_unused_parameters: bool = harmless(False, "For models that don't use all parameters in each forward; slower.")
     bucket_mb: fields.Positive = harmless(25.0, "MiB of gradients in one all-reduce.")
     threads: Count | Auto = harmless(
         "auto",
-        "Intra-op threads of a process. `auto`: OMP_NUM_THREADS, else its share of the CPUs (one on CUDA).",
+        "Intra-op threads of a process. `auto`: OMP_NUM_THREADS, else its share of the CPUs (one on CUDA, and for bitwise).",
     )
-    deterministic: bool | Auto = harmless("auto", "torch.use_deterministic_algorithms. `auto`: no.")
+    deterministic: bool | Auto = harmless("auto", "torch.use_deterministic_algorithms. `auto`: for bitwise.")
     hang_timeout: fields.Time = harmless(Duration(600.0, "s"), "A step or collective that takes longer ends the run.")
 
 

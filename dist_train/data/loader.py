@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from dist_train.data.errors import CollateError, DataError, SampleError, dataset_name, resource_hint
-from dist_train.data.plan import EvalPlan, Indices, MicroBatch, Plan, StepSampler, rank_slice
+from dist_train.data.plan import EvalPlan, Indices, MicroBatch, Plan, StepSampler
 from dist_train.data.reading import LoaderOptions, SampleReader, dataset_length
 from dist_train.data.stream import is_stream, shard_parameters, stream_length
 from dist_train.data.stream_check import check_stream
@@ -39,7 +39,9 @@ if TYPE_CHECKING:
 _EVAL_EPOCH = -1
 
 
-def build_plan(dataset: Any, *, seed: int, config: DataConfig, weights: Weights | None = None) -> Plan:
+def build_plan(
+    dataset: Any, *, seed: int, config: DataConfig, weights: Weights | None = None, leaf_size: int | None = None
+) -> Plan:
     """The plan of the training data by the `data` section's global_batch_size, shuffle, drop_last and steps_per_epoch.
 
     A stream comes in its own order: it isn't shuffled, and its epoch is `steps_per_epoch` steps, else its own length.
@@ -49,7 +51,13 @@ def build_plan(dataset: Any, *, seed: int, config: DataConfig, weights: Weights 
     if not is_stream(dataset):
         samples = dataset_length(dataset)
         size = samples if size == "all" else int(size)
-        return Plan(seed, samples, size, config.shuffle, config.drop_last, weights)
+        return Plan(seed, samples, size, config.shuffle, config.drop_last, weights, leaf_size)
+    if leaf_size is not None:
+        raise DataError(
+            f"data.train: {dataset_name(dataset)} is an IterableDataset: its samples depend on who reads them, so results "
+            f"can't be the same on any number of processes. distributed.reproducibility=bitwise needs a map-style dataset "
+            f"(__len__ and __getitem__)"
+        )
     if size == "all":
         raise DataError(f"data.global_batch_size: all needs a map-style dataset, found {dataset_name(dataset)}")
     length = stream_length(dataset) if steps is None else steps * int(size)
@@ -274,7 +282,7 @@ class TrainLoader(_Loader):
                     self._stream.rewind()
                 iterator = self._start()
             samples, local = plan.batch_samples(step), plan.local(step, sampler.rank, sampler.num_replicas)
-            start_position = rank_slice(samples, sampler.rank, sampler.num_replicas).start if len(local) else 0
+            start_position = plan.share(samples, sampler.rank, sampler.num_replicas).start if len(local) else 0
             micro_batches = self._micro_batches(iterator, step, start_position)
             yield StepWork(step, epoch, samples, local, micro_batches)
             for _ in micro_batches:  # the caller may have left a step early

@@ -44,6 +44,10 @@ class MicroBatch(NamedTuple):
     keys: Indices | None = None
     """What each sample's random numbers depend on besides seed and epoch: (n + neighbours,) int64, its place in the epoch where
     samples are drawn with replacement, so that two copies draw differently; None: its index."""
+    leaf: int = 0
+    """Of a plan with `leaf_size`: which of the global batch's leaves it is."""
+    leaves: int = 0
+    """Of a plan with `leaf_size`: how many leaves the global batch has."""
 
     @property
     def random_keys(self) -> Indices:
@@ -74,6 +78,32 @@ def micro_slices(n: int, rank: int, world_size: int, micro: int) -> tuple[slice,
     count = -(-size // micro)
     slices = (rank_slice(size, k, count) for k in range(count))
     return tuple(slice(mine.start + one.start, mine.start + one.stop) for one in slices)
+
+
+@lru_cache(maxsize=64)
+def leaf_shares(leaves: int, world_size: int) -> tuple[range, ...]:
+    """Which leaves of a global batch each rank computes: contiguous, in rank order, none more than the others' most.
+
+    Among such shares it takes those that end where a large subtree of the reduction's binary tree does (`step.tree`), so that a
+    rank has few partial sums to send. With fewer leaves than ranks the last ranks have none.
+    """
+    most, start, shares = -(-leaves // world_size), 0, []
+    for rank in range(world_size):
+        others = world_size - rank - 1
+        least = max(leaves - others * most, min(start + 1, leaves))
+        ends = range(least, min(start + most, max(leaves - others, least)) + 1)
+        stop = max(ends, key=lambda end: end & -end)  # the largest power of two that divides it
+        shares.append(range(start, stop))
+        start = stop
+    return tuple(shares)
+
+
+@lru_cache(maxsize=64)
+def leaf_slices(n: int, rank: int, world_size: int, size: int) -> tuple[slice, ...]:
+    """As `micro_slices`, but of as few near-equal leaves as possible, none larger than `size`, which are the same for any
+    number of ranks and never split."""
+    leaves = -(-n // size)
+    return tuple(rank_slice(n, leaf, leaves) for leaf in leaf_shares(leaves, world_size)[rank])
 
 
 @lru_cache(maxsize=2)  # two: prefetching may already be in the next epoch
@@ -109,6 +139,9 @@ class Plan:
     """Leave out the samples of an epoch that don't fill a global batch; else its last step is smaller."""
     weights: Weights | None = None
     """Draw the `length` samples of an epoch with replacement, by these weights; shuffle makes no difference then."""
+    leaf_size: int | None = None
+    """Micro-batches are fixed parts of the global batch, of this many samples: leaves of one tree of sums (`step.tree`), so that
+    results are bitwise identical for any number of ranks; None: each rank splits its own part of the batch."""
 
     def __post_init__(self) -> None:
         if self.length < 1:
@@ -152,10 +185,27 @@ class Plan:
         start = (step % self.steps_per_epoch) * self.global_batch_size
         return min(self.global_batch_size, self.length - start)
 
+    def share(self, n: int, rank: int, world_size: int) -> slice:
+        """The part of a global batch of n samples that `rank` takes; empty if it has none."""
+        if self.leaf_size is None:
+            return rank_slice(n, rank, world_size)
+        mine = leaf_slices(n, rank, world_size, self.leaf_size)
+        return slice(mine[0].start, mine[-1].stop) if mine else slice(n, n)
+
+    def slices(self, n: int, rank: int, world_size: int, micro: int) -> tuple[slice, ...]:
+        """The micro-batches of `rank` in a global batch of n samples, as slices of that batch; empty without samples."""
+        if self.leaf_size is None:
+            return micro_slices(n, rank, world_size, micro)
+        return leaf_slices(n, rank, world_size, self.leaf_size)
+
+    def leaves(self, n: int) -> int:
+        """How many leaves a global batch of n samples has; 0 without `leaf_size`."""
+        return 0 if self.leaf_size is None else -(-n // self.leaf_size)
+
     def local(self, step: int, rank: int, world_size: int) -> Indices:
         """The samples of global step `step` that `rank` takes; empty if it has none."""
         batch = self.batch(step)
-        return batch[rank_slice(len(batch), rank, world_size)]
+        return batch[self.share(len(batch), rank, world_size)]
 
     def micro_batches(self, step: int, rank: int, world_size: int, micro: int, neighbours: int = 0) -> list[MicroBatch]:
         """What `rank` reads in global step `step`: at least one micro-batch, none of more than `micro` samples.
@@ -166,7 +216,8 @@ class Plan:
         """
         batch = self.batch(step)
         n, epoch = len(batch), self.epoch_of(step)
-        mine = micro_slices(n, rank, world_size, micro)
+        mine, leaves = self.slices(n, rank, world_size, micro), self.leaves(n)
+        leaf = leaf_shares(leaves, world_size)[rank].start if leaves else 0
         first = (step % self.steps_per_epoch) * self.global_batch_size  # place of the batch in the epoch
 
         def part(values: Indices, start: int, stop: int) -> Indices:
@@ -174,13 +225,14 @@ class Plan:
                 values.take(range(start, stop + neighbours), mode="wrap") if neighbours else values[start:stop].copy()
             )
 
-        def read(start: int, stop: int, samples: int, last: bool) -> MicroBatch:
+        def read(start: int, stop: int, samples: int, last: bool, k: int = 0) -> MicroBatch:
             keys = None if self.weights is None else part(np.arange(first, first + n), start, stop)
-            return MicroBatch(epoch, step, part(batch, start, stop), start, samples, last, keys=keys)
+            indices = part(batch, start, stop)
+            return MicroBatch(epoch, step, indices, start, samples, last, keys=keys, leaf=leaf + k, leaves=leaves)
 
         if not mine:
             return [read(0, min(2, n), 0, True)]
-        return [read(one.start, one.stop, one.stop - one.start, one is mine[-1]) for one in mine]
+        return [read(one.start, one.stop, one.stop - one.start, one is mine[-1], k) for k, one in enumerate(mine)]
 
     def smallest_micro_batch(self, world_size: int, micro: int) -> int:
         """The fewest samples that any forward of training gets, zero-weight ones apart (BatchNorm can't train on one)."""
@@ -188,7 +240,7 @@ class Plan:
             one.stop - one.start
             for n in {self.batch_samples(0), self.batch_samples(self.steps_per_epoch - 1)}
             for rank in range(world_size)
-            for one in micro_slices(n, rank, world_size, micro)
+            for one in self.slices(n, rank, world_size, micro)
         )
 
     def fingerprint(self) -> str:
@@ -253,4 +305,4 @@ class StepSampler(DistributedSampler[Any]):
         """Micro-batches of this rank in the selected steps (in one epoch, if they have no end)."""
         steps = range(self.plan.steps_per_epoch) if self.stop_step is None else range(self.start_step, self.stop_step)
         sizes = (self.plan.batch_samples(step) for step in steps)
-        return sum(max(1, len(micro_slices(n, self.rank, self.num_replicas, self.micro_batch_size))) for n in sizes)
+        return sum(max(1, len(self.plan.slices(n, self.rank, self.num_replicas, self.micro_batch_size))) for n in sizes)

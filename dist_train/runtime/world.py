@@ -8,7 +8,7 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -195,6 +195,24 @@ def broadcast_from_rank_zero(tensors: Iterable[torch.Tensor | None], world: Worl
         dist._broadcast_coalesced(dist.distributed_c10d._get_default_group(), ours, BROADCAST_BYTES, 0)
 
 
+def gather_rows(mine: torch.Tensor, counts: Sequence[int], world: World) -> torch.Tensor:
+    """The rows of all ranks, in order of rank: of rank r the first `counts[r]`, which may differ. Every rank calls it.
+
+    Args:
+        mine: (n, ...) with n at least this rank's count, on its device; without a gradient.
+    """
+    import torch
+    import torch.distributed as dist
+
+    if mine.dtype == torch.bool:
+        return gather_rows(mine.to(torch.uint8), counts, world).bool()
+    sent = mine.new_zeros((max(counts), *mine.shape[1:]))
+    sent[: counts[world.rank]] = mine[: counts[world.rank]]
+    received = [torch.empty_like(sent) for _ in counts]
+    dist.all_gather(received, sent)
+    return torch.cat([part[:count] for part, count in zip(received, counts, strict=True)])
+
+
 @contextlib.contextmanager
 def open_world(config: DistributedConfig, placement: Placement) -> Iterator[World]:
     """Join the other processes of the job: store, device and process group (NCCL on CUDA, gloo on CPU).
@@ -227,7 +245,8 @@ def open_world(config: DistributedConfig, placement: Placement) -> Iterator[Worl
     signals.before_end(peers.stopped)
     try:
         device = pick_device(config.device, placement)
-        torch.set_num_threads(_threads(config.threads, placement, device))
+        threads = 1 if (config.threads, config.reproducibility) == ("auto", "bitwise") else config.threads
+        torch.set_num_threads(_threads(threads, placement, device))
         if launchers is not None:
             cuda = device.type == "cuda"
             backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"

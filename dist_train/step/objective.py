@@ -38,6 +38,18 @@ def step_sums(reported: Tensor) -> StepSums:
     return StepSums(reported[1], reported[0], terms)
 
 
+def reported(output: Computed, like: Tensor) -> Tensor:
+    """What is reduced of an output: its weight, its loss sum, then (sum, weight) of each named loss; with the dtype of `like`."""
+    numbers = [output.weight, output.loss if output.value is None else output.value]
+    numbers += [number for term in output.terms.values() for number in term[:2]]
+    return torch.stack([
+        number.detach().to(like, non_blocking=True)
+        if isinstance(number, Tensor)
+        else torch.full((), number, dtype=like.dtype, device=like.device)  # as_tensor would wait for the device
+        for number in numbers
+    ])  # fmt: skip
+
+
 class Objective:
     """The training forward.
 
@@ -145,7 +157,7 @@ class SingleProcess:
     def warm_up(self, item: Item, rewind: Callable[[], object]) -> None:
         pass
 
-    def forward_backward(self, item: Item, *, scale: float, zero_weight: bool, last: bool) -> None:
+    def forward_backward(self, item: Item, micro: MicroBatch, *, scale: float) -> None:
         output = self.objective.forward(item)
         loss, scaler = output.loss, self.objective.scaler
         status.phase = BACKWARD

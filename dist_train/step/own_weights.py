@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dist_train.runtime.world import gather_rows
 from dist_train.step.objective import Item, Objective, trainable
 from dist_train.task.terms import Computed, combine, computed
 from dist_train.watch.status import SYNC, status
@@ -15,14 +16,33 @@ from dist_train.watch.status import SYNC, status
 if TYPE_CHECKING:
     from dist_train.data.loader import StepWork
     from dist_train.data.plan import MicroBatch
+    from dist_train.runtime.world import World
+    from dist_train.step.modules import Modules
+    from dist_train.step.precision import Precision
+    from dist_train.task.task import Task
 
 
 class OwnWeights(Objective):
     """The loss is the sum of factor * total / weight, each over the global batch.
 
-    The task's `weights(batch)` gives the weights of a micro-batch; they are summed over the rank's micro-batches, which are all
-    on the device by then, and by one all-reduce of a few numbers over the ranks.
+    The task's `weights(batch)` gives the weights of a micro-batch. They are gathered from all ranks, a few numbers for each
+    micro-batch, all of which are on the device by then, and summed in the order of the global batch.
+
+    Args:
+        counts: of the samples of a step, how many micro-batches with weight each rank has.
     """
+
+    def __init__(
+        self,
+        modules: Modules,
+        task: Task,
+        precision: Precision,
+        scaler: torch.amp.GradScaler | None,
+        world: World,
+        counts: Callable[[int], list[int]],
+    ):
+        super().__init__(modules, task, precision, scaler, world.size)
+        self.world, self.counts = world, counts
 
     def items(
         self, work: StepWork, prepare: Callable[[MicroBatch, StepWork], Any]
@@ -30,26 +50,28 @@ class OwnWeights(Objective):
         loaded = [(micro, prepare(micro, work)) for micro in work.micro_batches]
         given = [self._weights(batch) for micro, batch in loaded]
         names = sorted(given[0])
-        device = next(self.modules.parameters()).device
-        total = torch.zeros(len(names), dtype=torch.float64, device=device)
+        rows = []
         for (micro, _), weights in zip(loaded, given, strict=True):
             if sorted(weights) != names:
                 raise ValueError(
                     f"a task's weights(batch) gave {', '.join(names)} before, and now {', '.join(sorted(weights))}"
                 )
             if not micro.zero_weight:
-                numbers = [weights[name] for name in names]
-                total += torch.stack([
-                    number.detach().to(total) if isinstance(number, Tensor) else torch.full_like(total[0], number)
-                    for number in numbers
-                ])  # fmt: skip
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+                rows.append(torch.stack([self._number(weights[name]) for name in names]))
+        mine = torch.stack(rows) if rows else self._number(0.0).expand(0, len(names))
+        if self.world.size > 1:
             status.phase = SYNC
-            torch.distributed.all_reduce(total)
+            mine = gather_rows(mine, self.counts(work.samples), self.world)
+        total = mine.sum(0)
         # samples / weight: the step divides by the samples. A loss without weight in the whole batch is zero.
         scales = (work.samples / total).nan_to_num(posinf=0.0, nan=0.0).unbind()
         for (micro, batch), weights in zip(loaded, given, strict=True):
             yield micro, (batch, micro.samples, dict(zip(names, scales, strict=True)), weights)
+
+    def _number(self, value: Tensor | float) -> Tensor:
+        if isinstance(value, Tensor):
+            return value.detach().to(self.world.device, torch.float64)
+        return torch.full((), value, dtype=torch.float64, device=self.world.device)
 
     def _weights(self, batch: Any) -> dict[str, Any]:
         weights = self.task.weights(batch)  # type: ignore[attr-defined]

@@ -1,6 +1,7 @@
-"""From micro-batches on many ranks to the gradient of the global batch, behind one interface with three forms.
+"""From micro-batches on many ranks to the gradient of the global batch, behind one interface with four forms.
 
-`SingleProcess`, `DataParallel` around torch's DistributedDataParallel, and `OneBucket` for small models on the CPU.
+`SingleProcess`, `DataParallel` around torch's DistributedDataParallel, `OneBucket` for small models on the CPU, and
+`bitwise.Bitwise`, whose sums have the same bits on any number of processes.
 """
 
 from __future__ import annotations
@@ -15,13 +16,26 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dist_train.step.exchange import OneBucket, fits_one_bucket
-from dist_train.step.objective import Item, Objective, SingleProcess, StepSums, check_all_used, step_sums
+from dist_train.step.bitwise import Bitwise
+from dist_train.step.buckets import FIRST_BYTES, Bucket
+from dist_train.step.links import Links
+from dist_train.step.modules import BufferSnapshot
+from dist_train.step.objective import (
+    Item,
+    Objective,
+    SingleProcess,
+    StepSums,
+    check_all_used,
+    reported,
+    step_sums,
+)
+from dist_train.step.tree import Node, Partials, peers
 from dist_train.task.batch import clone_batch
 from dist_train.watch.status import BACKWARD, status
 
 if TYPE_CHECKING:
     from dist_train.config.schema import DistributedConfig
+    from dist_train.data.plan import MicroBatch
     from dist_train.runtime.world import World
 
 _DDP = nn.parallel.DistributedDataParallel
@@ -40,13 +54,8 @@ class Reducer(Protocol):
         `rewind` restores buffers and seeds the generators; it is called before each forward.
         """
 
-    def forward_backward(self, item: Item, *, scale: float, zero_weight: bool, last: bool) -> None:
-        """Add one micro-batch's gradient of `scale * loss sum`.
-
-        Args:
-            zero_weight: padding for a rank without samples: it adds nothing.
-            last: this is the rank's last micro-batch of the step.
-        """
+    def forward_backward(self, item: Item, micro: MicroBatch, *, scale: float) -> None:
+        """Add one micro-batch's gradient of `scale * loss sum`; `item` is what the objective takes for it."""
 
     def finish(self) -> StepSums:
         """The sums of the step over all ranks and micro-batches."""
@@ -94,16 +103,8 @@ class ReportingObjective(nn.Module):
         if zero_weight:
             return _Reporting.apply(loss, self.report, torch.zeros_like(self.report), 0.0)
         # DDP divides by the world size: after a product with it, integers stay integers.
-        numbers = [output.weight, output.loss if output.value is None else output.value]
-        numbers += [number for term in output.terms.values() for number in term[:2]]
-        values = torch.stack([self._as_report(number) for number in numbers]) * self.world_size
+        values = reported(output, self.report) * self.world_size
         return _Reporting.apply(loss, self.report, values, scale * self.world_size)
-
-    def _as_report(self, value: Tensor | float) -> Tensor:
-        if isinstance(value, Tensor):
-            return value.detach().to(self.report, non_blocking=True)
-        # as_tensor would wait for the device
-        return torch.full((), value, dtype=self.report.dtype, device=self.report.device)
 
 
 class DataParallel:
@@ -131,13 +132,19 @@ class DataParallel:
         """
         for _ in range(2):
             rewind()
-            self.forward_backward(clone_batch(item), scale=1.0, zero_weight=False, last=True)
+            self._add(clone_batch(item), scale=1.0, zero_weight=False, last=True)
             if not self.find_unused:
                 check_all_used(self.trained)
         for parameter in self.objective.parameters():
             parameter.grad = None
 
-    def forward_backward(self, item: Item, *, scale: float, zero_weight: bool, last: bool) -> None:
+    def forward_backward(self, item: Item, micro: MicroBatch, *, scale: float) -> None:
+        kept = BufferSnapshot(self.objective.modules_trained) if micro.zero_weight else None
+        self._add(item, scale=scale, zero_weight=micro.zero_weight, last=micro.last)
+        if kept is not None:
+            kept.restore()
+
+    def _add(self, item: Item, *, scale: float, zero_weight: bool, last: bool) -> None:
         # gradients are reduced with the last micro-batch only
         with contextlib.nullcontext() if last else self.ddp.no_sync():
             loss = self.ddp(item, scale, zero_weight)
@@ -156,6 +163,65 @@ class DataParallel:
         del self.ddp, self.objective, self.trained
 
 
+class OneBucket(SingleProcess):
+    """Gradients that fit one bucket, on the CPU: summed on each rank, then over the ranks, pair by pair.
+
+    DDP too would reduce them all after the last backward, so there is nothing to overlap, and gloo's all-reduce, a ring of many
+    small messages, takes most of a small model's step (bench/RESULTS.md). Here the ranks are the leaves of a tree (`step.tree`),
+    so that all get the same sums, from the first step on.
+    """
+
+    def __init__(self, objective: Objective, world: World):
+        super().__init__(objective)
+        self.rank, self.world_size = world.rank, world.size
+        self.links = Links(world, peers(world.rank, world.size))
+        self.trained = objective.trained()
+        self.parameters = list(self.trained.values())
+        like = self.parameters[0]
+        self.report = like.new_zeros(2 + 2 * len(objective.terms or ()))  # see `step_sums`
+        self.bucket = Bucket(world.rank, world.size, self.links, [*self.parameters, self.report])
+
+    def forward_backward(self, item: Item, micro: MicroBatch, *, scale: float) -> None:
+        if not micro.zero_weight:
+            super().forward_backward(item, micro, scale=scale)
+
+    @torch.no_grad()
+    def finish(self) -> StepSums:
+        status.phase = BACKWARD
+        status.busy += time.perf_counter() - status.began  # from here on the ranks wait for each other
+        if self._loss is None:
+            self.report.zero_()
+            gradients = [torch.zeros_like(parameter) for parameter in self.parameters]
+        else:
+            gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+            if len(gradients) < len(self.parameters):
+                check_all_used(self.trained)
+            sums = super().finish()
+            self.report[0], self.report[1] = sums.weight, sums.loss
+            if sums.terms is not None:
+                self.report[2:] = sums.terms.view(-1)
+        mine = Partials(self.world_size)
+        mine.add(Node(0, self.rank), [*gradients, self.report])
+        *totals, report = self.bucket.summed(mine)
+        for parameter, total in zip(self.parameters, totals, strict=True):
+            parameter.grad = total
+        return step_sums(report.clone())
+
+    def close(self) -> None:
+        self.links.close()
+
+
+def fits_one_bucket(objective: Objective, bucket_mb: float) -> bool:
+    """Whether the gradients are on the CPU, dense, of one dtype and small."""
+    parameters = objective.trained().values()
+    kinds = {(parameter.device.type, parameter.dtype) for parameter in parameters}
+    return (
+        kinds in ({("cpu", torch.float32)}, {("cpu", torch.float64)})
+        and sum(parameter.nbytes for parameter in parameters) <= min(bucket_mb * 2**20, FIRST_BYTES)
+        and not any(getattr(module, "sparse", False) for module in objective.modules.modules())
+    )
+
+
 def reducer_for(objective: Objective, world: World, config: DistributedConfig) -> Reducer:
     """The form that suits the processes, the model and the config.
 
@@ -163,7 +229,7 @@ def reducer_for(objective: Objective, world: World, config: DistributedConfig) -
         ValueError: the ranks' tasks give different losses.
     """
     if world.size == 1:
-        return SingleProcess(objective)
+        return Bitwise(objective, world, config) if config.reproducibility == "bitwise" else SingleProcess(objective)
     every, weights = zip(*world.all_gather((objective.terms, objective.ratios)), strict=True)
     if any(len(w) != len(weights[0]) or math.dist(w, weights[0]) > 1e-9 for w in weights):
         raise ValueError(
@@ -174,6 +240,8 @@ def reducer_for(objective: Objective, world: World, config: DistributedConfig) -
         raise ValueError(
             f"the ranks' tasks give different losses: {every}; give the same ones, in one order, for every batch"
         )
+    if config.reproducibility == "bitwise":
+        return Bitwise(objective, world, config)
     small = config.strategy == "auto" and not config.find_unused_parameters
     if small and fits_one_bucket(objective, config.bucket_mb):
         return OneBucket(objective, world)

@@ -127,10 +127,7 @@ class Stepper:
             status.item += 1
             reducer = self.reducer or self._begin(item)
             seed_forward(self.seed, work.step, micro.position, self.device)
-            kept = BufferSnapshot(self.modules) if micro.zero_weight else None
-            reducer.forward_backward(item, scale=scale, zero_weight=micro.zero_weight, last=micro.last)
-            if kept is not None:
-                kept.restore()
+            reducer.forward_backward(item, micro, scale=scale)
             status.phase = DATA
         assert self.reducer is not None
         return self.reducer.finish()

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dist_train.data.plan import rank_slice
 from dist_train.runtime.seeding import seed_forward
+from dist_train.runtime.world import gather_rows
 from dist_train.step.modules import BufferSnapshot, Modules
 from dist_train.step.objective import Item, Objective, trainable
 from dist_train.step.precision import Precision
@@ -28,7 +28,7 @@ from dist_train.watch.status import FORWARD, SYNC, status
 
 if TYPE_CHECKING:
     from dist_train.data.loader import StepWork
-    from dist_train.data.plan import MicroBatch
+    from dist_train.data.plan import MicroBatch, Plan
     from dist_train.runtime.world import World
 
 
@@ -58,10 +58,10 @@ class WholeBatch(Objective):
         precision: Precision,
         scaler: torch.amp.GradScaler | None,
         world: World,
-        seed: int,
+        plan: Plan,
     ):
         super().__init__(modules, task, precision, scaler, world.size)
-        self.whole, self.world, self.seed = task, world, seed
+        self.whole, self.world, self.plan, self.seed = task, world, plan, plan.seed
         self._first = True  # at the first step there are checks that wait for the device
         self._snapshot_frozen = True  # as long as a forward may change parameters that don't train
 
@@ -135,15 +135,8 @@ class WholeBatch(Objective):
             if self._first:
                 _check_equal([first, mine])
             return first
-        shares = [rank_slice(samples, rank, world.size) for rank in range(world.size)]
-        sizes = [share.stop - share.start for share in shares]
-        sent = mine.new_zeros((max(sizes), *mine.shape[1:]))
-        sent[: sizes[world.rank]] = mine[: sizes[world.rank]]
-        if sent.dtype == torch.bool:
-            return self._from_ranks(mine.to(torch.uint8), samples).bool()
-        received = [torch.empty_like(sent) for _ in sizes]
-        torch.distributed.all_gather(received, sent)
-        return torch.cat([part[:size] for part, size in zip(received, sizes, strict=True)])
+        shares = [self.plan.share(samples, rank, world.size) for rank in range(world.size)]
+        return gather_rows(mine, [share.stop - share.start for share in shares], world)
 
     def _differentiate(
         self, outputs: Any, targets: Any, samples: int

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dist_train.data.plan import micro_slices
 from dist_train.task.samplewise import BatchDependence, batch_dependence
 from dist_train.task.task import WholeBatchTask
 from dist_train.training.unsaved import unsaved_at_start
@@ -33,7 +32,7 @@ class FirstBatch:
             self._unsaved = unsaved_at_start(built, batch, length)
         if self.pieces == 1 or isinstance(built.task, WholeBatchTask):
             return
-        of_ranks = [micro_slices(samples, rank, size, built.micro_batch_size) for rank in range(size)]
+        of_ranks = [built.plan.slices(samples, rank, size, built.micro_batch_size) for rank in range(size)]
         least = min(min((part.stop - part.start for part in mine), default=0) for mine in of_ranks)
         with built.evaluator.serving(ema=False):
             self._dependence = batch_dependence(built.task, built.model, batch, length=length, samples=least)

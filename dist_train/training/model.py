@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 from dist_train.config.components import build, build_callable
 from dist_train.config.errors import ConfigError
 from dist_train.config.fields import is_named
-from dist_train.data.plan import Plan, micro_slices
+from dist_train.data.plan import Plan
 from dist_train.models.layers import begin_training
 from dist_train.runtime.seeding import seed_everything
 from dist_train.step.modules import Modules
@@ -81,7 +81,8 @@ def build_model_parts(config: Config, world: World, *, fresh: bool = False) -> M
     Raises:
         ConfigError: one of them can't be built; names its key.
     """
-    if config.distributed.deterministic is True:
+    distributed = config.distributed
+    if distributed.deterministic is True or distributed.reproducibility == "bitwise":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's BLAS is first used
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
@@ -264,7 +265,7 @@ def check_batchnorm(built: ModelParts, plan: Plan, micro: int) -> None:
         return
     good: list[str] = []
     for size in range(max(2, plan.global_batch_size - 8), min(plan.global_batch_size + 8, plan.length) + 1):
-        candidate = Plan(plan.seed, plan.length, size, plan.shuffle, plan.drop_last)
+        candidate = replace(plan, global_batch_size=size)
         if candidate.smallest_micro_batch(world_size, max(micro, 2)) > 1:
             good.append(str(size))
     raise ConfigError.single(
@@ -278,7 +279,7 @@ def check_batchnorm(built: ModelParts, plan: Plan, micro: int) -> None:
 def _check_equal_counts(plan: Plan, world_size: int, micro: int) -> None:
     """SyncBatchNorm is a collective in every forward: with unequal numbers of forwards, ranks would wait forever."""
     for size in (plan.batch_samples(0), plan.batch_samples(plan.steps_per_epoch - 1)):
-        counts = [len(micro_slices(size, rank, world_size, micro)) for rank in range(world_size)]
+        counts = [len(plan.slices(size, rank, world_size, micro)) for rank in range(world_size)]
         if len({*counts}) > 1:
             raise ConfigError.single(
                 "distributed.sync_batchnorm",

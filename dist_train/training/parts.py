@@ -85,6 +85,11 @@ class Parts(ModelParts):
             return {f"lr/{name}": one.param_groups[0]["lr"] for name, one in self.optimizer.by_name.items()}
         return {"lr": self.optimizer.param_groups[0]["lr"]}
 
+    def micro_batch_counts(self, samples: int) -> list[int]:
+        """How many micro-batches each rank has in a step of so many samples."""
+        size = self.world.size
+        return [len(self.plan.slices(samples, rank, size, self.micro_batch_size)) for rank in range(size)]
+
     def prepare(self, micro: MicroBatch, work: StepWork) -> Any:
         """A micro-batch on the device, augmented; the draws depend on (seed, epoch, sample)."""
         batch = self.move(micro.batch)
@@ -115,8 +120,10 @@ def build_parts(
     with building("data.weights"):
         weights = sampling_weights(datasets["train"], options)
     with building("data"):
-        plan = build_plan(datasets["train"], seed=config.seed, config=config.data, weights=weights)
-    micro = _micro_batch_size(config, world, plan, fits)
+        leaf = _leaf_size(config)
+        plan = build_plan(datasets["train"], seed=config.seed, config=config.data, weights=weights, leaf_size=leaf)
+    _check_leaves(plan, world)
+    micro = leaf or _micro_batch_size(config, world, plan, fits)
     keep_best = _keep_best(built)
     check_batchnorm(built, plan, micro)
     check_watched(built, keep_best)
@@ -146,6 +153,27 @@ def build_parts(
         horizon=horizon, schedule=schedule, ema=ema, frozen=frozen, keep_best=keep_best, stop_when=stop_when,
         evaluator=Evaluator(built, ema),
     )  # fmt: skip
+
+
+def _leaf_size(config: Config) -> int | None:
+    """Samples of the fixed micro-batches of `distributed.reproducibility: bitwise`."""
+    micro = config.trainer.micro_batch_size
+    return int(micro) if config.distributed.reproducibility == "bitwise" and micro != "auto" else None
+
+
+def _check_leaves(plan: Plan, world: World) -> None:
+    """Raises ConfigError: a process would have no micro-batch at all; or one has another size than the others."""
+    if plan.leaf_size is None:
+        return
+    batch, size = plan.global_batch_size, plan.leaf_size
+    if batch % size or world.size > batch // size:
+        fitting = [one for one in range(1, batch + 1) if batch % one == 0 and batch // one >= world.size]
+        wanted = f"expected one of {', '.join(map(str, fitting[-12:]))}" if fitting else "start fewer processes"
+        raise ConfigError.single(
+            "trainer.micro_batch_size",
+            f"with distributed.reproducibility=bitwise a global batch of {batch} samples is micro-batches of {size}, "
+            f"{batch / size:g} of them for {world.size} process(es), and each needs at least one: {wanted}",
+        )
 
 
 def _micro_batch_size(config: Config, world: World, plan: Plan, fits: int | None) -> int:
@@ -312,6 +340,7 @@ def build_stepper(
 def _objective(parts: Parts, task: Any) -> Objective:
     scaler, world = parts.precision.scaler(), parts.world
     if isinstance(task, WholeBatchTask):
-        return WholeBatch(parts.modules, task, parts.precision, scaler, world, parts.config.seed)
-    kind = OwnWeights if callable(getattr(task, "weights", None)) else Objective
-    return kind(parts.modules, task, parts.precision, scaler, world.size)
+        return WholeBatch(parts.modules, task, parts.precision, scaler, world, parts.plan)
+    if callable(getattr(task, "weights", None)):
+        return OwnWeights(parts.modules, task, parts.precision, scaler, world, parts.micro_batch_counts)
+    return Objective(parts.modules, task, parts.precision, scaler, world.size)

@@ -131,6 +131,7 @@ ELSEWHERE = {
     "trainer.whole_batch": "oracle/test_task_interface.py::test_one_process_in_micro_batches_is_the_textbook",  # "covariance"
     "trainer.compile": "gpu/test_training.py::test_compiled_and_channels_last_train_too",  # half a minute on the CPU
     "distributed.sync_batchnorm": "models/test_transfer.py",  # CUDA alone
+    "distributed.reproducibility": "step/test_tree.py",
 }
 RunOf = Callable[[str], Path]
 

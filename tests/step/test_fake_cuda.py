@@ -75,8 +75,8 @@ class WithoutDDP:
     def warm_up(self, batch: Any, rewind: Callable[[], object]) -> None:
         pass
 
-    def forward_backward(self, batch: Any, *, scale: float, zero_weight: bool, last: bool) -> None:
-        self.objective(batch, scale, zero_weight).backward()
+    def forward_backward(self, batch: Any, micro: MicroBatch, *, scale: float) -> None:
+        self.objective(batch, scale, micro.zero_weight).backward()
 
     def finish(self) -> StepSums:
         return step_sums(self.objective.report.grad.clone())
