@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from multiprocessing.util import Finalize
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +21,6 @@ from dist_train.data.reading import LoaderOptions, SampleReader, dataset_length
 from dist_train.data.stream import is_stream, shard_parameters, stream_length
 from dist_train.data.stream_check import check_stream
 from dist_train.data.stream_reader import ShardPlan, ShardReader, StreamInfo, StreamReader
-from dist_train.data.weights import Weights
 from dist_train.data.workers import (
     context_for,
     exit_causes,
@@ -32,41 +31,8 @@ from dist_train.data.workers import (
 )
 from dist_train.runtime.seeding import mix
 
-if TYPE_CHECKING:
-    from dist_train.config.schema import DataConfig
-
 # Evaluation reads under an epoch of its own, so that a random transform there draws the same in every evaluation.
 _EVAL_EPOCH = -1
-
-
-def build_plan(
-    dataset: Any, *, seed: int, config: DataConfig, weights: Weights | None = None, leaf_size: int | None = None
-) -> Plan:
-    """The plan of the training data by the `data` section's global_batch_size, shuffle, drop_last and steps_per_epoch.
-
-    A stream comes in its own order: it isn't shuffled, and its epoch is `steps_per_epoch` steps, else its own length.
-    Raises DataError for no samples, no full batch, or a stream of unknown length.
-    """
-    size, steps = config.global_batch_size, config.steps_per_epoch
-    if not is_stream(dataset):
-        samples = dataset_length(dataset)
-        size = samples if size == "all" else int(size)
-        return Plan(seed, samples, size, config.shuffle, config.drop_last, weights, leaf_size)
-    if leaf_size is not None:
-        raise DataError(
-            f"data.train: {dataset_name(dataset)} is an IterableDataset: its samples depend on who reads them, so results "
-            f"can't be the same on any number of processes. distributed.reproducibility=bitwise needs a map-style dataset "
-            f"(__len__ and __getitem__)"
-        )
-    if size == "all":
-        raise DataError(f"data.global_batch_size: all needs a map-style dataset, found {dataset_name(dataset)}")
-    length = stream_length(dataset) if steps is None else steps * int(size)
-    if length is None:
-        raise DataError(
-            f"data.train: {dataset_name(dataset)} is an IterableDataset without a length: give it a __len__ (samples "
-            f"of one pass), or set data.steps_per_epoch"
-        )
-    return Plan(seed, length, int(size), shuffle=False, drop_last=config.drop_last)
 
 
 def _no_collate(batch: Any) -> Any:

@@ -83,7 +83,7 @@ def _task(parts: Parts) -> str:
         own = "as the task's moves(step) says" if hasattr(parts.task.task, "moves") else "in this order"
         return f"optimizers {', '.join(parts.task.names)}, {own}"
     if callable(getattr(parts.task, "weights", None)):
-        return "losses with weights of their own: one small all-reduce before the backward of each step"
+        return "losses with weights of their own: one small all-gather before the backward of each step"
     return ""
 
 

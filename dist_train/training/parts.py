@@ -13,7 +13,7 @@ from dist_train.config.components import build
 from dist_train.config.errors import ConfigError
 from dist_train.config.fields import Duration, is_named
 from dist_train.data.augment import Augmentation
-from dist_train.data.loader import EvalLoader, TrainLoader, build_plan
+from dist_train.data.loader import EvalLoader, TrainLoader
 from dist_train.data.plan import Plan
 from dist_train.data.weighting import sampling_weights
 from dist_train.step.closure import takes_closure
@@ -34,7 +34,7 @@ from dist_train.training.due import StopWhen, in_steps
 from dist_train.training.evaluate import Evaluator
 from dist_train.training.frozen import Frozen
 from dist_train.training.model import ModelParts, build_model_parts, check_batchnorm, check_watched
-from dist_train.training.prepare import build_dataset, building, eval_loader, loader_options
+from dist_train.training.prepare import build_dataset, build_plan, building, eval_loader, loader_options
 
 if TYPE_CHECKING:
     from dist_train.config.schema import Config

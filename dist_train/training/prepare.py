@@ -17,10 +17,12 @@ from dist_train.checkpoint.store import find_at
 from dist_train.config.components import build, build_callable, is_spec, locate, reserved
 from dist_train.config.errors import ConfigError
 from dist_train.config.fields import expand_argument, expand_path
-from dist_train.data.errors import DataError
+from dist_train.data.errors import DataError, dataset_name
 from dist_train.data.loader import EvalLoader
-from dist_train.data.reading import LoaderOptions, in_tensors, make_batch
-from dist_train.data.stream import is_stream
+from dist_train.data.plan import Plan
+from dist_train.data.reading import LoaderOptions, dataset_length, in_tensors, make_batch
+from dist_train.data.stream import is_stream, stream_length
+from dist_train.data.weights import Weights
 from dist_train.files import StorageError
 from dist_train.models import transfer
 from dist_train.models.weights import is_folder, is_torchvision_name, read_file, read_torchvision
@@ -30,7 +32,7 @@ from dist_train.step.parameters import check_parameters
 from dist_train.task.batch import NamedParts
 
 if TYPE_CHECKING:
-    from dist_train.config.schema import Config
+    from dist_train.config.schema import Config, DataConfig
     from dist_train.runtime.world import World
 
 T = TypeVar("T")
@@ -161,6 +163,33 @@ def eval_loader(config: Config, world: World, dataset: Any, split: str = "val") 
         raise ConfigError.single(f"data.{split}", "expected at least 1 sample, found 0")
     with building(f"data.{split}"):
         return EvalLoader(dataset, config.data.eval_batch_size, loader_options(config, world), split)
+
+
+def build_plan(
+    dataset: Any, *, seed: int, config: DataConfig, weights: Weights | None = None, leaf_size: int | None = None
+) -> Plan:
+    """The plan of the training data by the `data` section's global_batch_size, shuffle, drop_last and steps_per_epoch.
+
+    A stream comes in its own order: it isn't shuffled, and its epoch is `steps_per_epoch` steps, else its own length.
+    Raises DataError for no samples, no full batch, or a stream of unknown length.
+    """
+    size, steps = config.global_batch_size, config.steps_per_epoch
+    if not is_stream(dataset):
+        samples = dataset_length(dataset)
+        size = samples if size == "all" else int(size)
+        return Plan(seed, samples, size, config.shuffle, config.drop_last, weights, leaf_size)
+    if leaf_size is not None:
+        what = "distributed.reproducibility=bitwise needs a map-style dataset (__len__ and __getitem__)"
+        raise DataError(f"data.train: {what}, found the IterableDataset {dataset_name(dataset)}")
+    if size == "all":
+        raise DataError(f"data.global_batch_size: all needs a map-style dataset, found {dataset_name(dataset)}")
+    length = stream_length(dataset) if steps is None else steps * int(size)
+    if length is None:
+        raise DataError(
+            f"data.train: {dataset_name(dataset)} is an IterableDataset without a length: give it a __len__ (samples "
+            f"of one pass), or set data.steps_per_epoch"
+        )
+    return Plan(seed, length, int(size), shuffle=False, drop_last=config.drop_last)
 
 
 def build_model(

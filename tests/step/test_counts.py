@@ -29,6 +29,6 @@ def test_a_step_reads_no_value_and_starts_no_more_collectives_than_a_raw_ddp_loo
     assert counts["train auto"] == {"reads": 0, "collectives": []}
     assert counts["train ddp"] == {"reads": 0, "collectives": ["gloo:all_reduce"] * 3}
     assert counts["train digests"] == counts["train ddp"], "digests cost neither"
-    # Several losses travel with the gradient; where each has a denominator of its own, one all-reduce precedes the backward.
+    # Several losses travel with the gradient; where each has a denominator of its own, one all-gather precedes the backward.
     assert counts["train losses"] == {"reads": 0, "collectives": ["gloo:all_reduce"] * 3}
-    assert counts["train own weights"] == {"reads": 0, "collectives": ["gloo:all_reduce"] * 6}
+    assert counts["train own weights"] == {"reads": 0, "collectives": ["gloo:all_gather"] * 3 + ["gloo:all_reduce"] * 3}
