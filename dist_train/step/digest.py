@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dist_train.data.plan import MicroBatch
 from dist_train.step.objective import Item, StepSums
 from dist_train.step.reduce import Reducer
 
@@ -143,8 +144,8 @@ class WatchedReducer:
     def warm_up(self, item: Item, rewind: Callable[[], object]) -> None:
         self.inner.warm_up(item, rewind)
 
-    def forward_backward(self, item: Item, *, scale: float, zero_weight: bool, last: bool) -> None:
-        self.inner.forward_backward(item, scale=scale, zero_weight=zero_weight, last=last)
+    def forward_backward(self, item: Item, micro: MicroBatch, *, scale: float) -> None:
+        self.inner.forward_backward(item, micro, scale=scale)
 
     def finish(self) -> StepSums:
         sums = self.inner.finish()
