@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -40,7 +41,8 @@ class LanguageModel:
 
     A batch is one of
 
-    - (inputs, targets): int64 (N, T) each, targets already shifted by one (packed windows, as nanoGPT's and `data.Tokens`),
+    - (inputs, targets): int64 (N, T) each, targets already shifted by one (packed windows, as nanoGPT's and `data.Tokens`); no
+      attention mask, which a mapping has,
     - a mapping as of transformers' tokenizers and collators: `input_ids` (N, T), `attention_mask` and whatever else the model
       takes, by name; and `labels` (N, T), not shifted, which are the `input_ids` without padding if they aren't given,
     - `input_ids` alone, (N, T): each token is the target of those before it.
@@ -61,14 +63,19 @@ class LanguageModel:
 
     def __init__(self, ignore_index: int = -100):
         self.ignore_index = ignore_index
+        self._checked = False
 
     def step(self, model: nn.Module, batch: Any) -> StepOutput:
         """The loss of a batch, summed over tokens.
 
         Raises:
-            TypeError, ValueError: the batch has another form, or the model gives no logits for each token.
+            TypeError, ValueError: the batch has another form, or other targets than the next tokens, or the model gives no logits
+                for each token.
         """
         inputs, targets, shifted = self._parts(batch)
+        if not self._checked:
+            self._check(inputs, targets, shifted)
+            self._checked = True
         logits = logits_of(_call(model, inputs, targets if shifted else None))
         if logits.dim() != 3 or logits.shape[:2] != targets.shape:
             raise ValueError(
@@ -106,6 +113,36 @@ class LanguageModel:
             "a LanguageModel expects a batch of (inputs, targets), each int64 (N, T), targets shifted by one; a mapping with "
             f"input_ids and, where they differ, labels; or input_ids alone; found {shapes_of(batch)}"
         )
+
+    def _check(self, inputs: Any, targets: Tensor, shifted: bool) -> None:
+        """What would train without an error on something else; on the first batch only, as it reads values."""
+        tokens = inputs["input_ids"] if isinstance(inputs, Mapping) else inputs
+        if tokens.shape != targets.shape or not targets.numel():
+            return
+        counted = targets != self.ignore_index
+        same = float((tokens == targets)[counted].double().mean())
+        if not shifted:
+            if same < 0.5:
+                raise ValueError(
+                    "a LanguageModel shifts labels by one itself: expected the input_ids, -100 where they don't count, but "
+                    f"{1 - same:.0%} of those that count are other tokens. Leave the shift to it, or return a tuple (inputs, "
+                    "targets); for masked language models (BERT) write a task of your own"
+                )
+            return
+        following = bool((tokens[:, 1:] == targets[:, :-1])[counted[:, :-1]].all())
+        only_bits = targets.dtype == torch.bool or bool(((targets == 0) | (targets == 1)).all() and tokens.max() > 1)
+        if only_bits and not following:
+            raise ValueError(
+                "a LanguageModel expects a batch of (inputs, targets), but the second tensor holds only 0 and 1, as an "
+                "attention mask does: return dicts {input_ids: ..., attention_mask: ...} from the dataset; the labels follow "
+                "from them"
+            )
+        if same == 1 and not following:
+            raise ValueError(
+                "a LanguageModel expects targets that are shifted by one, each the token behind its input, but here they are "
+                "the inputs themselves: return (tokens[:-1], tokens[1:]), or a dict {input_ids: ..., labels: ...}, which it "
+                "shifts"
+            )
 
 
 def _call(model: nn.Module, inputs: Any, targets: Tensor | None) -> Any:

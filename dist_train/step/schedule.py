@@ -91,7 +91,7 @@ class Schedule:
     Attributes:
         every: the duration between its steps, after the warm-up.
         on_plateau: it is ReduceLROnPlateau, stepped after each evaluation by the value of `metric`.
-        note: for the user, where the run continues after the end of the schedule; or "".
+        note: for the user, where the run continues after the end of the schedule, or ends before its warm-up does; or "".
 
     Raises:
         ConfigError: it isn't one of torch's, or is ambiguous in a way that would change the lr.
@@ -120,6 +120,11 @@ class Schedule:
         if extra.get("warmup"):
             warmup = Warmup.parse(extra["warmup"])
             self.warmup = span.steps(warmup.duration)
+            if span.end is not None and self.warmup >= span.end:
+                self.note = (
+                    f"scheduler.warmup, {self.warmup:,} steps, is no shorter than the run of {span.end:,} steps: it ends in the "
+                    "warm-up, and the scheduler never begins"
+                )
             start = warmup.start or 1 / (self.warmup + 1)
             self._warmup = LinearLR(optimizer, start_factor=start, total_iters=self.warmup)
         self.scheduler: Any = _build(own, optimizer, span.numbers(self.every, self.warmup))

@@ -273,6 +273,39 @@ def test_what_a_language_model_cannot_take_is_said(model: nn.Module, batch: Any,
         tasks.LanguageModel().step(model, batch)
 
 
+IDS = torch.randint(2, 7, (3, 6), generator=torch.Generator().manual_seed(0))
+MASK = (torch.arange(6) < torch.tensor([[6], [4], [3]])).long()
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ((IDS, MASK), "only 0 and 1, as an attention mask does: return dicts .input_ids"),
+        ((IDS, torch.ones_like(IDS)), "only 0 and 1"),
+        ((IDS, MASK.bool()), "only 0 and 1"),
+        ((IDS, IDS), "they are the inputs themselves"),
+        ((IDS, IDS.where(MASK > 0, -100)), "they are the inputs themselves"),
+        ({"input_ids": IDS[:, :-1], "labels": IDS[:, 1:]}, "are other tokens. Leave the shift to it"),
+        ({"input_ids": IDS.where(IDS < 4, 1), "labels": IDS.where(IDS >= 4, -100)}, "masked language models"),
+    ],
+)
+def test_a_language_model_is_not_trained_on_other_tokens_than_the_next(batch: Any, message: str) -> None:
+    """An attention mask in the place of targets, labels that aren't shifted or are shifted twice, masked tokens."""
+    model = Words() if isinstance(batch, tuple) else ByName()
+    if isinstance(batch, dict):
+        batch = {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
+    with pytest.raises(ValueError, match=message):
+        tasks.LanguageModel().step(model, batch)
+
+
+@pytest.mark.parametrize("bits", [IDS % 2, torch.ones_like(IDS)])
+def test_tokens_of_two_kinds_are_no_mask(bits: Tensor) -> None:
+    batch = (bits[:, :-1], bits[:, 1:])
+    assert loss_of(tasks.LanguageModel().step(Words(), batch)) > 0
+    labels = {"input_ids": IDS, "attention_mask": MASK, "labels": IDS.where(IDS > 3, -100)}
+    assert loss_of(tasks.LanguageModel().step(ByName(), labels)) > 0
+
+
 # --- dense ---------------------------------------------------------------------------------------------------------------
 
 

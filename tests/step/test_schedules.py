@@ -322,6 +322,13 @@ def test_a_schedule_stepped_each_epoch_counts_from_the_end_of_its_warmup() -> No
     assert jumped.scheduler.optimizer.param_groups[1]["lr"] == pytest.approx(expected[15][1][0], rel=1e-12)
 
 
+@pytest.mark.parametrize(("warmup", "noted"), [("23step", False), (f"{STEPS}step", True), ("7ep", True)])
+@pytest.mark.parametrize("scheduler", [{"_target_": L + "CosineAnnealingLR", "T_max": "total_steps"}, PLATEAU])
+def test_a_warmup_that_the_run_does_not_outlast_is_noted(scheduler: Any, warmup: str, noted: bool) -> None:
+    schedule = Schedule({**scheduler, "warmup": warmup}, an_optimizer(), SPAN, LOSS)
+    assert (f"is no shorter than the run of {STEPS} steps" in schedule.note) is noted
+
+
 @pytest.mark.parametrize("stop", [0, 3, 12])
 def test_a_plateau_is_watched_once_its_warmup_is_over(stop: int) -> None:
     """Evaluations during the warm-up have no say."""
