@@ -59,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
             return form.encode(table.columns(part, None if meaning is None else Meaning(*meaning)))
 
         with _opened(form, options.output, world.is_main) as write:
-            for part in gathered(restored.evaluator, loader, first, encoded):
+            for part in gathered(restored.evaluator, loader, first, encoded, options.raw):
                 write(part)
         if world.is_main and options.output is not None:
             name, count = restored.found.name, loader.plan.length

@@ -82,7 +82,18 @@ class Supervised:
 
     def predict(self, model: nn.Module, batch: Any) -> Any:
         """`model(inputs)`; the batch may be (inputs, target) or the inputs alone."""
-        return _taken(self.val_loss, call_model(model, batch[0] if is_pair(batch) else batch))
+        return call_model(model, batch[0] if is_pair(batch) else batch)
+
+    def scores(self, outputs: Any) -> Any:
+        """What of the model's outputs is compared with targets: the entry `logits`, where the loss takes one tensor."""
+        return _taken(self.val_loss, outputs)
+
+
+def scores_of(task: Any, outputs: Any) -> Any:
+    """What a task's predictions say about targets, of what its `predict` returned, which may hold more."""
+    while task is not None and not isinstance(task, Supervised):
+        task = getattr(task, "task", None)
+    return outputs if task is None else task.scores(outputs)
 
 
 def _taken(loss: Loss, outputs: Any) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor
 from dist_train.config.errors import ConfigError
 from dist_train.runtime.seeding import seed_forward
 from dist_train.task.batch import in_full_precision, is_pair, map_tensors, shapes_of
+from dist_train.task.task import scores_of
 from dist_train.training.evaluate import in_rounds, on_rank_zero
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class Predicted(NamedTuple):
     Attributes:
         start: the index of the first.
         samples: how many.
-        outputs: what the task's `predict` returned, on the CPU, bf16 and fp16 as float32.
+        outputs: what the task's `predict` returned, or what of it is compared with targets, on the CPU, bf16 and fp16 as float32.
         targets: the second part of a batch of (inputs, targets), on the CPU; None without one.
     """
 
@@ -47,25 +48,34 @@ class Predicted(NamedTuple):
         return range(self.start, self.start + self.samples)
 
 
-def predict(evaluator: Evaluator, loader: EvalLoader) -> Iterator[Predicted | None]:
+def predict(evaluator: Evaluator, loader: EvalLoader, raw: bool = False) -> Iterator[Predicted | None]:
     """Predictions of this rank's eval batches, in order; None in a last round without one: all ranks run the same number."""
     with evaluator.serving():
         for mine in in_rounds(loader):
-            yield None if mine is None else predict_batch(evaluator, *mine)
+            yield None if mine is None else predict_batch(evaluator, *mine, raw)
 
 
-def predict_batch(evaluator: Evaluator, samples: range, batch: Any) -> Predicted:
-    """The prediction of an eval batch, of a model that is `serving`."""
+def predict_batch(evaluator: Evaluator, samples: range, batch: Any, raw: bool = False) -> Predicted:
+    """The prediction of an eval batch, of a model that is `serving`.
+
+    Args:
+        raw: all that the task's `predict` returns.
+    """
     seed_forward(evaluator.seed, 0, samples.start, evaluator.world.device)
     with evaluator.precision.autocast():
         batch = evaluator.prepare(batch, labeled=False)
-        outputs = in_full_precision(evaluator.task.predict(evaluator.model, batch))
+        outputs = evaluator.task.predict(evaluator.model, batch)
+        outputs = in_full_precision(outputs if raw else scores_of(evaluator.task, outputs))
     outputs, targets = map_tensors(Tensor.cpu, (outputs, batch[1] if is_pair(batch) else None))
     return Predicted(samples.start, len(samples), outputs, targets)
 
 
 def gathered(
-    evaluator: Evaluator, loader: EvalLoader, first: Callable[[Predicted], Any], change: Callable[[Predicted, Any], Any]
+    evaluator: Evaluator,
+    loader: EvalLoader,
+    first: Callable[[Predicted], Any],
+    change: Callable[[Predicted, Any], Any],
+    raw: bool = False,
 ) -> Iterator[Any]:
     """`change(part, settled)` of every sample once, in dataset order, on rank 0; [] on the others, which must call it too.
 
@@ -73,9 +83,10 @@ def gathered(
         first: called with the first samples, on rank 0; what it returns (as JSON) is `settled` on all ranks, as is its
             ConfigError.
         change: called on the rank that predicted the part.
+        raw: as for `predict_batch`.
     """
     settled: Any = None
-    for number, mine in enumerate(predict(evaluator, loader)):
+    for number, mine in enumerate(predict(evaluator, loader, raw)):
         if number == 0:  # rank 0 always has a batch in the first round
             settled = evaluator.world.on_main(partial(first, mine))  # type: ignore[arg-type]
         changed = None if mine is None else change(mine, settled)

@@ -13,6 +13,7 @@ import torch
 from dist_train.data.stream import is_stream
 from dist_train.files import replacing
 from dist_train.task.batch import squeeze_column
+from dist_train.task.task import scores_of
 from dist_train.training.callbacks import Callback
 from dist_train.training.meaning import read_meaning
 
@@ -96,7 +97,8 @@ def classes_on(evaluator: Evaluator, extent: Extent) -> Array | None:
     y, x = torch.meshgrid(torch.linspace(y0, y1, SIDE), torch.linspace(x0, x1, SIDE), indexing="ij")
     grid = torch.stack([x.reshape(-1), y.reshape(-1)], dim=1).to(evaluator.world.device)
     with evaluator.serving():
-        outputs = squeeze_column(evaluator.task.predict(evaluator.model, grid).float().cpu())
+        outputs = scores_of(evaluator.task, evaluator.task.predict(evaluator.model, grid))
+        outputs = squeeze_column(outputs.float().cpu())
     meaning = read_meaning(evaluator, outputs)
     if meaning.kind not in ("classes", "binary"):
         return None

@@ -146,6 +146,23 @@ def test_raw_leaves_the_outputs_of_a_classifier_as_they_are(digits: Path, tmp_pa
     assert len(first["probability"]) == 10
 
 
+def test_raw_has_all_that_a_model_gives_beside_its_logits(digits: Path, tmp_path: Path, logits: torch.Tensor) -> None:
+    """Of which a loss of torch's takes the logits alone."""
+    raw, plain = tmp_path / "raw.pt", tmp_path / "plain.jsonl"
+    model = "model={_target_: answers.Embedding, in_features: 64, hidden: [128], out_features: 10}"
+    assert main(["predict", str(digits), "--raw", "--output", str(raw), model]) == 0
+    stored = torch.load(raw, weights_only=True)
+    assert list(stored) == ["logits", "emb", "target"]
+    torch.testing.assert_close(stored["logits"], logits)
+    net = dist_train.load(digits)
+    *_, head = [part for part in net.modules() if isinstance(part, torch.nn.Linear)]
+    torch.testing.assert_close(head(stored["emb"]).detach(), logits)
+    assert main(["predict", str(digits), "--output", str(plain), model]) == 0
+    rows = [json.loads(line) for line in plain.read_text().splitlines()]
+    assert list(rows[0]) == ["index", "prediction", "prediction_name", "probability", "target", "target_name"]
+    assert [row["prediction"] for row in rows] == logits.argmax(1).tolist()
+
+
 @pytest.mark.parametrize(
     ("form", "task", "message"),
     [

@@ -84,6 +84,15 @@ class Branching(MLP):
         return outputs if input.sum() > 0 else -outputs
 
 
+class Embedding(MLP):
+    """Has the weights of an MLP; gives what its last layer takes beside the logits, as transformers' models."""
+
+    def forward(self, input: Tensor) -> Any:
+        (layers,) = self.children()
+        hidden = layers[:-1](input)
+        return {"logits": layers[-1](hidden), "emb": hidden}
+
+
 class ByName(Task):
     """Calls the model with a keyword."""
 
