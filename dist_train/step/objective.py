@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dist_train.step.modules import Modules
 from dist_train.step.precision import Precision
 from dist_train.task.task import Task
-from dist_train.task.terms import Computed, computed, ratios
+from dist_train.task.terms import Computed, computed, mean_of, ratios
 from dist_train.watch.status import BACKWARD, status
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ class Objective:
         own = getattr(getattr(task, "loss", None), "exact", None)
         self.terms: list[str] | None = [] if own else None  # torch's own losses give one
         self.ratios: list[float] = []  # of the losses' weights, once a forward has shown them
+        self.factors: list[float] = []  # of losses with denominators of their own, in the last step
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters that it trains, by name."""
@@ -110,6 +111,11 @@ class Objective:
                 "can't divide afterwards: give the task a method weights(batch) that returns {name: weight}, or one weight to all"
             )
         return output
+
+    def mean(self, sums: list[list[float]]) -> float:
+        """The loss over several steps, from (sum, weight) of it and of each named loss."""
+        (total, weight), *terms = sums
+        return mean_of(self.factors, terms) if self.factors else mean_of([1.0], [(total, weight)])
 
     def same_terms(self, output: Computed) -> None:
         """Raises ValueError: the task has given other losses before."""

@@ -99,4 +99,5 @@ class OwnWeights(Objective):
                         "both must be what the sum is divided by"
                     )
         self.same_terms(output)
+        self.factors = [term.factor for term in output.terms.values()]
         return trainable(combine(output.terms, scales, samples, output.outputs, output.targets))

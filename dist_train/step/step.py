@@ -225,7 +225,8 @@ class Stepper:
 
     def take_row(self) -> dict[str, float]:
         """loss, those of named losses, grad_norm and skipped since the last row, for the next; waits for the device."""
-        means = [total / weight if weight else math.nan for total, weight in self.totals.tolist()]
+        sums = self.totals.tolist()
+        means = [self.objective.mean(sums), *(total / weight if weight else math.nan for total, weight in sums[1:])]
         self.totals.zero_()
         names = ["loss", *(f"loss/{name}" for name in self.objective.terms or ())]
         row = dict(zip(names, means, strict=False))

@@ -145,6 +145,7 @@ class WholeBatch(Objective):
         leaves = map_tensors(lambda t: t.requires_grad_() if t.is_floating_point() or t.is_complex() else t, outputs)
         with torch.enable_grad(), full_precision([outputs, targets]):
             loss = computed(StepOutput(*self.whole.loss(leaves, targets)))
+            self.factors = [] if loss.shared else [term.factor for term in loss.terms.values()]
             if not loss.shared:  # it is whole: each is divided by its own weight
                 loss = combine(
                     loss.terms, {name: samples / weight_of(term) for name, term in loss.terms.items()}, samples

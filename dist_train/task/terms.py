@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -130,6 +130,15 @@ def combine(
     """Losses with denominators of their own as the sum of factor * total * scale, over `weight`."""
     loss = torch.stack([(term.factor * term.total * scales[name]).double() for name, term in terms.items()]).sum()
     return Computed(loss, weight, outputs, targets, dict(terms), shared=False)
+
+
+def mean_of(factors: Iterable[float], sums: Iterable[Sequence[float]]) -> float:
+    """Losses with denominators of their own as one: the sum of factor * total / weight, from (total, weight) of each.
+
+    One without weight is zero; nan where none has any.
+    """
+    parts = [factor * total / weight for factor, (total, weight) in zip(factors, sums, strict=True) if weight]
+    return sum(parts) if parts else math.nan
 
 
 def weight_of(term: Term) -> Tensor | float:

@@ -21,7 +21,7 @@ from dist_train.step.objective import term_sums
 from dist_train.task.batch import in_full_precision, map_tensors
 from dist_train.task.entries import check_names
 from dist_train.task.task import Supervised, evaluated
-from dist_train.task.terms import Computed
+from dist_train.task.terms import Computed, mean_of
 from dist_train.watch.status import EVALUATION, SYNC, status
 
 if TYPE_CHECKING:
@@ -200,11 +200,11 @@ class Evaluator:
         assert self._losses is not None
         factors, shared = self._losses
         start = FIRST + 2 * len(factors)
-        pairs = zip(factors, sums[FIRST:start].view(-1, 2).tolist(), strict=True)
-        terms = {name: total / part if part else math.nan for name, (total, part) in pairs}
+        pairs = sums[FIRST:start].view(-1, 2).tolist()
+        terms = {name: total / part if part else math.nan for name, (total, part) in zip(factors, pairs, strict=True)}
         mean = loss / weight if weight else math.nan
         if not shared:
-            mean = sum(factors[name] * value for name, value in terms.items())
+            mean = mean_of(factors.values(), pairs)
         results: dict[str, float] = {}
         names: list[str] = []
         for entry in self.metrics:

@@ -16,6 +16,7 @@ from dist_train.data.digest import content_digest
 from dist_train.step.parameters import match_strides
 from dist_train.step.several import Optimizers
 from dist_train.task.entries import monitored
+from dist_train.task.task import SeveralLosses
 from dist_train.training.callbacks import callback_states, load_callback_states
 from dist_train.training.evaluate import on_rank_zero
 from dist_train.training.model import load_weights
@@ -98,6 +99,7 @@ def snapshot(
         "constants": parts.modules.constants(),
         "trained": trainable_state(parts),
         "optimizers": _optimizer_names(parts),
+        "order": _order(parts),
         "callbacks": callback_states(parts.callbacks, parts.config.callbacks),
         "stream": stream,
     }
@@ -150,7 +152,7 @@ def restore(
     """
     _check_data(parts, found)
     state = found.load("trainer")
-    _check_optimizers(parts, state)
+    _check_optimizers(parts, state, changed)
 
     def has_changed(*sections: str) -> bool:
         return any(key.startswith(sections) for key in changed)
@@ -204,8 +206,9 @@ def _check_data(parts: Parts, found: Found) -> None:
         raise ConfigError.single("data.train", message)
 
 
-def _check_optimizers(parts: Parts, saved: dict[str, Any]) -> None:
-    """The optimizers must be as many, and have the same names, as when the run was started."""
+def _check_optimizers(parts: Parts, saved: dict[str, Any], changed: Sequence[str]) -> None:
+    """The optimizers must be as many, and have the same names, as when the run was started; in another order of the config, too,
+    the same parameters and turns."""
     of_steppers = (
         [] if "totals" in saved["stepper"] else list(saved["stepper"])
     )  # before there were several on one loss
@@ -216,6 +219,27 @@ def _check_optimizers(parts: Parts, saved: dict[str, Any]) -> None:
             f"this run was started with {', '.join(sorted(before)) or 'one optimizer'}, and the config has "
             f"{', '.join(sorted(now)) or 'one optimizer'}: give the new one another run.name, or keep the names",
         )
+    order = _order(parts)
+    if order != saved.get("order", order):
+        raise ConfigError.single(
+            "optimizer",
+            f"without `moves` in the task optimizers move in the order of the config, which was {', '.join(saved['order'])} when "
+            f"this run was started and is {', '.join(order)}: restore it, or give the run another run.name",
+        )
+    if not now or saved.get("trained") is None or any(key.startswith(("optimizer", "transfer")) for key in changed):
+        return
+    if saved["trained"]["groups"] != trainable_state(parts)["groups"]:
+        raise ConfigError.single(
+            "optimizer",
+            "some parameters are matched by several optimizers, of which the first trains them, and in this order that is "
+            "another one than when the run was started: restore the order, or give the run another run.name",
+        )
+
+
+def _order(parts: Parts) -> list[str]:
+    """In which optimizers move in each step, where the config's order says so; else none."""
+    task = parts.task
+    return task.names if isinstance(task, SeveralLosses) and not hasattr(task.task, "moves") else []
 
 
 def _optimizer_names(parts: Parts) -> list[str]:

@@ -152,6 +152,12 @@ class Game:
         return model(batch[0])
 
 
+class AllMove:
+    """The same without `moves`."""
+
+    step, predict = Game.step, Game.predict
+
+
 class SAM(torch.optim.Optimizer):
     """Sharpness-aware minimization as its most used implementation writes it (github.com/davda54/sam, reduced)."""
 

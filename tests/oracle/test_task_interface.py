@@ -234,6 +234,29 @@ def test_one_process_in_micro_batches_is_the_textbook(name: str, tmp_path: Path)
     assert_is_the_textbook(name, trained(tmp_path, CONFIGS[name]))
 
 
+@pytest.mark.parametrize("stop", [None, "2step"])
+def test_a_row_over_several_steps_is_the_loss_of_all_their_samples(stop: str | None, tmp_path: Path) -> None:
+    """Of losses with weights of their own too, as an evaluation has it: each a mean over all that have it, then their sum."""
+    config = copy.deepcopy(CONFIGS["own"])
+    config["trainer"] |= {"log_every": f"{STEPS}step", "clip_grad_norm": None}
+    if stop is not None:
+        trained(tmp_path, {**config, "trainer": {**config["trainer"], "stop_at": stop}})
+    (row,) = rows(trained(tmp_path, config), "train")
+    seed_everything(0)
+    net, sums = pieces.Net(6), torch.zeros(2, 2, dtype=torch.float64)
+    optimizer = torch.optim.SGD(net.parameters(), **{key: SGD[key] for key in SGD if key != "_target_"})
+    for batch in batches():
+        found, has = means_own(net, batch), (batch[1][1] >= 0).sum()
+        counts = torch.stack([torch.tensor(len(batch[0])), has])
+        sums += torch.stack([torch.stack([found["loss/first"], found["loss/second"]]).detach() * counts, counts], 1)
+        optimizer.zero_grad()
+        found["loss"].backward()
+        optimizer.step()
+    first, second = (sums[:, 0] / sums[:, 1]).tolist()
+    expected = {"loss": first + 0.5 * second, "loss/first": first, "loss/second": second}
+    assert {key: row[key] for key in expected} == pytest.approx(expected, rel=1e-9)
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_several_processes_are_the_textbook(name: str, ranks: int, on_ranks: Path) -> None:
@@ -386,6 +409,16 @@ def test_several_optimizers_resume_in_another_order_of_the_config(tmp_path: Path
     config["optimizer"] = dict(reversed(config["optimizer"].items()))
     stopped = trained(tmp_path / "stopped", config)
     assert rows(whole, "train") == rows(stopped, "train"), "the task's moves has the order"
+
+
+def test_without_moves_the_order_of_the_config_is_that_of_the_run(tmp_path: Path) -> None:
+    config = copy.deepcopy(CONFIGS["gan"]) | {"task": piece("AllMove"), "scheduler": None}
+    config["trainer"]["stop_at"] = "2step"
+    trained(tmp_path, config)
+    config["optimizer"] = dict(reversed(config["optimizer"].items()))
+    config["trainer"]["stop_at"] = None
+    with pytest.raises(ConfigError, match="which was D, G when this run was started and is G, D"):
+        trained(tmp_path, config)
 
 
 def test_a_closure_sees_weights_that_change_behind_autograds_back(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from dist_train.config.errors import ConfigError
 from dist_train.step.objective import trainable
 from dist_train.task.losses import Loss
-from dist_train.task.terms import computed
+from dist_train.task.terms import computed, mean_of
 
 GENERATOR = torch.Generator().manual_seed(0)
 LOGITS = torch.randn(12, 5, generator=GENERATOR, dtype=torch.float64)
@@ -190,3 +190,11 @@ def test_a_loss_that_can_not_be_trained_is_named() -> None:
         trainable(computed((outputs.detach().sum(), 2)))
     with pytest.raises(ValueError, match=r"the weight of a loss .* must not depend on parameters"):
         trainable(computed((outputs.sum(), outputs.mean())))
+
+
+def test_a_loss_without_weight_adds_nothing_to_several_with_weights_of_their_own() -> None:
+    """In an interval or an evaluation none of whose samples has it; nan of a loss itself stays nan."""
+    assert mean_of([1.0, 0.5], [(6.0, 4.0), (0.0, 0.0)]) == 1.5
+    assert mean_of([1.0, 0.5], [(6.0, 4.0), (2.0, 8.0)]) == 1.625
+    assert math.isnan(mean_of([1.0, 0.5], [(0.0, 0.0), (0.0, 0.0)]))
+    assert math.isnan(mean_of([1.0, 0.5], [(6.0, 4.0), (math.nan, 8.0)]))

@@ -86,6 +86,29 @@ def test_it_is_the_plain_loop_and_resumes_as_if_it_had_not_stopped(tmp_path: Pat
     assert rows(tmp_path / "whole", "train") == rows(tmp_path / "stopped", "train")
 
 
+def test_on_one_loss_the_order_of_the_config_changes_nothing_when_a_run_resumes(tmp_path: Path) -> None:
+    train(config(tmp_path, "whole"))
+    for number, stop in enumerate(("3step", "7step", None)):
+        turned = config(tmp_path, "turned", stop_at=stop)
+        for section in ("optimizer", "scheduler") if number % 2 else ("optimizer",):
+            turned[section] = dict(reversed(turned[section].items()))
+        train(turned)
+    found, resumed = (torch.load(tmp_path / name / "model.pt", weights_only=True) for name in ("whole", "turned"))
+    assert all(torch.equal(value, resumed[name]) for name, value in found.items())
+    assert rows(tmp_path / "whole", "train") == rows(tmp_path / "turned", "train")
+
+
+def test_patterns_that_overlap_are_of_the_first_and_so_their_order_is_a_change(tmp_path: Path) -> None:
+    """Else the state of one would go on with parameters of the other."""
+    sgd = {"_target_": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9}
+    both = {"one": {**sgd, "match": "0.*"}, "other": {**sgd, "match": "*.weight"}, "rest": sgd}
+    base = {**config(tmp_path, "run", stop_at="3step"), "scheduler": None, "optimizer": both}
+    train(base)
+    turned = {name: both[name] for name in ("other", "one", "rest")}
+    with pytest.raises(ConfigError, match="matched by several optimizers, of which the first trains them"):
+        train({**base, "optimizer": turned, "trainer": {"duration": "3ep"}})
+
+
 def test_a_run_is_not_resumed_with_other_optimizers(tmp_path: Path) -> None:
     train(config(tmp_path, "run", stop_at="3step"))
     other = config(tmp_path, "run")
