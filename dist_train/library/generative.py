@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -27,7 +28,8 @@ class VAE:
 
     A batch is inputs or (inputs, labels); labels aren't used. The model gives (reconstruction, mean, log_variance): the first of
     the inputs' shape, the others (N, z). The outputs for metrics are the reconstructions and the inputs; `predict` gives the
-    reconstructions.
+    reconstructions. The report shows these at the end of the run, and of a model with a `decoder` samples from the prior over
+    time.
 
     Args:
         likelihood: `gaussian` of variance 1: half the squared error, without its constant; or `bernoulli` for inputs in [0, 1]:
@@ -67,6 +69,16 @@ class VAE:
     def predict(self, model: nn.Module, batch: Any) -> Tensor:
         """Reconstructions, of the inputs' shape; with `bernoulli` as probabilities."""
         return self._shown(self._outputs(call_model(model, _inputs(batch)))[0])
+
+    def generated(self, model: nn.Module, batch: Any) -> Tensor | None:
+        """As many samples from the prior as a batch has, of a model with a `decoder` (N, z) -> (N, ...); None without one."""
+        inputs, decoder = _inputs(batch), getattr(model, "decoder", None)
+        code = torch.randn_like(self._outputs(call_model(model, inputs))[1])
+        with contextlib.suppress(Exception):  # one of that name that takes something else
+            raw = decoder(code) if callable(decoder) else None
+            if isinstance(raw, Tensor) and raw.shape == inputs.shape:
+                return self._shown(raw)
+        return None
 
     def _shown(self, raw: Tensor) -> Tensor:
         return raw.sigmoid() if self.likelihood == "bernoulli" else raw

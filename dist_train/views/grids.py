@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,8 @@ import numpy as np
 
 from dist_train.data.stream import is_stream
 from dist_train.files import replacing
-from dist_train.runtime.seeding import seed_sample, undisturbed_generators
+from dist_train.runtime.seeding import seed_forward, seed_sample, undisturbed_generators
+from dist_train.task.batch import in_full_precision
 from dist_train.training.callbacks import Callback
 from dist_train.training.meaning import declared
 from dist_train.training.prepare import first_samples
@@ -29,8 +31,9 @@ FOLDER = "grids"
 class GridFrames(Callback):
     """Records what a task that declares `gives_images = True` gives for the first samples, in the run's `grids/`.
 
-    The outputs of its `evaluate` (else `step`) under one seed: a generator's noise is the same each time. On rank 0 only, in eval
-    mode, with all states restored: training is bitwise identical with it and without. So such a task must call no collective.
+    What its `generated(model, batch)` makes, where it has that, else the outputs of its `evaluate` (else `step`); under one seed:
+    a generator's noise is the same each time. On rank 0 only, in eval mode, with all states restored: training is bitwise
+    identical with it and without. So such a task must call no collective.
     """
 
     def __init__(self, folder: Path, dataset: Any, evaluator: Evaluator) -> None:
@@ -47,6 +50,18 @@ class GridFrames(Callback):
             self._on = False
             logging.getLogger("dist_train").warning("no images over time: %s: %s", type(error).__name__, error)
 
+    def _images(self, samples: range, batch: Any) -> tuple[Any, Any]:
+        """What is shown, and targets of the same form, on the CPU."""
+        evaluator = self._evaluator
+        output = evaluator.forward(samples, batch)
+        generated = declared(evaluator.task, "generated")
+        if generated is not None:
+            seed_forward(evaluator.seed, 0, 0, evaluator.world.device)
+            with evaluator.precision.autocast():
+                images = generated(evaluator.model, evaluator.prepare(batch))
+            output = output if images is None else replace(output, outputs=in_full_precision(images))
+        return evaluator.seen(output)
+
     def _keep(self, trainer: Training) -> None:
         before = [step for step in kept_steps(self._folder) if step < trainer.step]
         if before and trainer.step < GROWTH * before[-1]:
@@ -55,7 +70,7 @@ class GridFrames(Callback):
         with undisturbed_generators(), self._evaluator.serving():
             seed_sample(trainer.config.seed, -1, 0)
             batch = first_samples(trainer.config, self._dataset, count)
-            outputs, targets = self._evaluator.seen(self._evaluator.forward(range(count), batch))
+            outputs, targets = self._images(range(count), batch)
         if not isinstance(collector_for(self._evaluator, outputs, targets, count), GridCollector):
             raise ValueError("the outputs aren't images (n, 1 or 3, height, width) as the targets are")
         self._folder.mkdir(exist_ok=True)

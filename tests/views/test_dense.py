@@ -16,8 +16,11 @@ from torch.nn import functional
 
 from dist_train import train
 from dist_train.data import Digits
+from dist_train.models import DigitsVAE
+from dist_train.runtime.seeding import seed_forward
 from dist_train.task.losses import Loss
 from dist_train.task.task import Supervised
+from dist_train.tasks import VAE
 from dist_train.views.collect import (
     BoxCollector,
     GridCollector,
@@ -28,6 +31,7 @@ from dist_train.views.collect import (
 )
 from dist_train.views.dense import Boxes, BoxSample, Grids, Masks, MaskSample, Tokens, TokenSample
 from dist_train.views.grids import read_grids
+from dist_train.views.network import pictures
 from dist_train.views.report import write_report
 
 
@@ -202,6 +206,40 @@ def test_a_generators_images_are_kept_over_time_from_one_noise(tmp_path: Path) -
     assert not (silent / "grids").exists()
     hashes = [json.loads((one / "result.json").read_text())["weights_sha256"] for one in (run, silent)]
     assert hashes[0] == hashes[1], "recording changed the training"
+
+
+class OtherNames(nn.Module):
+    """A VAE in which nothing is called decoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = DigitsVAE(latent=3)
+
+    def forward(self, images: torch.Tensor) -> Any:
+        return self.inner(images)
+
+
+@pytest.mark.parametrize("model", [DigitsVAE(latent=3), OtherNames()])
+def test_a_vae_shows_samples_of_the_prior_over_time_where_its_model_has_a_decoder(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    train({
+        "run": {"name": "vae", "dir": str(tmp_path)},
+        "data": {"train": Digits("train"), "val": Digits("val"), "global_batch_size": 200, "num_workers": 0},
+        "model": model, "task": VAE("bernoulli"), "optimizer": {"_target_": "torch.optim.SGD", "lr": 1e-4},
+        "trainer": {"duration": "2step", "evaluate_every": "2step"},
+        "tracking": {"tensorboard": False, "report": False},
+    })  # fmt: skip
+    ((step, grid),) = read_grids(tmp_path / "vae" / "grids")
+    assert step == 2
+    images = torch.stack([Digits("val")[k][0] for k in range(16)])
+    with torch.no_grad():
+        reconstructed = model.eval()(images)[0].sigmoid()
+        seed_forward(0, 0, 0, torch.device("cpu"))
+        drawn = (model.decoder if isinstance(model, DigitsVAE) else model.inner.decoder)(torch.randn(16, 3)).sigmoid()
+    from_prior, from_images = (np.array_equal(grid, pictures(part, color=True)[0]) for part in (drawn, reconstructed))
+    assert (from_prior, from_images) == (isinstance(model, DigitsVAE), not isinstance(model, DigitsVAE))
 
 
 def test_images_that_cannot_be_made_end_no_run(tmp_path: Path) -> None:
