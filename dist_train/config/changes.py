@@ -36,11 +36,13 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
     A key that `old` doesn't have (a run of an earlier version) has its default.
     """
     found: list[Change] = []
+    bitwise = _get(old, "distributed.reproducibility", "fast") == "bitwise"  # what its sums are taken over
     for key, field in walk(Config):
         marks: Any = field.json_schema_extra  # see fields._declare
         if section_of(field) is None and key not in IGNORED and not key.startswith("run."):
             default = marks.get("default")
-            found += _value(key, _get(old, key, default), _get(new, key, default), marks["change"])
+            kind = "consent" if key == "trainer.micro_batch_size" and bitwise else marks["change"]
+            found += _value(key, _get(old, key, default), _get(new, key, default), kind)
     return found
 
 

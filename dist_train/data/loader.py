@@ -46,6 +46,7 @@ class _Loader:
         self, reader: SampleReader, workers: int, requests: Any, options: LoaderOptions, *, evaluates: bool
     ) -> None:
         config = options.config
+        self.reader, self.options = reader, options
         self.num_workers = workers
         self._persistent = workers > 0 and config.persistent_workers in ("auto", True)
         self._timeout = config.timeout
@@ -109,6 +110,18 @@ class _Loader:
             self._at_exit()  # runs once, and no longer at exit
             self._at_exit = None
             self._loader._iterator = None  # where torch keeps persistent workers
+
+
+def _read_apart(
+    reader: SampleReader, requests: list[MicroBatch], workers: int, options: LoaderOptions
+) -> Iterator[MicroBatch]:
+    """These, collated, in a worker of their own if others are read in workers."""
+    loader = _Loader(reader, min(workers, 1), requests, options, evaluates=False)
+    try:
+        iterator = loader._start()
+        yield from (loader._next(iterator) for _ in requests)
+    finally:
+        loader.close()
 
 
 def _workers_for(dataset: Any, options: LoaderOptions) -> int:
@@ -184,6 +197,13 @@ class TrainLoader(_Loader):
             self._stream = StreamReader(dataset, seed, collate, info)
         self.notes.append(self._stream.note())
         return self._stream
+
+    def first(self) -> MicroBatch:
+        """The run's first micro-batch, read as others are, in a worker of its own where there are workers. Raises as `steps`."""
+        sampler = self.sampler
+        requests = self.plan.micro_batches(0, 0, 1, sampler.micro_batch_size, sampler.neighbours)
+        (micro,) = _read_apart(self.reader, requests[:1], self.num_workers, self.options)
+        return micro
 
     def state_dict(self, gather: Callable[[Any], list[Any]]) -> dict[str, Any] | None:
         """The positions of a stream's readers after the last micro-batch that was taken; None without a stream.
@@ -318,7 +338,7 @@ class EvalLoader(_Loader):
             MicroBatch(_EVAL_EPOCH, k, np.arange(samples.start, samples.stop), samples.start, len(samples), True)
             for k, samples in enumerate(self.batches)
         ]
-        self._reader, self._workers, self._options = reader, workers, options
+        self._workers = workers
         super().__init__(reader, min(workers, len(requests)), requests, options, evaluates=True)
 
     def some(self, count: int, batches: int = 1) -> Generator[tuple[int, Any]]:
@@ -330,7 +350,7 @@ class EvalLoader(_Loader):
 
         Raises SampleError: the dataset failed; names the sample. DataError: the worker died.
         """
-        total, reader = min(count * batches, self.plan.length), self._reader
+        total, reader = min(count * batches, self.plan.length), self.reader
         first = [np.arange(k, min(k + count, total)) for k in range(0, total, count)]
         spread = np.linspace(0, self.plan.length - 1, total).round().astype(np.int64)
         parts = [spread[k :: len(first)] for k in range(len(first))]
@@ -349,14 +369,9 @@ class EvalLoader(_Loader):
             yield from self._read_apart(reader, first[done:])
 
     def _read_apart(self, reader: SampleReader, parts: list[Indices]) -> Iterator[tuple[int, Any]]:
-        """These samples, collated, in a worker of their own if others are read in workers."""
         requests = [MicroBatch(_EVAL_EPOCH, k, part, 0, len(part), True) for k, part in enumerate(parts)]
-        loader = _Loader(reader, min(self._workers, 1), requests, self._options, evaluates=False)
-        try:
-            iterator = loader._start()
-            yield from ((len(part), loader._next(iterator).batch) for part in parts)
-        finally:
-            loader.close()
+        for micro in _read_apart(reader, requests, self._workers, self.options):
+            yield micro.samples, micro.batch
 
     def __len__(self) -> int:
         """Eval batches of this rank."""

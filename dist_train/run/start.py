@@ -24,6 +24,7 @@ from dist_train.run.summary import end_lines, run_facts, start_lines
 from dist_train.runtime.launch import read_placement
 from dist_train.runtime.lease import LeaseHeldError, LeaseLostError
 from dist_train.runtime.location import MICRO_BATCHES, check_place, run_location
+from dist_train.runtime.numerics import numerics_of
 from dist_train.runtime.rundir import RunDir, check_shared
 from dist_train.runtime.sidefiles import read_lines
 from dist_train.runtime.storage import LocalStorage
@@ -32,6 +33,7 @@ from dist_train.tracking.console import Console
 from dist_train.tracking.logs import setup_logging
 from dist_train.training.digests import open_digests, resume_digests
 from dist_train.training.eval_check import check_evaluation
+from dist_train.training.leaf_check import check_leaves
 from dist_train.training.model import splitting_changes
 from dist_train.training.parts import Parts, build_parts, losses_of
 from dist_train.training.rows import Outputs, Trace
@@ -89,6 +91,8 @@ def train_in(
         if decision.is_over(config, parts.plan.steps_per_epoch):
             return finish_completed(world, config, run, console, decision)
         unsure = check_evaluation(parts) if decision.action == "fresh" else []
+        if parts.plan.leaf_size is not None:
+            check_leaves(parts)
         if decision.action == "resume" and (frozen := parts.frozen) is not None:
             world.on_main(lambda: compare_frozen(frozen, decision, run))
         for line in (*decision.warnings, *unsure) if world.is_main else ():
@@ -220,9 +224,10 @@ class Start:
         for line in self.decision.changes:
             console.note(f"changed since the last start: {line}")
         console.start_block(start_lines(trainer))
+        numerics = world.all_gather(numerics_of(config, world.device))
         if world.is_main:
             trainer.write_status("running")
-            self._record_start(trainer.step)
+            self._record_start(trainer.step, numerics)
         world.barrier()  # the start is recorded before any rank can fail
         outcome = trainer.fit()
         if outcome == "completed":
@@ -296,8 +301,11 @@ class Start:
             faulthandler.enable(open(logs / f"rank-{world.rank}.log", "a"))  # noqa: SIM115
         return RunFacts(str(logs), samples, less_memory, self._record_failure, self._on_exit)
 
-    def _record_start(self, step: int) -> None:
+    def _record_start(self, step: int, numerics: list[dict[str, Any]]) -> None:
         placement = self.world.placement
+        differing = self._differing_numerics(numerics) if self.parts.plan.leaf_size is not None else []
+        for line in differing:
+            self.console.warn(f"{line}: kernels may round otherwise there, so that the bits may differ from here on")
         self.run.record_attempt(
             "start",
             attempt=self.attempt,
@@ -307,9 +315,24 @@ class Start:
             nodes=placement.nodes,
             launcher=placement.launcher,
             resumed_from=step,
+            numerics=numerics[0],
+            **({"bits_may_differ": differing} if differing else {}),
             code=source_files(self.config),
             objects=facts_of(self.config),
         )
+
+    def _differing_numerics(self, numerics: list[dict[str, Any]]) -> list[str]:
+        """What differs between the ranks, or from the last start of this run, of what bits depend on."""
+        records, _ = read_lines(self.run.storage, "attempts.jsonl")
+        last = next((record["numerics"] for record in reversed(records) if "numerics" in record), numerics[0])
+        mine, found = numerics[0], list[str]()
+        for key, value in mine.items():
+            if value != last.get(key):
+                found.append(f"{key} is {value}, and was {last.get(key)} at the last start")
+            for rank, theirs in enumerate(numerics):
+                if theirs[key] != value:
+                    found.append(f"{key} is {value} on rank 0, and {theirs[key]} on rank {rank}")
+        return found
 
     def _warn_of_unfinished(self) -> None:
         """A process that was killed alone couldn't say so: its start has no end in attempts.jsonl."""

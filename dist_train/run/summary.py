@@ -139,9 +139,12 @@ def batch_arithmetic(parts: Parts) -> str:
     """`64 = 4 ranks x 16; for 64 a GPU: data.global_batch_size=256, and raise lr`."""
     size, ranks, micro = parts.plan.global_batch_size, parts.world.size, parts.micro_batch_size
     text = str(size)
-    if ranks > 1:
+    if parts.plan.leaf_size is not None:
+        counts = sorted({*parts.micro_batch_counts(size)})
+        text += f" = {parts.plan.leaves(size)} micro-batches of {micro}, {' or '.join(map(str, counts))} a process"
+    elif ranks > 1:
         text += f" = {ranks} ranks x {size // ranks}" + (f" or {size // ranks + 1}" if size % ranks else "")
-    if micro < -(-size // ranks):
+    if parts.plan.leaf_size is None and micro < -(-size // ranks):
         text += f", in micro-batches of {micro} at most"
     if ranks > 1:
         unit = "GPU" if parts.world.device.type == "cuda" else "process"

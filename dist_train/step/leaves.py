@@ -22,6 +22,7 @@ class LeafState:
     Attributes:
         size: how many numbers the running statistics are.
         dtype: in which they are summed.
+        fixed: other floating-point buffers, and frozen parameters.
     """
 
     def __init__(self, modules: Modules):
@@ -30,22 +31,22 @@ class LeafState:
         slots = {id(slot.value): slot for slot in [*modules.buffers_at, *frozen] if slot.value is not None}
         self._averaged = [slot for key, slot in slots.items() if key in statistics]
         rest = [slot for key, slot in slots.items() if key not in statistics]
-        self._fixed = [slot for slot in rest if _is_inexact(slot.value)]
+        self.fixed = [slot for slot in rest if _is_inexact(slot.value)]
         self._counted = [slot for slot in rest if not _is_inexact(slot.value)]
         self._numbers = modules.numbers_at
         self.size = sum(slot.value.numel() for slot in self._averaged)
         double = any(slot.value.dtype == torch.float64 for slot in self._averaged)
         self.dtype = torch.float64 if double else torch.float32
         self._before: list[list[Any]] = []
-        self._versions: list[int] = []
+        self._written: list[tuple[int, int]] = []
 
     @torch.no_grad()
     def begin(self) -> None:
         """Before the first forward of a step."""
         changing = [slot.value for slot in (*self._averaged, *self._counted)]
         copies = [tensor.clone() for tensor in changing]
-        self._before = [changing, copies, [slot.value for slot in self._fixed], [s.value for s in self._numbers]]
-        self._versions = [tensor._version for tensor in self._before[2]]
+        self._before = [changing, copies, [slot.value for slot in self.fixed], [s.value for s in self._numbers]]
+        self._written = [_written(tensor) for tensor in self._before[2]]
 
     @torch.no_grad()
     def rewind(self) -> None:
@@ -66,13 +67,10 @@ class LeafState:
             ValueError: it has changed something that it mustn't; names it.
         """
         _, _, fixed, numbers = self._before
-        if self._fixed:
-            now = [slot.value for slot in self._fixed]
-            same = [one is other for one, other in zip(now, fixed, strict=True)]
-            if not all(same) or [tensor._version for tensor in fixed] != self._versions:
-                for slot, tensor, is_same, version in zip(self._fixed, fixed, same, self._versions, strict=True):
-                    if not is_same or tensor._version != version:
-                        raise ValueError(changed(slot.name))
+        if self.fixed:
+            for slot, tensor, written in zip(self.fixed, fixed, self._written, strict=True):
+                if slot.value is not tensor or _written(tensor) != written:
+                    raise ValueError(changed(slot.name))
         now = [slot.value for slot in self._numbers]
         if now != numbers:
             for slot, value, number in zip(self._numbers, now, numbers, strict=True):
@@ -105,6 +103,11 @@ def _running_statistics(modules: nn.Module) -> Iterator[Tensor]:
     for module in modules.modules():
         if isinstance(module, nn.modules.batchnorm._NormBase):
             yield from (t for t in (module.running_mean, module.running_var) if isinstance(t, Tensor))
+
+
+def _written(tensor: Tensor) -> tuple[int, int]:
+    """What a write changes, without looking at the values (not one in place through `.data`)."""
+    return tensor._version, tensor.data_ptr()
 
 
 def _is_inexact(tensor: Tensor) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor
 from dist_train.data.reading import attribute_of
 from dist_train.models.layers import evaluating
 from dist_train.runtime.seeding import seed_forward
+from dist_train.runtime.world import gather_rows
 from dist_train.step.modules import BufferSnapshot
 from dist_train.step.objective import term_sums
 from dist_train.task.batch import in_full_precision, map_tensors
@@ -26,6 +27,7 @@ from dist_train.watch.status import EVALUATION, SYNC, status
 
 if TYPE_CHECKING:
     from dist_train.data.loader import EvalLoader
+    from dist_train.data.plan import EvalPlan
     from dist_train.runtime.world import World
     from dist_train.step.ema import EMA
     from dist_train.training.model import ModelParts
@@ -65,6 +67,39 @@ def on_rank_zero(world: World, value: Any) -> list[Any]:
     return every if world.is_main else []
 
 
+class _Sums:
+    """Float64 sums over the eval batches of all ranks, in the order of the dataset: the bits are those of one process.
+
+    Each eval batch has a row, unless there are more than 64 sums (a metric with many usually counts: exact in any order).
+
+    Args:
+        ordered: of more, too, each round's are gathered and added in order.
+    """
+
+    def __init__(self, size: int, plan: EvalPlan, world: World, *, ordered: bool):
+        self.plan, self.world, self.round = plan, world, 0
+        rows = len(plan) if size <= 64 else 1
+        self.rows = torch.zeros(rows, size, dtype=torch.float64, device=world.device)
+        self.gathers = ordered and rows == 1 and world.size > 1
+
+    def add(self, samples: range | None, sums: Tensor | None) -> None:
+        """Those of this rank's eval batch of these samples; None where it has none in this round."""
+        if self.gathers:
+            last = len(self.plan) - self.round * self.world.size
+            mine = self.rows.new_zeros(0, self.rows.shape[1]) if sums is None else sums[None]
+            for row in gather_rows(mine, [int(rank < last) for rank in range(self.world.size)], self.world):
+                self.rows[0] += row
+        elif samples is not None and sums is not None:
+            self.rows[samples.start // self.plan.batch_size % len(self.rows)] += sums
+        self.round += 1
+
+    def total(self) -> Tensor:
+        """(size,), on the CPU; all ranks call it."""
+        if self.world.size > 1 and not self.gathers:
+            torch.distributed.all_reduce(self.rows)
+        return torch.from_numpy(self.rows.cpu().numpy().sum(axis=0))
+
+
 class Evaluator:
     """Runs the module itself, without the DDP wrapper, over fixed eval batches; sums in float64, one all-reduce.
 
@@ -76,6 +111,7 @@ class Evaluator:
         self.modules, self.task, self.metrics = parts.modules, parts.task, parts.metrics
         self.model, self.world, self.precision = parts.model, parts.world, parts.precision
         self.prepare, self.seed, self.ema = parts.move, parts.config.seed, ema
+        self.ordered = parts.config.distributed.reproducibility == "bitwise"
         # Which losses the task gives, once a rank knows, and whether all know it. torch's own give one.
         self._agreed = isinstance(parts.task, Supervised) and parts.task.val_loss.exact is True
         self._losses = Losses({}) if self._agreed else None
@@ -125,14 +161,11 @@ class Evaluator:
             output = self.forward(*mine) if mine is not None else None
             if sums is None:  # the first round, in which rank 0 always has a batch
                 self._settle(output)
-                size = self.size
-                # One row per eval batch, added up in the order of the dataset: the bits are those of one process. (Metrics
-                # with many sums are counts, which are exact in any order.)
-                rows = len(loader.plan) if size <= 64 else 1
-                sums = torch.zeros(rows, size, dtype=torch.float64, device=self.world.device)
-            if mine is not None and output is not None:
-                samples = mine[0]
-                sums[samples.start // loader.plan.batch_size % rows] += self.sums(output, len(samples))
+                sums = _Sums(self.size, loader.plan, self.world, ordered=self.ordered)
+            if mine is None or output is None:
+                sums.add(None, None)
+            else:
+                sums.add(mine[0], self.sums(output, len(mine[0])))
             seen = self.seen(output) if whole and output is not None else None
             for outputs, targets in filter(None, on_rank_zero(self.world, seen) if whole else []):
                 for entry in whole:
@@ -142,9 +175,7 @@ class Evaluator:
             output = None  # its memory is free for the next forward
         assert sums is not None
         status.phase = SYNC
-        if self.world.size > 1:
-            torch.distributed.all_reduce(sums)
-        return self._results(torch.from_numpy(sums.cpu().numpy().sum(axis=0)), class_names(loader.dataset))
+        return self._results(sums.total(), class_names(loader.dataset))
 
     @property
     def size(self) -> int:

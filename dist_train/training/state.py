@@ -13,6 +13,7 @@ from torch import Tensor
 from dist_train.checkpoint.store import ranking_key
 from dist_train.config.errors import ConfigError
 from dist_train.data.digest import content_digest
+from dist_train.step.leaves import changed
 from dist_train.step.parameters import match_strides
 from dist_train.step.several import Optimizers
 from dist_train.task.entries import monitored
@@ -106,13 +107,16 @@ def snapshot(
     return states
 
 
-def of_every_rank(modules: Modules, world: World) -> list[dict[str, Any]]:
+def of_every_rank(modules: Modules, world: World, *, equal: bool = False) -> list[dict[str, Any]]:
     """On rank 0: what no state_dict holds of its modules, then what differs from it in each other rank's buffers and numbers.
 
     Every rank calls it; the others get nothing.
 
+    Args:
+        equal: buffers and numbers must not differ either (`distributed.reproducibility: bitwise`).
+
     Raises:
-        ValueError: this rank's weights aren't those of rank 0.
+        ValueError: this rank's weights aren't those of rank 0, or what must be `equal`.
     """
     if world.size == 1:
         return [modules.unsaved()]
@@ -128,7 +132,10 @@ def of_every_rank(modules: Modules, world: World) -> list[dict[str, Any]]:
                 "on its rank alone: let all ranks do the same, or make it a buffer, which each rank may have for itself"
             )
     status.phase = SYNC
-    ranks = on_rank_zero(world, {name: value for name, value in mine.items() if digests[name] != first.get(name)})
+    differing = {name: value for name, value in mine.items() if digests[name] != first.get(name)}
+    if equal and differing:
+        raise ValueError(changed(next(iter(differing))))
+    ranks = on_rank_zero(world, differing)
     return [modules.unsaved(), *ranks[1:]] if world.is_main else []
 
 

@@ -244,7 +244,7 @@ class Trainer:
         self._trainable.check_known()
         if self.outputs.digests is not None:  # before rank 0 hears of this rank, and so before it publishes
             self.outputs.digests.flush(sync=True)
-        ranks = of_every_rank(self.modules, self.world)
+        ranks = of_every_rank(self.modules, self.world, equal=self.plan.leaf_size is not None)
         stream = self.parts.train_loader.state_dict(lambda value: on_rank_zero(self.world, value))
         status.phase = SAVING
         progress = self.progress

@@ -1,0 +1,207 @@
+"""Models that `distributed.reproducibility: bitwise` refuses, and some that it takes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from torch.utils.data import Dataset
+
+
+class Images(Dataset[tuple[Tensor, int]]):
+    """Random pictures of 3 x 8 x 8 in 4 classes."""
+
+    def __len__(self) -> int:
+        return 32
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(index)), index % 4
+
+
+class Net(nn.Module):
+    """A convolution and a head; what is between them is a subclass's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Conv2d(3, 4, 3, padding=1)
+        self.head = nn.Linear(4 * 8 * 8, 4)
+        self.make()
+
+    def make(self) -> None:
+        pass
+
+    def between(self, x: Tensor) -> Tensor:
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.between(self.features(x)).flatten(1))
+
+
+class OldSpectralNorm(Net):
+    def make(self) -> None:
+        self.features = nn.utils.spectral_norm(self.features)
+
+
+class SpectralNorm(Net):
+    def make(self) -> None:
+        self.features = nn.utils.parametrizations.spectral_norm(self.features)
+
+
+class Center(Net):
+    """DINO's: an average of the outputs in a buffer."""
+
+    def make(self) -> None:
+        self.register_buffer("center", torch.zeros(4))
+
+    def between(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.center.mul_(0.9).add_(x.detach().mean((0, 2, 3)), alpha=0.1)
+        return x - self.center[:, None, None]
+
+
+class Replaced(Center):
+    """The same, by another tensor each time."""
+
+    def between(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.center = self.center * 0.9 + x.detach().mean((0, 2, 3)) * 0.1
+        return x - self.center[:, None, None]
+
+
+class ThroughData(Center):
+    """The same, by a write that autograd doesn't count."""
+
+    def between(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.center.data.add_(x.detach().mean((0, 2, 3)))
+        return x - self.center[:, None, None]
+
+
+class Scale(Net):
+    """A number that follows the data."""
+
+    def make(self) -> None:
+        self.scale = 1.0
+
+    def between(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.scale = 0.9 * self.scale + 0.1 * float(x.detach().abs().mean())
+        return x / self.scale
+
+
+class Teacher(Net):
+    """A momentum encoder, whose frozen weights the forward moves."""
+
+    def make(self) -> None:
+        self.teacher = copy.deepcopy(self.features).requires_grad_(False)
+
+    def between(self, x: Tensor) -> Tensor:
+        if self.training:
+            for mine, theirs in zip(self.teacher.parameters(), self.features.parameters(), strict=True):
+                mine.data = mine.data * 0.9 + theirs.data * 0.1
+        return x
+
+
+class Unpool(nn.Module):
+    """Has no deterministic form on any device."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        small, places = nn.functional.max_pool2d(x, 2, return_indices=True)
+        return nn.functional.max_unpool2d(small, places, 2)
+
+
+class Forward(Net):
+    def make(self) -> None:
+        self.unpool = Unpool()
+
+    def between(self, x: Tensor) -> Tensor:
+        return self.unpool(x)
+
+
+class _InBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return Unpool()(gradient)
+
+
+class Squeeze(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return _InBackward.apply(x)
+
+
+class Backward(Net):
+    def make(self) -> None:
+        self.squeeze = Squeeze()
+
+    def between(self, x: Tensor) -> Tensor:
+        return self.squeeze(x)
+
+
+class Sparse(Net):
+    def make(self) -> None:
+        self.table = nn.Embedding(4, 4, sparse=True)
+
+    def between(self, x: Tensor) -> Tensor:
+        places = x[:, 0, 0, 0].abs().long().clamp(max=3)
+        return x + self.table(places)[:, :, None, None]
+
+
+class Unused(Net):
+    def make(self) -> None:
+        self.spare = nn.Linear(2, 2)
+
+
+class Counting(Net):
+    """Counters may advance: once a step."""
+
+    def make(self) -> None:
+        self.norm = nn.BatchNorm2d(4, momentum=None)
+        self.relu = nn.ReLU(inplace=True)
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        self.calls = 0
+
+    def between(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.seen += 1
+            self.calls += 1
+        return self.relu(self.norm(x)) * (1 + self.calls / 100)
+
+
+class Late(Net):
+    """A buffer that changes only after some steps."""
+
+    def make(self) -> None:
+        self.calls = 0
+        self.register_buffer("late", torch.zeros(1))
+
+    def between(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.calls += 1
+            if self.calls > 2:
+                self.late += 1
+        return x
+
+
+class Usage(Net):
+    """An integer that depends on the data."""
+
+    def make(self) -> None:
+        self.register_buffer("usage", torch.zeros((), dtype=torch.int64))
+
+    def between(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.usage += int((x > 0).sum())
+        return x
+
+
+def resnet() -> nn.Module:
+    """Its ReLUs work in place."""
+    return torchvision.models.resnet18(num_classes=4)

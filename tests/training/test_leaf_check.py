@@ -1,0 +1,98 @@
+"""What can't be the same on any number of processes is refused before anything is written, by name."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from runs import result, run, run_several
+
+from dist_train.config.errors import ConfigError
+from dist_train.run.api import train
+
+PIECES = Path(__file__).parent / "programs" / "leafy.py"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The working directory, with the pieces beside the config."""
+    shutil.copy(PIECES, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "leafy", raising=False)
+    yield tmp_path
+    torch.use_deterministic_algorithms(False)
+
+
+def config(model: str, **distributed: Any) -> dict[str, Any]:
+    return {
+        "data": {"train": {"_target_": "leafy.Images"}, "global_batch_size": 8, "num_workers": 0},
+        "model": {"_target_": f"leafy.{model}"},
+        "loss": {"_target_": "torch.nn.CrossEntropyLoss"},
+        "optimizer": {"_target_": "torch.optim.SGD", "lr": 0.01},
+        "trainer": {"duration": "4step", "log_every": "1step", "micro_batch_size": 2},
+        "distributed": {"reproducibility": "bitwise", **distributed},
+        "tracking": {"tensorboard": False, "report": False},
+        "run": {"name": "leafy"},
+    }
+
+
+REFUSED = {
+    "OldSpectralNorm": "a forward changes features.weight_u: ",
+    "SpectralNorm": "a forward changes features.parametrizations.weight.0._u: ",
+    "Center": "a forward changes center: ",
+    "Replaced": "a forward changes center: ",
+    "ThroughData": "a forward changes center: ",
+    "Scale": "a forward changes scale: ",
+    "Teacher": "a forward changes teacher.weight: ",
+    "Forward": "max_unpooling2d_forward_out, which is needed by unpool (Unpool) in the forward: ",
+    "Backward": "max_unpooling2d_forward_out, which is needed by squeeze (Squeeze) in the backward: ",
+    "Sparse": "that of table.weight is one: set sparse=False",
+    "Unused": "2 parameter(s) take no part in the loss of the first micro-batch: spare.weight, spare.bias",
+}
+
+
+@pytest.mark.parametrize("model", REFUSED)
+def test_what_would_depend_on_the_number_of_processes_is_refused_before_anything_is_written(model: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        train(config(model))
+    assert REFUSED[model] in str(error.value)
+    assert str(error.value).count("distributed.") >= 1
+    assert not Path("runs").exists()
+
+
+def test_running_statistics_counters_and_modules_that_work_in_place_are_taken(folder: Path) -> None:
+    jobs = []
+    for model in ("Net", "Counting", "resnet"):
+        assert train({**config(model), "run": {"name": f"{model}-1"}})["state"] == "completed"
+        (folder / f"{model}.yaml").write_text(yaml.safe_dump({**config(model), "run": {"name": f"{model}-3"}}))
+        jobs.append([f"{model}.yaml"])
+    run_several(folder, 3, jobs)
+    for model in ("Net", "Counting", "resnet"):
+        one, three = (result(folder / "runs" / f"{model}-{processes}") for processes in (1, 3))
+        assert one["weights_sha256"] == three["weights_sha256"]
+
+
+def test_integers_that_depend_on_the_data_are_noticed_when_the_run_is_saved(folder: Path) -> None:
+    (folder / "usage.yaml").write_text(yaml.safe_dump(config("Usage")))
+    done = run(folder, 2, "--config", "usage.yaml", expect=1)
+    assert "a forward changes usage: " in done.stderr
+
+
+def test_fast_takes_them() -> None:
+    assert train(config("Center", reproducibility="fast"))["state"] == "completed"
+
+
+def test_unused_parameters_can_be_allowed() -> None:
+    assert train(config("Unused", find_unused_parameters=True))["state"] == "completed"
+
+
+def test_a_buffer_that_changes_later_ends_the_run() -> None:
+    with pytest.raises(ValueError, match="a forward changes late: "):
+        train(config("Late"))
