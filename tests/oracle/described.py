@@ -46,6 +46,7 @@ def described(config: dict[str, Any]) -> SimpleNamespace:
     for key in ("duration", "stop_at", "log_every", "evaluate_every"):
         setattr(c, key, steps_of(getattr(c, key), epoch))
 
+    c.bitwise = config.get("distributed", {}).get("reproducibility") == "bitwise"
     c.model = model_of(config, c.seed)
     if c.channels_last:
         c.model.to(memory_format=torch.channels_last)

@@ -69,6 +69,24 @@ CONFIGS: dict[str, dict[str, Any]] = {
         },
         "checkpoint": {"every": ["2ep", "3step"], "keep_last": 1},
     },
+    "bitwise": {  # five leaves; three in an epoch's last step
+        "seed": 4,
+        "data": {
+            "train": piece("Points", shape=[2, 6, 6], samples=26), "val": piece("Points", shape=[2, 6, 6], seed=1),
+            "global_batch_size": 10, "drop_last": False, "eval_batch_size": 8,
+            "augment": [
+                {"_target_": "dist_train.data.RandomHorizontalFlip"},
+                {"_target_": "dist_train.data.Mixup", "classes": 3, "alpha": 0.8},
+            ],
+        },
+        "model": CONV, "loss": {"_target_": CE}, "metrics": ["accuracy"],
+        "optimizer": {"_target_": ADAMW, "lr": 0.05, "weight_decay": 0.1},
+        "trainer": {
+            "duration": "4ep", "micro_batch_size": 2, "clip_grad_norm": 0.5, "ema_decay": 0.8, "log_every": "1step",
+        },
+        "checkpoint": {"every": "3step"},
+        "distributed": {"reproducibility": "bitwise"},
+    },
     "images": {
         "seed": 3,
         "data": {

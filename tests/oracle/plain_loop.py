@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from dist_train.data.augment import Augmentation
-from dist_train.data.plan import Plan, micro_slices
+from dist_train.data.plan import Plan, micro_slices, rank_slice
 from dist_train.runtime.seeding import seed_forward, seed_sample
 
 CPU, INF = torch.device("cpu"), float("inf")
@@ -43,6 +43,16 @@ def endless(stream: Any, seed: int) -> Iterator[Any]:
         for place, sample in enumerate(iterator, start=1):
             yield sample
             seed_sample(seed, number, place)
+
+
+def summed(leaves: list[list[Tensor]], start: int, count: int) -> list[Tensor]:
+    """Along a binary tree: of `count` leaves, a power of two, those that there are."""
+    if count == 1:
+        return leaves[start]
+    first, middle = summed(leaves, start, count // 2), start + count // 2
+    if middle >= len(leaves):
+        return first
+    return [a + b for a, b in zip(first, summed(leaves, middle, count // 2), strict=True)]
 
 
 def plain_loop(config: dict[str, Any], ranks: int = 1) -> SimpleNamespace:
@@ -127,20 +137,36 @@ def plain_loop(config: dict[str, Any], ranks: int = 1) -> SimpleNamespace:
         (indices, keys), epoch = samples_of(run.step), plan.epoch_of(run.step)
         n, loss_sum, weight_sum = len(indices), torch.zeros((), dtype=torch.float64), 0
         buffers = before = clone(dict(model.named_buffers()))
+        leaves: list[list[Tensor]] = []
         # 1. Each micro-batch; an augmentation that mixes samples reads the next ones of the global batch too.
-        for rank in range(ranks):
-            for part in micro_slices(n, rank, ranks, c.micro_batch_size):
+        for rank in range(1 if c.bitwise else ranks):  # which doesn't matter there
+            count = -(-n // c.micro_batch_size)
+            fixed = [rank_slice(n, k, count) for k in range(count)]
+            for part in fixed if c.bitwise else micro_slices(n, rank, ranks, c.micro_batch_size):
                 places = range(part.start, part.stop + augmentation.neighbours)
                 rows, row_keys = (values.take(places, mode="wrap") for values in (indices, keys))
                 batch = read(c.train, rows, epoch, row_keys)
                 if c.augment:
                     batch = augmentation(batch, seed=c.seed, epoch=epoch, indices=row_keys)
+                if c.bitwise:
+                    model.load_state_dict(before, strict=False)
                 seed_forward(c.seed, run.step, part.start, CPU)
                 loss, weight, *_ = forward(model, batch)
                 scaler.scale(loss if c.summed else loss * (1 / n)).backward()
                 loss_sum, weight_sum = loss_sum + loss.detach().double(), weight_sum + weight
+                if c.bitwise:
+                    averaged = [b.clone() for b in model.buffers() if b.is_floating_point()]
+                    leaves.append([loss.detach(), *averaged, *(p.grad for p in parameters.values())])
+                    optimizer.zero_grad()
             if rank == 0:  # each rank has buffers of its own: those of rank 0 are evaluated and saved
                 buffers = clone(dict(model.named_buffers()))
+        if c.bitwise:  # sums along the tree; running statistics are the mean over the leaves
+            loss_sum, *sums = summed(leaves, 0, 1 << (len(leaves) - 1).bit_length())
+            for buffer in (b for b in model.buffers() if b.is_floating_point()):
+                buffer.copy_(sums.pop(0) / len(leaves))
+            buffers = clone(dict(model.named_buffers()))
+            for parameter, gradient in zip(parameters.values(), sums, strict=True):
+                parameter.grad = gradient
         # 2. fp16.
         scaler.unscale_(optimizer)
         # 3. Over the weight instead of the samples.

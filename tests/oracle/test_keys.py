@@ -80,6 +80,7 @@ MATTERS: dict[str, tuple[str, Any]] = {
     "trainer.stop_when.min_delta": ("plateau", DEFAULT),
     "trainer.stop_when.mode": ("own", DEFAULT),
     "trainer.on_nonfinite": ("skipped", DEFAULT),
+    "distributed.reproducibility": ("bitwise", DEFAULT),
     "checkpoint.every": ("weighted", DEFAULT),
     "checkpoint.keep_last": ("weighted", 1),
     "checkpoint.keep_best": ("images", DEFAULT),
@@ -131,7 +132,6 @@ ELSEWHERE = {
     "trainer.whole_batch": "oracle/test_task_interface.py::test_one_process_in_micro_batches_is_the_textbook",  # "covariance"
     "trainer.compile": "gpu/test_training.py::test_compiled_and_channels_last_train_too",  # half a minute on the CPU
     "distributed.sync_batchnorm": "models/test_transfer.py",  # CUDA alone
-    "distributed.reproducibility": "step/test_tree.py",
 }
 RunOf = Callable[[str], Path]
 

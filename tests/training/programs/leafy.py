@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torchvision
 from torch import Tensor, nn
-
 from torch.utils.data import Dataset
 
 
