@@ -39,8 +39,9 @@ predict runs/digits data.test.path=new.csv.
 Without --config the built-in example is trained (1,797 handwritten digits). Any key of the config can be overridden,
 like optimizer.lr=0.05 trainer.duration=3ep; docs/config.md describes them all.
 
-exit codes: 0 done, 1 failed, 2 the config or the command is wrong (nothing was started), 75 stopped on request and saved,
-run it again to resume (0 under torchrun, which would restart it), 130 or 143 ended by Ctrl-C or SIGTERM before it started."""
+exit codes: 0 done, 1 failed (compare: the runs differ), 2 the config or the command is wrong (nothing was started), 75 stopped
+on request and saved, run it again to resume (0 under torchrun, which would restart it), 130 or 143 ended by Ctrl-C or SIGTERM
+before it started."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

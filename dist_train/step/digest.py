@@ -20,8 +20,8 @@ from dist_train.step.objective import Item, StepSums
 from dist_train.step.reduce import Reducer
 
 BLOCK = 256  # words with a factor of their own; each block of a tensor has another factor
-# Words that are multiplied at once: on the CPU what its cache holds, elsewhere what needs no more than 100 MiB.
-_CPU_CHUNK, _DEVICE_CHUNK = 1 << 16, 1 << 23
+# Words that are multiplied at once: on the CPU what its cache holds, elsewhere what takes 32 MiB as int64.
+_CPU_CHUNK, _DEVICE_CHUNK = 1 << 18, 1 << 22
 _LAYOUTS = 16  # that are kept
 
 
@@ -69,7 +69,7 @@ class TensorDigests:
         for pieces in layout.chunks:
             parts = [(words[k] if k >= 0 else layout.zeros)[start:end] for k, start, end in pieces]
             stream = parts[0] if len(parts) == 1 else torch.cat(parts)
-            sums.append((stream.view(-1, BLOCK) * layout.in_block).sum(1))
+            sums.append(layout.block_sums(stream.view(-1, BLOCK)))
         blocks = sums[0] if len(sums) == 1 else torch.cat(sums)
         return layout.constants.index_add(0, layout.owner, blocks * layout.of_block)
 
@@ -82,6 +82,7 @@ class _Layout:
         chunks: what is multiplied at once: (tensor, first word, end); tensor -1 is zeros, which fill a last block.
         owner: int64 (blocks,), the tensor of each block. of_block: int64 (blocks,), its factor.
         in_block: int64 (BLOCK,), the factor of each place. constants: int64 (n,), one for each tensor.
+        wide: int64 (blocks of the longest chunk, BLOCK), room for its words.
     """
 
     chunks: list[list[tuple[int, int, int]]]
@@ -90,6 +91,14 @@ class _Layout:
     in_block: Tensor
     constants: Tensor
     zeros: Tensor
+    wide: Tensor
+
+    def block_sums(self, words: Tensor) -> Tensor:
+        """int64 (blocks,) of words (blocks, BLOCK)."""
+        room = self.wide[: len(words)]
+        if words.device.type == "cpu":  # one pass less; other devices have no such kernel for integers
+            return torch.mv(room.copy_(words), self.in_block)
+        return torch.mul(words, self.in_block, out=room).sum(1)
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor], words: Sequence[Tensor]) -> _Layout:
@@ -115,7 +124,9 @@ class _Layout:
         arrays = np.concatenate(owners), factors(np.concatenate(numbers)), factors(np.arange(BLOCK)), constants
         owner, of_block, in_block, first = (torch.tensor(array, device=device) for array in arrays)
         zeros = torch.zeros(BLOCK, dtype=torch.int8, device=device)
-        return cls([chunk for chunk in chunks if chunk], owner, of_block, in_block, first, zeros)
+        longest = max(sum(end - start for _, start, end in chunk) for chunk in chunks)
+        wide = torch.empty(longest // BLOCK, BLOCK, dtype=torch.int64, device=device)
+        return cls([chunk for chunk in chunks if chunk], owner, of_block, in_block, first, zeros, wide)
 
 
 def _words(tensor: Tensor) -> Tensor:

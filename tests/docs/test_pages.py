@@ -34,6 +34,7 @@ PAGES = (
     "troubleshooting",
     "how-it-works",
     "checkpoints",
+    "reproducibility",
     "seeing",
 )
 TEXTS = {name: (ROOT / "docs" / f"{name}.md").read_text() for name in PAGES}
@@ -84,6 +85,13 @@ def test_the_custom_components_run_as_shown(tmp_path: Path) -> None:
         "val"
     ].keys()
     assert result(tmp_path / "runs/autoencoder")["metrics"]["val"]["mse"] < 0.5
+
+
+def test_the_comparison_of_runs_prints_what_is_shown(tmp_path: Path) -> None:
+    out = "".join(shell(tmp_path, text) for name, text in blocks("reproducibility", "sh") if name == "run")
+    for _, text in blocks("reproducibility", "text"):
+        shown = text.replace("SHA256", result(tmp_path / "runs" / "one")["weights_sha256"])
+        assert shown in out, out
 
 
 OTHERS = ("my_text.", "my_images.", "my_pairs.", "transformers.", "runs/digits")  # of a reader, or large

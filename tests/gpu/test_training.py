@@ -13,6 +13,7 @@ import runs
 import torch
 from torch import nn
 
+from dist_train.step.digest import TensorDigests
 from dist_train.step.finite import NonFiniteError
 from dist_train.step.precision import resolve_precision
 
@@ -97,3 +98,25 @@ def test_compiled_and_channels_last_train_too(tmp_path: Path) -> None:
     assert (tmp_path / "runs/digits/model.pt").exists()
     names = torch.load(tmp_path / "runs/digits/model.pt", weights_only=True)
     assert not any("_orig_mod" in name for name in names)
+
+
+@needs_cuda
+def test_digests_on_a_gpu_are_those_of_the_cpu_and_wait_for_nothing() -> None:
+    tensors = [
+        torch.randn(300, 70, 3, 3),
+        torch.randn(5_000_000).bfloat16(),
+        torch.arange(7),
+        torch.randn(9, dtype=torch.complex64),
+    ]
+    moved = [tensors[0].cuda().to(memory_format=torch.channels_last), *(tensor.cuda() for tensor in tensors[1:])]
+    there = TensorDigests()
+    there(moved)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = there(moved)
+        torch.use_deterministic_algorithms(True)
+        again = there(moved)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.cuda.set_sync_debug_mode("default")
+    assert found.tolist() == again.tolist() == TensorDigests()(tensors).tolist()
