@@ -43,6 +43,17 @@ def test_each_key_is_of_its_kind(override: str, key: str, kind: str) -> None:
     assert changes(override) == [(key, kind)]
 
 
+def test_in_bitwise_mode_the_size_of_micro_batches_changes_by_consent() -> None:
+    old, new = (
+        load_config(None, ["distributed.reproducibility=bitwise", f"trainer.micro_batch_size={size}"]).to_dict()
+        for size in (8, 16)
+    )
+    assert compare(old, new) == [Change("trainer.micro_batch_size", 8, 16, "consent")]
+    fast = load_config(None, ["trainer.micro_batch_size=8"]).to_dict()
+    assert compare(old, fast) == [Change("distributed.reproducibility", "bitwise", "fast", "consent")]
+    assert compare(fast, old) == [Change("distributed.reproducibility", "fast", "bitwise", "consent")]
+
+
 def test_where_a_run_lives_and_how_it_is_started_is_no_change() -> None:
     assert changes("run.name=other", "run.dir=/x", "checkpoint.accept_changes=true", "checkpoint.resume=never") == []
     assert changes() == []
