@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dist_train.task.batch import in_full_precision, shapes_of
+from dist_train.task.batch import in_full_precision, is_pair, shapes_of
 from dist_train.task.task import full_precision
 from dist_train.task.terms import StepOutput
 
@@ -44,7 +44,8 @@ class LanguageModel:
     - (inputs, targets): int64 (N, T) each, targets already shifted by one (packed windows, as nanoGPT's and `data.Tokens`); no
       attention mask, which a mapping has,
     - a mapping as of transformers' tokenizers and collators: `input_ids` (N, T), `attention_mask` and whatever else the model
-      takes, by name; and `labels` (N, T), not shifted, which are the `input_ids` without padding if they aren't given,
+      takes, by name; and `labels` (N, T), not shifted, which are the `input_ids` without padding if they aren't given; or a pair
+      of such a mapping and labels, as `data.inputs` and `data.target` make it,
     - `input_ids` alone, (N, T): each token is the target of those before it.
 
     The model maps tokens to logits (N, T, vocabulary), also as (logits, loss) (nanoGPT's; it gets the targets where its forward
@@ -98,6 +99,8 @@ class LanguageModel:
 
     def _parts(self, batch: Any) -> tuple[Any, Tensor, bool]:
         """(inputs of the model, targets, whether these are shifted already)."""
+        if is_pair(batch) and isinstance(batch[0], Mapping):  # by data.inputs and data.target
+            batch = {**batch[0], "labels": batch[1]}
         if isinstance(batch, Mapping) and isinstance(batch.get("input_ids"), Tensor):
             inputs = {name: value for name, value in batch.items() if name != "labels"}
             labels = batch.get("labels")

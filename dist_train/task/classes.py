@@ -23,7 +23,7 @@ class ClassCounts(Metric):
         num_classes: None: as many as the first outputs have columns.
         ignore_index: elements with this target don't count, nor do their predictions.
         threshold: above it one column means class 1; 0 for logits (the default where the loss takes logits).
-        dim: that of the classes; None: 1, or the last where only that fits the targets.
+        dim: that of the classes where two fit; None: 1.
     """
 
     higher_is_better = True

@@ -216,7 +216,7 @@ def _from_loss(spec: MetricSpec, of: Selection | None, function: Any) -> dict[st
     if isinstance(ignored, int) and "ignore_index" in accepted:
         found["ignore_index"] = ignored
     dim = getattr(function, "classes_dim", None)  # of a task
-    if isinstance(dim, int) and "dim" in accepted and of is None:
+    if isinstance(dim, int) and "dim" in accepted and of is None and spec.alias != "perplexity":  # it prefers the last
         found["dim"] = dim
     return found
 

@@ -40,11 +40,10 @@ class Metric:
 
 
 def class_dim(outputs: Tensor, targets: Tensor, dim: int | None) -> int:
-    """The dim of `outputs` that has a score for each class: the one given, else 1, or the last where only that fits."""
-    shape, last = outputs.shape, outputs.dim() - 1
-    if dim is not None or last < 2:
-        return 1 if dim is None else dim % outputs.dim()
-    return last if shape[:last] == targets.shape and (shape[0], *shape[2:]) != targets.shape else 1
+    """The dim of `outputs` that has a score for each class: `dim` (else 1) where it fits, else 1 or the last where that does."""
+    shape, wanted = outputs.shape, 1 if dim is None else dim % outputs.dim()
+    fitting = [d for d in (1, outputs.dim() - 1) if shape[:d] + shape[d + 1 :] == targets.shape]
+    return wanted if wanted in fitting or not fitting else fitting[0]
 
 
 class Accuracy(Metric):
@@ -56,7 +55,7 @@ class Accuracy(Metric):
     Args:
         top: the target is among as many of the highest ones.
         ignore_index: elements with this target don't count.
-        dim: that of the classes; None: 1, or the last where only that fits the targets.
+        dim: that of the classes where two fit; None: 1.
     """
 
     higher_is_better = True

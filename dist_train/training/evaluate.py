@@ -190,13 +190,12 @@ class Evaluator:
         with self.precision.autocast():
             output = evaluated(self.task, self.model, batch)
         losses = Losses({name: term.factor for name, term in output.terms.items()}, output.shared)
-        if self._losses is None:
-            self._losses = losses
-        elif losses.factors.keys() != self._losses.factors.keys():
+        if self._losses is not None and losses.factors.keys() != self._losses.factors.keys():
             before, now = (", ".join(one.factors) or "one" for one in (self._losses, losses))
             raise ValueError(
                 f"the task gave the losses {before} before, and {now} in this eval batch: give the same ones for each"
             )
+        self._losses = losses  # factors may change in the course of a run
         if self.metrics and output.outputs is None:
             raise TypeError("metrics need the outputs: the task's step must return (loss, weight, outputs, targets)")
         return replace(output, outputs=in_full_precision(output.outputs))
@@ -217,9 +216,10 @@ class Evaluator:
         return outputs, targets
 
     def _settle(self, output: Computed | None) -> None:
-        """All ranks learn from rank 0's first outputs which losses there are, and how many classes where a metric needs that."""
+        """All ranks learn from rank 0's first outputs which losses there are, and how many classes where a metric needs that; of
+        losses with denominators of their own, in each evaluation, the factors."""
         unknown = [entry for entry in self.metrics if entry.size is None]
-        if unknown or not self._agreed:
+        if unknown or not self._agreed or not (self._losses is None or self._losses.shared):
             seen = [] if output is None else [entry.classes_in(output.outputs, output.targets) for entry in unknown]
             losses, found = self.world.broadcast((self._losses, seen))
             self._losses, self._agreed = Losses(*losses), True

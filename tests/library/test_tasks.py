@@ -298,6 +298,13 @@ def test_a_language_model_is_not_trained_on_other_tokens_than_the_next(batch: An
         tasks.LanguageModel().step(model, batch)
 
 
+def test_inputs_and_labels_that_the_config_names_are_a_mapping_with_labels() -> None:
+    named = {"input_ids": IDS, "attention_mask": MASK}
+    model, labels, task = ByName(), IDS.where(IDS > 3, -100), tasks.LanguageModel()
+    assert loss_of(task.step(model, (named, labels))) == loss_of(task.step(model, {**named, "labels": labels}))
+    assert torch.equal(task.predict(model, (named, None)), task.predict(model, named))
+
+
 @pytest.mark.parametrize("bits", [IDS % 2, torch.ones_like(IDS)])
 def test_tokens_of_two_kinds_are_no_mask(bits: Tensor) -> None:
     batch = (bits[:, :-1], bits[:, 1:])

@@ -86,6 +86,19 @@ class OwnCounts(Shared):
         return {"first": (one, weights["first"]), "second": (other, weights["second"], 0.5)}, None
 
 
+class Annealed(OwnCounts):
+    """The factor of the second loss is 1 in two steps of four micro-batches, 2 in the next two, and so on."""
+
+    def __init__(self) -> None:
+        self.forwards = 0
+
+    def step(self, model: nn.Module, batch: Any) -> Any:
+        losses, weight = super().step(model, batch)
+        self.forwards += torch.is_grad_enabled()
+        factor = (self.forwards - 1) // 8 + 1
+        return {**losses, "second": (*losses["second"][:2], float(max(1, factor)))}, weight
+
+
 def two_values(outputs: Tensor, targets: Any) -> dict[str, Tensor]:
     """A plain dict of values per sample."""
     return {

@@ -314,6 +314,17 @@ def test_an_evaluation_has_the_losses_of_the_task(tmp_path: Path) -> None:
     assert {key: row[key] for key in expected} == pytest.approx({k: float(v) for k, v in expected.items()}, rel=1e-9)
 
 
+def test_an_evaluation_has_the_factors_of_the_moment(tmp_path: Path) -> None:
+    """Losses with weights of their own, of which one is annealed."""
+    config = {**copy.deepcopy(CONFIGS["own"]), "task": piece("Annealed")}
+    config["trainer"] |= {"evaluate_every": "1step", "log_every": "1step"}
+    for split in ("train", "val"):
+        found = [(row["loss"], row["loss/first"], row["loss/second"]) for row in rows(trained(tmp_path, config), split)]
+        assert len(found) == STEPS
+        for step, (loss, first, second) in enumerate(found):
+            assert loss == pytest.approx(first + (step // 2 + 1) * second, rel=1e-9)
+
+
 def test_val_loss_is_another_loss(tmp_path: Path) -> None:
     run = trained(tmp_path, {**CONFIGS["dict"], "data": {**CONFIGS["dict"]["data"], "eval_batch_size": 10}})
     net = pieces.Net()

@@ -94,6 +94,13 @@ def test_the_classes_of_a_language_models_outputs_are_in_its_last_dim(name: str)
     assert value_of(name, LOGITS[:54].view(6, 9, 9), LABELS[:54].view(6, 9), LanguageModel()) == alone
 
 
+@pytest.mark.parametrize("name", ["accuracy", "top5", "f1", "miou", "perplexity"])
+def test_a_task_whose_predictions_have_another_form_than_what_metrics_get_is_read_by_the_shapes(name: str) -> None:
+    task = LanguageModel()  # says that classes are in the last dim
+    outputs, targets = LOGITS[:54].view(9, 6, 9), LABELS[:54].view(9, 6)
+    assert value_of(name, outputs.movedim(-1, 1), targets, task) == pytest.approx(value_of(name, outputs, targets))
+
+
 def test_a_column_of_labels_is_not_compared_with_each_row() -> None:
     expected = reference.accuracy_score(LABELS, LOGITS.argmax(1))
     assert value_of("accuracy", LOGITS, LABELS[:, None]) == expected
