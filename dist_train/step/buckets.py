@@ -70,7 +70,8 @@ def in_buckets(tensors: Iterable[Tensor], megabytes: float) -> list[list[Tensor]
     open_ones: dict[torch.dtype, list[Tensor]] = {}
     for tensor in tensors:
         bucket = open_ones.get(tensor.dtype)
-        most = FIRST_BYTES if bucket is not None and bucket is buckets[0] else megabytes * 2**20
+        first = bucket is not None and bucket is buckets[0]
+        most = min(FIRST_BYTES, megabytes * 2**20) if first else megabytes * 2**20
         if bucket is None or sum(one.nbytes for one in bucket) + tensor.nbytes > most:
             bucket = open_ones[tensor.dtype] = []
             buckets.append(bucket)
