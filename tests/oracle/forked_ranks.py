@@ -31,7 +31,7 @@ def main(jobs: dict[str, list[list[str]]]) -> None:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = probe.getsockname()[1]
         arguments = [(rank, ranks, port, jobs[str(ranks)]) for rank in range(ranks)]
-        processes = [get_context("fork").Process(target=rank_of, args=given, daemon=True) for given in arguments]
+        processes = [get_context("fork").Process(target=rank_of, args=given) for given in arguments]
         for process in processes:
             process.start()
         store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)  # threads: not before the forks
