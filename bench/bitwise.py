@@ -1,0 +1,273 @@
+"""What `distributed.reproducibility: bitwise` costs: steps per second against `fast`, and memory, on CPU processes of this machine.
+
+    python bench/bitwise.py               # about twelve minutes; the tables go to stdout
+    python bench/bitwise.py --quick       # about one
+    python bench/bitwise.py --model mlp --world 2 --profile      # where the time of a step goes
+
+A step is the engine's own (`step.step.Stepper`: seeding, forward, backward, reduction, checks, update) on batches that are in
+memory, with one thread in both modes. Each mode has a model of its own in the same processes; they take turns of a few steps, in an
+order that alternates. The ratio is the median over the turns of a turn of `fast` to its neighbour of `bitwise`. The global batch is
+the same on any number of processes: more of them accumulate fewer micro-batches. Memory is measured in runs of one mode alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import json
+import os
+import pstats
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from overhead import hardware, versions
+from torch import Tensor, nn
+
+from dist_train.config.schema import DistributedConfig, TrainerConfig
+from dist_train.data.loader import StepWork
+from dist_train.data.plan import MicroBatch, Plan
+from dist_train.runtime.launch import read_placement
+from dist_train.runtime.world import World, open_world
+from dist_train.step.bitwise import Bitwise
+from dist_train.step.modules import Modules
+from dist_train.step.objective import Objective
+from dist_train.step.optim import build_optimizer
+from dist_train.step.precision import Precision
+from dist_train.step.reduce import reducer_for
+from dist_train.step.step import Stepper
+from dist_train.task.losses import Loss
+from dist_train.task.task import Supervised
+
+MODES = ("fast", "bitwise")
+LEAVES = 4  # micro-batches of a global batch
+
+
+class Transformer(nn.Module):
+    """A small language model: 4 layers of width 256, 64 tokens."""
+
+    def __init__(self, words: int = 1000, width: int = 256):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, batch_first=True)  # dropout 0.1
+        self.words, self.places = nn.Embedding(words, width), nn.Parameter(torch.zeros(64, width))
+        self.layers, self.head = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False), nn.Linear(width, words)
+        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(64))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, 64) int64 -> (B, words, 64)."""
+        hidden = self.layers(self.words(tokens) + self.places, mask=self.mask, is_causal=True)
+        return self.head(hidden).transpose(1, 2)  # type: ignore[no-any-return]
+
+
+def resnet18() -> nn.Module:
+    """torchvision's, for ten classes."""
+    import torchvision
+
+    return torchvision.models.resnet18(num_classes=10)  # type: ignore[no-any-return]
+
+
+def mlp() -> nn.Module:
+    """25.3 million parameters, with little to compute for each: bound by communication."""
+    sizes = [512, 3200, 3200, 3200]
+    layers = [layer for i, o in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(i, o), nn.ReLU())]
+    return nn.Sequential(*layers, nn.Linear(3200, 1000))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and its micro-batches."""
+
+    label: str
+    build: Callable[[], nn.Module]
+    batch: Callable[[int], tuple[Tensor, Tensor]]
+    micro: int
+    optimizer: dict[str, Any]
+    steps: int
+    """Of one turn."""
+
+
+SGD = {"_target_": "torch.optim.SGD", "lr": 0.01, "momentum": 0.9}
+ADAM = {"_target_": "torch.optim.AdamW", "lr": 1e-4}
+CASES = {
+    "resnet18": Case(
+        "ResNet-18, 32x32, micro-batch 32",
+        resnet18,
+        lambda n: (torch.randn(n, 3, 32, 32), torch.randint(0, 10, (n,))),
+        32,
+        SGD,
+        3,
+    ),
+    "mlp": Case(
+        "MLP of 25 million, micro-batch 32",
+        mlp,
+        lambda n: (torch.randn(n, 512), torch.randint(0, 1000, (n,))),
+        32,
+        SGD,
+        3,
+    ),
+    "transformer": Case(
+        "transformer of 3.7 million, micro-batch 8 x 64",
+        Transformer,
+        lambda n: (torch.randint(0, 1000, (n, 64)), torch.randint(0, 1000, (n, 64))),
+        8,
+        ADAM,
+        3,
+    ),
+}
+
+
+class Contender:
+    """One mode's training steps of one model."""
+
+    def __init__(self, case: Case, mode: str, world: World):
+        torch.manual_seed(0)
+        model, task = case.build(), Supervised(Loss(nn.CrossEntropyLoss()))
+        batch = case.micro * LEAVES
+        self.plan = Plan(0, batch, batch, shuffle=False, leaf_size=case.micro if mode == "bitwise" else None)
+        self.world, self.case, self.step, self.data = world, case, 0, case.batch(batch)
+        self.deterministic = mode == "bitwise"
+        config = DistributedConfig(reproducibility=mode)  # type: ignore[arg-type]
+        objective = Objective(Modules(model, task=task), task, Precision("fp32", "cpu"), ranks=world.size)
+        objective.modules.synchronize(world)
+        self.stepper = Stepper(
+            objective,
+            build_optimizer(case.optimizer, objective.modules, world.device),
+            lambda: reducer_for(objective, world, config),
+            self.plan,
+            lambda micro, work: micro.batch,
+            TrainerConfig(),
+        )
+
+    def run(self, steps: int) -> float:
+        """Seconds per step."""
+        torch.use_deterministic_algorithms(self.deterministic)
+        self.world.barrier()
+        began = time.perf_counter()
+        for _ in range(steps):
+            batch = self.plan.batch(self.step)
+            self.stepper(StepWork(self.step, 0, len(batch), batch, self._micro_batches()), want_norm=False)
+            self.step += 1
+        return (time.perf_counter() - began) / steps
+
+    def _micro_batches(self) -> Iterator[MicroBatch]:
+        for micro in self.plan.micro_batches(self.step, self.world.rank, self.world.size, self.case.micro):
+            yield micro._replace(batch=tuple(part[micro.indices] for part in self.data))
+
+    def gradient_copies(self) -> float:
+        """Bytes that the reducer of `bitwise` keeps for sums and messages, over the bytes of the gradient."""
+        reducer, own = self.stepper.reducer, sum(parameter.nbytes for parameter in self.stepper.parameters)
+        assert isinstance(reducer, Bitwise)
+        trees = [bucket._tree for bucket in reducer.buckets if bucket._tree is not None]
+        tensors = [tensor for tree in trees for tensor in (*tree.mine, tree.total)]
+        tensors += [room for tree in trees for one in tree._program for message in one.messages for room in message.receive]
+        kept = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+        return sum(kept.values()) / own
+
+
+def worker(options: argparse.Namespace) -> dict[str, Any]:
+    """In each process of a group: the modes of one model, in turns."""
+    case, found = CASES[options.model], dict[str, Any]()
+    with open_world(DistributedConfig(device="cpu", threads=options.threads), read_placement(os.environ)) as world:
+        before = peak()
+        contenders = {mode: Contender(case, mode, world) for mode in options.modes}
+        for contender in contenders.values():
+            contender.run(2)
+        found["seconds"] = {mode: list[float]() for mode in contenders}
+        for turn in range(options.turns):
+            for mode in list(contenders)[:: 1 if turn % 2 else -1]:
+                found["seconds"][mode].append(contenders[mode].run(case.steps))
+        found["MiB"] = max(world.all_gather((peak() - before) / 2**20))
+        if "bitwise" in contenders and world.size > 1:
+            found["copies"] = max(world.all_gather(contenders["bitwise"].gradient_copies()))
+        if options.profile:
+            profile(contenders, case, world)
+    return found
+
+
+def profile(contenders: dict[str, Contender], case: Case, world: World) -> None:
+    """The functions that take most of the main thread's time, on rank 0."""
+    for mode, contender in contenders.items():
+        profiler = cProfile.Profile()
+        profiler.enable()
+        contender.run(4 * case.steps)
+        profiler.disable()
+        if world.is_main:
+            print(f"{mode}, {4 * case.steps} steps", flush=True)
+            pstats.Stats(profiler).sort_stats("tottime").print_stats(14)
+
+
+def peak() -> int:
+    """Bytes of this process that were resident at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure(model: str, world: int, modes: Iterable[str], options: argparse.Namespace) -> dict[str, Any]:
+    """Run `worker` on `world` processes; raises CalledProcessError if it fails."""
+    start = [sys.executable]
+    if world > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
+    with tempfile.TemporaryDirectory(prefix="bitwise-") as folder:
+        out = Path(folder) / "found.json"
+        line = [*start, __file__, "--out", str(out), "--model", model, "--turns", str(options.turns), "--modes", *modes]
+        line += ["--threads", str(options.threads), *(["--profile"] if options.profile else [])]
+        env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(options.threads)}
+        subprocess.run(line, env=env, check=True, timeout=1200, stdin=subprocess.DEVNULL)
+        return json.loads(out.read_text())  # type: ignore[no-any-return]
+
+
+def row(model: str, world: int, options: argparse.Namespace) -> str:
+    """A row of the table."""
+    found = measure(model, world, MODES, options)
+    fast, bitwise = (found["seconds"][mode] for mode in MODES)
+    ratios = [a / b for a, b in zip(fast, bitwise, strict=True)]
+    low, _, high = quantiles(ratios, n=4)
+    rates = [f"{1 / median(seconds):.2f}" for seconds in (fast, bitwise)]
+    cells = [CASES[model].label, str(world), *rates, f"**{median(ratios):.2f}** ({low:.2f}-{high:.2f})"]
+    if options.memory:
+        alone = argparse.Namespace(**{**vars(options), "turns": 1})
+        peaks = [measure(model, world, [mode], alone)["MiB"] for mode in MODES]
+        cells += [f"{peaks[0]:.0f}", f"{peaks[1] - peaks[0]:+.0f}", f"{found.get('copies', 0):.1f}"]
+    return "| " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    """Print the table; with `--out`, be one of its processes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--world", type=int, nargs="+", default=[1, 2, 4], help="process counts (default 1 2 4)")
+    parser.add_argument("--turns", type=int, default=15, help="turns of each mode to take medians over (default 15)")
+    parser.add_argument("--threads", type=int, default=1, help="intra-op threads in both modes (default 1)")
+    parser.add_argument("--quick", action="store_true", help="two processes, four turns, no memory")
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.out is not None:
+        options.model = options.model[0]
+        found = worker(options)
+        if int(os.environ.get("RANK", "0")) == 0:
+            options.out.write_text(json.dumps(found), encoding="ascii")
+        return
+    options.memory = not options.quick and not options.profile
+    if options.quick:
+        options.world, options.turns = [2], 4
+    titles = ["model", "processes", "fast, steps/s", "bitwise, steps/s", "ratio (quartiles)"]
+    titles += ["fast, MiB", "bitwise, MiB more", "kept for sums and messages, gradients"] if options.memory else []
+    print("| " + " | ".join(titles) + " |\n| --- |" + " ---: |" * (len(titles) - 1))
+    for model in options.model:
+        for world in options.world:
+            print(row(model, world, options), flush=True)
+    print(f"\nHardware: {hardware()}  \nVersions: {versions()}  ")
+    print(f"{options.turns} turns; {time.strftime('%Y-%m-%d')}, `python bench/bitwise.py {' '.join(sys.argv[1:])}`")
+
+
+if __name__ == "__main__":
+    main()
