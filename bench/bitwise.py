@@ -1,13 +1,14 @@
-"""What `distributed.reproducibility: bitwise` costs: steps per second against `fast`, and memory, on CPU processes of this machine.
+"""The cost of `distributed.reproducibility: bitwise` on CPU processes of this machine: steps per second and memory.
 
-    python bench/bitwise.py               # about twelve minutes; the tables go to stdout
-    python bench/bitwise.py --quick       # about one
-    python bench/bitwise.py --model mlp --world 2 --profile      # where the time of a step goes
+    python bench/bitwise.py               # a quarter of an hour; the tables go to stdout
+    python bench/bitwise.py --quick       # about a minute
+    python bench/bitwise.py speed --model mlp --world 2 --profile      # where the time of a step goes
 
 A step is the engine's own (`step.step.Stepper`: seeding, forward, backward, reduction, checks, update) on batches that are in
-memory, with one thread in both modes. Each mode has a model of its own in the same processes; they take turns of a few steps, in an
-order that alternates. The ratio is the median over the turns of a turn of `fast` to its neighbour of `bitwise`. The global batch is
-the same on any number of processes: more of them accumulate fewer micro-batches. Memory is measured in runs of one mode alone.
+memory, with one thread in both modes. Each mode has a model of its own in the same processes; they take turns of a few steps, in
+an order that alternates. The ratio is the median over the turns of the time in `fast` to that of its neighbor in `bitwise`. The
+global batch is the same on any number of processes: with more of them each accumulates fewer micro-batches. Memory is measured in
+runs of one mode alone.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -49,6 +51,7 @@ from dist_train.task.task import Supervised
 
 MODES = ("fast", "bitwise")
 LEAVES = 4  # micro-batches of a global batch
+STEPS = 3  # of a turn
 
 
 class Transformer(nn.Module):
@@ -77,7 +80,7 @@ def resnet18() -> nn.Module:
 def mlp() -> nn.Module:
     """25.3 million parameters, with little to compute for each: bound by communication."""
     sizes = [512, 3200, 3200, 3200]
-    layers = [layer for i, o in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(i, o), nn.ReLU())]
+    layers = [layer for i, o in pairwise(sizes) for layer in (nn.Linear(i, o), nn.ReLU())]
     return nn.Sequential(*layers, nn.Linear(3200, 1000))
 
 
@@ -90,37 +93,29 @@ class Case:
     batch: Callable[[int], tuple[Tensor, Tensor]]
     micro: int
     optimizer: dict[str, Any]
-    steps: int
-    """Of one turn."""
+
+
+def images(n: int) -> tuple[Tensor, Tensor]:
+    """(n, 3, 32, 32) and (n,)."""
+    return torch.randn(n, 3, 32, 32), torch.randint(0, 10, (n,))
+
+
+def vectors(n: int) -> tuple[Tensor, Tensor]:
+    """(n, 512) and (n,)."""
+    return torch.randn(n, 512), torch.randint(0, 1000, (n,))
+
+
+def texts(n: int) -> tuple[Tensor, Tensor]:
+    """(n, 64) and (n, 64)."""
+    return torch.randint(0, 1000, (n, 64)), torch.randint(0, 1000, (n, 64))
 
 
 SGD = {"_target_": "torch.optim.SGD", "lr": 0.01, "momentum": 0.9}
 ADAM = {"_target_": "torch.optim.AdamW", "lr": 1e-4}
 CASES = {
-    "resnet18": Case(
-        "ResNet-18, 32x32, micro-batch 32",
-        resnet18,
-        lambda n: (torch.randn(n, 3, 32, 32), torch.randint(0, 10, (n,))),
-        32,
-        SGD,
-        3,
-    ),
-    "mlp": Case(
-        "MLP of 25 million, micro-batch 32",
-        mlp,
-        lambda n: (torch.randn(n, 512), torch.randint(0, 1000, (n,))),
-        32,
-        SGD,
-        3,
-    ),
-    "transformer": Case(
-        "transformer of 3.7 million, micro-batch 8 x 64",
-        Transformer,
-        lambda n: (torch.randint(0, 1000, (n, 64)), torch.randint(0, 1000, (n, 64))),
-        8,
-        ADAM,
-        3,
-    ),
+    "resnet18": Case("ResNet-18, 32x32, micro-batch 32", resnet18, images, 32, SGD),
+    "mlp": Case("MLP of 25 million, micro-batch 32", mlp, vectors, 32, SGD),
+    "transformer": Case("transformer of 3.7 million, micro-batch 8 x 64", Transformer, texts, 8, ADAM),
 }
 
 
@@ -167,14 +162,16 @@ class Contender:
         assert isinstance(reducer, Bitwise)
         trees = [bucket._tree for bucket in reducer.buckets if bucket._tree is not None]
         tensors = [tensor for tree in trees for tensor in (*tree.mine, tree.total)]
-        tensors += [room for tree in trees for one in tree._program for message in one.messages for room in message.receive]
+        tensors += [
+            room for tree in trees for one in tree._program for message in one.messages for room in message.receive
+        ]
         kept = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
         return sum(kept.values()) / own
 
 
 def worker(options: argparse.Namespace) -> dict[str, Any]:
     """In each process of a group: the modes of one model, in turns."""
-    case, found = CASES[options.model], dict[str, Any]()
+    case, found = CASES[options.model[0]], dict[str, Any]()
     with open_world(DistributedConfig(device="cpu", threads=options.threads), read_placement(os.environ)) as world:
         before = peak()
         contenders = {mode: Contender(case, mode, world) for mode in options.modes}
@@ -183,24 +180,24 @@ def worker(options: argparse.Namespace) -> dict[str, Any]:
         found["seconds"] = {mode: list[float]() for mode in contenders}
         for turn in range(options.turns):
             for mode in list(contenders)[:: 1 if turn % 2 else -1]:
-                found["seconds"][mode].append(contenders[mode].run(case.steps))
+                found["seconds"][mode].append(contenders[mode].run(STEPS))
         found["MiB"] = max(world.all_gather((peak() - before) / 2**20))
         if "bitwise" in contenders and world.size > 1:
             found["copies"] = max(world.all_gather(contenders["bitwise"].gradient_copies()))
         if options.profile:
-            profile(contenders, case, world)
+            profile(contenders, world)
     return found
 
 
-def profile(contenders: dict[str, Contender], case: Case, world: World) -> None:
+def profile(contenders: dict[str, Contender], world: World) -> None:
     """The functions that take most of the main thread's time, on rank 0."""
     for mode, contender in contenders.items():
         profiler = cProfile.Profile()
         profiler.enable()
-        contender.run(4 * case.steps)
+        contender.run(4 * STEPS)
         profiler.disable()
         if world.is_main:
-            print(f"{mode}, {4 * case.steps} steps", flush=True)
+            print(f"{mode}, {4 * STEPS} steps", flush=True)
             pstats.Stats(profiler).sort_stats("tottime").print_stats(14)
 
 
@@ -209,63 +206,73 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def measure(model: str, world: int, modes: Iterable[str], options: argparse.Namespace) -> dict[str, Any]:
+def measure(model: str, world: int, modes: Iterable[str], turns: int, options: argparse.Namespace) -> dict[str, Any]:
     """Run `worker` on `world` processes; raises CalledProcessError if it fails."""
     start = [sys.executable]
     if world > 1:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
     with tempfile.TemporaryDirectory(prefix="bitwise-") as folder:
         out = Path(folder) / "found.json"
-        line = [*start, __file__, "--out", str(out), "--model", model, "--turns", str(options.turns), "--modes", *modes]
+        line = [*start, __file__, "--out", str(out), "--model", model, "--turns", str(turns), "--modes", *modes]
         line += ["--threads", str(options.threads), *(["--profile"] if options.profile else [])]
         env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(options.threads)}
         subprocess.run(line, env=env, check=True, timeout=1200, stdin=subprocess.DEVNULL)
         return json.loads(out.read_text())  # type: ignore[no-any-return]
 
 
-def row(model: str, world: int, options: argparse.Namespace) -> str:
-    """A row of the table."""
-    found = measure(model, world, MODES, options)
+def speed(model: str, world: int, options: argparse.Namespace) -> list[str]:
+    """What the first table says."""
+    found = measure(model, world, MODES, options.turns, options)
     fast, bitwise = (found["seconds"][mode] for mode in MODES)
     ratios = [a / b for a, b in zip(fast, bitwise, strict=True)]
     low, _, high = quantiles(ratios, n=4)
-    rates = [f"{1 / median(seconds):.2f}" for seconds in (fast, bitwise)]
-    cells = [CASES[model].label, str(world), *rates, f"**{median(ratios):.2f}** ({low:.2f}-{high:.2f})"]
-    if options.memory:
-        alone = argparse.Namespace(**{**vars(options), "turns": 1})
-        peaks = [measure(model, world, [mode], alone)["MiB"] for mode in MODES]
-        cells += [f"{peaks[0]:.0f}", f"{peaks[1] - peaks[0]:+.0f}", f"{found.get('copies', 0):.1f}"]
-    return "| " + " | ".join(cells) + " |"
+    return [
+        *(f"{1 / median(seconds):.2f}" for seconds in (fast, bitwise)),
+        f"**{median(ratios):.2f}** ({low:.2f}-{high:.2f})",
+    ]
+
+
+def memory(model: str, world: int, options: argparse.Namespace) -> list[str]:
+    """What the second table says."""
+    fast, bitwise = (measure(model, world, [mode], 1, options) for mode in MODES)
+    return [f"{fast['MiB']:.0f}", f"{bitwise['MiB'] - fast['MiB']:+.0f}", f"{bitwise.get('copies', 0):.2f}"]
+
+
+TABLES: dict[str, tuple[Callable[[str, int, argparse.Namespace], list[str]], list[str]]] = {
+    "speed": (speed, ["fast, steps/s", "bitwise, steps/s", "ratio (quartiles)"]),
+    "memory": (memory, ["fast, MiB", "bitwise", "of it kept for sums and messages, in gradients"]),
+}
 
 
 def main() -> None:
-    """Print the table; with `--out`, be one of its processes."""
+    """Print the tables; with `--out`, be one of the processes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="*", default=list(TABLES), help="speed, memory (default both)")
     parser.add_argument("--model", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--world", type=int, nargs="+", default=[1, 2, 4], help="process counts (default 1 2 4)")
-    parser.add_argument("--turns", type=int, default=15, help="turns of each mode to take medians over (default 15)")
+    parser.add_argument("--turns", type=int, default=9, help="turns of each mode to take medians over (default 9)")
     parser.add_argument("--threads", type=int, default=1, help="intra-op threads in both modes (default 1)")
-    parser.add_argument("--quick", action="store_true", help="two processes, four turns, no memory")
-    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="the speed on two processes, in four turns")
+    parser.add_argument("--profile", action="store_true", help="also the functions that take most of rank 0's time")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.out is not None:
-        options.model = options.model[0]
         found = worker(options)
         if int(os.environ.get("RANK", "0")) == 0:
             options.out.write_text(json.dumps(found), encoding="ascii")
         return
-    options.memory = not options.quick and not options.profile
     if options.quick:
-        options.world, options.turns = [2], 4
-    titles = ["model", "processes", "fast, steps/s", "bitwise, steps/s", "ratio (quartiles)"]
-    titles += ["fast, MiB", "bitwise, MiB more", "kept for sums and messages, gradients"] if options.memory else []
-    print("| " + " | ".join(titles) + " |\n| --- |" + " ---: |" * (len(titles) - 1))
-    for model in options.model:
-        for world in options.world:
-            print(row(model, world, options), flush=True)
-    print(f"\nHardware: {hardware()}  \nVersions: {versions()}  ")
+        options.tables, options.world, options.turns = ["speed"], [2], 4
+    for name in options.tables:
+        cells, titles = TABLES[name]
+        print("| " + " | ".join(["model", "processes", *titles]) + " |\n| --- |" + " ---: |" * (len(titles) + 1))
+        for model in options.model:
+            for world in options.world:
+                row = [CASES[model].label, str(world), *cells(model, world, options)]
+                print("| " + " | ".join(row) + " |", flush=True)
+        print()
+    print(f"Hardware: {hardware()}  \nVersions: {versions()}  ")
     print(f"{options.turns} turns; {time.strftime('%Y-%m-%d')}, `python bench/bitwise.py {' '.join(sys.argv[1:])}`")
 
 

@@ -80,16 +80,7 @@ class Links:
             RuntimeError: a peer has gone.
         """
         distant = [message for message in messages if message.peer not in self._sockets]
-        operations = [
-            torch.distributed.P2POp(how, tensor, message.peer)
-            for message in distant
-            for how, tensors in (
-                (torch.distributed.isend, message.send),
-                (torch.distributed.irecv, message.receive),
-            )
-            for tensor in tensors
-        ]
-        works = torch.distributed.batch_isend_irecv(operations) if operations else []
+        works = torch.distributed.batch_isend_irecv(_operations(distant)) if distant else []
         for message in messages:
             if message.peer in self._sockets:
                 self._exchange(message)
@@ -112,6 +103,18 @@ class Links:
         """Close the sockets; later messages go through torch.distributed, if the peers do the same."""
         while self._sockets:
             self._sockets.popitem()[1].close()
+
+
+def _operations(messages: Collection[Exchange]) -> list[torch.distributed.P2POp]:
+    return [
+        torch.distributed.P2POp(how, tensor, message.peer)
+        for message in messages
+        for how, tensors in (
+            (torch.distributed.isend, message.send),
+            (torch.distributed.irecv, message.receive),
+        )
+        for tensor in tensors
+    ]
 
 
 def _fill(data: memoryview, line: socket.socket) -> None:

@@ -182,7 +182,6 @@ class TreeSum:
         """The partial sums that the `ranks` ranks from `first` on have together, in order."""
         return open_nodes(self.shares[first].start, self.shares[first + ranks - 1].stop, self.leaves)
 
-    @torch.no_grad()
     def rounds(self) -> Iterator[list[Exchange]]:
         """Messages that may all be under way at once; what they bring is used when the next ones are asked for."""
         for messages, sums, copies in self._program:
