@@ -45,7 +45,7 @@ bench: install  ## compare steps per second and startup time with a raw loop, Fa
 	bench/run $(ARGS)
 
 chaos: install  ## run the long kill tests: real processes, real signals
-	CUDA_VISIBLE_DEVICES= PYTHONHASHSEED=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m chaos $(or $(ARGS),tests)
+	CUDA_VISIBLE_DEVICES= PYTHONHASHSEED=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m chaos -o faulthandler_timeout=7200 $(or $(ARGS),tests)
 
 docs: install  ## regenerate docs/config.md and the JSON Schema from the schema
 	$(BIN)/python docs/make_config.py

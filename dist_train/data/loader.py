@@ -198,12 +198,14 @@ class TrainLoader(_Loader):
         self.notes.append(self._stream.note())
         return self._stream
 
-    def first(self) -> MicroBatch:
-        """The run's first micro-batch, read as others are, in a worker of its own where there are workers. Raises as `steps`."""
+    def first(self, count: int) -> list[MicroBatch]:
+        """Up to `count` micro-batches of the first step as one process takes them, read in a worker if others are.
+
+        Raises as `steps`.
+        """
         sampler = self.sampler
         requests = self.plan.micro_batches(0, 0, 1, sampler.micro_batch_size, sampler.neighbours)
-        (micro,) = _read_apart(self.reader, requests[:1], self.num_workers, self.options)
-        return micro
+        return list(_read_apart(self.reader, requests[:count], self.num_workers, self.options))
 
     def state_dict(self, gather: Callable[[Any], list[Any]]) -> dict[str, Any] | None:
         """The positions of a stream's readers after the last micro-batch that was taken; None without a stream.

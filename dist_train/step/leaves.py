@@ -26,10 +26,11 @@ class LeafState:
     """
 
     def __init__(self, modules: Modules):
-        statistics = {id(tensor) for tensor in _running_statistics(modules)}
+        statistics = {id(tensor): module for tensor, module in _running_statistics(modules)}
         frozen = [Slot(name, {"": p}, "") for name, p in modules.named_parameters() if not p.requires_grad]
         slots = {id(slot.value): slot for slot in [*modules.buffers_at, *frozen] if slot.value is not None}
         self._averaged = [slot for key, slot in slots.items() if key in statistics]
+        self._layers = [statistics[key] for key in slots if key in statistics]
         rest = [slot for key, slot in slots.items() if key not in statistics]
         self.fixed = [slot for slot in rest if _is_inexact(slot.value)]
         self._counted = [slot for slot in rest if not _is_inexact(slot.value)]
@@ -85,8 +86,15 @@ class LeafState:
     @torch.no_grad()
     def finish(self, mean: Tensor) -> None:
         """The step is over: set the running statistics to the mean over the leaves, (size,)."""
-        for slot, part in zip(self._averaged, mean.split([slot.value.numel() for slot in self._averaged]), strict=True):
-            slot.value.copy_(part.view_as(slot.value))
+        parts = mean.split([slot.value.numel() for slot in self._averaged])
+        for slot, part, layer in zip(self._averaged, parts, self._layers, strict=True):
+            if layer.training:  # else the mean of equal numbers would differ from them by rounding
+                slot.value.copy_(part.view_as(slot.value))
+
+    def counts(self) -> dict[str, Any]:
+        """The integers that a forward may advance, by name; waits for the device."""
+        found = {slot.name: slot.value.tolist() for slot in self._counted}
+        return found | {slot.name: slot.value for slot in self._numbers if isinstance(slot.value, int)}
 
 
 def changed(name: str) -> str:
@@ -99,14 +107,14 @@ def changed(name: str) -> str:
     )
 
 
-def _running_statistics(modules: nn.Module) -> Iterator[Tensor]:
+def _running_statistics(modules: nn.Module) -> Iterator[tuple[Tensor, nn.Module]]:
     for module in modules.modules():
         if isinstance(module, nn.modules.batchnorm._NormBase):
-            yield from (t for t in (module.running_mean, module.running_var) if isinstance(t, Tensor))
+            yield from ((t, module) for t in (module.running_mean, module.running_var) if isinstance(t, Tensor))
 
 
 def _written(tensor: Tensor) -> tuple[int, int]:
-    """What a write changes, without looking at the values (not one in place through `.data`)."""
+    """What a write changes, without looking at the values (not one in place through `.data`, nor F.batch_norm's)."""
     return tensor._version, tensor.data_ptr()
 
 

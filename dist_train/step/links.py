@@ -126,5 +126,7 @@ def _fill(data: memoryview, line: socket.socket) -> None:
 
 
 def _bytes(tensor: Tensor | None) -> memoryview:
-    array: Any = b"" if tensor is None else tensor.view(torch.uint8).numpy()
-    return memoryview(array).cast("B")
+    if tensor is None or not tensor.numel():
+        return memoryview(b"")
+    array: Any = tensor.view(torch.uint8).numpy()
+    return memoryview(array)

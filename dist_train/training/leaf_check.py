@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -53,18 +54,18 @@ def _try(parts: Parts) -> None:
         _restored(parts.modules),
     ):
         try:
-            micro = parts.train_loader.first()
-            batch = parts.prepare(micro, StepWork(0, 0, parts.plan.batch_samples(0), micro.indices, iter(())))
+            work = StepWork(0, 0, parts.plan.batch_samples(0), np.arange(0), iter(()))
+            batches = [parts.prepare(micro, work) for micro in parts.train_loader.first(2)]
         except Exception:
             return  # reported where training reads it
         for name in parts.owners.parameters if parts.owners is not None and several else [""]:
             only = parts.owners.only(name) if parts.owners is not None and name else contextlib.nullcontext()
             with only:
                 task = OfOptimizer(parts.task.task, name) if isinstance(parts.task, SeveralLosses) else parts.task
-                _step(parts, task, batch)
+                _step(parts, task, *batches)
 
 
-def _step(parts: Parts, task: Any, batch: Any) -> None:
+def _step(parts: Parts, task: Any, batch: Any, another: Any = None) -> None:
     modules, trained, place = parts.modules, parts.modules.trained(), _Place(parts.modules)
     state, values = LeafState(modules), _FixedValues(modules)
     seed_forward(parts.config.seed, 0, 0, parts.world.device)
@@ -82,7 +83,7 @@ def _step(parts: Parts, task: Any, batch: Any) -> None:
         state.check()
     except ValueError as error:
         raise ConfigError.single("distributed.reproducibility", str(error)) from None
-    if name := values.changed():
+    if name := values.changed() or _differing_count(parts, task, state, another):
         raise ConfigError.single("distributed.reproducibility", changed(name))
     found = dict(zip(trained, gradients, strict=True))
     if sparse := [
@@ -108,6 +109,18 @@ def _restored(modules: Modules) -> Iterator[None]:
         yield
     finally:
         kept.restore()
+
+
+def _differing_count(parts: Parts, task: Any, state: LeafState, another: Any) -> str:
+    """The name of an integer that another micro-batch advances by another amount; "" for none."""
+    before = state.counts()
+    state.rewind()
+    if another is None or before == state.counts():
+        return ""
+    with torch.no_grad(), parts.precision.autocast():
+        task.step(parts.model, another)
+    now = state.counts()
+    return next((name for name in now if now[name] != before.get(name)), "")
 
 
 class _FixedValues:

@@ -174,6 +174,23 @@ class Counting(Net):
         return self.relu(self.norm(x)) * (1 + self.calls / 100)
 
 
+class Frozen(Net):
+    """Statistics that stay, beside ones that move."""
+
+    def make(self) -> None:
+        self.still, self.norm = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.still.running_mean.fill_(0.1)
+        self.still.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Net:
+        super().train(mode)
+        self.still.eval()
+        return self
+
+    def between(self, x: Tensor) -> Tensor:
+        return self.norm(self.still(x))
+
+
 class Late(Net):
     """A buffer that changes only after some steps."""
 
@@ -204,3 +221,15 @@ class Usage(Net):
 def resnet() -> nn.Module:
     """Its ReLUs work in place."""
     return torchvision.models.resnet18(num_classes=4)
+
+
+class Wide:
+    """A hundred sums of numbers that aren't counts; its value is the first that has all of them in its last bits."""
+
+    name, size, higher_is_better = "wide", 100, None
+
+    def sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs.double().exp().sum() * torch.linspace(0.1, 3.0, 100, dtype=torch.float64)).sin()
+
+    def result(self, sums: Tensor) -> dict[str, float]:
+        return {str(k): float(value) for k, value in enumerate(sums)}
