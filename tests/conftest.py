@@ -34,7 +34,8 @@ STARTS = {"subprocess", "run", "run_several", "start"}
 # Files that take longest, so that they begin first: the last ones of a parallel run are short.
 LONGEST = (
     "test_readme", "launch/test_slurm", "configs/test_configs", "launch/test_elastic", "chaos/test_killed_runs",
-    "run/test_bitwise", "zoo/test_other_peoples_code", "launch/test_scripts", "failures/test_failures", "run/test_resume", "training/test_state",
+    "run/test_bitwise", "zoo/test_other_peoples_code", "launch/test_scripts", "failures/test_failures", "run/test_resume",
+    "training/test_state",
     "test_forking", "training/test_digits", "training/test_stopping", "checkpoint/test_kills", "training/test_user_code",
     "run/test_owners", "chaos/test_store_and_disk", "doctor/test_doctor", "oracle/test_equal", "commands/test_evaluate",
     "chaos/test_passing_errors", "docs/test_pages", "failures/test_hosts",
