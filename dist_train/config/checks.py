@@ -126,14 +126,10 @@ def _bitwise(config: Config) -> Iterator[Violation]:
 
 
 def _named_parts(config: Config) -> Iterator[Violation]:
-    """data.inputs and data.target: both or neither, instead of a task, and under different names."""
+    """data.inputs and data.target: both or neither, and under different names."""
     data = config.data
     for name, other in (("inputs", "target"), ("target", "inputs")):
-        given = getattr(data, name) is not None
-        if given and config.task is not None:
-            message = f"a task takes the batch apart itself: leave data.{name} out, or leave out the task"
-            yield f"data.{name}", message
-        elif given and getattr(data, other) is None:
+        if getattr(data, name) is not None and getattr(data, other) is None:
             needed = {"inputs": "which parts of a sample the model gets", "target": "which one the loss gets"}[other]
             yield f"data.{name}", f"this needs data.{other} too: {needed}"
     if isinstance(data.inputs, list):

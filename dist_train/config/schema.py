@@ -76,7 +76,7 @@ class DataConfig(Section):
         None,
         "Which parts of a sample (a dict, a dataclass) the model gets, where samples aren't (inputs, target): "
         "`[input_ids, attention_mask]` go to it by these names, a single one (`pixels`) as its only argument. Dotted paths "
-        "lead inside; the last part is the name. Instead of a task.",
+        "lead inside; the last part is the name. A task gets (inputs, target) then.",
     )
     target: Text | None = consent(None, "The part of a sample that the loss gets, like `labels`, beside `data.inputs`.")
     augment: list[Component] = consent([], "Augmentations of batches, on the device, with per-sample randomness.")

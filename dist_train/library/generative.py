@@ -9,14 +9,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dist_train.task.batch import call_model, in_full_precision, is_pair, shapes_of
+from dist_train.task.batch import call_model, in_full_precision, shapes_of
 from dist_train.task.task import full_precision
 from dist_train.task.terms import StepOutput
 
 
-def _inputs(batch: Any) -> Any:
-    """Those of (inputs, labels), or the batch itself."""
-    return batch[0] if is_pair(batch) else batch
+def _inputs(batch: Any) -> Tensor:
+    """Those of (inputs, labels) or (inputs,), or the batch itself.
+
+    Raises:
+        TypeError: they aren't one tensor.
+    """
+    inputs = batch[0] if isinstance(batch, list | tuple) and len(batch) in (1, 2) else batch
+    if not isinstance(inputs, Tensor):
+        raise TypeError(
+            f"expected a batch of samples, or (samples, labels), the samples as one tensor, found {shapes_of(batch)}; of samples "
+            "with names set data.inputs and data.target"
+        )
+    return inputs
 
 
 class VAE:

@@ -147,13 +147,13 @@ def split_batch(batch: Any) -> tuple[Any, Any]:
         likely = next((name for name in names if name in ("labels", "label", "targets", "target", "y")), names[-1])
         others = [name for name in names if name != likely]
         raise ValueError(
-            f"the default task expects a batch of (inputs, target), but the dataset's samples collate to {kind} with "
+            f"a batch of (inputs, target) was expected, but the dataset's samples collate to {kind} with "
             f"{', '.join(names)}: say which go to the model and which one to the loss, as data.inputs: "
             f"[{', '.join(others) or likely}] (by name; a single string: by position) and data.target: {likely}, or "
             "name a `task` with step(model, batch) and predict(model, batch)"
         )
     raise ValueError(
-        f"the default task expects a batch of (inputs, target), but the dataset's samples collate to {kind}; return "
+        f"a batch of (inputs, target) was expected, but the dataset's samples collate to {kind}; return "
         "(inputs, target) from __getitem__, or name a `task` with step(model, batch) and predict(model, batch)"
     )
 

@@ -470,8 +470,11 @@ def test_a_vae_has_the_negative_elbo(likelihood: str) -> None:
     output = tasks.VAE(likelihood, beta=0.5).step(model, (pictures, labels))
     assert means(output) == pytest.approx({"reconstruction": float(reconstruction), "kl": float(kl)})
     assert loss_of(output) == pytest.approx(float(reconstruction + 0.5 * kl))
-    predicted = tasks.VAE(likelihood).predict(model, pictures)
-    assert predicted.equal(raw if likelihood == "gaussian" else raw.sigmoid())
+    for batch in (pictures, [pictures], (pictures, labels)):
+        predicted = tasks.VAE(likelihood).predict(model, batch)
+        assert predicted.equal(raw if likelihood == "gaussian" else raw.sigmoid())
+    with pytest.raises(TypeError, match=r"set data\.inputs and data\.target"):
+        tasks.VAE(likelihood).step(model, {"image": pictures})
 
 
 @pytest.mark.parametrize("kind", ["non_saturating", "hinge", "wgan"])
