@@ -29,6 +29,7 @@ debug: {{digest: true}}
 tracking: {{tensorboard: false, report: false}}
 """
 WEIGHT = "classifier.2.weight"
+BITWISE = ("distributed.reproducibility=bitwise", "trainer.micro_batch_size=8")
 
 
 def fault(kind: str, step: int, rank: int = 0) -> str:
@@ -51,6 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ["c.yaml", "run.name=short", "trainer.stop_at=9step"],
             ["c.yaml", "run.name=plain", "debug.digest=false"],
             ["c.yaml", "run.name=plain_seed", "debug.digest=false", "seed=1"],
+            ["c.yaml", "run.name=bitwise1", *BITWISE],
             ["c.yaml", "run.name=skip", "trainer.on_nonfinite=skip", fault("InfiniteGradient", 6)],
         ]
         run_several(folder, 1, alone)
@@ -59,6 +61,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ["c.yaml", "run.name=gradient", fault("FlippedGradient", 7, rank=1)],
             ["c.yaml", "run.name=weight", fault("FlippedWeight", 6, rank=1)],
             ["c.yaml", "run.name=shrunk", "trainer.stop_at=9step"],
+            ["c.yaml", "run.name=bitwise2", *BITWISE],
+            ["c.yaml", "run.name=bitwise_less", *BITWISE, "trainer.stop_at=9step"],
+            ["c.yaml", "run.name=bitwise_gradient", *BITWISE, fault("FlippedGradient", 7, rank=1)],
         ]
         run_several(folder, 2, both)
 
@@ -153,6 +158,28 @@ def test_a_flipped_bit_in_one_ranks_gradient_is_found_at_its_step(here: Path, co
         assert (one.values[:6] == other.values[:6]).all()
 
 
+def test_bitwise_runs_on_one_process_and_on_two_are_equal_and_a_flipped_bit_is_found(compare) -> None:  # type: ignore[no-untyped-def]
+    code, out = compare("bitwise1", "bitwise2")
+    assert code == 0
+    assert out.startswith("equal: the digests of 23 tensors in 20 steps (1 to 20) on 1 and 2 ranks, ")
+    code, out = compare("bitwise1", "bitwise_gradient")
+    assert code == 1
+    assert out.startswith(
+        f"different: runs/bitwise1 and runs/bitwise_gradient part at step 7, in the gradient of {WEIGHT}\n"
+    )
+    assert "the ranks of" not in out
+    assert "processes" not in out, "on which nothing depends"
+
+
+def test_a_bitwise_run_that_goes_on_with_fewer_ranks_is_the_same_run(here: Path, compare) -> None:  # type: ignore[no-untyped-def]
+    run(here, 1, "--config", "c.yaml", "run.name=bitwise_less", *BITWISE)
+    assert [len(digests(here, "bitwise_less", rank).steps) for rank in (0, 1)] == [20, 9]
+    code, out = compare("bitwise1", "bitwise_less")
+    assert code == 0, out
+    code, out = compare("bitwise2", "bitwise_less")
+    assert code == 0, out
+
+
 def test_a_weight_that_one_rank_changes_is_a_disagreement_of_the_ranks(here: Path, compare) -> None:  # type: ignore[no-untyped-def]
     code, out = compare("two", "weight")
     assert code == 1
@@ -179,10 +206,8 @@ def test_batchnorm_statistics_may_differ_between_the_ranks_unless_the_run_is_bit
     assert (found.step, found.where) == (1, "the buffer features.1.running_mean")
     shutil.copytree(here / "runs/two", tmp_path / "two")
     config = (tmp_path / "two/config.yaml").read_text()
-    assert "distributed:\n" in config
-    (tmp_path / "two/config.yaml").write_text(
-        config.replace("distributed:\n", "distributed:\n  reproducibility: bitwise\n")
-    )
+    assert "reproducibility: fast" in config
+    (tmp_path / "two/config.yaml").write_text(config.replace("reproducibility: fast", "reproducibility: bitwise"))
     verdict = compare_runs(str(tmp_path / "two"), str(tmp_path / "two"))
     assert not verdict.equal
     assert "the buffer features.1.running_mean" in verdict.lines[0]
