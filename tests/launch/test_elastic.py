@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bitwise_runs import other_bits
 from hosts import Hosts, missing
-from runs import CONFIGS, environment, forks_workers, traced
+from runs import CONFIGS, environment, forks_workers, run, traced
 from slurm_cluster import free_ports, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,6 +30,10 @@ checkpoint: {{every: 10step}}
 tracking: {{tensorboard: false, report: false}}
 debug: {{trace_samples: true}}
 """
+# Four micro-batches a step, three in an epoch's last; several buckets.
+BITWISE = CONFIG.replace("duration:", "micro_batch_size: 16, duration:") + (
+    "distributed: {reproducibility: bitwise, bucket_mb: 0.01}\n"
+)
 
 
 def ledger(place: Path) -> list[dict[str, Any]]:
@@ -212,6 +217,29 @@ def test_torchrun_alone_continues_without_a_host_and_readmits_it(cluster: Callab
     hosts.crashed.add(2)
     hosts.until("a cable is cut", 2)
     hosts.assert_finishes(1, 3)
+
+
+@pytest.mark.chaos
+def test_hosts_leave_and_join_a_bitwise_run_and_its_bits_are_those_of_one_process(
+    project: Path, cluster: Callable[..., Cluster]
+) -> None:
+    """torchrun --nnodes=1:3; the hosts share no sockets, so that all messages go through torch.distributed."""
+    (project / "elastic.yaml").write_text(BITWISE)
+    hosts = cluster(3, "torchrun.sh")
+    elastic = {"RDZV_ENDPOINT": "h1", "RDZV_CONF": "last_call_timeout=4"}
+    hosts.join(1, 2, **elastic)
+    hosts.until("two hosts start", 2)
+    hosts.join(3, **elastic)
+    hosts.until("a host joins", 3)
+    hosts.crash(2)
+    hosts.until("a host crashes", 2)
+    hosts.crash(3)
+    hosts.until("another one crashes", 1)
+    hosts.join(2, 3, **elastic)
+    hosts.until("both come back", 3)
+    hosts.assert_finishes(1, 2, 3)
+    run(project, 1, "--config", "elastic.yaml", "run.name=whole")
+    assert other_bits(project / "runs" / "whole", hosts.place) == []
 
 
 def script(project: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:

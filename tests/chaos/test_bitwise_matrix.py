@@ -1,0 +1,92 @@
+"""Bitwise mode in full: every model, optimizer and key that changes numbers, on every number of processes (make chaos)."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bitwise_cases import (
+    ADAMW,
+    AUGMENTED,
+    CASES,
+    CNN,
+    IMAGES,
+    MLP,
+    RESNET,
+    SGD,
+    TOKENS,
+    TRANSFORMER,
+    case,
+    points,
+)
+from bitwise_runs import WORLDS, Jobs, assert_same_bits, train_all
+from oracle.oracle_configs import CONFIGS
+
+MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {  # model, data, further keys of `data`
+    "mlp": (MLP, None, {}),
+    "cnn": (CNN, IMAGES, {"augment": AUGMENTED}),
+    "transformer": (TRANSFORMER, TOKENS, {}),
+}
+OPTIMIZERS = {
+    "sgd": SGD,
+    "sgd-fused": {**SGD, "fused": True, "weight_decay": 0.01},
+    "adamw": {**ADAMW, "foreach": True},
+    "adamw-fused": {**ADAMW, "fused": True},
+    "adam-amsgrad": {"_target_": "torch.optim.Adam", "lr": 0.01, "amsgrad": True, "foreach": False},
+}
+TRAINERS: dict[str, dict[str, Any]] = {
+    "eight": {},
+    "accumulated": {"micro_batch_size": 1, "clip_grad_value": 0.02},  # two micro-batches a rank and more
+    "bf16": {"precision": "bf16"},
+    "fp16": {"precision": "fp16", "clip_grad_norm": None},
+    "plain": {"clip_grad_norm": None, "ema_decay": None, "evaluate_every": "1step", "log_every": "1step"},
+}
+
+
+def matrix() -> dict[str, dict[str, Any]]:
+    made = dict(CASES)
+    for model, (network, data, keys) in MODELS.items():
+        for optimizer, arguments in OPTIMIZERS.items():
+            for trainer, values in TRAINERS.items():
+                given = {"optimizer": arguments, "trainer": values, "data": keys, "distributed": {"bucket_mb": 0.002}}
+                made[f"{model}-{optimizer}-{trainer}"] = case(network, data, **given)
+    large, small = points(samples=32, shape=[3, 32, 32], noise=0.1), points(samples=6, shape=[3, 32, 32], seed=1)
+    for optimizer, precision in (("adamw", "bf16"), ("sgd", "fp32")):
+        trainer = {"precision": precision, "duration": "2step", "log_every": "1step", "micro_batch_size": 2}
+        given = {
+            "trainer": trainer,
+            "optimizer": OPTIMIZERS[optimizer],
+            "checkpoint": {"keep_last": 1, "keep_best": None},
+        }
+        made[f"resnet18-{optimizer}-{precision}"] = case(RESNET, large, small, data={"global_batch_size": 32}, **given)
+    return made | {f"oracle-{name}": of_oracle(name) for name in CONFIGS if name != "stream"}
+
+
+def of_oracle(name: str) -> dict[str, Any]:
+    """A config of the oracle in micro-batches that all numbers of processes can share; streams can't be."""
+    config = copy.deepcopy(CONFIGS[name])
+    size = 1 if name == "zero_weight" else 2
+    if config["data"]["global_batch_size"] != "all":
+        config["data"]["global_batch_size"] = 8 * size
+    config["data"]["num_workers"] = 0
+    config["trainer"] |= {"micro_batch_size": size, "stop_at": None}
+    return {
+        **config, "distributed": {"reproducibility": "bitwise"}, "tracking": {"tensorboard": False, "report": False},
+    }  # fmt: skip
+
+
+MATRIX = matrix()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    jobs: Jobs = {n: [(f"{name}-{n}", config, []) for name, config in MATRIX.items()] for n in WORLDS}
+    return train_all(tmp_path_factory.mktemp("matrix"), jobs, timeout=3600)
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("name", MATRIX)
+def test_everything_has_the_same_bits_on_any_number_of_processes(name: str, runs: Path) -> None:
+    assert_same_bits(runs / f"{name}-{n}" for n in WORLDS)
