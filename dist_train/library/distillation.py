@@ -17,6 +17,8 @@ from dist_train.task.batch import call_model, in_full_precision, is_pair, split_
 from dist_train.task.task import full_precision
 from dist_train.task.terms import StepOutput
 
+NO_CLASS = -(2**31)  # an ignored label would count in the mean: it is out of range here
+
 
 class Distillation(nn.Module):
     """A student learns a teacher's softened probabilities beside the labels (Hinton, Vinyals & Dean 2015):
@@ -61,9 +63,15 @@ class Distillation(nn.Module):
         """Both losses, summed over samples.
 
         Raises:
-            ValueError: the teacher isn't the one that the run began with, or gives other classes than the student.
+            ValueError: the teacher isn't the one that the run began with, or gives other classes than the student; a label of the
+                first batch is negative.
         """
         inputs, labels = split_batch(batch)
+        if not self._teacher.verified and not labels.is_floating_point() and labels.numel() and int(labels.min()) < 0:
+            raise ValueError(
+                f"Distillation: expected a class from 0 for each sample, found the label {int(labels.min())}: both losses are "
+                "means over all samples, so leave out those without a label"
+            )
         self._teacher.verify(self.teacher_sha256)
         logits = logits_of(call_model(model, inputs))
         with torch.no_grad():
@@ -75,7 +83,7 @@ class Distillation(nn.Module):
             )
         with full_precision(logits):
             student, teacher = in_full_precision([logits, taught])
-            hard = functional.cross_entropy(student, labels, reduction="sum")
+            hard = functional.cross_entropy(student, labels, ignore_index=NO_CLASS, reduction="sum")
             q, p = (functional.log_softmax(part / self.temperature, 1) for part in (student, teacher))
             soft = functional.kl_div(q, p, reduction="sum", log_target=True) * self.temperature**2
         count = len(logits)
@@ -88,12 +96,16 @@ class Distillation(nn.Module):
 
 
 class Frozen:
-    """A module that is used and not trained: no part of the task's parameters and state, nor of `modules_in`."""
+    """A module that is used and not trained: no part of the task's parameters and state, nor of `modules_in`.
+
+    Attributes:
+        verified: `verify` has been called.
+    """
 
     def __init__(self, module: nn.Module):
         self.module = module.eval().requires_grad_(False)
         self._device: torch.device | None = None
-        self._verified = False
+        self.verified = False
 
     def __call__(self, inputs: Any, device: torch.device) -> Any:
         """Its outputs, in eval mode, on a device."""
@@ -104,12 +116,12 @@ class Frozen:
 
     def verify(self, sha256: Tensor) -> None:
         """Raises ValueError: its weights aren't those of `sha256`, which a checkpoint may have brought; looks once."""
-        if not self._verified and not torch.equal(sha256.cpu(), self.sha256()):
+        if not self.verified and not torch.equal(sha256.cpu(), self.sha256()):
             raise ValueError(
                 "Distillation: the teacher's weights aren't those that this run began with: give the `teacher` and `weights` of "
                 "then, or begin another run by another run.name"
             )
-        self._verified = True
+        self.verified = True
 
     def sha256(self) -> Tensor:
         """Of names, dtypes, shapes and bytes of its state_dict: uint8 (32,)."""

@@ -575,3 +575,14 @@ def test_mistakes_in_distillation_name_their_key(tmp_path: Path) -> None:
         tasks.Distillation(Student()).step(
             nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).double(), default_collate(images())
         )
+
+
+def test_a_label_that_cross_entropy_would_ignore_is_no_class_of_a_student() -> None:
+    """The losses are means over all samples: an ignored one would count as a loss of zero."""
+    task, model, (pictures, labels) = tasks.Distillation(teacher()), Student(), default_collate(images())
+    some = labels.where(torch.arange(len(labels)) > 1, -100)
+    with pytest.raises(ValueError, match="found the label -100: both losses are means over all samples"):
+        task.step(model, (pictures, some))
+    task.step(model, (pictures, labels))
+    with pytest.raises(IndexError, match="-100 is out of bounds"):
+        task.step(model, (pictures, some))
