@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import gpu_bitwise
 import gpu_runs
 import gpu_steps
 import torch
@@ -22,7 +23,8 @@ PARTS: dict[str, Callable[[torch.device], gpu_runs.Findings]] = {
     part.__name__: part
     for part in (
         gpu_steps.overflow, gpu_steps.dtypes, gpu_steps.waits, gpu_steps.hostcopy, gpu_steps.random,
-        gpu_runs.memory, gpu_runs.hang, gpu_runs.two, gpu_runs.workers, gpu_runs.speed, gpu_runs.tests,
+        gpu_runs.memory, gpu_runs.hang, gpu_runs.two, gpu_runs.workers, gpu_runs.speed, gpu_runs.tests, gpu_bitwise.splits,
+        gpu_bitwise.ranks,
     )
 }  # fmt: skip
 

@@ -35,6 +35,19 @@ class Net(nn.Module):
         return self.net(x)  # type: ignore[no-any-return]
 
 
+class Mixed(nn.Module):
+    """What a gradient depends on beside its own sample: normalization over the micro-batch, and dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        norm = nn.BatchNorm1d(256)
+        self.net = nn.Sequential(nn.Linear(64, 256), norm, nn.ReLU(), nn.Dropout(0.2), nn.Linear(256, 10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 64) -> (B, 10)."""
+        return self.net(x)  # type: ignore[no-any-return]
+
+
 class Hungry(Net):
     """Half of a card for 32 samples: 64 don't fit."""
 

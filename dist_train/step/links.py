@@ -33,6 +33,8 @@ class Links:
 
     def __init__(self, world: World, peers: Collection[int]):
         self._sockets: dict[int, socket.socket] = {}
+        # gloo's send and recv take host memory only; on CUDA it is the backend where ranks share a GPU, which NCCL refuses.
+        self._through_host = world.device.type == "cuda" and "nccl" not in torch.distributed.get_backend_config()
         if sys.platform == "linux" and world.device.type == "cpu":
             self._connect(world, peers)
 
@@ -80,12 +82,16 @@ class Links:
             RuntimeError: a peer has gone.
         """
         distant = [message for message in messages if message.peer not in self._sockets]
-        works = torch.distributed.batch_isend_irecv(_operations(distant)) if distant else []
+        sent = [_on_host(message) for message in distant] if self._through_host else distant
+        works = torch.distributed.batch_isend_irecv(_operations(sent)) if sent else []
         for message in messages:
             if message.peer in self._sockets:
                 self._exchange(message)
         for work in works:
             work.wait()
+        if self._through_host:
+            for message, copy in zip(distant, sent, strict=True):
+                torch._foreach_copy_(message.receive, copy.receive)
 
     def _exchange(self, message: Exchange) -> None:
         line = self._sockets[message.peer]
@@ -103,6 +109,12 @@ class Links:
         """Close the sockets; later messages go through torch.distributed, if the peers do the same."""
         while self._sockets:
             self._sockets.popitem()[1].close()
+
+
+def _on_host(message: Exchange) -> Exchange:
+    """With copies of what is sent, and memory for what comes."""
+    send = [tensor.to("cpu", copy=True) for tensor in message.send]
+    return Exchange(message.peer, send, [torch.empty_like(tensor, device="cpu") for tensor in message.receive])
 
 
 def _operations(messages: Collection[Exchange]) -> list[torch.distributed.P2POp]:

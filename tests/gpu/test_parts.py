@@ -25,7 +25,7 @@ def check(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, env=runs.environment(), text=True, capture_output=True, timeout=300)
 
 
-@pytest.mark.parametrize("name", ["overflow", "dtypes", "waits", "hostcopy"])
+@pytest.mark.parametrize("name", ["overflow", "dtypes", "waits", "hostcopy", "splits"])
 def test_a_part_runs_on_the_cpu_too(name: str) -> None:
     findings = list(gpu_parts.PARTS[name](torch.device("cpu")))
     assert findings
