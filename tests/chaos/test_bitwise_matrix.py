@@ -36,12 +36,17 @@ OPTIMIZERS = {
     "adamw-fused": {**ADAMW, "fused": True},
     "adam-amsgrad": {"_target_": "torch.optim.Adam", "lr": 0.01, "amsgrad": True, "foreach": False},
 }
-TRAINERS: dict[str, dict[str, Any]] = {
+SETTINGS: dict[str, dict[str, Any]] = {  # further keys of `data` and `trainer`
     "eight": {},
-    "accumulated": {"micro_batch_size": 1, "clip_grad_value": 0.02},  # two micro-batches a rank and more
-    "bf16": {"precision": "bf16"},
-    "fp16": {"precision": "fp16", "clip_grad_norm": None},
-    "plain": {"clip_grad_norm": None, "ema_decay": None, "evaluate_every": "1step", "log_every": "1step"},
+    "accumulated": {
+        "data": {"global_batch_size": 32},
+        "trainer": {"clip_grad_value": 0.02},
+    },  # two and more on each rank
+    "bf16": {"trainer": {"precision": "bf16"}},
+    "fp16": {"trainer": {"precision": "fp16", "clip_grad_norm": None}},
+    "plain": {
+        "trainer": {"clip_grad_norm": None, "ema_decay": None, "evaluate_every": "1step", "log_every": "1step"},
+    },
 }
 
 
@@ -49,9 +54,12 @@ def matrix() -> dict[str, dict[str, Any]]:
     made = dict(CASES)
     for model, (network, data, keys) in MODELS.items():
         for optimizer, arguments in OPTIMIZERS.items():
-            for trainer, values in TRAINERS.items():
-                given = {"optimizer": arguments, "trainer": values, "data": keys, "distributed": {"bucket_mb": 0.002}}
-                made[f"{model}-{optimizer}-{trainer}"] = case(network, data, **given)
+            for setting, given in SETTINGS.items():
+                if setting == "eight" or optimizer in ("sgd", "adamw"):
+                    made[f"{model}-{optimizer}-{setting}"] = case(
+                        network, data, data={**keys, **given.get("data", {})}, trainer=given.get("trainer", {}),
+                        optimizer=arguments, distributed={"bucket_mb": 0.002},
+                    )  # fmt: skip
     large, small = points(samples=32, shape=[3, 32, 32], noise=0.1), points(samples=6, shape=[3, 32, 32], seed=1)
     for optimizer, precision in (("adamw", "bf16"), ("sgd", "fp32")):
         trainer = {"precision": precision, "duration": "2step", "log_every": "1step", "micro_batch_size": 2}

@@ -6,7 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.distributed._local_tensor import LocalRunnerMode, LocalTensor, LocalTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dist_train.data.plan import leaf_shares, leaf_slices
 from dist_train.step.tree import Exchange, Node, Partials, TreeSum, open_nodes, prime_factors
@@ -82,6 +84,48 @@ def test_all_small_cases_get_the_bits_of_the_recursive_sum(ranks: int) -> None:
 def test_another_order_has_other_bits() -> None:
     values = numbers(9, seed=0)
     assert not torch.equal(sum(values[1:], values[0]), by_recursion(values))
+
+
+def virtual(rank: int, tensor: Tensor) -> LocalTensor:
+    """A rank's tensor as LocalTensorMode takes it for a message."""
+    local = LocalTensor({rank: tensor})
+    local.__src_rank__ = rank
+    return local
+
+
+def run_on_threads(rank: int, tree: TreeSum) -> None:
+    """One rank under torch's LocalTensorMode, which delivers references, and puts them in the place of what is to receive."""
+    for messages in tree.rounds():
+        works, rooms = [], []
+        for message in messages:
+            works += [distributed.isend(virtual(rank, tensor.clone()), message.peer) for tensor in message.send]
+            for tensor in message.receive:
+                received = virtual(rank, torch.empty_like(tensor))
+                works.append(distributed.irecv(received, message.peer))
+                rooms.append((tensor, received))
+        for work in works:
+            work.wait()
+        for tensor, received in rooms:
+            tensor.copy_(received._local_tensors[rank])
+
+
+@pytest.mark.parametrize("halve", [True, False])
+@pytest.mark.parametrize(("ranks", "leaves"), [(2, 4), (3, 7), (5, 13), (6, 6), (8, 20), (12, 12)])
+def test_ranks_that_wait_for_each_other_only_where_they_receive_get_the_same_bits(
+    ranks: int, leaves: int, halve: bool
+) -> None:
+    """By torch's isend and irecv under LocalTensorMode: each rank goes on as soon as its own messages are there."""
+    values = numbers(leaves, seed=ranks)
+    trees = [TreeSum(rank, ranks, leaves, SIZE, values[0], halve) for rank in range(ranks)]
+    for tree, mine in zip(trees, leaf_shares(leaves, ranks), strict=True):
+        fill(tree, values, mine)
+    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        with LocalTensorMode(ranks), LocalRunnerMode(ranks, ranks, lambda rank: run_on_threads(rank, trees[rank])):
+            pass
+    finally:
+        distributed.destroy_process_group()
+    assert all(torch.equal(tree.total, by_recursion(values)) for tree in trees)
 
 
 @given(st.integers(1, 300), st.integers(1, 64))
