@@ -82,7 +82,8 @@ def test_a_run_killed_again_and_again_has_the_bits_of_one_process_whatever_its_s
         processes, token, before = dice.choice([1, 2, 3, 4]), uuid.uuid4().hex, starts_of(place)
         sizes.append(processes)
         options = ("--config", "chaos.yaml", "run.name=killed")
-        process = start(tmp_path, processes, *options, env={"CHAOS_TOKEN": token})
+        # A real one: among the children of a forked torchrun is one that does nothing but fork.
+        process = start(tmp_path, processes, *options, env={"CHAOS_TOKEN": token}, real=True)
         try:
             if left:
                 wait_for_start(process, place, before)
