@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
-    from dist_train.config.schema import Config
+    from dist_train.config.schema import Config, DistributedConfig
 
 
 def numerics_of(config: Config, device: torch.device) -> dict[str, Any]:
@@ -22,3 +25,20 @@ def numerics_of(config: Config, device: torch.device) -> dict[str, Any]:
         "compile": config.trainer.compile,
         "channels_last": config.trainer.channels_last,
     }
+
+
+@contextlib.contextmanager
+def deterministic_kernels(config: DistributedConfig) -> Iterator[None]:
+    """Deterministic algorithms inside, if the config asks for them; to be entered before CUDA is first used."""
+    if not (config.deterministic is True or config.reproducibility == "bitwise"):
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]

@@ -222,6 +222,14 @@ def open_world(config: DistributedConfig, placement: Placement) -> Iterator[Worl
     a command, it is reported and becomes a `ReportedError`. ConfigErrors are those of `pick_device`, `rendezvous` and
     `check_launcher`.
     """
+    from dist_train.runtime.numerics import deterministic_kernels
+
+    with deterministic_kernels(config), _joined(config, placement) as world:
+        yield world
+
+
+@contextlib.contextmanager
+def _joined(config: DistributedConfig, placement: Placement) -> Iterator[World]:
     import torch
     import torch.distributed as dist
 

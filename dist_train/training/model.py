@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -81,11 +80,6 @@ def build_model_parts(config: Config, world: World, *, fresh: bool = False) -> M
     Raises:
         ConfigError: one of them can't be built; names its key.
     """
-    distributed = config.distributed
-    if distributed.deterministic is True or distributed.reproducibility == "bitwise":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's BLAS is first used
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
     notes: list[str] = []
     model = build_model(config, world, fresh=fresh, notes=notes)
     memory_format = _memory_format(config, world, model)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,13 @@ PIECES = Path(__file__).parent / "programs" / "leafy.py"
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory, with the pieces beside the config."""
     shutil.copy(PIECES, tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "leafy", raising=False)
-    yield tmp_path
-    torch.use_deterministic_algorithms(False)
+    return tmp_path
 
 
 def config(model: str, **distributed: Any) -> dict[str, Any]:
@@ -101,3 +100,20 @@ def test_statistics_of_a_layer_in_eval_mode_stay_as_they_are() -> None:
     state = torch.load("runs/leafy/model.pt", weights_only=True)
     assert torch.equal(state["still.running_mean"], torch.full((4,), 0.1))
     assert not torch.equal(state["norm.running_mean"], torch.zeros(4))
+
+
+def test_another_number_of_threads_is_told_and_recorded_and_nothing_is_left_behind(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    stopped = {**config("Net"), "trainer": {"duration": "4step", "micro_batch_size": 2, "stop_at": "2step"}}
+    train(stopped)
+    assert "bits may differ" not in capfd.readouterr().err
+    train(config("Net", threads=2))
+    told = "threads is 2, and was 1 at the last start"
+    assert f"{told}: kernels may round otherwise there" in capfd.readouterr().err
+    lines = [json.loads(line) for line in Path("runs/leafy/attempts.jsonl").read_text().splitlines()]
+    starts = [line for line in lines if line["event"] == "start"]
+    assert [line.get("bits_may_differ") for line in starts] == [None, [told]]
+    assert starts[0]["numerics"]["torch"] == torch.__version__
+    assert starts[0]["numerics"]["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
+    assert not torch.are_deterministic_algorithms_enabled()
