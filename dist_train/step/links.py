@@ -7,16 +7,14 @@ gloo passes every message through a thread of its own: on two busy cores a messa
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import socket
 import struct
 import sys
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from dist_train.step.tree import Exchange
 from dist_train.watch.processes import machine
@@ -96,8 +94,7 @@ class Links:
     def _exchange(self, message: Exchange) -> None:
         line = self._sockets[message.peer]
         try:
-            for sent, received in itertools.zip_longest(message.send, message.receive):
-                outgoing, incoming = _bytes(sent), _bytes(received)
+            for outgoing, incoming in message.memory:
                 for start in range(0, max(len(outgoing), len(incoming)), CHUNK):
                     if start < len(outgoing):  # sending nothing fails where the peer, already done, has closed its end
                         line.sendall(outgoing[start : start + CHUNK])
@@ -135,10 +132,3 @@ def _fill(data: memoryview, line: socket.socket) -> None:
         if not received:
             raise ConnectionResetError("end of stream")
         data = data[received:]
-
-
-def _bytes(tensor: Tensor | None) -> memoryview:
-    if tensor is None or not tensor.numel():
-        return memoryview(b"")
-    array: Any = tensor.view(torch.uint8).numpy()
-    return memoryview(array)

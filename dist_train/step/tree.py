@@ -14,8 +14,10 @@ of a ring, 2 (ranks - 1) / ranks of the vector for each partial sum.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -82,12 +84,23 @@ def open_nodes(start: int, stop: int, leaves: int) -> tuple[Node, ...]:
     return tuple(sorted(partials.by_node, key=lambda node: node.number << node.level))
 
 
-class Exchange(NamedTuple):
+@dataclass(eq=False)
+class Exchange:
     """A message to, and one from, another rank: some tensors of one dtype, contiguous."""
 
     peer: int
     send: list[Tensor]
     receive: list[Tensor]
+
+    @cached_property
+    def memory(self) -> list[tuple[memoryview, memoryview]]:
+        """On the CPU: bytes to send, and room for those that come meanwhile."""
+        pairs = itertools.zip_longest(map(_memory, self.send), map(_memory, self.receive), fillvalue=memoryview(b""))
+        return list(pairs)
+
+
+def _memory(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")  # type: ignore[arg-type]
 
 
 @lru_cache(maxsize=64)
