@@ -38,14 +38,14 @@ from torch import Tensor, nn
 from dist_train.config.schema import DistributedConfig, TrainerConfig
 from dist_train.data.loader import StepWork
 from dist_train.data.plan import MicroBatch, Plan
+from dist_train.objective.modules import Modules
+from dist_train.objective.objective import Objective
+from dist_train.objective.precision import Precision
+from dist_train.optim.optim import build_optimizer
+from dist_train.reduction.bitwise import Bitwise
+from dist_train.reduction.reduce import reducer_for
 from dist_train.runtime.launch import read_placement
 from dist_train.runtime.world import World, open_world
-from dist_train.step.bitwise import Bitwise
-from dist_train.step.modules import Modules
-from dist_train.step.objective import Objective
-from dist_train.step.optim import build_optimizer
-from dist_train.step.precision import Precision
-from dist_train.step.reduce import reducer_for
 from dist_train.step.step import Stepper
 from dist_train.task.losses import Loss
 from dist_train.task.task import Supervised

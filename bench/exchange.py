@@ -19,12 +19,12 @@ from torch import nn
 
 from dist_train.config.schema import DistributedConfig
 from dist_train.data.plan import MicroBatch
+from dist_train.objective.modules import Modules
+from dist_train.objective.objective import Objective, SingleProcess
+from dist_train.objective.precision import Precision
+from dist_train.reduction.reduce import DataParallel, OneBucket, Reducer
 from dist_train.runtime.launch import read_placement
 from dist_train.runtime.world import World, open_world
-from dist_train.step.modules import Modules
-from dist_train.step.objective import Objective, SingleProcess
-from dist_train.step.precision import Precision
-from dist_train.step.reduce import DataParallel, OneBucket, Reducer
 from dist_train.task.losses import Loss
 from dist_train.task.task import Supervised
 

@@ -11,7 +11,7 @@ from gpu_runs import Findings, project, said
 from torch import Tensor, nn
 
 from dist_train.data.plan import leaf_shares
-from dist_train.step.tree import Exchange, Node, Partials, TreeSum
+from dist_train.reduction.tree import Exchange, Node, Partials, TreeSum
 
 LEAVES, ROWS = 8, 16
 

@@ -19,12 +19,12 @@ from dist_train.checkpoint.staging import HostCopy
 from dist_train.config.schema import DistributedConfig, TrainerConfig
 from dist_train.data.loader import StepWork
 from dist_train.data.plan import MicroBatch, Plan
+from dist_train.objective.modules import Modules
+from dist_train.objective.objective import Objective, SingleProcess
+from dist_train.objective.precision import Precision
+from dist_train.optim.optim import build_optimizer
+from dist_train.reduction.reduce import DataParallel, Reducer
 from dist_train.runtime.seeding import seed_forward
-from dist_train.step.modules import Modules
-from dist_train.step.objective import Objective, SingleProcess
-from dist_train.step.optim import build_optimizer
-from dist_train.step.precision import Precision
-from dist_train.step.reduce import DataParallel, Reducer
 from dist_train.step.step import Stepper
 from dist_train.task.losses import Loss
 from dist_train.task.task import Supervised

@@ -80,9 +80,9 @@ def _export_graph(restored: Restored, path: Path) -> str:
     import torch
     from torch.utils import _pytree as pytree
 
+    from dist_train.building.prepare import build_dataset
     from dist_train.config.errors import ConfigError
     from dist_train.task.batch import tensors_in
-    from dist_train.training.prepare import build_dataset
 
     model = restored.evaluator.model
     dataset = build_dataset(restored.config, restored.split(None))
@@ -123,9 +123,9 @@ def _inputs(restored: Restored, dataset: Any, count: int) -> tuple[tuple[Any, ..
     """
     import torch
 
+    from dist_train.building.prepare import first_samples
     from dist_train.config.errors import ConfigError
     from dist_train.task.batch import clone_batch
-    from dist_train.training.prepare import first_samples
 
     evaluator, calls = restored.evaluator, list[tuple[tuple[Any, ...], dict[str, Any]]]()
 

@@ -24,7 +24,7 @@ from dist_train.config.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dist_train.training.predict import Column
+    from dist_train.evaluation.predict import Column
 
     Columns = dict[str, Column]
 

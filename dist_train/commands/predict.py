@@ -16,9 +16,9 @@ from dist_train.files import replacing
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dist_train.training.evaluate import Evaluator
-    from dist_train.training.meaning import Meaning
-    from dist_train.training.predict import Column, Predicted
+    from dist_train.evaluation.evaluate import Evaluator
+    from dist_train.evaluation.meaning import Meaning
+    from dist_train.evaluation.predict import Column, Predicted
 
 FORMAT = (
     "--format",
@@ -38,9 +38,9 @@ def main(arguments: Sequence[str]) -> int:
     file = output("FILE", "where to write; by default csv or jsonl is printed")
     options = parse_run("predict", __doc__, arguments, CHECKPOINT, SPLIT, file, FORMAT, RAW)
     form = format_of(options.format, options.output)
+    from dist_train.evaluation.meaning import Meaning
+    from dist_train.evaluation.predict import gathered
     from dist_train.run.open import open_run
-    from dist_train.training.meaning import Meaning
-    from dist_train.training.predict import gathered
 
     with open_run(options.run, options.checkpoint, options.overrides) as restored:
         split = restored.split(options.split)
@@ -95,8 +95,8 @@ class Table:
         """How one tensor of outputs is to be interpreted; None: not at all."""
         from torch import Tensor
 
+        from dist_train.evaluation.meaning import read_meaning
         from dist_train.task.batch import squeeze_column
-        from dist_train.training.meaning import read_meaning
 
         if self.raw or not isinstance(part.outputs, Tensor) or not part.outputs.dim():
             return None
@@ -106,7 +106,7 @@ class Table:
         """The columns of consecutive samples, by name. Raises ConfigError where the outputs haven't a row per sample."""
         import torch
 
-        from dist_train.training.predict import rows_of
+        from dist_train.evaluation.predict import rows_of
 
         columns, self.left_out = rows_of(part.outputs, part.samples)
         if meaning is not None:
@@ -158,7 +158,7 @@ class Table:
 
 def _targets(part: Predicted) -> dict[str, Column]:
     """The targets of a batch, {} where they haven't a row per sample."""
-    from dist_train.training.predict import rows_of
+    from dist_train.evaluation.predict import rows_of
 
     try:
         return {} if part.targets is None else rows_of(part.targets, part.samples, "target", nested=True).columns

@@ -84,8 +84,8 @@ def micro_slices(n: int, rank: int, world_size: int, micro: int) -> tuple[slice,
 def leaf_shares(leaves: int, world_size: int) -> tuple[range, ...]:
     """Which leaves of a global batch each rank computes: contiguous, in rank order, none more than the others' most.
 
-    Among such shares it takes those that end where a large subtree of the reduction's binary tree does (`step.tree`), so that a
-    rank has few partial sums to send. With fewer leaves than ranks the last ranks have none.
+    Among such shares it takes those that end where a large subtree of the binary tree of sums does (`reduction.tree`), so that
+    a rank has few partial sums to send. With fewer leaves than ranks the last ranks have none.
     """
     most, start, shares = -(-leaves // world_size), 0, []
     for rank in range(world_size):
@@ -140,8 +140,8 @@ class Plan:
     weights: Weights | None = None
     """Draw the `length` samples of an epoch with replacement, by these weights; shuffle makes no difference then."""
     leaf_size: int | None = None
-    """Micro-batches are fixed parts of the global batch, of this many samples: leaves of one tree of sums (`step.tree`), so that
-    results are bitwise identical for any number of ranks; None: each rank splits its own part of the batch."""
+    """Micro-batches are fixed parts of the global batch, of this many samples: leaves of a tree of sums (`reduction.tree`), so
+    that results are bitwise identical for any number of ranks; None: each rank splits its own part of the batch."""
 
     def __post_init__(self) -> None:
         if self.length < 1:

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from dist_train.building.model import build_model_parts
+from dist_train.building.prepare import build_dataset, first_samples
+from dist_train.building.unsaved import unsaved_state
 from dist_train.checkpoint.store import find_at
 from dist_train.config.fields import Duration
 from dist_train.data.stream import is_stream
@@ -16,10 +19,7 @@ from dist_train.run.start import train_in
 from dist_train.text import format_bytes
 from dist_train.tracking.console import Console
 from dist_train.tracking.records import read_rows
-from dist_train.training.model import build_model_parts
 from dist_train.training.parts import Parts
-from dist_train.training.prepare import build_dataset, first_samples
-from dist_train.training.unsaved import unsaved_state
 
 if TYPE_CHECKING:
     from pathlib import Path

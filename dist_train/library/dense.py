@@ -31,7 +31,7 @@ class Segmentation:
         class_weights: one for each class.
     """
 
-    classes_dim = 1  # of what `predict` returns: see `training.meaning`
+    classes_dim = 1  # of what `predict` returns: see `evaluation.meaning`
 
     def __init__(self, ignore_index: int = 255, aux_weight: float = 0.5, class_weights: Tensor | None = None):
         self.aux_weight = aux_weight

@@ -39,7 +39,7 @@ class Distillation(nn.Module):
         soft: the share of the teacher's loss, from 0 to 1.
     """
 
-    classes_dim = 1  # of what `predict` returns: see `training.meaning`
+    classes_dim = 1  # of what `predict` returns: see `evaluation.meaning`
 
     def __init__(self, teacher: nn.Module, weights: str | None = None, temperature: float = 4.0, soft: float = 0.9):
         super().__init__()

@@ -60,7 +60,7 @@ class LanguageModel:
         ignore_index: targets that don't count.
     """
 
-    classes_dim = -1  # of what `predict` returns: see `training.meaning`
+    classes_dim = -1  # of what `predict` returns: see `evaluation.meaning`
 
     def __init__(self, ignore_index: int = -100):
         self.ignore_index = ignore_index

@@ -18,12 +18,12 @@ from dist_train.runtime.sidefiles import SideFileError, read_lines, read_mapping
 from dist_train.training.due import in_steps
 
 if TYPE_CHECKING:
+    from dist_train.building.frozen import Frozen
     from dist_train.checkpoint.manager import CheckpointManager
     from dist_train.checkpoint.store import Found
     from dist_train.config.schema import Config
     from dist_train.runtime.rundir import RunDir
     from dist_train.runtime.world import World
-    from dist_train.training.frozen import Frozen
 
 
 _FIX = "Put it back from a copy, give the run another run.name, or delete that directory"

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dist_train.building.frozen import load_trained
+from dist_train.building.model import load_weights
+from dist_train.building.prepare import build_model, frozen_source
 from dist_train.config.errors import ConfigError
 from dist_train.files import retried
 from dist_train.run.report import report_in
 from dist_train.run.summary import end_lines
 from dist_train.runtime.lease import look_at_owner
 from dist_train.runtime.seeding import undisturbed_generators
-from dist_train.training.frozen import load_trained
-from dist_train.training.model import load_weights
-from dist_train.training.prepare import build_model, frozen_source
 
 if TYPE_CHECKING:
     from dist_train.checkpoint.manager import CheckpointManager

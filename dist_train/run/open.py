@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from dist_train.building.model import build_model_parts, load_weights
+from dist_train.building.prepare import build_dataset, build_model, eval_loader
 from dist_train.checkpoint.manifest import CheckpointError, CorruptedError
 from dist_train.checkpoint.store import CheckpointStore, Found
 from dist_train.config.components import add_code_paths
@@ -19,15 +21,13 @@ from dist_train.config.errors import ConfigError
 from dist_train.config.load import load_config
 from dist_train.config.slots import require_components
 from dist_train.data.loader import EvalLoader
+from dist_train.evaluation.evaluate import Evaluator
+from dist_train.objective.modules import Modules
 from dist_train.runtime.launch import Placement, read_placement
 from dist_train.runtime.rundir import RunDir
 from dist_train.runtime.seeding import undisturbed_generators
 from dist_train.runtime.sidefiles import SideFileError, read_mapping
 from dist_train.runtime.world import World, open_world
-from dist_train.step.modules import Modules
-from dist_train.training.evaluate import Evaluator
-from dist_train.training.model import build_model_parts, load_weights
-from dist_train.training.prepare import build_dataset, build_model, eval_loader
 
 if TYPE_CHECKING:
     from dist_train.config.schema import Config

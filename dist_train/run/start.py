@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dist_train.building.model import splitting_changes
 from dist_train.checkpoint.manager import CheckpointManager, SavePolicy
 from dist_train.config.code import source_files
 from dist_train.config.errors import ConfigError
@@ -34,7 +35,6 @@ from dist_train.tracking.logs import setup_logging
 from dist_train.training.digests import open_digests, resume_digests
 from dist_train.training.eval_check import check_evaluation
 from dist_train.training.leaf_check import check_leaves
-from dist_train.training.model import splitting_changes
 from dist_train.training.parts import Parts, build_parts, losses_of
 from dist_train.training.rows import Outputs, Trace
 from dist_train.training.state import Progress, restore

@@ -15,7 +15,7 @@ from dist_train.config.fields import to_json
 from dist_train.data.reading import make_batch
 from dist_train.data.stream import is_stream, stream_length
 from dist_train.models.layers import layer_table, output_shapes
-from dist_train.step.groups import Grouping
+from dist_train.optim.groups import Grouping
 from dist_train.step.several import Optimizers
 from dist_train.task.task import SeveralLosses, WholeBatchTask
 from dist_train.text import format_seconds

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -10,20 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from dist_train.step.modules import BufferSnapshot
-from dist_train.step.objective import StepSums
+from dist_train.objective.modules import BufferSnapshot
+from dist_train.objective.objective import StepSums
 from dist_train.task.batch import clone_batch
 
 if TYPE_CHECKING:
     from dist_train.data.loader import StepWork
-
-
-def takes_closure(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether `step` must be called with a closure, as those of torch.optim.LBFGS and of sharpness-aware minimization."""
-    arguments = list(inspect.signature(type(optimizer).step).parameters.values())[1:2]
-    return hasattr(optimizer, "first_step") or any(
-        argument.name == "closure" and argument.default is argument.empty for argument in arguments
-    )
 
 
 class Closure:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.data.plan import MicroBatch
-from dist_train.step.objective import Item, StepSums
-from dist_train.step.reduce import Reducer
+from dist_train.objective.objective import Item, StepSums
+from dist_train.reduction.reduce import Reducer
 
 BLOCK = 256  # words with a factor of their own; each block of a tensor has another factor
 # Words that are multiplied at once: on the CPU what its cache holds, elsewhere what takes 32 MiB as int64.

@@ -12,8 +12,8 @@ from torch import nn
 
 from dist_train.config.errors import ConfigError
 from dist_train.models.transfer import match_parameters
-from dist_train.step.modules import Modules
-from dist_train.step.schedule import Schedule
+from dist_train.objective.modules import Modules
+from dist_train.optim.schedule import Schedule
 from dist_train.task.batch import clone_batch
 
 if TYPE_CHECKING:

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dist_train.objective.modules import BufferSnapshot
+from dist_train.objective.objective import Item, Objective, StepSums
+from dist_train.optim.parameters import takes_closure
+from dist_train.reduction.reduce import Reducer
 from dist_train.runtime.seeding import seed_forward
-from dist_train.step.closure import Closure, replayed, takes_closure
+from dist_train.step.closure import Closure, replayed
 from dist_train.step.finite import FiniteGuard, by_dtype, gradient_values
-from dist_train.step.modules import BufferSnapshot
-from dist_train.step.objective import Item, Objective, StepSums
-from dist_train.step.reduce import Reducer
 from dist_train.task.batch import HALF, clone_batch
 from dist_train.watch.status import DATA, FORWARD, UPDATE, status
 

@@ -121,7 +121,7 @@ def _device_of(value: Any) -> str:
 class WholeBatchTask:
     """A task whose loss compares samples with each other, made of `outputs(model, batch)` and `loss(outputs, targets)`.
 
-    In training the loss is of the outputs of the whole global batch (`step.whole_batch`), in evaluation of an eval batch's.
+    In training the loss is of the outputs of the whole global batch (`objective.whole_batch`), in evaluation of an eval batch's.
     """
 
     def __init__(self, task: Any):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from dist_train.config.fields import Duration, plain
 from dist_train.models.transfer import match_parameters
-from dist_train.step.groups import Grouping, Home, add_group
+from dist_train.optim.groups import Grouping, Home, add_group
 from dist_train.training.due import in_steps
 
 if TYPE_CHECKING:
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from dist_train.config.schema import Config
     from dist_train.data.plan import Plan
+    from dist_train.objective.modules import Modules
     from dist_train.runtime.world import World
-    from dist_train.step.modules import Modules
 
 
 class Training(Protocol):

@@ -15,11 +15,11 @@ from dist_train.step.digest import TensorDigests, WatchedReducer, gradients
 from dist_train.tracking.digests import FOLDER, DigestFile, cut_back, file_name, rank_of
 
 if TYPE_CHECKING:
+    from dist_train.objective.modules import Modules
+    from dist_train.objective.objective import Objective, StepSums
+    from dist_train.reduction.reduce import Reducer
     from dist_train.runtime.rundir import RunDir
     from dist_train.runtime.world import World
-    from dist_train.step.modules import Modules
-    from dist_train.step.objective import Objective, StepSums
-    from dist_train.step.reduce import Reducer
 
 MAX_UNWRITTEN = 4096  # steps between two writes, each of which waits for the device
 

@@ -16,23 +16,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dist_train.building.model import watched
+from dist_train.building.unsaved import copied, is_cheap_to_copy, training_forward
 from dist_train.config.errors import ConfigError, Problem
 from dist_train.data.errors import DataError, SampleError
+from dist_train.evaluation.evaluate import Evaluator, class_names
+from dist_train.objective.modules import BufferSnapshot
 from dist_train.runtime.seeding import undisturbed_generators
-from dist_train.step.modules import BufferSnapshot
 from dist_train.task.batch import clone_batch
 from dist_train.task.entries import MetricEntry, check_names
 from dist_train.task.task import modules_in
 from dist_train.task.terms import Computed
-from dist_train.training.evaluate import Evaluator, class_names
-from dist_train.training.model import watched
-from dist_train.training.unsaved import copied, is_cheap_to_copy, training_forward
 from dist_train.watch import failure
 
 if TYPE_CHECKING:
+    from dist_train.building.model import ModelParts
     from dist_train.data.loader import EvalLoader
     from dist_train.data.plan import EvalPlan
-    from dist_train.training.model import ModelParts
     from dist_train.training.parts import Parts
 
 # Few, since keys, shapes, types and exceptions show on any number, and reading or computing a whole batch may take seconds;

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from dist_train.building.unsaved import unsaved_at_start
 from dist_train.task.samplewise import BatchDependence, batch_dependence
 from dist_train.task.task import WholeBatchTask
-from dist_train.training.unsaved import unsaved_at_start
 
 if TYPE_CHECKING:
     from dist_train.training.parts import Parts

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from dist_train.config.errors import ConfigError, Problem
 from dist_train.data.digest import content_digest
 from dist_train.data.loader import StepWork
+from dist_train.objective.modules import BufferSnapshot, Modules
+from dist_train.reduction.leaves import LeafState, changed
 from dist_train.runtime.seeding import seed_forward, undisturbed_generators
-from dist_train.step.leaves import LeafState, changed
-from dist_train.step.modules import BufferSnapshot, Modules
 from dist_train.task.batch import tensors_in
 from dist_train.task.task import OfOptimizer, SeveralLosses, WholeBatchTask
 from dist_train.task.terms import computed

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dist_train.building.frozen import Frozen
+from dist_train.building.model import ModelParts, build_model_parts, check_batchnorm, check_watched
+from dist_train.building.prepare import build_dataset, build_plan, building, eval_loader, loader_options
 from dist_train.config.components import build
 from dist_train.config.errors import ConfigError
 from dist_train.config.fields import Duration, is_named
@@ -16,25 +19,21 @@ from dist_train.data.augment import Augmentation
 from dist_train.data.loader import EvalLoader, TrainLoader
 from dist_train.data.plan import Plan
 from dist_train.data.weighting import sampling_weights
-from dist_train.step.closure import takes_closure
-from dist_train.step.ema import EMA, OptimizerEMA
-from dist_train.step.objective import Objective
-from dist_train.step.optim import averages_weights, build_optimizer
-from dist_train.step.own_weights import OwnWeights
-from dist_train.step.parameters import check_optimizer
-from dist_train.step.reduce import Reducer, reducer_for
-from dist_train.step.schedule import Schedule, Span
+from dist_train.evaluation.evaluate import Evaluator
+from dist_train.objective.objective import Objective
+from dist_train.objective.own_weights import OwnWeights
+from dist_train.objective.whole_batch import WholeBatch
+from dist_train.optim.ema import EMA, OptimizerEMA
+from dist_train.optim.optim import averages_weights, build_optimizer
+from dist_train.optim.parameters import check_optimizer, takes_closure
+from dist_train.optim.schedule import Schedule, Span
+from dist_train.reduction.reduce import Reducer, reducer_for
 from dist_train.step.several import Optimizers, Owners, Schedules, SeveralSteppers
 from dist_train.step.step import Stepper
-from dist_train.step.whole_batch import WholeBatch
 from dist_train.task.entries import is_lower_better
 from dist_train.task.task import OfOptimizer, SeveralLosses, WholeBatchTask
 from dist_train.training.callbacks import Callback
 from dist_train.training.due import StopWhen, in_steps
-from dist_train.training.evaluate import Evaluator
-from dist_train.training.frozen import Frozen
-from dist_train.training.model import ModelParts, build_model_parts, check_batchnorm, check_watched
-from dist_train.training.prepare import build_dataset, build_plan, building, eval_loader, loader_options
 
 if TYPE_CHECKING:
     from dist_train.config.schema import Config

@@ -10,25 +10,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dist_train.building.model import load_weights
+from dist_train.building.prepare import building, frozen_source
 from dist_train.checkpoint.store import ranking_key
 from dist_train.config.errors import ConfigError
 from dist_train.data.digest import content_digest
-from dist_train.step.leaves import changed
-from dist_train.step.parameters import match_strides
+from dist_train.evaluation.evaluate import on_rank_zero
+from dist_train.optim.parameters import match_strides
+from dist_train.reduction.leaves import changed
 from dist_train.step.several import Optimizers
 from dist_train.task.entries import monitored
 from dist_train.task.task import SeveralLosses
 from dist_train.training.callbacks import callback_states, load_callback_states
-from dist_train.training.evaluate import on_rank_zero
-from dist_train.training.model import load_weights
-from dist_train.training.prepare import building, frozen_source
 from dist_train.training.unfreezing import load_trainable_state, trainable_state
 from dist_train.watch.status import SYNC, status
 
 if TYPE_CHECKING:
     from dist_train.checkpoint.store import Found
+    from dist_train.objective.modules import Modules
     from dist_train.runtime.world import World
-    from dist_train.step.modules import Modules
     from dist_train.step.several import SeveralSteppers
     from dist_train.step.step import Stepper
     from dist_train.training.parts import Parts

@@ -6,8 +6,8 @@ import time
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+from dist_train.evaluation.evaluate import EvaluationInterruptedError, on_rank_zero
 from dist_train.training.due import Due, clocks
-from dist_train.training.evaluate import EvaluationInterruptedError, on_rank_zero
 from dist_train.training.first_batch import FirstBatch
 from dist_train.training.parts import build_stepper
 from dist_train.training.rows import TrainRows

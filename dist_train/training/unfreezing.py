@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch.nn.modules.batchnorm import _NormBase
 
-from dist_train.step.groups import Grouping, Home, add_group, add_to_group
-from dist_train.step.parameters import fill_momentum
+from dist_train.optim.groups import Grouping, Home, add_group, add_to_group
+from dist_train.optim.parameters import fill_momentum
 from dist_train.step.several import Optimizers, SeveralSteppers
 
 if TYPE_CHECKING:

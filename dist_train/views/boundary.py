@@ -11,15 +11,15 @@ import numpy as np
 import torch
 
 from dist_train.data.stream import is_stream
+from dist_train.evaluation.meaning import read_meaning
 from dist_train.files import replacing
 from dist_train.task.batch import squeeze_column
 from dist_train.task.task import scores_of
 from dist_train.training.callbacks import Callback
-from dist_train.training.meaning import read_meaning
 
 if TYPE_CHECKING:
+    from dist_train.evaluation.evaluate import Evaluator
     from dist_train.training.callbacks import Training
-    from dist_train.training.evaluate import Evaluator
 
 Array = np.ndarray[Any, Any]
 Extent = tuple[float, float, float, float]

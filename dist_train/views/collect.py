@@ -14,14 +14,14 @@ from torch.nn import functional
 from dist_train.config.errors import visible
 from dist_train.data.reading import attribute_of
 from dist_train.data.stream import is_stream
+from dist_train.evaluation.meaning import declared, read_meaning
 from dist_train.runtime.seeding import seed_sample
 from dist_train.task.losses import Loss
-from dist_train.training.meaning import declared, read_meaning
 from dist_train.views.dense import Boxes, BoxSample, Grids, Masks, MaskSample, Tokens, TokenSample
 from dist_train.views.network import pictures
 
 if TYPE_CHECKING:
-    from dist_train.training.evaluate import Evaluator
+    from dist_train.evaluation.evaluate import Evaluator
     from dist_train.views.figures import Picture
 
     Array = np.ndarray[Any, Any]

@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dist_train.building.prepare import first_samples
 from dist_train.data.stream import is_stream
+from dist_train.evaluation.meaning import declared
 from dist_train.files import replacing
 from dist_train.runtime.seeding import seed_forward, seed_sample, undisturbed_generators
 from dist_train.task.batch import in_full_precision
 from dist_train.training.callbacks import Callback
-from dist_train.training.meaning import declared
-from dist_train.training.prepare import first_samples
 from dist_train.views.boundary import GROWTH, kept_steps
 from dist_train.views.collect import IMAGES, GridCollector, collector_for
 from dist_train.views.network import pictures
 
 if TYPE_CHECKING:
+    from dist_train.evaluation.evaluate import Evaluator
     from dist_train.training.callbacks import Training
-    from dist_train.training.evaluate import Evaluator
 
 Array = np.ndarray[Any, Any]
 FOLDER = "grids"

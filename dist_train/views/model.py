@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
+from dist_train.building.prepare import eval_loader
 from dist_train.config.errors import visible
 from dist_train.data.reading import attribute_of
 from dist_train.data.stream import is_stream
+from dist_train.evaluation.evaluate import in_rounds, on_rank_zero
+from dist_train.evaluation.meaning import Meaning, read_meaning
+from dist_train.evaluation.predict import Predicted, predict_batch
 from dist_train.runtime.rundir import RunDir
 from dist_train.task.batch import clone_batch, squeeze_column
 from dist_train.tracking.records import read_rows
-from dist_train.training.evaluate import in_rounds, on_rank_zero
-from dist_train.training.meaning import Meaning, read_meaning
-from dist_train.training.predict import Predicted, predict_batch
-from dist_train.training.prepare import eval_loader
 from dist_train.views.boundary import FOLDER, around, classes_on, plane, read_frames
 from dist_train.views.collect import Collector, Shown, collector_for, sample_picture
 from dist_train.views.curves import draw_curves
@@ -33,7 +33,7 @@ from dist_train.views.report import write_report
 if TYPE_CHECKING:
     from dist_train.config.schema import Config
     from dist_train.data.loader import EvalLoader
-    from dist_train.training.evaluate import Evaluator
+    from dist_train.evaluation.evaluate import Evaluator
 
 SAMPLES = 20_000  # predicted at most, spread evenly over the dataset
 WORST, DOTS, TARGETS, FRAMES = 24, 2000, 4, 10  # shown at most: errors, points and targets of a regression, boundaries

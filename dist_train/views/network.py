@@ -28,9 +28,9 @@ from dist_train.watch.control import next_multiple
 
 if TYPE_CHECKING:
     from dist_train.config.schema_tracking import TrackingConfig
+    from dist_train.evaluation.evaluate import Evaluator
     from dist_train.tracking.logger import Logger
     from dist_train.training.callbacks import Training
-    from dist_train.training.evaluate import Evaluator
 
 Array = np.ndarray[Any, Any]
 MOST = 1 << 18  # values of one histogram; larger tensors are strided

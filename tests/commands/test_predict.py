@@ -16,12 +16,12 @@ from torch import nn
 
 import dist_train
 from dist_train.data import CSV, Digits
+from dist_train.evaluation.meaning import Meaning, read_meaning
 from dist_train.main import main
 from dist_train.task.entries import MetricEntry, build_metric
 from dist_train.task.losses import Loss
 from dist_train.task.metrics import Accuracy, BinaryAccuracy, MeanError, Metric
 from dist_train.task.task import Supervised
-from dist_train.training.meaning import Meaning, read_meaning
 
 
 def predicted(folder: Path, *arguments: str) -> list[dict[str, str]]:

@@ -15,8 +15,8 @@ from torch.nn import functional
 import dist_train
 from dist_train.config.errors import ConfigError
 from dist_train.data import Digits
+from dist_train.evaluation.predict import rows_of
 from dist_train.main import main
-from dist_train.training.predict import rows_of
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from dist_train.building.prepare import build_plan
 from dist_train.config.schema import DataConfig
 from dist_train.data import DataError
 from dist_train.data.errors import SampleError
@@ -21,7 +22,6 @@ from dist_train.data.loader import EvalLoader, TrainLoader
 from dist_train.data.plan import Plan
 from dist_train.data.reading import LoaderOptions
 from dist_train.data.stream import is_stream
-from dist_train.training.prepare import build_plan
 
 CPU = torch.device("cpu")
 

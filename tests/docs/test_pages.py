@@ -166,7 +166,7 @@ def test_keys_commands_and_links_exist(page: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_code_files_exist(page: str) -> None:
-    """Files of this repository, or of the package, that a page names in backticks: `step/reduce.py`."""
+    """Files of this repository, or of the package, that a page names in backticks: `reduction/reduce.py`."""
     for name in re.findall(r"`((?:\w+/)+(?:\w+\.(?:py|sh|sbatch|yaml|md))?)`", TEXTS[page]):
         if name.split("/")[0] in ("data", "checkpoints", "logs", "runs"):  # of a run, or of a user
             assert not name.endswith(".py") or (ROOT / "dist_train" / name).exists(), name

@@ -13,9 +13,9 @@ import runs
 import torch
 from torch import nn
 
+from dist_train.objective.precision import resolve_precision
 from dist_train.step.digest import TensorDigests
 from dist_train.step.finite import NonFiniteError
-from dist_train.step.precision import resolve_precision
 
 sys.path.append(str(runs.ROOT / "bench"))
 from gpu_steps import network, stepper, work

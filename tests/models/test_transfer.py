@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torchvision import models
 
+from dist_train.building.prepare import build_model
 from dist_train.config.errors import ConfigError
 from dist_train.config.load import load_config
 from dist_train.models import MLP, Cifar10Quick, DigitsCNN, LogisticRegression, MnistCNN
@@ -28,7 +29,6 @@ from dist_train.models.transfer import (
     replace_head,
 )
 from dist_train.models.weights import is_torchvision_name, read_file, read_torchvision
-from dist_train.training.prepare import build_model
 
 
 def refusal(call: Any, *arguments: Any, **named: Any) -> tuple[str, str]:

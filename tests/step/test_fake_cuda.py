@@ -18,11 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dist_train.config.schema import TrainerConfig
 from dist_train.data.loader import StepWork
 from dist_train.data.plan import MicroBatch, Plan
-from dist_train.step.modules import Modules
-from dist_train.step.objective import Objective, SingleProcess, StepSums, step_sums
-from dist_train.step.optim import build_optimizer
-from dist_train.step.precision import Precision
-from dist_train.step.reduce import ReportingObjective
+from dist_train.objective.modules import Modules
+from dist_train.objective.objective import Objective, SingleProcess, StepSums, step_sums
+from dist_train.objective.precision import Precision
+from dist_train.optim.optim import build_optimizer
+from dist_train.reduction.reduce import ReportingObjective
 from dist_train.step.step import Stepper
 from dist_train.task.losses import Loss
 from dist_train.task.task import Supervised

@@ -15,14 +15,14 @@ from dist_train.config.errors import ConfigError
 from dist_train.config.schema import TrainerConfig
 from dist_train.data.loader import StepWork
 from dist_train.data.plan import MicroBatch, Plan
+from dist_train.objective.modules import Modules
+from dist_train.objective.objective import Objective, SingleProcess
+from dist_train.objective.precision import Precision, resolve_precision
+from dist_train.optim.ema import EMA
+from dist_train.optim.optim import build_optimizer
+from dist_train.optim.schedule import Schedule, Span
 from dist_train.schedules import WarmupCosine
-from dist_train.step.ema import EMA
 from dist_train.step.finite import FiniteGuard, NonFiniteError
-from dist_train.step.modules import Modules
-from dist_train.step.objective import Objective, SingleProcess
-from dist_train.step.optim import build_optimizer
-from dist_train.step.precision import Precision, resolve_precision
-from dist_train.step.schedule import Schedule, Span
 from dist_train.step.step import Stepper
 from dist_train.task.losses import Loss
 from dist_train.task.task import Supervised

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_train.step.precision import Precision
+from dist_train.objective.precision import Precision
 from dist_train.task.batch import batch_length, first_rows, in_full_precision, move_batch, tensors_in
 from dist_train.task.losses import Loss
 from dist_train.task.task import Supervised, call_model

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dist_train.config.errors import ConfigError
-from dist_train.step.objective import trainable
+from dist_train.objective.objective import trainable
 from dist_train.task.losses import Loss
 from dist_train.task.terms import computed, mean_of
 

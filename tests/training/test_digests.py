@@ -19,9 +19,9 @@ from dist_train import train
 from dist_train.callbacks import Callback
 from dist_train.data.plan import Plan
 from dist_train.files import StorageError
+from dist_train.objective.modules import Modules
 from dist_train.runtime.rundir import RunDir
 from dist_train.step.digest import TensorDigests
-from dist_train.step.modules import Modules
 from dist_train.tracking.digests import DigestFile, Digests, file_name
 from dist_train.training.digests import StepDigests, resume_digests
 

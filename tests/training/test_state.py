@@ -17,10 +17,10 @@ import dist_train
 from dist_train.commands import doctor
 from dist_train.config.errors import ConfigError
 from dist_train.data.plan import Plan
+from dist_train.objective.modules import Modules
 from dist_train.run.api import train
 from dist_train.run.open import open_run
 from dist_train.runtime.seeding import seed_everything, seed_forward
-from dist_train.step.modules import Modules
 from dist_train.training.state import of_every_rank
 
 KEPT = Path(__file__).parent / "programs" / "kept.py"

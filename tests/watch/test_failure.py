@@ -18,6 +18,7 @@ import pytest
 import torch
 from runs import environment
 
+from dist_train.building.model import splitting_changes
 from dist_train.config.schema import DistributedConfig
 from dist_train.data.errors import SampleError
 from dist_train.data.plan import MicroBatch
@@ -26,7 +27,6 @@ from dist_train.main import main
 from dist_train.runtime.launch import Placement
 from dist_train.runtime.world import open_world
 from dist_train.task.losses import Loss as EngineLoss
-from dist_train.training.model import splitting_changes
 from dist_train.watch import failure, signals
 from dist_train.watch.leave import RunFacts
 from dist_train.watch.pace import IN_A_ROW, Pace

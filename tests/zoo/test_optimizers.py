@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dist_train.models.depth import depths
-from dist_train.step.optim import build_optimizer
+from dist_train.optim.optim import build_optimizer
 
 timm = pytest.importorskip("timm", reason="needs pip install -e '.[zoo]'")
 optim = pytest.importorskip("timm.optim", reason="needs pip install -e '.[zoo]'")

@@ -184,7 +184,7 @@ PLACES = {
     "dist_train.runtime.objectstore": in_storage,
     "dist_train.checkpoint.publish": in_publishing,
     "dist_train.checkpoint.staging": in_copying,
-    "dist_train.training.evaluate": in_evaluating,
+    "dist_train.evaluation.evaluate": in_evaluating,
     "dist_train.runtime.rundir": in_starting,
     "dist_train.data.reading": in_reading,
 }

@@ -11,7 +11,7 @@ from torch.distributed._local_tensor import LocalRunnerMode, LocalTensor, LocalT
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dist_train.data.plan import leaf_shares, leaf_slices
-from dist_train.step.tree import Exchange, Node, Partials, TreeSum, open_nodes, prime_factors
+from dist_train.reduction.tree import Exchange, Node, Partials, TreeSum, open_nodes, prime_factors
 
 SIZE = 7  # of a vector: not a multiple of most world sizes
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dist_train.step.modules import Modules
-from dist_train.step.precision import Precision
+from dist_train.objective.modules import Modules
+from dist_train.objective.precision import Precision
 from dist_train.task.task import Task
 from dist_train.task.terms import Computed, computed, mean_of, ratios
 from dist_train.watch.status import BACKWARD, status

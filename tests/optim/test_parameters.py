@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import dist_train
+from dist_train.building.model import ModelParts, build_model_parts, check_batchnorm
+from dist_train.building.prepare import build_plan
 from dist_train.config.errors import ConfigError
 from dist_train.config.load import load_config
+from dist_train.objective.precision import Precision, common_precision
+from dist_train.optim.ema import EMA
+from dist_train.optim.optim import build_optimizer
+from dist_train.optim.parameters import check_optimizer, check_parameters, match_strides
 from dist_train.runtime.world import Placement, World
-from dist_train.step.ema import EMA
-from dist_train.step.optim import build_optimizer
-from dist_train.step.parameters import check_optimizer, check_parameters, match_strides
-from dist_train.step.precision import Precision, common_precision
-from dist_train.training.model import ModelParts, build_model_parts, check_batchnorm
-from dist_train.training.prepare import build_plan
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 WORDS = torch.randint(0, 9, (24, 5), generator=torch.Generator().manual_seed(0))

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from dist_train.building.prepare import _downloads, expected_files, missing_data, once_per_node
 from dist_train.data import DataError
-from dist_train.training.prepare import _downloads, expected_files, missing_data, once_per_node
 
 
 def together(world: list[int], fail: int = -1) -> tuple[list[str], list[object]]:

@@ -14,9 +14,9 @@ from dist_train.config.load import load_config
 from dist_train.config.slots import check_components
 from dist_train.models.depth import depths
 from dist_train.models.transfer import match_parameters
-from dist_train.step.groups import Grouping
-from dist_train.step.optim import build_optimizer
-from dist_train.step.schedule import Schedule, Span
+from dist_train.optim.groups import Grouping
+from dist_train.optim.optim import build_optimizer
+from dist_train.optim.schedule import Schedule, Span
 
 CPU = torch.device("cpu")
 L = "torch.optim.lr_scheduler."

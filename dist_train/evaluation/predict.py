@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from dist_train.config.errors import ConfigError
+from dist_train.evaluation.evaluate import in_rounds, on_rank_zero
 from dist_train.runtime.seeding import seed_forward
 from dist_train.task.batch import in_full_precision, is_pair, map_tensors, shapes_of
 from dist_train.task.task import scores_of
-from dist_train.training.evaluate import in_rounds, on_rank_zero
 
 if TYPE_CHECKING:
     from dist_train.data.loader import EvalLoader
-    from dist_train.training.evaluate import Evaluator
+    from dist_train.evaluation.evaluate import Evaluator
 
 PLAIN = (str, int, float, bool)  # of one sample, beside tensors
 

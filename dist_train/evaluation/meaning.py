@@ -12,8 +12,8 @@ from dist_train.task.metrics import Accuracy, BinaryAccuracy
 from dist_train.task.whole import SUM_TOLERANCE
 
 if TYPE_CHECKING:
+    from dist_train.evaluation.evaluate import Evaluator
     from dist_train.task.entries import MetricEntry
-    from dist_train.training.evaluate import Evaluator
 
 
 class Meaning(NamedTuple):

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from dist_train.step.links import Links
-from dist_train.step.tree import Partials, TreeSum
+from dist_train.reduction.links import Links
+from dist_train.reduction.tree import Partials, TreeSum
 
 FIRST_BYTES = 2**20  # of the first bucket, whose communication begins early; as DDP's
 HALVE_BYTES = 2**18  # from here on bytes take longer than messages (bench/bitwise.py)

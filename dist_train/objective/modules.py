@@ -262,7 +262,7 @@ class BufferSnapshot:
         for slot, number in self._numbers if where is None else ():
             slot.value = number
         for parameter, value in self._frozen:
-            parameter.data.copy_(value)  # not counted as a write: see training/frozen.py
+            parameter.data.copy_(value)  # not counted as a write: see building/frozen.py
 
 
 def _flat(tensors: Iterable[Tensor]) -> Tensor:

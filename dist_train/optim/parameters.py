@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from dist_train.config.errors import ConfigError
-from dist_train.step.closure import takes_closure
 
 TAKE_SPARSE = (torch.optim.SGD, torch.optim.SparseAdam, torch.optim.Adagrad)
 
@@ -47,6 +46,14 @@ def check_parameters(model: nn.Module) -> None:
                 f"{names}: elements of it share memory, so that one update would change several, each in its own way. Make "
                 "it a parameter with its own memory (.clone()), or tie modules by giving them the same nn.Parameter",
             )
+
+
+def takes_closure(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether `step` must be called with a closure, as those of torch.optim.LBFGS and of sharpness-aware minimization."""
+    arguments = list(inspect.signature(type(optimizer).step).parameters.values())[1:2]
+    return hasattr(optimizer, "first_step") or any(
+        argument.name == "closure" and argument.default is argument.empty for argument in arguments
+    )
 
 
 def check_optimizer(

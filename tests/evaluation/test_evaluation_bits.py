@@ -9,7 +9,7 @@ import pytest
 import yaml
 from runs import rows, run_several
 
-PIECES = Path(__file__).parent / "programs" / "leafy.py"
+PIECES = Path(__file__).parent.parent / "training" / "programs" / "leafy.py"
 
 
 def test_many_sums_have_the_bits_of_one_process(tmp_path: Path) -> None:

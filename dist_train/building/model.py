@@ -9,21 +9,21 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
+from dist_train.building.frozen import Frozen, load_trained
+from dist_train.building.prepare import build_model, building, named_parts
 from dist_train.config.components import build, build_callable
 from dist_train.config.errors import ConfigError
 from dist_train.config.fields import is_named
 from dist_train.data.plan import Plan
 from dist_train.models.layers import begin_training
+from dist_train.objective.modules import Modules
+from dist_train.objective.precision import Precision, common_precision, resolve_precision
+from dist_train.optim.parameters import check_parameters
 from dist_train.runtime.seeding import seed_everything
-from dist_train.step.modules import Modules
-from dist_train.step.parameters import check_parameters
-from dist_train.step.precision import Precision, common_precision, resolve_precision
 from dist_train.task.batch import move_batch
 from dist_train.task.entries import MetricEntry, build_metric, check_entries
 from dist_train.task.losses import Loss
 from dist_train.task.task import SeveralLosses, Supervised, Task, WholeBatchTask, minimizes_by_name
-from dist_train.training.frozen import Frozen, load_trained
-from dist_train.training.prepare import build_model, building, named_parts
 
 if TYPE_CHECKING:
     from dist_train.config.schema import Config

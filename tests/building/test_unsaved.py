@@ -13,10 +13,11 @@ import torch
 from runs import result, rows, run_several, same_state_dicts
 from torch import nn
 
+from dist_train.building import unsaved
 from dist_train.run.api import train
-from dist_train.training import first_batch, unsaved
+from dist_train.training import first_batch
 
-KEPT = Path(__file__).parent / "programs" / "kept.py"
+KEPT = Path(__file__).parent.parent / "training" / "programs" / "kept.py"
 WARNED = "training changes state that no checkpoint holds"
 BASE = {
     "loss": {"_target_": "torch.nn.CrossEntropyLoss"},

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dist_train.objective.objective import Item, Objective, trainable
 from dist_train.runtime.world import gather_rows
-from dist_train.step.objective import Item, Objective, trainable
 from dist_train.task.terms import Computed, combine, computed
 from dist_train.watch.status import SYNC, status
 
 if TYPE_CHECKING:
     from dist_train.data.loader import StepWork
     from dist_train.data.plan import MicroBatch
+    from dist_train.objective.modules import Modules
+    from dist_train.objective.precision import Precision
     from dist_train.runtime.world import World
-    from dist_train.step.modules import Modules
-    from dist_train.step.precision import Precision
     from dist_train.task.task import Task
 
 

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dist_train.objective.modules import BufferSnapshot, Modules
+from dist_train.objective.objective import Item, Objective, trainable
+from dist_train.objective.precision import Precision
 from dist_train.runtime.seeding import seed_forward
 from dist_train.runtime.world import gather_rows
-from dist_train.step.modules import BufferSnapshot, Modules
-from dist_train.step.objective import Item, Objective, trainable
-from dist_train.step.precision import Precision
 from dist_train.task.batch import clone_batch, in_full_precision, map_tensors, tensors_in
 from dist_train.task.task import WholeBatchTask, full_precision
 from dist_train.task.terms import Computed, StepOutput, Term, combine, computed, weight_of

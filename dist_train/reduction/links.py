@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dist_train.step.tree import Exchange
+from dist_train.reduction.tree import Exchange
 from dist_train.watch.processes import machine
 
 if TYPE_CHECKING:

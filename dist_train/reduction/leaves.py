@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_train.step.modules import Modules, Slot
+from dist_train.objective.modules import Modules, Slot
 
 
 class LeafState:

@@ -26,9 +26,9 @@ from dist_train.data.weights import Weights
 from dist_train.files import StorageError
 from dist_train.models import transfer
 from dist_train.models.weights import is_folder, is_torchvision_name, read_file, read_torchvision
+from dist_train.optim.parameters import check_parameters
 from dist_train.runtime.seeding import seed_everything
 from dist_train.runtime.storage import open_storage
-from dist_train.step.parameters import check_parameters
 from dist_train.task.batch import NamedParts
 
 if TYPE_CHECKING:

@@ -19,12 +19,12 @@ from dist_train.config.schema import DataConfig, DistributedConfig, TrainerConfi
 from dist_train.data.loader import TrainLoader
 from dist_train.data.plan import Plan
 from dist_train.data.reading import LoaderOptions
+from dist_train.objective.modules import Modules
+from dist_train.objective.objective import Objective, SingleProcess
+from dist_train.objective.precision import Precision
+from dist_train.reduction.reduce import DataParallel, OneBucket, Reducer, reducer_for
 from dist_train.runtime.launch import read_placement
 from dist_train.runtime.world import World, open_world
-from dist_train.step.modules import Modules
-from dist_train.step.objective import Objective, SingleProcess
-from dist_train.step.precision import Precision
-from dist_train.step.reduce import DataParallel, OneBucket, Reducer, reducer_for
 from dist_train.step.step import Stepper
 from dist_train.task.losses import Loss
 from dist_train.task.task import Supervised

@@ -18,7 +18,7 @@ import dist_train
 from dist_train.config.errors import ConfigError
 from dist_train.config.load import load_config
 from dist_train.config.slots import check_components
-from dist_train.step.schedule import Schedule, Span
+from dist_train.optim.schedule import Schedule, Span
 from dist_train.tracking.records import read_rows
 
 STEPS_PER_EPOCH, EPOCHS = 4, 6

@@ -24,15 +24,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dist_train.building.model import ModelParts, Saved, load_weights
 from dist_train.data.digest import content_digest
 from dist_train.runtime.seeding import seed_forward, undisturbed_generators
 from dist_train.task.batch import clone_batch, tensors_in
 from dist_train.task.samplewise import rows_of
 from dist_train.task.terms import Computed, computed
-from dist_train.training.model import ModelParts, Saved, load_weights
 
 if TYPE_CHECKING:
-    from dist_train.step.modules import Modules
+    from dist_train.objective.modules import Modules
 
 # Above these the check at the start is skipped: bytes and objects to copy, elements of a batch times parameters, seconds of
 # a step. The default model takes 25 ms, some of which the run's own first step saves.

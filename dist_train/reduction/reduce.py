@@ -16,11 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dist_train.step.bitwise import Bitwise
-from dist_train.step.buckets import FIRST_BYTES, Bucket
-from dist_train.step.links import Links
-from dist_train.step.modules import BufferSnapshot
-from dist_train.step.objective import (
+from dist_train.objective.modules import BufferSnapshot
+from dist_train.objective.objective import (
     Item,
     Objective,
     SingleProcess,
@@ -29,7 +26,10 @@ from dist_train.step.objective import (
     reported,
     step_sums,
 )
-from dist_train.step.tree import Node, Partials, peers
+from dist_train.reduction.bitwise import Bitwise
+from dist_train.reduction.buckets import FIRST_BYTES, Bucket
+from dist_train.reduction.links import Links
+from dist_train.reduction.tree import Node, Partials, peers
 from dist_train.task.batch import clone_batch
 from dist_train.watch.status import BACKWARD, status
 
@@ -167,7 +167,7 @@ class OneBucket(SingleProcess):
     """Gradients that fit one bucket, on the CPU: summed on each rank, then over the ranks, pair by pair.
 
     DDP too would reduce them all after the last backward, so there is nothing to overlap, and gloo's all-reduce, a ring of many
-    small messages, takes most of a small model's step (bench/RESULTS.md). Here the ranks are the leaves of a tree (`step.tree`),
+    small messages, takes most of a small model's step (bench/RESULTS.md). Here the ranks are leaves of a tree (`reduction.tree`),
     so that all get the same sums, from the first step on.
     """
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dist_train.step.buckets import Bucket, in_buckets
-from dist_train.step.leaves import LeafState
-from dist_train.step.links import Links
-from dist_train.step.objective import Item, Objective, StepSums, check_all_used, reported, step_sums
-from dist_train.step.tree import Node, Partials, peers
+from dist_train.objective.objective import Item, Objective, StepSums, check_all_used, reported, step_sums
+from dist_train.reduction.buckets import Bucket, in_buckets
+from dist_train.reduction.leaves import LeafState
+from dist_train.reduction.links import Links
+from dist_train.reduction.tree import Node, Partials, peers
 from dist_train.watch.status import BACKWARD, status
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Bitwise:
-    """The gradient of each micro-batch is a leaf of one tree (`step.tree`), in which it doesn't matter who computes what.
+    """The gradient of each micro-batch is a leaf of one tree (`reduction.tree`), in which it doesn't matter who computes what.
 
     Beside it travel the loss sum and its weight, those of named losses, and running statistics (`LeafState`). Gradients go in
     buckets, in the order in which a backward computes them, all but the last while the rank's last backward still runs: on CUDA

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from dist_train.data.reading import attribute_of
 from dist_train.models.layers import evaluating
+from dist_train.objective.modules import BufferSnapshot
+from dist_train.objective.objective import term_sums
 from dist_train.runtime.seeding import seed_forward
 from dist_train.runtime.world import gather_rows
-from dist_train.step.modules import BufferSnapshot
-from dist_train.step.objective import term_sums
 from dist_train.task.batch import in_full_precision, map_tensors
 from dist_train.task.entries import check_names
 from dist_train.task.task import Supervised, evaluated
@@ -26,11 +26,11 @@ from dist_train.task.terms import Computed, mean_of
 from dist_train.watch.status import EVALUATION, SYNC, status
 
 if TYPE_CHECKING:
+    from dist_train.building.model import ModelParts
     from dist_train.data.loader import EvalLoader
     from dist_train.data.plan import EvalPlan
+    from dist_train.optim.ema import EMA
     from dist_train.runtime.world import World
-    from dist_train.step.ema import EMA
-    from dist_train.training.model import ModelParts
     from dist_train.watch.control import Control
 
 FIRST = 3  # sums before those of the metrics: loss, weight, samples

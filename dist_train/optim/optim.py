@@ -9,8 +9,8 @@ from torch import nn
 
 from dist_train.config.components import build, locate, reserved, signature
 from dist_train.config.errors import ConfigError
-from dist_train.step.groups import Grouping, scale_lr_by_layer
-from dist_train.step.parameters import fill_momentum, is_dense, sparse_parameters
+from dist_train.optim.groups import Grouping, scale_lr_by_layer
+from dist_train.optim.parameters import fill_momentum, is_dense, sparse_parameters
 
 RESERVED = ("groups", "layer_decay", "named_parameters")
 
