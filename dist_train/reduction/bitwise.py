@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dist_train.objective.objective import Item, Objective, StepSums, check_all_used, reported, step_sums
-from dist_train.reduction.buckets import Bucket, in_buckets
+from dist_train.reduction.buckets import CPU_MB, Bucket, in_buckets
 from dist_train.reduction.leaves import LeafState
 from dist_train.reduction.links import Links
 from dist_train.reduction.tree import Node, Partials, peers
@@ -40,7 +40,8 @@ class Bitwise:
         size = 2 + 2 * len(objective.terms or ()) + self.state.size + (len(parameters) if self.find_unused else 0)
         numbers = torch.zeros(size, dtype=torch.float64 if double else self.state.dtype, device=world.device)
         tensors = [numbers, *reversed(parameters)]
-        groups = [tensors] if world.size == 1 else in_buckets(tensors, config.bucket_mb)
+        most = min(config.bucket_mb, CPU_MB) if world.device.type == "cpu" else config.bucket_mb
+        groups = [tensors] if world.size == 1 else in_buckets(tensors, most)
         self.links = None if world.size == 1 else Links(world, peers(world.rank, world.size))
         self.buckets = [Bucket(world.rank, world.size, self.links, group) for group in groups]
         names = {id(parameter): name for name, parameter in self.trained.items()}

@@ -12,6 +12,7 @@ from dist_train.reduction.links import Links
 from dist_train.reduction.tree import Partials, TreeSum
 
 FIRST_BYTES = 2**20  # of the first bucket, whose communication begins early; as DDP's
+CPU_MB = 4.0  # of a bucket on the CPU at most: what is left to send after the backward is small (bench/RESULTS.md)
 HALVE_BYTES = 2**18  # from here on bytes take longer than messages (bench/bitwise.py)
 
 
