@@ -96,5 +96,6 @@ CASES: dict[str, dict[str, Any]] = {
         MLP, optimizer={"_target_": "torch.optim.SGD", "lr": 2.0}, trainer={"evaluate_every": "1step"},
         scheduler={"_target_": "torch.optim.lr_scheduler.ReduceLROnPlateau", "factor": 0.5, "patience": 0, "metric": "val/loss"},
     ),
+    "counting": case({"_target_": "bits.Counting"}, optimizer=ADAMW),
     "unused": case({"_target_": "bits.Sparing"}, distributed={"find_unused_parameters": True}),
 }  # fmt: skip

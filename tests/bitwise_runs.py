@@ -43,6 +43,8 @@ def states(place: Path) -> dict[str, Any]:
     found = CheckpointStore(open_storage(place / "checkpoints")).find("last")
     parts = {part: found.load(part) for part in found.parts}
     del parts["trainer"]["progress"]["seconds"]
+    parts["ranks"], *others = parts.get("ranks", [{}])
+    assert not any(others), "what other ranks have that rank 0 hasn't"
     return {"step": found.step, **parts}
 
 

@@ -66,6 +66,21 @@ def targets(process: subprocess.Popen[str], processes: int, dice: random.Random)
     return [dice.choice(some)]
 
 
+def kill(pids: list[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def ended(process: subprocess.Popen[str], processes: int, patience: float) -> tuple[str, str]:
+    """The output; one that doesn't need what was killed (a worker that had done its work) is killed itself after a while."""
+    try:
+        return process.communicate(timeout=patience)
+    except subprocess.TimeoutExpired:
+        kill([process.pid, *(children(process.pid) if processes > 1 else [])])
+        return process.communicate(timeout=60)
+
+
 @pytest.mark.chaos
 def test_a_run_killed_again_and_again_has_the_bits_of_one_process_whatever_its_sizes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -89,12 +104,10 @@ def test_a_run_killed_again_and_again_has_the_bits_of_one_process_whatever_its_s
                 wait_for_start(process, place, before)
                 time.sleep(dice.uniform(0, 4))
                 assert process.poll() is None, process.communicate()
-                for pid in targets(process, processes, dice):
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
+                kill(targets(process, processes, dice))
             else:
                 hurry.touch()
-            out, err = process.communicate(timeout=300)
+            out, err = ended(process, processes, patience=15 if left else 300)
         finally:
             process.kill()
         assert (process.returncode == 0) == (left == 0), f"{sizes}\n{out}\n{err}"

@@ -1,5 +1,6 @@
 """Models whose bits are compared over numbers of processes."""
 
+import torch
 from torch import nn
 
 
@@ -29,3 +30,18 @@ class Transformer(nn.Module):
 
     def forward(self, inputs):
         return self.head(self.encoder(self.embed(inputs)).mean(1))
+
+
+class Counting(nn.Module):
+    """Its outputs depend on how many steps it has trained, which an attribute and a buffer count that no state_dict has."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.calls = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 3)), 0
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64), persistent=False)
+
+    def forward(self, inputs):
+        if self.training:
+            self.calls += 1
+            self.seen += 1
+        return self.net(inputs * (1 + self.calls / 8)) * (1 + self.seen / 4)
