@@ -126,14 +126,18 @@ def check_launcher(env: Mapping[str, str]) -> None:
         raise ConfigError([Problem("accelerate launch", *problem) for problem in problems])
 
 
+def node_id() -> str:
+    """Equal for two processes on one host. All of Slurm's nodes may be on one machine (a test's are)."""
+    return f"{machine()} {os.environ.get('SLURMD_NODENAME', '')}"
+
+
 def complete_placement(placement: Placement, store: Any, gpus: str, timeout: float) -> tuple[Placement, str]:
     """Wait for all processes in `store`, and compare hosts and GPUs, by what the processes report and not the launcher.
 
     `gpus` are those that this process sees, by names that are unique over hosts. Returns the whole placement, and a nonce
     of rank 0's that is new with each rendezvous. Raises TimeoutError if some processes never join.
     """
-    # All of Slurm's nodes may be on one machine (a test's are).
-    mine = [f"{machine()} {os.environ.get('SLURMD_NODENAME', '')}", gpus, uuid.uuid4().hex]
+    mine = [node_id(), gpus, uuid.uuid4().hex]
     store.set(f"joined/{placement.rank}", "\0".join(mine))
     keys = [f"joined/{rank}" for rank in range(placement.size)]
     began, notice_at, pause = time.monotonic(), _NOTICE_SECONDS[0], 0.01

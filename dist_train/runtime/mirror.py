@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from dist_train.files import StorageError
+from dist_train.runtime.sharing import Sharing
 from dist_train.runtime.storage import Storage, open_storage
 
 log = logging.getLogger("dist_train")
@@ -43,7 +44,7 @@ class Mirror:
 
     Attributes:
         storage: the run's directory. location: its path or URL. root: where its files are on this host.
-        uploaded: the files and folders that this process uploads for its host; None is all of them.
+        uploaded: the files and folders that this process uploads; None is all of them. sharing: whose files it uploads.
     """
 
     def __init__(self, location: str):
@@ -51,6 +52,7 @@ class Mirror:
         self.location = self.storage.location
         self.root = Path(self.location) if self.storage.is_local else mirror_root(self.location)
         self.uploaded: Collection[str] | None = None
+        self.sharing = Sharing()
         self._store = self.storage.sub("")  # with a patience of its own
         self._sent: dict[str, tuple[int, int]] = {}
         self._lock = threading.Lock()
@@ -89,7 +91,7 @@ class Mirror:
         with self._lock:
             for path in sorted(self.root.rglob("*")):
                 name = path.relative_to(self.root).as_posix()
-                mine = wanted is None or name.split("/")[0] in wanted
+                mine = (wanted is None or name.split("/")[0] in wanted) and self.sharing.uploads(name)
                 if mine and path.is_file() and not path.name.startswith(".tmp-") and name not in COPIES:
                     with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
                         self._send(name, file)

@@ -18,6 +18,7 @@ from dist_train.files import StorageError, utc_now
 from dist_train.runtime.lease import Lease
 from dist_train.runtime.location import no_place
 from dist_train.runtime.mirror import COPIES, Mirror, Watch
+from dist_train.runtime.sharing import RANK_FOLDERS, find_sharing
 from dist_train.runtime.sidefiles import SideFileError, read_mapping
 from dist_train.tracking.records import finite
 from dist_train.watch.control import SAVE, STOP, Source, watch_file
@@ -82,10 +83,11 @@ class RunDir(Mirror):
         return self.root
 
     def open_files(self, world: World) -> None:
-        """Under a URL: fetch the files that earlier starts uploaded, on whatever host they ran."""
-        # Each host uploads what its ranks write; only rank 0's has the records.
-        if world.placement.local_rank == 0:
-            self.uploaded = None if world.is_main else ("logs", "trace", "digest")
+        """Under a URL: find out whose files this rank uploads, and fetch those that earlier starts uploaded, on whatever host."""
+        if not self.storage.is_local and self.lease is not None:
+            self.sharing = find_sharing(self.root, world, self.lease.nonce)
+            if self.sharing.leads:
+                self.uploaded = None if world.is_main else RANK_FOLDERS  # only rank 0 has the records
         records = ("metrics.jsonl", "wandb/run_id") if world.is_main else ()
         self.resume_files(*records, f"logs/rank-{world.rank}.log")
 

@@ -115,15 +115,12 @@ class StepDigests:
 def resume_digests(run: RunDir, world: World, step: int, *, writes: bool) -> None:
     """Make the folder what it was at `step`, from which the run resumes, except for files that ranks of this start open.
 
-    Rank 0 cuts back those of ranks that this start doesn't have; if none of it `writes`, all of them. Under a URL a host's copies
-    of other hosts' files are deleted, which would be uploaded over theirs.
+    Rank 0 cuts back those of ranks that this start doesn't have; if none of it `writes`, all of them. Under a URL, copies of
+    files that ranks with another local directory write are deleted.
     """
-    place = world.placement
-    here = (
-        range(world.rank - place.local_rank, world.rank - place.local_rank + place.local_size) if writes else range(0)
-    )
+    here = run.sharing.directory if writes else ()
     left = range(world.size) if writes else range(0)
-    if not run.storage.is_local and place.local_rank == 0:
+    if not run.storage.is_local and run.sharing.first:
         for path in run.path(FOLDER).glob("rank-*.jsonl"):
             if rank_of(path.name) not in here:
                 path.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ import pytest
 
 from dist_train.runtime import mirror
 from dist_train.runtime.mirror import Mirror, Watch, mirror_root
+from dist_train.runtime.sharing import Sharing
 from dist_train.runtime.storage import Storage, open_storage
 
 
@@ -92,6 +93,47 @@ def test_only_what_has_changed_is_sent_and_other_hosts_send_only_their_own(
     other.upload(("logs", "trace"))
     assert set(storage.walk()) == {"metrics.jsonl", "trace/attempt-0-rank-1.jsonl"}
     assert storage.read_bytes("metrics.jsonl") == b"row 1\nrow 2\n"
+
+
+def test_a_rank_uploads_no_copy_of_a_file_that_a_rank_with_another_directory_writes(
+    storage: Storage, hosts: Iterator[Mirror]
+) -> None:
+    """Ranks 0 and 2 on one host, rank 1 on another, where rank 0 has run before, and a rank 3 was killed."""
+    first, second = next(hosts), next(hosts)
+    first.sharing = Sharing(rank=0, size=3, directory=(0, 2), node=(0, 2))
+    second.sharing = Sharing(rank=1, size=3, directory=(1,), node=(1,))
+    for rank in (0, 2):
+        write(first, f"logs/rank-{rank}.log", "of this start\n")
+        write(first, f"digest/rank-{rank:04d}.jsonl", "of this start\n")
+    for name in ("logs/rank-0.log", "digest/rank-0002.jsonl", "metrics.jsonl", "logs/wandb.log"):
+        write(second, name, "of long ago\n")
+    for name in (
+        "logs/rank-1.log",
+        "trace/attempt-1-rank-1.jsonl",
+        "logs/nccl-rank-1.json",
+        "trace/attempt-0-rank-3.jsonl",
+    ):
+        write(second, name, "its own\n")
+    first.upload()
+    second.upload()
+    found = {name: storage.read_bytes(name) for name in storage.walk()}
+    mine = {"logs/rank-0.log", "logs/rank-2.log", "digest/rank-0000.jsonl", "digest/rank-0002.jsonl"}
+    theirs = {
+        "logs/rank-1.log",
+        "trace/attempt-1-rank-1.jsonl",
+        "logs/nccl-rank-1.json",
+        "trace/attempt-0-rank-3.jsonl",
+    }
+    assert found == dict.fromkeys(mine, b"of this start\n") | dict.fromkeys(theirs, b"its own\n")
+
+
+def test_hosts_that_share_a_directory_each_upload_the_files_of_their_own_ranks() -> None:
+    """A home directory on a server, which may not have what another host has just written."""
+    first = Sharing(rank=0, size=4, directory=(0, 1, 2, 3), node=(0, 1))
+    second = Sharing(rank=2, size=4, directory=(0, 1, 2, 3), node=(2, 3))
+    for rank, leader in enumerate((first, first, second, second, first)):
+        name = f"trace/attempt-0-rank-{rank}.jsonl"
+        assert [sharing for sharing in (first, second) if sharing.uploads(name)] == [leader]
 
 
 def test_a_file_put_into_the_store_is_noticed_once_and_deleted(

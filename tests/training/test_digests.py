@@ -21,6 +21,7 @@ from dist_train.data.plan import Plan
 from dist_train.files import StorageError
 from dist_train.objective.modules import Modules
 from dist_train.runtime.rundir import RunDir
+from dist_train.runtime.sharing import Sharing
 from dist_train.step.digest import TensorDigests
 from dist_train.tracking.digests import DigestFile, Digests, file_name
 from dist_train.training.digests import StepDigests, resume_digests
@@ -197,9 +198,11 @@ def hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunDir]:
     return each()
 
 
-def world(rank: int, size: int, local_size: int) -> Any:
-    place = SimpleNamespace(local_rank=rank % local_size, local_size=local_size)
-    return SimpleNamespace(rank=rank, size=size, is_main=rank == 0, placement=place)
+def resume(run: RunDir, rank: int, size: int, step: int, *, writes: bool) -> None:
+    """As a rank does whose host has no other one."""
+    run.sharing = Sharing(rank, size, (rank,), (rank,))
+    world: Any = SimpleNamespace(rank=rank, size=size, is_main=rank == 0)
+    resume_digests(run, world, step, writes=writes)
 
 
 def record(run: RunDir, rank: int, last: int) -> None:
@@ -219,8 +222,8 @@ def test_a_host_uploads_the_files_of_its_own_ranks_and_rank_0_those_of_ranks_tha
     for rank in (0, 1, 2):  # what the new hosts have in their caches from some other time
         record(first, rank, 2)
         record(second, rank, 3)
-    resume_digests(second, world(1, 2, 1), 5, writes=True)
-    resume_digests(first, world(0, 2, 1), 5, writes=True)
+    resume(second, 1, 2, 5, writes=True)
+    resume(first, 0, 2, 5, writes=True)
     assert [path.name for path in sorted(second.path("digest").iterdir())] == ["rank-0001.jsonl"]
     assert [path.name for path in sorted(first.path("digest").iterdir())] == [
         "rank-0000.jsonl", "rank-0002.jsonl", "rank-0003.jsonl",
@@ -228,6 +231,6 @@ def test_a_host_uploads_the_files_of_its_own_ranks_and_rank_0_those_of_ranks_tha
     first.upload(["digest"])
     steps = [Digests.parse(before.storage.read_bytes(file_name(rank))).steps[-1] for rank in (1, 2, 3)]
     assert steps == [9, 5, 5], "rank 1 cuts its own when it opens it"
-    resume_digests(first, world(0, 1, 1), 2, writes=False)
+    resume(first, 0, 1, 2, writes=False)
     first.upload(["digest"])
     assert [Digests.parse(before.storage.read_bytes(file_name(rank))).steps[-1] for rank in range(4)] == [2, 2, 2, 2]
