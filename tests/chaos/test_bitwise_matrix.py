@@ -19,11 +19,27 @@ from bitwise_cases import (
     TOKENS,
     TRANSFORMER,
     case,
+    layers,
     points,
 )
 from bitwise_runs import WORLDS, Jobs, assert_same_bits, train_all
 from oracle.oracle_configs import CONFIGS
 
+PLAIN_NORMS = layers(
+    ("Conv2d", 2, 4, 3), ("InstanceNorm2d", 4, 1e-5, 0.1, True, True), ("ReLU",), ("GroupNorm", 2, 4), ("Flatten",),
+    ("Linear", 64, 3),
+)  # fmt: skip
+F1 = {"_target_": "torchmetrics.classification.MulticlassF1Score", "num_classes": 3}
+OTHERS: dict[str, dict[str, Any]] = {
+    "recurrent": case({"_target_": "bits.Recurrent"}, TOKENS, optimizer=ADAMW),
+    "mixed": case(
+        {"_target_": "bits.Mixed"}, optimizer=ADAMW, trainer={"ema_decay": None}, distributed={"bucket_mb": 0.0001}
+    ),
+    "thaw": case(MLP, callbacks=[{"_target_": "bits.Thaw"}]),
+    "metrics": case(MLP, metrics=["accuracy", "f1", "auroc", F1]),
+    "norms": case(PLAIN_NORMS, IMAGES),
+    "compiled": case(MLP, trainer={"compile": True}),
+}
 MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {  # model, data, further keys of `data`
     "mlp": (MLP, None, {}),
     "cnn": (CNN, IMAGES, {"augment": AUGMENTED}),
@@ -51,7 +67,7 @@ SETTINGS: dict[str, dict[str, Any]] = {  # further keys of `data` and `trainer`
 
 
 def matrix() -> dict[str, dict[str, Any]]:
-    made = dict(CASES)
+    made = CASES | OTHERS
     for model, (network, data, keys) in MODELS.items():
         for optimizer, arguments in OPTIMIZERS.items():
             for setting, given in SETTINGS.items():

@@ -46,7 +46,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         jobs[n].append((f"fast-{n}", changed(STILL, "distributed", reproducibility="fast"), []))
     jobs[1].append(("micro-1", changed(STILL, "trainer", micro_batch_size=4), []))
     jobs[3].append(("flipped-3", STILL | {"callbacks": [FLIPPED]}, []))
-    return train_all(tmp_path_factory.mktemp("bitwise"), jobs, timeout=300)
+    return train_all(tmp_path_factory.mktemp("bitwise"), jobs, timeout=800)
 
 
 @pytest.mark.parametrize("name", CASES)

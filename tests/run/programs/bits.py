@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from dist_train.callbacks import Callback
+
 
 class Sparing(nn.Module):
     """A part of it is used only for some batches: by the sign of a batch's first number."""
@@ -45,3 +47,41 @@ class Counting(nn.Module):
             self.calls += 1
             self.seen += 1
         return self.net(inputs * (1 + self.calls / 8)) * (1 + self.seen / 4)
+
+
+class Recurrent(nn.Module):
+    """An LSTM with dropout between its layers, after a normalization that averages all that it has seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(6, momentum=None)
+        self.lstm, self.head = nn.LSTM(8, 8, 2, batch_first=True, dropout=0.2), nn.Linear(8, 3)
+
+    def forward(self, inputs):
+        return self.head(self.lstm(self.norm(inputs))[0][:, -1])
+
+
+class Mixed(nn.Module):
+    """Parameters of three dtypes, one of them without dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.low = nn.Linear(5, 8, dtype=torch.bfloat16)
+        self.middle, self.high = nn.Linear(8, 8), nn.Linear(8, 3, dtype=torch.float64)
+        self.scale = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, inputs):
+        hidden = self.low(inputs.bfloat16()).tanh().float()
+        return self.high((self.middle(hidden) * self.scale).tanh().double()).float()
+
+
+class Thaw(Callback):
+    """The first layer begins to train after three steps."""
+
+    def on_start(self, trainer):
+        self.layer = trainer.model[0]
+        self.layer.requires_grad_(trainer.step >= 3)
+
+    def on_step_end(self, trainer):
+        if trainer.step == 3:
+            self.layer.requires_grad_(True)
