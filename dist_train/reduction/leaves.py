@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from dist_train.data.digest import content_digest
 from dist_train.objective.modules import Modules, Slot
+
+Stamp = tuple[int, int]
+
+
+class _Copy(NamedTuple):
+    slot: Slot
+    tensor: Tensor
+    value: Tensor
+    stamp: Stamp
+    """Of the tensor when it was copied."""
 
 
 class LeafState:
@@ -38,28 +49,35 @@ class LeafState:
         self.size = sum(slot.value.numel() for slot in self._averaged)
         double = any(slot.value.dtype == torch.float64 for slot in self._averaged)
         self.dtype = torch.float64 if double else torch.float32
-        self._before: list[list[Any]] = []
-        self._written: list[tuple[int, int]] = []
+        self._copies: list[_Copy] = []  # of what may change, from before the step
+        self._numbers_before: list[Any] = []
+        self._fixed_before: list[tuple[Tensor, Stamp]] = []
 
     @torch.no_grad()
     def begin(self) -> None:
         """Before the first forward of a step."""
-        changing = [slot.value for slot in (*self._averaged, *self._counted)]
-        copies = [tensor.clone() for tensor in changing]
-        self._before = [changing, copies, [slot.value for slot in self.fixed], [s.value for s in self._numbers]]
-        self._written = [_written(tensor) for tensor in self._before[2]]
+        known = {id(copy.tensor): copy for copy in self._copies}
+        slots = [*self._averaged, *self._counted]
+        self._copies = []
+        for k, slot in enumerate(slots):
+            copy = known.get(id(slot.value))
+            # F.batch_norm's writes leave no stamp; integers that don't change (masks) are copied once.
+            if copy is None or k < len(self._averaged) or copy.stamp != _stamp(slot.value):
+                copy = _Copy(slot, slot.value, slot.value.clone(), _stamp(slot.value))
+            self._copies.append(copy)
+        self._numbers_before = [slot.value for slot in self._numbers]
+        self._fixed_before = [(slot.value, _stamp(slot.value)) for slot in self.fixed]
 
     @torch.no_grad()
     def rewind(self) -> None:
-        """Before each further forward of the step. Raises as `check`."""
-        self.check()
-        tensors, copies, _, numbers = self._before
-        if tensors:
-            torch._foreach_copy_(tensors, copies)
-        for slot, tensor in zip((*self._averaged, *self._counted), tensors, strict=True):
-            slot.value = tensor  # a forward may have replaced it
-        for slot, number in zip(self._numbers, numbers, strict=True):
+        """Before each further forward of the step."""
+        for k, (slot, tensor, value, stamp) in enumerate(self._copies):
+            if k < len(self._averaged) or slot.value is not tensor or _stamp(tensor) != stamp:
+                tensor.copy_(value)
+                slot.value = tensor  # a forward may have replaced it
+        for slot, number in zip(self._numbers, self._numbers_before, strict=True):
             slot.value = number
+        self._fixed_before = [(slot.value, _stamp(slot.value)) for slot in self.fixed]
 
     def check(self) -> None:
         """After a forward.
@@ -67,14 +85,12 @@ class LeafState:
         Raises:
             ValueError: it has changed something that it mustn't; names it.
         """
-        _, _, fixed, numbers = self._before
-        if self.fixed:
-            for slot, tensor, written in zip(self.fixed, fixed, self._written, strict=True):
-                if slot.value is not tensor or _written(tensor) != written:
-                    raise ValueError(changed(slot.name))
+        for slot, (tensor, stamp) in zip(self.fixed, self._fixed_before, strict=True):
+            if slot.value is not tensor or _stamp(tensor) != stamp:
+                raise ValueError(changed(slot.name))
         now = [slot.value for slot in self._numbers]
-        if now != numbers:
-            for slot, value, number in zip(self._numbers, now, numbers, strict=True):
+        if now != self._numbers_before:
+            for slot, value, number in zip(self._numbers, now, self._numbers_before, strict=True):
                 if isinstance(number, float) and value != number and (value == value or number == number):
                     raise ValueError(changed(slot.name))
 
@@ -92,8 +108,8 @@ class LeafState:
                 slot.value.copy_(part.view_as(slot.value))
 
     def counts(self) -> dict[str, Any]:
-        """The integers that a forward may advance, by name; waits for the device."""
-        found = {slot.name: slot.value.tolist() for slot in self._counted}
+        """The integers that a forward may advance, by name, those in buffers by their digest; waits for the device."""
+        found: dict[str, Any] = {slot.name: content_digest(slot.value) for slot in self._counted}
         return found | {slot.name: slot.value for slot in self._numbers if isinstance(slot.value, int)}
 
 
@@ -113,7 +129,7 @@ def _running_statistics(modules: nn.Module) -> Iterator[tuple[Tensor, nn.Module]
             yield from ((t, module) for t in (module.running_mean, module.running_var) if isinstance(t, Tensor))
 
 
-def _written(tensor: Tensor) -> tuple[int, int]:
+def _stamp(tensor: Tensor) -> Stamp:
     """What a write changes, without looking at the values (not one in place through `.data`, nor F.batch_norm's)."""
     return tensor._version, tensor.data_ptr()
 

@@ -17,7 +17,7 @@ from dist_train.data.loader import StepWork
 from dist_train.objective.modules import BufferSnapshot, Modules
 from dist_train.reduction.leaves import LeafState, changed
 from dist_train.runtime.seeding import seed_forward, undisturbed_generators
-from dist_train.task.batch import tensors_in
+from dist_train.task.batch import clone_batch, tensors_in
 from dist_train.task.task import OfOptimizer, SeveralLosses, WholeBatchTask
 from dist_train.task.terms import computed
 
@@ -73,7 +73,7 @@ def _step(parts: Parts, task: Any, batch: Any, another: Any = None) -> None:
     with place.watched():
         try:
             with parts.precision.autocast():
-                loss = computed(task.step(parts.model, batch)).loss
+                loss = computed(task.step(parts.model, clone_batch(batch))).loss
             gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
         except (RuntimeError, ValueError, TypeError) as error:
             if any(text in str(error) for text in _NO_DETERMINISTIC_FORM):
@@ -118,7 +118,7 @@ def _differing_count(parts: Parts, task: Any, state: LeafState, another: Any) ->
     if another is None or before == state.counts():
         return ""
     with torch.no_grad(), parts.precision.autocast():
-        task.step(parts.model, another)
+        task.step(parts.model, clone_batch(another))
     now = state.counts()
     return next((name for name in now if now[name] != before.get(name)), "")
 
