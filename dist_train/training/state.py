@@ -180,7 +180,7 @@ def restore(
         note("the EMA weights start at this step")
         parts.ema.restart()
     ranks = found.load("ranks") if "ranks" in found.parts else [{}]
-    if len(ranks) == parts.world.size:
+    if len(ranks) == parts.world.size and parts.plan.leaf_size is None:  # bitwise, all ranks have rank 0's
         parts.modules.load_values(ranks[parts.world.rank])
     load_callback_states(parts.callbacks, parts.config.callbacks, state["callbacks"], note)
     with building("data.train"):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from runs import result, run_several
+from runs import result, run, run_several
 
 from dist_train.config.errors import ConfigError
 from dist_train.run.api import train
@@ -117,3 +117,17 @@ def test_another_number_of_threads_is_told_and_recorded_and_nothing_is_left_behi
     assert starts[0]["numerics"]["torch"] == torch.__version__
     assert starts[0]["numerics"]["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_fast_run_resumes_as_bitwise_by_consent_and_then_all_ranks_have_the_same_statistics(folder: Path) -> None:
+    fast = config("Counting", reproducibility="fast")
+    (folder / "fast.yaml").write_text(yaml.safe_dump(fast))
+    (folder / "bitwise.yaml").write_text(yaml.safe_dump(config("Counting")))
+    run_several(folder, 2, [["fast.yaml", "trainer.stop_at=2step"]])
+    assert any(torch.load(folder / "runs/leafy/checkpoints/step-00000002/ranks.pt", weights_only=True)[1])
+    refused = run(folder, 2, "--config", "bitwise.yaml", expect=None)
+    assert "distributed.reproducibility" in refused.stderr
+    assert "checkpoint.accept_changes=true" in refused.stderr
+    run_several(folder, 2, [["bitwise.yaml", "checkpoint.accept_changes=true"]])
+    saved = torch.load(folder / "runs/leafy/checkpoints/step-00000004/ranks.pt", weights_only=True)
+    assert not any(saved[1:])
