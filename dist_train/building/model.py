@@ -322,8 +322,6 @@ def splitting_changes(built: ModelParts) -> str:
 
     A loss that isn't torch's own shows its denominator when it is called: before that it isn't known.
     """
-    if built.config.distributed.reproducibility == "bitwise":
-        return "by consent alone (checkpoint.accept_changes=true), as bits depend on it"
     for module in built.model.modules():
         drops = [getattr(module, name, 0.0) for name in ("p", "dropout") if not isinstance(module, nn.Sequential)]
         if isinstance(module, (*_BATCHNORMS, nn.SyncBatchNorm)) and module.training:

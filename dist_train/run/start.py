@@ -295,7 +295,10 @@ class Start:
             return parts.plan.local(step - 1, rank, world.size).tolist()
 
         def less_memory() -> tuple[str, int | None]:
-            return failure.less_memory(parts.micro_batch_size, splitting_changes(parts), auto=auto)
+            changes = splitting_changes(parts)
+            if parts.plan.leaf_size is not None:
+                changes = "by consent alone (checkpoint.accept_changes=true), as bits depend on it"
+            return failure.less_memory(parts.micro_batch_size, changes, auto=auto)
 
         if is_owned():  # a crash inside C code leaves its Python stack in the log
             faulthandler.enable(open(logs / f"rank-{world.rank}.log", "a"))  # noqa: SIM115

@@ -158,7 +158,7 @@ EARLY: list[tuple[dict[str, Any], str]] = [
     # evaluation
     (
         base(loss=loss("L1Loss"), model={**LINEAR, "out_features": 1}, metrics=["accuracy"], data__val=rows()),
-        "metric accuracy expects outputs of shape (N, classes), got (8, 1)",
+        "metric accuracy expects outputs of shape (N, classes), got (64, 1)",
     ),
 ]  # fmt: skip
 LATE: list[tuple[dict[str, Any], str]] = [
@@ -166,8 +166,8 @@ LATE: list[tuple[dict[str, Any], str]] = [
     (base(data__train=rows(label=-1)), "labels must be 0 to 2, but this batch's labels range from -1 to -1"),
     (base(data__train=rows(label=1.5)), "expects targets that are class numbers"),
     (base(data__train=rows(kind="text")), "expects the targets as one tensor, but found a tuple; for words as labels"),
-    (base(data__train=rows(kind="triple")), "expects a batch of (inputs, target), but the dataset's samples collate to"),
-    (base(data__train=rows(kind="alone")), "expects a batch of (inputs, target), but the dataset's samples collate to"),
+    (base(data__train=rows(kind="triple")), "a batch of (inputs, target) was expected, but the dataset's samples collate to"),
+    (base(data__train=rows(kind="alone")), "a batch of (inputs, target) was expected, but the dataset's samples collate to"),
     (base(data__train=rows(kind="ragged")), "samples must be alike (resize, pad), and hold tensors"),
     (base(data__train=rows(odd=5), data__shuffle=False), "reading sample 5 of own.Rows in epoch 0 failed: OSError"),
     (folder_of("images"), "making a batch of samples"),

@@ -130,7 +130,7 @@ def test_only_the_windows_that_are_read_come_into_memory(tmp_path: Path) -> None
     for index in range(0, len(data), len(data) // 100):
         assert data[index][0].sum() == 0
     data.read_batch(np.arange(0, len(data), len(data) // 64))
-    assert _faults() - faults < 2000
+    assert _faults() - faults < 20_000, "all would be a million; a kernel that reclaims memory makes some thousand"
     assert psutil.Process().memory_info().rss - memory < 32 << 20
     assert len(pickle.dumps(data)) < 1000
     assert torch.equal(pickle.loads(pickle.dumps(data))[5][0], data[5][0])
