@@ -20,7 +20,7 @@ COMMANDS = {
     "export": "a run's weights: --run DIR [--format state_dict|module|safetensors|torch_export] [--output FILE]",
     "report": "rewrite a run's report.html: --run DIR; several --run overlay their curves",
     "runs": "the runs below a directory or URL, and where their configs differ: [DIR] [--watch] [--json]",
-    "compare": "whether two runs are the same to the last bit, else the first step and tensor at which they part: RUN RUN",
+    "compare": "whether two runs are bitwise identical, else the first step and tensor at which they part: RUN RUN",
     "verify": "check every file of every checkpoint of a run: --run DIR",
     "doctor": "whether all hosts are ready for a job, with a dry run: [--config FILE] [--min-bandwidth GB/s] [--json FILE]",
     "new": "a folder with a model, a dataset, a config and a batch script to start from: DIR",

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # a job in a script's background, whose children would all ignore it
+# A job in a script's background ignores the one, a job under nohup the other, and all of their children would too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import forking
 from cable import Cable
@@ -112,3 +114,17 @@ def cable(s3_port: int) -> Iterator[Cable]:
     relay = Cable(s3_port)
     yield relay
     relay.cut()
+
+
+@pytest.fixture
+def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Path]:
+    """Puts a file of classes into a working directory of its own, where a config can name them; returns the directory."""
+
+    def put(program: Path) -> Path:
+        shutil.copy(program, tmp_path)
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.syspath_prepend(str(tmp_path))
+        monkeypatch.delitem(sys.modules, program.stem, raising=False)
+        return tmp_path
+
+    return put

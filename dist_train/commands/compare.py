@@ -1,4 +1,4 @@
-"""`compare`: whether two runs are the same to the last bit, else the first step and the first tensor at which they part.
+"""`compare`: whether two runs are bitwise identical, else the first step and the first tensor at which they part.
 
 Train both with `debug.digest=true`, which records a digest of every step's loss, reduced gradient and weights on each rank;
 without it the rows of metrics.jsonl, the checkpoints and the final weights are compared. The exit code is 0 only if everything

@@ -52,9 +52,7 @@ class Partials:
             if (other := self.by_node.pop(sibling, None)) is not None:
                 self.join(other, value)
                 value = other
-            elif (
-                number == 0 or (number ^ 1) << level < self.leaves
-            ):  # the root, or the sibling comes from elsewhere or later
+            elif number == 0 or (number ^ 1) << level < self.leaves:  # the root, or its sibling is still to come
                 break
             level, number = level + 1, number // 2
         self.by_node[Node(level, number)] = value

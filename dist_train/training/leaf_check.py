@@ -75,10 +75,10 @@ def _step(parts: Parts, task: Any, batch: Any, another: Any = None) -> None:
             with parts.precision.autocast():
                 loss = computed(task.step(parts.model, clone_batch(batch))).loss
             gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
-        except (RuntimeError, ValueError, TypeError) as error:
+        except Exception as error:
             if any(text in str(error) for text in _NO_DETERMINISTIC_FORM):
                 raise ConfigError.single("distributed.reproducibility", place.refusal(error)) from error
-            return
+            return  # reported where training meets it
     try:
         state.check()
     except ValueError as error:

@@ -121,7 +121,7 @@ def build_parts(
     with building("data"):
         leaf = _leaf_size(config)
         plan = build_plan(datasets["train"], seed=config.seed, config=config.data, weights=weights, leaf_size=leaf)
-    _check_leaves(plan, world)
+    _check_leaf_count(plan, world)
     micro = leaf or _micro_batch_size(config, world, plan, fits)
     keep_best = _keep_best(built)
     check_batchnorm(built, plan, micro)
@@ -160,7 +160,7 @@ def _leaf_size(config: Config) -> int | None:
     return int(micro) if config.distributed.reproducibility == "bitwise" and micro != "auto" else None
 
 
-def _check_leaves(plan: Plan, world: World) -> None:
+def _check_leaf_count(plan: Plan, world: World) -> None:
     """Raises ConfigError: a process would have no micro-batch at all; or one has another size than the others."""
     if plan.leaf_size is None:
         return

@@ -1,4 +1,4 @@
-"""Whether two runs are the same to the last bit, and where they part if not: from their records alone, without torch."""
+"""Whether two runs are bitwise identical, and where they part if not: from their records alone, without torch."""
 
 from __future__ import annotations
 

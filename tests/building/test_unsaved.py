@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import shutil
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +28,9 @@ BASE = {
 
 
 @pytest.fixture
-def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def kept(beside: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch) -> Any:
     """The models, in a project of their own; a slow machine is no reason not to look."""
-    shutil.copy(KEPT, tmp_path)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "kept", raising=False)
+    beside(KEPT)
     monkeypatch.setattr(unsaved, "SECONDS", 100.0)
     import kept
 

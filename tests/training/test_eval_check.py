@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,9 @@ BASE: dict[str, Any] = {
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(beside: Callable[[Path], Path]) -> Path:
     """The working directory, with the pieces beside the config."""
-    shutil.copy(CHECKED, tmp_path)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "checked", raising=False)
-    return tmp_path
+    return beside(CHECKED)
 
 
 def metric(where: str, kind: str = "Fails") -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,9 @@ PIECES = Path(__file__).parent / "programs" / "leafy.py"
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(beside: Callable[[Path], Path]) -> Path:
     """The working directory, with the pieces beside the config."""
-    shutil.copy(PIECES, tmp_path)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "leafy", raising=False)
-    return tmp_path
+    return beside(PIECES)
 
 
 def config(model: str, **distributed: Any) -> dict[str, Any]:
