@@ -49,12 +49,15 @@ class Bitwise:
         self._parameters = [{name: self.trained[name] for name in group} for group in named]
         self._partials: list[Partials] = []  # of each bucket; empty before the first micro-batch of a step
         self._leaf, self._numbers = Node(0, 0), numbers
-        self._waiting: list[int] = []  # gradients of each bucket that the last backward has yet to compute
+        # How many gradients of each bucket a backward computes, as this rank's first shows: it may come back to a parameter (one
+        # in two reentrant checkpoints).
+        self._expected: list[int] = []
+        self._computed: list[int] = []  # so far, by the step's last backward; empty in the others
         self._sent: list[Callable[[], list[Tensor]]] = []  # each waits for a bucket's sums
         self._overlap = None if len(groups) == 1 or self.find_unused else _Overlap(world.device)
         self._hooks = []
         for k, group in enumerate(self._parameters if self._overlap else ()):
-            hook = partial(self._computed, k)
+            hook = partial(self._is_there, k)
             self._hooks += [parameter.register_post_accumulate_grad_hook(hook) for parameter in group.values()]
 
     def warm_up(self, item: Item, rewind: Callable[[], object]) -> None:
@@ -68,27 +71,42 @@ class Bitwise:
             self.state.begin()
         output = self.objective.forward(item)
         self.state.check()
-        if micro.zero_weight:  # its forward has advanced the counters
+        if micro.zero_weight:  # it advances the counters, in a checkpoint the backward does too
+            output.loss.backward(torch.zeros_like(output.loss))
+            for parameter in self.trained.values():
+                parameter.grad = None
             return
         values = reported(output, self._numbers)
         self._numbers = torch.cat([values, self.state.statistics().to(values)]) if self.state.size else values
         self._leaf = Node(0, micro.leaf)
-        self._waiting = [len(group) for group in self._parameters] if micro.last and self._overlap else []
+        self._computed = [0] * len(self.buckets) if micro.last and self._overlap else []
         status.phase = BACKWARD
         if (scaler := self.objective.scaler) is not None:
             scaler.scale(output.loss * scale).backward()
         else:
             output.loss.backward(torch.full_like(output.loss, scale))
-        self._waiting = []
+        self._expected = self._expected or self._computed
+        self._computed = []
         for k in range(len(self._sent), len(self.buckets)):
             self._take(k)
 
-    def _computed(self, k: int, _: Tensor) -> None:
-        """A gradient of bucket k is there. The last bucket is sent by `finish`: there is nothing left to overlap with."""
-        if not self._waiting:
+    def _is_there(self, k: int, _: Tensor) -> None:
+        """A gradient of bucket k is there. The last bucket is sent by `finish`: there is nothing left to overlap with.
+
+        Raises ValueError: the bucket is under way, so that the gradient would be lost.
+        """
+        if not self._computed:
             return
-        self._waiting[k] -= 1
-        while (number := len(self._sent)) < len(self.buckets) - 1 and self._waiting[number] == 0:
+        if k < len(self._sent):
+            raise ValueError(
+                "the backward came back more often than in the first step to a parameter, one of "
+                f"{', '.join(self._parameters[k])}: with reentrant checkpoints that share parameters, use them equally often in "
+                "each step, or set use_reentrant=False or distributed.find_unused_parameters=true"
+            )
+        self._computed[k] += 1
+        while self._expected and (number := len(self._sent)) < len(self.buckets) - 1:
+            if self._computed[number] < self._expected[number]:
+                break
             assert self._overlap is not None
             self._take(number)
             self._sent.append(self._overlap.begin(partial(self.buckets[number].summed, self._partials[number])))

@@ -12,6 +12,7 @@ from dist_train.data.digest import content_digest
 from dist_train.objective.modules import Modules, Slot
 
 Stamp = tuple[int, int]
+SMALL = 16  # elements of an integer buffer that is restored even if it seems unchanged: a write through `.data` leaves no stamp
 
 
 class _Copy(NamedTuple):
@@ -61,8 +62,8 @@ class LeafState:
         self._copies = []
         for k, slot in enumerate(slots):
             copy = known.get(id(slot.value))
-            # F.batch_norm's writes leave no stamp; integers that don't change (masks) are copied once.
-            if copy is None or k < len(self._averaged) or copy.stamp != _stamp(slot.value):
+            # F.batch_norm's writes leave no stamp; large integers that don't change (masks) are copied once.
+            if copy is None or self._always(k, copy.value) or copy.stamp != _stamp(slot.value):
                 copy = _Copy(slot, slot.value, slot.value.clone(), _stamp(slot.value))
             self._copies.append(copy)
         self._numbers_before = [slot.value for slot in self._numbers]
@@ -72,12 +73,16 @@ class LeafState:
     def rewind(self) -> None:
         """Before each further forward of the step."""
         for k, (slot, tensor, value, stamp) in enumerate(self._copies):
-            if k < len(self._averaged) or slot.value is not tensor or _stamp(tensor) != stamp:
+            if self._always(k, value) or slot.value is not tensor or _stamp(tensor) != stamp:
                 tensor.copy_(value)
                 slot.value = tensor  # a forward may have replaced it
         for slot, number in zip(self._numbers, self._numbers_before, strict=True):
             slot.value = number
         self._fixed_before = [(slot.value, _stamp(slot.value)) for slot in self.fixed]
+
+    def _always(self, k: int, value: Tensor) -> bool:
+        """Whether the k-th of what may change is restored without asking for its stamp."""
+        return k < len(self._averaged) or value.numel() <= SMALL
 
     def check(self) -> None:
         """After a forward.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -67,14 +67,14 @@ def _try(parts: Parts) -> None:
 
 def _step(parts: Parts, task: Any, batch: Any, another: Any = None) -> None:
     modules, trained, place = parts.modules, parts.modules.trained(), _Place(parts.modules)
-    state, values = LeafState(modules), _FixedValues(modules)
+    state, values, weights = LeafState(modules), _FixedValues(modules), _norms(trained)
+    _refuse_renormalized(modules, trained)
+    initial = state.counts()
     seed_forward(parts.config.seed, 0, 0, parts.world.device)
     state.begin()
     with place.watched():
         try:
-            with parts.precision.autocast():
-                loss = computed(task.step(parts.model, clone_batch(batch))).loss
-            gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+            loss, gradients = _computed(parts, task, batch, trained)
         except Exception as error:
             if any(text in str(error) for text in _NO_DETERMINISTIC_FORM):
                 raise ConfigError.single("distributed.reproducibility", place.refusal(error)) from error
@@ -83,8 +83,18 @@ def _step(parts: Parts, task: Any, batch: Any, another: Any = None) -> None:
         state.check()
     except ValueError as error:
         raise ConfigError.single("distributed.reproducibility", str(error)) from None
-    if name := values.changed() or _differing_count(parts, task, state, another):
+    another = batch if another is None else another
+    try:
+        name = values.changed() or _differing_count(parts, task, state, initial, another, trained)
+        if not name and _norms(trained) != weights:
+            name = _moving_weight(parts, task, state, trained, another)
+        repeats = bool(name) or _repeats(parts, task, state, batch, another, loss)
+    except Exception:
+        return  # of another forward: reported where training meets it
+    if name:
         raise ConfigError.single("distributed.reproducibility", changed(name))
+    if not repeats:
+        raise ConfigError.single("distributed.reproducibility", _remembers(modules))
     found = dict(zip(trained, gradients, strict=True))
     if sparse := [
         name for name, gradient in found.items() if gradient is not None and gradient.layout != torch.strided
@@ -111,14 +121,89 @@ def _restored(modules: Modules) -> Iterator[None]:
         kept.restore()
 
 
-def _differing_count(parts: Parts, task: Any, state: LeafState, another: Any) -> str:
-    """The name of an integer that another micro-batch advances by another amount; "" for none."""
+def _refuse_renormalized(modules: Modules, trained: Mapping[str, nn.Parameter]) -> None:
+    """An embedding with `max_norm` writes the rows that a forward looks up, in whichever step they become too long."""
+    names = {id(parameter): name for name, parameter in trained.items()}
+    for module in modules.modules():
+        if (
+            isinstance(module, nn.Embedding | nn.EmbeddingBag)
+            and module.max_norm is not None
+            and id(module.weight) in names
+        ):
+            raise ConfigError.single("distributed.reproducibility", changed(f"{names[id(module.weight)]} (max_norm)"))
+
+
+@torch.no_grad()
+def _norms(trained: Mapping[str, nn.Parameter]) -> list[float]:
+    return [float(norm) for norm in torch._foreach_norm(list(trained.values()))]
+
+
+def _moving_weight(parts: Parts, task: Any, state: LeafState, trained: Mapping[str, nn.Parameter], batch: Any) -> str:
+    """The name of a weight that a second forward changes once more; "" for none, as with a constraint that is met then."""
+    before = {name: content_digest(parameter.detach()) for name, parameter in trained.items()}
+    state.rewind()
+    with parts.precision.autocast():
+        task.step(parts.model, clone_batch(batch))
+    return next((name for name, p in trained.items() if content_digest(p.detach()) != before[name]), "")
+
+
+def _repeats(parts: Parts, task: Any, state: LeafState, batch: Any, another: Any, loss: Tensor) -> bool:
+    """Whether a micro-batch has the same loss after another one, as it must have: a rank computes any of them before it."""
+    for one in (another, batch):
+        state.rewind()
+        seed_forward(parts.config.seed, 0, 0, parts.world.device)
+        with parts.precision.autocast():
+            again = computed(task.step(parts.model, clone_batch(one))).loss
+    return content_digest(again.detach().cpu()) == content_digest(loss.cpu())
+
+
+def _remembers(modules: Modules) -> str:
+    known = {(id(slot.owner), slot.key) for slot in modules.buffers_at if slot.value is not None}
+    found = []
+    for place, module in modules.named_modules():
+        for owner in (module._buffers, vars(module)):
+            new = [key for key, value in owner.items() if isinstance(value, Tensor) and (id(owner), key) not in known]
+            found += [f"{place}.{key}" if place else key for key in new]
+    what = f"; it may be {', '.join(found[:5])}, which it has made in the forward" if found else ""
+    return (
+        "a micro-batch has another loss after a forward of another one: the model, loss or task keeps something between forwards "
+        f"that isn't restored (a tensor made in the forward, in a list or dict, or a generator of its own){what}. With "
+        "distributed.reproducibility=bitwise it would depend on how many micro-batches a process computes: leave it out, or set "
+        "distributed.reproducibility=fast"
+    )
+
+
+def _computed(
+    parts: Parts, task: Any, batch: Any, trained: Mapping[str, nn.Parameter]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The loss of a micro-batch, and its gradients, which reentrant checkpoints give to `.grad` alone."""
+    with parts.precision.autocast():
+        loss = computed(task.step(parts.model, clone_batch(batch))).loss
+    try:
+        loss.backward()
+        return loss.detach(), [parameter.grad for parameter in trained.values()]
+    finally:
+        for parameter in trained.values():
+            parameter.grad = None
+
+
+def _differing_count(
+    parts: Parts,
+    task: Any,
+    state: LeafState,
+    initial: dict[str, Any],
+    another: Any,
+    trained: Mapping[str, nn.Parameter],
+) -> str:
+    """The name of an integer that another micro-batch advances by another amount, or that can't be restored as what wrote it
+    has left no trace; "" for none. A backward may advance it too (BatchNorm in a checkpoint)."""
     before = state.counts()
     state.rewind()
-    if another is None or before == state.counts():
+    if name := next((name for name, value in state.counts().items() if value != initial.get(name)), ""):
+        return name
+    if before == state.counts():
         return ""
-    with torch.no_grad(), parts.precision.autocast():
-        task.step(parts.model, clone_batch(another))
+    _computed(parts, task, another, trained)
     now = state.counts()
     return next((name for name in now if now[name] != before.get(name)), "")
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 
 
@@ -204,6 +205,106 @@ class Late(Net):
             if self.calls > 2:
                 self.late += 1
         return x
+
+
+class MadeLate(Net):
+    """A buffer that the first forward makes."""
+
+    def between(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "seen"):
+            self.register_buffer("seen", torch.zeros(4))
+        if self.training:
+            self.seen.lerp_(x.detach().mean((0, 2, 3)), 0.1)
+        return x - self.seen[:, None, None]
+
+
+class Previous(Net):
+    """What it has seen last, None at first."""
+
+    def make(self) -> None:
+        self.previous = None
+
+    def between(self, x: Tensor) -> Tensor:
+        y = x if self.previous is None else x - self.previous
+        self.previous = x.detach().mean()
+        return y
+
+
+class InADict(Net):
+    """What it has seen, where nobody looks."""
+
+    def make(self) -> None:
+        self.state = {"mean": torch.zeros(())}
+
+    def between(self, x: Tensor) -> Tensor:
+        self.state["mean"] = (self.state["mean"] + x.detach().mean()) / 2
+        return x - self.state["mean"]
+
+
+class MaxNorm(Net):
+    """The embedding of one token, which a forward shortens where it is too long: none is yet."""
+
+    def make(self) -> None:
+        self.table = nn.Embedding(4, 4, max_norm=100.0)
+
+    def between(self, x: Tensor) -> Tensor:
+        return x + self.table((x[:, 0, 0, 0] > 0).long())[:, :, None, None]
+
+
+class Shrinking(Net):
+    """A weight that each forward makes smaller."""
+
+    def between(self, x: Tensor) -> Tensor:
+        self.head.weight.data.mul_(0.99)
+        return x
+
+
+class Keeping(Net):
+    """What it keeps is harmless: a table made once, the last picture, a weight that is kept short, counts without a stamp."""
+
+    def make(self) -> None:
+        self.table, self.last = None, None
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def between(self, x: Tensor) -> Tensor:
+        if self.table is None:
+            self.table = torch.linspace(0, 1, x.shape[-1], device=x.device)
+        self.last = x.detach()
+        self.head.weight.data.clamp_(-0.05, 0.05)
+        if self.training and torch.is_grad_enabled():
+            self.steps.data += 1
+        return x * self.table / (1 + self.steps / 100)
+
+
+class Reentrant(nn.Module):
+    """Reentrant checkpoints that share a layer: a backward comes back to its parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.shared, self.last = nn.Linear(192, 32), nn.Linear(32, 32), nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x.flatten(1))
+        for _ in range(3):
+            hidden = checkpoint(lambda h: self.shared(h).tanh(), hidden, use_reentrant=True)
+        return self.last(hidden)
+
+
+class CheckpointedNorm(Net):
+    """BatchNorm in a checkpoint, whose backward computes it once more."""
+
+    def make(self) -> None:
+        self.norm = nn.BatchNorm2d(4)
+
+    def between(self, x: Tensor) -> Tensor:
+        return checkpoint(self.norm, x, use_reentrant=False)
+
+
+class ReentrantCenter(Center):
+    """A buffer that may not change, beside a reentrant checkpoint."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(checkpoint(torch.tanh, self.between(self.features(x)), use_reentrant=True).flatten(1))
 
 
 class Usage(Net):
