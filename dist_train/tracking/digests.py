@@ -162,5 +162,7 @@ class Digests:
 def _check_step(step: int, digits: int, steps: Sequence[int], columns: Sequence[int]) -> None:
     if digits != 16 * len(columns):
         raise ValueError(f"expected the digests of {len(columns)} tensors, found {digits / 16:g}")
+    if step >= 1 << 63:
+        raise ValueError(f"expected a step, found {step}")
     if steps and step <= steps[-1]:
         raise ValueError(f"expected a step after {steps[-1]}, found {step}")

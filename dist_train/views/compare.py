@@ -78,11 +78,12 @@ def compare_runs(one: str, other: str) -> Verdict:
     """
     pair = read_run(one), read_run(other)
     steps = common_steps(pair[0].digests, pair[1].digests)
-    found = [parting(pair[0].digests, pair[1].digests)] if steps else [_checkpoints(*pair)]
+    saved = sorted(set.intersection(*(set(_manifests(run)) for run in pair)) - set(steps))  # what no digest has
+    found = [parting(pair[0].digests, pair[1].digests) if steps else None, _checkpoints(*pair, saved)]
     rows = list(_rows(*pair))
     found += [next((parted for parted in rows if parted is not None), None), _final(*pair)]
     disagreements = [(run, disagreement(run.digests, buffers=run.bitwise)) for run in pair]
-    compared = _compared(pair, steps, len(rows))
+    compared = _compared(pair, steps, len(rows), saved)
     if not compared:
         raise ConfigError.single(
             "RUN",
@@ -175,10 +176,10 @@ def _manifests(run: Record) -> dict[int, Manifest]:
     return found
 
 
-def _checkpoints(one: Record, other: Record) -> Parting | None:
-    """Where the weights in checkpoints of the same step differ first, by the hashes in their manifests."""
+def _checkpoints(one: Record, other: Record, steps: Sequence[int]) -> Parting | None:
+    """Where the weights in checkpoints of these steps differ first, by the hashes in their manifests."""
     mine, theirs = _manifests(one), _manifests(other)
-    for step in sorted(mine.keys() & theirs.keys()):
+    for step in steps:
         files = mine[step].files, theirs[step].files
         both = [name for name in ("model.pt", "optimizer.pt", "ema.pt") if all(name in listed for listed in files)]
         if wrong := [name for name in both if files[0][name].sha256 != files[1][name].sha256]:
@@ -196,7 +197,7 @@ def _final(one: Record, other: Record) -> Parting | None:
     )
 
 
-def _compared(pair: tuple[Record, Record], steps: list[int], rows: int) -> list[str]:
+def _compared(pair: tuple[Record, Record], steps: list[int], rows: int, saved: list[int]) -> list[str]:
     """What both have recorded, in words."""
     found = []
     if steps:
@@ -206,8 +207,8 @@ def _compared(pair: tuple[Record, Record], steps: list[int], rows: int) -> list[
         found.append(f"the digests of {len(shared):,} tensors in {_steps(steps)} on {on}")
     if rows:
         found.append(f"{rows:,} row{'s' * (rows > 1)} of metrics.jsonl")
-    if not steps and (common := sorted(_manifests(pair[0]).keys() & _manifests(pair[1]).keys())):
-        found.append(f"the checkpoints of {_steps(common)}")
+    if saved:
+        found.append(f"the checkpoints of {_steps(saved)}")
     if all("weights_sha256" in run.result for run in pair) and pair[0].result.get("step") == pair[1].result.get("step"):
         found.append("the final weights")
     return found

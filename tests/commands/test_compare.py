@@ -267,6 +267,17 @@ def test_a_shorter_run_is_equal_so_far(compare) -> None:  # type: ignore[no-unty
     assert "runs/one is completed at step 20, runs/short preempted at step 9" in out
 
 
+def test_checkpoints_after_the_last_digest_are_compared(here: Path, tmp_path: Path) -> None:
+    for name, checkpoints in (("one", "one"), ("other", "seed")):
+        shutil.copytree(here / "runs" / "one", tmp_path / name, ignore=shutil.ignore_patterns("checkpoints"))
+        shutil.copytree(here / "runs" / checkpoints / "checkpoints", tmp_path / name / "checkpoints")
+    path = tmp_path / "other" / file_name(0)
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:8]))
+    verdict = compare_runs(str(tmp_path / "one"), str(tmp_path / "other"))
+    assert not verdict.equal
+    assert "part at step 10, in the checkpoint" in verdict.lines[0]
+
+
 def test_without_digests_rows_checkpoints_and_final_weights_are_compared(here: Path, tmp_path: Path, compare) -> None:  # type: ignore[no-untyped-def]
     code, out = compare("one", "plain")
     assert code == 0
