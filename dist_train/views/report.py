@@ -141,7 +141,11 @@ def _attempts(records: Iterable[dict[str, Any]]) -> Iterable[tuple[str, str]]:
     """attempts.jsonl as rows of a table."""
     for record in records:
         time, event = str(record.pop("time", ""))[:19].replace("T", " "), record.pop("event", "")
-        facts = [f"{key} {value}" for key, value in record.items() if value not in (None, "", {})]
+        inner = [
+            fact for value in record.values() if isinstance(value, dict) for fact in value.items()
+        ]  # versions, code
+        outer = [(key, value) for key, value in record.items() if not isinstance(value, dict)]
+        facts = [f"{key} {value}" for key, value in (*outer, *inner) if value not in (None, "", False)]
         yield time, ", ".join([event, *facts])
 
 

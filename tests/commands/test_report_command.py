@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from runs import result
 
 from dist_train.main import main
@@ -36,6 +37,7 @@ def test_a_completed_run_has_a_report_with_its_errors(digits: Path) -> None:
     for title in ("Curves", "The model that was kept", "Confusion matrix", "Starts and ends", "Config", "Environment"):
         assert f"<h2>{title}</h2>" in page(digits)
     assert "state completed" in page(digits)  # the end of this very run is in it
+    assert f"resumed_from 0, torch {torch.__version__}, device cpu, cpu_capability " in page(digits)
 
 
 def test_two_processes_make_the_same_report(digits: Path, together: Path) -> None:

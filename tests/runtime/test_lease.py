@@ -70,7 +70,7 @@ def test_an_owner_that_was_killed_on_this_machine_is_succeeded_at_once(tmp_path:
         with pytest.raises(LeaseHeldError):
             Lease.acquire(open_storage(tmp_path))
         os.kill(process.pid, signal.SIGKILL)
-        time.sleep(0.2)  # it is dead, though its parent hasn't reaped it yet
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it is dead, and its parent hasn't reaped it yet
         started = time.monotonic()
         with Lease.acquire(open_storage(tmp_path)) as lease:
             assert lease.number == 2
