@@ -145,7 +145,7 @@ def _attempts(records: Iterable[dict[str, Any]]) -> Iterable[tuple[str, str]]:
             fact for value in record.values() if isinstance(value, dict) for fact in value.items()
         ]  # versions, code
         outer = [(key, value) for key, value in record.items() if not isinstance(value, dict)]
-        facts = [f"{key} {value}" for key, value in (*outer, *inner) if value not in (None, "", False)]
+        facts = [f"{key} {value}" for key, value in (*outer, *inner) if value not in (None, "")]
         yield time, ", ".join([event, *facts])
 
 
