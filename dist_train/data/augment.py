@@ -8,9 +8,9 @@ anyway, and are copied to the device at once: that takes less time than launchin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from inspect import signature
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from dist_train.runtime.seeding import AUGMENT, mix, seed_augment
 from dist_train.task.batch import shapes_of
 
 Keys = NDArray[np.int64]
+Domain = Literal["pixels", "any", "floats"]
 
 # splitmix64 (see runtime/seeding.py), its constants as the int64 that both numpy and torch compute with.
 _GOLDEN, _FIRST, _SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
@@ -96,9 +97,12 @@ class Augment:
             samples sets 1: it then gets one row more than it returns, and row i may use row i + 1. The loader reads
             the neighbours, which are the next samples of the *global* batch, so that the pairs don't depend on how
             the batch is split.
+        domain: which images it works on. "pixels": as they are read, uint8 or floats in [0, 1], before `data.normalize`.
+            "floats": after it. "any": both; it is then applied where it stands.
     """
 
     neighbours = 0
+    domain: Domain = "floats"
 
     def __call__(self, inputs: Tensor, targets: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         """Augment a batch."""
@@ -111,12 +115,18 @@ class Augmentation:
     Args:
         augments: instances of `Augment` or callables of the same form; or any library's callables of (inputs, targets) or of
             inputs alone (timm's Mixup, torchvision's v2, kornia). Those draw from torch's, numpy's and Python's generators,
-            which are seeded before each call, and see one micro-batch.
+            which are seeded before each call, and see one micro-batch. Without an attribute `domain` they are "floats".
+        normalize: `data.normalize`, called with the inputs: before the first augmentation whose domain is "floats", after
+            all of them if there is none. The draws don't depend on it.
+
+    Raises:
+        DataError: an augmentation of pixels stands where the images are already normalized.
     """
 
-    def __init__(self, augments: Sequence[Any]) -> None:
+    def __init__(self, augments: Sequence[Any], normalize: Callable[[Tensor], Tensor] | None = None) -> None:
         self.augments = [(augment, _takes(augment)) for augment in augments]
         self.neighbours = sum(getattr(augment, "neighbours", 0) for augment in augments)
+        self._normalize, self._normalize_at = normalize, -1 if normalize is None else _first_of_floats(augments)
 
     def __call__(self, batch: Any, *, seed: int, epoch: int, indices: Indices) -> tuple[Tensor, Tensor]:
         """Augment one micro-batch; returns (inputs, targets) without the neighbours' rows.
@@ -139,14 +149,45 @@ class Augmentation:
         last = strided and inputs.is_contiguous(memory_format=torch.channels_last)
         keys = sample_keys(seed, epoch, indices)
         for op, (augment, takes) in enumerate(self.augments):
+            if op == self._normalize_at:
+                inputs = self._normalize(inputs)  # type: ignore[misc]  # it isn't None: it has a position
             if type(augment).__module__ != "dist_train.library.augments":  # those draw from `draws` alone
                 seed_augment(seed, epoch, int(indices[0]), op, inputs.device)
             given = (inputs, targets, Draws(keys, op, inputs.device))[:takes]
             got = augment(*given)
             inputs, targets = (got, targets) if isinstance(got, Tensor) else got
             keys = keys[: len(inputs)]
+        if self._normalize is not None and self._normalize_at == len(self.augments):
+            inputs = self._normalize(inputs)
         # indexing changes the memory layout of rows; the model gets the one that the batch had
         return inputs.contiguous(memory_format=torch.channels_last) if last else inputs, targets
+
+
+def domain_of(augment: Any) -> Domain:
+    """`Augment.domain`; "floats" for other callables."""
+    domain: Domain = getattr(augment, "domain", "floats")
+    if domain not in get_args(Domain):
+        raise DataError(
+            f"{_name(augment)}: expected domain to be one of {', '.join(get_args(Domain))}, found {domain!r}"
+        )
+    return domain
+
+
+def _first_of_floats(augments: Sequence[Any]) -> int:
+    """The position before which images are normalized: that of the first augmentation of floats, else the end."""
+    domains = [domain_of(augment) for augment in augments]
+    first = domains.index("floats") if "floats" in domains else len(domains)
+    if "pixels" in domains[first:]:
+        late = first + domains[first:].index("pixels")
+        raise DataError(
+            f"data.augment.{late}: {_name(augments[late])} works on images before data.normalize, but "
+            f"data.augment.{first}, {_name(augments[first])}, on normalized ones: put {_name(augments[late])} before it"
+        )
+    return first
+
+
+def _name(augment: Any) -> str:
+    return getattr(augment, "__name__", type(augment).__name__)
 
 
 def _takes(augment: Any) -> int:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the name that everybody uses)
 from torch import Tensor
 
-from dist_train.data.augment import Augment, Draws
+from dist_train.data.augment import Augment, Domain, Draws, domain_of
 from dist_train.data.errors import DataError
 
 
@@ -42,6 +42,8 @@ class RandomShift(Augment):
         pixels: largest shift; every shift in -pixels..pixels is equally likely.
     """
 
+    domain = "any"
+
     def __init__(self, pixels: int) -> None:
         if pixels < 0:
             raise DataError(f"RandomShift: expected pixels >= 0, found {pixels}")
@@ -58,6 +60,8 @@ class RandomShift(Augment):
 
 class RandomHorizontalFlip(Augment):
     """Mirror each image left to right with probability `p`."""
+
+    domain = "any"
 
     def __init__(self, p: float = 0.5) -> None:
         self.p = _probability("RandomHorizontalFlip", p)
@@ -172,6 +176,8 @@ class CutMix(_Mix):
         p: probability for each image.
     """
 
+    domain = "any"
+
     def __call__(self, inputs: Tensor, targets: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         _, _, height, width = _images("CutMix", inputs)
         u = draws.host(4)[:-1]
@@ -196,6 +202,16 @@ class OneOf(Augment):
             raise DataError("OneOf: expected at least one augmentation, found none")
         self.augments = list(augments)
         self.neighbours = max(getattr(augment, "neighbours", 0) for augment in self.augments)
+        self.domain = self._common_domain()
+
+    def _common_domain(self) -> Domain:
+        domains = {domain_of(augment) for augment in self.augments} - {"any"}
+        if len(domains) == 2:
+            raise DataError(
+                "OneOf: expected augmentations that all work on pixels or all on normalized images (or on any), found "
+                + ", ".join(f"{type(augment).__name__} ({domain_of(augment)})" for augment in self.augments)
+            )
+        return domains.pop() if domains else "any"
 
     def __call__(self, inputs: Tensor, targets: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         rows = len(inputs) - self.neighbours

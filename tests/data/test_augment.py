@@ -19,7 +19,7 @@ from dist_train.data import (
     RandomHorizontalFlip,
     RandomShift,
 )
-from dist_train.data.augment import Augment, Augmentation, sample_keys
+from dist_train.data.augment import Augment, Augmentation, Domain, sample_keys
 from dist_train.data.plan import Plan
 
 CPU = torch.device("cpu")
@@ -265,3 +265,66 @@ def test_a_librarys_own_augmentation_draws_the_same_whatever_ran_before(kind: st
         assert torch.equal(one, other)
     assert not torch.equal(run(12)[0], before[0])
     assert not torch.equal(batch[0], before[0])
+
+
+class Recorded(Augment):
+    """Notes what it was given, and leaves it as it is."""
+
+    def __init__(self, domain: Domain, seen: list[str]) -> None:
+        self.domain, self.seen = domain, seen
+
+    def __call__(self, inputs: Tensor, targets: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        self.seen.append(f"{self.domain}:{inputs.dtype}".replace("torch.", ""))
+        return inputs, targets
+
+
+@pytest.mark.parametrize(
+    ("domains", "seen"),
+    [
+        ([], []),
+        (["any"], ["any:uint8"]),
+        (["any", "pixels", "any"], ["any:uint8", "pixels:uint8", "any:uint8"]),
+        (["pixels", "any", "floats", "any"], ["pixels:uint8", "any:uint8", "floats:float32", "any:float32"]),
+        (["floats", "floats"], ["floats:float32", "floats:float32"]),
+    ],
+)
+def test_normalization_comes_once_before_the_first_augmentation_of_floats(
+    domains: list[Domain], seen: list[str]
+) -> None:
+    calls: list[str] = []
+    steps = [Recorded(domain, calls) for domain in domains]
+    augmentation = Augmentation(steps, normalize=lambda inputs: inputs.float() / 255 - 1)
+    images = (COLOR * 255).byte()
+    out, targets = augmentation((images, LABELS), seed=0, epoch=0, indices=np.arange(50))
+    assert calls == seen
+    assert out.equal(images.float() / 255 - 1)
+    assert targets.equal(LABELS)
+
+
+def test_normalization_does_not_change_the_draws() -> None:
+    for augments in KINDS.values():
+        made = Augmentation(augments, normalize=lambda inputs: inputs.clone())(
+            (COLOR, LABELS), seed=1, epoch=3, indices=np.arange(50)
+        )
+        for one, other in zip(made, augmented(augments, range(50)), strict=True):
+            assert one.equal(other)
+
+
+def test_augmentations_of_pixels_behind_those_of_floats_are_refused_with_the_order_to_use() -> None:
+    steps = [RandomHorizontalFlip(), RandomErasing(), RandomShift(1), Recorded("pixels", [])]
+    with pytest.raises(
+        DataError, match=r"data.augment.3: Recorded works .* data.augment.1, RandomErasing.*put Recorded before it"
+    ):
+        Augmentation(steps, normalize=lambda inputs: inputs)
+    Augmentation(steps)  # without data.normalize nothing says that the images are normalized
+    with pytest.raises(DataError, match="domain to be one of pixels, any, floats, found 'pixel'"):
+        Augmentation([Recorded("pixel", [])], normalize=lambda inputs: inputs)  # type: ignore[arg-type]
+
+
+def test_the_domain_of_one_of_follows_from_its_members() -> None:
+    pixels, floats = Recorded("pixels", []), Recorded("floats", [])
+    assert OneOf([RandomShift(1), RandomHorizontalFlip()]).domain == "any"
+    assert OneOf([RandomShift(1), pixels]).domain == "pixels"
+    assert OneOf([floats, RandomShift(1)]).domain == "floats"
+    with pytest.raises(DataError, match=r"Recorded \(pixels\), Mixup \(floats\)"):
+        OneOf([pixels, Mixup(10)])
