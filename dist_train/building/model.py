@@ -14,6 +14,7 @@ from dist_train.building.prepare import build_model, building, named_parts
 from dist_train.config.components import build, build_callable
 from dist_train.config.errors import ConfigError
 from dist_train.config.fields import is_named
+from dist_train.data.normalize import Normalize
 from dist_train.data.plan import Plan
 from dist_train.models.layers import begin_training
 from dist_train.objective.modules import Modules
@@ -40,6 +41,7 @@ class ModelParts:
         modules: the model on its device, together with the parameters, buffers and numbers of its loss or task.
         loss: None where the task computes it.
         memory_format: that of batches of images.
+        normalize: `data.normalize`, where the config has it.
         notes: lines for the user on what `transfer` did to the model.
     """
 
@@ -51,6 +53,7 @@ class ModelParts:
     metrics: list[MetricEntry]
     precision: Precision
     memory_format: torch.memory_format | None
+    normalize: Normalize | None
     notes: list[str]
 
     @property
@@ -59,6 +62,18 @@ class ModelParts:
         return self.modules.model
 
     def move(self, batch: Any, *, labeled: bool = True) -> Any:
+        """The batch on the model's device, its pictures normalized, as the model takes it in evaluation.
+
+        Args:
+            labeled: as for `to_device`.
+
+        Raises:
+            ValueError: it lacks a part that the config names, or (DataError) isn't one of pictures that `data.normalize` fits.
+        """
+        moved = self.to_device(batch, labeled=labeled)
+        return moved if self.normalize is None else self.normalize.batch(moved)
+
+    def to_device(self, batch: Any, *, labeled: bool = True) -> Any:
         """The batch on the model's device; of one whose parts have names, (inputs, target) by `data.inputs` and `data.target`.
 
         Args:
@@ -88,7 +103,10 @@ def build_model_parts(config: Config, world: World, *, fresh: bool = False) -> M
     modules, task = _with_task(model, loss, val_loss, config)
     metrics = _metrics(config, _judged(task))
     precision = common_precision(resolve_precision(config.trainer.precision, world.device), world)
-    return ModelParts(config, world, modules.to(world.device), loss, task, metrics, precision, memory_format, notes)
+    asked = config.data.normalize
+    normalize = None if asked is None else Normalize(asked.mean, asked.std)
+    modules = modules.to(world.device)
+    return ModelParts(config, world, modules, loss, task, metrics, precision, memory_format, normalize, notes)
 
 
 def _judged(task: Any) -> Any:

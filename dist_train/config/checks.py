@@ -90,6 +90,11 @@ def _data(config: Config) -> Iterator[Violation]:
             "data.weights",
             "samples drawn by weight are in random order: leave data.shuffle=false out, or data.weights",
         )
+    if data.normalize is not None:
+        counts = len(data.normalize.mean), len(data.normalize.std)
+        if 0 in counts or (counts[0] != counts[1] and 1 not in counts):
+            found = f"found {counts[0]} in mean and {counts[1]} in std"
+            yield "data.normalize", f"expected a number for each channel in both, or one for all, {found}"
     yield from _named_parts(config)
     if isinstance(data.global_batch_size, int) and isinstance(micro, int) and micro > data.global_batch_size:
         most = f"data.global_batch_size={data.global_batch_size}, which all ranks share"

@@ -274,6 +274,8 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 AtLeastZero = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Numbers = Annotated[list[Number], _one_or_more(Number)]
+Positives = Annotated[list[Positive], _one_or_more(Positive)]
 Decay = Annotated[float, Field(gt=0, lt=1)]
 Auto = Literal["auto"]
 

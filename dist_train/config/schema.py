@@ -47,6 +47,15 @@ class RunConfig(Section):
     )
 
 
+class NormalizeConfig(Section):
+    """Normalize pictures (N, C, H, W) on the device, for train, val, test and predict alike, as torchvision's ToTensor and
+    Normalize do: uint8 becomes float32 in [0, 1], floats stay; then (pixels - mean) / std. Without it batches stay as they are.
+    """
+
+    mean: fields.Numbers = consent(..., "A number for each channel, or one for all: 0 with a std of 1 only scales.")
+    std: fields.Positives = consent(..., "The same, above 0. Both are in units of pixels in [0, 1].")
+
+
 class DataConfig(Section):
     """The datasets, and how they are read."""
 
@@ -80,6 +89,7 @@ class DataConfig(Section):
     )
     target: Text | None = consent(None, "The part of a sample that the loss gets, like `labels`, beside `data.inputs`.")
     augment: list[Component] = consent([], "Augmentations of batches, on the device, with per-sample randomness.")
+    normalize: NormalizeConfig | None = consent(None, about(NormalizeConfig))
     collate: Component | None = consent(None, "Makes a batch from a list of samples. null: torch's default_collate.")
     persistent_workers: bool | Auto = harmless("auto", "Keep workers over epochs. `auto`: where there are any.")
     prefetch_factor: Count | None = harmless(None, "Batches that each worker loads in advance. null: two.")

@@ -90,10 +90,10 @@ class Parts(ModelParts):
         return [len(self.plan.slices(samples, rank, size, self.micro_batch_size)) for rank in range(size)]
 
     def prepare(self, micro: MicroBatch, work: StepWork) -> Any:
-        """A micro-batch on the device, augmented; the draws depend on (seed, epoch, sample)."""
-        batch = self.move(micro.batch)
+        """A micro-batch on the device, augmented and normalized; the draws depend on (seed, epoch, sample)."""
         if self.augmentation is None:
-            return batch
+            return self.move(micro.batch)
+        batch = self.to_device(micro.batch)
         return self.augmentation(batch, seed=self.config.seed, epoch=work.epoch, indices=micro.random_keys)
 
 

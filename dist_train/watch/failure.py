@@ -41,7 +41,8 @@ _HINTS = {  # the first pattern that matches counts; torch ends each "CUDA error
     r"/dev/shm|shared memory\(shm\)": "df -h /dev/shm: docker run --shm-size=8g, or fewer data.num_workers",
     r"No space left|Errno 28": "free disk space (df -h), or keep less: checkpoint.keep_last=1, a longer checkpoint.every",
     "shapes cannot be multiplied": "the layer's in_features must equal the out_features of the layer before it",
-    "must have the same dtype": "inputs must have the weights' dtype: return x.float() from the dataset (uint8 images: x / 255)",
+    r"must have the same dtype|\(unsigned char\) and (bias|weight) type": "inputs must have the weights' dtype: return x.float() "
+    "from the dataset; uint8 images: data.normalize={mean: 0, std: 1} makes them floats in [0, 1] on the device",
     "IndexError: Target": "labels must be 0 ... classes - 1, and the model's last layer must have as many outputs",
     "device-side assert triggered": "rerun with CUDA_LAUNCH_BLOCKING=1 or distributed.device=cpu to get the true line; "
     "usually a label or an index out of range",
