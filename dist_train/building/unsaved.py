@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_train.building.model import ModelParts, Saved, load_weights
 from dist_train.data.digest import content_digest
+from dist_train.runtime.compiler import uncompiled
 from dist_train.runtime.seeding import seed_forward, undisturbed_generators
 from dist_train.task.batch import clone_batch, tensors_in
 from dist_train.task.samplewise import rows_of
@@ -51,7 +52,7 @@ def copied(parts: ModelParts) -> ModelParts:
 def training_forward(parts: ModelParts, batch: Any, step: int = 0) -> Computed:
     """Loss and outputs of a forward as in training, never compiled."""
     seed_forward(parts.config.seed, step, 0, parts.world.device)
-    with parts.precision.autocast(), torch.compiler.set_stance("force_eager"):
+    with parts.precision.autocast(), uncompiled():
         return computed(parts.task.step(parts.model, clone_batch(batch)))
 
 

@@ -19,8 +19,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
-
 from dist_train.checkpoint.manifest import MANIFEST, CheckpointError, CorruptedError, Manifest, NewerFormatError
 from dist_train.runtime.storage import Storage, open_storage
 
@@ -65,6 +63,8 @@ class Found:
             raise CheckpointError(f"{self.location} has no part {part!r}; it has {', '.join(self.parts)}")
         raw = self._read(f"{part}.pt", self._storage.read_bytes)
         self._compare(f"{part}.pt", len(raw), hashlib.sha256(raw).hexdigest())
+        import torch  # whether a run is completed is known without it
+
         try:
             return torch.load(io.BytesIO(raw), map_location=map_location, weights_only=True)
         except MemoryError:

@@ -97,6 +97,13 @@ class Duration:
         return f"{value!r}{self.unit}"
 
 
+def in_steps(duration: Duration | None, steps_per_epoch: int) -> int | None:
+    """A duration as optimizer steps; None for a time (which the control thread watches) or for nothing."""
+    if duration is None or duration.is_time:
+        return None
+    return int(duration.value) * (steps_per_epoch if duration.unit == "ep" else 1)
+
+
 _VARIABLE = re.compile(r"\$(?:\$|([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
 
 

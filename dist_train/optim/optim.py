@@ -11,6 +11,7 @@ from dist_train.config.components import build, locate, reserved, signature
 from dist_train.config.errors import ConfigError
 from dist_train.optim.groups import Grouping, scale_lr_by_layer
 from dist_train.optim.parameters import fill_momentum, is_dense, sparse_parameters
+from dist_train.runtime.compiler import defer_compiler
 
 RESERVED = ("groups", "layer_decay", "named_parameters")
 
@@ -34,6 +35,7 @@ def build_optimizer(spec: Any, model: nn.Module, device: torch.device, key: str 
     if isinstance(own, dict) and locate(own["_target_"]) is torch.optim.Muon:
         _check_matrices(model, key)
     if isinstance(own, dict):
+        defer_compiler(locate(own["_target_"]))
         form = signature(locate(own["_target_"]))
         plain = device.type in ("cpu", "cuda") and all(
             p.is_floating_point() and is_dense(p) for p in model.parameters()

@@ -28,11 +28,15 @@ def train(config: str | Mapping[str, Any] | None = None, *overrides: str) -> dic
     from dist_train.config.slots import require_components
 
     loaded = load_config(config, overrides)
-    from dist_train.run.start import seems_completed, train_config
+    from dist_train.run.completed import answer, seems_completed
 
     try:
-        if not seems_completed(loaded):
+        if (decision := seems_completed(loaded)) is None:
             require_components(loaded)
+        elif (result := answer(loaded, decision)) is not None:
+            return result
+        from dist_train.run.start import train_config
+
         return train_config(loaded)
     except ConfigError as error:  # raised while a component was built: it knows the key, not where the key is written
         located = [Problem(p.where or (loaded.where(p.key) if p.key else ""), p.key, p.message) for p in error.problems]

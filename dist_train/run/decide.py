@@ -11,11 +11,10 @@ from dist_train.checkpoint.store import CheckpointStore, find_at, step_name
 from dist_train.config.changes import compare, refusal_message
 from dist_train.config.code import source_files
 from dist_train.config.errors import ConfigError
-from dist_train.config.fields import expand_path, from_json
+from dist_train.config.fields import expand_path, from_json, in_steps
 from dist_train.run.objects import differences, facts_of, sample_digests
 from dist_train.runtime.location import MICRO_BATCHES
 from dist_train.runtime.sidefiles import SideFileError, read_lines, read_mapping
-from dist_train.training.due import in_steps
 
 if TYPE_CHECKING:
     from dist_train.building.frozen import Frozen

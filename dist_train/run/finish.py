@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import math
 import pickle
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +16,8 @@ from dist_train.building.model import load_weights
 from dist_train.building.prepare import build_model, frozen_source
 from dist_train.config.errors import ConfigError
 from dist_train.files import retried
+from dist_train.run.completed import end_lines, show_completed, with_nan
 from dist_train.run.report import report_in
-from dist_train.run.summary import end_lines
 from dist_train.runtime.lease import look_at_owner
 from dist_train.runtime.seeding import undisturbed_generators
 
@@ -136,18 +135,11 @@ def _best_step(trainer: Trainer, checkpoints: CheckpointManager) -> int | None:
 def finish_completed(world: World, config: Config, run: RunDir, console: Console, decision: Decision) -> dict[str, Any]:
     """The result of a run that this config asks no more of. Nothing is trained; only what a kill has left unwritten is written:
     status.json and the report."""
-    result = world.on_main(lambda: run.read_json("result.json"))
-    for metrics in result["metrics"].values():
-        metrics.update({name: math.nan for name, value in metrics.items() if value is None})
+    result = with_nan(world.on_main(lambda: run.read_json("result.json")))
     status = run.read_json("status.json") or {}
     if world.is_main and status.get("state") != "completed" and not look_at_owner(run.storage)[0]:
         run.write_status("completed", step=result["step"], epoch=result["epoch"], world_size=result["world_size"])
-    console.note(
-        f"{run.location} is completed, after {result['step']:,} steps; a longer trainer.duration resumes it, another "
-        "run.name starts over"
-    )
-    for line in decision.warnings if world.is_main else ():
-        console.warn(line)
+    show_completed(result, run, console, decision)
     if config.tracking.report and not world.on_main(lambda: run.storage.exists("report.html")):
         report_in(world, run, config, console.warn)
     load_into_live_model(config, run)

@@ -2,6 +2,7 @@
 
 A file can hold only the class of a Python object. So attempts.jsonl holds digests: of its representation, settings and
 parameters' shapes, of a dataset's length and some of its samples, and of the code of classes that are in no package.
+A config without live objects needs neither torch nor numpy for that: they are imported where they are used.
 """
 
 from __future__ import annotations
@@ -14,11 +15,7 @@ import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
 from dist_train.config.fields import live_objects
-from dist_train.data.digest import content_digest
-from dist_train.runtime.seeding import seed_sample, undisturbed_generators
 
 if TYPE_CHECKING:
     from dist_train.config.schema import Config
@@ -51,6 +48,9 @@ def sample_digests(config: Config) -> dict[str, str]:
     """
 
     def read(dataset: Any) -> str:
+        from dist_train.data.digest import content_digest
+        from dist_train.runtime.seeding import seed_sample
+
         samples, count = [], len(dataset)
         for index in dict.fromkeys((0, count // 2, count - 1)) if count else ():
             seed_sample(config.seed, -1, index)
@@ -60,6 +60,8 @@ def sample_digests(config: Config) -> dict[str, str]:
     found = {}
     for key, value in live_objects(config):
         if key.startswith("data.") and hasattr(value, "__getitem__") and hasattr(value, "__len__"):
+            from dist_train.runtime.seeding import undisturbed_generators
+
             try:
                 with undisturbed_generators():
                     first, second = read(value), read(value)
@@ -85,6 +87,10 @@ def differences(old: Any, new: dict[str, Any]) -> list[str]:
 
 
 def _facts(key: str, value: Any) -> Facts:
+    from torch import nn
+
+    from dist_train.data.digest import content_digest
+
     facts: Facts = {"representation": content_digest(re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value)))}
     if key.startswith("data.") and hasattr(value, "__len__"):
         facts["length"] = len(value)
@@ -101,6 +107,8 @@ def _facts(key: str, value: Any) -> Facts:
 
 def _parts(value: Any) -> Iterator[Any]:
     """The object, and those inside it that count as well."""
+    from torch import nn
+
     if isinstance(value, functools.partial):
         yield from (part for inner in (value.func, *value.args, *value.keywords.values()) for part in _parts(inner))
     elif isinstance(value, nn.Module):

@@ -17,11 +17,12 @@ from dist_train.config.code import source_files
 from dist_train.config.errors import ConfigError
 from dist_train.config.slots import require_components
 from dist_train.files import StorageError
+from dist_train.run.completed import end_lines
 from dist_train.run.decide import Decision, compare_frozen, decide, find_checkpoint
 from dist_train.run.finish import finish, finish_completed, load_into_live_model
 from dist_train.run.objects import facts_of, sample_digests
 from dist_train.run.report import report_at_end
-from dist_train.run.summary import end_lines, run_facts, start_lines
+from dist_train.run.summary import run_facts, start_lines
 from dist_train.runtime.launch import read_placement
 from dist_train.runtime.lease import LeaseHeldError, LeaseLostError
 from dist_train.runtime.location import MICRO_BATCHES, check_place, run_location
@@ -106,17 +107,6 @@ def train_in(
         return Start(parts, run, console, decision).train()
     finally:
         console.close()
-
-
-def seems_completed(config: Config) -> bool:
-    """Whether this start will only return a result, so that no user code need be imported; `train_in` decides."""
-    if "{time}" in str(config.run.name):  # found by its job only, whose name rank 0 reads
-        return False
-    try:
-        run = RunDir(run_location(config))
-        return run.storage.exists("result.json") and decide(config, run).action == "completed"
-    except (ConfigError, StorageError, OSError):
-        return False  # reported once all processes are connected
 
 
 def _build(config: Config, world: World, decision: Decision) -> Parts:

@@ -1,4 +1,4 @@
-"""The blocks that a start prints first and last, and the facts that every manifest holds."""
+"""The block that a start prints first, and the facts that every manifest holds."""
 
 from __future__ import annotations
 
@@ -18,11 +18,9 @@ from dist_train.models.layers import layer_table, output_shapes
 from dist_train.optim.groups import Grouping
 from dist_train.step.several import Optimizers
 from dist_train.task.task import SeveralLosses, WholeBatchTask
-from dist_train.text import format_seconds
 
 if TYPE_CHECKING:
     from dist_train.config.schema import Config
-    from dist_train.runtime.rundir import RunDir
     from dist_train.training.parts import Parts
     from dist_train.training.trainer import Trainer
 
@@ -150,25 +148,6 @@ def batch_arithmetic(parts: Parts) -> str:
         unit = "GPU" if parts.world.device.type == "cuda" else "process"
         text += f"; for {size} a {unit}: data.global_batch_size={size * ranks}, and raise lr"
     return text
-
-
-def end_lines(result: dict[str, Any], run: RunDir) -> Lines:
-    """How the run ended, its metrics, and where its files are."""
-    lines = [("state", f"{result['state']} at step {result['step']:,}: {result['reason']}")]
-    for split, metrics in result.get("metrics", {}).items():
-        values = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "eval_samples")
-        lines.append((split, f"{values}  ({metrics.get('eval_samples', 0):,} samples)"))
-    lines.append(("time", f"{format_seconds(result['seconds'])} of training, over all starts"))
-    completed = result["state"] == "completed"
-    if completed:
-        kept = f" (step {result['kept_step']:,})" if result["kept_step"] != result["step"] else ""
-        lines.append(("model", f"{run.location}/model.pt{kept}"))
-    shown = [("report", "report.html", "")] if completed else []
-    shown += [("curves", "curves.png", ""), ("board", "tensorboard", "tensorboard --logdir ")]
-    for label, name, command in shown:
-        if run.path(name).exists():
-            lines.append((label, f"{command}{run.location}/{name}"))
-    return lines if completed else [*lines, ("next", "the same command resumes from here")]
 
 
 def run_facts(config: Config) -> dict[str, Any]:

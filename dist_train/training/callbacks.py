@@ -6,10 +6,9 @@ import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from dist_train.config.fields import Duration, plain
+from dist_train.config.fields import Duration, in_steps, plain
 from dist_train.models.transfer import match_parameters
 from dist_train.optim.groups import Grouping, Home, add_group
-from dist_train.training.due import in_steps
 
 if TYPE_CHECKING:
     import torch

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from dist_train.config.fields import Duration
+from dist_train.config.fields import in_steps
 from dist_train.task.entries import monitored
 from dist_train.watch.control import EVALUATE, FINISH, LOG, SAVE, STOP, Source, next_multiple, watch_clock
 
@@ -14,13 +14,6 @@ if TYPE_CHECKING:
     from dist_train.config.schema import Config, StopWhenConfig
 
 NEVER = 1 << 62  # steps
-
-
-def in_steps(duration: Duration | None, steps_per_epoch: int) -> int | None:
-    """A duration as optimizer steps; None for a time (which the control thread watches) or for nothing."""
-    if duration is None or duration.is_time:
-        return None
-    return int(duration.value) * (steps_per_epoch if duration.unit == "ep" else 1)
 
 
 class Due:

@@ -22,6 +22,7 @@ from dist_train.config.errors import ConfigError, Problem
 from dist_train.data.errors import DataError, SampleError
 from dist_train.evaluation.evaluate import Evaluator, class_names
 from dist_train.objective.modules import BufferSnapshot
+from dist_train.runtime.compiler import uncompiled
 from dist_train.runtime.seeding import undisturbed_generators
 from dist_train.task.batch import clone_batch
 from dist_train.task.entries import MetricEntry, check_names
@@ -124,7 +125,7 @@ def _tried(parts: Parts, loader: EvalLoader, split: str, count: int, batches: in
     classes, sums, samples = dict[str, int](), dict[str, Tensor](), 0
     with (
         undisturbed_generators(device, loader.dataset),
-        torch.compiler.set_stance("force_eager"),
+        uncompiled(),
         warnings.catch_warnings(),
         torch.no_grad(),
         contextlib.closing(loader.some(count, batches)) as given,

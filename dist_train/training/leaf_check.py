@@ -16,6 +16,7 @@ from dist_train.data.digest import content_digest
 from dist_train.data.loader import StepWork
 from dist_train.objective.modules import BufferSnapshot, Modules
 from dist_train.reduction.leaves import LeafState, changed
+from dist_train.runtime.compiler import uncompiled
 from dist_train.runtime.seeding import seed_forward, undisturbed_generators
 from dist_train.task.batch import clone_batch, tensors_in
 from dist_train.task.task import OfOptimizer, SeveralLosses, WholeBatchTask
@@ -50,7 +51,7 @@ def _try(parts: Parts) -> None:
     device, several = parts.world.device, isinstance(parts.task, SeveralLosses)
     with (
         undisturbed_generators(device, parts.datasets["train"]),
-        torch.compiler.set_stance("force_eager"),
+        uncompiled(),
         _restored(parts.modules),
     ):
         try:

@@ -14,7 +14,7 @@ from dist_train.building.model import ModelParts, build_model_parts, check_batch
 from dist_train.building.prepare import build_dataset, build_plan, building, eval_loader, loader_options
 from dist_train.config.components import build
 from dist_train.config.errors import ConfigError
-from dist_train.config.fields import Duration, is_named
+from dist_train.config.fields import Duration, in_steps, is_named
 from dist_train.data.augment import Augmentation
 from dist_train.data.loader import EvalLoader, TrainLoader
 from dist_train.data.plan import Plan
@@ -33,7 +33,7 @@ from dist_train.step.step import Stepper
 from dist_train.task.entries import is_lower_better
 from dist_train.task.task import OfOptimizer, SeveralLosses, WholeBatchTask
 from dist_train.training.callbacks import Callback
-from dist_train.training.due import StopWhen, in_steps
+from dist_train.training.due import StopWhen
 
 if TYPE_CHECKING:
     from dist_train.config.schema import Config

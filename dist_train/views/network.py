@@ -7,7 +7,6 @@ optimizer hook that is registered only when asked for.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
 import math
@@ -18,12 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dist_train.config.fields import Duration
+from dist_train.config.fields import Duration, in_steps
 from dist_train.models.layers import watch
 from dist_train.models.transfer import match_modules
+from dist_train.runtime.compiler import uncompiled
 from dist_train.task.batch import first_rows
 from dist_train.training.callbacks import Callback
-from dist_train.training.due import NEVER, in_steps
+from dist_train.training.due import NEVER
 from dist_train.watch.control import next_multiple
 
 if TYPE_CHECKING:
@@ -134,11 +134,9 @@ class Pictures(Callback):
     ) -> None:
         """A forward in eval mode: `on_inputs` gets the model and what it is called with, `on_layer` each output with its name."""
         model, evaluator = self.evaluator.model, self.evaluator
-        # a compiled model would be recompiled for this
-        eager = torch.compiler.set_stance("force_eager") if trainer.config.trainer.compile else contextlib.nullcontext()
         handle = model.register_forward_pre_hook(on_inputs, with_kwargs=True)
         try:
-            with eager, evaluator.serving(ema=False), evaluator.precision.autocast():
+            with uncompiled(), evaluator.serving(ema=False), evaluator.precision.autocast():
                 watch(model, lambda: evaluator.task.predict(model, rows), on_layer)
         finally:
             handle.remove()

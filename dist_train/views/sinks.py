@@ -32,6 +32,9 @@ def open_logger(
     cut_back(folder / "metrics.jsonl", start_step, pending)
     sinks = []
     if config.tracking.tensorboard:
+        # Here, before the first step: in the sink's thread it would compete with the steps for the interpreter.
+        with contextlib.suppress(Exception):  # the sink says so
+            import torch.utils.tensorboard  # noqa: F401
         sinks.append(SinkThread("tensorboard", lambda: TensorBoard(folder / "tensorboard", start_step), console.warn))
     if config.tracking.wandb is not None and config.tracking.wandb.mode != "disabled":
         settings, known = config.tracking.wandb.model_dump(exclude_none=True), config.to_dict()

@@ -16,8 +16,6 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch.distributed as dist
-
 from dist_train.watch import signals
 from dist_train.watch.status import SYNC, status
 
@@ -36,7 +34,11 @@ class Control:
     """
 
     def __init__(self, rank: int, size: int, store: Any | None, sources: Sequence[Source] = ()):
-        self.rank, self.size, self.store = rank, size, dist.HashStore() if store is None else store
+        if store is None:
+            from torch.distributed import HashStore
+
+            store = HashStore()
+        self.rank, self.size, self.store = rank, size, store
         self.sources = list(sources)
         self.reasons: dict[str, str] = {}
         self._lock = threading.Condition()

@@ -1,0 +1,90 @@
+"""A run that its config asks no more of: its result, for which a start on one process imports neither torch nor user code."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import TYPE_CHECKING, Any
+
+from dist_train.config.errors import ConfigError
+from dist_train.files import StorageError
+from dist_train.run.decide import Decision, decide
+from dist_train.runtime.launch import read_placement
+from dist_train.runtime.location import check_place, run_location
+from dist_train.runtime.rundir import RunDir
+from dist_train.text import format_seconds
+from dist_train.tracking.console import Console
+
+if TYPE_CHECKING:
+    from dist_train.config.schema import Config
+
+
+def seems_completed(config: Config) -> Decision | None:
+    """The decision, if this start will only return a result, so that no user code need be imported; `train_in` decides."""
+    if "{time}" in str(config.run.name):  # found by its job only, whose name rank 0 reads
+        return None
+    try:
+        run = RunDir(run_location(config))
+        if not run.storage.exists("result.json"):
+            return None
+        check_place(run.location)
+        decision = decide(config, run)
+    except (ConfigError, StorageError, OSError):
+        return None  # reported once all processes are connected
+    return decision if decision.action == "completed" else None
+
+
+def answer(config: Config, decision: Decision) -> dict[str, Any] | None:
+    """The result of a completed run, shown; None if there is more to do than that, or several processes have to agree on it."""
+    if read_placement(os.environ).size > 1 or config.has_live_objects:
+        return None
+    run = RunDir(run_location(config))
+    finished = (run.read_json("status.json") or {}).get("state") == "completed"
+    if not finished or (config.tracking.report and not run.storage.exists("report.html")):
+        return None  # a kill has left something unwritten
+    if (result := run.read_json("result.json")) is None:
+        return None
+    console = Console(True)
+    try:
+        result = with_nan(result)
+        show_completed(result, run, console, decision)
+        console.end_block(end_lines(result, run))
+    finally:
+        console.close()
+    return result
+
+
+def with_nan(result: dict[str, Any]) -> dict[str, Any]:
+    """As it was before it was written: a metric that wasn't finite is null in JSON."""
+    for metrics in result["metrics"].values():
+        metrics.update({name: math.nan for name, value in metrics.items() if value is None})
+    return result
+
+
+def show_completed(result: dict[str, Any], run: RunDir, console: Console, decision: Decision) -> None:
+    """Say that nothing is trained, and why."""
+    console.note(
+        f"{run.location} is completed, after {result['step']:,} steps; a longer trainer.duration resumes it, another "
+        "run.name starts over"
+    )
+    for line in decision.warnings if console.rank0 else ():
+        console.warn(line)
+
+
+def end_lines(result: dict[str, Any], run: RunDir) -> list[tuple[str, str]]:
+    """How the run ended, its metrics, and where its files are."""
+    lines = [("state", f"{result['state']} at step {result['step']:,}: {result['reason']}")]
+    for split, metrics in result.get("metrics", {}).items():
+        values = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "eval_samples")
+        lines.append((split, f"{values}  ({metrics.get('eval_samples', 0):,} samples)"))
+    lines.append(("time", f"{format_seconds(result['seconds'])} of training, over all starts"))
+    completed = result["state"] == "completed"
+    if completed:
+        kept = f" (step {result['kept_step']:,})" if result["kept_step"] != result["step"] else ""
+        lines.append(("model", f"{run.location}/model.pt{kept}"))
+    shown = [("report", "report.html", "")] if completed else []
+    shown += [("curves", "curves.png", ""), ("board", "tensorboard", "tensorboard --logdir ")]
+    for label, name, command in shown:
+        if run.path(name).exists():
+            lines.append((label, f"{command}{run.location}/{name}"))
+    return lines if completed else [*lines, ("next", "the same command resumes from here")]
