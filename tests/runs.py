@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
 # What differs between two runs of the same thing: the clock.
 CLOCK = {"time", "samples_per_s", "data_wait", "step_s_min", "step_s_max", "data_wait_s_min", "data_wait_s_max"}
+CLOCK |= {"mfu", "peak_memory"}
 
 
 def environment(**extra: str) -> dict[str, str]:

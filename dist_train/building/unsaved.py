@@ -98,7 +98,7 @@ def unsaved_at_start(start: ModelParts, batch: Any, length: int) -> str:
         if not (_is_little_work(start, some) and is_cheap_to_copy([start.modules, start.task])):
             return ""
         others = torch.distributed.is_available() and torch.distributed.is_initialized()
-        with undisturbed_generators(start.world.device), _NoCollectives() if others else nullcontext():
+        with undisturbed_generators(start.world.device), NoCollectives() if others else nullcontext():
             return _compare(start, some)
     except Exception as error:  # the user's code: whatever is wrong with it shows in training
         text = "whether checkpoints hold all state wasn't checked: %s: %s"
@@ -139,7 +139,7 @@ class _Held:
         return self._states[part]
 
 
-class _NoCollectives(TorchDispatchMode):
+class NoCollectives(TorchDispatchMode):
     """The other ranks don't take part: a collective would be matched with one of their first step."""
 
     def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:

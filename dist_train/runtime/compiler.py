@@ -26,14 +26,14 @@ def uncompiled() -> contextlib.AbstractContextManager[Any]:
 
 
 def defer_compiler(kind: Any) -> None:
-    """Let torch's optimizers, and the class `kind` if it is one of them, import torch._dynamo only where something is compiled.
+    """Let torch's optimizers, and the class `kind` if it is one or a dispatch mode, import torch._dynamo only to compile.
 
     What a torch of another version does in another way stays as it is.
     """
     classes = kind.__mro__ if isinstance(kind, type) else ()
     for owner in (torch.optim.Optimizer, *classes):
-        if not owner.__module__.startswith("torch.optim") or is_imported():
-            continue
+        if is_imported():
+            return
         for name, function in list(vars(owner).items()):
             code, inner = getattr(function, "__code__", None), getattr(function, "__wrapped__", None)
             if code is None or inner is None:

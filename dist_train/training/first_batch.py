@@ -9,24 +9,27 @@ from dist_train.task.samplewise import BatchDependence, batch_dependence
 from dist_train.task.task import WholeBatchTask
 
 if TYPE_CHECKING:
+    from dist_train.training.meter import Meter
     from dist_train.training.parts import Parts
 
 
 class FirstBatch:
     """Whether the loss is a sum over samples, so that micro-batches give the gradient of the global batch (`samplewise`); and of
-    a fresh run, whether a checkpoint holds all that training changes (`unsaved`).
+    a fresh run, whether a checkpoint holds all that training changes (`unsaved`). The meter counts its operations.
     """
 
-    def __init__(self, built: Parts, fresh: bool):
-        self.parts, self.fresh = built, fresh
+    def __init__(self, built: Parts, fresh: bool, meter: Meter):
+        self.parts, self.fresh, self.meter = built, fresh, meter
         self.pieces = -(-built.plan.global_batch_size // built.micro_batch_size)  # of a global batch, over all ranks
-        self.needed = self.pieces > 1 or fresh
+        self.needed = self.pieces > 1 or fresh or meter.needed
         self._dependence: BatchDependence | None = None
         self._unsaved = ""
 
     def look(self, batch: Any, length: int, samples: int) -> None:
         """Examine a micro-batch of `length` samples of a step of `samples`; all ranks call it at their first, while `needed`."""
         self.needed = False
+        if self.meter.needed:
+            self.meter.look(batch, length)
         built, size = self.parts, self.parts.world.size
         if self.fresh and built.world.is_main:
             self._unsaved = unsaved_at_start(built, batch, length)

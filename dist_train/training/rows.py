@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dist_train.tracking.console import Console
     from dist_train.training.callbacks import Callback, Training
     from dist_train.training.digests import StepDigests
+    from dist_train.training.meter import Meter
 
 
 @dataclass
@@ -60,8 +61,8 @@ class TrainRows:
         lr: of the last step, `lr` or, of several optimizers, `lr/<name>`. extra: metrics of callbacks, for the next row.
     """
 
-    def __init__(self, stepper: Stepper | SeveralSteppers, samples: int):
-        self.stepper = stepper
+    def __init__(self, stepper: Stepper | SeveralSteppers, samples: int, meter: Meter):
+        self.stepper, self.meter = stepper, meter
         self.lr: dict[str, float] = {}
         self.extra: dict[str, float] = {}
         self._samples, self._time, self._waited = samples, time.monotonic(), 0.0
@@ -79,7 +80,7 @@ class TrainRows:
         elapsed = max(now - self._time, 1e-9)
         row["samples_per_s"] = (samples - self._samples) / elapsed
         row["data_wait"] = (waited - self._waited) / elapsed
-        row |= pace | self.extra
+        row |= self.meter.row(row) | pace | self.extra
         self.extra.clear()
         self._samples, self._time, self._waited = samples, now, waited
         return row

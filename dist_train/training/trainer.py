@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dist_train.evaluation.evaluate import EvaluationInterruptedError, on_rank_zero
 from dist_train.training.due import Due, clocks
 from dist_train.training.first_batch import FirstBatch
+from dist_train.training.meter import Meter
 from dist_train.training.parts import build_stepper
 from dist_train.training.rows import TrainRows
 from dist_train.training.state import of_every_rank, snapshot
@@ -55,11 +56,12 @@ class Trainer:
         self.outcome: str | None = None
         self.reason = ""
         self._began = time.monotonic() - progress.seconds
-        self.first_batch = FirstBatch(parts, fresh=stepper_state is None)
+        self.meter = Meter(parts, self.console.note)
+        self.first_batch = FirstBatch(parts, stepper_state is None, self.meter)
         self.stepper = build_stepper(parts, self._prepare, outputs.digests)
         if stepper_state is not None:
             self.stepper.load_state_dict(stepper_state)
-        self.rows = TrainRows(self.stepper, progress.samples)
+        self.rows = TrainRows(self.stepper, progress.samples, self.meter)
         self._trainable = Trainable(parts, self.stepper)
         sources = [*self.run.requests(), *clocks(self.config, lambda: self.seconds)] if self.world.is_main else []
         self.control = Control(self.world.rank, self.world.size, self.world.clone_store(), sources)
@@ -225,8 +227,8 @@ class Trainer:
         duration = self.config.trainer.duration
         left = max(0.0, duration.value - self.seconds) if duration.is_time else None
         self.console.progress(self.step, self.due.end, self.epoch, row, left)
-        if slow := self.world.peers.slow_rank():
-            self.console.warn(slow)
+        for warning in filter(None, (self.world.peers.slow_rank(), self.meter.advice())):
+            self.console.warn(warning)
         if self.world.is_main and time.monotonic() - self._status_at > STATUS_SECONDS:
             self._status_at = time.monotonic()
             with self.run.best_effort():

@@ -16,7 +16,7 @@ from dist_train.tracking.digests import FOLDER, Digests, rank_of
 from dist_train.views.parting import Parting, common_steps, disagreement, parting
 
 # Metrics that the clock gives, not the training.
-_CLOCK = ("time", "samples_per_s", "data_wait", "step_s_", "data_wait_s_")
+_CLOCK = ("time", "samples_per_s", "data_wait", "mfu", "peak_memory", "step_s_", "data_wait_s_")
 # Keys that say where and what a run records and how long it may take, not what it trains.
 _APART = (
     "run.",

@@ -22,11 +22,17 @@ if TYPE_CHECKING:
 COLORS = {"train": "#4c78a8", "val": "#e4572e", "test": "#2a9d5c", "lr": "#6b7280"}
 PANELS = 4  # metrics drawn beside the loss at most
 POINTS = 1500  # of a line; more can't be seen
-TITLES = {"lr": "learning rate", "samples_per_s": "samples/s", "data_wait": "share of time waiting for data"}
+TITLES = {
+    "lr": "learning rate",
+    "samples_per_s": "samples/s",
+    "data_wait": "share of time waiting for data",
+    "mfu": "model FLOPs utilization",
+    "peak_memory": "peak memory, GiB",
+}
 # for names in other scripts, where one is installed
 FONTS = ["DejaVu Sans", "Noto Sans CJK SC", "WenQuanYi Zen Hei", "PingFang SC", "Microsoft YaHei"]
 # recorded for diagnosis; the report shows them
-ASIDE = ("lr", "grad_norm", "samples_per_s", "data_wait")
+ASIDE = ("lr", "grad_norm", "samples_per_s", "data_wait", "mfu", "peak_memory")
 
 
 def series(rows: Sequence[Row], split: str, name: str) -> tuple[list[int], list[float]]:
