@@ -9,20 +9,31 @@ if TYPE_CHECKING:
     from dist_train.data.augment import Augment, Draws
     from dist_train.data.errors import DataError
     from dist_train.library.arrays import Arrays
-    from dist_train.library.augments import CutMix, Mixup, OneOf, RandomErasing, RandomHorizontalFlip, RandomShift
+    from dist_train.library.color import ColorJitter
     from dist_train.library.datasets import Digits, Gaussians, RandomSplit
+    from dist_train.library.erasing import Cutout, RandomErasing
+    from dist_train.library.geometry import (
+        RandomCrop,
+        RandomHorizontalFlip,
+        RandomResizedCrop,
+        RandomShift,
+        RandomVerticalFlip,
+    )
+    from dist_train.library.mixing import CutMix, Mixup, OneOf
     from dist_train.library.synthetic import MarkovChain, Shapes, TwoViews, collate_lists
     from dist_train.library.tables import CSV
     from dist_train.library.tokens import PackedTokens, Tokens, pack_tokens
+    from dist_train.library.trivial import TrivialAugmentWide
 
 _HOMES = (
-    "data.augment", "data.errors", "library.augments", "library.datasets", "library.synthetic", "library.tables",
-    "library.tokens",
+    "data.augment", "data.errors", "library.geometry", "library.erasing", "library.mixing", "library.datasets",
+    "library.synthetic", "library.tables", "library.tokens", "library.color", "library.trivial",
 )  # fmt: skip
 __all__ = [
-    "CSV", "Arrays", "Augment", "CutMix", "DataError", "Digits", "Draws", "Gaussians", "MarkovChain", "Mixup", "OneOf",
-    "PackedTokens", "RandomErasing", "RandomHorizontalFlip", "RandomShift", "RandomSplit", "Shapes", "Tokens", "TwoViews",
-    "collate_lists", "pack_tokens",
+    "CSV", "Arrays", "Augment", "ColorJitter", "CutMix", "Cutout", "DataError", "Digits", "Draws", "Gaussians",
+    "MarkovChain", "Mixup", "OneOf", "PackedTokens", "RandomCrop", "RandomErasing", "RandomHorizontalFlip",
+    "RandomResizedCrop", "RandomShift", "RandomSplit", "RandomVerticalFlip", "Shapes", "Tokens", "TrivialAugmentWide",
+    "TwoViews", "collate_lists", "pack_tokens",
 ]  # fmt: skip
 
 

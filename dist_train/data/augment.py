@@ -124,7 +124,7 @@ class Augmentation:
     """
 
     def __init__(self, augments: Sequence[Any], normalize: Callable[[Tensor], Tensor] | None = None) -> None:
-        self.augments = [(augment, _takes(augment)) for augment in augments]
+        self.augments = [(augment, _takes(augment), _draws_alone(augment)) for augment in augments]
         self.neighbours = sum(getattr(augment, "neighbours", 0) for augment in augments)
         self._normalize, self._normalize_at = normalize, -1 if normalize is None else _first_of_floats(augments)
 
@@ -148,10 +148,10 @@ class Augmentation:
         strided = inputs.dim() == 4 and not inputs.is_contiguous()
         last = strided and inputs.is_contiguous(memory_format=torch.channels_last)
         keys = sample_keys(seed, epoch, indices)
-        for op, (augment, takes) in enumerate(self.augments):
+        for op, (augment, takes, draws_alone) in enumerate(self.augments):
             if op == self._normalize_at:
                 inputs = self._normalize(inputs)  # type: ignore[misc]  # it isn't None: it has a position
-            if type(augment).__module__ != "dist_train.library.augments":  # those draw from `draws` alone
+            if not draws_alone:
                 seed_augment(seed, epoch, int(indices[0]), op, inputs.device)
             given = (inputs, targets, Draws(keys, op, inputs.device))[:takes]
             got = augment(*given)
@@ -188,6 +188,12 @@ def _first_of_floats(augments: Sequence[Any]) -> int:
 
 def _name(augment: Any) -> str:
     return getattr(augment, "__name__", type(augment).__name__)
+
+
+def _draws_alone(augment: Any) -> bool:
+    """Whether it draws from `draws` alone, as the library's do: torch's, numpy's and Python's generators needn't be seeded."""
+    members = getattr(augment, "augments", ())  # of OneOf
+    return type(augment).__module__.startswith("dist_train.library.") and all(map(_draws_alone, members))
 
 
 def _takes(augment: Any) -> int:

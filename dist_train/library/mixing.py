@@ -1,4 +1,4 @@
-"""The augmentations that come with the package: batched, on the device, with random numbers of its own for each sample."""
+"""Augmentations that mix samples, and the choice between augmentations. Each sample draws its own numbers."""
 
 from __future__ import annotations
 
@@ -12,101 +12,8 @@ from torch import Tensor
 
 from dist_train.data.augment import Augment, Domain, Draws, domain_of
 from dist_train.data.errors import DataError
-
-
-def _images(name: str, inputs: Tensor) -> tuple[int, int, int, int]:
-    if inputs.dim() != 4:
-        raise DataError(f"{name} needs images (N, C, H, W), found a batch of shape {tuple(inputs.shape)}")
-    batch, channels, height, width = inputs.shape
-    return batch, channels, height, width
-
-
-def _probability(name: str, p: float) -> float:
-    if not 0.0 <= p <= 1.0:
-        raise DataError(f"{name}: expected p between 0 and 1, found {p}")
-    return p
-
-
-def _inside(box: Tensor, height: int, width: int) -> Tensor:
-    """(B, 1, H, W) bool: the pixels of each sample's box; the first rows of `box` are top, bottom, left and right."""
-    rows, columns = torch.arange(height, device=box.device), torch.arange(width, device=box.device)
-    top, bottom, left, right = (edge[:, None] for edge in box[:4])
-    tall, wide = (rows >= top) & (rows < bottom), (columns >= left) & (columns < right)
-    return (tall[:, :, None] & wide[:, None, :])[:, None]
-
-
-class RandomShift(Augment):
-    """Shift each image by up to `pixels` in both directions, filling with zeros (a random crop of the padded image).
-
-    Args:
-        pixels: largest shift; every shift in -pixels..pixels is equally likely.
-    """
-
-    domain = "any"
-
-    def __init__(self, pixels: int) -> None:
-        if pixels < 0:
-            raise DataError(f"RandomShift: expected pixels >= 0, found {pixels}")
-        self.pixels = int(pixels)
-
-    def __call__(self, inputs: Tensor, targets: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-        batch, _, height, width = _images("RandomShift", inputs)
-        offsets = draws.send((draws.host(2) * (2 * self.pixels + 1)).to(torch.int64))
-        padded = F.pad(inputs, [self.pixels] * 4)
-        windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view: (B, C, 2p+1, 2p+1, H, W)
-        rows = torch.arange(batch, device=inputs.device)
-        return windows[rows, :, offsets[:, 0], offsets[:, 1]], targets
-
-
-class RandomHorizontalFlip(Augment):
-    """Mirror each image left to right with probability `p`."""
-
-    domain = "any"
-
-    def __init__(self, p: float = 0.5) -> None:
-        self.p = _probability("RandomHorizontalFlip", p)
-
-    def __call__(self, inputs: Tensor, targets: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-        _images("RandomHorizontalFlip", inputs)
-        flipped = draws.send(draws.host(1) < self.p)
-        return torch.where(flipped[:, :, None, None], inputs.flip(3), inputs), targets
-
-
-class RandomErasing(Augment):
-    """Overwrite a random box of each image with probability `p` (Zhong et al., arXiv:1708.04896).
-
-    Args:
-        p: probability for each image.
-        scale: range of the box's area, as a fraction of the image's.
-        ratio: range of its height over its width, log-uniform.
-        value: what to write.
-    """
-
-    def __init__(
-        self,
-        p: float = 0.5,
-        scale: tuple[float, float] = (0.02, 0.33),
-        ratio: tuple[float, float] = (0.3, 3.3),
-        value: float = 0.0,
-    ) -> None:
-        if not 0 <= scale[0] <= scale[1] <= 1 or not 0 < ratio[0] <= ratio[1]:
-            raise DataError(f"RandomErasing: expected increasing ranges, scale within 0..1, found {scale} and {ratio}")
-        self.p = _probability("RandomErasing", p)
-        self.scale, self.ratio, self.value = tuple(scale), tuple(ratio), float(value)
-
-    def __call__(self, inputs: Tensor, targets: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-        _, _, height, width = _images("RandomErasing", inputs)
-        u = draws.host(5).double()
-        area = (self.scale[0] + u[:, 1] * (self.scale[1] - self.scale[0])) * height * width
-        low, high = np.log(self.ratio[0]), np.log(self.ratio[1])
-        ratio = torch.exp(low + u[:, 2] * (high - low))
-        box_h = torch.sqrt(area * ratio).round().clamp_(max=height)
-        box_w = torch.sqrt(area / ratio).round().clamp_(max=width)
-        top = (u[:, 3] * (height - box_h + 1)).floor()
-        left = (u[:, 4] * (width - box_w + 1)).floor()
-        bottom = torch.where(u[:, 0] < self.p, top + box_h, top)  # an empty box erases nothing
-        erased = _inside(draws.send(torch.stack((top, bottom, left, left + box_w))), height, width)
-        return inputs.masked_fill(erased, self.value), targets
+from dist_train.library.erasing import inside
+from dist_train.library.geometry import image_shape, probability
 
 
 @lru_cache(maxsize=8)
@@ -135,7 +42,7 @@ class _Mix(Augment):
         name = type(self).__name__
         if alpha <= 0 or classes < 2:
             raise DataError(f"{name}: expected alpha > 0 and classes >= 2, found {alpha} and {classes}")
-        self.classes, self.alpha, self.p = int(classes), float(alpha), _probability(name, p)
+        self.classes, self.alpha, self.p = int(classes), float(alpha), probability(name, p)
 
     def _kept(self, u: Tensor) -> Tensor:
         """How much of each sample stays: Beta(alpha, alpha), or all of it with probability 1 - p; (B,)."""
@@ -179,14 +86,14 @@ class CutMix(_Mix):
     domain = "any"
 
     def __call__(self, inputs: Tensor, targets: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-        _, _, height, width = _images("CutMix", inputs)
+        _, _, height, width = image_shape("CutMix", inputs)
         u = draws.host(4)[:-1]
         half = torch.sqrt(1.0 - self._kept(u).double()) / 2.0
         top, bottom = ((u[:, 2] * height + sign * half * height).round().clamp_(0, height) for sign in (-1, 1))
         left, right = ((u[:, 3] * width + sign * half * width).round().clamp_(0, width) for sign in (-1, 1))
         kept = 1.0 - (bottom - top) * (right - left) / (height * width)
         box = draws.send(torch.stack((top, bottom, left, right, kept)))
-        mixed = torch.where(_inside(box, height, width), inputs[1:], inputs[:-1])
+        mixed = torch.where(inside(box, height, width), inputs[1:], inputs[:-1])
         return mixed, self._targets(targets, box[4].float())
 
 
