@@ -111,8 +111,9 @@ def once_per_node(make: Callable[[], T], world: World | None) -> T:
 
 
 def expected_files(dataset: Any, root: str | os.PathLike[str]) -> list[str]:
-    """Where torchvision's CIFAR and MNIST classes look for their files; [] for other classes."""
+    """Where torchvision's CIFAR and MNIST classes, and ours of them, look for their files; [] for other classes."""
     names: list[str] = []
+    dataset = getattr(dataset, "torchvision_class", lambda: dataset)()
     if hasattr(dataset, "base_folder") and hasattr(dataset, "train_list"):  # CIFAR10, CIFAR100
         names = [os.path.join(dataset.base_folder, entry[0]) for entry in dataset.train_list + dataset.test_list]
     elif isinstance(getattr(dataset, "resources", None), list):  # MNIST and its relatives

@@ -89,7 +89,10 @@ class DataConfig(Section):
     )
     target: Text | None = consent(None, "The part of a sample that the loss gets, like `labels`, beside `data.inputs`.")
     augment: list[Component] = consent([], "Augmentations of batches, on the device, with per-sample randomness.")
-    normalize: NormalizeConfig | None = consent(None, about(NormalizeConfig))
+    normalize: NormalizeConfig | None = consent(
+        None,
+        "What is subtracted from pictures, and what they are divided by, on the device. null: they stay as they are.",
+    )
     collate: Component | None = consent(None, "Makes a batch from a list of samples. null: torch's default_collate.")
     persistent_workers: bool | Auto = harmless("auto", "Keep workers over epochs. `auto`: where there are any.")
     prefetch_factor: Count | None = harmless(None, "Batches that each worker loads in advance. null: two.")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         RandomVerticalFlip,
     )
     from dist_train.library.mixing import CutMix, Mixup, OneOf
+    from dist_train.library.pictures import CIFAR10, CIFAR100, MNIST, SVHN, FashionMNIST
     from dist_train.library.synthetic import MarkovChain, Shapes, TwoViews, collate_lists
     from dist_train.library.tables import CSV
     from dist_train.library.tokens import PackedTokens, Tokens, pack_tokens
@@ -27,13 +28,13 @@ if TYPE_CHECKING:
 
 _HOMES = (
     "data.augment", "data.errors", "library.geometry", "library.erasing", "library.mixing", "library.datasets",
-    "library.synthetic", "library.tables", "library.tokens", "library.color", "library.trivial",
+    "library.synthetic", "library.tables", "library.tokens", "library.color", "library.trivial", "library.pictures",
 )  # fmt: skip
 __all__ = [
-    "CSV", "Arrays", "Augment", "ColorJitter", "CutMix", "Cutout", "DataError", "Digits", "Draws", "Gaussians",
-    "MarkovChain", "Mixup", "OneOf", "PackedTokens", "RandomCrop", "RandomErasing", "RandomHorizontalFlip",
-    "RandomResizedCrop", "RandomShift", "RandomSplit", "RandomVerticalFlip", "Shapes", "Tokens", "TrivialAugmentWide",
-    "TwoViews", "collate_lists", "pack_tokens",
+    "CIFAR10", "CIFAR100", "CSV", "MNIST", "SVHN", "Arrays", "Augment", "ColorJitter", "CutMix", "Cutout",
+    "DataError", "Digits", "Draws", "FashionMNIST", "Gaussians", "MarkovChain", "Mixup", "OneOf", "PackedTokens",
+    "RandomCrop", "RandomErasing", "RandomHorizontalFlip", "RandomResizedCrop", "RandomShift", "RandomSplit",
+    "RandomVerticalFlip", "Shapes", "Tokens", "TrivialAugmentWide", "TwoViews", "collate_lists", "pack_tokens",
 ]  # fmt: skip
 
 

@@ -24,7 +24,7 @@ class Normalize:
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
         self.channels = max(len(self.mean), len(self.std))
-        self._constants: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor, Tensor]] = {}
+        self._constants: dict[tuple[torch.device, torch.dtype, int], tuple[Tensor, Tensor, Tensor]] = {}
 
     def __call__(self, inputs: Any) -> Any:
         """The inputs of a batch with every picture in them normalized, in new memory of the same memory format.
@@ -88,27 +88,39 @@ class Normalize:
                     f"data.normalize.mean: expected numbers for pixels in [0, 1], as torchvision's, found {list(self.mean)}; the "
                     f"pictures are uint8, so divide mean and std by 255"
                 )
-            mean, std, full = self._on(pictures.device, torch.float32)
-            # a tensor of 255: CUDA multiplies by the reciprocal of a number, which has other bits
-            pixels = pictures.to(torch.float32).div_(full)
-            return pixels if self._is_identity else pixels.sub_(mean).div_(std)
-        if not pictures.is_floating_point():
+        elif not pictures.is_floating_point():
             raise DataError(f"data.normalize: expected pictures of uint8 or floats, found {shapes_of(pictures)}")
-        mean, std, _ = self._on(pictures.device, pictures.dtype)
-        return pictures.sub(mean).div_(std)
+        return self._computed(pictures)
 
-    @property
-    def _is_identity(self) -> bool:
-        return not any(self.mean) and all(std == 1 for std in self.std)
+    def _computed(self, pictures: Tensor) -> Tensor:
+        """As torchvision computes it: a division by 255, a subtraction, a division, each rounded."""
+        scales = pictures.dtype == torch.uint8
+        result = torch.empty_like(pictures, dtype=torch.float32 if scales else None)
+        given, filled, tiles = pictures, result, 0
+        if result.is_contiguous(memory_format=torch.channels_last) and not result.is_contiguous():
+            # rows of pixels (N, H, W * C): broadcasting over the channels is four times as slow there
+            given, filled = (x.permute(0, 2, 3, 1).flatten(2) for x in (pictures, result))
+            tiles = pictures.shape[3]
+        mean, std, full = self._on(result.device, result.dtype, tiles)
+        filled.copy_(given)
+        if scales:
+            filled.div_(full)
+        if any(self.mean) or any(std != 1 for std in self.std):
+            filled.sub_(mean).div_(std)
+        return result
 
-    def _on(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """mean and std (C, 1, 1), and 255: made once, since a copy to the device waits for it."""
-        if (device, dtype) not in self._constants:
-            shaped = [
-                torch.tensor(values, dtype=dtype, device=device)[:, None, None] for values in (self.mean, self.std)
-            ]
-            self._constants[device, dtype] = shaped[0], shaped[1], torch.tensor(255, dtype=dtype, device=device)
-        return self._constants[device, dtype]
+    def _on(self, device: torch.device, dtype: torch.dtype, tiles: int) -> tuple[Tensor, Tensor, Tensor]:
+        """mean and std, (C, 1, 1) or for rows of pixels (tiles * C,), and 255: made once, since a copy to the device waits.
+
+        255 is a tensor because CUDA multiplies by the reciprocal of a number, which has other bits.
+        """
+        key = device, dtype, tiles
+        if key not in self._constants:
+            with torch.inference_mode(mode=False):  # an evaluation may be first, and training uses them too
+                both = [torch.tensor(values, dtype=dtype).expand(self.channels) for values in (self.mean, self.std)]
+                mean, std = (x.repeat(tiles) if tiles and len(x) > 1 else x[:, None, None] for x in both)
+                self._constants[key] = mean.to(device), std.to(device), torch.tensor(255, dtype=dtype, device=device)
+        return self._constants[key]
 
 
 def _alike(inputs: Any, target: Tensor) -> bool:

@@ -34,7 +34,7 @@ from dist_train.runtime.world import World, open_world
 from dist_train.tracking.console import Console
 from dist_train.tracking.logs import setup_logging
 from dist_train.training.digests import open_digests, resume_digests
-from dist_train.training.eval_check import check_evaluation
+from dist_train.training.eval_check import check_evaluation, check_normalization
 from dist_train.training.leaf_check import check_leaves
 from dist_train.training.parts import Parts, build_parts, losses_of
 from dist_train.training.rows import Outputs, Trace
@@ -91,7 +91,10 @@ def train_in(
         parts = _build(config, world, decision)  # whatever is wrong with the config shows here
         if decision.is_over(config, parts.plan.steps_per_epoch):
             return finish_completed(world, config, run, console, decision)
-        unsure = check_evaluation(parts) if decision.action == "fresh" else []
+        unsure: list[str] = []
+        if decision.action == "fresh":
+            check_normalization(parts)
+            unsure = check_evaluation(parts)
         if parts.plan.leaf_size is not None:
             check_leaves(parts)
         if decision.action == "resume" and (frozen := parts.frozen) is not None:

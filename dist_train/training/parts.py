@@ -128,7 +128,7 @@ def build_parts(
     check_watched(built, keep_best)
     with building("data.augment"):
         steps = [build(spec) for spec in config.data.augment]
-    augmentation = Augmentation(steps) if steps else None
+        augmentation = Augmentation(steps, built.normalize) if steps else None
     neighbours = augmentation.neighbours if augmentation is not None else 0
     with building("data"):
         train_loader = TrainLoader(datasets["train"], plan, options, micro_batch_size=micro, neighbours=neighbours)

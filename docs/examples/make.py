@@ -53,7 +53,7 @@ def prepare(folder: Path) -> None:
     small_data.write_cifar(folder / "data", folder / "small_cifar.py", each=200)
     for name in ("cifar10_cnn", "cifar10_resnet18"):
         path = folder / "configs" / f"{name}.yaml"
-        path.write_text(path.read_text().replace("torchvision.datasets.CIFAR10", "small_cifar.CIFAR10"))
+        path.write_text(path.read_text().replace("dist_train.data.CIFAR10", "small_cifar.CIFAR10"))
 
 
 def collect(run: Path, into: Path) -> None:

@@ -36,7 +36,7 @@ def crops(size: int, count: int) -> list[tuple[int, np.ndarray]]:
 
 
 def write_cifar(root: Path, module: Path, each: int = 32) -> None:
-    """CIFAR-10's seven pickles below `root`, of `each` images, and a module with torchvision's class and their checksums.
+    """CIFAR-10's seven pickles below `root`, of `each` images, and a module with a `CIFAR10` that knows their checksums.
 
     torchvision compares every file with the md5 of the real one; a subclass brings those of these files.
     """
@@ -58,10 +58,11 @@ def write_cifar(root: Path, module: Path, each: int = 32) -> None:
         write(name, {"data": pixels, "labels": labels, "batch_label": name, "filenames": [""] * each})
     write("batches.meta", {"label_names": [f"class {k}" for k in range(10)], "num_vis": 3072})
     module.write_text(
-        "import torchvision\n\n\nclass CIFAR10(torchvision.datasets.CIFAR10):\n"
+        "import torchvision\nfrom dist_train import data\n\n\nclass Checked(torchvision.datasets.CIFAR10):\n"
         f"    train_list = {[[name, sums[name]] for name in names[:-1]]}\n"
         f"    test_list = {[[names[-1], sums[names[-1]]]]}\n"
-        f"    meta = {{'filename': 'batches.meta', 'key': 'label_names', 'md5': '{sums['batches.meta']}'}}\n"
+        f"    meta = {{'filename': 'batches.meta', 'key': 'label_names', 'md5': '{sums['batches.meta']}'}}\n\n\n"
+        "class CIFAR10(data.CIFAR10):\n    @classmethod\n    def torchvision_class(cls):\n        return Checked\n"
     )
 
 

@@ -80,7 +80,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     small_data.write_cifar(data, folder / "small_cifar.py", each=16)
     for name in ("cifar10_cnn", "cifar10_resnet18"):
         path = folder / "configs" / f"{name}.yaml"
-        path.write_text(path.read_text().replace("torchvision.datasets.CIFAR10", "small_cifar.CIFAR10"))
+        path.write_text(path.read_text().replace("dist_train.data.CIFAR10", "small_cifar.CIFAR10"))
     train_here(folder, "trainer.duration=60step", *QUIET)  # the teacher of `distillation`
     yield folder
     shutil.rmtree(folder)  # VGG-16's files have half a gigabyte each
