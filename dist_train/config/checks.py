@@ -55,6 +55,13 @@ def cross_checks(config: Config) -> Iterator[Finding]:
     for rules in (_name, _data, _model, _optimizer, _by_optimizer, _schedulers, _watched, _bitwise):
         for key, message in rules(config):
             yield keyed(key), message
+    if (profile := config.trainer.profile) is not None and (
+        len(profile.steps) != 2 or profile.steps != sorted(profile.steps)
+    ):
+        yield (
+            ("trainer", "profile", "steps"),
+            f"expected the first and the last step, [100, 110], found {profile.steps}",
+        )
     for name in ("images", "histograms", "graph"):
         if getattr(config.tracking, name) and not config.tracking.tensorboard:
             yield ("tracking", name), "this needs TensorBoard, which is off: set tracking.tensorboard=true"

@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, Field, PrivateAttr
 from . import fields
 from .fields import Auto, Component, Count, Duration, Length, Section, Text, about, consent, harmless, refused
 from .metrics import OF, Metric
-from .schema_tracking import DebugConfig, TrackingConfig
+from .schema_tracking import DebugConfig, ProfileConfig, TrackingConfig
 from .source import COMMAND_LINE, DICT, Place, dump, nearest
 
 
@@ -201,6 +201,7 @@ class TrainerConfig(Section):
     evaluate_at_start: bool = harmless(False, "Evaluate `data.val` before the first step too.")
     log_every: Length = harmless(Duration(50, "step"), "How often a train row is logged: the mean since the last one.")
     stop_when: StopWhenConfig | None = harmless(None, about(StopWhenConfig))
+    profile: ProfileConfig | None = harmless(None, about(ProfileConfig))
     on_nonfinite: Literal["stop", "skip"] = harmless(
         "stop", "At an infinite or NaN loss or gradient, end the run before the update (stop), or skip the update."
     )

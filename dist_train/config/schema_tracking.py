@@ -8,6 +8,15 @@ from . import fields
 from .fields import Count, Duration, Length, Section, Text, about, harmless
 
 
+class ProfileConfig(Section):
+    """A trace of some steps by torch.profiler, in profile/ of the run: rank 0's Python calls, operators and GPU kernels."""
+
+    steps: list[Count] = harmless(
+        ...,
+        "The first and the last step of the run, as rows count them: [100, 110]. A start in the middle traces the rest.",
+    )
+
+
 class WandbConfig(Section):
     """Weights & Biases, by rank 0, from a separate process: if it fails or hangs, the run continues with a warning."""
 

@@ -44,6 +44,7 @@ from dist_train.views.boundary import BoundaryFrames
 from dist_train.views.grids import GridFrames
 from dist_train.views.model import write_curves
 from dist_train.views.network import Pictures, image_modules
+from dist_train.views.profiling import Profile
 from dist_train.views.sinks import open_logger
 from dist_train.watch import failure, signals
 from dist_train.watch.leave import RunFacts
@@ -267,6 +268,8 @@ class Start:
             outputs.digests = open_digests(run, self.world, progress.step, parts.modules, losses_of(parts))
         if not self.world.is_main:
             return outputs
+        if config.trainer.profile is not None:
+            outputs.views.append(Profile(config.trainer.profile, run.root, self.console.note, self.console.warn))
         pending = ("val", "test") if progress.evaluation_due else ("test",)
         outputs.checkpoints = checkpoints
         outputs.logger = open_logger(run.root, config, self.console, start_step=progress.step, pending=pending)

@@ -105,6 +105,7 @@ CHANGES_NOTHING: dict[str, Any] = {
     "checkpoint.on_error": "warn",
     "checkpoint.resume": "never",
     "checkpoint.accept_changes": True,
+    "trainer.profile.steps": [2, 3],
     "tracking.tensorboard": True,
     "tracking.images.every": "1step",
     "tracking.images.samples": 2,
