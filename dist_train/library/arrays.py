@@ -131,5 +131,6 @@ def _tensor(value: Any) -> Any:
 
 
 def _batch(rows: Any, indices: Indices) -> Any:
-    chosen = rows.index_select(0, torch.from_numpy(indices)) if isinstance(rows, Tensor) else rows[indices]
-    return _tensor(chosen)
+    if isinstance(rows, Tensor):
+        return _tensor(rows.index_select(0, torch.from_numpy(indices)))
+    return _tensor(torch.from_numpy(np.asarray(rows[indices])))  # indexing by an array has copied already

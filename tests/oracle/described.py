@@ -20,7 +20,7 @@ INF, NEVER = float("inf"), 1 << 60  # steps, or samples of a micro-batch
 DATA = {
     "val": None, "test": None, "global_batch_size": 64, "shuffle": True, "eval_batch_size": 256, "collate": None,
     "steps_per_epoch": None, "drop_last": True, "augment": [], "inputs": None, "target": None,
-    "weights": None,
+    "weights": None, "normalize": None,
 }  # fmt: skip
 TRAINER = {
     "duration": "20ep", "precision": "fp32", "stop_at": None, "micro_batch_size": NEVER, "clip_grad_norm": INF,
@@ -37,6 +37,9 @@ def described(config: dict[str, Any]) -> SimpleNamespace:
     for section in ("data", "trainer", "checkpoint"):
         vars(c).update(config.get(section, {}))
     c.train, c.val, c.test, c.augment = made(c.train), made(c.val), made(c.test), made(c.augment)
+    if c.normalize is not None:
+        mean, std = (torch.tensor(c.normalize[key]).view(-1, 1, 1) for key in ("mean", "std"))
+        c.normalize = lambda images: (images - mean) / std
     c.collate = default_collate if c.collate is None else named(c.collate)
     stream = isinstance(c.train, IterableDataset)
     c.length, c.shuffle = c.steps_per_epoch * c.global_batch_size if stream else len(c.train), c.shuffle and not stream

@@ -91,7 +91,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "seed": 3,
         "data": {
             "train": piece("Points", shape=[2, 6, 6], samples=20), "val": piece("Points", shape=[2, 6, 6], seed=1),
-            "global_batch_size": 10, "eval_batch_size": 8,
+            "global_batch_size": 10, "eval_batch_size": 8, "normalize": {"mean": [0.1, -0.2], "std": [0.7, 1.3]},
             "augment": [
                 {"_target_": "dist_train.data.RandomHorizontalFlip"},
                 {"_target_": "dist_train.data.Mixup", "classes": 3, "alpha": 0.8},

@@ -59,7 +59,8 @@ def plain_loop(config: dict[str, Any], ranks: int = 1) -> SimpleNamespace:
     """Train what a config describes as `ranks` processes would; `rows`, `saved` (by step), `result` and `model_file`."""
     c = described(config)
     model, optimizer, schedule, scaler = c.model, c.optimizer, c.schedule, c.scaler
-    plan, augmentation = Plan(c.seed, c.length, c.global_batch_size, c.shuffle, c.drop_last), Augmentation(c.augment)
+    plan = Plan(c.seed, c.length, c.global_batch_size, c.shuffle, c.drop_last)
+    augmentation = Augmentation(c.augment, c.normalize)
     stream = endless(c.train, c.seed)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     ema = clone(parameters) if c.ema_decay else {}
@@ -105,7 +106,10 @@ def plain_loop(config: dict[str, Any], ranks: int = 1) -> SimpleNamespace:
         sums = torch.zeros(1 + len(c.metrics), 2, dtype=torch.float64)
         for start in range(0, len(dataset), c.eval_batch_size):
             indices = range(start, min(start + c.eval_batch_size, len(dataset)))
-            loss, weight, outputs, targets = forward(evaluated, read(dataset, indices, epoch=-1))
+            batch = read(dataset, indices, epoch=-1)
+            if c.normalize:
+                batch = [c.normalize(batch[0]), batch[1]]
+            loss, weight, outputs, targets = forward(evaluated, batch)
             pairs = [(loss, weight), *(metric(outputs.float(), targets) for metric in c.metrics.values())]
             sums += torch.tensor([[float(total), float(count)] for total, count in pairs], dtype=torch.float64)
         values = (sums[:, 0] / sums[:, 1]).tolist()
@@ -146,7 +150,7 @@ def plain_loop(config: dict[str, Any], ranks: int = 1) -> SimpleNamespace:
                 places = range(part.start, part.stop + augmentation.neighbours)
                 rows, row_keys = (values.take(places, mode="wrap") for values in (indices, keys))
                 batch = read(c.train, rows, epoch, row_keys)
-                if c.augment:
+                if c.augment or c.normalize:
                     batch = augmentation(batch, seed=c.seed, epoch=epoch, indices=row_keys)
                 if c.bitwise:
                     model.load_state_dict(before, strict=False)

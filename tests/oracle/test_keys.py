@@ -32,6 +32,8 @@ MATTERS: dict[str, tuple[str, Any]] = {
     "data.weights": ("named", DEFAULT),
     "data.inputs": ("named", ["inner.scale", "inner.points"]),
     "data.target": ("named", "label"),
+    "data.normalize.mean": ("images", [0.1, 0.2]),
+    "data.normalize.std": ("images", [0.7, 1.2]),
     "data.augment": ("images", DEFAULT),
     "data.augment.1.alpha": ("images", DEFAULT),
     "data.collate": ("summed", DEFAULT),
@@ -129,8 +131,6 @@ ELSEWHERE = {
     "run.dir": "oracle/comparing.py",  # every run here is in a directory of its own
     "transfer.weights": "oracle/test_keys.py::test_weights_are_loaded_from_a_file",
     "transfer.strict": "oracle/test_keys.py::test_weights_are_loaded_from_a_file",
-    "data.normalize.mean": "data/test_normalize.py",
-    "data.normalize.std": "data/test_normalize.py",
     "val_loss": "oracle/test_task_interface.py::test_val_loss_is_another_loss",
     "trainer.whole_batch": "oracle/test_task_interface.py::test_one_process_in_micro_batches_is_the_textbook",  # "covariance"
     "trainer.compile": "gpu/test_training.py::test_compiled_and_channels_last_train_too",  # half a minute on the CPU
