@@ -187,14 +187,17 @@ class ColorJitter(PixelAugment):
 
     def __call__(self, inputs: Tensor, targets: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         self.check(inputs)
-        u = draws.host(5).double()
-        low, high = self.ranges.unbind(1)
-        factors = low + u[:, :4] * (high - low)
-        order = self.orders[(u[:, 4] * len(self.orders)).long()]  # (B, active)
+        factors, order = self.draw(draws)
         out = inputs.clone()
         for kinds in order.unbind(1):
             out = apply_grouped(out, kinds, self._operations, factors.gather(1, kinds[:, None])[:, 0], draws)
         return out, targets
+
+    def draw(self, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Factors (B, 4) float64 of brightness, contrast, saturation and hue, and the order (B, n) of those that are used."""
+        u = draws.host(5).double()
+        low, high = self.ranges.unbind(1)
+        return low + u[:, :4] * (high - low), self.orders[(u[:, 4] * len(self.orders)).long()]
 
 
 def _jitter_range(name: str, value: float | tuple[float, float]) -> tuple[float, float]:

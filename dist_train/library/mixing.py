@@ -68,7 +68,9 @@ class Mixup(_Mix):
 
     def __call__(self, inputs: Tensor, targets: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         if not inputs.is_floating_point():
-            raise DataError(f"Mixup needs floating point inputs, found {inputs.dtype}")
+            raise DataError(
+                f"Mixup needs floating point inputs, found {inputs.dtype}: data.normalize makes them of uint8"
+            )
         kept = draws.send(self._kept(draws.host(2)[:-1]))
         weight = kept.view(-1, *[1] * (inputs.dim() - 1)).to(inputs.dtype)
         return inputs[:-1] * weight + inputs[1:] * (1.0 - weight), self._targets(targets, kept)

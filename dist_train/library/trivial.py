@@ -137,12 +137,16 @@ class TrivialAugmentWide(PixelAugment):
 
     def __call__(self, inputs: Tensor, targets: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         _, _, height, width = self.check(inputs)
-        u = draws.host(3)
-        kinds = (u[:, 0] * len(self.names)).long()
-        magnitude = self.magnitudes[kinds, (u[:, 1] * self.num_magnitude_bins).long()]
-        magnitude = torch.where(self._signed[kinds] & (u[:, 2] >= 0.5), -magnitude, magnitude)
+        kinds, magnitude = self.draw(draws)
         values = torch.where(self._blended[kinds], 1.0 + magnitude, magnitude)
         first = 1 + len(_AFFINE)
         out = apply_grouped(inputs.clone(), kinds, (*[None] * first, *_COLOR.values()), values, draws)
         moved = ((kinds > 0) & (kinds < first)).long()
         return apply_grouped(out, moved, (None, affine), matrices(kinds, magnitude, height, width), draws), targets
+
+    def draw(self, draws: Draws) -> tuple[Tensor, Tensor]:
+        """The operation of each sample, an index into `names`, (B,) int64, and its magnitude, with its sign, (B,) float64."""
+        u = draws.host(3)
+        kinds = (u[:, 0] * len(self.names)).long()
+        magnitude = self.magnitudes[kinds, (u[:, 1] * self.num_magnitude_bins).long()]
+        return kinds, torch.where(self._signed[kinds] & (u[:, 2] >= 0.5), -magnitude, magnitude)
