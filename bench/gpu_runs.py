@@ -140,7 +140,11 @@ def tests(device: torch.device) -> Findings:
             raise SkippedError(f"{needed} is not installed")
     folders = ["tests/gpu/test_training.py"]
     if device.type == "cuda":
-        folders += ["tests/gpu/test_augments_on_gpu.py", "tests/runtime/test_seeding.py", "tests/checkpoint/test_staging.py"]
+        folders += [
+            "tests/gpu/test_augments_on_gpu.py",
+            "tests/runtime/test_seeding.py",
+            "tests/checkpoint/test_staging.py",
+        ]
     several = ["-n", "8"] if importlib.util.find_spec("xdist") else []
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *several, *folders],
