@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from dist_train.library.color import ColorJitter
     from dist_train.library.datasets import Digits, Gaussians, RandomSplit
     from dist_train.library.erasing import Cutout, RandomErasing
+    from dist_train.library.folders import ImageFolder
     from dist_train.library.geometry import (
         RandomCrop,
         RandomHorizontalFlip,
@@ -29,11 +30,12 @@ if TYPE_CHECKING:
 _HOMES = (
     "data.augment", "data.errors", "library.geometry", "library.erasing", "library.mixing", "library.datasets",
     "library.synthetic", "library.tables", "library.tokens", "library.color", "library.trivial", "library.pictures",
+    "library.folders",
 )  # fmt: skip
 __all__ = [
     "CIFAR10", "CIFAR100", "CSV", "MNIST", "SVHN", "Arrays", "Augment", "ColorJitter", "CutMix", "Cutout",
-    "DataError", "Digits", "Draws", "FashionMNIST", "Gaussians", "MarkovChain", "Mixup", "OneOf", "PackedTokens",
-    "RandomCrop", "RandomErasing", "RandomHorizontalFlip", "RandomResizedCrop", "RandomShift", "RandomSplit",
+    "DataError", "Digits", "Draws", "FashionMNIST", "Gaussians", "ImageFolder", "MarkovChain", "Mixup", "OneOf",
+    "PackedTokens", "RandomCrop", "RandomErasing", "RandomHorizontalFlip", "RandomResizedCrop", "RandomShift", "RandomSplit",
     "RandomVerticalFlip", "Shapes", "Tokens", "TrivialAugmentWide", "TwoViews", "collate_lists", "pack_tokens",
 ]  # fmt: skip
 

@@ -49,6 +49,9 @@ class MicroBatch(NamedTuple):
     leaves: int = 0
     """Of a plan with `leaf_size`: how many leaves the global batch has."""
 
+    skipped: tuple[tuple[int, str], ...] = ()
+    """Samples that count and couldn't be read, each with the error; others stand in their places (`data.on_error: skip`)."""
+
     @property
     def random_keys(self) -> Indices:
         """`keys`, or the indices."""
@@ -233,6 +236,16 @@ class Plan:
         if not mine:
             return [read(0, min(2, n), 0, True)]
         return [read(one.start, one.stop, one.stop - one.start, one is mine[-1], k) for k, one in enumerate(mine)]
+
+    def following(self, step: int, position: int) -> Iterator[int]:
+        """The samples behind the one at `position` of a step's batch in the order of its epoch, which wraps around at its end.
+
+        As many as make a global batch with it. Positions behind the batch's end count from its start.
+        """
+        order = self.order(self.epoch_of(step))
+        first = (step % self.steps_per_epoch) * self.global_batch_size + position % self.batch_samples(step)
+        for place in range(first + 1, first + min(self.global_batch_size, len(order))):
+            yield int(order[place % len(order)])
 
     def smallest_micro_batch(self, world_size: int, micro: int) -> int:
         """The fewest samples that any forward of training gets, zero-weight ones apart (BatchNorm can't train on one)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -11,10 +12,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
+from torch import Tensor
+from torch.utils.data import Dataset, Subset, TensorDataset, default_collate, get_worker_info
 
 from dist_train.data.errors import CollateError, DataError, SampleError, dataset_name, describe_error, resource_hint
-from dist_train.data.plan import Indices, MicroBatch
+from dist_train.data.plan import Indices, MicroBatch, Plan
 from dist_train.runtime.seeding import seed_sample
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 Collate = Callable[[list[Any]], Any]
 BatchReader = Callable[[Indices], Any]
+ItemReader = Callable[[int, Tensor], Any]
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ def batch_reader(dataset: Any) -> BatchReader | None:
     collating item by item.
     """
     read = getattr(dataset, "read_batch", None)
-    if callable(read) and not _overridden(type(dataset)):
+    if callable(read) and not _overridden(type(dataset), "read_batch"):
         return cast("BatchReader", read)
     if type(dataset) is TensorDataset:  # a subclass may do anything in its __getitem__
         return cast("BatchReader", dataset.__getitem__)
@@ -80,11 +83,38 @@ def batch_reader(dataset: Any) -> BatchReader | None:
     return None
 
 
-def _overridden(kind: type) -> bool:
-    """Whether a subclass has changed the samples of a class with `read_batch`, which would then read others."""
+def item_reader(dataset: Any) -> tuple[ItemReader, tuple[int, ...]] | None:
+    """What reads the first part of a sample into its row of a batch and returns the second, and the shape of a row, uint8.
+
+    That is a dataset's own `read_into` and `item_shape`, if this isn't None; Subsets of it are followed.
+    """
+    read, shape = getattr(dataset, "read_into", None), getattr(dataset, "item_shape", None)
+    if callable(read) and shape is not None and not _overridden(type(dataset), "read_into"):
+        return cast("ItemReader", read), tuple(shape)
+    if isinstance(dataset, Subset) and type(dataset).__getitem__ is Subset.__getitem__:
+        inner = item_reader(dataset.dataset)
+        return (
+            None if inner is None else (partial(_read_item_of_subset, inner[0], np.asarray(dataset.indices)), inner[1])
+        )
+    return None
+
+
+def _read_item_of_subset(read: ItemReader, subset: Indices, index: int, row: Tensor) -> Any:
+    return read(int(subset[index]), row)
+
+
+def _new_rows(shape: tuple[int, ...]) -> Tensor:
+    """A batch to be filled, uint8; in a worker in shared memory, so that sending it copies nothing (as in default_collate)."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)  # type: ignore[call-overload]
+
+
+def _overridden(kind: type, name: str) -> bool:
+    """Whether a subclass has changed the samples of a class with `read_batch`, say, which would then read others."""
     homes = (
-        next((i for i, base in enumerate(kind.__mro__) if name in vars(base)), None)
-        for name in ("__getitem__", "read_batch")
+        next((i for i, base in enumerate(kind.__mro__) if one in vars(base)), None) for one in ("__getitem__", name)
     )
     items, batches = homes
     return items is not None and batches is not None and items < batches
@@ -132,15 +162,22 @@ class SampleReader(Dataset[Any]):
     """A dataset whose reads depend on (seed, epoch, sample index) alone; fills in the batch of a `MicroBatch`.
 
     A dataset whose items draw nothing at random may have `read_batch(indices) -> batch`, with indices (n,) int64 numpy,
-    which returns the collated batch itself; it is used unless the user has a collate function (list of samples -> batch, by
-    default torch's). All others are read by `__getitem__`, with torch, numpy and `random` seeded before each sample.
+    which returns the collated batch itself. One whose samples are pairs of a uint8 tensor and something else may have
+    `item_shape`, of this tensor, and `read_into(index, row) -> something else`, which writes it into the row of a batch.
+    Both are used unless the user has a collate function (list of samples -> batch, by default torch's). All others are read by
+    `__getitem__`; each sample, but in `read_batch`, with torch, numpy and `random` seeded before.
+
+    Args:
+        plan: training's, where a sample that can't be read is replaced by the next one of its epoch (`data.on_error: skip`).
     """
 
-    def __init__(self, dataset: Any, seed: int, collate: Collate | None = None) -> None:
-        self.dataset, self.seed = dataset, seed
+    def __init__(self, dataset: Any, seed: int, collate: Collate | None = None, plan: Plan | None = None) -> None:
+        self.dataset, self.seed, self.plan = dataset, seed, plan
         self.collate: Collate = make_batch if collate is None else collate
         self._at_once = is_hugging_face(dataset) and dataset.format["type"] in ("torch", "numpy")
         self.read = batch_reader(dataset) if collate is None else None
+        self._item = item_reader(dataset) if collate is None else None
+        self._skipped: list[tuple[int, str]] = []
 
     def __getitems__(self, request: MicroBatch) -> MicroBatch:
         """Called once per micro-batch by torch's DataLoader, with what the batch sampler yielded."""
@@ -149,11 +186,15 @@ class SampleReader(Dataset[Any]):
             try:
                 return request._replace(batch=self.read(request.indices))
             except (Exception, SystemExit) as error:
-                what = f"reading samples {_listed(request.indices)} of {name} at once in epoch {request.epoch}"
-                raise SampleError(f"{what} failed: {describe_error(error)}") from error
-        samples = self.samples(request)
+                if self.plan is None or not _is_of_sample(error):
+                    what = f"reading samples {_listed(request.indices)} of {name} at once in epoch {request.epoch}"
+                    raise SampleError(f"{what} failed: {describe_error(error)}") from error
+        self._skipped = []
+        rows, samples = (None, self.samples(request)) if self._item is None else self._read_rows(request, *self._item)
         try:
-            return request._replace(batch=self.collate(samples))
+            collated = self.collate(samples)
+            batch = collated if rows is None else (rows, collated)
+            return request._replace(batch=batch, skipped=tuple(self._skipped))
         except (Exception, SystemExit) as error:
             hint = resource_hint(error) or self._odd_one(request, samples)
             what = f"making a batch of samples {_listed(request.indices)} of {name} failed: {describe_error(error)}"
@@ -161,20 +202,52 @@ class SampleReader(Dataset[Any]):
 
     def samples(self, request: MicroBatch) -> list[Any]:
         """The samples of a request, in its order."""
-        samples = []
         if self._at_once:  # nothing is drawn, and Arrow gathers many rows in the time of one
             try:
                 return list(self.dataset.__getitems__(request.indices.tolist()))
             except (Exception, SystemExit):
                 pass  # read one by one, it shows which sample is the cause
-        for index, key in zip(request.indices.tolist(), request.random_keys.tolist(), strict=True):
+        return self._read_each(request, lambda k, index: self.dataset[index])
+
+    def _read_rows(self, request: MicroBatch, read: ItemReader, shape: tuple[int, ...]) -> tuple[Tensor, list[Any]]:
+        """The first parts of the samples, as a batch, and their second ones."""
+        rows = _new_rows((len(request.indices), *shape))
+        return rows, self._read_each(request, lambda k, index: read(index, rows[k]))
+
+    def _read_each(self, request: MicroBatch, read: Callable[[int, int], Any]) -> list[Any]:
+        """`read(place in the request, sample)` of each sample, seeded."""
+        samples = []
+        for k, (index, key) in enumerate(zip(request.indices.tolist(), request.random_keys.tolist(), strict=True)):
             seed_sample(self.seed, request.epoch, key)
             try:
-                samples.append(self.dataset[index])
+                samples.append(read(k, index))
             except (Exception, SystemExit) as error:
                 what = f"reading sample {index} of {dataset_name(self.dataset)} in epoch {request.epoch}"
-                raise SampleError(f"{what} failed: {describe_error(error)}") from error
+                failed = SampleError(f"{what} failed: {describe_error(error)}")
+                if self.plan is None or not _is_of_sample(error):
+                    raise failed from error
+                samples.append(self._next_readable(request, k, read, failed))
         return samples
+
+    def _next_readable(self, request: MicroBatch, k: int, read: Callable[[int, int], Any], failed: SampleError) -> Any:
+        """The next sample of the epoch that can be read, with the draws of the one that can't; which is recorded."""
+        assert self.plan is not None
+        key, tried = int(request.random_keys[k]), 1
+        for index in self.plan.following(request.step, request.position + k):
+            seed_sample(self.seed, request.epoch, key)
+            tried += 1
+            try:
+                sample = read(k, index)
+            except Exception as error:
+                if not _is_of_sample(error):
+                    raise
+            else:
+                if k < request.samples:  # others are read only for what they lend their neighbors
+                    self._skipped.append((int(request.indices[k]), str(failed)))
+                return sample
+        raise SampleError(
+            f"data.on_error=skip: {tried} samples in a row, as many as a global batch, can't be read: {failed}"
+        )
 
     def _odd_one(self, request: MicroBatch, samples: list[Any]) -> str:
         """Names the first sample that is None, else the first that can't be batched with the first one; and what to do."""
@@ -194,6 +267,11 @@ class SampleReader(Dataset[Any]):
             except Exception as error:
                 return f" (samples {request.indices[0]} and {index} alone: {error}){need}"
         return need
+
+
+def _is_of_sample(error: BaseException) -> bool:
+    """Whether another sample may be read all the same: no resource of the process has run out, nobody wants to exit."""
+    return isinstance(error, Exception) and not isinstance(error, MemoryError) and not resource_hint(error)
 
 
 def _listed(indices: np.ndarray) -> str:

@@ -20,9 +20,8 @@ sys.path.insert(0, str(ROOT / "tests" / "configs"))
 SMALL = [f"data.{split}.dataset.transform.transforms.{k}.size={size}" for split, k, size in
          [("train", 0, 64), ("val", 0, 72), ("val", 1, 64), ("test", 0, 72), ("test", 1, 64)]]  # fmt: skip
 RESNET50 = [
-    *(f"data.{split}.transform.transforms.{k}.size={size}"
-      for split, k, size in [("train", 0, 32), ("val", 0, 36), ("val", 1, 32)]),
-    "data.augment.1.augments.0.classes=2", "data.augment.1.augments.1.classes=2", "transfer.head=2",
+    "data.train.random_resized_crop=32", "data.val.resize=36", "data.val.center_crop=32",
+    "data.augment.3.augments.0.classes=2", "data.augment.3.augments.1.classes=2", "transfer.head=2",
 ]  # fmt: skip
 SEEN = "tracking.images={{every: 1000ep, samples: 16, modules: [{}]}}"
 # Overrides for the plots; none for the configs that run unchanged.

@@ -26,9 +26,8 @@ from dist_train.run.api import train
 VGG = [f"data.{split}.dataset.transform.transforms.{k}.size={size}" for split, k, size in
        [("train", 0, 32), ("val", 0, 36), ("val", 1, 32), ("test", 0, 36), ("test", 1, 32)]]  # fmt: skip
 RESNET50 = [
-    *(f"data.{split}.transform.transforms.{k}.size={size}" for split, k, size in
-      [("train", 0, 32), ("val", 0, 36), ("val", 1, 32)]),
-    "data.augment.1.augments.0.classes=2", "data.augment.1.augments.1.classes=2", "transfer.head=2",
+    "data.train.random_resized_crop=32", "data.val.resize=36", "data.val.center_crop=32",
+    "data.augment.3.augments.0.classes=2", "data.augment.3.augments.1.classes=2", "transfer.head=2",
 ]  # fmt: skip
 # What is changed for the test: a few steps, small batches and images.
 OVERRIDES: dict[str, list[str]] = {
@@ -329,5 +328,5 @@ def test_missing_data_is_reported_with_the_files_that_are_expected(folder: Path,
     assert "expected 4 files that aren't there: data/MNIST/raw/train-images-idx3-ubyte.gz" in printed
     with pytest.raises(ConfigError) as caught:
         train_here(tmp_path, config=CONFIGS / "imagefolder_resnet50.yaml")
-    assert f"data.train: ImageFolder has no data in {tmp_path}/data/imagenet/train" in str(caught.value)
+    assert f"data.train: ImageFolder: {tmp_path}/data/imagenet/train is no directory" in str(caught.value)
     assert not (tmp_path / "runs").exists()
