@@ -77,3 +77,12 @@ def test_pictures_among_other_inputs_are_normalized_and_targets_are_not() -> Non
 def test_what_cannot_be_normalized_is_refused(mean: Any, batch: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         Normalize(mean, STD).batch(batch)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_gpu_gives_the_bits_of_the_cpu(memory_format: torch.memory_format) -> None:
+    pixels = torch.arange(256, dtype=torch.uint8).repeat(3).view(1, 3, 16, 16).contiguous(memory_format=memory_format)
+    for given in (pixels, pixels / 255):
+        assert torch.equal(Normalize(MEAN, STD)(given.cuda()).cpu(), Normalize(MEAN, STD)(given))

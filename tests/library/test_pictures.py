@@ -17,9 +17,19 @@ from torch.utils.data import Subset
 from torchvision import datasets, transforms
 
 from dist_train import data
+from dist_train.building.prepare import build_dataset
+from dist_train.config.errors import ConfigError
+from dist_train.config.load import load_config
+from dist_train.config.schema import DataConfig
 from dist_train.data import RandomSplit
-from dist_train.data.reading import batch_reader
+from dist_train.data.reading import LoaderOptions, batch_reader
+from dist_train.data.weighting import sampling_weights
 
+FIXED = {
+    "model": {"_target_": "torch.nn.Flatten"},
+    "loss": {"_target_": "torch.nn.CrossEntropyLoss"},
+    "optimizer": {"_target_": "torch.optim.SGD"},
+}
 RANDOM = np.random.RandomState(0)
 
 
@@ -169,6 +179,28 @@ def test_items_follow_the_targets_of_their_own_dataset(name: str, files: Any, tm
         assert dataset[4][1] == label
         assert dataset.read_batch(np.array([4]))[1].tolist() == [label]
         assert batch_reader(Subset(dataset, [4]))(np.array([0]))[1].tolist() == [label]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", ["CIFAR100", "FashionMNIST", "SVHN"])
+def test_balanced_weights_follow_the_labels_that_are_known(name: str, files: Any, tmp_path: Path) -> None:
+    ours, theirs = files(name)
+    split = RandomSplit(ours(tmp_path), "train", parts=[0.7, 0.3])
+    other = theirs(tmp_path)
+    labels = np.asarray(other.labels if name == "SVHN" else other.targets)[np.asarray(split.indices)]
+    options = LoaderOptions(DataConfig(train=object(), weights="balanced"), 0, torch.device("cpu"))
+    weights = sampling_weights(split, options)
+    assert weights is not None
+    assert weights.origin.endswith("by its labels"), "without reading the samples"
+    np.testing.assert_allclose(
+        np.diff(weights.cumulative, prepend=0), [1 / np.sum(labels == label) for label in labels]
+    )
+
+
+def test_missing_files_are_named_with_their_place(tmp_path: Path) -> None:
+    made = {"_target_": "dist_train.data.CIFAR10", "root": str(tmp_path)}
+    config = load_config({**FIXED, "data": {"train": {"_target_": "torch.utils.data.Subset", "_args_": [made, [0]]}}})
+    with pytest.raises(ConfigError, match=r"CIFAR10 has no data in .* expected 6 files .*data_batch_1.*download: true"):
+        build_dataset(config, "train")
 
 
 def test_files_that_are_missing_or_changed_are_refused_by_torchvision(files: Any, tmp_path: Path) -> None:
