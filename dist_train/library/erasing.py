@@ -8,15 +8,41 @@ from torch import Tensor
 
 from dist_train.data.augment import Augment, Draws
 from dist_train.data.errors import DataError
-from dist_train.library.geometry import image_shape, probability
+from dist_train.library.geometry import by_numpy, image_shape, probability
 
 
-def inside(box: Tensor, height: int, width: int) -> Tensor:
-    """(B, 1, H, W) bool: the pixels of each sample's box; the first rows of `box` are top, bottom, left and right."""
-    rows, columns = torch.arange(height, device=box.device), torch.arange(width, device=box.device)
-    top, bottom, left, right = (edge[:, None] for edge in box[:4])
+def paste(images: Tensor, boxes: Tensor, source: Tensor, draws: Draws) -> Tensor:
+    """Images with a box of each replaced by the same box of `source`.
+
+    Args:
+        images: (B, C, H, W).
+        boxes: (4, B) on the host: top, bottom, left, right; they may reach outside, and be empty.
+        source: of the same shape, or one that broadcasts to it.
+    """
+    height, width = images.shape[2:]
+    if not by_numpy(images):
+        return torch.where(_inside(draws.send(boxes), height, width), source, images)
+    out = images.clone()
+    edges = boxes.clamp(min=0).long()
+    chosen = ((edges[0] < edges[1]) & (edges[2] < edges[3])).nonzero()[:, 0]
+    array, other = out.numpy(), source.expand_as(images).numpy()
+    # a few hundred small copies take a quarter of the time of a mask of all pixels
+    for i, top, bottom, left, right in torch.cat((chosen[None], edges[:, chosen])).T.tolist():
+        array[i, :, top:bottom, left:right] = other[i, :, top:bottom, left:right]
+    return out
+
+
+def _inside(boxes: Tensor, height: int, width: int) -> Tensor:
+    """(B, 1, H, W) bool: the pixels of each box."""
+    rows, columns = torch.arange(height, device=boxes.device), torch.arange(width, device=boxes.device)
+    top, bottom, left, right = (edge[:, None] for edge in boxes)
     tall, wide = (rows >= top) & (rows < bottom), (columns >= left) & (columns < right)
     return (tall[:, :, None] & wide[:, None, :])[:, None]
+
+
+def _constant(images: Tensor, value: float) -> Tensor:
+    """`value` as an image that broadcasts. Raises RuntimeError if the dtype can't hold it."""
+    return images.new_zeros((1, 1, 1, 1)).fill_(value)
 
 
 class RandomErasing(Augment):
@@ -52,8 +78,8 @@ class RandomErasing(Augment):
         top = (u[:, 3] * (height - box_h + 1)).floor()
         left = (u[:, 4] * (width - box_w + 1)).floor()
         bottom = torch.where(u[:, 0] < self.p, top + box_h, top)  # an empty box erases nothing
-        erased = inside(draws.send(torch.stack((top, bottom, left, left + box_w))), height, width)
-        return inputs.masked_fill(erased, self.value), targets
+        boxes = torch.stack((top, bottom, left, left + box_w))
+        return paste(inputs, boxes, _constant(inputs, self.value), draws), targets
 
 
 class Cutout(Augment):
@@ -75,5 +101,5 @@ class Cutout(Augment):
         u = draws.host(3)
         top, left = (u[:, 1:] * torch.tensor([height, width])).long().sub_(self.size // 2).unbind(1)
         bottom = torch.where(u[:, 0] < self.p, top + self.size, top)  # an empty box overwrites nothing
-        erased = inside(draws.send(torch.stack((top, bottom, left, left + self.size))), height, width)
-        return inputs.masked_fill(erased, self.value), targets
+        boxes = torch.stack((top, bottom, left, left + self.size))
+        return paste(inputs, boxes, _constant(inputs, self.value), draws), targets

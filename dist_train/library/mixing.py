@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dist_train.data.augment import Augment, Domain, Draws, domain_of
 from dist_train.data.errors import DataError
-from dist_train.library.erasing import inside
+from dist_train.library.erasing import paste
 from dist_train.library.geometry import image_shape, probability
 
 
@@ -94,9 +94,8 @@ class CutMix(_Mix):
         top, bottom = ((u[:, 2] * height + sign * half * height).round().clamp_(0, height) for sign in (-1, 1))
         left, right = ((u[:, 3] * width + sign * half * width).round().clamp_(0, width) for sign in (-1, 1))
         kept = 1.0 - (bottom - top) * (right - left) / (height * width)
-        box = draws.send(torch.stack((top, bottom, left, right, kept)))
-        mixed = torch.where(inside(box, height, width), inputs[1:], inputs[:-1])
-        return mixed, self._targets(targets, box[4].float())
+        mixed = paste(inputs[:-1], torch.stack((top, bottom, left, right)), inputs[1:], draws)
+        return mixed, self._targets(targets, draws.send(kept.float()))
 
 
 class OneOf(Augment):

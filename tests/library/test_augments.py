@@ -34,7 +34,7 @@ from dist_train.data import (
     TrivialAugmentWide,
 )
 from dist_train.data.augment import Augmentation, sample_keys
-from dist_train.library import color, geometry, trivial
+from dist_train.library import color, erasing, geometry, trivial
 
 CPU = torch.device("cpu")
 PIXELS = torch.randint(0, 256, (16, 3, 19, 14), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -256,17 +256,19 @@ def test_a_sample_is_augmented_alike_in_whatever_batch_and_layout_it_is(kind: st
             assert augmented(augment, images[i : i + 1], first=i).equal(out[i : i + 1])
 
 
-@pytest.mark.parametrize("kind", ["crop", "shift", "horizontal", "vertical"])
+@pytest.mark.parametrize("kind", ["crop", "shift", "horizontal", "vertical", "erasing", "cutout", "cutmix"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_the_way_of_a_gpu_has_the_bits_of_the_cpu(
     kind: str, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for images in (PIXELS, PIXELS / 255, PIXELS.double(), PIXELS[:, :1], PIXELS[:1]):
+    augment = CutMix(16) if kind == "cutmix" else AUGMENTS[kind]
+    for images in (PIXELS, PIXELS / 255, PIXELS.double(), PIXELS[:, :1], PIXELS[:2]):
         images = images.contiguous(memory_format=layout)
-        expected = augmented(AUGMENTS[kind], images)
+        expected = augmented(augment, images)
         with monkeypatch.context() as patch:
-            patch.setattr(geometry, "_by_numpy", lambda images: False)
-            assert augmented(AUGMENTS[kind], images).equal(expected)
+            patch.setattr(geometry, "by_numpy", lambda images: False)
+            patch.setattr(erasing, "by_numpy", lambda images: False)
+            assert augmented(augment, images).equal(expected)
 
 
 @pytest.mark.parametrize("kind", ["crop", "shift", "horizontal", "vertical", "erasing", "cutout"])
