@@ -87,6 +87,10 @@ CASES: dict[str, dict[str, Any]] = {
     ),
     "fp16": case(OVERFLOWING, points(samples=39, bad=30000.0), trainer={"precision": "fp16", "log_every": "1step"}),
     "weighted": case(MLP, data={"weights": [0, 1, 2, 0.5, 30] + [0.1] * 34}, loss={**CE, "weight": [0.5, 1.0, 2.0]}),
+    "broken": case(
+        CNN, {**IMAGES, "_target_": "oracle_pieces.Broken"}, val={**IMAGES, "samples": 11},
+        data={"augment": AUGMENTED, "on_error": "skip"},
+    ),
     "losses": of_task("OwnCounts", outputs=6),
     "whole": of_task("Contrast", outputs=4, net="Noisy", data={"drop_last": True}),
     "gan": of_task("Game", net="Pair", optimizer=GAN, trainer=PLAIN),

@@ -72,6 +72,13 @@ class DataConfig(Section):
         "DataLoader workers of each rank. `auto`: none for a dataset that reads whole batches itself (`read_batch`) or "
         "where CPUs are few; else the CPUs available to this process, divided among the ranks of the machine.",
     )
+    on_error: Literal["stop", "skip"] = harmless(
+        "stop",
+        "What a sample that can't be read (its `__getitem__` raises) does to training. `stop`: the run fails, naming it. `skip`: "
+        "the next sample of the epoch's order that can be read stands in its place, the same one on any number of processes and "
+        "workers; the first ones are named in the log, and train rows count all of them since the run began: `skipped_samples`. "
+        "A whole global batch in a row is an error. Evaluation never skips.",
+    )
     pin_memory: bool | Auto = harmless("auto", "Page-locked batches, for faster copies. `auto`: on CUDA only.")
     steps_per_epoch: Count | None = refused(None, "The length of an epoch, for an IterableDataset without a length.")
     weights: fields.SampleWeights | None = refused(

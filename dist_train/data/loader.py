@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from dist_train.data.errors import CollateError, DataError, SampleError, dataset_name, resource_hint
 from dist_train.data.plan import EvalPlan, Indices, MicroBatch, Plan, StepSampler
 from dist_train.data.reading import LoaderOptions, SampleReader, dataset_length
+from dist_train.data.skipping import Skipped
 from dist_train.data.stream import is_stream, shard_parameters, stream_length
 from dist_train.data.stream_check import check_stream
 from dist_train.data.stream_reader import ShardPlan, ShardReader, StreamInfo, StreamReader
@@ -157,6 +158,7 @@ class TrainLoader(_Loader):
     Attributes:
         waited: seconds that the caller has waited for batches since the loader was made; may be set back to 0.
         notes: how a stream is read, for the log.
+        skipped: samples of this rank that were replaced.
     """
 
     def __init__(
@@ -165,6 +167,7 @@ class TrainLoader(_Loader):
         self.plan = plan
         self.waited = 0.0
         self.notes: list[str] = []
+        self.skipped = Skipped()
         self._stream: StreamReader | None = None
         workers = _workers_for(dataset, options)
         if is_stream(dataset):
@@ -173,7 +176,9 @@ class TrainLoader(_Loader):
                 raise DataError(f"{what} a map-style dataset; {dataset_name(dataset)} is an IterableDataset")
             reader: SampleReader = self._open_stream(dataset, workers, micro_batch_size, options)
         elif dataset_length(dataset) == plan.length:
-            reader = SampleReader(dataset, options.seed, options.collate)
+            reader = SampleReader(
+                dataset, options.seed, options.collate, plan if options.config.on_error == "skip" else None
+            )
         else:
             raise DataError(f"the plan is for {plan.length} samples, but data.train has {len(dataset)}")
         self.sampler = StepSampler(
@@ -284,6 +289,8 @@ class TrainLoader(_Loader):
             self.waited += time.perf_counter() - began
             _check_order(micro, step, position)
             position += micro.samples
+            if micro.skipped:
+                self.skipped.add(micro.skipped)
             if self._stream is not None:
                 self._stream.commit(micro)
             yield micro

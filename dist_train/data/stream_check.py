@@ -98,6 +98,10 @@ def check_stream(
             f"data.{slot}: {name} is an iterator, which can be read once only; expected an object whose __iter__ starts "
             f"over (a torch IterableDataset; torchdata.nodes.Loader around a node; a class around a generator)"
         )
+    if slot == "train" and options.config.on_error == "skip":
+        raise DataError(
+            f"data.on_error: skip needs a map-style dataset (__len__, __getitem__); {name} is an IterableDataset"
+        )
     probe = _Probe(dataset, options.seed, count)
     try:
         found = _in_workers(probe, min(workers, 2), options) if workers else [probe[0]]

@@ -42,6 +42,7 @@ class Progress:
 
     Attributes:
         step: optimizer steps done. samples: consumed by them. seconds: trained, over all starts.
+        skipped_samples: of these, those that couldn't be read and were replaced (`data.on_error: skip`).
         evaluated_step: `step` of the last complete evaluation, -1 before the first.
         evaluation_due: a stop has interrupted one.
         metrics: those of the last evaluation.
@@ -51,6 +52,7 @@ class Progress:
 
     step: int = 0
     samples: int = 0
+    skipped_samples: int = 0
     seconds: float = 0.0
     evaluated_step: int = -1
     evaluation_due: bool = False

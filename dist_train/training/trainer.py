@@ -222,6 +222,7 @@ class Trainer:
         self.stepper.read()
         if self.outputs.digests is not None:
             self.outputs.digests.flush()
+        self._count_skipped()
         row = self.rows.take(self.progress.samples, self.parts.train_loader.waited, self.world.peers.pace())
         self._write_row("train", row)
         duration = self.config.trainer.duration
@@ -233,6 +234,12 @@ class Trainer:
             self._status_at = time.monotonic()
             with self.run.best_effort():
                 self.write_status("running")
+
+    def _count_skipped(self) -> None:
+        """Samples that were replaced on any rank since the last time, for the next row and the checkpoint; all ranks call it."""
+        if self.config.data.on_error == "skip":
+            self.progress.skipped_samples += sum(self.world.all_gather(self.parts.train_loader.skipped.take()))
+            self.log("skipped_samples", self.progress.skipped_samples)
 
     def _write_row(self, split: str, metrics: dict[str, float]) -> None:
         if self.checkpoints is not None:
@@ -246,6 +253,7 @@ class Trainer:
         self._trainable.check_known()
         if self.outputs.digests is not None:  # before rank 0 hears of this rank, and so before it publishes
             self.outputs.digests.flush(sync=True)
+        self._count_skipped()
         ranks = of_every_rank(self.modules, self.world, equal=self.plan.leaf_size is not None)
         stream = self.parts.train_loader.state_dict(lambda value: on_rank_zero(self.world, value))
         status.phase = SAVING

@@ -36,7 +36,8 @@ _OUT_OF_MEMORY = re.compile(
 _HARDWARE = "GPU or driver fault: check dmesg | grep Xid and nvidia-smi -q; use another host, or have this one reset"
 _HINTS = {  # the first pattern that matches counts; torch ends each "CUDA error: ..." with a line on "device-side assertions"
     "NonFiniteError": "lower optimizer.lr, trainer.clip_grad_norm=1, or trainer.on_nonfinite=skip; check those samples",
-    "SampleError": "read that sample by hand (dataset class and index); data.num_workers=0 makes it debuggable",
+    "SampleError": "read that sample by hand (dataset class and index); data.num_workers=0 makes it debuggable; "
+    "data.on_error=skip trains on without it",
     r"DataLoader worker \(pid": "data.num_workers=0 shows an error in the dataset itself; more /dev/shm, or more memory",
     r"/dev/shm|shared memory\(shm\)": "df -h /dev/shm: docker run --shm-size=8g, or fewer data.num_workers",
     r"No space left|Errno 28": "free disk space (df -h), or keep less: checkpoint.keep_last=1, a longer checkpoint.every",

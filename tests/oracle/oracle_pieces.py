@@ -40,6 +40,16 @@ class Points(Dataset[Any]):
         return self.inputs[index] + self.noise * drawn, self.targets[index]
 
 
+class Broken(Points):
+    """The same, with samples that can't be read: three in a row and every seventh."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        sample = super().__getitem__(index)
+        if index in (8, 9, 10) or index % 7 == 3:
+            raise OSError(f"sample {index} is broken")
+        return sample
+
+
 class Named(Points):
     """The same as dicts in dicts, with more than the model takes."""
 

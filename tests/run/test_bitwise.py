@@ -7,11 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from bitwise_cases import CASES, case, layers
 from bitwise_runs import WORLDS, Jobs, assert_same_bits, other_bits, states, train_all
 from runs import result, rows
 
+from dist_train.data.plan import Plan
 from dist_train.main import main
 
 # Those whose reduction has something that others don't have are trained on every number, the rest on few: chaos has all.
@@ -19,7 +21,7 @@ EVERYWHERE = ("mlp-adamw", "cnn-sgd", "transformer-adamw", "weighted", "unused")
 SOME = {name: WORLDS if name in EVERYWHERE else (1, 3, 5) for name in CASES} | {"resnet18-bf16": (1, 2, 3)}
 # Stopped within an interval of the log, at the end of an epoch that is evaluated, and within one.
 CHANGES = {1: "1step", 3: "3step", 2: "5step", 4: "null"}
-MOVED = ("mlp-adamw", "cnn-sgd")
+MOVED = ("mlp-adamw", "cnn-sgd", "broken")
 # Without dropout, which is drawn for each micro-batch: only the order of sums is another.
 STILL = case(layers(("Linear", 5, 8), ("Tanh",), ("Linear", 8, 3)), debug={"digest": True})
 FLIPPED = {"_target_": "faults.FlippedGradient", "step": 4, "rank": 2, "name": "2.weight"}
@@ -63,6 +65,15 @@ def test_a_run_whose_number_of_processes_changes_on_the_way_has_the_bits_of_one_
 
 def test_loader_workers_make_no_difference(runs: Path) -> None:
     assert other_bits(runs / "cnn-sgd-1", runs / "cnn-sgd-workers") == []
+
+
+def test_samples_that_cannot_be_read_are_counted_in_every_row(runs: Path) -> None:
+    broken = [index for index in range(40) if index in (8, 9, 10) or index % 7 == 3]
+    plan = Plan(0, 40, 16, drop_last=False)
+    replaced = np.cumsum([np.isin(plan.batch(step), broken).sum() for step in range(7)])
+    for name in ("broken-3", "broken-moved"):
+        found = [(row["step"], row["skipped_samples"]) for row in rows(runs / name, "train")]
+        assert found == [(step, replaced[step - 1]) for step in (2, 4, 6, 7)]
 
 
 def test_the_scaled_run_has_skipped_a_step(runs: Path) -> None:
