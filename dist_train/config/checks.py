@@ -102,6 +102,11 @@ def _data(config: Config) -> Iterator[Violation]:
         if 0 in counts or (counts[0] != counts[1] and 1 not in counts):
             found = f"found {counts[0]} in mean and {counts[1]} in std"
             yield "data.normalize", f"expected a number for each channel in both, or one for all, {found}"
+    if data.placement == "device" and data.num_workers not in ("auto", 0):
+        yield (
+            "data.num_workers",
+            "batches in device memory (data.placement=device) are made there, without workers: leave it auto",
+        )
     yield from _named_parts(config)
     if isinstance(data.global_batch_size, int) and isinstance(micro, int) and micro > data.global_batch_size:
         most = f"data.global_batch_size={data.global_batch_size}, which all ranks share"

@@ -80,6 +80,11 @@ class DataConfig(Section):
         "A whole global batch in a row is an error. Evaluation never skips.",
     )
     pin_memory: bool | Auto = harmless("auto", "Page-locked batches, for faster copies. `auto`: on CUDA only.")
+    placement: Literal["auto", "device", "host"] = harmless(
+        "auto",
+        "Where datasets that are read by whole batches live. `auto`: in the GPU's memory where they have less than 2 GiB and a "
+        "tenth of what is free. `device`: there, else it is an error. On the CPU both are its memory.",
+    )
     steps_per_epoch: Count | None = refused(None, "The length of an epoch, for an IterableDataset without a length.")
     weights: fields.SampleWeights | None = refused(
         None,

@@ -58,6 +58,7 @@ def start_lines(trainer: Trainer) -> Lines:
         ("task", _task(parts)),
         ("precision", parts.precision.name),
         ("data", data),
+        ("placement", parts.placement),
         ("batch", batch_arithmetic(parts)),
         ("training", f"{config.trainer.duration}{total}"),
         *(("note", note) for note in parts.train_loader.notes),

@@ -17,6 +17,7 @@ from dist_train.config.errors import ConfigError
 from dist_train.config.fields import Duration, in_steps, is_named
 from dist_train.data.augment import Augmentation
 from dist_train.data.loader import EvalLoader, TrainLoader
+from dist_train.data.placement import place_datasets
 from dist_train.data.plan import Plan
 from dist_train.data.weighting import sampling_weights
 from dist_train.evaluation.evaluate import Evaluator
@@ -49,6 +50,7 @@ class Parts(ModelParts):
 
     Attributes:
         datasets: those that the config has, by their split: train, val, test.
+        placement: which of them live in the device's memory, for the log.
         plan: the order of the training samples.
         micro_batch_size: maximum number of samples per forward.
         augmentation: what is done to a training batch on the device.
@@ -62,6 +64,7 @@ class Parts(ModelParts):
     """
 
     datasets: dict[str, Any]
+    placement: str
     callbacks: list[Callback]
     plan: Plan
     micro_batch_size: int
@@ -130,9 +133,11 @@ def build_parts(
         steps = [build(spec) for spec in config.data.augment]
         augmentation = Augmentation(steps, built.normalize) if steps else None
     neighbours = augmentation.neighbours if augmentation is not None else 0
+    with building("data.placement"):
+        placed, placement = place_datasets(datasets, options)
     with building("data"):
-        train_loader = TrainLoader(datasets["train"], plan, options, micro_batch_size=micro, neighbours=neighbours)
-    held_out = {split: dataset for split, dataset in datasets.items() if split != "train"}
+        train_loader = TrainLoader(placed["train"], plan, options, micro_batch_size=micro, neighbours=neighbours)
+    held_out = {split: dataset for split, dataset in placed.items() if split != "train"}
     eval_loaders = {split: eval_loader(config, world, dataset, split) for split, dataset in held_out.items()}
     owners = Owners(built.modules, config.optimizer) if is_named(config.optimizer) else None
     optimizer = _optimizers(built, owners) if owners is not None else _optimizer(built, "optimizer", config.optimizer)
@@ -147,7 +152,7 @@ def build_parts(
     if (rule := config.trainer.stop_when) is not None:
         stop_when = StopWhen(rule, plan.steps_per_epoch, is_lower_better(rule.metric, built.metrics))
     return Parts(
-        **vars(built), datasets=datasets, callbacks=callbacks, plan=plan, micro_batch_size=micro,
+        **vars(built), datasets=datasets, callbacks=callbacks, plan=plan, micro_batch_size=micro, placement=placement,
         augmentation=augmentation, train_loader=train_loader, eval_loaders=eval_loaders, optimizer=optimizer, owners=owners,
         horizon=horizon, schedule=schedule, ema=ema, frozen=frozen, keep_best=keep_best, stop_when=stop_when,
         evaluator=Evaluator(built, ema),

@@ -91,6 +91,7 @@ MATTERS: dict[str, tuple[str, Any]] = {
 CHANGES_NOTHING: dict[str, Any] = {
     "data.num_workers": 1,
     "data.pin_memory": False,
+    "data.placement": "host",
     "data.persistent_workers": False,
     "data.prefetch_factor": 3,
     "data.timeout": 60.0,
