@@ -16,7 +16,11 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_train.config.schema import TrainerConfig
+from dist_train.data import CutMix, Mixup, OneOf, RandomErasing, RandomHorizontalFlip, RandomShift
+from dist_train.data.augment import Augmentation
 from dist_train.data.loader import StepWork
+from dist_train.data.normalize import Normalize
+from dist_train.data.placement import OnDevice
 from dist_train.data.plan import MicroBatch, Plan
 from dist_train.objective.modules import Modules
 from dist_train.objective.objective import Objective, SingleProcess, StepSums, step_sums
@@ -24,6 +28,7 @@ from dist_train.objective.precision import Precision
 from dist_train.optim.optim import build_optimizer
 from dist_train.reduction.reduce import ReportingObjective
 from dist_train.step.step import Stepper
+from dist_train.task.batch import move_batch
 from dist_train.task.losses import Loss
 from dist_train.task.task import Supervised
 from dist_train.training.digests import StepDigests
@@ -194,6 +199,31 @@ def test_digests_of_a_step_list_no_wait(monkeypatch: pytest.MonkeyPatch, name: s
     seen = waits(monkeypatch, *LOSSES[name], form, "bf16", digested=True)
     assert seen.kernels > plain.kernels + 20, "no digests were computed"
     assert not seen.found
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_the_way_of_a_batch_from_device_memory_to_the_model_lists_no_wait(
+    monkeypatch: pytest.MonkeyPatch, memory_format: torch.memory_format
+) -> None:
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)  # fake tensors have none
+    steps = [RandomShift(4), RandomHorizontalFlip(), RandomErasing(0.5), OneOf([Mixup(10), CutMix(10)])]
+    augmentation = Augmentation(steps, Normalize([0.1, 0.2, 0.3], [0.5, 0.5, 0.5]))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with CUDA:
+            rows = torch.zeros(64, 3, 32, 32, dtype=torch.uint8), torch.zeros(64, dtype=torch.int64)
+        dataset = OnDevice(range(64), rows)
+
+        def batch(indices: Any) -> Any:
+            read = move_batch(dataset.read_batch(indices), CUDA, memory_format)
+            return augmentation(read, seed=0, epoch=0, indices=indices)
+
+        batch(np.arange(9))
+        with Waits() as seen:
+            images, targets = batch(np.arange(20, 29))
+    assert not seen.found
+    assert seen.kernels > 20
+    assert (images.device, images.dtype, images.shape, targets.shape) == (CUDA, torch.float32, (8, 3, 32, 32), (8, 10))
+    assert images.is_contiguous(memory_format=memory_format)
 
 
 def test_a_wait_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
