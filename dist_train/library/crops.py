@@ -19,56 +19,65 @@ from dist_train.data.errors import DataError
 from dist_train.library.turbojpeg import Box, Jpeg
 
 Size = tuple[int, int]
-Pixels = Callable[[Box], NDArray[np.uint8]]
-"""The pixels of a box of a picture, (height, width, 3) RGB."""
+Pixels = Callable[[Box, Size], NDArray[np.uint8]]
+"""The pixels of a box of a picture, (height, width, 3) RGB, to be resized to that size."""
 
 
 class Picture:
     """A file that has been read, and whose pixels are decoded when asked for.
 
+    Args:
+        scaled: let JPEG's decoder shrink what will be shrunk by more than half.
+
     Raises:
         DataError: it is empty, or no picture; names the file. OSError: it can't be read.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, scaled: bool = False) -> None:
         with open(path, "rb") as file:
             data = file.read()
-        self._path, self._data = path, data
+        self._path, self._data, self._scaled = path, data, scaled
         self._jpeg = Jpeg(data)
-        self._image: Any = None
         if self._jpeg.opened:
             self.height, self.width = self._jpeg.height, self._jpeg.width
         else:
-            self.width, self.height = self.image().size
+            self.width, self.height = self._pil(None).size
 
     def image(self) -> Any:
-        """The picture as a PIL image in RGB."""
-        if self._image is None:
-            from PIL import Image
+        """The whole picture as a PIL image in RGB. Raises DataError: the file is damaged."""
+        return self._pil(1)
 
-            try:
-                with Image.open(io.BytesIO(self._data)) as opened:
-                    self._image = opened.convert("RGB")
-            except MemoryError:
-                raise
-            except Exception as error:  # of many types, by the format and the damage
-                size = len(self._data)
-                raise DataError(
-                    f"{os.path.abspath(self._path)} is no picture that can be decoded: "
-                    + (f"{type(error).__name__}: {error} ({size} bytes)" if size else "the file is empty (0 bytes)")
-                ) from error
-        return self._image
+    def _pil(self, scale: int | None) -> Any:
+        """A PIL image in RGB, of a JPEG a half, a quarter or an eighth by `scale`; None: not decoded yet."""
+        from PIL import Image
 
-    def pixels(self, box: Box) -> NDArray[np.uint8]:
-        """Those of a box, (height, width, 3) RGB; of a JPEG only these are decoded, if libjpeg-turbo is there.
+        try:
+            opened = Image.open(io.BytesIO(self._data))
+            if scale is None:
+                return opened
+            if scale > 1:
+                opened.draft(None, (self.width // scale, self.height // scale))
+            return opened.convert("RGB")
+        except MemoryError:
+            raise
+        except Exception as error:  # of many types, by the format and the damage
+            size = len(self._data)
+            raise DataError(
+                f"{os.path.abspath(self._path)} is no picture that can be decoded: "
+                + (f"{type(error).__name__}: {error} ({size} bytes)" if size else "the file is empty (0 bytes)")
+            ) from error
 
-        Raises DataError: the file is damaged.
+    def pixels(self, box: Box, size: Size) -> NDArray[np.uint8]:
+        """Those of a box, (height, width, 3) RGB, not smaller than the size that it will be resized to.
+
+        Of a JPEG only these are decoded, if libjpeg-turbo is there. Raises DataError: the file is damaged.
         """
-        found = self._jpeg.decode(box) if self._jpeg.opened else None
-        if found is None:
-            top, left, height, width = box
-            found = np.array(self.image().crop((left, top, left + width, top + height)))
-        return found
+        scales = (8, 4, 2) if self._scaled and self._data[:2] == b"\xff\xd8" else ()
+        scale = next((one for one in scales if box.height // one >= size[0] and box.width // one >= size[1]), 1)
+        top, left = box.top // scale, box.left // scale
+        bottom, right = -(-(box.top + box.height) // scale), -(-(box.left + box.width) // scale)
+        found = self._jpeg.decode(Box(top, left, bottom - top, right - left), scale) if self._jpeg.opened else None
+        return found if found is not None else np.array(self._pil(scale).crop((left, top, right, bottom)))
 
 
 def resize(pixels: NDArray[np.uint8], size: Size, out: Tensor) -> None:
@@ -124,7 +133,7 @@ class RandomCrop:
     def take(self, height: int, width: int, pixels: Pixels, out: Tensor | None = None) -> Tensor:
         """A crop of a picture of that size, in `out` if given: (3, height, width) uint8."""
         out = torch.empty((3, *self.shape), dtype=torch.uint8) if out is None else out
-        resize(pixels(self.box(height, width)), self.shape, out)
+        resize(pixels(self.box(height, width), self.shape), self.shape, out)
         return out
 
 
@@ -147,7 +156,7 @@ class FixedCrop:
         else:
             size = shorter_side(height, width, self.resize) if isinstance(self.resize, int) else self.resize
         whole = out if out is not None and self.center in (None, size) else torch.empty((3, *size), dtype=torch.uint8)
-        resize(pixels(Box(0, 0, height, width)), size, whole)
+        resize(pixels(Box(0, 0, height, width), size), size, whole)
         if self.center in (None, size):
             return whole
         h, w = self.center

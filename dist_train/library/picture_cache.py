@@ -47,6 +47,7 @@ class PictureCache:
     noticed: delete the directory.
 
     Args:
+        scaled: as `Picture` has it.
         directory: on a disk of this node, or shared by nodes, whose file system can lock files.
 
     Raises:
@@ -54,15 +55,16 @@ class PictureCache:
             can't be read or written.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], files: FileList, size: int) -> None:
+    def __init__(self, directory: str | os.PathLike[str], files: FileList, size: int, scaled: bool = False) -> None:
         self._directory, self._files, self._side = Path(directory).absolute(), files, size
+        self._scaled = scaled
         if size < 1:
             raise DataError(f"ImageFolder: expected cache_size to be at least 1, found {size}")
         self._chunks = -(-len(files) // PER_CHUNK)
         self._maps: dict[int, mmap.mmap] = {}
         with _explained(self._directory):
             self._check_identity()
-            Builder(self._directory, files, size, self._chunks).complete()
+            Builder(self._directory, files, size, self._chunks, scaled).complete()
             tables = [_read_sizes(self._path(chunk), self._count(chunk)) for chunk in range(self._chunks)]
         self._sizes = np.concatenate(tables)
         areas = 3 * self._sizes.prod(1, dtype=np.int64)
@@ -103,7 +105,13 @@ class PictureCache:
 
     def _check_identity(self) -> None:
         """Write what the directory holds, or compare it."""
-        mine = {"format": _FORMAT, "per_chunk": PER_CHUNK, "size": self._side, "files": self._files.digest()}
+        mine = {
+            "format": _FORMAT,
+            "per_chunk": PER_CHUNK,
+            "size": self._side,
+            "scaled": self._scaled,
+            "files": self._files.digest(),
+        }
         path = self._directory / "cache.json"
         self._directory.mkdir(parents=True, exist_ok=True)
         if not path.exists():
@@ -127,8 +135,9 @@ class PictureCache:
 class Builder:
     """Makes the chunks that are missing, together with whatever other process does so."""
 
-    def __init__(self, directory: Path, files: FileList, side: int, chunks: int) -> None:
+    def __init__(self, directory: Path, files: FileList, side: int, chunks: int, scaled: bool) -> None:
         self._directory, self._files, self._side, self._chunks = directory, files, side, chunks
+        self._scaled = scaled
         self._verified = directory / "verified.json"
         self._known: dict[str, list[int]] = {}  # chunk: its length and time of modification when it was hashed
         self._broken = 0
@@ -230,17 +239,18 @@ class Builder:
     def _small(self, index: int) -> NDArray[np.uint8]:
         """A picture as it is kept; one that is broken has no pixels."""
         try:
-            picture = Picture(self._files.path(index))
+            picture = Picture(self._files.path(index), self._scaled)
             height, width = picture.height, picture.width
-            pixels = picture.pixels(Box(0, 0, height, width))
+            keeps = min(height, width) <= self._side
+            shape = (height, width) if keeps else shorter_side(height, width, self._side)
+            pixels = picture.pixels(Box(0, 0, height, width), shape)
         except DataError as error:
             self._broken += 1
             if self._broken <= 10:
                 log.warning("cache %s: %s", self._directory, error)
             return np.empty((0, 0, 3), dtype=np.uint8)
-        if min(height, width) <= self._side:
+        if keeps:
             return np.ascontiguousarray(pixels)
-        shape = shorter_side(height, width, self._side)
         kept = np.empty((*shape, 3), dtype=np.uint8)
         resize(pixels, shape, torch.from_numpy(kept).permute(2, 0, 1))
         return kept

@@ -30,6 +30,10 @@ class Box(NamedTuple):
     width: int
 
 
+class _Factor(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int) for name in ("num", "denom")]
+
+
 class _Region(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int) for name in ("x", "y", "w", "h")]
 
@@ -45,6 +49,7 @@ def _library() -> Any:
             library.tj3SetCroppingRegion.argtypes = [ctypes.c_void_p, _Region]
         except (OSError, AttributeError):
             continue
+        library.tj3SetScalingFactor.argtypes = [ctypes.c_void_p, _Factor]
         library.tj3Init.restype = ctypes.c_void_p
         library.tj3DecompressHeader.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t]
         library.tj3Get.argtypes = [ctypes.c_void_p, ctypes.c_int]
@@ -89,18 +94,23 @@ class Jpeg:
     def _get(self, parameter: int) -> int:
         return int(self._library.tj3Get(self._decoder, parameter))
 
-    def decode(self, box: Box) -> NDArray[np.uint8] | None:
+    def decode(self, box: Box, scale: int = 1) -> NDArray[np.uint8] | None:
         """The pixels of a box, (height, width, 3) uint8 RGB, bitwise identical to those of a full decode.
 
         None if the data are damaged, or the library warns of them. To be called before another header is read.
+
+        Args:
+            scale: 2, 4 or 8: decode a picture of a half, a quarter, an eighth; the box is one of that.
         """
         # The region begins where a block does. Chroma is interpolated from its neighbours: one more pixel on each side.
-        blocks = _BLOCK_WIDTHS[self._subsampling]
+        blocks = _BLOCK_WIDTHS[self._subsampling] // scale
         left = max(0, box.left - 1) // blocks * blocks
-        right = min(self.width, box.left + box.width + 1)
+        right = min(-(-self.width // scale), box.left + box.width + 1)
         pixels = np.empty((box.height, right - left, 3), dtype=np.uint8)
         region = _Region(left, box.top, right - left, box.height)
         data, decoder = self._data, self._decoder
+        if self._library.tj3SetScalingFactor(decoder, _Factor(1, scale)):
+            return None
         if self._library.tj3SetCroppingRegion(decoder, region):
             return None
         if self._library.tj3Decompress8(decoder, data, len(data), pixels.ctypes.data, 0, _RGB):

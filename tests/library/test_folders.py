@@ -22,8 +22,9 @@ from dist_train.data.errors import SampleError
 from dist_train.data.plan import MicroBatch
 from dist_train.data.reading import SampleReader
 from dist_train.library import file_list, turbojpeg
-from dist_train.library.crops import RandomCrop
+from dist_train.library.crops import Picture, RandomCrop
 from dist_train.library.file_list import FileList, open_files
+from dist_train.library.turbojpeg import Box
 from dist_train.runtime.seeding import seed_sample
 
 
@@ -150,14 +151,44 @@ def test_a_part_of_a_jpeg_has_the_bits_of_the_whole() -> None:
     ]:
         file = io.BytesIO()
         picture(1, height, width).save(file, "JPEG", **options)
-        whole = np.asarray(Image.open(file).convert("RGB"))
-        for _ in range(60):
-            h, w = random.randint(1, height + 1), random.randint(1, width + 1)
-            top, left = random.randint(height - h + 1), random.randint(width - w + 1)
+        for scale in [1] * 40 + [2, 4, 8] * 10 * (width > 8):
+            image = Image.open(file)
+            image.draft(None, (width // scale, height // scale))
+            whole = np.asarray(image.convert("RGB"))
+            h, w = (random.randint(1, side + 1) for side in whole.shape[:2])
+            top, left = random.randint(whole.shape[0] - h + 1), random.randint(whole.shape[1] - w + 1)
             jpeg = turbojpeg.Jpeg(file.getvalue())
             assert jpeg.opened
-            part = jpeg.decode(turbojpeg.Box(top, left, h, w))
+            part = jpeg.decode(Box(top, left, h, w), scale)
             assert np.array_equal(part, whole[top : top + h, left : left + w])
+
+
+def test_scaled_decoding_shrinks_early_and_alike_with_both_decoders(monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, options in enumerate([{"subsampling": 0}, {"subsampling": 2}, {"progressive": True}]):
+        save(Path("large/x") / f"{number}.jpg", picture(number, 301, 402), quality=90, **options)
+    save(Path("large/x/png.png"), picture(5, 301, 402))
+    sizes = [
+        (Box(0, 0, 301, 402), (64, 64), (76, 101)),
+        (Box(5, 3, 128, 257), (64, 64), (65, 129)),  # a half of 5..133 is 2..67, of 3..260 it is 1..130
+        (Box(9, 8, 70, 90), (64, 64), (70, 90)),
+    ]
+    for box, size, expected in sizes:
+        assert Picture("large/x/0.jpg", scaled=True).pixels(box, size).shape[:2] == expected
+        assert Picture("large/x/png.png", scaled=True).pixels(box, size).shape[:2] == (box.height, box.width)
+
+    def crops(**options: Any) -> Any:
+        items = []
+        for kind in ({"resize": 60, "center_crop": 50}, {"random_resized_crop": 50}):
+            for index in range(4):
+                torch.manual_seed(index)
+                items.append(ImageFolder("large", **kind, **options)[index][0].int())
+        return torch.stack(items)
+
+    plain, scaled = crops(), crops(scaled_decoding=True)
+    assert 0 < float((plain - scaled).abs().double().mean()) < 3.0
+    monkeypatch.setattr(turbojpeg, "_handles", type("None", (), {"decoder": None}))
+    assert torch.equal(crops(scaled_decoding=True), scaled)
+    assert torch.equal(crops(), plain)
 
 
 @pytest.mark.usefixtures("_decoder")
