@@ -137,6 +137,8 @@ def test_with_transforms_items_are_exactly_torchvisions(name: str, files: Any, t
         (mine, label), (other, expected) = (torch.manual_seed(k) and dataset[k] for dataset in pair)
         assert (mine.tobytes(), mine.size, label) == (other.tobytes(), other.size, expected)
     assert seen[0::2] == seen[1::2]
+    again = pickle.loads(pickle.dumps(ours(tmp_path)))  # as spawned workers get it
+    assert all(map(torch.equal, again[3], ours(tmp_path)[3]))
     only_labels = ours(tmp_path, target_transform=lambda label: -label)
     assert (type(only_labels[3][0]), only_labels[3][1]) == (Tensor, -int(only_labels.targets[3]))
     assert batch_reader(only_labels) is None
