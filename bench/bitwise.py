@@ -32,7 +32,8 @@ from statistics import median, quantiles
 from typing import Any
 
 import torch
-from overhead import hardware, versions
+from overhead import PACKAGES
+from rounds import hardware, versions
 from torch import Tensor, nn
 
 from dist_train.config.schema import DistributedConfig, TrainerConfig
@@ -271,7 +272,7 @@ def main() -> None:
                 row = [CASES[model].label, str(world), *cells(model, world, options)]
                 print("| " + " | ".join(row) + " |", flush=True)
         print()
-    print(f"Hardware: {hardware()}  \nVersions: {versions()}  ")
+    print(f"Hardware: {hardware()}  \nVersions: {versions(PACKAGES)}  ")
     print(f"{options.turns} turns; {time.strftime('%Y-%m-%d')}, `python bench/bitwise.py {' '.join(sys.argv[1:])}`")
 
 

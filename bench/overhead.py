@@ -12,11 +12,9 @@ medians of each round's ratio to the raw loop.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -24,7 +22,8 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
-from typing import Any
+
+from rounds import hardware, versions
 
 HERE = Path(__file__).resolve().parent
 # Name -> required module, label in the table.
@@ -131,28 +130,6 @@ def table(found: dict[tuple[str, int], list[dict[str, float]]], worlds: list[int
     return "\n".join(lines)
 
 
-def hardware() -> str:
-    """The name of the CPU, and the number of CPUs that this process may use."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
-        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{model}, {cpus} CPUs, {platform.system()} {platform.release()}"
-
-
-def versions() -> str:
-    """The versions of Python and of all packages involved."""
-    found: list[Any] = [f"Python {platform.python_version()}"]
-    for package in PACKAGES:
-        try:
-            found.append(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return ", ".join(found)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="number of rounds to take medians over (default 5)")
@@ -170,7 +147,7 @@ def main() -> None:
             names.remove(name)
     found = rounds(names, args)
     print(table(found, args.world))
-    print(f"\nHardware: {hardware()}  \nVersions: {versions()}  ")
+    print(f"\nHardware: {hardware()}  \nVersions: {versions(PACKAGES)}  ")
     print(f"Epoch: {1257 * args.repeat // 64} steps, {args.steps} steps measured, median of {args.rounds} rounds  ")
     print(f"{time.strftime('%Y-%m-%d')}, `python bench/overhead.py {' '.join(sys.argv[1:])}`")
 
