@@ -17,7 +17,7 @@ NPROC ?= $(or $(filter-out 0,$(GPUS)),2)
 CPUS    = $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 THREADS = $(shell n=$$(($(CPUS) / $(NPROC))); echo $$((n > 0 ? n : 1)))
 
-.PHONY: help train test-cpu lint format bench chaos docs clean distclean install
+.PHONY: help train test-cpu lint format bench bench-quick bench-all chaos docs clean distclean install
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -42,7 +42,17 @@ format: install  ## reformat the code with ruff
 	$(BIN)/ruff format .
 
 bench: install  ## compare steps per second and startup time with a raw loop, Fabric, Lightning, accelerate, Ignite
-	bench/run $(ARGS)
+	bench/run overhead.py $(ARGS)
+
+bench-quick: install  ## what matters of speed, in about a minute: the input, the step and its fixed cost, a whole job
+	bench/run input.py --quick
+	bench/run overhead.py --rounds 1 --steps 500 --world 1 --only raw dist_train
+	bench/run job.py --rounds 1 --epochs 5 --world 1 --only plain dist_train
+
+# On a quiet machine: half an hour. The tables of bench/RESULTS.md, in one file.
+bench-all: install  ## all benchmarks of the CPU, with their tables in bench-results.md
+	for command in "input.py" "overhead.py --steps 3000 --rounds 3" "job.py" "resume.py --trials 3"; do \
+	  bench/run $$command || exit 1; echo; done | tee bench-results.md
 
 chaos: install  ## run the long kill tests: real processes, real signals
 	CUDA_VISIBLE_DEVICES= PYTHONHASHSEED=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m chaos -o faulthandler_timeout=7200 $(or $(ARGS),tests)

@@ -24,7 +24,8 @@ from typing import Any
 
 import numpy as np
 import yaml
-from overhead import hardware, versions
+from overhead import PACKAGES
+from rounds import hardware, versions
 
 from dist_train import train
 from dist_train.data import Digits
@@ -116,7 +117,7 @@ def main() -> None:
                 # of all images that weren't trained on
                 right = sum(metrics[split]["accuracy"] * metrics[split]["eval_samples"] for split in ("val", "test"))
                 found[kind].append(right / sum(metrics[split]["eval_samples"] for split in ("val", "test")))
-    print(f"{hardware()}; {versions()}; {options.seeds} seeds, {options.epochs} epochs\n")
+    print(f"{hardware()}; {versions(PACKAGES)}; {options.seeds} seeds, {options.epochs} epochs\n")
     print("| input | accuracy of each seed | mean | standard deviation | difference to floats, paired | seconds |")
     print("| --- | --- | ---: | ---: | ---: | ---: |")
     for kind, values in found.items():

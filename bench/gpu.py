@@ -56,6 +56,7 @@ class Case:
     warmup: int
     steps: int
     compiled: bool = False
+    images: int = 50_000  # of `arrays`; the number of `files` is BENCH_FILES, by default 1024
 
 
 CASES = [  # the most informative first
@@ -70,7 +71,7 @@ CASES = [  # the most informative first
 
 def small(case: Case) -> Case:
     """The same in seconds on a CPU."""
-    return replace(case, size=32, batch=4, warmup=1, steps=2)
+    return replace(case, size=32, batch=4, warmup=1, steps=2, images=64)
 
 
 class Ticks(Callback):
@@ -88,14 +89,15 @@ def ours(case: Case, device: torch.device, folder: Path, clock: Clock) -> None:
     """With dist_train: all defaults, except that nothing is saved every epoch, which takes a second or less here."""
     data: dict[str, Any] = {"global_batch_size": case.batch, "num_workers": 0}
     if case.source == "files":
-        kind = getattr(dist_train.data, "ImageFolder", None)
-        if kind is None:
-            raise SkippedError("this version has no ImageFolder")
-        data |= {"train": kind(files(folder), random_resized_crop=case.size, flip=0.5), "num_workers": workers()}
+        data |= {
+            "train": dist_train.data.ImageFolder(files(folder), random_resized_crop=case.size),
+            "augment": [{"_target_": "dist_train.data.RandomHorizontalFlip"}],
+            "num_workers": workers(),
+        }
     elif case.source == "arrays":
         crop = {"_target_": "dist_train.data.RandomCrop", "size": case.size, "padding": 4}
         data |= {
-            "train": pictures(case.size),
+            "train": pictures(case.size, case.images),
             "augment": [crop, {"_target_": "dist_train.data.RandomHorizontalFlip"}],
         }
     else:
@@ -144,14 +146,13 @@ def batches(case: Case, device: torch.device, folder: Path) -> Iterator[tuple[An
     if case.source == "synthetic":
         return gpu_loops.OneBatch(case.size, case.batch, device).forever()
     if case.source == "arrays":
-        return gpu_loops.augmented(pictures(case.size), case.batch, device, MEAN, STD)
+        return gpu_loops.augmented(pictures(case.size, case.images), case.batch, device, MEAN, STD)
     return gpu_loops.from_files(files(folder), case.size, case.batch, workers(), MEAN, STD)
 
 
 @cache
-def pictures(size: int) -> gpu_loops.Pictures:
-    """As many as CIFAR-10 has, or few where they are small."""
-    return gpu_loops.Pictures(size)
+def pictures(size: int, count: int) -> gpu_loops.Pictures:
+    return gpu_loops.Pictures(size, count)
 
 
 @cache

@@ -98,12 +98,12 @@ class OneBatch(Dataset[Any]):
 
 
 class Pictures(Dataset[Any]):
-    """50,000 random uint8 pictures in host memory, read by whole batches."""
+    """Random uint8 pictures in host memory, read by whole batches."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, count: int) -> None:
         generator = np.random.default_rng(0)
-        self.inputs = torch.from_numpy(generator.integers(0, 256, (50_000, 3, size, size), np.uint8))
-        self.targets = torch.from_numpy(generator.integers(0, 10, 50_000))
+        self.inputs = torch.from_numpy(generator.integers(0, 256, (count, 3, size, size), np.uint8))
+        self.targets = torch.from_numpy(generator.integers(0, 10, count))
 
     def __len__(self) -> int:
         return len(self.targets)

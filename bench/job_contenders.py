@@ -2,7 +2,8 @@
 
 DigitsCNN on the 1,257 digits for 20 epochs: random shifts by a pixel, label smoothing, warm-up and cosine schedule, 64 samples a
 step over all processes; accuracy on val after each epoch, a checkpoint of each epoch and the best one, a row for TensorBoard
-every 20 steps, and accuracy on test by the best at the end. Alone or under torchrun; Fabric, accelerate and Ignite wrap the same loop.
+every 20 steps, and accuracy on test by the best at the end. Alone or under torchrun; Fabric and accelerate wrap the same
+loop.
 """
 
 from __future__ import annotations
