@@ -42,6 +42,7 @@ class Meter:
         self._waits: deque[tuple[float, float]] = deque(maxlen=INTERVALS)
         self._since = time.monotonic()
         self._advised = False
+        self.facts: InputFacts | None = None  # of the first micro-batch; on rank 0, which gives the advice
 
     def look(self, batch: Any, samples: int) -> None:
         """At the first micro-batch, as the model gets it: count the operations of its `samples`, if the device's peak is known.
@@ -96,7 +97,13 @@ class Meter:
     def advice(self) -> str:
         """Once a start, if the input is the bottleneck: how much it costs and what to change; else ""."""
         waits, seconds = zip(*self._waits, strict=True) if self._waits else ((), ())
-        if self._advised or len(waits) < INTERVALS or min(waits) < WAITING or sum(seconds) < SECONDS:
+        if (
+            self.facts is None
+            or self._advised
+            or len(waits) < INTERVALS
+            or min(waits) < WAITING
+            or sum(seconds) < SECONDS
+        ):
             return ""
         self._advised = True
         share = sum(wait * second for wait, second in self._waits) / sum(seconds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -151,3 +152,14 @@ def test_advice_names_what_this_config_lacks() -> None:
     assert "num_workers" not in ready
     assert "read_batch" not in ready
     assert "pin_memory" not in ready
+
+
+def test_a_rank_that_has_not_seen_the_first_batch_gives_no_advice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meter, "SECONDS", 0)
+    world = SimpleNamespace(is_main=False, device=torch.device("cpu"))
+    other = meter.Meter(SimpleNamespace(world=world), print)  # type: ignore[arg-type]
+    for _ in range(meter.INTERVALS):
+        other.row({"data_wait": 1.0, "samples_per_s": 1.0})
+    assert other.advice() == ""
+    other.facts = InputFacts("my.Own", whole=True, cpus=1)  # a negative control
+    assert "100% of the time" in other.advice()
