@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from dist_train.data.errors import DataError
-from dist_train.files import fsync_directory, write_atomic
+from dist_train.files import append_whole, fsync_directory, write_atomic
 from dist_train.library.crops import Picture, resize, shorter_side
 from dist_train.library.file_list import FileList
 from dist_train.library.turbojpeg import Box
@@ -138,26 +138,40 @@ class Builder:
     def __init__(self, directory: Path, files: FileList, side: int, chunks: int, scaled: bool) -> None:
         self._directory, self._files, self._side, self._chunks = directory, files, side, chunks
         self._scaled = scaled
-        self._verified = directory / "verified.json"
+        self._journal = directory / "hashed.jsonl"
         self._known: dict[str, list[int]] = {}  # chunk: its length and time of modification when it was hashed
-        self._broken = 0
+        self._read = self._broken = 0
+        # Kept over chunks: each thread has a decoder.
+        self._pool = ThreadPoolExecutor(max(1, usable_cpus() // max(1, read_placement(os.environ).local_size)))
 
     def complete(self) -> None:
         """Return when every chunk is there and has been hashed as it is now."""
-        with contextlib.suppress(OSError, ValueError):
-            self._known = json.loads(self._verified.read_bytes())
+        self._follow()
         todo = [chunk for chunk in range(self._chunks) if not self._is_known(chunk)]
         if not todo:
             return
-        with open(self._directory / "lock", "ab") as lock:
+        with self._pool, open(self._directory / "lock", "ab") as lock:
             first = os.getpid() % len(todo)  # each begins at another
             todo = todo[first:] + todo[:first]
             left = self._work(lock, todo, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._work(lock, left, fcntl.LOCK_EX)  # others are at these, or have died at them
-        with contextlib.suppress(OSError, ValueError):
-            self._known |= json.loads(self._verified.read_bytes()) | self._known
-        write_atomic(self._verified, json.dumps(self._known).encode())
         fsync_directory(self._directory)
+
+    def _follow(self) -> None:
+        """Read what this and other processes have written down since the last time."""
+        with contextlib.suppress(FileNotFoundError), open(self._journal, "rb") as file:
+            file.seek(self._read)
+            lines = file.read().splitlines(keepends=True)
+            for line in lines:
+                with contextlib.suppress(ValueError):  # one whose writer was killed
+                    self._known |= json.loads(line)
+            self._read += sum(len(line) for line in lines if line.endswith(b"\n"))
+
+    def _note(self, chunk: int) -> None:
+        """Write down that it is there, and hashed: whoever opens the directory relies on it."""
+        line = b"\n%s\n" % json.dumps({str(chunk): self._stamp(chunk)}).encode()
+        with open(self._journal, "ab", buffering=0) as file:
+            append_whole(file, line)
 
     def _work(self, lock: Any, todo: list[int], how: int) -> list[int]:
         """Those that other processes hold."""
@@ -169,8 +183,11 @@ class Builder:
                 left.append(chunk)
                 continue
             try:
-                if not self._is_sound(chunk):
-                    self._make(chunk)
+                self._follow()
+                if not self._is_known(chunk):
+                    if not self._is_sound(chunk):
+                        self._make(chunk)
+                    self._note(chunk)
             finally:
                 fcntl.lockf(lock, fcntl.LOCK_UN, 1, chunk)
             if time.monotonic() - reported > _REPORT_SECONDS:
@@ -203,9 +220,7 @@ class Builder:
                 hashed.update(data)
                 left -= len(data)
             sound = left == 0 and file.read() == hashed.digest()
-        if sound:
-            self._known[str(chunk)] = stamp
-        else:
+        if not sound:
             log.warning("cache %s: %s is damaged and made again", self._directory, self._path(chunk).name)
         return sound
 
@@ -216,7 +231,7 @@ class Builder:
         mine = range(chunk * PER_CHUNK, min((chunk + 1) * PER_CHUNK, len(self._files)))
         sizes = []
         with open(part, "wb") as file:
-            for pixels in self._decoded(mine):
+            for pixels in self._pool.map(self._small, mine):
                 sizes.append(pixels.shape[:2])
                 raw = pixels.tobytes()
                 hashed.update(raw)
@@ -227,14 +242,6 @@ class Builder:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-        stamp = self._stamp(chunk)
-        assert stamp is not None
-        self._known[str(chunk)] = stamp
-
-    def _decoded(self, indices: range) -> Iterator[NDArray[np.uint8]]:
-        threads = max(1, usable_cpus() // max(1, read_placement(os.environ).local_size))
-        with ThreadPoolExecutor(threads) as pool:
-            yield from pool.map(self._small, indices)
 
     def _small(self, index: int) -> NDArray[np.uint8]:
         """A picture as it is kept; one that is broken has no pixels."""
