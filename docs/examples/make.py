@@ -17,8 +17,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "configs"))
-SMALL = [f"data.{split}.dataset.transform.transforms.{k}.size={size}" for split, k, size in
-         [("train", 0, 64), ("val", 0, 72), ("val", 1, 64), ("test", 0, 72), ("test", 1, 64)]]  # fmt: skip
+SMALL = ["data.train.dataset.random_resized_crop=64", *(f"data.{split}.dataset.{size}" for split in ("val", "test")
+         for size in ("resize=72", "center_crop=64"))]  # fmt: skip
 RESNET50 = [
     "data.train.random_resized_crop=32", "data.val.resize=36", "data.val.center_crop=32",
     "data.augment.3.augments.0.classes=2", "data.augment.3.augments.1.classes=2", "transfer.head=2",

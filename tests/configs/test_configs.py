@@ -23,8 +23,8 @@ from dist_train.config.errors import ConfigError
 from dist_train.data import MarkovChain
 from dist_train.run.api import train
 
-VGG = [f"data.{split}.dataset.transform.transforms.{k}.size={size}" for split, k, size in
-       [("train", 0, 32), ("val", 0, 36), ("val", 1, 32), ("test", 0, 36), ("test", 1, 32)]]  # fmt: skip
+VGG = ["data.train.dataset.random_resized_crop=32", *(f"data.{split}.dataset.{size}" for split in ("val", "test")
+       for size in ("resize=36", "center_crop=32"))]  # fmt: skip
 RESNET50 = [
     "data.train.random_resized_crop=32", "data.val.resize=36", "data.val.center_crop=32",
     "data.augment.3.augments.0.classes=2", "data.augment.3.augments.1.classes=2", "transfer.head=2",
