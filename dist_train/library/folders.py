@@ -15,6 +15,7 @@ from dist_train.data.errors import DataError
 from dist_train.library.crops import FixedCrop, Picture, RandomCrop, as_size
 from dist_train.library.file_list import Samples, open_files
 from dist_train.library.picture_cache import PictureCache
+from dist_train.library.turbojpeg import is_available
 
 Transform = Callable[[Any], Any]
 
@@ -91,6 +92,20 @@ class ImageFolder(Dataset[Any]):
     def targets(self) -> NDArray[np.int64]:
         """The class of every sample, (n,) int64."""
         return self._files.targets()
+
+    @property
+    def input_advice(self) -> list[str]:
+        """What would make reading faster."""
+        tips = []
+        if self.transform is not None:
+            tips.append("crops of ImageFolder's own (random_resized_crop, resize, center_crop) in place of transform")
+        elif self._cache is None:
+            if not is_available():
+                tips.append("pip install 'dist_train[vision]', to decode the crop's part of a JPEG only")
+            tips.append(
+                "ImageFolder's scaled_decoding (for large photographs), or its cache of decoded pictures (needs the disk)"
+            )
+        return tips
 
     def __len__(self) -> int:
         return len(self._files)

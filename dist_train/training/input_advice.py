@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dist_train.data.reading import batch_reader
+from dist_train.data.reading import attribute_of, batch_reader
 from dist_train.data.stream import is_stream
 from dist_train.runtime.world import usable_cpus
 from dist_train.task.batch import tensors_in
@@ -28,6 +28,7 @@ class InputFacts:
         dataset: class of `data.train`, with its module. whole: it is read by whole batches. stream: an IterableDataset.
         workers: loader workers of a rank. cpus: CPUs that a rank may use. cached: `data.cache` or the like is in use.
         floats: its samples have images (3 or 4 dimensions in a batch) that are floats when they are read.
+        own: what the dataset itself advises (its `input_advice`).
         cuda: it trains on a GPU. pinned, persistent: how workers hand batches over.
     """
 
@@ -40,6 +41,7 @@ class InputFacts:
     cuda: bool = False
     pinned: bool = True
     persistent: bool = True
+    own: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, parts: Parts, batch: Any) -> InputFacts:
@@ -57,6 +59,7 @@ class InputFacts:
             world.device.type == "cuda",
             config.pin_memory is not False,
             config.persistent_workers is not False,
+            tuple(attribute_of(parts.datasets["train"], "input_advice") or ()),
         )
 
 
@@ -73,6 +76,8 @@ def advice(share: float, facts: InputFacts) -> str:
         tips.append("data.pin_memory=auto (copies from pageable memory wait)")
     if module.startswith("torchvision.datasets") and name in _OWN:
         tips.append(f"dist_train.data.{_OWN[name]}, which reads the same files without PIL or by whole batches")
+    elif facts.own:
+        tips += facts.own
     elif not facts.whole and not facts.stream:
         tips.append(
             f"a read_batch(indices) in {name}, which reads a batch at once, if its samples draw nothing at random"

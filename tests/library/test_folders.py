@@ -21,7 +21,7 @@ from dist_train.data import DataError, ImageFolder
 from dist_train.data.errors import SampleError
 from dist_train.data.plan import MicroBatch
 from dist_train.data.reading import SampleReader
-from dist_train.library import file_list, turbojpeg
+from dist_train.library import file_list, folders, turbojpeg
 from dist_train.library.crops import Picture, RandomCrop
 from dist_train.library.file_list import FileList, open_files
 from dist_train.library.turbojpeg import Box
@@ -261,6 +261,15 @@ def test_folders_without_pictures_are_refused(root: Path) -> None:
     (root / "empty").rmdir()
     with pytest.raises(DataError, match="a picture of 20x120 is smaller than center_crop 40x40"):
         ImageFolder(root, center_crop=40)[7]
+
+
+def test_it_knows_what_would_make_it_faster(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "in place of transform" in ImageFolder(root, PILToTensor()).input_advice[0]
+    for there, expected in ((True, ["cache"]), (False, ["dist_train[vision]", "cache"])):
+        monkeypatch.setattr(folders, "is_available", lambda there=there: there)
+        assert [word in tip for word, tip in zip(expected, ImageFolder(root).input_advice, strict=True)] == [
+            True
+        ] * len(expected)
 
 
 # --- the index -------------------------------------------------------------------------------------------------------

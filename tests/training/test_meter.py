@@ -154,6 +154,12 @@ def test_advice_names_what_this_config_lacks() -> None:
     assert "pin_memory" not in ready
 
 
+def test_a_dataset_that_knows_what_would_make_it_faster_is_asked() -> None:
+    said = advice(0.5, InputFacts("my.Own", own=("a faster way",)))
+    assert "- a faster way" in said
+    assert "read_batch" not in said
+
+
 def test_a_rank_that_has_not_seen_the_first_batch_gives_no_advice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meter, "SECONDS", 0)
     world = SimpleNamespace(is_main=False, device=torch.device("cpu"))
