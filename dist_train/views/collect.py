@@ -275,8 +275,10 @@ def sample_picture(seed: int, dataset: Any, index: int) -> Any:
     sample = dataset[index]
     image = sample[0] if isinstance(sample, tuple | list) else sample
     if isinstance(image, Mapping):  # samples with names: the only image in it
-        images = [value for value in image.values() if isinstance(value, Tensor) and value.dim() in (2, 3)]
+        images = [value for value in image.values() if isinstance(value, Tensor | np.ndarray) and value.ndim in (2, 3)]
         image = images[0] if len(images) == 1 else None
+    if isinstance(image, np.ndarray):
+        image = torch.from_numpy(image)
     if isinstance(image, Tensor) and image.dim() == 3 and image.shape[0] in (1, 3):
         image = image.permute(1, 2, 0)
     elif not isinstance(image, Tensor) or image.dim() != 2:

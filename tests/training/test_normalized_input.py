@@ -15,6 +15,7 @@ from dist_train import train
 from dist_train.config.errors import ConfigError
 from dist_train.data import Digits
 from dist_train.main import main
+from dist_train.views.collect import sample_picture
 
 MEAN, STD = [0.5, 0.4, 0.45], [0.25, 0.2, 0.3]
 AFTER = {"_target_": "torchvision.transforms.Normalize", "mean": MEAN, "std": STD}
@@ -105,6 +106,14 @@ def test_a_report_and_pictures_in_tensorboard_are_made_of_uint8(folder: Path) ->
     events.Reload()
     assert {"inputs", "features/0/0"} <= set(events.Tags()["images"])
     assert events.Tags()["graph"]
+
+
+def test_a_report_shows_the_pixels_of_tensors_and_of_arrays_alike() -> None:
+    pixels = np.arange(48, dtype=np.uint8).reshape(3, 4, 4)
+    for image in (pixels, torch.from_numpy(pixels), {"image": pixels, "age": np.float32(3)}):
+        for sample in (image, (image, 1)):
+            shown = sample_picture(0, [sample], 0)
+            assert np.array_equal(shown, pixels.transpose(1, 2, 0))
 
 
 @pytest.mark.parametrize(
