@@ -47,7 +47,10 @@ class InputFacts:
     def of(cls, parts: Parts, batch: Any) -> InputFacts:
         """Of a start and its first micro-batch, as it was read."""
         config, world, loader = parts.config.data, parts.world, parts.train_loader
-        kind = type(parts.datasets["train"])
+        inner = parts.datasets["train"]
+        while hasattr(inner, "dataset"):  # a Subset, a RandomSplit
+            inner = inner.dataset
+        kind = type(inner)
         images = [tensor for tensor in tensors_in(batch) if tensor.dim() >= 4]
         return cls(
             f"{kind.__module__}.{kind.__qualname__}",
@@ -84,8 +87,8 @@ def advice(share: float, facts: InputFacts) -> str:
         )
     if facts.floats:
         tips.append("samples as uint8 with data.normalize, and data.augment, on the device, in place of transforms")
-    if facts.workers >= spare and not facts.whole:
-        tips.append("cheaper samples: smaller files, decoded once and cached; all CPUs are in use")
+    if facts.workers >= spare > 0 and not facts.whole:
+        tips.append("more CPUs for each GPU, or cheaper samples: all CPUs are in use")
     lost = f"the input is the bottleneck: training waits for data {share:.0%} of the time"
     gain = f", and would be up to {1 / max(1 - share, 0.01):.1f} times as fast without"
     what = "".join(f"\n  - {tip}" for tip in tips) or "\n  - a faster disk or dataset"

@@ -35,6 +35,7 @@ PAGES = (
     "how-it-works",
     "checkpoints",
     "reproducibility",
+    "performance",
     "seeing",
 )
 TEXTS = {name: (ROOT / "docs" / f"{name}.md").read_text() for name in PAGES}

@@ -148,6 +148,7 @@ def test_advice_names_what_this_config_lacks() -> None:
     assert "2.0 times" in said
     for tip in ("data.num_workers=7 (2 now", "pin_memory=auto", "dist_train.data.ImageFolder", "data.normalize"):
         assert tip in said
+    assert "keep it decoded" in advice(0.5, InputFacts("my.Own", own=("keep it decoded",)))
     ready = advice(0.3, InputFacts("my.Own", whole=True, cpus=1))
     assert "num_workers" not in ready
     assert "read_batch" not in ready
