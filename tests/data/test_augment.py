@@ -234,7 +234,7 @@ def test_flat_inputs_are_refused_by_image_augmentations_with_their_shape() -> No
         Augmentation([RandomShift(1)])(digits.read_batch(np.arange(4)), seed=0, epoch=0, indices=np.arange(4))
 
 
-@pytest.mark.parametrize("kind", ["torchvision", "numpy", "inputs", "draws"])
+@pytest.mark.parametrize("kind", ["torchvision", "numpy", "inputs", "draws", "member"])
 def test_a_librarys_own_augmentation_draws_the_same_whatever_ran_before(kind: str) -> None:
     def by_numpy(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         return inputs * np.random.rand() + random.random(), targets
@@ -249,6 +249,13 @@ def test_a_librarys_own_augmentation_draws_the_same_whatever_ran_before(kind: st
         from torchvision.transforms.v2 import MixUp
 
         augment: Any = MixUp(num_classes=10)
+    elif kind == "member":
+
+        class Noise(Augment):
+            def __call__(self, inputs: Tensor, targets: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+                return of_inputs(inputs), targets
+
+        augment = OneOf([Noise(), Noise()])
     else:
         augment = {"numpy": by_numpy, "inputs": of_inputs, "draws": with_draws}[kind]
     batch = torch.rand(4, 1, 3, 3, generator=torch.Generator().manual_seed(0)), torch.arange(4)

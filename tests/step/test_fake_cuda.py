@@ -16,7 +16,18 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_train.config.schema import TrainerConfig
-from dist_train.data import CutMix, Mixup, OneOf, RandomErasing, RandomHorizontalFlip, RandomShift
+from dist_train.data import (
+    CutMix,
+    Cutout,
+    Mixup,
+    OneOf,
+    RandomCrop,
+    RandomErasing,
+    RandomHorizontalFlip,
+    RandomResizedCrop,
+    RandomShift,
+    RandomVerticalFlip,
+)
 from dist_train.data.augment import Augmentation
 from dist_train.data.loader import StepWork
 from dist_train.data.normalize import Normalize
@@ -206,7 +217,14 @@ def test_the_way_of_a_batch_from_device_memory_to_the_model_lists_no_wait(
     monkeypatch: pytest.MonkeyPatch, memory_format: torch.memory_format
 ) -> None:
     monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)  # fake tensors have none
-    steps = [RandomShift(4), RandomHorizontalFlip(), RandomErasing(0.5), OneOf([Mixup(10), CutMix(10)])]
+    moving = [
+        RandomShift(4),
+        RandomCrop(36, padding=4),
+        RandomHorizontalFlip(),
+        RandomVerticalFlip(),
+        RandomResizedCrop(32),
+    ]
+    steps = [*moving, RandomErasing(0.5), Cutout(8), OneOf([Mixup(10), CutMix(10)])]
     augmentation = Augmentation(steps, Normalize([0.1, 0.2, 0.3], [0.5, 0.5, 0.5]))
     with FakeTensorMode(allow_non_fake_inputs=True):
         with CUDA:
