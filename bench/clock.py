@@ -66,7 +66,7 @@ class Clock:
 
 
 def digits(repeat: int, split: str = "train") -> tuple[Tensor, Tensor]:
-    """Inputs (n, 64) float32 and targets (n,) int64 of 1,257 (train) or 180 (val) digits, `repeat` times over.
+    """Inputs (n, 64) float32 and targets (n,) int64 of 1,257 (train), 180 (val) or 360 (test) digits, `repeat` times over.
 
     Reads scikit-learn's file without importing scikit-learn (which takes a second), so that no startup time includes that import.
     """
@@ -75,5 +75,6 @@ def digits(repeat: int, split: str = "train") -> tuple[Tensor, Tensor]:
         raise RuntimeError("expected scikit-learn to be installed: the digits come with it")
     with gzip.open(Path(spec.submodule_search_locations[0]) / "datasets/data/digits.csv.gz", "rt") as file:
         table = np.loadtxt(file, delimiter=",", dtype=np.float32)
-    part = torch.from_numpy(table[:1257] if split == "train" else table[1257:1437])
+    where = {"train": slice(1257), "val": slice(1257, 1437), "test": slice(1437, None)}[split]
+    part = torch.from_numpy(table[where])
     return (part[:, :-1] / 16).repeat(repeat, 1), part[:, -1].long().repeat(repeat)

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_train.building.model import ModelParts, Saved, load_weights
 from dist_train.data.digest import content_digest
-from dist_train.runtime.compiler import uncompiled
+from dist_train.runtime.compiler import defer_compiler, uncompiled
 from dist_train.runtime.seeding import seed_forward, undisturbed_generators
 from dist_train.task.batch import clone_batch, tensors_in
 from dist_train.task.samplewise import rows_of
@@ -141,6 +141,10 @@ class _Held:
 
 class NoCollectives(TorchDispatchMode):
     """The other ranks don't take part: a collective would be matched with one of their first step."""
+
+    def __enter__(self) -> Any:
+        defer_compiler(type(self))
+        return super().__enter__()
 
     def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if "c10d" in func.namespace:

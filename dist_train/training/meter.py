@@ -11,7 +11,6 @@ import torch
 
 from dist_train.building.unsaved import NoCollectives, training_forward
 from dist_train.models.flops import peak_flops, training_flops
-from dist_train.runtime.compiler import defer_compiler
 from dist_train.runtime.seeding import undisturbed_generators
 from dist_train.training.input_advice import InputFacts, advice
 from dist_train.training.parts import losses_of
@@ -62,7 +61,6 @@ class Meter:
             self.note("no mfu: of several optimizers with losses of their own the operations of a step aren't counted")
             return
         try:
-            defer_compiler(NoCollectives)
             with undisturbed_generators(parts.world.device), parts.evaluator.serving(ema=False), NoCollectives():
                 counted = training_flops(parts.model, lambda: training_forward(parts, batch))
             self.flops, self.peak = counted / samples, peak * parts.world.size

@@ -28,6 +28,14 @@ if len(sys.argv) > 4:
         found["after"] = sorted(sys.modules)
     Stepper.__call__ = watched
 code = main(sys.argv[2:4])
+if len(sys.argv) > 4:  # what rank 0 of several does besides, and a GPU's meter
+    import torch
+    from dist_train.building.unsaved import NoCollectives
+    from dist_train.models.flops import training_flops
+    layer = torch.nn.Linear(2, 2)
+    with NoCollectives(), torch.no_grad():
+        found["flops"] = training_flops(layer, lambda: layer(torch.ones(1, 2)))
+    found["after"] = sorted(sys.modules)
 json.dump({"code": code, "end": sorted(sys.modules), **found}, open(sys.argv[1], "w"))
 """
 
@@ -39,6 +47,7 @@ def imported(folder: Path, *more: str) -> dict[str, set[str]]:
     subprocess.run(command, cwd=folder, env=runs.environment(), check=True, capture_output=True, timeout=120)
     found = json.loads((folder / "seen.json").read_text())
     assert found.pop("code") == 0
+    assert found.pop("flops", 24) == 24
     return {moment: set(names) for moment, names in found.items()}
 
 
