@@ -27,7 +27,7 @@ from dist_train.files import StorageError
 from dist_train.models import transfer
 from dist_train.models.weights import is_folder, is_torchvision_name, read_file, read_torchvision
 from dist_train.optim.parameters import check_parameters
-from dist_train.runtime.seeding import seed_everything
+from dist_train.runtime.seeding import seed_everything, undisturbed_generators
 from dist_train.runtime.storage import open_storage
 from dist_train.task.batch import NamedParts
 
@@ -164,6 +164,30 @@ def eval_loader(config: Config, world: World, dataset: Any, split: str = "val") 
         raise ConfigError.single(f"data.{split}", "expected at least 1 sample, found 0")
     with building(f"data.{split}"):
         return EvalLoader(dataset, config.data.eval_batch_size, loader_options(config, world), split)
+
+
+def check_pictures(config: Config, world: World, dataset: Any, split: str, move: Callable[..., Any]) -> None:
+    """Move a sample to the device, so that what `data.normalize` doesn't fit shows before anything is started. All ranks call it.
+
+    Args:
+        move: `ModelParts.move`.
+
+    Raises:
+        ConfigError: it isn't a picture of so many channels, on rank 0, which reads it as evaluation does.
+    """
+
+    def look() -> None:
+        loader = eval_loader(config, world, dataset, split)
+        with undisturbed_generators(world.device, dataset), contextlib.closing(loader.some(1)) as given:
+            try:
+                with building(f"data.{split}"):
+                    move(next(given)[1], labeled=False)
+            except ConfigError as error:
+                if isinstance(error.__cause__, DataError):
+                    raise  # anything else is reported where the samples are read
+
+    if config.data.normalize is not None and not is_stream(dataset):
+        world.on_main(look)
 
 
 def build_plan(

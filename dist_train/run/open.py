@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from dist_train.building.model import build_model_parts, load_weights
-from dist_train.building.prepare import build_dataset, build_model, eval_loader
+from dist_train.building.prepare import build_dataset, build_model, check_pictures, eval_loader
 from dist_train.checkpoint.manifest import CheckpointError, CorruptedError
 from dist_train.checkpoint.store import CheckpointStore, Found
 from dist_train.config.components import add_code_paths
@@ -62,7 +62,9 @@ class Restored:
 
     def loader(self, split: str) -> EvalLoader:
         """Every sample of a split once, over all ranks."""
-        return eval_loader(self.config, self.world, build_dataset(self.config, split, self.world), split)
+        dataset = build_dataset(self.config, split, self.world)
+        check_pictures(self.config, self.world, dataset, split, self.evaluator.prepare)
+        return eval_loader(self.config, self.world, dataset, split)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dist_train.building.model import splitting_changes
+from dist_train.building.prepare import check_pictures
 from dist_train.checkpoint.manager import CheckpointManager, SavePolicy
 from dist_train.config.code import source_files
 from dist_train.config.errors import ConfigError
@@ -34,7 +35,7 @@ from dist_train.runtime.world import World, open_world
 from dist_train.tracking.console import Console
 from dist_train.tracking.logs import setup_logging
 from dist_train.training.digests import open_digests, resume_digests
-from dist_train.training.eval_check import check_evaluation, check_normalization
+from dist_train.training.eval_check import check_evaluation
 from dist_train.training.leaf_check import check_leaves
 from dist_train.training.parts import Parts, build_parts, losses_of
 from dist_train.training.rows import Outputs, Trace
@@ -94,7 +95,7 @@ def train_in(
             return finish_completed(world, config, run, console, decision)
         unsure: list[str] = []
         if decision.action == "fresh":
-            check_normalization(parts)
+            check_pictures(config, world, parts.datasets["train"], "train", parts.move)
             unsure = check_evaluation(parts)
         if parts.plan.leaf_size is not None:
             check_leaves(parts)

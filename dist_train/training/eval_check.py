@@ -1,5 +1,4 @@
 """What evaluation needs, tried before the first step of a run: a few samples of each split through the model and every metric.
-And whether training samples are pictures that `data.normalize` fits.
 
 What is wrong with a metric would else show after an epoch, what is wrong with the test data after the whole run.
 """
@@ -18,11 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.building.model import watched
-from dist_train.building.prepare import building, eval_loader
 from dist_train.building.unsaved import copied, is_cheap_to_copy, training_forward
 from dist_train.config.errors import ConfigError, Problem
 from dist_train.data.errors import DataError, SampleError
-from dist_train.data.stream import is_stream
 from dist_train.evaluation.evaluate import Evaluator, class_names
 from dist_train.objective.modules import BufferSnapshot
 from dist_train.runtime.compiler import uncompiled
@@ -85,32 +82,6 @@ def check_evaluation(parts: Parts) -> list[str]:
         if split == "val":
             _check_watched(parts, found["records"], [*found["uncomputed"]])
     return warnings
-
-
-def check_normalization(parts: Parts) -> None:
-    """Normalize a training sample, read on rank 0 as evaluation reads. All ranks call it.
-
-    Raises:
-        ConfigError: it isn't a picture that `data.normalize` fits.
-    """
-
-    def look() -> None:
-        loader = eval_loader(parts.config, parts.world, dataset, "train")
-        with (
-            undisturbed_generators(parts.world.device, dataset),
-            building("data.train"),
-            contextlib.closing(loader.some(1)) as given,
-        ):
-            try:
-                parts.move(next(given)[1])
-            except DataError:
-                raise
-            except Exception:
-                return  # reported where training reads it
-
-    dataset = parts.datasets["train"]
-    if parts.normalize is not None and not is_stream(dataset):
-        parts.world.on_main(look)
 
 
 def _tries(plan: EvalPlan, few: int) -> list[tuple[int, int]]:

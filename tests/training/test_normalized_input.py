@@ -94,7 +94,9 @@ def test_a_run_on_uint8_is_the_run_on_torchvisions_floats_to_the_bit(
     assert answers[0] == answers[1]
 
 
-def test_a_report_and_pictures_in_tensorboard_are_made_of_uint8(folder: Path) -> None:
+def test_a_report_and_pictures_in_tensorboard_are_made_of_uint8(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     described = config(folder, "shown", floats=False)
@@ -106,6 +108,12 @@ def test_a_report_and_pictures_in_tensorboard_are_made_of_uint8(folder: Path) ->
     events.Reload()
     assert {"inputs", "features/0/0"} <= set(events.Tags()["images"])
     assert events.Tags()["graph"]
+    capsys.readouterr()
+    for command in ("predict", "evaluate"):
+        arguments = ["--run", str(folder / "runs/shown"), "--split", "val", "--output", str(folder / "no")]
+        assert main([command, *arguments, f"data.val.inputs={folder}/val-images.npy"]) == 2
+        assert "uint8 (1, 16, 16, 3); channels come first" in capsys.readouterr().err
+    assert not (folder / "no").exists()
 
 
 def test_a_report_shows_the_pixels_of_tensors_and_of_arrays_alike() -> None:
