@@ -29,7 +29,7 @@ from dist_train.models.weights import is_folder, is_torchvision_name, read_file,
 from dist_train.optim.parameters import check_parameters
 from dist_train.runtime.seeding import seed_everything, undisturbed_generators
 from dist_train.runtime.storage import open_storage
-from dist_train.task.batch import NamedParts
+from dist_train.task.batch import NamedParts, tensors_in
 
 if TYPE_CHECKING:
     from dist_train.config.schema import Config, DataConfig
@@ -166,28 +166,39 @@ def eval_loader(config: Config, world: World, dataset: Any, split: str = "val") 
         return EvalLoader(dataset, config.data.eval_batch_size, loader_options(config, world), split)
 
 
-def check_pictures(config: Config, world: World, dataset: Any, split: str, move: Callable[..., Any]) -> None:
+def check_pictures(config: Config, world: World, dataset: Any, split: str, move: Callable[..., Any]) -> str:
     """Move a sample to the device, so that what `data.normalize` doesn't fit shows before anything is started. All ranks call it.
 
     Args:
         move: `ModelParts.move`.
 
+    Returns:
+        A warning of pictures that seem to be normalized already; "" for none.
+
     Raises:
         ConfigError: it isn't a picture of so many channels, on rank 0, which reads it as evaluation does.
     """
 
-    def look() -> None:
+    def look() -> str:
         loader = eval_loader(config, world, dataset, split)
         with undisturbed_generators(world.device, dataset), contextlib.closing(loader.some(1)) as given:
             try:
                 with building(f"data.{split}"):
-                    move(next(given)[1], labeled=False)
+                    batch = next(given)[1]
+                    move(batch, labeled=False)
             except ConfigError as error:
                 if isinstance(error.__cause__, DataError):
-                    raise  # anything else is reported where the samples are read
+                    raise
+                return ""  # reported where the samples are read
+        pictures = [tensor for tensor in tensors_in(batch) if tensor.dim() == 4 and tensor.is_floating_point()]
+        if not pictures or pictures[0].min() >= 0:
+            return ""
+        return (
+            f"data.normalize: the pictures of data.{split} are floats from {float(pictures[0].min()):.3g} on, as if a transform "
+            f"had normalized them already: leave one of the two out"
+        )
 
-    if config.data.normalize is not None and not is_stream(dataset):
-        world.on_main(look)
+    return world.on_main(look) if config.data.normalize is not None and not is_stream(dataset) else ""
 
 
 def build_plan(

@@ -95,8 +95,8 @@ def train_in(
             return finish_completed(world, config, run, console, decision)
         unsure: list[str] = []
         if decision.action == "fresh":
-            check_pictures(config, world, parts.datasets["train"], "train", parts.move)
-            unsure = check_evaluation(parts)
+            twice = check_pictures(config, world, parts.datasets["train"], "train", parts.move)
+            unsure = [*filter(None, [twice]), *check_evaluation(parts)]
         if parts.plan.leaf_size is not None:
             check_leaves(parts)
         if decision.action == "resume" and (frozen := parts.frozen) is not None:

@@ -155,6 +155,16 @@ def test_what_data_normalize_does_not_fit_is_refused_before_anything_is_written(
     assert not (folder / "runs/refused").exists()
 
 
+def test_floats_that_a_transform_has_normalized_already_are_pointed_out(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for floats, warned in ((True, True), (False, False)):
+        described = config(folder, f"twice-{floats}", floats=floats, **PIXELS)
+        train({**described, "trainer": {"duration": "1step", "evaluate_every": None}})
+        printed = "".join(capsys.readouterr())
+        assert ("data.normalize: the pictures of data.train are floats from -" in printed) == warned
+
+
 def test_uint8_without_data_normalize_is_answered_with_the_key(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
