@@ -16,12 +16,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from dist_train.data.errors import CollateError, DataError, SampleError, dataset_name, resource_hint
+from dist_train.data.placement import OnDevice
 from dist_train.data.plan import EvalPlan, Indices, MicroBatch, Plan, StepSampler
 from dist_train.data.reading import LoaderOptions, SampleReader, dataset_length
 from dist_train.data.skipping import Skipped
 from dist_train.data.stream import is_stream, shard_parameters, stream_length
 from dist_train.data.stream_check import check_stream
-from dist_train.data.stream_reader import ShardPlan, ShardReader, StreamInfo, StreamReader
+from dist_train.data.stream_reader import ShardPlan, ShardReader, StreamInfo, StreamReader, describe_readers
 from dist_train.data.workers import (
     context_for,
     exit_causes,
@@ -47,6 +48,8 @@ class _Loader:
         self, reader: SampleReader, workers: int, requests: Any, options: LoaderOptions, *, evaluates: bool
     ) -> None:
         config = options.config
+        if isinstance(reader.dataset, OnDevice):  # its batches are on the device already
+            config = config.model_copy(update={"pin_memory": False})
         self.reader, self.options = reader, options
         self.num_workers = workers
         self._persistent = workers > 0 and config.persistent_workers in ("auto", True)
@@ -243,9 +246,9 @@ class TrainLoader(_Loader):
             self._stream.saved = state["readers"]
         elif step % self.plan.steps_per_epoch or not self._stream.info.finite:
             raise DataError(
-                f"data.train: {name} gives each reader a shard, and this pass over it was begun by {_readers(begun)}; now it "
-                f"would be {_readers(key)}, and the rest of the pass isn't known. Resume with as many processes and "
-                f"data.num_workers as before (a stream with a length: or at the end of an epoch)"
+                f"data.train: {name} gives each reader a shard, and this pass over it was begun by {describe_readers(begun)}; "
+                f"now it would be {describe_readers(key)}, and the rest of the pass isn't known. Resume with as many processes "
+                f"and data.num_workers as before (a stream with a length: or at the end of an epoch)"
             )
 
     def _shard_key(self) -> list[int] | None:
@@ -306,12 +309,6 @@ def _check_order(micro: MicroBatch, step: int, position: int) -> None:
             f"{micro.position} of step {micro.step}; something has replaced or changed torch's DataLoader, which must "
             f"keep in_order=True"
         )
-
-
-def _readers(key: list[int] | None) -> str:
-    if key is None:
-        return "one reader of the entire stream"
-    return f"{key[0]} ranks x {key[1]} readers" + (f" with micro-batches of {key[2]}" if key[2] else "")
 
 
 class EvalLoader(_Loader):

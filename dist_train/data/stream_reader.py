@@ -309,3 +309,10 @@ class ShardReader(StreamReader):
             raise DataError(self._wrong_length("fewer"))
         self._next += 1
         return sample
+
+
+def describe_readers(key: list[int] | None) -> str:
+    """How many readers began a pass over a sharded stream, by `ShardPlan.key`; None: one reader of all of it."""
+    if key is None:
+        return "one reader of the entire stream"
+    return f"{key[0]} ranks x {key[1]} readers" + (f" with micro-batches of {key[2]}" if key[2] else "")

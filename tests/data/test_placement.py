@@ -91,7 +91,7 @@ def test_loaders_give_the_same_batches_from_the_device(ranks: int) -> None:
     dataset = RandomSplit(Arrays(PIXELS, LABELS), "train")
     placed, _ = place(dataset, "train", options(), free=GIB)
     for rank in range(ranks):
-        here = LoaderOptions(DataConfig(train=object()), 0, torch.device("cpu"), rank, ranks)
+        here = LoaderOptions(DataConfig(train=object(), pin_memory=True), 0, torch.device("cpu"), rank, ranks)
         plan = Plan(3, len(dataset), 12)
         pair = [TrainLoader(each, plan, here, micro_batch_size=4, neighbours=1) for each in (placed, dataset)]
         for one, two in itertools.islice(zip(*(loader.steps() for loader in pair), strict=False), 5):
@@ -102,6 +102,7 @@ def test_loaders_give_the_same_batches_from_the_device(ranks: int) -> None:
         for (samples, batch), (expected, other) in zip(*batches, strict=True):
             assert samples == expected
             assert all(map(torch.equal, batch, other))
+        assert [loader._loader.pin_memory for loader in pair] == [False, True], "memory of a device can't be pinned"
         for loader in pair:
             loader.close()
 
