@@ -69,4 +69,6 @@ class DebugConfig(Section):
         "Record a digest of every step's loss, reduced gradient and weights, of each tensor on each rank, in digest/: by them "
         "`dist-train compare RUN RUN` finds the first step and tensor at which two runs part.",
     )
-    layers: bool = harmless(False, "Show every layer of the model at the start: class, output shape, parameters.")
+    layers: bool = harmless(
+        False, "Show every layer of the model at the start: class, output shape, parameters, operations."
+    )

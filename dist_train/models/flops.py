@@ -58,8 +58,8 @@ def peak_flops(device: str, precision: str) -> float | None:
     return next((tera[column] * 1e12 for name, tera in _TERA if re.fullmatch(_BRANDS + f"(?:{name})", device)), None)
 
 
-def training_flops(model: nn.Module, run: Callable[[], object]) -> int:
-    """Operations of a training step in which `run()` is the forward: 3 of each one in it, but 1 of those of frozen modules.
+def forward_flops(model: nn.Module, run: Callable[[], object]) -> dict[str, int]:
+    """Operations of each module, with those inside it, by its name, while `run()` calls the model; all of them as "".
 
     A multiplication and an addition are two. Counted are what torch has formulas for: matrix products, convolutions, attention.
     """
@@ -69,9 +69,15 @@ def training_flops(model: nn.Module, run: Callable[[], object]) -> int:
     with flop_counter.FlopCounterMode(display=False, skip_unsupported=True) as counter:
         run()
     counts = {name: sum(by_kind.values()) for name, by_kind in counter.get_flop_counts().items()}
-    root = type(model).__name__
-    frozen = sum(counts.get(f"{root}.{name}" if name else root, 0) for name in frozen_modules(model))
-    return 3 * counts.get("Global", 0) - 2 * frozen
+    above = f"{type(model).__name__}."
+    inner = {name.removeprefix(above): count for name, count in counts.items() if name.startswith(above)}
+    return {**inner, "": counts.get("Global", 0)}
+
+
+def training_flops(model: nn.Module, run: Callable[[], object]) -> int:
+    """Of a training step in which `run()` is the forward: 3 for each operation in it, but 1 for those of frozen modules."""
+    counts = forward_flops(model, run)
+    return 3 * counts[""] - 2 * sum(counts.get(name, 0) for name in frozen_modules(model))
 
 
 def frozen_modules(model: nn.Module) -> list[str]:

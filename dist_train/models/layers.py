@@ -14,13 +14,16 @@ from dist_train.text import aligned
 _MOST = 12
 
 
-def layer_table(model: nn.Module, *, full: bool = False, shapes: dict[str, str] | None = None) -> list[str]:
-    """Aligned lines, one per layer: name, class, shape, parameters.
+def layer_table(
+    model: nn.Module, *, full: bool = False, shapes: dict[str, str] | None = None, flops: dict[str, int] | None = None
+) -> list[str]:
+    """Aligned lines, one per layer: name, class, shape, parameters, operations.
 
     Args:
         model: any module; of one that only wraps another one, that one's layers are shown.
         full: every layer; else at most twelve of the first level that have parameters.
         shapes: of layers by name (see `output_shapes`); by default that of a layer's weight.
+        flops: operations of layers by name (see `flops.forward_flops`); by default none are shown.
     """
     place = ""
     while not full and len(children := list(model.named_children())) == 1 and not list(model.parameters(recurse=False)):
@@ -37,6 +40,8 @@ def layer_table(model: nn.Module, *, full: bool = False, shapes: dict[str, str] 
         frozen = sum(parameter.numel() for parameter in parameters if not parameter.requires_grad)
         count = sum(parameter.numel() for parameter in parameters)
         state = "frozen" if frozen and frozen == count else f"{frozen:,} frozen" if frozen else ""
+        operations = f"{flops[name]:,} FLOPs" if flops is not None and flops.get(name) else ""
+        state = ", ".join(filter(None, (operations, state)))
         rows.append((place + name or "(itself)", type(module).__name__, shape, f"{count:,}" if count else "", state))
     if full or len(rows) <= _MOST:
         return aligned(rows, right=3)

@@ -14,6 +14,7 @@ from dist_train.config.components import build_callable
 from dist_train.config.fields import to_json
 from dist_train.data.reading import make_batch
 from dist_train.data.stream import is_stream, stream_length
+from dist_train.models.flops import forward_flops
 from dist_train.models.layers import layer_table, output_shapes
 from dist_train.optim.groups import Grouping
 from dist_train.step.several import Optimizers
@@ -97,7 +98,7 @@ def _left_in_eval_mode(parts: Parts) -> str:
 
 
 def layer_lines(parts: Parts) -> list[str]:
-    """The top layers, or with `debug.layers` all of them with their output shapes (rank 0 runs one sample for that)."""
+    """The top layers, or with `debug.layers` all with output shapes and operations of a sample, which rank 0 runs for that."""
     model, config = parts.model, parts.config
     if not config.debug.layers or not parts.world.is_main:
         return layer_table(model)
@@ -106,10 +107,11 @@ def layer_lines(parts: Parts) -> list[str]:
         batch = parts.move(collate([parts.datasets["train"][0]]))
         with parts.evaluator.serving(ema=False), parts.precision.autocast():
             shapes = output_shapes(model, lambda: parts.task.predict(model, batch))
+            flops = forward_flops(model, lambda: parts.task.predict(model, batch))
     except Exception as error:  # a stream, or a model that can't take one sample: no reason not to train
         note = f"(shapes are those of the weights: one sample couldn't be run: {error})"
         return [*layer_table(model, full=True), note]
-    return layer_table(model, full=True, shapes=shapes)
+    return layer_table(model, full=True, shapes=shapes, flops=flops)
 
 
 def layer_lr(parts: Parts) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import os
@@ -64,6 +65,22 @@ def test_digits_train_on_the_gpu(tmp_path: Path) -> None:
     done = runs.run(tmp_path, 1, "trainer.duration=8ep", env=ENV)
     assert DEVICE.type == "cpu" or "bf16" in done.stdout or "fp16" in done.stdout
     assert json.loads((tmp_path / "runs/digits/result.json").read_text())["metrics"]["test"]["accuracy"] > 0.95
+
+
+def test_rows_measure_the_device_and_a_profile_has_its_kernels(tmp_path: Path) -> None:
+    done = runs.run(
+        tmp_path, 1, "trainer.duration=2ep", "trainer.log_every=10step", "trainer.profile.steps=[5,7]", env=ENV
+    )
+    lines = (tmp_path / "runs/digits/metrics.jsonl").read_text().splitlines()
+    row = [row for row in map(json.loads, lines) if row["split"] == "train"][-1]
+    (trace,) = (tmp_path / "runs/digits/profile").iterdir()
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    assert {f"ProfilerStep#{k}" for k in (5, 6, 7)} <= {event["name"] for event in events}
+    if DEVICE.type == "cuda":
+        assert 0 < row["peak_memory"] < 4
+        assert ("mfu" in row) == ("no mfu" not in done.stdout)
+        assert 0 < row.get("mfu", 0.1) < 1
+        assert any(event.get("cat") == "kernel" for event in events)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -18,6 +18,7 @@ from dist_train.building.prepare import build_model
 from dist_train.config.errors import ConfigError
 from dist_train.config.load import load_config
 from dist_train.models import MLP, Cifar10Quick, DigitsCNN, LogisticRegression, MnistCNN
+from dist_train.models.flops import forward_flops
 from dist_train.models.layers import layer_table, output_shapes
 from dist_train.models.transfer import (
     append_module,
@@ -358,6 +359,10 @@ def test_layers_are_shown_in_short_and_in_full() -> None:
     full = layer_table(model, full=True, shapes=shapes)
     assert [line.split()[0] for line in full] == [f"model.{k}" for k in range(9)]
     assert full[1].split() == ["model.1", "MaxPool2d", "(1,", "32,", "16,", "16)"]
+    flops = forward_flops(model, lambda: model(torch.zeros(1, 3, 32, 32)))
+    counted = layer_table(model, full=True, shapes=shapes, flops=flops)
+    assert counted[0].endswith(f"{2 * 32 * 32 * 32 * 3 * 25:,} FLOPs, frozen")
+    assert counted[1:2] == full[1:2]
     many = layer_table(nn.Sequential(*[nn.Linear(1, 1) for _ in range(20)]))
     assert many[-1] == "and 8 more; debug.layers=true shows all"
     assert len(many) == 13

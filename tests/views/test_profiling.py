@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 from torch.utils.data import TensorDataset
@@ -49,7 +50,7 @@ def steps_of(events: list[dict[str, Any]]) -> list[str]:
 
 
 def test_a_trace_has_the_named_steps_with_their_operators_and_no_bit_depends_on_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     traced = start(tmp_path, "trainer.profile.steps=[3, 5]")
     ((name, events),) = traces(tmp_path).items()
@@ -63,6 +64,10 @@ def test_a_trace_has_the_named_steps_with_their_operators_and_no_bit_depends_on_
     inside = [[m["ts"] <= p["ts"] < m["ts"] + m["dur"] for p in products].count(True) for m in marks]
     assert inside == [1, 1, 1]
     plain = start(tmp_path / "plain")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    start(tmp_path, "run.dir=memory://profiled", "trainer.profile.steps=[3, 5]", "trainer.duration=6step")
+    with fsspec.open(f"memory://profiled/a/profile/{name}") as stored:
+        assert steps_of(json.loads(gzip.decompress(stored.read()))["traceEvents"]) == steps_of(events)
     assert traced["weights_sha256"] == plain["weights_sha256"]
 
 
