@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runs import result, rows
+from runs import CONFIGS, ROOT, result, rows
 
 from dist_train import train
 from dist_train.config.errors import ConfigError
+from dist_train.config.load import load_config
 from dist_train.data import Digits
 from dist_train.main import main
 from dist_train.views.collect import sample_picture
@@ -114,6 +115,17 @@ def test_a_report_and_pictures_in_tensorboard_are_made_of_uint8(
         assert main([command, *arguments, f"data.val.inputs={folder}/val-images.npy"]) == 2
         assert "uint8 (1, 16, 16, 3); channels come first" in capsys.readouterr().err
     assert not (folder / "no").exists()
+
+
+def test_the_comparison_of_accuracy_follows_the_recipe(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import accuracy
+
+    recipe = load_config(CONFIGS / "cifar10_resnet18.yaml").data
+    for kind in accuracy.KINDS:
+        data = load_config(accuracy.config(kind, 0, 1, folder)).data
+        assert (data.normalize == recipe.normalize) == (kind == "uint8")
+        assert (data.augment == recipe.augment) == (kind != "torchvision")
 
 
 def test_a_report_shows_the_pixels_of_tensors_and_of_arrays_alike() -> None:
