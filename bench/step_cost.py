@@ -1,4 +1,4 @@
-"""What the engine adds to an optimizer step, in microseconds: its loop and a raw loop on the same batches, without a loader in either.
+"""What the engine adds to an optimizer step, in microseconds: both loops get the same batches, without a loader.
 
     python bench/step_cost.py            # one process; about 20 s
     python bench/step_cost.py --lean     # with what can be left out left out
@@ -64,6 +64,7 @@ class Measure(Callback):
 
 def engine_loop(trainer: Any, works: list[tuple[int, list[MicroBatch]]]) -> None:
     """The steps as `Trainer.fit` runs them; they are always the first ones of the run."""
+    trainer._due_at = 0
     for step, (samples, micro_batches) in enumerate(works):
         work = StepWork(step, 0, samples, micro_batches[0].indices, iter(micro_batches))
         status.step = step + 1

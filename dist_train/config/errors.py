@@ -15,6 +15,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 MASK = "***"
 SECRET_HINT = (
@@ -37,18 +38,21 @@ _IN_URL = re.compile(
 
 def mask(text: str, shortest: int = SHORTEST) -> str:
     """The text with `***` in place of what looks like a secret, or is the value of an environment variable that holds one."""
-    for name, value in os.environ.items():
-        for form in _forms(name, value) if len(value) >= shortest else ():
-            text = text.replace(form, MASK)
+    environment: Any = os.environ
+    for form in _secrets(tuple(environment._data.items()), shortest):  # as bytes: decoding all of it takes 50 times as long
+        text = text.replace(form, MASK)
     return _IN_URL.sub(lambda found: (found[1] or "") + MASK, text)
 
 
-@functools.cache
-def _forms(variable: str, value: str) -> list[str]:
-    """A secret variable's value as it is and as it is quoted in other text, the longest first; none of another variable."""
-    forms = {value, value.strip(), repr(value)[1:-1], json.dumps(value)[1:-1], html.escape(value)}
-    is_secret = _VARIABLE.search(variable) is not None
-    return sorted((form for form in forms if is_secret and len(form) >= SHORTEST), key=len, reverse=True)
+@functools.lru_cache(maxsize=4)
+def _secrets(environment: tuple[tuple[bytes, bytes], ...], shortest: int) -> list[str]:
+    """The values of variables that hold secrets, as they are and as they are quoted in other text, each one's longest first."""
+    found = []
+    for name, value in ((os.fsdecode(name), os.fsdecode(value)) for name, value in environment):
+        if _VARIABLE.search(name) is not None and len(value) >= shortest:
+            forms = {value, value.strip(), repr(value)[1:-1], json.dumps(value)[1:-1], html.escape(value)}
+            found += sorted((form for form in forms if len(form) >= SHORTEST), key=len, reverse=True)
+    return found
 
 
 def visible(text: str, keep: str = "\n\t") -> str:

@@ -24,10 +24,11 @@ Item = Any  # what one forward takes: a micro-batch on the device, and what an `
 
 
 class StepSums(NamedTuple):
-    """Of a step, over all ranks and micro-batches, on the device: loss sum and weight (0-dim), and those of each named loss."""
+    """Of a step, over all ranks and micro-batches: loss sum (0-dim, on the device), its weight, and those of each named loss."""
 
     loss: Tensor
-    weight: Tensor
+    weight: Tensor | float
+    """0-dim and on the device, or a number that the host knows."""
     terms: Tensor | None = None
     """(k, 2) in float64."""
 
@@ -172,7 +173,7 @@ class SingleProcess:
         else:  # a factor given to backward costs nothing; a product in the forward would be two more kernels
             if self._factor[0] != scale:
                 self._factor = (scale, torch.full_like(loss, scale))
-            loss.backward(self._factor[1])
+            backward(loss, self._factor[1])
         loss = loss.detach() if output.value is None else output.value
         if self._loss is None:
             self._loss, self._weight = loss, output.weight
@@ -185,12 +186,19 @@ class SingleProcess:
     def finish(self) -> StepSums:
         assert self._loss is not None
         loss, weight, terms, self._loss, self._terms = self._loss, self._weight, self._terms, None, None
-        return StepSums(
-            loss, weight if isinstance(weight, Tensor) else torch.full_like(loss, weight, dtype=torch.float64), terms
-        )
+        return StepSums(loss, weight, terms)
 
     def close(self) -> None:
         pass
+
+
+def backward(loss: Tensor, factor: Tensor) -> None:
+    """`loss.backward(factor)`, whose check of the factor's shape imports sympy (half a second) and costs 10 us in each step."""
+    if type(loss) is Tensor and loss.shape == factor.shape:
+        engine = torch.autograd.Variable._execution_engine
+        engine.run_backward((loss,), (factor,), False, False, (), allow_unreachable=True, accumulate_grad=True)
+    else:
+        loss.backward(factor)
 
 
 def term_sums(output: Computed, device: torch.device) -> Tensor:

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dist_train.objective.objective import Item, Objective, StepSums, check_all_used, reported, step_sums
+from dist_train.objective.objective import (
+    Item,
+    Objective,
+    StepSums,
+    backward,
+    check_all_used,
+    reported,
+    step_sums,
+)
 from dist_train.reduction.buckets import CPU_MB, Bucket, in_buckets
 from dist_train.reduction.leaves import LeafState
 from dist_train.reduction.links import Links
@@ -72,7 +80,7 @@ class Bitwise:
         output = self.objective.forward(item)
         self.state.check()
         if micro.zero_weight:  # it advances the counters, in a checkpoint the backward does too
-            output.loss.backward(torch.zeros_like(output.loss))
+            backward(output.loss, torch.zeros_like(output.loss))
             for parameter in self.trained.values():
                 parameter.grad = None
             return
@@ -84,7 +92,7 @@ class Bitwise:
         if (scaler := self.objective.scaler) is not None:
             scaler.scale(output.loss * scale).backward()
         else:
-            output.loss.backward(torch.full_like(output.loss, scale))
+            backward(output.loss, torch.full_like(output.loss, scale))
         self._expected = self._expected or self._computed
         self._computed = []
         for k in range(len(self._sent), len(self.buckets)):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import gc
 import random
 import types
@@ -29,13 +30,20 @@ def mix(*values: int) -> int:
     Folds the values, in order, with the splitmix64 finalizer (Steele, Lea, Flood: "Fast Splittable Pseudorandom Number
     Generators", OOPSLA 2014).
     """
-    state = 0
+    return _mix(0, *values)
+
+
+def _mix(state: int, *values: int) -> int:
+    """Fold more values into the hash of those before."""
     for value in values:
         z = ((state ^ (value & _MASK)) + 0x9E3779B97F4A7C15) & _MASK
         z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
         z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
         state = z ^ (z >> 31)
     return state
+
+
+_begun = functools.lru_cache(mix)
 
 
 def seed_everything(seed: int) -> None:
@@ -59,7 +67,7 @@ def seed_forward(seed: int, step: int, position: int, device: torch.device) -> N
     `step` is the global optimizer step and `position` the place of the micro-batch's first sample in the global
     batch, so that the draws don't depend on the rank that happens to compute it.
     """
-    _seed(mix(FORWARD, seed, step, position), device)
+    _seed(_mix(_begun(FORWARD, seed), step, position), device)
 
 
 def seed_augment(seed: int, epoch: int, index: int, place: int, device: torch.device) -> None:

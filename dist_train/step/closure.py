@@ -31,7 +31,7 @@ class Closure:
 
     def computed(self, sums: StepSums) -> None:
         """`sums`, and the gradients, are those of the weights as they are now."""
-        self._loss = torch.where(sums.weight == 0, 0.0, sums.loss / sums.weight)
+        self._loss = torch.where(torch.as_tensor(sums.weight == 0), 0.0, sums.loss / sums.weight)
         self._weights = [parameter.detach().clone() for parameter in self._parameters]
         self._gradients = self._now()
 

@@ -39,6 +39,8 @@ def gradient_values(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
 
 def by_dtype(tensors: Sequence[Tensor]) -> Iterable[tuple[torch.dtype, list[Tensor]]]:
     """`tensors` in lists of one dtype, as the foreach kernels require."""
+    if len({tensor.dtype for tensor in tensors}) == 1:
+        return [(tensors[0].dtype, list(tensors))]
     groups: dict[torch.dtype, list[Tensor]] = {}
     for tensor in tensors:
         groups.setdefault(tensor.dtype, []).append(tensor)
@@ -93,8 +95,13 @@ class FiniteGuard:
         if self._informed is not None:
             self._informed.found_inf = self.found  # type: ignore[attr-defined]
 
-    def check(self, tensors: Sequence[Tensor]) -> None:
-        """Set `found` if one of `tensors` (on the device, dense and real) holds inf or nan."""
+    def check(self, tensors: Sequence[Tensor], loss: Tensor | None = None) -> None:
+        """Set `found` if one of `tensors` (on the device, dense and real; they may be rewritten) or the loss holds inf or nan."""
+        if loss is not None and self._on_cpu is not None:
+            if not math.isfinite(loss):
+                self.found.fill_(1.0)
+        elif loss is not None:
+            tensors = [loss.clone(), *tensors]
         for dtype, group in by_dtype(tensors):
             if dtype in HALF:  # not every device has the kernel for them
                 group = [torch.stack(torch._foreach_norm(group, math.inf)).float()]

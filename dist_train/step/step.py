@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dist_train.objective.modules import BufferSnapshot
 from dist_train.objective.objective import Item, Objective, StepSums
+from dist_train.optim.optim import take_step
 from dist_train.optim.parameters import takes_closure
 from dist_train.reduction.reduce import Reducer
 from dist_train.runtime.seeding import seed_forward
@@ -68,7 +69,7 @@ class Stepper:
         self.new_reducer = new_reducer
         self.reducer: Reducer | None = None  # until the first micro-batch
         self.parameters = list(objective.trained().values())
-        self._loss_total, self._weight_total = self.totals[0].unbind()  # views
+        self._set_totals(self.totals)
         self._samples = (1, torch.ones((), dtype=torch.float64, device=device))
         self._factor = torch.ones((), dtype=torch.float64, device=device)
         self._own_optimizer = not type(optimizer).__module__.startswith("torch.")
@@ -109,7 +110,7 @@ class Stepper:
             self.scaler.unscale_(self.optimizer)
         self.guard.begin(work.step + 1)
         self._divide(gradients, sums.weight, work.samples)
-        self.guard.check([sums.loss.clone(), *gradients])
+        self.guard.check(gradients, sums.loss)
         self._clip(gradients, want_norm)
         return sums
 
@@ -149,13 +150,13 @@ class Stepper:
         kept.restore()
         return self.reducer
 
-    def _divide(self, gradients: Sequence[Tensor], weight: Tensor, samples: int) -> None:
+    def _divide(self, gradients: Sequence[Tensor], weight: Tensor | float, samples: int) -> None:
         """Gradients over the sample count become gradients over the loss's own weight; zero where that is zero."""
         if self.summed:
             return
         # In float64, which is exact for integers. x / 0 becomes 0, and 0 / 0 doesn't occur.
-        if self.device.type == "cpu":  # reading through numpy is fast, and usually no division is needed
-            number = weight.detach().double().numpy().item()
+        if self.device.type == "cpu" or not isinstance(weight, Tensor):  # usually no division is needed
+            number = float(weight)
             if number == samples:
                 return
             self._factor.fill_(samples / number if number else 0.0)
@@ -197,19 +198,23 @@ class Stepper:
                 before.restore()
         else:
             good = self.guard.found == 0
-            loss, weight = loss.where(good, 0), weight.where(good, 0)
+            loss, weight = loss.where(good, 0), good.double() * weight
             terms = None if terms is None else terms.where(good, 0)
             if before is not None:
                 before.restore(~good)
         if not bad:
-            self._loss_total.add_(loss)
-            self._weight_total.add_(weight)
+            if self._on_host is not None:
+                self._on_host[0] += float(loss)
+                self._on_host[1] += float(weight)
+            else:
+                self._loss_total.add_(loss)
+                self._weight_total.add_(weight)
             if terms is not None:
                 self._add_terms(terms)
             if closure is not None:
                 closure.step(self.optimizer)
             elif self.scaler is None:
-                self.optimizer.step()
+                take_step(self.optimizer)
             else:
                 self.scaler.step(self.optimizer)  # reads a flag on the host unless the optimizer is fused
         if self.scaler is not None:
@@ -222,7 +227,8 @@ class Stepper:
 
     def _set_totals(self, totals: Tensor) -> None:
         self.totals = totals
-        self._loss_total, self._weight_total = totals[0].unbind()
+        self._loss_total, self._weight_total = totals[0].unbind()  # views
+        self._on_host = totals[0].numpy() if self.device.type == "cpu" else None  # another, which is quick to add to
 
     def take_row(self) -> dict[str, float]:
         """loss, those of named losses, grad_norm and skipped since the last row, for the next; waits for the device."""

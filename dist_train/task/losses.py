@@ -35,6 +35,7 @@ _CLASSWISE: dict[type[nn.Module], Any] = {
     nn.CrossEntropyLoss: nn.functional.cross_entropy,
     nn.NLLLoss: nn.functional.nll_loss,
 }
+_FEW = 512  # numbers that Python counts faster than two kernels do
 _MODULE_OF = {function: kind for kind, function in (_ELEMENTWISE | _CLASSWISE).items()}
 Weighted = tuple[Tensor, Tensor, Tensor | float]  # outputs and targets as torch's loss takes them, and their weight
 
@@ -146,6 +147,8 @@ class Loss(nn.Module):
             self._check_labels(outputs, targets)
         if self.summed:
             return outputs, targets, 0.0
+        if weight is None and targets.device.type == "cpu" and targets.dim() == 1 and len(targets) <= _FEW:
+            return outputs, targets, len(targets) - targets.tolist().count(self.function.ignore_index)
         kept = targets != self.function.ignore_index
         if weight is None:
             return outputs, targets, kept.sum()

@@ -101,6 +101,8 @@ def _taken(loss: Loss, outputs: Any) -> Any:
 
 
 def _with_loss(loss: Callable[[Any, Any], tuple[Any, Any]], outputs: Any, targets: Any) -> StepOutput:
+    if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
+        return StepOutput(*loss(outputs, targets), outputs, targets)
     device = _device_of([outputs, targets])
     if not torch.is_autocast_enabled(device):
         return StepOutput(*loss(outputs, targets), outputs, targets)

@@ -32,6 +32,13 @@ class Due:
             for every in (trainer.log_every, trainer.evaluate_every, *config.checkpoint.every)
         )
 
+        self._every = [self._log, self._evaluate, *self._saves, steps_per_epoch]
+
+    def following(self, done: int) -> int:
+        """The first step after `done` after which anything is due: what is above, an epoch's end, the end."""
+        ends = [end for end in (self.end, self.stop) if end is not None and end > done]
+        return min([(done // every + 1) * every for every in self._every] + ends)
+
     def log(self, done: int) -> bool:
         """A train row."""
         return done % self._log == 0 or done == self.end

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from dist_train.evaluation.evaluate import EvaluationInterruptedError, on_rank_zero
+from dist_train.training.callbacks import Callback
 from dist_train.training.due import Due, clocks
 from dist_train.training.first_batch import FirstBatch
 from dist_train.training.meter import Meter
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from dist_train.training.state import Progress
 
 STATUS_SECONDS = 10.0
+HOOKS = ("on_start", "on_step_end", "on_epoch_end", "on_evaluation_end", "on_end")
 
 
 class Evaluated(Enum):
@@ -66,6 +69,9 @@ class Trainer:
         sources = [*self.run.requests(), *clocks(self.config, lambda: self.seconds)] if self.world.is_main else []
         self.control = Control(self.world.rank, self.world.size, self.world.clone_store(), sources)
         self.due = Due(self.config, self.plan.steps_per_epoch)
+        self._due_at = 0  # until that step there is nothing to do after one
+        self._hooks = {name: _overriding(name, self.callbacks) for name in HOOKS}
+        self._may_unfreeze = {name for name in HOOKS if _overriding(name, parts.callbacks)}
         self._saved_step = self.step or -1
         self._status_at = time.monotonic()
 
@@ -109,8 +115,8 @@ class Trainer:
             self._run_step(work)
             self._boundary(self.control.due())
 
-        for callback in self.callbacks:
-            callback.on_end(self)
+        for call in self._hooks["on_end"]:
+            call(self)
         if self._saved_step != self.step:
             self._save()
         self.world.barrier()  # no control thread ends while another rank may still need its agreement
@@ -124,9 +130,9 @@ class Trainer:
 
     def _call(self, hook: str, *args: Any) -> None:
         """Call every callback, then make the rest follow where one of them lets other parameters train."""
-        for callback in self.callbacks:
-            getattr(callback, hook)(self, *args)
-        if self.config.callbacks:
+        for call in self._hooks[hook]:
+            call(self, *args)
+        if hook in self._may_unfreeze:
             self._trainable.follow()
 
     def _prepare(self, micro: MicroBatch, work: StepWork) -> Any:
@@ -161,18 +167,21 @@ class Trainer:
             for warning in self.first_batch.warnings():
                 self.console.warn(warning)
         self._call("on_step_end")
-        if step % self.plan.steps_per_epoch == 0:
-            self._call("on_epoch_end")
+        if self.checkpoints is not None:
+            self.checkpoints.poll()
         if self.outputs.digests is not None:
             self.outputs.digests.take(step)
+        if step < self._due_at and not actions:
+            return
+        self._due_at = self.due.following(step)
+        if step % self.plan.steps_per_epoch == 0:
+            self._call("on_epoch_end")
         self._check_end(FINISH in actions)
         if progress.finished or LOG in actions or self.due.log(step):
             self._log()
         if progress.finished or EVALUATE in actions or self.due.evaluate(step):
             progress.evaluation_due = "val" in parts.eval_loaders
         self._settle(save=SAVE in actions or self.due.save(step), stop=STOP in actions)
-        if self.checkpoints is not None:
-            self.checkpoints.poll()
 
     def _check_end(self, over: bool = False) -> None:
         if over or (self.due.end is not None and self.step >= self.due.end):
@@ -286,3 +295,9 @@ class Trainer:
         for opened in (*loaders, outputs.trace, outputs.digests):
             if opened is not None:
                 opened.close()
+
+
+def _overriding(hook: str, callbacks: Sequence[Callback]) -> list[Callable[..., None]]:
+    """The hook of each callback that defines it."""
+    found = [getattr(callback, hook) for callback in callbacks]
+    return [call for call in found if getattr(call, "__func__", call) is not getattr(Callback, hook)]
