@@ -55,12 +55,15 @@ class _Loader:
         self._persistent = workers > 0 and config.persistent_workers in ("auto", True)
         self._timeout = config.timeout
         self._at_exit: Any = None
+        pinned = options.device.type == "cuda" if config.pin_memory == "auto" else bool(config.pin_memory)
+        # Without workers and pinning a DataLoader would only call the reader, for as long as reading takes.
+        self._direct = requests if workers == 0 and not pinned else None
         # in_order must stay True: steps take micro-batches by position (`_check_order`).
         self._loader: DataLoader[Any] = DataLoader(
             reader,
             batch_sampler=requests,
             collate_fn=_no_collate,
-            pin_memory=options.device.type == "cuda" if config.pin_memory == "auto" else bool(config.pin_memory),
+            pin_memory=pinned,
             # Of its own: each iterator draws a base seed, by default from the global generator.
             generator=torch.Generator().manual_seed(mix(options.seed)),
             num_workers=workers,
@@ -72,6 +75,8 @@ class _Loader:
         )
 
     def _start(self) -> Iterator[Any]:
+        if self._direct is not None:
+            return map(self.reader.__getitems__, self._direct)
         if self.num_workers == 0:
             return iter(self._loader)
         try:
