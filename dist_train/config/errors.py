@@ -39,7 +39,9 @@ _IN_URL = re.compile(
 def mask(text: str, shortest: int = SHORTEST) -> str:
     """The text with `***` in place of what looks like a secret, or is the value of an environment variable that holds one."""
     environment: Any = os.environ
-    for form in _secrets(tuple(environment._data.items()), shortest):  # as bytes: decoding all of it takes 50 times as long
+    for form in _secrets(
+        tuple(environment._data.items()), shortest
+    ):  # as bytes: decoding all of it takes 50 times as long
         text = text.replace(form, MASK)
     return _IN_URL.sub(lambda found: (found[1] or "") + MASK, text)
 

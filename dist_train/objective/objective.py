@@ -58,6 +58,7 @@ class Objective:
         modules: the model, with the parameters and buffers of loss and task.
         scaler: the loss scale of fp16; None in other precisions.
         ranks: how many processes the gradients are summed over.
+        draws_from_torch: its random numbers are torch's alone (see `draws_from_torch_alone`).
         summed: the loss asks for a plain sum over samples (see `Loss.summed`).
         terms: the names of the losses that it is the sum of, once a forward has shown them; None before.
     """
@@ -69,9 +70,10 @@ class Objective:
         precision: Precision,
         scaler: torch.amp.GradScaler | None = None,
         ranks: int = 1,
+        draws_from_torch: bool = False,
     ):
         self.modules, self.task, self.precision, self.scaler = modules, task, precision, scaler
-        self.model, self.ranks = modules.model, ranks
+        self.model, self.ranks, self.draws_from_torch = modules.model, ranks, draws_from_torch
         self.summed: bool = getattr(task, "summed", False)
         own = getattr(getattr(task, "loss", None), "exact", None)
         self.terms: list[str] | None = [] if own else None  # torch's own losses give one

@@ -61,13 +61,17 @@ def seed_sample(seed: int, epoch: int, index: int) -> None:
     _seed(mix(SAMPLE, seed, epoch, index), None)
 
 
-def seed_forward(seed: int, step: int, position: int, device: torch.device) -> None:
+def seed_forward(seed: int, step: int, position: int, device: torch.device, *, torch_alone: bool = False) -> None:
     """Seed everything for the forward of one micro-batch (dropout, LayerDrop and the like), on the CPU and on `device`.
 
     `step` is the global optimizer step and `position` the place of the micro-batch's first sample in the global
     batch, so that the draws don't depend on the rank that happens to compute it.
+
+    Args:
+        torch_alone: leave numpy and `random` as they are: nothing in the forward can draw from them.
     """
-    _seed(_mix(_begun(FORWARD, seed), step, position), device)
+    value = _mix(_begun(FORWARD, seed), step, position)
+    _seed_torch(value, device) if torch_alone else _seed(value, device)
 
 
 def seed_augment(seed: int, epoch: int, index: int, place: int, device: torch.device) -> None:
@@ -76,9 +80,13 @@ def seed_augment(seed: int, epoch: int, index: int, place: int, device: torch.de
 
 
 def _seed(value: int, device: torch.device | None) -> None:
-    torch.default_generator.manual_seed(value)
     np.random.seed(value >> 32)
     random.seed(value)
+    _seed_torch(value, device)
+
+
+def _seed_torch(value: int, device: torch.device | None) -> None:
+    torch.default_generator.manual_seed(value)
     if device is not None and device.type == "cuda":
         ordinal = torch.cuda.current_device() if device.index is None else device.index
         torch.cuda.default_generators[ordinal].manual_seed(value)

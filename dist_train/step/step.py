@@ -104,6 +104,8 @@ class Stepper:
     def _gradient(self, work: StepWork, want_norm: bool) -> StepSums:
         """The gradient that the optimizer gets, in every `.grad`."""
         sums = self._forward_backward(work)
+        if self._on_host is not None:
+            sums = sums._replace(weight=float(sums.weight))
         status.phase = UPDATE
         gradients = gradient_values(self.parameters)
         if self.scaler is not None:
@@ -123,12 +125,12 @@ class Stepper:
 
     def _forward_backward(self, work: StepWork) -> StepSums:
         scale = 1.0 if self.summed else 1.0 / work.samples
-        status.phase = DATA
+        status.phase, torch_alone = DATA, self.objective.draws_from_torch
         for micro, item in self.objective.items(work, self.prepare):
             status.phase = FORWARD
             status.item += 1
             reducer = self.reducer or self._begin(item)
-            seed_forward(self.seed, work.step, micro.position, self.device)
+            seed_forward(self.seed, work.step, micro.position, self.device, torch_alone=torch_alone)
             reducer.forward_backward(item, micro, scale=scale)
             status.phase = DATA
         assert self.reducer is not None
@@ -155,11 +157,10 @@ class Stepper:
         if self.summed:
             return
         # In float64, which is exact for integers. x / 0 becomes 0, and 0 / 0 doesn't occur.
-        if self.device.type == "cpu" or not isinstance(weight, Tensor):  # usually no division is needed
-            number = float(weight)
-            if number == samples:
+        if not isinstance(weight, Tensor):
+            if weight == samples:  # as usual
                 return
-            self._factor.fill_(samples / number if number else 0.0)
+            self._factor.fill_(samples / weight if weight else 0.0)
         else:
             if self._samples[0] != samples:
                 self._samples = (samples, torch.full_like(self._samples[1], samples))
@@ -205,7 +206,7 @@ class Stepper:
         if not bad:
             if self._on_host is not None:
                 self._on_host[0] += float(loss)
-                self._on_host[1] += float(weight)
+                self._on_host[1] += weight
             else:
                 self._loss_total.add_(loss)
                 self._weight_total.add_(weight)

@@ -21,6 +21,7 @@ from dist_train.data.placement import place_datasets
 from dist_train.data.plan import Plan
 from dist_train.data.weighting import sampling_weights
 from dist_train.evaluation.evaluate import Evaluator
+from dist_train.objective.draws import draws_from_torch_alone
 from dist_train.objective.objective import Objective
 from dist_train.objective.own_weights import OwnWeights
 from dist_train.objective.whole_batch import WholeBatch
@@ -347,4 +348,5 @@ def _objective(parts: Parts, task: Any) -> Objective:
         return WholeBatch(parts.modules, task, parts.precision, scaler, world, parts.plan)
     if callable(getattr(task, "weights", None)):
         return OwnWeights(parts.modules, task, parts.precision, scaler, world, parts.micro_batch_counts)
-    return Objective(parts.modules, task, parts.precision, scaler, world.size)
+    torch_alone = draws_from_torch_alone(parts.config, parts.modules, task)
+    return Objective(parts.modules, task, parts.precision, scaler, world.size, torch_alone)

@@ -130,7 +130,7 @@ def waits(
 ) -> Waits:
     """A step after a first one; `digested`, as `debug.digest` has it."""
     monkeypatch.setattr(
-        "dist_train.step.step.seed_forward", lambda *args: None
+        "dist_train.step.step.seed_forward", lambda *args, **options: None
     )  # there is no generator without a driver
     leaves: list[nn.Parameter] = []
 
