@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -158,7 +158,7 @@ class Plan:
                 f"data.global_batch_size={self.length} (or less), or data.drop_last=false"
             )
 
-    @property
+    @cached_property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in one epoch."""
         full = self.length // self.global_batch_size

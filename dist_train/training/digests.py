@@ -68,12 +68,10 @@ class StepDigests:
                 loss = f"loss{suffix}"
                 if any(self._places[loss] in places for places, _ in self._open):
                     return
-                values = torch.stack(
-                    [
-                        sums.loss.detach().double(),
-                        torch.as_tensor(sums.weight, dtype=torch.float64, device=sums.loss.device),
-                    ]
-                )
+                weight = sums.weight
+                if not isinstance(weight, torch.Tensor):
+                    weight = torch.full((), weight, dtype=torch.float64, device=sums.loss.device)
+                values = torch.stack([sums.loss.detach().double(), weight.double()])
                 terms = [] if sums.terms is None else [sums.terms.reshape(-1)]
                 found = {loss: torch.cat([values, *terms])}
                 self._take(found | {f"gradient {name}{suffix}": g for name, g in gradients(trained).items()})

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from runs import environment
 
-# Of three steps: the loss, to check it and to add it up, and its weight. On the CPU a read waits for nothing; of a step on a device
-# test_fake_cuda.py lists what waits.
+# Of three steps: the loss, to check it and to add it up, and its weight. On the CPU a read waits for nothing; for a device
+# test_fake_cuda.py lists what would wait.
 ON_CPU = 9
 JOB = Path(__file__).parent / "programs" / "counts.py"
 
