@@ -37,8 +37,7 @@ from rounds import hardware, versions
 from torch import Tensor, nn
 
 from dist_train.config.schema import DistributedConfig, TrainerConfig
-from dist_train.data.loader import StepWork
-from dist_train.data.plan import MicroBatch, Plan
+from dist_train.data.plan import MicroBatch, Plan, StepWork
 from dist_train.objective.modules import Modules
 from dist_train.objective.objective import Objective
 from dist_train.objective.precision import Precision

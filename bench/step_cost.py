@@ -26,8 +26,7 @@ import yaml
 from torch import nn
 
 import dist_train
-from dist_train.data.loader import StepWork
-from dist_train.data.plan import MicroBatch
+from dist_train.data.plan import MicroBatch, StepWork
 from dist_train.training.trainer import Trainer
 from dist_train.watch.status import status
 
@@ -125,7 +124,7 @@ def main() -> None:
             "trainer.duration": "1000000step",
             **(LEAN if args.lean else {}),
         }
-        Trainer.fit = lambda trainer: measure(trainer)  # type: ignore[method-assign]
+        Trainer.fit = lambda trainer: measure(trainer)  # type: ignore[method-assign, assignment]
         dist_train.train(config, *(f"{key}={value}" for key, value in changes.items()))
     if os.environ.get("RANK", "0") == "0":
         print("\n".join(report(measure.seconds)))

@@ -7,7 +7,6 @@ import copy
 import itertools
 import time
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
 from multiprocessing.util import Finalize
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from dist_train.data.errors import CollateError, DataError, SampleError, dataset_name, resource_hint
 from dist_train.data.placement import OnDevice
-from dist_train.data.plan import EvalPlan, Indices, MicroBatch, Plan, StepSampler
+from dist_train.data.plan import EvalPlan, Indices, MicroBatch, Plan, StepSampler, StepWork
 from dist_train.data.reading import LoaderOptions, SampleReader, dataset_length
 from dist_train.data.skipping import Skipped
 from dist_train.data.stream import is_stream, shard_parameters, stream_length
@@ -56,6 +55,7 @@ class _Loader:
         self._timeout = config.timeout
         self._at_exit: Any = None
         pinned = options.device.type == "cuda" if config.pin_memory == "auto" else bool(config.pin_memory)
+        pinned = pinned and not isinstance(reader.dataset, OnDevice)
         # Without workers and pinning a DataLoader would only call the reader, for as long as reading takes.
         self._direct = requests if workers == 0 and not pinned else None
         # in_order must stay True: steps take micro-batches by position (`_check_order`).
@@ -137,21 +137,6 @@ def _workers_for(dataset: Any, options: LoaderOptions) -> int:
     return resolve_workers(
         options.config.num_workers, dataset, collate=options.collate, local_ranks=options.local_ranks
     )
-
-
-@dataclass(slots=True)
-class StepWork:
-    """One optimizer step of one rank."""
-
-    step: int
-    """Global step, from 0."""
-    epoch: int
-    samples: int
-    """Samples of the global batch, over all ranks."""
-    local_indices: Indices
-    """The samples of this rank, (n,) int64, known before anything is read; empty if it has none."""
-    micro_batches: Iterator[MicroBatch]
-    """Read when asked for."""
 
 
 class TrainLoader(_Loader):

@@ -63,6 +63,21 @@ class MicroBatch(NamedTuple):
         return self.samples == 0
 
 
+@dataclass(slots=True)
+class StepWork:
+    """One optimizer step of one rank."""
+
+    step: int
+    """Global step, from 0."""
+    epoch: int
+    samples: int
+    """Samples of the global batch, over all ranks."""
+    local_indices: Indices
+    """The samples of this rank, (n,) int64, known before anything is read; empty if it has none."""
+    micro_batches: Iterator[MicroBatch]
+    """Read when asked for."""
+
+
 def rank_slice(n: int, rank: int, world_size: int) -> slice:
     """The part of n items that `rank` takes: contiguous, in rank order, sizes differing by at most one."""
     size, extra = divmod(n, world_size)

@@ -16,8 +16,7 @@ from dist_train.task.terms import Computed, computed, mean_of, ratios
 from dist_train.watch.status import BACKWARD, status
 
 if TYPE_CHECKING:
-    from dist_train.data.loader import StepWork
-    from dist_train.data.plan import MicroBatch
+    from dist_train.data.plan import MicroBatch, StepWork
 
 
 Item = Any  # what one forward takes: a micro-batch on the device, and what an `Objective` adds to it

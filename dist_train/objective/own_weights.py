@@ -14,8 +14,7 @@ from dist_train.task.terms import Computed, combine, computed
 from dist_train.watch.status import SYNC, status
 
 if TYPE_CHECKING:
-    from dist_train.data.loader import StepWork
-    from dist_train.data.plan import MicroBatch
+    from dist_train.data.plan import MicroBatch, StepWork
     from dist_train.objective.modules import Modules
     from dist_train.objective.precision import Precision
     from dist_train.runtime.world import World

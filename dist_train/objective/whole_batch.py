@@ -27,8 +27,7 @@ from dist_train.task.terms import Computed, StepOutput, Term, combine, computed,
 from dist_train.watch.status import FORWARD, SYNC, status
 
 if TYPE_CHECKING:
-    from dist_train.data.loader import StepWork
-    from dist_train.data.plan import MicroBatch, Plan
+    from dist_train.data.plan import MicroBatch, Plan, StepWork
     from dist_train.runtime.world import World
 
 

@@ -14,7 +14,7 @@ from dist_train.objective.objective import StepSums
 from dist_train.task.batch import clone_batch
 
 if TYPE_CHECKING:
-    from dist_train.data.loader import StepWork
+    from dist_train.data.plan import StepWork
 
 
 class Closure:

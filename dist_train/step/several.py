@@ -17,7 +17,7 @@ from dist_train.optim.schedule import Schedule
 from dist_train.task.batch import clone_batch
 
 if TYPE_CHECKING:
-    from dist_train.data.loader import StepWork
+    from dist_train.data.plan import StepWork
     from dist_train.step.step import Stepper
 
 

@@ -25,8 +25,7 @@ from dist_train.watch.status import DATA, FORWARD, UPDATE, status
 
 if TYPE_CHECKING:
     from dist_train.config.schema import TrainerConfig
-    from dist_train.data.loader import StepWork
-    from dist_train.data.plan import MicroBatch, Plan
+    from dist_train.data.plan import MicroBatch, Plan, StepWork
 
 
 class Stepper:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dist_train.config.errors import ConfigError, Problem
 from dist_train.data.digest import content_digest
-from dist_train.data.loader import StepWork
+from dist_train.data.plan import StepWork
 from dist_train.objective.modules import BufferSnapshot, Modules
 from dist_train.reduction.leaves import LeafState, changed
 from dist_train.runtime.compiler import uncompiled

@@ -39,8 +39,7 @@ from dist_train.training.due import StopWhen
 
 if TYPE_CHECKING:
     from dist_train.config.schema import Config
-    from dist_train.data.loader import StepWork
-    from dist_train.data.plan import MicroBatch
+    from dist_train.data.plan import MicroBatch, StepWork
     from dist_train.runtime.world import World
     from dist_train.training.digests import StepDigests
 

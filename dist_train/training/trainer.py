@@ -20,8 +20,7 @@ from dist_train.watch.control import EVALUATE, FINISH, LOG, SAVE, STOP, Control
 from dist_train.watch.status import CALLBACK, LOGGING, SAVING, SYNC, status
 
 if TYPE_CHECKING:
-    from dist_train.data.loader import StepWork
-    from dist_train.data.plan import MicroBatch
+    from dist_train.data.plan import MicroBatch, StepWork
     from dist_train.training.parts import Parts
     from dist_train.training.rows import Outputs
     from dist_train.training.state import Progress

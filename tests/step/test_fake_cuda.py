@@ -29,10 +29,9 @@ from dist_train.data import (
     RandomVerticalFlip,
 )
 from dist_train.data.augment import Augmentation
-from dist_train.data.loader import StepWork
 from dist_train.data.normalize import Normalize
 from dist_train.data.placement import OnDevice
-from dist_train.data.plan import MicroBatch, Plan
+from dist_train.data.plan import MicroBatch, Plan, StepWork
 from dist_train.objective.modules import Modules
 from dist_train.objective.objective import Objective, SingleProcess, StepSums, step_sums
 from dist_train.objective.precision import Precision

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from dist_train.config.errors import ConfigError
 from dist_train.config.schema import TrainerConfig
-from dist_train.data.loader import StepWork
-from dist_train.data.plan import MicroBatch, Plan
+from dist_train.data.plan import MicroBatch, Plan, StepWork
 from dist_train.objective.modules import Modules
 from dist_train.objective.objective import Objective, SingleProcess
 from dist_train.objective.precision import Precision, resolve_precision
