@@ -47,15 +47,13 @@ class _Loader:
         self, reader: SampleReader, workers: int, requests: Any, options: LoaderOptions, *, evaluates: bool
     ) -> None:
         config = options.config
-        if isinstance(reader.dataset, OnDevice):  # its batches are on the device already
-            config = config.model_copy(update={"pin_memory": False})
         self.reader, self.options = reader, options
         self.num_workers = workers
         self._persistent = workers > 0 and config.persistent_workers in ("auto", True)
         self._timeout = config.timeout
         self._at_exit: Any = None
         pinned = options.device.type == "cuda" if config.pin_memory == "auto" else bool(config.pin_memory)
-        pinned = pinned and not isinstance(reader.dataset, OnDevice)
+        pinned = pinned and not isinstance(reader.dataset, OnDevice)  # whose batches are on the device already
         # Without workers and pinning a DataLoader would only call the reader, for as long as reading takes.
         self._direct = requests if workers == 0 and not pinned else None
         # in_order must stay True: steps take micro-batches by position (`_check_order`).
