@@ -49,13 +49,11 @@ def command(name: str, world: int, result: Path, args: argparse.Namespace) -> li
         return [*start, *rest, f"--warmup={args.warmup}", f"--steps={args.steps}", f"--repeat={args.repeat}"]
     return [
         *start,
-        *("-m", "dist_train.main", "--config", str(HERE / "overhead.yaml")),
+        *(str(HERE / "step_clock.py"), str(args.warmup), str(args.steps), str(result)),
+        *("--config", str(HERE / "overhead.yaml")),
         f"run.dir={result.parent}",
         f"data.train.repeat={args.repeat}",
         f"trainer.duration={args.warmup + args.steps}step",
-        f"callbacks.0.warmup={args.warmup}",
-        f"callbacks.0.steps={args.steps}",
-        f"callbacks.0.path={result}",
     ]
 
 
