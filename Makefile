@@ -47,11 +47,12 @@ bench: install  ## compare steps per second and startup time with a raw loop, Fa
 bench-quick: install  ## what matters of speed, in about a minute: the input, the step and its fixed cost, a whole job
 	bench/run input.py --quick
 	bench/run overhead.py --rounds 1 --steps 500 --world 1 --only raw dist_train
+	bench/run step_cost.py
 	bench/run job.py --rounds 1 --epochs 5 --world 1 --only plain dist_train
 
 # On a quiet machine: half an hour. The tables of bench/RESULTS.md, in one file.
 bench-all: install  ## all benchmarks of the CPU, with their tables in bench-results.md
-	for command in "input.py" "overhead.py --steps 3000 --rounds 3" "job.py" "resume.py --trials 3"; do \
+	for command in "step_cost.py" "step_cost.py --lean" "input.py" "overhead.py --steps 3000 --rounds 3" "job.py" "resume.py --trials 3"; do \
 	  bench/run $$command || exit 1; echo; done | tee bench-results.md
 
 chaos: install  ## run the long kill tests: real processes, real signals

@@ -53,7 +53,7 @@ def imported(folder: Path, *more: str) -> dict[str, set[str]]:
 
 def test_a_start_imports_no_compiler_and_a_completed_run_is_answered_without_torch(tmp_path: Path) -> None:
     seen = imported(tmp_path, "watch the steps")
-    heavy = {"torch._dynamo", "torchvision", "sklearn", "matplotlib", "pandas", "wandb"}
+    heavy = {"torch._dynamo", "sympy", "torchvision", "sklearn", "matplotlib", "pandas", "wandb"}
     assert {"torch", "torch.optim"} <= seen["before"]
     assert not heavy & seen["after"]
     assert "torch.utils.tensorboard" in seen["before"]  # no other thread imports it beside the steps
