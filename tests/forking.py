@@ -38,15 +38,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+# pydantic imports its parts when they are first named.
+_SCHEMA = (
+    "pydantic.types",
+    "pydantic.json_schema",
+    "pydantic.type_adapter",
+    "pydantic.dataclasses",
+    "pydantic._internal._validators",
+)
 # What a run imports of others; nothing here may start a thread, and nothing of dist_train may be among it.
 PRELOADED = (
     "torch", "torch._dynamo", "torch.distributed.run", "torch.utils.tensorboard", "torch.utils.serialization", "torchvision",
     "matplotlib.figure", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg", "PIL.JpegImagePlugin",
-    "pydantic", "yaml", "fsspec.implementations.local", "safetensors.torch", "multiprocessing.popen_fork", "logging.handlers",
+    *_SCHEMA, "yaml", "fsspec.implementations.local", "safetensors.torch", "multiprocessing.popen_fork", "logging.handlers",
+    "jinja2", "zoneinfo", "multiprocessing.queues",
 )  # fmt: skip
 # What a worker of a real torchrun needs in any case; the rest only rank 0 does, or no worker.
 _WORKERS_NEED = (
-    "torch.distributed.run", "torch._dynamo", "torch.utils.serialization", "pydantic", "yaml", "fsspec.implementations.local",
+    "torch.distributed.run", "torch._dynamo", "torch.utils.serialization", *_SCHEMA, "yaml", "fsspec.implementations.local",
     "safetensors.torch", "multiprocessing.popen_fork", "logging.handlers",
 )  # fmt: skip
 HOOK = Path(__file__).parent / "hook"

@@ -56,7 +56,7 @@ class Control:
 
     def close(self) -> None:
         """Stop listening: nothing is agreed any more."""
-        self._closing.set()
+        signals.end_take(self._closing)
         self._thread.join(timeout=5)
 
     # Main thread: two attribute reads a step while there is no request.
@@ -94,7 +94,7 @@ class Control:
     def _run(self) -> None:
         try:
             while not self._closing.is_set():
-                for number in signals.take(POLL_SECONDS):
+                for number in signals.take(POLL_SECONDS, self._closing):
                     name = signal.Signals(number).name
                     log.info("received %s", name)
                     self._propose(STOP, name)

@@ -114,13 +114,20 @@ def held() -> bool:
     return _held
 
 
-def take(seconds: float) -> list[int]:
-    """The signals held so far; waits for one, at most that long."""
+def take(seconds: float, closing: threading.Event | None = None) -> list[int]:
+    """The signals held so far; waits for one, at most that long, and no longer than until `end_take` sets `closing`."""
     with _arrived:
-        _arrived.wait_for(lambda: bool(_pending), timeout=seconds)
+        _arrived.wait_for(lambda: bool(_pending) or (closing is not None and closing.is_set()), timeout=seconds)
         taken = _pending[:]
         _pending.clear()
     return taken
+
+
+def end_take(closing: threading.Event) -> None:
+    """Set an event that `take` waits for as well."""
+    with _arrived:
+        closing.set()
+        _arrived.notify_all()
 
 
 def before_end(inform: Callable[[], object] | None) -> None:

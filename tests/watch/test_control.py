@@ -9,6 +9,7 @@ import time
 import pytest
 import torch.distributed as dist
 
+from dist_train.watch import control as control_module
 from dist_train.watch.control import SAVE, STOP, Control, watch_clock, watch_file
 
 
@@ -80,6 +81,14 @@ def test_one_process_needs_no_store() -> None:
     control.close()
     assert seen == {STOP}
     assert control.reasons[STOP] == "SIGTERM"
+
+
+def test_closing_waits_for_no_poll(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control_module, "POLL_SECONDS", 600.0)
+    control = Control(0, 1, None)
+    control.start()
+    control.close()
+    assert "dist_train-control" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_inside_an_evaluation_only_a_stop_counts_and_the_rest_is_postponed() -> None:
