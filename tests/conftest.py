@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
@@ -27,6 +28,8 @@ from runs import environment
 
 # Commands of this Python, `runs.run` and all of `subprocess`, are forks of a process that has imported torch.
 forking.take_over(environment())
+settings.register_profile("loaded", deadline=None)  # a deadline of 0.2 s is one of the machine, not of the code
+settings.load_profile("loaded")
 
 # Where tests start runs, launchers and daemons; elsewhere a module that does has one of the names.
 PROCESS_FOLDERS = {"chaos", "commands", "failures", "gpu", "launch"}

@@ -27,12 +27,13 @@ class LeafState:
     """Each leaf's forward starts from the values of before the step; afterwards
 
     - running statistics of normalization layers are the mean of what the leaves made of them, summed like gradients;
-    - integers have advanced once, as one leaf's forward has advanced them.
+    - integers have advanced once, as one leaf's forward has advanced them; counters that only some leaves advance (those of a
+      layer that others leave out) by the mean of all, rounded up.
 
     Nothing else may change, since its value would depend on how many leaves a rank computes.
 
     Attributes:
-        size: how many numbers the running statistics are.
+        size: how many numbers the running statistics are, and what counters have advanced by.
         dtype: in which they are summed.
         fixed: other floating-point buffers, and frozen parameters.
     """
@@ -46,12 +47,15 @@ class LeafState:
         rest = [slot for key, slot in slots.items() if key not in statistics]
         self.fixed = [slot for slot in rest if _is_inexact(slot.value)]
         self._counted = [slot for slot in rest if not _is_inexact(slot.value)]
+        self._counters = [slot for slot in self._counted if _is_counter(slot.value)]
         self._numbers = modules.numbers_at
-        self.size = sum(slot.value.numel() for slot in self._averaged)
+        self._sizes = [slot.value.numel() for slot in (*self._averaged, *self._counters)]
+        self.size = sum(self._sizes)
         double = any(slot.value.dtype == torch.float64 for slot in self._averaged)
         self.dtype = torch.float64 if double else torch.float32
         self._copies: list[_Copy] = []  # of what may change, from before the step
         self._numbers_before: list[Any] = []
+        self._numbers_after: list[Any] | None = None  # the first leaf's forward
         self._fixed_before: list[tuple[Tensor, Stamp]] = []
 
     @torch.no_grad()
@@ -67,6 +71,7 @@ class LeafState:
                 copy = _Copy(slot, slot.value, slot.value.clone(), _stamp(slot.value))
             self._copies.append(copy)
         self._numbers_before = [slot.value for slot in self._numbers]
+        self._numbers_after = None
         self._fixed_before = [(slot.value, _stamp(slot.value)) for slot in self.fixed]
 
     @torch.no_grad()
@@ -98,19 +103,33 @@ class LeafState:
             for slot, value, number in zip(self._numbers, now, self._numbers_before, strict=True):
                 if isinstance(number, float) and value != number and (value == value or number == number):
                     raise ValueError(changed(slot.name))
+        first = self._numbers_after = self._numbers_after or now
+        for slot, mine, other in zip(self._numbers, now, first, strict=True) if now != first else ():
+            if mine is not other and mine != other:
+                raise ValueError(
+                    f"the forwards of two micro-batches of a step change {slot.name} in different ways (to {other} and {mine}): "
+                    "its value would depend on how many of them a process computes. Make it a buffer (an integer tensor), whose "
+                    "changes are averaged, or set distributed.reproducibility=fast"
+                )
 
     @torch.no_grad()
     def statistics(self) -> Tensor:
-        """The running statistics after a leaf's forward: (size,)."""
-        return torch.cat([slot.value.detach().reshape(-1).to(self.dtype) for slot in self._averaged])
+        """The running statistics after a leaf's forward, and what counters have advanced by in it: (size,)."""
+        before = {id(copy.slot): copy.value for copy in self._copies}
+        values = [slot.value.detach() for slot in self._averaged]
+        values += [slot.value - before[id(slot)] for slot in self._counters]
+        return torch.cat([value.reshape(-1).to(self.dtype) for value in values])
 
     @torch.no_grad()
     def finish(self, mean: Tensor) -> None:
-        """The step is over: set the running statistics to the mean over the leaves, (size,)."""
-        parts = mean.split([slot.value.numel() for slot in self._averaged])
-        for slot, part, layer in zip(self._averaged, parts, self._layers, strict=True):
+        """The step is over: set running statistics and counters by the mean of `statistics` over the leaves, (size,)."""
+        parts = mean.split(self._sizes)
+        for slot, part, layer in zip(self._averaged, parts, self._layers, strict=False):
             if layer.training:  # else the mean of equal numbers would differ from them by rounding
                 slot.value.copy_(part.view_as(slot.value))
+        before = {id(copy.slot): copy.value for copy in self._copies}
+        for slot, part in zip(self._counters, parts[len(self._averaged) :], strict=True):
+            slot.value.copy_(before[id(slot)] + part.ceil().view_as(slot.value).to(slot.value.dtype))
 
     def counts(self) -> dict[str, Any]:
         """The integers that a forward may advance, by name, those in buffers by their digest; waits for the device."""
@@ -137,6 +156,10 @@ def _running_statistics(modules: nn.Module) -> Iterator[tuple[Tensor, nn.Module]
 def _stamp(tensor: Tensor) -> Stamp:
     """What a write changes, without looking at the values (not one in place through `.data`, nor F.batch_norm's)."""
     return tensor._version, tensor.data_ptr()
+
+
+def _is_counter(tensor: Tensor) -> bool:
+    return not _is_inexact(tensor) and tensor.dtype != torch.bool and tensor.numel() <= SMALL
 
 
 def _is_inexact(tensor: Tensor) -> bool:
