@@ -135,6 +135,7 @@ def tests(device: torch.device) -> Findings:
     if device.type == "cuda":
         folders += [
             "tests/gpu/test_augments_on_gpu.py",
+            "tests/gpu/test_copies.py",
             "tests/data/test_normalize.py",
             "tests/data/test_placement.py",
             "tests/runtime/test_seeding.py",

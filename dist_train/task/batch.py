@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -113,15 +114,35 @@ def in_full_precision(outputs: Any) -> Any:
 
 
 def move_batch(batch: Any, device: torch.device, memory_format: torch.memory_format | None = None) -> Any:
-    """The batch on the device (without waiting), its images (4-dim tensors) in the memory format."""
+    """The batch on the device (without waiting), its images (4-dim tensors) in the memory format.
+
+    Pinned tensors are copied on a stream of their own, beside the kernels of the step before. The current stream waits for it, and
+    their memory isn't used again before that is done with it.
+    """
     if device.type == "cpu" and memory_format is None:
         return batch
+    copied = False
 
     def move(tensor: Tensor) -> Tensor:
+        nonlocal copied
         form = memory_format if memory_format is not None and tensor.dim() == 4 else torch.preserve_format
-        return tensor.to(device, non_blocking=True, memory_format=form)
+        if device.type != "cuda" or tensor.is_cuda or not tensor.is_pinned():
+            return tensor.to(device, non_blocking=True, memory_format=form)
+        copied = True
+        with torch.cuda.stream(_copy_stream(device)):
+            moved = tensor.to(device, non_blocking=True, memory_format=form)
+        moved.record_stream(torch.cuda.current_stream(device))
+        return moved
 
-    return map_tensors(move, batch)
+    moved = map_tensors(move, batch)
+    if copied:
+        torch.cuda.current_stream(device).wait_stream(_copy_stream(device))
+    return moved
+
+
+@functools.cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def squeeze_column(values: Tensor) -> Tensor:
