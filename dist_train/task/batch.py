@@ -116,8 +116,8 @@ def in_full_precision(outputs: Any) -> Any:
 def move_batch(batch: Any, device: torch.device, memory_format: torch.memory_format | None = None) -> Any:
     """The batch on the device (without waiting), its images (4-dim tensors) in the memory format.
 
-    Pinned tensors are copied on a stream of their own, beside the kernels of the step before. The current stream waits for it, and
-    their memory isn't used again before that is done with it.
+    Pinned tensors are copied on a stream of their own, beside the kernels of the step before. The current stream waits for it,
+    and their memory isn't used again before that is done with it.
     """
     if device.type == "cpu" and memory_format is None:
         return batch
