@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from typing import TYPE_CHECKING, Any
 
 from torch.nn.modules.module import _has_any_global_hook
@@ -10,6 +11,8 @@ from dist_train.config.fields import live_objects
 from dist_train.task.task import Supervised
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import nn
 
     from dist_train.config.schema import Config
@@ -17,31 +20,46 @@ if TYPE_CHECKING:
 
 _KNOWN = ("torch.nn.", "torch.optim.", "torchvision.models.", "torchvision.ops.", "dist_train.")
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_ANY_OBJECT = "dist_train.config.components.locate"  # a component that is whatever its argument names
 
 
-def draws_from_torch_alone(config: Config, modules: Modules, task: Any) -> bool:
+def draws_from_torch_alone(config: Config, modules: Modules, task: Any, steps: Iterable[Any]) -> bool:
     """Whether all that runs between two seedings is torch's, torchvision's or ours, none of which draws from numpy or `random`.
 
     Any other code may draw from them in any step, also where it hasn't before; so they are seeded for it in each.
+
+    Args:
+        steps: of each optimizer, the function that its step is; None where there is more around it.
     """
     if config.callbacks or type(task) is not Supervised or _has_any_global_hook():
         return False
     if not _is_known(task.loss.function) or not all(map(_is_known, _targets(config.scheduler))):
         return False
-    return all(map(_plain, modules.modules())) and not any(
-        p._backward_hooks or p._post_accumulate_grad_hooks for p in modules.parameters()
+    if not all(map(_is_known, steps)):
+        return False
+    return all(map(_plain, modules.modules())) and all(
+        _is_known(p) and not (p._backward_hooks or p._post_accumulate_grad_hooks) for p in modules.parameters()
     )
 
 
 def _plain(module: nn.Module) -> bool:
-    """A module of a known class, to which nobody has added anything."""
-    return _is_known(module) and "forward" not in vars(module) and not any(getattr(module, name) for name in _HOOKS)
+    """A module of a known class, to which nobody has added anything, and given no function (an activation, say)."""
+    called = [value for value in vars(module).values() if callable(value)]
+    return all(map(_is_known, [module, type(module).forward, *called])) and not any(
+        getattr(module, name) for name in _HOOKS
+    )
 
 
 def _is_known(value: Any) -> bool:
-    """By where its class, or the function itself, is defined."""
-    home = value if isinstance(value, str) else getattr(value, "__module__", None) or type(value).__module__
-    return f"{home}.".startswith(_KNOWN)
+    """By where the function itself, or all that its class inherits from, is defined."""
+    if isinstance(value, str):
+        return value.startswith(_KNOWN) and value != _ANY_OBJECT
+    if isinstance(value, types.FunctionType):  # functools.wraps copies __module__
+        return f"{value.__globals__.get('__name__')}.".startswith(_KNOWN)
+    kind = value if isinstance(value, type) else type(value)
+    # torch.nn.utils.parametrize makes a class of its own of anybody's
+    homes = {base.__module__ for base in kind.__mro__} - {"builtins", "torch", "torch._C", "torch._tensor", "typing"}
+    return bool(homes) and all(f"{home}.".startswith(_KNOWN) for home in homes)
 
 
 def _targets(spec: Any) -> list[Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import optimizer as hooks
+from torch.optim.lr_scheduler import LRScheduler
 
 from dist_train.config.components import build, locate, reserved, signature
 from dist_train.config.errors import ConfigError
@@ -14,6 +16,7 @@ from dist_train.optim.groups import Grouping, scale_lr_by_layer
 from dist_train.optim.parameters import fill_momentum, is_dense, sparse_parameters
 from dist_train.runtime.compiler import defer_compiler
 
+_PROFILED: Any = torch.optim.Optimizer.profile_hook_step(lambda optimizer: None).__code__
 RESERVED = ("groups", "layer_decay", "named_parameters")
 
 
@@ -77,21 +80,33 @@ def _named(groups: list[dict[str, Any]], model: nn.Module) -> list[Any]:
 
 def take_step(optimizer: Any) -> None:
     """`optimizer.step()`; where neither hooks nor a profiler see it, without what torch puts around it for them (20 us)."""
-    step, own = type(optimizer).step, vars(optimizer).get("step")
-    plain = own is None or (hasattr(own, "_wrapped_by_lr_sched") and hasattr(optimizer, "_opt_called"))
-    if not plain or not hasattr(step, "hooked") or torch.autograd._profiler_enabled() or _has_hooks(optimizer):
+    step = bare_step(optimizer)
+    if step is None or torch.autograd._profiler_enabled():
         optimizer.step()
     else:
-        step.__wrapped__(optimizer)
+        step(optimizer)
 
 
-def _has_hooks(optimizer: Any) -> bool:
-    return bool(
+def bare_step(optimizer: Any) -> Callable[[Any], Any] | None:
+    """What its `step` calls, if there is nothing around that but what torch puts there itself, and there are no hooks.
+
+    By the code: what `functools.wraps` makes of torch's wrappers has their attributes, too.
+    """
+    step, own = type(optimizer).step, vars(optimizer).get("step")
+    if getattr(step, "__code__", None) is not _PROFILED:
+        return None
+    scheduled = _file_of(own) == _file_of(LRScheduler.step) and getattr(own, "__wrapped__", None) is step
+    observed = (
         optimizer._optimizer_step_pre_hooks
         or optimizer._optimizer_step_post_hooks
         or hooks._global_optimizer_pre_hooks
         or hooks._global_optimizer_post_hooks
     )
+    return None if observed or not (own is None or scheduled) else step.__wrapped__
+
+
+def _file_of(function: Any) -> str | None:
+    return getattr(getattr(function, "__code__", None), "co_filename", None)
 
 
 def averages_weights(optimizer: torch.optim.Optimizer) -> bool:

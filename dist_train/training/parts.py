@@ -26,7 +26,7 @@ from dist_train.objective.objective import Objective
 from dist_train.objective.own_weights import OwnWeights
 from dist_train.objective.whole_batch import WholeBatch
 from dist_train.optim.ema import EMA, OptimizerEMA
-from dist_train.optim.optim import averages_weights, build_optimizer
+from dist_train.optim.optim import averages_weights, bare_step, build_optimizer
 from dist_train.optim.parameters import check_optimizer, takes_closure
 from dist_train.optim.schedule import Schedule, Span
 from dist_train.reduction.reduce import Reducer, reducer_for
@@ -347,5 +347,6 @@ def _objective(parts: Parts, task: Any) -> Objective:
         return WholeBatch(parts.modules, task, parts.precision, scaler, world, parts.plan)
     if callable(getattr(task, "weights", None)):
         return OwnWeights(parts.modules, task, parts.precision, scaler, world, parts.micro_batch_counts)
-    torch_alone = draws_from_torch_alone(parts.config, parts.modules, task)
+    optimizers = parts.optimizer.by_name.values() if isinstance(parts.optimizer, Optimizers) else [parts.optimizer]
+    torch_alone = draws_from_torch_alone(parts.config, parts.modules, task, map(bare_step, optimizers))
     return Objective(parts.modules, task, parts.precision, scaler, world.size, torch_alone)

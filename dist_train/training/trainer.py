@@ -54,7 +54,7 @@ class Trainer:
         self.model, self.modules = parts.model, parts.modules
         self.optimizer: Any = parts.optimizer
         self.run, self.console, self.checkpoints = outputs.run, outputs.console, outputs.checkpoints
-        self.callbacks = [*parts.callbacks, *outputs.views]
+        self.callbacks = list(parts.callbacks)  # theirs may be set, or replaced, at any time
         self.outcome: str | None = None
         self.reason = ""
         self._began = time.monotonic() - progress.seconds
@@ -69,8 +69,7 @@ class Trainer:
         self.control = Control(self.world.rank, self.world.size, self.world.clone_store(), sources)
         self.due = Due(self.config, self.plan.steps_per_epoch)
         self._due_at = 0  # until that step there is nothing to do after one
-        self._hooks = {name: _overriding(name, self.callbacks) for name in HOOKS}
-        self._may_unfreeze = {name for name in HOOKS if _overriding(name, parts.callbacks)}
+        self._views = {name: _overriding(name, outputs.views) for name in HOOKS}
         self._saved_step = self.step or -1
         self._status_at = time.monotonic()
 
@@ -114,8 +113,7 @@ class Trainer:
             self._run_step(work)
             self._boundary(self.control.due())
 
-        for call in self._hooks["on_end"]:
-            call(self)
+        self._call("on_end")
         if self._saved_step != self.step:
             self._save()
         self.world.barrier()  # no control thread ends while another rank may still need its agreement
@@ -129,9 +127,11 @@ class Trainer:
 
     def _call(self, hook: str, *args: Any) -> None:
         """Call every callback, then make the rest follow where one of them lets other parameters train."""
-        for call in self._hooks[hook]:
+        for callback in self.callbacks:
+            getattr(callback, hook)(self, *args)
+        for call in self._views[hook]:
             call(self, *args)
-        if hook in self._may_unfreeze:
+        if self.callbacks and hook != "on_end":
             self._trainable.follow()
 
     def _prepare(self, micro: MicroBatch, work: StepWork) -> Any:
@@ -296,7 +296,7 @@ class Trainer:
                 opened.close()
 
 
-def _overriding(hook: str, callbacks: Sequence[Callback]) -> list[Callable[..., None]]:
-    """The hook of each callback that defines it."""
-    found = [getattr(callback, hook) for callback in callbacks]
+def _overriding(hook: str, views: Sequence[Callback]) -> list[Callable[..., None]]:
+    """The hook of each view that defines it."""
+    found = [getattr(view, hook) for view in views]
     return [call for call in found if getattr(call, "__func__", call) is not getattr(Callback, hook)]
