@@ -81,7 +81,10 @@ def _named(groups: list[dict[str, Any]], model: nn.Module) -> list[Any]:
 def take_step(optimizer: Any) -> None:
     """`optimizer.step()`; where neither hooks nor a profiler see it, without what torch puts around it for them (20 us)."""
     step = bare_step(optimizer)
-    if step is None or torch.autograd._profiler_enabled():
+    first = "step" in vars(optimizer) and not hasattr(
+        optimizer, "_opt_called"
+    )  # which an LR scheduler wants to hear of
+    if step is None or first or torch.autograd._profiler_enabled():
         optimizer.step()
     else:
         step(optimizer)

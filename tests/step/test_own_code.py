@@ -77,6 +77,19 @@ def test_what_users_put_around_a_step_is_called_in_each(make: Callable[..., torc
     assert parameter.item() == pytest.approx(1 - 3 * 1e-3)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_scheduler_hears_of_the_first_step_and_doesnt_warn() -> None:
+    parameter = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([parameter])
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    for rate in (1e-3, 1e-4, 1e-5):
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(rate)
+        parameter.grad = torch.ones(1)
+        take_step(optimizer)
+        scheduler.step()
+    assert parameter.item() == pytest.approx(1 - 1.11e-3)
+
+
 class Replacing(Callback):
     """A hook that is set when others have been called already."""
 
