@@ -17,7 +17,7 @@ from torchvision import datasets, transforms
 
 from dist_train.data.augment import Augmentation
 from dist_train.data.normalize import Normalize
-from dist_train.library.geometry import RandomCrop, RandomHorizontalFlip
+from dist_train.vision.geometry import RandomCrop, RandomHorizontalFlip
 
 COUNTED = 20  # steps whose syncs are counted, after those that are timed
 Batch = tuple[Any, Any]

@@ -20,6 +20,7 @@ FLOORS = [
     {"checkpoint"},
     {"models", "data"},
     {"library"},
+    {"vision"},
     {"objective", "optim"},
     {"reduction", "building"},
     {"step", "evaluation"},
@@ -144,7 +145,7 @@ def sizes() -> Iterator[tuple[str, int, int]]:
 
 
 # What a config names has as many parameters as it has settings.
-NAMED_BY_CONFIGS = {"library", "models"}
+NAMED_BY_CONFIGS = {"library", "vision", "models"}
 
 
 def test_files_functions_and_constructors_are_small() -> None:

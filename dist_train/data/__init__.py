@@ -9,28 +9,28 @@ if TYPE_CHECKING:
     from dist_train.data.augment import Augment, Draws
     from dist_train.data.errors import DataError
     from dist_train.library.arrays import Arrays
-    from dist_train.library.color import ColorJitter
     from dist_train.library.datasets import Digits, Gaussians, RandomSplit
-    from dist_train.library.erasing import Cutout, RandomErasing
-    from dist_train.library.folders import ImageFolder
-    from dist_train.library.geometry import (
+    from dist_train.library.synthetic import MarkovChain, Shapes, TwoViews, collate_lists
+    from dist_train.library.tables import CSV
+    from dist_train.library.tokens import PackedTokens, Tokens, pack_tokens
+    from dist_train.vision.color import ColorJitter
+    from dist_train.vision.erasing import Cutout, RandomErasing
+    from dist_train.vision.folders import ImageFolder
+    from dist_train.vision.geometry import (
         RandomCrop,
         RandomHorizontalFlip,
         RandomResizedCrop,
         RandomShift,
         RandomVerticalFlip,
     )
-    from dist_train.library.mixing import CutMix, Mixup, OneOf
-    from dist_train.library.pictures import CIFAR10, CIFAR100, MNIST, SVHN, FashionMNIST
-    from dist_train.library.synthetic import MarkovChain, Shapes, TwoViews, collate_lists
-    from dist_train.library.tables import CSV
-    from dist_train.library.tokens import PackedTokens, Tokens, pack_tokens
-    from dist_train.library.trivial import TrivialAugmentWide
+    from dist_train.vision.mixing import CutMix, Mixup, OneOf
+    from dist_train.vision.pictures import CIFAR10, CIFAR100, MNIST, SVHN, FashionMNIST
+    from dist_train.vision.trivial import TrivialAugmentWide
 
 _HOMES = (
-    "data.augment", "data.errors", "library.geometry", "library.erasing", "library.mixing", "library.datasets",
-    "library.synthetic", "library.tables", "library.tokens", "library.color", "library.trivial", "library.pictures",
-    "library.folders",
+    "data.augment", "data.errors", "vision.geometry", "vision.erasing", "vision.mixing", "library.datasets",
+    "library.synthetic", "library.tables", "library.tokens", "vision.color", "vision.trivial", "vision.pictures",
+    "vision.folders",
 )  # fmt: skip
 __all__ = [
     "CIFAR10", "CIFAR100", "CSV", "MNIST", "SVHN", "Arrays", "Augment", "ColorJitter", "CutMix", "Cutout",

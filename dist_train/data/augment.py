@@ -191,9 +191,9 @@ def _name(augment: Any) -> str:
 
 
 def _draws_alone(augment: Any) -> bool:
-    """Whether it draws from `draws` alone, as the library's do: torch's, numpy's and Python's generators needn't be seeded."""
+    """Whether it draws from `draws` alone, as our own do: torch's, numpy's and Python's generators needn't be seeded."""
     members = getattr(augment, "augments", ())  # of OneOf
-    return type(augment).__module__.startswith("dist_train.library.") and all(map(_draws_alone, members))
+    return type(augment).__module__.startswith("dist_train.vision.") and all(map(_draws_alone, members))
 
 
 def _takes(augment: Any) -> int:

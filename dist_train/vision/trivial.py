@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dist_train.data.augment import Draws
 from dist_train.data.errors import DataError
-from dist_train.library.color import (
+from dist_train.vision.color import (
     PixelAugment,
     adjust_brightness,
     adjust_contrast,

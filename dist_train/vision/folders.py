@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dist_train.data.errors import DataError
-from dist_train.library.crops import FixedCrop, Picture, RandomCrop, as_size
-from dist_train.library.file_list import Samples, open_files
-from dist_train.library.picture_cache import PictureCache
-from dist_train.library.turbojpeg import is_available
+from dist_train.vision.cache import PictureCache
+from dist_train.vision.crops import FixedCrop, Picture, RandomCrop, as_size
+from dist_train.vision.file_list import Samples, open_files
+from dist_train.vision.turbojpeg import is_available
 
 Transform = Callable[[Any], Any]
 

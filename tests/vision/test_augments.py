@@ -34,7 +34,7 @@ from dist_train.data import (
     TrivialAugmentWide,
 )
 from dist_train.data.augment import Augmentation, sample_keys
-from dist_train.library import color, erasing, geometry, trivial
+from dist_train.vision import color, erasing, geometry, trivial
 
 CPU = torch.device("cpu")
 PIXELS = torch.randint(0, 256, (16, 3, 19, 14), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

@@ -26,11 +26,11 @@ from numpy.typing import NDArray
 
 from dist_train.data.errors import DataError
 from dist_train.files import append_whole, fsync_directory, write_atomic
-from dist_train.library.crops import Picture, resize, shorter_side
-from dist_train.library.file_list import FileList
-from dist_train.library.turbojpeg import Box
 from dist_train.runtime.launch import read_placement
 from dist_train.runtime.world import usable_cpus
+from dist_train.vision.crops import Picture, resize, shorter_side
+from dist_train.vision.file_list import FileList
+from dist_train.vision.turbojpeg import Box
 
 log = logging.getLogger("dist_train")
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_train.data.errors import DataError
-from dist_train.library.turbojpeg import Box, Jpeg
+from dist_train.vision.turbojpeg import Box, Jpeg
 
 Size = tuple[int, int]
 Pixels = Callable[[Box, Size], NDArray[np.uint8]]

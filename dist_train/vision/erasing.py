@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dist_train.data.augment import Augment, Draws
 from dist_train.data.errors import DataError
-from dist_train.library.geometry import by_numpy, image_shape, probability
+from dist_train.vision.geometry import by_numpy, image_shape, probability
 
 
 def paste(images: Tensor, boxes: Tensor, source: Tensor, draws: Draws) -> Tensor:

@@ -21,11 +21,11 @@ from dist_train.data import DataError, ImageFolder
 from dist_train.data.errors import SampleError
 from dist_train.data.plan import MicroBatch
 from dist_train.data.reading import SampleReader
-from dist_train.library import file_list, folders, turbojpeg
-from dist_train.library.crops import Picture, RandomCrop
-from dist_train.library.file_list import FileList, open_files
-from dist_train.library.turbojpeg import Box
 from dist_train.runtime.seeding import seed_sample
+from dist_train.vision import file_list, folders, turbojpeg
+from dist_train.vision.crops import Picture, RandomCrop
+from dist_train.vision.file_list import FileList, open_files
+from dist_train.vision.turbojpeg import Box
 
 
 def picture(seed: int, height: int, width: int) -> Image.Image:

@@ -19,8 +19,8 @@ from torchvision.datasets import ImageFolder as TorchvisionFolder
 from torchvision.transforms import PILToTensor, RandomResizedCrop, Resize
 
 from dist_train.data import DataError, ImageFolder
-from dist_train.library import picture_cache
-from dist_train.library.picture_cache import Builder
+from dist_train.vision import cache as picture_cache
+from dist_train.vision.cache import Builder
 
 COUNT, CHUNK = 14, 4
 

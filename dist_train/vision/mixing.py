@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dist_train.data.augment import Augment, Domain, Draws, domain_of
 from dist_train.data.errors import DataError
-from dist_train.library.erasing import paste
-from dist_train.library.geometry import image_shape, probability
+from dist_train.vision.erasing import paste
+from dist_train.vision.geometry import image_shape, probability
 
 
 @lru_cache(maxsize=8)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dist_train.data.augment import Augment, Draws
 from dist_train.data.errors import DataError
-from dist_train.library.geometry import image_shape
+from dist_train.vision.geometry import image_shape
 
 
 class PixelAugment(Augment):
