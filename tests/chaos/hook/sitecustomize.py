@@ -90,15 +90,18 @@ def inside(point: str, event: str, name: str, count: int) -> Callable[..., Any]:
 
 
 def in_trainer(module: ModuleType) -> None:
-    """The step that training is at; death in a step, between its backward and its update."""
-    import torch
+    """The step that training is at."""
 
     def run_step(real: Callable[..., Any], trainer: Any, work: Any) -> None:
         now["step"] = work.step + 1
         real(trainer, work)
 
     around(module.Trainer, "_run_step", run_step)  # type: ignore[attr-defined]
-    around(torch.Tensor, "backward", after("step"))
+
+
+def in_step(module: ModuleType) -> None:
+    """Death in a step, between its backward and its update."""
+    around(module.Stepper, "_forward_backward", after("step"))  # type: ignore[attr-defined]
 
 
 def in_storage(module: ModuleType) -> None:
@@ -181,6 +184,7 @@ def in_reading(module: ModuleType) -> None:
 
 PLACES = {
     "dist_train.training.trainer": in_trainer,
+    "dist_train.step.step": in_step,
     "dist_train.runtime.objectstore": in_storage,
     "dist_train.checkpoint.publish": in_publishing,
     "dist_train.checkpoint.staging": in_copying,
