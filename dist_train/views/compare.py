@@ -170,8 +170,11 @@ def _manifests(run: Record) -> dict[int, Manifest]:
     for name in run.storage.list("checkpoints"):
         try:
             manifest = Manifest.from_bytes(run.storage.read_bytes(f"checkpoints/{name}/{MANIFEST}"))
-        except (OSError, CheckpointError):
-            continue  # not one, or `verify` has more to say about it
+        except OSError:
+            continue  # not one
+        except CheckpointError as error:
+            message = f"{run.name}: {error}; verify checks every file of every checkpoint"
+            raise ConfigError.single("RUN", mask(message)) from None
         found[manifest.step] = manifest
     return found
 

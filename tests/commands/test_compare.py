@@ -14,6 +14,7 @@ import pytest
 from runs import CONFIGS, environment, made_once, run, run_several
 
 from dist_train import train
+from dist_train.config.errors import ConfigError
 from dist_train.main import main
 from dist_train.runtime.storage import open_storage
 from dist_train.tracking.digests import Digests, file_name
@@ -333,6 +334,14 @@ def test_what_cant_be_compared_is_exit_code_2_with_what_to_do(
     assert main(["compare", str(tmp_path / "one"), str(tmp_path / "other")]) == 2
     err = capsys.readouterr().err
     assert ("has no config.yaml" in err) if missing == "config.yaml" else ("debug.digest=true" in err)
+
+
+def test_a_manifest_that_cant_be_read_is_refused_instead_of_left_out(here: Path, tmp_path: Path) -> None:
+    shutil.copytree("runs/one", tmp_path / "one")
+    manifest = next((tmp_path / "one/checkpoints").glob("step-*/manifest.json"))
+    manifest.write_bytes(manifest.read_bytes()[:-40])
+    with pytest.raises(ConfigError, match=r"manifest\.json.*verify"):
+        compare_runs("runs/one", str(tmp_path / "one"))
 
 
 def test_digests_that_cant_be_read_are_exit_code_2_and_a_torn_end_is_nothing(
