@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -56,9 +56,20 @@ def slurm(_bare_environment: None) -> Iterator[SlurmCluster]:
         shutil.rmtree(root, ignore_errors=True)
 
 
+@pytest.fixture(scope="session")
+def make_work(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
+    """Makes directories with `mlp.yaml`, the MLP on the digits, and `planted.py`, callbacks that fail in various ways."""
+
+    def make() -> Path:
+        work = tmp_path_factory.mktemp("work")
+        (work / "mlp.yaml").write_text(MLP)
+        shutil.copy(Path(__file__).parent / "programs" / "planted.py", work)
+        return work
+
+    return make
+
+
 @pytest.fixture
-def work(tmp_path: Path) -> Path:
-    """A directory with `mlp.yaml`, the MLP on the digits, and `planted.py`, callbacks that fail in various ways."""
-    (tmp_path / "mlp.yaml").write_text(MLP)
-    shutil.copy(Path(__file__).parent / "programs" / "planted.py", tmp_path)
-    return tmp_path
+def work(make_work: Callable[[], Path]) -> Path:
+    """Such a directory of the test's own."""
+    return make_work()

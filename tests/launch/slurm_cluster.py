@@ -11,6 +11,7 @@ import functools
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -129,7 +130,7 @@ class SlurmCluster:
             subprocess.run(command, env=self.env, stdout=log, stderr=log, check=True, timeout=60)
 
     def stop(self) -> None:
-        """End all jobs, then the daemons that `start` started, by their process ids."""
+        """End all jobs, then kill the daemons that `start` started, by their process ids: nobody needs their state."""
         self.run("scancel", "--signal=KILL", "--full", "--user=root")
         self.run("scancel", "--user=root")
         with contextlib.suppress(AssertionError):
@@ -139,7 +140,7 @@ class SlurmCluster:
             with contextlib.suppress(FileNotFoundError, ProcessLookupError, ValueError):
                 pid = int(file.read_text())
                 if Path(f"/proc/{pid}/comm").read_text().strip() == name.split(".")[0]:
-                    os.kill(pid, 15)
+                    os.kill(pid, signal.SIGKILL)
                     process = Path(f"/proc/{pid}")
                     with contextlib.suppress(AssertionError):
                         wait_for(f"{name} gone", functools.partial(_gone, process), 20)

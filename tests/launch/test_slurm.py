@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +38,39 @@ def wait_until_it_trains(run: Path) -> None:
     wait_for(f"{run.name} trains", lambda: rows.exists() and len(rows.read_text().splitlines()) >= 3, 120)
 
 
+@dataclass(frozen=True)
+class Submitted:
+    """A job, and the directory that it was submitted in."""
+
+    work: Path
+    job: str
+
+
+# Those that need nobody: options of sbatch, arguments of the script, variables.
+ALONE: dict[str, tuple[tuple[str, ...], tuple[str, ...], dict[str, str]]] = {
+    # With all that a run writes by default.
+    "uninterrupted": (("--nodes=2",), (LENGTH, "tracking.tensorboard=true", "tracking.report=true"), TWO),
+    "crash": (("--nodes=1",), (LENGTH, CRASH, "checkpoint.every=6ep", "checkpoint.keep_best=null"), {**ONE, "MAX_CRASHES": "1"}),
+    "optimiser={}": (("--nodes=1",), ("optimiser={}",), ONE),
+    "data.global_batch_size=3000": (("--nodes=1",), ("data.global_batch_size=3000",), ONE),
+    "array": (("--array=3-4",), ("trainer.duration=2ep", "run.name=task-%a", "seed=%a"), ONE),
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
-def uninterrupted(slurm: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The result of a job on two nodes of two processes that nobody stopped, with all that a run writes by default."""
-    work = tmp_path_factory.mktemp("uninterrupted")
-    (work / "mlp.yaml").write_text((ROOT / "configs" / "digits_mlp.yaml").read_text())
-    job = slurm.submit(work, "--nodes=2", TRAIN, "mlp.yaml", LENGTH, env=TWO)
+def submitted(slurm: SlurmCluster, make_work: Callable[[], Path]) -> dict[str, Submitted]:
+    """All of `ALONE`, which run side by side: most of a job's time is waiting for the cluster."""
+    found = {}
+    for name, (options, arguments, env) in ALONE.items():
+        work = make_work()
+        found[name] = Submitted(work, slurm.submit(work, *options, TRAIN, "mlp.yaml", *arguments, env=env))
+    return found
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(slurm: SlurmCluster, submitted: dict[str, Submitted]) -> dict[str, Any]:
+    """The result of a job on two nodes of two processes that nobody stopped."""
+    work, job = submitted["uninterrupted"].work, submitted["uninterrupted"].job
     ended = slurm.wait(job)
     assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), output(work, job)
     for node in ("0-node1", "1-node2"):
@@ -50,15 +79,10 @@ def uninterrupted(slurm: SlurmCluster, tmp_path_factory: pytest.TempPathFactory)
     return result
 
 
-def test_a_job_on_two_nodes_of_two_processes_completes(uninterrupted: dict[str, Any]) -> None:
-    assert uninterrupted["state"] == "completed"
-    assert uninterrupted["world_size"] == 4
-    assert uninterrupted["step"] == 12 * 19
-
-
 def test_the_warning_before_the_time_limit_saves_requeues_and_resumes_bitwise_identically(
-    slurm: SlurmCluster, work: Path, uninterrupted: dict[str, Any]
+    slurm: SlurmCluster, work: Path, submitted: dict[str, Submitted], request: pytest.FixtureRequest
 ) -> None:
+    """Beside the jobs of `submitted`, of which one is what it must equal."""
     run = work / "runs" / "digits_mlp"
     job = slurm.submit(work, "--nodes=2", TRAIN, "mlp.yaml", LENGTH, SLOW, env=TWO)
     wait_until_it_trains(run)
@@ -69,8 +93,15 @@ def test_the_warning_before_the_time_limit_saves_requeues_and_resumes_bitwise_id
     assert 0 < second["resumed_from"] == ledger(run, "end")[0]["step"] < 12 * 19
     assert first["world_size"] == second["world_size"] == 4
     assert [line["state"] for line in ledger(run, "end")] == ["preempted", "completed"]
+    uninterrupted = request.getfixturevalue("uninterrupted")
     assert read(run / "result.json")["weights_sha256"] == uninterrupted["weights_sha256"]
     assert not (run / "STOP").exists()
+
+
+def test_a_job_on_two_nodes_of_two_processes_completes(uninterrupted: dict[str, Any]) -> None:
+    assert uninterrupted["state"] == "completed"
+    assert uninterrupted["world_size"] == 4
+    assert uninterrupted["step"] == 12 * 19
 
 
 @pytest.mark.chaos
@@ -117,9 +148,10 @@ def test_a_stop_file_ends_a_job_without_a_requeue(slurm: SlurmCluster, work: Pat
     assert read(run / "status.json")["state"] == "preempted"
 
 
-def test_a_crash_is_requeued_max_crashes_times_and_then_stops_with_the_cause(slurm: SlurmCluster, work: Path) -> None:
-    arguments = ("mlp.yaml", LENGTH, CRASH, "checkpoint.every=6ep", "checkpoint.keep_best=null")
-    job = slurm.submit(work, "--nodes=1", TRAIN, *arguments, env={**ONE, "MAX_CRASHES": "1"})
+def test_a_crash_is_requeued_max_crashes_times_and_then_stops_with_the_cause(
+    slurm: SlurmCluster, submitted: dict[str, Submitted]
+) -> None:
+    work, job = submitted["crash"].work, submitted["crash"].job
     ended = slurm.wait(job)
     assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "1"), output(work, job)
     run = work / "runs" / "digits_mlp"
@@ -130,17 +162,16 @@ def test_a_crash_is_requeued_max_crashes_times_and_then_stops_with_the_cause(slu
 
 
 @pytest.mark.parametrize("override", ["optimiser={}", "data.global_batch_size=3000"])
-def test_a_config_error_is_never_requeued(slurm: SlurmCluster, work: Path, override: str) -> None:
-    job = slurm.submit(work, "--nodes=1", TRAIN, "mlp.yaml", override, env=ONE)
+def test_a_config_error_is_never_requeued(slurm: SlurmCluster, submitted: dict[str, Submitted], override: str) -> None:
+    work, job = submitted[override].work, submitted[override].job
     ended = slurm.wait(job)
     assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0"), output(work, job)
     assert override.split("=")[0] in output(work, job)
     assert not (work / "runs").exists()
 
 
-def test_the_tasks_of_a_job_array_train_separate_runs(slurm: SlurmCluster, work: Path) -> None:
-    arguments = ("mlp.yaml", "trainer.duration=2ep", "run.name=task-%a", "seed=%a")
-    job = slurm.submit(work, "--array=3-4", TRAIN, *arguments, env=ONE)
+def test_the_tasks_of_a_job_array_train_separate_runs(slurm: SlurmCluster, submitted: dict[str, Submitted]) -> None:
+    work, job = submitted["array"].work, submitted["array"].job
     for task in (3, 4):
         assert slurm.wait(f"{job}_{task}")["JobState"] == "COMPLETED"
     digests = {read(work / "runs" / f"task-{task}" / "result.json")["weights_sha256"] for task in (3, 4)}
