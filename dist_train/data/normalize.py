@@ -83,11 +83,12 @@ class Normalize:
                 f"are {shapes_of(pictures)}{last}"
             )
         if pictures.dtype == torch.uint8:
-            if any(not 0 <= mean <= 1 for mean in self.mean):
-                raise DataError(
-                    f"data.normalize.mean: expected numbers for pixels in [0, 1], as torchvision's, found {list(self.mean)}; the "
-                    f"pictures are uint8, so divide mean and std by 255"
-                )
+            for name, values in (("mean", self.mean), ("std", self.std)):
+                if any(not 0 <= value <= 1 for value in values):
+                    raise DataError(
+                        f"data.normalize.{name}: expected numbers for pixels in [0, 1], as torchvision's, found {list(values)}; "
+                        f"the pictures are uint8, so divide mean and std by 255"
+                    )
         elif not pictures.is_floating_point():
             raise DataError(f"data.normalize: expected pictures of uint8 or floats, found {shapes_of(pictures)}")
         return self._computed(pictures)

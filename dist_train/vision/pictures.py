@@ -84,6 +84,17 @@ class _Pictures(Dataset[Any]):
         return image, label if self.target_transform is None else self.target_transform(label)
 
     @property
+    def data(self) -> Any:
+        """torchvision's name of the pixels, which its users replace (CIFAR-10-C); here they have another form. AttributeError."""
+        raise AttributeError(
+            f"{type(self).__name__} has no `data`: its pixels are `inputs`, (N, C, H, W) uint8; set that, and `targets`"
+        )
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        self.data  # noqa: B018 (it raises)
+
+    @property
     def read_batch(self) -> Callable[[Indices], Any] | None:
         """Reads a whole batch, unless something has to be done sample by sample."""
         return self._read if self.transform is None and self.target_transform is None else None

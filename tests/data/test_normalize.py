@@ -79,6 +79,14 @@ def test_what_cannot_be_normalized_is_refused(mean: Any, batch: Any, message: st
         Normalize(mean, STD).batch(batch)
 
 
+def test_a_std_in_units_of_uint8_is_refused() -> None:
+    """Pixels would be divided by 255 twice, and hardly differ."""
+    with pytest.raises(
+        DataError, match=r"data.normalize.std: .* in \[0, 1\], .*\[255.0\].* divide mean and std by 255"
+    ):
+        Normalize([0.0], [255.0])(PIXELS)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

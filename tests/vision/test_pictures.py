@@ -198,6 +198,20 @@ def test_balanced_weights_follow_the_labels_that_are_known(name: str, files: Any
     )
 
 
+def test_pixels_are_replaced_as_inputs_and_not_as_torchvisions_data(files: Any, tmp_path: Path) -> None:
+    kind, _ = files("CIFAR10")
+    ours = kind(tmp_path)
+    for other in (lambda: ours.data, lambda: setattr(ours, "data", ours.inputs)):
+        with pytest.raises(AttributeError, match="CIFAR10 has no `data`: its pixels are `inputs`"):
+            other()
+    ours.inputs, ours.targets = 255 - ours.inputs[:2], [7, 8]
+    pixels, labels = ours.read_batch(np.arange(len(ours)))
+    assert len(ours) == 2
+    assert labels.tolist() == [7, 8]
+    assert torch.equal(pixels[1], 255 - kind(tmp_path)[1][0])
+    assert torch.equal(pixels[1], ours[1][0])
+
+
 def test_missing_files_are_named_with_their_place(tmp_path: Path) -> None:
     made = {"_target_": "dist_train.data.CIFAR10", "root": str(tmp_path)}
     config = load_config({**FIXED, "data": {"train": {"_target_": "torch.utils.data.Subset", "_args_": [made, [0]]}}})
