@@ -23,8 +23,15 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import forking
+import psutil
 from cable import Cable
 from runs import environment
+
+# Temporary directories in memory, where there is enough of it: a small run waits for a disk's fsync as long as it computes.
+# The suite has 3 GB there at most; where there is less (.ci/run's container), it is on the disk.
+SHM = Path("/dev/shm")
+if SHM.is_dir() and min(shutil.disk_usage(SHM).free, psutil.virtual_memory().available) > 12 << 30:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(SHM))
 
 # Commands of this Python, `runs.run` and all of `subprocess`, are forks of a process that has imported torch.
 forking.take_over(environment())

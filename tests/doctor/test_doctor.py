@@ -53,8 +53,10 @@ def test_another_version_a_full_shared_memory_and_a_directory_that_cannot_be_wri
     package = other / "dist_train" / "__init__.py"
     package.write_text(package.read_text() + "\n# another state of the code\n")
     (hosts.folder / "runs").mkdir()
-    before = (
-        "mount -t tmpfs -o size=100m tmpfs /dev/shm && head -c 90m /dev/zero >/dev/shm/full && "
+    before = (  # the folder may itself be below /dev/shm
+        'mount --bind . /mnt && mount -t tmpfs -o size=100m tmpfs /dev/shm && mkdir -p "$PWD" && mount --bind /mnt "$PWD" && '
+        'cd "$PWD" && '
+        "head -c 90m /dev/zero >/dev/shm/full && "
         "mount --bind runs runs && mount -o remount,ro,bind runs"
     )
     found = examine(hosts, before=before, PYTHONPATH=os.pathsep.join([str(other), *forks_workers().values()]))

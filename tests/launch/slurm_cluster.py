@@ -32,6 +32,7 @@ AuthType=auth/munge
 AuthInfo=socket={root}/munge.socket,cred_expire=5
 CredType=cred/munge
 SlurmctldPort={port}
+FirstJobId={first}
 SlurmctldPidFile={root}/slurmctld.pid
 SlurmdPidFile={root}/slurmd.%n.pid
 SlurmctldLogFile={root}/slurmctld.log
@@ -108,7 +109,10 @@ class SlurmCluster:
             for i in range(1, self.nodes + 1)
         )
         proctrack = "cgroup" if cgroup else "linuxproc"
-        text = CONFIG.format(host=host, root=root, port=port, proctrack=proctrack, nodes=nodes, count=self.nodes)
+        first = os.getpid() % 1000 * 10 + 1  # ports are derived from job IDs: another cluster may be on this machine
+        text = CONFIG.format(
+            host=host, root=root, port=port, first=first, proctrack=proctrack, nodes=nodes, count=self.nodes
+        )
         (root / "slurm.conf").write_text(text)
         mounts = "CgroupPlugin=cgroup/v1\nCgroupAutomount=no\nCgroupMountpoint=/sys/fs/cgroup\n"
         (root / "cgroup.conf").write_text(mounts if cgroup else "")

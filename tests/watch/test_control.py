@@ -88,7 +88,7 @@ def test_closing_waits_for_no_poll(monkeypatch: pytest.MonkeyPatch) -> None:
     control = Control(0, 1, None)
     control.start()
     control.close()
-    assert "dist_train-control" not in [thread.name for thread in threading.enumerate()]
+    assert not control._thread.is_alive()
 
 
 def test_inside_an_evaluation_only_a_stop_counts_and_the_rest_is_postponed() -> None:
