@@ -128,6 +128,11 @@ class OneOf(Augment):
         for k, augment in enumerate(self.augments):
             given = rows + getattr(augment, "neighbours", 0)
             more, labels = augment(inputs[:given], targets[:given], draws.head(given))
+            if more.shape != out.shape:  # which torch.where may broadcast
+                raise DataError(
+                    f"OneOf: expected augmentations that keep the images' size, but {type(augment).__name__} made "
+                    f"{tuple(more.shape)} of {tuple(out.shape)}: put it before OneOf or behind it"
+                )
             mine = chosen == k
             out = torch.where(mine.view(-1, *[1] * (out.dim() - 1)), more, out)
             if labels.dim() > soft.dim():

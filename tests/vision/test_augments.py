@@ -315,3 +315,10 @@ def test_domains_say_where_normalization_comes() -> None:
     assert OneOf([RandomVerticalFlip(), CutMix(10)]).domain == "any"
     assert OneOf([RandomVerticalFlip(), ColorJitter(0.1)]).domain == "pixels"
     assert math.isclose(float(augmented(Cutout(40), PIXELS / 255).sum()), 0.0)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_members_of_one_of_that_change_the_size_are_refused_and_not_broadcast(size: int) -> None:
+    augmentation = Augmentation([OneOf([RandomResizedCrop(size), RandomHorizontalFlip()])])
+    with pytest.raises(DataError, match=r"OneOf: .* RandomResizedCrop made .* of \(6, 3, 8, 8\): put it before OneOf"):
+        augmentation((torch.rand(6, 3, 8, 8), torch.zeros(6).long()), seed=0, epoch=0, indices=np.arange(6))
