@@ -45,12 +45,12 @@ STARTS = {"subprocess", "run", "run_several", "start"}
 
 # Files that take longest, so that they begin first: the last ones of a parallel run are short.
 LONGEST = (
-    "test_readme", "launch/test_slurm", "configs/test_configs", "launch/test_elastic", "chaos/test_killed_runs",
-    "run/test_bitwise", "zoo/test_other_peoples_code", "launch/test_scripts", "failures/test_failures", "run/test_resume",
-    "training/test_state",
-    "test_forking", "training/test_digits", "training/test_stopping", "checkpoint/test_kills", "training/test_user_code",
-    "run/test_owners", "chaos/test_store_and_disk", "doctor/test_doctor", "oracle/test_equal", "commands/test_evaluate",
-    "chaos/test_passing_errors", "docs/test_pages", "failures/test_hosts",
+    "test_readme", "configs/test_configs", "run/test_bitwise", "launch/test_elastic", "zoo/test_other_peoples_code",
+    "test_forking", "chaos/test_killed_runs", "run/test_resume", "launch/test_slurm", "launch/test_scripts",
+    "checkpoint/test_kills", "oracle/test_task_interface", "failures/test_failures", "docs/test_pages", "training/test_digits",
+    "training/test_state", "training/test_user_code", "run/test_owners", "oracle/test_equal", "commands/test_compare",
+    "training/test_stopping", "training/test_leaf_check", "chaos/test_store_and_disk", "config/test_corpus", "step/test_counts",
+    "doctor/test_doctor", "commands/test_evaluate", "chaos/test_passing_errors", "failures/test_hosts",
 )  # fmt: skip
 
 

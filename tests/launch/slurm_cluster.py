@@ -75,8 +75,9 @@ def wait_for(what: str, check: Callable[[], bool], timeout: float, every: float 
         time.sleep(every)
 
 
-def _gone(path: Path) -> bool:
-    return not path.exists()
+def _gone(process: Path) -> bool:
+    """Whether a process, by its folder in /proc, has ended; its new parent may look for it only every few seconds."""
+    return not process.exists() or "\nState:\tZ" in (process / "status").read_text()
 
 
 def free_ports(count: int) -> int:
