@@ -184,7 +184,9 @@ class SampleReader(Dataset[Any]):
         name = dataset_name(self.dataset)
         if self.read is not None:
             try:
-                return request._replace(batch=self.read(request.indices))
+                batch = self.read(request.indices)
+                _check_rows(batch, len(request.indices))
+                return request._replace(batch=batch)
             except (Exception, SystemExit) as error:
                 if self.plan is None or not _is_of_sample(error):
                     what = f"reading samples {_listed(request.indices)} of {name} at once in epoch {request.epoch}"
@@ -272,6 +274,18 @@ class SampleReader(Dataset[Any]):
 def _is_of_sample(error: BaseException) -> bool:
     """Whether another sample may be read all the same: no resource of the process has run out, nobody wants to exit."""
     return isinstance(error, Exception) and not isinstance(error, MemoryError) and not resource_hint(error)
+
+
+def _check_rows(batch: Any, count: int) -> None:
+    """Raises ValueError: it is a tensor, or are tensors of one length, for another number of samples."""
+    parts = (batch,) if isinstance(batch, Tensor) else batch
+    if type(parts) not in (tuple, list):
+        return
+    lengths = {len(part) if isinstance(part, Tensor) and part.dim() else None for part in parts}
+    if len(lengths) == 1 and lengths != {count} and None not in lengths:
+        raise ValueError(
+            f"read_batch(indices) was asked for {count} samples and returned {lengths.pop()} rows: return one for each"
+        )
 
 
 def _listed(indices: np.ndarray) -> str:

@@ -95,13 +95,15 @@ class FiniteGuard:
         if self._informed is not None:
             self._informed.found_inf = self.found  # type: ignore[attr-defined]
 
-    def check(self, tensors: Sequence[Tensor], loss: Tensor | None = None) -> None:
-        """Set `found` if one of `tensors` (on the device, dense and real; they may be rewritten) or the loss holds inf or nan."""
+    def check(self, tensors: Sequence[Tensor], loss: Tensor | None = None, weight: Tensor | float = 1.0) -> None:
+        """Set `found` if one of `tensors` (on the device, dense and real; they may be rewritten), the loss or its weight holds
+        inf or nan."""
         if loss is not None and self._on_cpu is not None:
-            if not math.isfinite(loss):
+            if not (math.isfinite(loss) and math.isfinite(weight)):
                 self.found.fill_(1.0)
-        elif loss is not None:
-            tensors = [loss.clone(), *tensors]
+        elif loss is not None:  # a weight that isn't finite makes 0 or nan of finite gradients
+            both = loss + (0.0 * weight).to(loss.dtype) if isinstance(weight, Tensor) else loss.clone()
+            tensors = [both, *tensors]
         for dtype, group in by_dtype(tensors):
             if dtype in HALF:  # not every device has the kernel for them
                 group = [torch.stack(torch._foreach_norm(group, math.inf)).float()]

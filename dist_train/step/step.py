@@ -111,7 +111,7 @@ class Stepper:
             self.scaler.unscale_(self.optimizer)
         self.guard.begin(work.step + 1)
         self._divide(gradients, sums.weight, work.samples)
-        self.guard.check(gradients, sums.loss)
+        self.guard.check(gradients, sums.loss, sums.weight)
         self._clip(gradients, want_norm)
         return sums
 

@@ -58,14 +58,22 @@ class Trainable:
         self._seen = self._now()
 
     def check_known(self) -> None:
-        """Raises ValueError: there are parameters that weren't there when the optimizer was built."""
+        """Raises ValueError: there are parameters that weren't there when the optimizer was built, or others train than then."""
+        names = {id(parameter): name for name, parameter in self.parts.modules.named_parameters()}
         known = {id(parameter) for parameter in self._parameters}
-        new = [name for name, parameter in self.parts.modules.named_parameters() if id(parameter) not in known]
+        new = [name for key, name in names.items() if key not in known]
         if new:
             raise ValueError(
                 f"{', '.join(new[:5])}: made in the middle of a run (by a forward, say), which the optimizer and the other ranks "
                 "don't know. Make every parameter in __init__, and change it in place"
             )
+        for parameter, trained in zip(self._parameters, self._seen[0], strict=True):
+            if parameter.requires_grad != trained:
+                name = names.get(id(parameter), "a parameter")
+                raise ValueError(
+                    f"{name}: requires_grad was set to {not trained} outside of a callback (by a forward, say), where optimizer, "
+                    "schedule and the other ranks don't notice: do it in a callback (dist_train.callbacks.Unfreeze, or your own)"
+                )
 
     def _now(self) -> Any:
         groups = self.parts.optimizer.param_groups

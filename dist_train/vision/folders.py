@@ -72,6 +72,11 @@ class ImageFolder(Dataset[Any]):
                 "ImageFolder: expected either transform (which gets the whole picture), or random_resized_crop, or resize and "
                 "center_crop; cache only without transform"
             )
+        if cache is not None and isinstance(resize, int) and resize > cache_size:
+            raise DataError(
+                f"ImageFolder: resize={resize} would enlarge the pictures of the cache, whose shorter side is {cache_size}: give "
+                f"cache_size={resize} or more (another directory, as one holds one size)"
+            )
         self.root, self._scaled = os.fspath(root), scaled_decoding
         self.transform, self.target_transform = transform, target_transform
         if random_resized_crop is not None:

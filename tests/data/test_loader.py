@@ -349,3 +349,14 @@ def test_a_sample_of_another_kind_is_named_with_what_to_do(odd: Any, message: st
     loader = TrainLoader(Kind(odd), Plan(0, 48, 16, shuffle=False), given, micro_batch_size=16)
     with pytest.raises(SampleError, match=message):
         list(next(loader.steps(0, 3)).micro_batches)
+
+
+@pytest.mark.parametrize("rows", [7, 9])
+def test_a_batch_with_a_row_too_few_or_too_many_is_refused(rows: int) -> None:
+    class Short(Noisy):
+        def read_batch(self, indices: np.ndarray) -> Any:
+            return torch.zeros(rows, 2), torch.zeros(rows)
+
+    loader = TrainLoader(Short(), Plan(0, 40, 8), reading(), micro_batch_size=8)
+    with pytest.raises(SampleError, match=rf"asked for 8 samples and returned {rows} rows"):
+        list(next(loader.steps(0)).micro_batches)

@@ -102,6 +102,19 @@ def test_inf_and_nan_end_the_run_before_the_update_and_are_named(bad: float) -> 
     assert torch.equal(layer.weight, before)
 
 
+@pytest.mark.parametrize("weight", [math.inf, torch.tensor(math.inf)])
+def test_a_weight_that_is_inf_ends_the_run_though_loss_and_gradients_are_finite(weight: Any) -> None:
+    layer = net()
+    before = layer.weight.detach().clone()
+
+    def loss(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Any]:
+        return (outputs - targets).square().sum(), weight
+
+    with pytest.raises(NonFiniteError):
+        stepper(layer, torch.optim.SGD(layer.parameters(), lr=0.1), loss=loss)(work(0), want_norm=False)
+    assert torch.equal(layer.weight, before)
+
+
 def test_a_bad_step_can_be_skipped_and_is_counted() -> None:
     layer, other = net(), net()
     step = stepper(layer, torch.optim.SGD(layer.parameters(), lr=0.1), on_nonfinite="skip")

@@ -134,3 +134,21 @@ def test_a_stopped_run_is_the_whole_one_to_the_bit(whole: Path, stop: int) -> No
     assert one["param_groups"] == other["param_groups"]
     weights = [torch.load(run / "model.pt", weights_only=True) for run in (whole, stopped)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+class Thawing(Net):
+    """Unfreezes a part of itself."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self[0].requires_grad_(True)
+        return super().forward(inputs)
+
+
+def test_a_forward_that_unfreezes_parameters_is_an_error_that_names_one(tmp_path: Path) -> None:
+    own = config(tmp_path, "thawing", duration="1step") | {
+        "callbacks": [],
+        "model": {"_target_": "test_unfreezing.Thawing"},
+    }
+    with pytest.raises(ValueError, match=r"0\.weight: requires_grad was set to True outside of a callback"):
+        train(own)

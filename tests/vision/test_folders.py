@@ -242,6 +242,7 @@ def test_batches_hold_the_items_each_under_its_seed(root: Path, kind: type[Image
         ({"resize": 8, "center_crop": -1}, "center_crop to be a number"),
         ({"random_resized_crop": 8, "scale": [0.5, 2.0]}, "scale to be"),
         ({"cache": "c", "cache_size": 0}, "cache_size to be at least 1"),
+        ({"cache": "c", "resize": 288, "center_crop": 256}, "cache_size=288 or more"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(root: Path, arguments: dict[str, Any], message: str) -> None:
