@@ -92,8 +92,11 @@ class Objective:
 
     def forward(self, item: Item) -> Computed:
         """What the task gives for a micro-batch on the device, under autocast. Raises as `trainable`."""
-        with self.precision.autocast():
+        if self.precision.name == "fp32":
             output = trainable(computed(self.task.step(self.model, item)))
+        else:
+            with self.precision.autocast():
+                output = trainable(computed(self.task.step(self.model, item)))
         return self.checked(output) if output.terms or self.terms != [] else output
 
     def checked(self, output: Computed) -> Computed:

@@ -81,9 +81,8 @@ def _named(groups: list[dict[str, Any]], model: nn.Module) -> list[Any]:
 def take_step(optimizer: Any) -> None:
     """`optimizer.step()`; where neither hooks nor a profiler see it, without what torch puts around it for them (20 us)."""
     step = bare_step(optimizer)
-    first = "step" in vars(optimizer) and not hasattr(
-        optimizer, "_opt_called"
-    )  # which an LR scheduler wants to hear of
+    # an LR scheduler wants to hear of the first one
+    first = "step" in vars(optimizer) and not hasattr(optimizer, "_opt_called")
     if step is None or first or torch.autograd._profiler_enabled():
         optimizer.step()
     else:
@@ -98,14 +97,17 @@ def bare_step(optimizer: Any) -> Callable[[Any], Any] | None:
     step, own = type(optimizer).step, vars(optimizer).get("step")
     if getattr(step, "__code__", None) is not _PROFILED:
         return None
-    scheduled = _file_of(own) == _file_of(LRScheduler.step) and getattr(own, "__wrapped__", None) is step
     observed = (
         optimizer._optimizer_step_pre_hooks
         or optimizer._optimizer_step_post_hooks
         or hooks._global_optimizer_pre_hooks
         or hooks._global_optimizer_post_hooks
     )
-    return None if observed or not (own is None or scheduled) else step.__wrapped__
+    return None if observed or not (own is None or _is_of_scheduler(own, step)) else step.__wrapped__
+
+
+def _is_of_scheduler(own: Any, step: Any) -> bool:
+    return _file_of(own) == _file_of(LRScheduler.step) and getattr(own, "__wrapped__", None) is step
 
 
 def _file_of(function: Any) -> str | None:

@@ -280,7 +280,8 @@ class Start:
         if config.tracking.tensorboard:
             pictures = Pictures(config.tracking, parts.evaluator, outputs.logger)
             outputs.views.append(pictures)
-            outputs.watch_batch = pictures.on_batch
+            watches = config.tracking.images is not None or config.tracking.graph
+            outputs.watch_batch = pictures.on_batch if watches else None
         return outputs
 
     def _facts(self) -> RunFacts:

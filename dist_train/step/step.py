@@ -59,6 +59,7 @@ class Stepper:
         assert not isinstance(config.clip_grad_norm, dict), "the values of this optimizer"
         assert not isinstance(config.clip_grad_value, dict)
         self.clip_norm, self.clip_value = config.clip_grad_norm, config.clip_grad_value
+        self._clips = self.clip_norm is not None or self.clip_value is not None
         self.device = device = next(self.modules.parameters()).device
         self.totals = torch.zeros(1, 2, dtype=torch.float64, device=device)
         self.grad_norm: Tensor | None = None
@@ -112,7 +113,8 @@ class Stepper:
         self.guard.begin(work.step + 1)
         self._divide(gradients, sums.weight, work.samples)
         self.guard.check(gradients, sums.loss, sums.weight)
-        self._clip(gradients, want_norm)
+        if want_norm or self._clips:
+            self._clip(gradients, want_norm)
         return sums
 
     def _gradient_again(self, work: StepWork) -> StepSums:

@@ -246,11 +246,11 @@ def _names_in(value: Any) -> list[str]:
 
 def call_model(model: nn.Module, inputs: Any) -> Any:
     """The model on its inputs: a tuple or list is spread, a mapping is passed by name, anything else is the one argument."""
+    if isinstance(inputs, Tensor):
+        return model(inputs)
     if isinstance(inputs, list | tuple):
         return model(*inputs)
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(inputs)
+    return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
 
 
 def logits_of(outputs: Any) -> Any:

@@ -86,15 +86,16 @@ class Loss(nn.Module):
         Raises:
             ValueError: outputs and targets don't fit the loss; says what was expected and found.
         """
-        outputs = in_full_precision(outputs)
+        if type(outputs) is not Tensor or outputs.dtype is not torch.float32:
+            outputs = in_full_precision(outputs)
         if self._weigh is None:
             return self._own(outputs, targets)
-        for what, value in (("model's outputs", outputs), ("targets", targets)):
-            if not isinstance(value, Tensor):
-                raise ValueError(
-                    f"{self.name} expects the {what} as one tensor, but found a {type(value).__name__}; for words as labels "
-                    "return their numbers from the dataset; for anything else name a `task`"
-                )
+        if not (isinstance(outputs, Tensor) and isinstance(targets, Tensor)):
+            what, found = ("targets", targets) if isinstance(outputs, Tensor) else ("model's outputs", outputs)
+            raise ValueError(
+                f"{self.name} expects the {what} as one tensor, but found a {type(found).__name__}; for words as labels "
+                "return their numbers from the dataset; for anything else name a `task`"
+            )
         outputs, targets, weight = self._weigh(outputs, targets)
         self._checked = True
         total = self.function.forward(outputs, targets)

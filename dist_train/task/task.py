@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dist_train.task.batch import (
     batch_length,
@@ -97,7 +97,7 @@ def scores_of(task: Any, outputs: Any) -> Any:
 
 
 def _taken(loss: Loss, outputs: Any) -> Any:
-    return logits_of(outputs) if loss.takes_tensor else outputs
+    return outputs if isinstance(outputs, Tensor) or not loss.takes_tensor else logits_of(outputs)
 
 
 def _with_loss(loss: Callable[[Any, Any], tuple[Any, Any]], outputs: Any, targets: Any) -> StepOutput:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dist_train.building.frozen import Frozen
 from dist_train.building.model import ModelParts, build_model_parts, check_batchnorm, check_watched
-from dist_train.building.prepare import build_dataset, build_plan, building, eval_loader, loader_options
+from dist_train.building.prepare import build_dataset, build_plan, building, eval_loader, loader_options, named_parts
 from dist_train.config.components import build
 from dist_train.config.errors import ConfigError
 from dist_train.config.fields import Duration, in_steps, is_named
@@ -92,8 +92,16 @@ class Parts(ModelParts):
         size = self.world.size
         return [len(self.plan.slices(samples, rank, size, self.micro_batch_size)) for rank in range(size)]
 
+    @cached_property
+    def _as_read(self) -> bool:
+        """Whether the model gets micro-batches as they were read."""
+        stays = self.world.device.type == "cpu" and self.memory_format is None and named_parts(self.config) is None
+        return stays and self.augmentation is None and self.normalize is None
+
     def prepare(self, micro: MicroBatch, work: StepWork) -> Any:
         """A micro-batch on the device, augmented and normalized; the draws depend on (seed, epoch, sample)."""
+        if self._as_read:
+            return micro.batch
         if self.augmentation is None:
             return self.move(micro.batch)
         batch = self.to_device(micro.batch)
