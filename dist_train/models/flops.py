@@ -7,8 +7,10 @@ its weights). What is computed again (activation checkpointing) or beside the mo
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -66,7 +68,9 @@ def forward_flops(model: nn.Module, run: Callable[[], object]) -> dict[str, int]
     from torch.utils import flop_counter
 
     defer_compiler(getattr(flop_counter, "_FlopCounterMode", None))
-    with flop_counter.FlopCounterMode(display=False, skip_unsupported=True) as counter:
+    mode: Any = flop_counter.FlopCounterMode
+    known = inspect.signature(mode).parameters  # torch 2.11 hasn't the last one
+    with mode(display=False, **({"skip_unsupported": True} if "skip_unsupported" in known else {})) as counter:
         run()
     counts = {name: sum(by_kind.values()) for name, by_kind in counter.get_flop_counts().items()}
     above = f"{type(model).__name__}."
