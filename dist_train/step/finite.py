@@ -102,8 +102,7 @@ class FiniteGuard:
             if not (math.isfinite(loss) and math.isfinite(weight)):
                 self.found.fill_(1.0)
         elif loss is not None:  # a weight that isn't finite makes 0 or nan of finite gradients
-            both = loss + (0.0 * weight).to(loss.dtype) if isinstance(weight, Tensor) else loss.clone()
-            tensors = [both, *tensors]
+            tensors = [loss + (0.0 * weight.to(loss.dtype) if isinstance(weight, Tensor) else 0.0 * weight), *tensors]
         for dtype, group in by_dtype(tensors):
             if dtype in HALF:  # not every device has the kernel for them
                 group = [torch.stack(torch._foreach_norm(group, math.inf)).float()]

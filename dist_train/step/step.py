@@ -200,14 +200,15 @@ class Stepper:
                 before.restore()
         else:
             good = self.guard.found == 0
-            loss, weight = loss.where(good, 0), good.double() * weight
+            weight = weight if isinstance(weight, Tensor) else torch.full_like(self._weight_total, weight)
+            loss, weight = loss.where(good, 0), weight.where(good, 0)
             terms = None if terms is None else terms.where(good, 0)
             if before is not None:
                 before.restore(~good)
         if not bad:
             if self._on_host is not None:
                 self._on_host[0] += float(loss)
-                self._on_host[1] += weight
+                self._on_host[1] += float(weight)
             else:
                 self._loss_total.add_(loss)
                 self._weight_total.add_(weight)

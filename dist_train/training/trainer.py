@@ -166,15 +166,16 @@ class Trainer:
             for warning in self.first_batch.warnings():
                 self.console.warn(warning)
         self._call("on_step_end")
-        if self.checkpoints is not None:
-            self.checkpoints.poll()
+        due = step >= self._due_at or bool(actions)
+        if due and step % self.plan.steps_per_epoch == 0:
+            self._call("on_epoch_end")
         if self.outputs.digests is not None:
             self.outputs.digests.take(step)
-        if step < self._due_at and not actions:
+        if self.checkpoints is not None:
+            self.checkpoints.poll()
+        if not due:
             return
         self._due_at = self.due.following(step)
-        if step % self.plan.steps_per_epoch == 0:
-            self._call("on_epoch_end")
         self._check_end(FINISH in actions)
         if progress.finished or LOG in actions or self.due.log(step):
             self._log()

@@ -130,6 +130,24 @@ def test_a_bad_step_can_be_skipped_and_is_counted() -> None:
     assert torch.equal(step.totals, reference.totals), "a skipped step isn't in the mean"
 
 
+def test_a_step_skipped_for_its_weight_is_not_in_the_mean_where_the_host_does_not_wait() -> None:
+    weights = iter([8.0, math.inf, 8.0])
+    layer = net()
+
+    def loss(outputs: Tensor, targets: Tensor) -> tuple[Tensor, float]:
+        return (outputs - targets).square().sum(), next(weights)
+
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, fused=True)
+    step = stepper(layer, optimizer, loss=loss, on_nonfinite="skip")
+    step.guard = FiniteGuard(step.modules, optimizer, PLAN, "skip", on_host=False)
+    for k in range(3):
+        step(work(k), want_norm=False)
+    step.read()
+    assert step.guard.skipped == 1
+    assert step.totals[0, 1] == 16.0
+    assert math.isfinite(step.totals[0, 0])
+
+
 @pytest.mark.parametrize("optimizer", ["SGD", "Adam", "AdamW"])
 def test_flags_that_are_read_later_skip_the_update_and_name_the_step(
     optimizer: str, monkeypatch: pytest.MonkeyPatch
