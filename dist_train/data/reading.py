@@ -83,6 +83,14 @@ def batch_reader(dataset: Any) -> BatchReader | None:
     return None
 
 
+def reading_function(dataset: Any) -> Any:
+    """What reads whole batches of a dataset, which aren't seeded; without that what reads and seeds each sample."""
+    read: Any = batch_reader(dataset)
+    while isinstance(read, partial):  # of a Subset
+        read = read.args[0]
+    return SampleReader.samples if read is None else getattr(read, "__func__", read)
+
+
 def item_reader(dataset: Any) -> tuple[ItemReader, tuple[int, ...]] | None:
     """What reads the first part of a sample into its row of a batch and returns the second, and the shape of a row, uint8.
 

@@ -18,24 +18,25 @@ if TYPE_CHECKING:
     from dist_train.config.schema import Config
     from dist_train.objective.modules import Modules
 
-_KNOWN = ("torch.nn.", "torch.optim.", "torchvision.models.", "torchvision.ops.", "dist_train.")
+_KNOWN = ("torch.nn.", "torch.optim.", "torch.utils.data.", "torchvision.models.", "torchvision.ops.", "dist_train.")
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _ANY_OBJECT = "dist_train.config.components.locate"  # a component that is whatever its argument names
 
 
-def draws_from_torch_alone(config: Config, modules: Modules, task: Any, steps: Iterable[Any]) -> bool:
+def draws_from_torch_alone(config: Config, modules: Modules, task: Any, between: Iterable[Any]) -> bool:
     """Whether all that runs between two seedings is torch's, torchvision's or ours, none of which draws from numpy or `random`.
 
     Any other code may draw from them in any step, also where it hasn't before; so they are seeded for it in each.
 
     Args:
-        steps: of each optimizer, the function that its step is; None where there is more around it.
+        between: what else runs there: of each optimizer the function that its step is (None where there is more around it), and
+            what reads the dataset.
     """
     if config.callbacks or type(task) is not Supervised or _has_any_global_hook():
         return False
     if not _is_known(task.loss.function) or not all(map(_is_known, _targets(config.scheduler))):
         return False
-    if not all(map(_is_known, steps)):
+    if not all(map(_is_known, between)):
         return False
     return all(map(_plain, modules.modules())) and all(
         _is_known(p) and not (p._backward_hooks or p._post_accumulate_grad_hooks) for p in modules.parameters()

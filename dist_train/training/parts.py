@@ -19,6 +19,7 @@ from dist_train.data.augment import Augmentation
 from dist_train.data.loader import EvalLoader, TrainLoader
 from dist_train.data.placement import place_datasets
 from dist_train.data.plan import Plan
+from dist_train.data.reading import reading_function
 from dist_train.data.weighting import sampling_weights
 from dist_train.evaluation.evaluate import Evaluator
 from dist_train.objective.draws import draws_from_torch_alone
@@ -356,5 +357,6 @@ def _objective(parts: Parts, task: Any) -> Objective:
     if callable(getattr(task, "weights", None)):
         return OwnWeights(parts.modules, task, parts.precision, scaler, world, parts.micro_batch_counts)
     optimizers = parts.optimizer.by_name.values() if isinstance(parts.optimizer, Optimizers) else [parts.optimizer]
-    torch_alone = draws_from_torch_alone(parts.config, parts.modules, task, map(bare_step, optimizers))
+    between = [*map(bare_step, optimizers), reading_function(parts.datasets["train"])]
+    torch_alone = draws_from_torch_alone(parts.config, parts.modules, task, between)
     return Objective(parts.modules, task, parts.precision, scaler, world.size, torch_alone)

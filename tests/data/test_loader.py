@@ -16,7 +16,7 @@ from dist_train.data import DataError, Digits
 from dist_train.data.errors import SampleError
 from dist_train.data.loader import EvalLoader, TrainLoader
 from dist_train.data.plan import Plan
-from dist_train.data.reading import LoaderOptions, batch_reader
+from dist_train.data.reading import LoaderOptions, batch_reader, reading_function
 
 CPU = torch.device("cpu")
 
@@ -360,3 +360,14 @@ def test_a_batch_with_a_row_too_few_or_too_many_is_refused(rows: int) -> None:
     loader = TrainLoader(Short(), Plan(0, 40, 8), reading(), micro_batch_size=8)
     with pytest.raises(SampleError, match=rf"asked for 8 samples and returned {rows} rows"):
         list(next(loader.steps(0)).micro_batches)
+
+
+def test_what_reads_whole_batches_is_known_below_subsets() -> None:
+    class Own(Noisy):
+        def read_batch(self, indices: np.ndarray) -> Any:
+            return torch.rand(len(indices))
+
+    assert reading_function(Subset(Subset(Own(), [0, 1]), [0])) is Own.read_batch
+    assert reading_function(Noisy()).__module__ == "dist_train.data.reading"
+    assert reading_function(Subset(Digits(), [0])).__module__ == "dist_train.library.arrays"
+    assert reading_function(TensorDataset(torch.ones(2))) is TensorDataset.__getitem__
