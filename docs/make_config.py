@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from make_schema import to_text
+
 from dist_train.config import load
 from dist_train.config.fields import Section, about, section_of, walk
 from dist_train.config.schema import Config
@@ -15,23 +17,6 @@ SCHEMA_FILE = Path(load.__file__).with_name("schema.json")
 REFERENCE_FILE = Path(__file__).with_name("config.md")
 # Above this line, docs/config.md is written by hand.
 MARK = "<!-- From here on generated from the schema by `make docs`; a test keeps it current. -->\n"
-
-
-def json_schema() -> dict[str, Any]:
-    """The JSON Schema of a config file, for editors: draft 2020-12, with every key described."""
-    schema = Config.model_json_schema()
-    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "dist_train config"}
-    schema["properties"] = {
-        "extends": {
-            "description": "A config file, or several, over which this one is merged; relative to this file.",
-            "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
-        },
-        **schema["properties"],
-    }
-    # With `extends`, every key may be in the base: required keys are checked when the config is loaded.
-    for part in (schema, schema["$defs"]["DataConfig"]):
-        part.pop("required", None)
-    return schema
 
 
 def reference() -> str:
@@ -76,7 +61,7 @@ def _kind(schema: dict[str, Any]) -> str:
 
 def main() -> None:
     """Write both files."""
-    SCHEMA_FILE.write_text(json.dumps(json_schema(), indent=1) + "\n", encoding="utf-8")
+    SCHEMA_FILE.write_text(to_text(), encoding="utf-8")
     REFERENCE_FILE.write_text(reference(), encoding="utf-8")
 
 

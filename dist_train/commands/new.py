@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from dist_train.commands.arguments import parse
 from dist_train.config.errors import ConfigError
 
-TEMPLATES = Path(__file__).parent.parent / "templates"
-FILES = ("model.py", "data.py", "config.yaml", "train.sbatch")
+PACKAGE = Path(__file__).parents[1]
+FILES = {name: PACKAGE / "templates" / name for name in ("model.py", "data.py", "config.yaml", "train.sbatch")}
+# Beside the config, whose first line names it: editors with yaml-language-server complete and check the keys by it.
+FILES["dist_train.schema.json"] = PACKAGE / "config" / "schema.json"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -21,9 +24,11 @@ def main(arguments: Sequence[str]) -> int:
         raise ConfigError.single("DIR", message)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in FILES:
-            (folder / name).write_bytes((TEMPLATES / name).read_bytes())
+        for name, source in FILES.items():
+            (folder / name).write_bytes(source.read_bytes())
     except OSError as error:
         raise ConfigError.single("DIR", f"{folder} can't be written: {error}") from None
-    print(f"{folder}: {', '.join(FILES)}; to start:\n  cd {folder} && dist-train --config config.yaml")
+    print(
+        f"{folder}: {', '.join(FILES)}; to start:\n  cd {shlex.quote(str(folder))} && dist-train --config config.yaml"
+    )
     return 0

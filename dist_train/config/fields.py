@@ -250,7 +250,12 @@ COMPONENT_SCHEMA: dict[str, Any] = {
     "additionalProperties": True,
 }
 _NAMED_SCHEMA = {"anyOf": [COMPONENT_SCHEMA, {"type": "object", "additionalProperties": COMPONENT_SCHEMA}]}
-_LENGTH_SCHEMA = {"type": "string", "pattern": r"^\s*[0-9.eE+]+\s*[A-Za-z]+\s*$", "examples": ["20ep", "500step"]}
+_LENGTH_SCHEMA: dict[str, Any] = {
+    "type": "string",
+    "pattern": r"^\s*[0-9.eE+]+\s*[A-Za-z]+\s*$",
+    "examples": ["20ep", "500step"],
+    "errorMessage": "Expected a number and a unit, like 20ep, 500step or 10min.",  # of yaml-language-server
+}
 _AS_TEXT = (PlainSerializer(str, return_type=str), WithJsonSchema(_LENGTH_SCHEMA))
 
 

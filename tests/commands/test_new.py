@@ -13,7 +13,7 @@ from runs import ROOT, environment, result
 
 from dist_train.main import main
 
-FILES = ["config.yaml", "data.py", "model.py", "train.sbatch"]
+FILES = ["config.yaml", "data.py", "dist_train.schema.json", "model.py", "train.sbatch"]
 
 
 @pytest.fixture(scope="module")
