@@ -17,15 +17,18 @@ from dist_train.vision.geometry import image_shape, probability
 
 
 @lru_cache(maxsize=8)
-def _beta_table(alpha: float) -> Tensor:
-    """4,096 equally likely values of the Beta(alpha, alpha) distribution: a lookup is bitwise identical on all devices."""
+def _beta_table(alpha: float) -> np.ndarray:
+    """4,096 equally likely values of the Beta(alpha, alpha) distribution: a lookup is bitwise identical on all devices.
+
+    An array: a tensor made under a mode of torch (fake tensors) would be one of that mode for as long as it is kept.
+    """
     # With t = x**alpha the density is smooth at 0 also for alpha < 1; the other half follows by symmetry.
     t = np.linspace(0.0, 0.5**alpha, 20001)
     density = (1.0 - t ** (1.0 / alpha)) ** (alpha - 1.0)
     mass = np.concatenate(([0.0], np.cumsum((density[1:] + density[:-1]) / 2)))
     levels = (np.arange(2048) + 0.5) / 2048
     lower = np.interp(levels * mass[-1], mass, t) ** (1.0 / alpha)
-    return torch.from_numpy(np.concatenate((lower, 1.0 - lower[::-1]))).to(torch.float32)
+    return np.concatenate((lower, 1.0 - lower[::-1])).astype(np.float32)
 
 
 def _soft(targets: Tensor, classes: int) -> Tensor:
@@ -46,7 +49,7 @@ class _Mix(Augment):
 
     def _kept(self, u: Tensor) -> Tensor:
         """How much of each sample stays: Beta(alpha, alpha), or all of it with probability 1 - p; (B,)."""
-        kept = _beta_table(self.alpha)[(u[:, 0] * 4096).long()]
+        kept = torch.from_numpy(_beta_table(self.alpha))[(u[:, 0] * 4096).long()]
         return torch.where(u[:, 1] < self.p, kept, 1.0)
 
     def _targets(self, targets: Tensor, kept: Tensor) -> Tensor:

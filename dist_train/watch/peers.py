@@ -142,8 +142,9 @@ class Peers:
             return
         with contextlib.suppress(Exception):
             self._post()
-            deadline = time.monotonic() + 5  # the store may live in rank 0's own process
-            while self.rank == 0 and phase == DONE and time.monotonic() < deadline:
+            # The store may live in rank 0's own process, and others may still read in it what ends them as well.
+            deadline = time.monotonic() + {DONE: 5, CONFIG: 2}.get(phase, 0)
+            while self.rank == 0 and time.monotonic() < deadline:
                 self._read()
                 if all(peer.beat["phase"] in (DONE, CONFIG) for peer in self._others()):
                     return
@@ -274,8 +275,7 @@ class Peers:
             phase = peer.position()["phase"]
             if phase == STOPPED == status.phase:
                 continue  # like this rank
-            if phase in (CONFIG, STOPPED):  # it has reported its config error, or that it was stopped
-                os._exit(2 if phase == CONFIG else 143)
+            _follow_quietly(phase)
             if phase != DONE and not self.store.check(["failure"]):
                 self._exit.conclude(self._lost(peer))
 
@@ -318,6 +318,7 @@ class Peers:
     def _without_store(self, error: Exception) -> None:
         """The store is lost, and with it the process that held it: rank 0 (srun) or an agent of torchrun."""
         self._store_lost = self._store_lost or time.monotonic()
+        _follow_quietly(self._states[0].beat["phase"] if 0 in self._states else STARTING)
         dead = [peer for peer in self._others() if peer.active and peer.process() == "gone"]
         if dead:
             record = self._lost(dead[0])
@@ -331,3 +332,9 @@ class Peers:
             }
         reporter = min(set(range(self.size)) - {peer.rank for peer in dead})
         self._exit.leave(record, mine=self.rank == reporter or len(self._states) == 1)
+
+
+def _follow_quietly(phase: int) -> None:
+    """End this process as a rank that has left in that phase did, which has reported its config error, or its signal."""
+    if phase in (CONFIG, STOPPED):
+        os._exit(2 if phase == CONFIG else 143)

@@ -30,3 +30,9 @@ def save(manager: CheckpointManager, *steps: int, **metrics: float) -> None:
     """Save and publish these steps one after the other."""
     for step in steps:
         manager.save(step, state_of(step), {"position": step}, metrics, wait=True)
+
+
+def save_and_wait(manager: CheckpointManager, state: dict[str, Any], step: int = 2) -> None:
+    """Save a step; either call may raise what the writing thread has found by then."""
+    manager.save(step, state, {})
+    manager.wait()

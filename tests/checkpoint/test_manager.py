@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import pytest
 import torch
-from checkpoint_states import assert_intact, save, state_of
+from checkpoint_states import assert_intact, save, save_and_wait, state_of
 
 from dist_train.checkpoint.manager import CheckpointManager
 from dist_train.checkpoint.manifest import CheckpointError
@@ -184,9 +184,8 @@ def test_an_error_in_the_middle_of_a_file_is_reported_with_its_cause(
         yield Small(100_000)  # type: ignore[misc]
 
     monkeypatch.setattr(storage, "_sink", small)
-    manager.save(2, {"model": {"w": torch.randn(100_000)}}, {})
     with pytest.raises(CheckpointError, match=r"model\.pt: .*Disk quota exceeded"):
-        manager.wait()
+        save_and_wait(manager, {"model": {"w": torch.randn(100_000)}})
     assert storage.list() == []
 
 
@@ -242,11 +241,10 @@ def test_a_full_disk_fails_the_save_and_leaves_the_last_one(small_disk: Path, ma
     storage = open_storage(small_disk / "checkpoints")
     manager = manager_at(storage)
     save(manager, 1)
-    manager.save(2, {**state_of(2), "big": torch.zeros(500_000)}, {})
     with pytest.raises(
         CheckpointError, match=r"saving step 2 .*big\.pt: .*No space left on device.*step 1 is untouched"
     ):
-        manager.wait()
+        save_and_wait(manager, {**state_of(2), "big": torch.zeros(500_000)})
     assert storage.list() == ["step-00000001"]
     assert_intact(manager_at(storage).newest(), 1)
     save(manager, 3)

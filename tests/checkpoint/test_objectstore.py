@@ -12,7 +12,7 @@ from typing import Any
 import fsspec
 import pytest
 import torch
-from checkpoint_states import assert_intact, save, state_of
+from checkpoint_states import assert_intact, save, save_and_wait, state_of
 from runs import uploads_below
 
 from dist_train.checkpoint.manager import CheckpointManager
@@ -78,9 +78,8 @@ def test_a_cable_cut_in_the_middle_of_an_upload_leaves_nothing_visible(
     manager = manager_at(wired)
     save(manager, 1)
     cable.budget = megabytes << 20
-    manager.save(2, big_state(2), {})
     with pytest.raises(CheckpointError, match=r"saving step 2 .*big\.pt: cannot write s3://.*step 1 is untouched"):
-        manager.wait()
+        save_and_wait(manager, big_state(2))
     cable.heal()
     far = open_storage(s3_url)
     assert [row.state for row in CheckpointStore(far).verify_all()] == ["good"]

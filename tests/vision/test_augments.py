@@ -12,6 +12,7 @@ import pytest
 import torch
 from scipy import stats
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision import transforms
 from torchvision.transforms import autoaugment
 from torchvision.transforms import functional as v1
@@ -34,7 +35,7 @@ from dist_train.data import (
     TrivialAugmentWide,
 )
 from dist_train.data.augment import Augmentation, sample_keys
-from dist_train.vision import color, erasing, geometry, trivial
+from dist_train.vision import color, erasing, geometry, mixing, trivial
 
 CPU = torch.device("cpu")
 PIXELS = torch.randint(0, 256, (16, 3, 19, 14), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -269,6 +270,13 @@ def test_the_way_of_a_gpu_has_the_bits_of_the_cpu(
             patch.setattr(geometry, "by_numpy", lambda images: False)
             patch.setattr(erasing, "by_numpy", lambda images: False)
             assert augmented(augment, images).equal(expected)
+
+
+def test_what_is_kept_of_a_mode_of_torch_does_not_outlive_it() -> None:
+    mixing._beta_table.cache_clear()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        mixing.Mixup(16)._kept(torch.zeros(4, 2))
+    assert type(mixing.Mixup(16)._kept(torch.zeros(4, 2))) is Tensor
 
 
 @pytest.mark.parametrize("kind", ["crop", "shift", "horizontal", "vertical", "erasing", "cutout"])
