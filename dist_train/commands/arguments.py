@@ -1,4 +1,4 @@
-"""The arguments of commands: which options they share, and how errors in them are reported."""
+"""The arguments of commands: how they are parsed, and how mistakes in them are answered."""
 
 from __future__ import annotations
 
@@ -6,17 +6,12 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
 
-from dist_train.config.errors import ConfigError
+from dist_train.commands.mistakes import COMMAND_LINE, is_config, mistakes
+from dist_train.commands.usage import Option, Usage
+from dist_train.config.errors import ConfigError, Problem
 from dist_train.files import temporary_beside
 
-Option = tuple[str, dict[str, Any]]  # what argparse's add_argument takes
-
-CONFIG: tuple[Option, ...] = (
-    ("--config", {"metavar": "FILE", "help": "a YAML config; without it the built-in example"}),
-    ("overrides", {"nargs": "*", "metavar": "key.path=value", "help": "overrides take precedence over the file"}),
-)
 CHECKPOINT: Option = (
     "--checkpoint",
     {"metavar": "NAME", "help": "best, last or step-N; by default best if it is kept, else last"},
@@ -32,61 +27,50 @@ def output(metavar: str, about: str) -> Option:
     return "--output", {"metavar": metavar, "help": about}
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise command_error(self.prog.rpartition(" ")[2], message)
-
-
 def command_error(command: str, message: str) -> ConfigError:
     """What to raise for wrong arguments: a `ConfigError`, so that rank 0 alone reports it."""
-    return ConfigError.single("", f"{message}; see dist-train {command} --help", where="command line")
+    return ConfigError.single("", f"{message}; see dist-train {command} --help", where=COMMAND_LINE)
 
 
-def parse(command: str, about: str | None, arguments: Sequence[str], *options: Option) -> argparse.Namespace:
-    """Parse a command's arguments by a table of its options; `about` is its module's docstring.
+def parse(usage: Usage, arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse a command's arguments; of one that takes a config, `config` is its file and `overrides` its keys.
 
     Raises:
         ConfigError: the arguments are wrong.
     """
-    description = (about or "").partition(": ")[2]
-    parser = _Parser(
-        prog=f"dist-train {command}", description=description[:1].upper() + description[1:], allow_abbrev=False
-    )
-    for name, settings in options:
-        parser.add_argument(name, **settings)
-    return parser.parse_intermixed_args(list(arguments))
+    parser = usage.parser()
+    flags = {name: action.nargs == 0 for action in parser._actions for name in action.option_strings}
+    if wrong := list(mistakes(usage, list(arguments), flags)):
+        raise ConfigError([Problem(COMMAND_LINE, "", text) for text in wrong])
+    try:
+        found = parser.parse_intermixed_args(list(arguments))
+    except (argparse.ArgumentError, argparse.ArgumentTypeError) as error:
+        raise command_error(usage.name, str(error)) from None
+    if usage.takes in ("config", "keys"):
+        files = [word for word in found.rest if is_config(word)] if usage.takes == "config" else []
+        found.overrides = [word for word in found.rest if word not in files]
+        files = [*([found.config] if usage.takes == "config" and found.config is not None else []), *files]
+        if len(files) > 1:
+            raise command_error(usage.name, f"expected one config, found {', '.join(files)}")
+        found.config = files[0] if files else None
+    return found
 
 
-def parse_run(
-    command: str,
-    about: str | None,
-    arguments: Sequence[str],
-    *options: Option,
-    several: bool = False,
-    no_overrides: bool = False,
-) -> argparse.Namespace:
+def parse_run(usage: Usage, arguments: Sequence[str]) -> argparse.Namespace:
     """The same for a command on a run: `run`, its directory (all of them in `runs`), and `overrides` of its config.
 
     A run is given by `--run DIR` or by DIR alone: torchrun takes `--run` for one of its own options (before Python 3.12).
-
-    Args:
-        several: more than one run may be given. no_overrides: the command takes no config overrides.
     """
-    where = "the run's directory or URL (--run may be left out, and must be with torchrun)"
-    where += "; give several to overlay their curves" if several else ""
-    keys = {"nargs": "*", "metavar": "DIR | key.path=value", "help": "overrides take precedence over the run's config"}
-    keys |= {"metavar": "DIR", "help": "the same"} if no_overrides else {}
-    run: Option = ("--run", {"action": "append", "default": [], "metavar": "DIR", "help": where})
-    found = parse(command, about, arguments, run, *options, ("rest", keys))
+    found = parse(usage, arguments)
     found.overrides = [word for word in found.rest if "=" in word and not os.path.isdir(word)]
     found.runs = found.run + [word for word in found.rest if word not in found.overrides]
     wrong = "" if found.runs else "no run was given: --run DIR"
-    if len(found.runs) > 1 and not several:
+    if len(found.runs) > 1 and usage.takes != "runs and keys":
         wrong = f"expected one run, found {', '.join(found.runs)}"
-    elif found.overrides and no_overrides:
+    elif found.overrides and usage.takes == "run":
         wrong = wrong or f"it takes no config overrides, found {', '.join(found.overrides)}"
     if wrong:
-        raise command_error(command, wrong)
+        raise command_error(usage.name, wrong)
     found.run = found.runs[0]
     if getattr(found, "output", None) is not None:
         if _is_of_a_run(Path(found.output).resolve()):

@@ -6,15 +6,27 @@ import json
 from collections.abc import Sequence
 from importlib.resources import files
 
-from dist_train.commands.arguments import CONFIG, parse
+from dist_train.commands.arguments import parse
+from dist_train.commands.usage import Usage
 from dist_train.config.errors import ConfigError, did_you_mean
+
+USAGE = Usage(
+    "config",
+    "Print a config with every default filled in, one value of it, or the JSON Schema of configs.",
+    """\
+dist-train config config.yaml
+dist-train config config.yaml --get run.path""",
+    (
+        ("--get", {"metavar": "KEY", "help": "print one value; run.path is where the run is written"}),
+        ("--schema", {"action": "store_true", "help": "print the JSON Schema of configs, for editors"}),
+    ),
+    takes="config",
+)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Print the resolved config, one value of it, or the schema."""
-    get = {"metavar": "KEY", "help": "print one value; run.path is where the run is written"}
-    schema = {"action": "store_true", "help": "print the JSON Schema of configs, for editors"}
-    options = parse("config", __doc__, arguments, *CONFIG, ("--get", get), ("--schema", schema))
+    options = parse(USAGE, arguments)
     if options.schema:
         schema_file = files("dist_train.config") / "schema.json"
         print(json.dumps(json.loads(schema_file.read_text(encoding="utf-8")), indent=2))

@@ -6,13 +6,30 @@ import json
 from collections.abc import Sequence
 
 from dist_train.commands.arguments import CHECKPOINT, SPLIT, output, parse_run, writable
+from dist_train.commands.usage import Usage
 from dist_train.files import replacing
+
+USAGE = Usage(
+    "evaluate",
+    "Metrics of a run's checkpoint on its data, or on other data, with the EMA weights where it has them. On a terminal they "
+    "are a table; into a pipe or a file the same follows as a last line of JSON.",
+    """\
+dist-train evaluate runs/digits
+dist-train evaluate runs/digits --checkpoint last --split val --json
+dist-train evaluate runs/table data.test.path=other.csv""",
+    (
+        CHECKPOINT,
+        SPLIT,
+        ("--json", {"action": "store_true", "help": "print JSON and nothing else"}),
+        output("FILE.json", "write the JSON there too"),
+    ),
+    takes="run and keys",
+)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Print a table and, as the last line, the same as JSON; every sample counts once, on any number of processes."""
-    file = output("FILE.json", "write the JSON there too")
-    options = parse_run("evaluate", __doc__, arguments, CHECKPOINT, SPLIT, file)
+    options = parse_run(USAGE, arguments)
     from dist_train.run.open import open_run
     from dist_train.text import format_number, two_columns
     from dist_train.tracking.records import finite

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_train.commands.arguments import CHECKPOINT, output, parse_run, writable
+from dist_train.commands.usage import Usage
 from dist_train.files import replacing
 
 if TYPE_CHECKING:
@@ -17,6 +18,19 @@ if TYPE_CHECKING:
     from dist_train.run.open import Restored
 
 ENDINGS = {"state_dict": ".pt", "module": ".module.pt", "safetensors": ".safetensors", "torch_export": ".pt2"}
+USAGE = Usage(
+    "export",
+    "A run's weights (the EMA weights where it has them) for other programs, read back and compared first.",
+    """\
+dist-train export runs/digits
+dist-train export runs/digits --format safetensors --output digits.safetensors""",
+    (
+        CHECKPOINT,
+        ("--format", {"choices": tuple(ENDINGS), "default": "state_dict", "help": "by default state_dict"}),
+        output("FILE", "by default the run's name, in this directory"),
+    ),
+    takes="run and keys",
+)
 PICKLE = (
     "warning: this is a pickle: loading it (torch.load(..., weights_only=False)) runs code that the file names, so load only "
     "files that you trust; it needs the code of {home} as it is now. state_dict and safetensors need neither"
@@ -25,9 +39,7 @@ PICKLE = (
 
 def main(arguments: Sequence[str]) -> int:
     """Write one file, on rank 0; other ranks exit at once."""
-    form = ("--format", {"choices": tuple(ENDINGS), "default": "state_dict", "help": "by default state_dict"})
-    file = output("FILE", "by default the run's name, in this directory")
-    options = parse_run("export", __doc__, arguments, CHECKPOINT, form, file)
+    options = parse_run(USAGE, arguments)
     from dist_train.runtime.launch import read_placement
 
     if read_placement(os.environ).rank != 0:

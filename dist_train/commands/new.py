@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dist_train.commands.arguments import parse
+from dist_train.commands.usage import Usage
 from dist_train.config.errors import ConfigError
 
 PACKAGE = Path(__file__).parents[1]
@@ -14,11 +15,17 @@ FILES = {name: PACKAGE / "templates" / name for name in ("model.py", "data.py", 
 # Beside the config, whose first line names it: editors with yaml-language-server complete and check the keys by it.
 FILES["dist_train.schema.json"] = PACKAGE / "config" / "schema.json"
 
+USAGE = Usage(
+    "new",
+    "A folder with a model, a dataset, a config and a batch script, ready to train.",
+    "dist-train new project && cd project && dist-train config.yaml",
+    (("dir", {"metavar": "DIR", "help": "the folder, which may exist"}),),
+)
+
 
 def main(arguments: Sequence[str]) -> int:
     """Write the files; existing ones are never overwritten."""
-    place = ("dir", {"metavar": "DIR", "type": Path, "help": "the folder, which may exist"})
-    folder = parse("new", __doc__, arguments, place).dir
+    folder = Path(parse(USAGE, arguments).dir)
     if there := [name for name in FILES if (folder / name).exists()]:
         message = f"{folder} already has {', '.join(there)}; nothing was written: name another folder"
         raise ConfigError.single("DIR", message)
@@ -28,7 +35,5 @@ def main(arguments: Sequence[str]) -> int:
             (folder / name).write_bytes(source.read_bytes())
     except OSError as error:
         raise ConfigError.single("DIR", f"{folder} can't be written: {error}") from None
-    print(
-        f"{folder}: {', '.join(FILES)}; to start:\n  cd {shlex.quote(str(folder))} && dist-train --config config.yaml"
-    )
+    print(f"{folder}: {', '.join(FILES)}; to start:\n  cd {shlex.quote(str(folder))} && dist-train config.yaml")
     return 0

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dist_train.commands.arguments import CHECKPOINT, SPLIT, output, parse_run, writable
 from dist_train.commands.formats import FORMATS, Format, format_of
+from dist_train.commands.usage import Usage
 from dist_train.config.errors import ConfigError, visible
 from dist_train.files import replacing
 
@@ -20,23 +21,39 @@ if TYPE_CHECKING:
     from dist_train.evaluation.meaning import Meaning
     from dist_train.evaluation.predict import Column, Predicted
 
-FORMAT = (
-    "--format",
-    {
-        "choices": tuple(FORMATS),
-        "help": "by default that of the output's suffix, else csv; parquet and pt need --output",
-    },
-)
-RAW = (
-    "--raw",
-    {"action": "store_true", "help": "what the task's predict returns as it is, not as classes or in original units"},
+USAGE = Usage(
+    "predict",
+    "Predictions of a dataset, labeled or not, by a run's checkpoint, in dataset order, as CSV, JSON lines, Parquet or a torch "
+    "file.",
+    """\
+dist-train predict runs/digits --output predictions.csv
+dist-train predict runs/table data.test.path=new.csv --format jsonl""",
+    (
+        CHECKPOINT,
+        SPLIT,
+        output("FILE", "where to write; by default csv or jsonl is printed"),
+        (
+            "--format",
+            {
+                "choices": tuple(FORMATS),
+                "help": "by default that of the output's suffix, else csv; parquet and pt need --output",
+            },
+        ),
+        (
+            "--raw",
+            {
+                "action": "store_true",
+                "help": "what the task's predict returns as it is, not as classes or in original units",
+            },
+        ),
+    ),
+    takes="run and keys",
 )
 
 
 def main(arguments: Sequence[str]) -> int:
     """Write one row per sample in dataset order: the same bytes on any number of processes."""
-    file = output("FILE", "where to write; by default csv or jsonl is printed")
-    options = parse_run("predict", __doc__, arguments, CHECKPOINT, SPLIT, file, FORMAT, RAW)
+    options = parse_run(USAGE, arguments)
     form = format_of(options.format, options.output)
     from dist_train.evaluation.meaning import Meaning
     from dist_train.evaluation.predict import gathered

@@ -7,14 +7,24 @@ import sys
 from collections.abc import Sequence
 
 from dist_train.commands.arguments import CHECKPOINT, command_error, output, parse_run, writable
+from dist_train.commands.usage import Usage
 from dist_train.config.errors import ConfigError
 from dist_train.files import replacing
+
+USAGE = Usage(
+    "report",
+    "Write a run's report.html again, or compare several runs in one page.",
+    """\
+dist-train report runs/digits
+dist-train report runs/one runs/two --output comparison.html""",
+    (CHECKPOINT, output("FILE.html", "of a comparison; by default comparison.html, in this directory")),
+    takes="runs and keys",
+)
 
 
 def main(arguments: Sequence[str]) -> int:
     """One run: its report, with pictures by the kept model. Several: one page with all of them."""
-    file = output("FILE.html", "of a comparison; by default comparison.html, in this directory")
-    options = parse_run("report", __doc__, arguments, CHECKPOINT, file, several=True)
+    options = parse_run(USAGE, arguments)
     wrong = ""
     if len(options.runs) > 1 and (options.checkpoint is not None or options.overrides):
         wrong = "a comparison reads records only: it takes no --checkpoint and no keys of a config"

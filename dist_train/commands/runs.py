@@ -9,21 +9,25 @@ import time
 from collections.abc import Sequence
 
 from dist_train.commands.arguments import parse
+from dist_train.commands.usage import Usage
 from dist_train.config.errors import ConfigError
 
+USAGE = Usage(
+    "runs",
+    "The runs below a directory or URL, how each one is, and where their configs differ.",
+    "dist-train runs",
+    (
+        ("dir", {"nargs": "?", "default": "runs", "metavar": "DIR", "help": "by default runs"}),
+        ("--json", {"action": "store_true", "help": "print JSON"}),
+        ("--watch", {"action": "store_true", "help": "update every two seconds, until Ctrl-C"}),
+    ),
+)
 PAUSE = 2.0  # seconds between two updates with --watch, at least
 
 
 def main(arguments: Sequence[str]) -> int:
     """Print a table of runs and one of the keys in which they differ, or both as JSON; with --watch repeatedly."""
-    options = parse(
-        "runs",
-        __doc__,
-        arguments,
-        ("dir", {"nargs": "?", "default": "runs", "metavar": "DIR", "help": "by default runs"}),
-        ("--json", {"action": "store_true", "help": "print JSON"}),
-        ("--watch", {"action": "store_true", "help": "update every two seconds, until Ctrl-C"}),
-    )
+    options = parse(USAGE, arguments)
     from dist_train.runtime.storage import open_storage
     from dist_train.views.runs import runs_page
 

@@ -5,14 +5,25 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from dist_train.commands.arguments import CONFIG, parse
+from dist_train.commands.arguments import parse
+from dist_train.commands.usage import Usage
+
+USAGE = Usage(
+    "train",
+    "Train a config, or resume its run: the same command started again goes on where the run was stopped, killed or "
+    "preempted. Without a config the built-in example is trained.",
+    """\
+dist-train config.yaml optimizer.lr=0.05 trainer.duration=3ep
+torchrun --nproc_per_node=4 -m dist_train.main --config config.yaml""",
+    takes="config",
+)
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Train by a config; 75 if it was stopped on request and saved, to be run again (0 under torchrun)."""
+def main(arguments: Sequence[str], usage: Usage = USAGE) -> int:
+    """Train; 0 when the run is complete, 75 if it was stopped on request and saved, to be run again (0 under torchrun)."""
     from dist_train.run.api import train
     from dist_train.runtime.launch import read_placement
 
-    options = parse("train", __doc__, arguments, *CONFIG)
+    options = parse(usage, arguments)
     result = train(options.config, *options.overrides)
     return 0 if result["state"] == "completed" or read_placement(os.environ).under_torchrun else 75

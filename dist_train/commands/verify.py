@@ -6,12 +6,20 @@ import os
 from collections.abc import Sequence
 
 from dist_train.commands.arguments import parse_run
+from dist_train.commands.usage import Usage
 from dist_train.config.errors import ConfigError
+
+USAGE = Usage(
+    "verify",
+    "Check every file of every checkpoint of a run, and the records beside them; the exit code is 1 if any is corrupted.",
+    "dist-train verify runs/digits",
+    takes="run",
+)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Print a line for each checkpoint, and for each file beside them that can't be read; 1 if any is corrupted."""
-    options = parse_run("verify", __doc__, arguments, no_overrides=True)
+    options = parse_run(USAGE, arguments)
     from dist_train.checkpoint.store import CheckpointStore
     from dist_train.runtime.sidefiles import problems
     from dist_train.runtime.storage import open_storage

@@ -105,7 +105,9 @@ class ConfigError(Exception):
 
 def did_you_mean(word: object, known: Iterable[str], *, prefix: str = "") -> str:
     """`; did you mean X?` with the nearest of `known`, or an empty string."""
-    near = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.6)
+    words = list(known)
+    near = difflib.get_close_matches(str(word), words, n=1, cutoff=0.6)
+    near = near or [name for name in words if len(str(word)) > 2 and name.startswith(str(word))]
     return f"; did you mean {prefix}{near[0]}?" if near else ""
 
 

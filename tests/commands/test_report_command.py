@@ -132,20 +132,3 @@ def test_several_runs_are_compared_on_one_page(
     assert main(["report", str(digits), str(tmp_path / "none")]) == 2
     assert main(["report", str(digits), str(other), "--checkpoint", "last"]) == 2
     assert main(["report", str(digits), "--output", "one.html"]) == 2
-
-
-@pytest.mark.parametrize(
-    ("command", "offered"),
-    [
-        ("verify", {"--run"}),
-        ("evaluate", {"--run", "--checkpoint", "--split", "--output"}),
-        ("report", {"--run", "--checkpoint", "--output"}),
-        ("runs", {"--json", "--watch"}),
-    ],
-)
-def test_help_offers_what_a_command_takes(command: str, offered: set[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main([command, "--help"])
-    printed = capsys.readouterr().out
-    assert set(re.findall(r"--[a-z]+", printed)) - {"--help"} == offered
-    assert ("key.path=value" in printed) == (command in ("evaluate", "report"))
