@@ -56,7 +56,7 @@ class Manifest:
 
     ``attempt`` is a random name, unique to each attempt to save; ``metrics`` are those measured at this step (one that
     isn't finite is null in the file and read as NaN). ``meta`` is any JSON; `Trainer._save` writes epoch, samples,
-    world_size, best, plan and horizon, and `run_facts` config, versions, host and, in a git repository, commit.
+    world_size, best, plan and horizon, and `run_facts` config, command, versions, host and, in a git repository, commit and git.
     """
 
     step: Annotated[int, Field(ge=0, strict=True)]

@@ -50,7 +50,7 @@ def compare(runs: Sequence[str], path: str) -> None:
     """Overlaid curves, results, and the keys in which the configs differ; reads files only."""
     from dist_train.runtime.rundir import RunDir
     from dist_train.runtime.sidefiles import problems
-    from dist_train.views.report import write_comparison
+    from dist_train.views.comparison import write_comparison
 
     opened = [RunDir(location) for location in runs]
     for run in opened:

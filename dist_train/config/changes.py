@@ -46,6 +46,21 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
     return found
 
 
+def not_default(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a `Config.to_dict()` that isn't the default; the run's name and directory are left out."""
+    found: dict[str, Any] = {}
+    for key, field in walk(Config):
+        marks: Any = field.json_schema_extra
+        value = _get(config, key, default := (marks or {}).get("default"))
+        if section_of(field) is None and not key.startswith("run.") and value != default:
+            *above, name = key.split(".")
+            section = found
+            for part in above:
+                section = section.setdefault(part, {})
+            section[name] = value
+    return found
+
+
 def _get(data: Any, key: str, default: Any) -> Any:
     for part in key.split("."):
         if not isinstance(data, dict) or part not in data:

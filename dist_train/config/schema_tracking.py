@@ -55,8 +55,8 @@ class TrackingConfig(Section):
     wandb: WandbConfig | None = harmless(None, about(WandbConfig))
     report: bool = harmless(
         True,
-        "Write curves.png when a start ends or stops, and report.html, with pictures by the kept model, when the run is "
-        "completed (the command `report` writes both later, and so does a start of a completed run without a report).",
+        "Write curves.png and report.html when a start ends or stops, with pictures by the kept model when the run is completed "
+        "(the command `report` writes both later, and so does a start of a completed run without a report).",
     )
 
 

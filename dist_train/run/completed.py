@@ -82,8 +82,11 @@ def end_lines(result: dict[str, Any], run: RunDir) -> list[tuple[str, str]]:
     if completed:
         kept = f" (step {result['kept_step']:,})" if result["kept_step"] != result["step"] else ""
         lines.append(("model", f"{run.location}/model.pt{kept}"))
-    shown = [("report", "report.html", "")] if completed else []
-    shown += [("curves", "curves.png", ""), ("board", "tensorboard", "tensorboard --logdir ")]
+    shown = [
+        ("report", "report.html", ""),
+        ("curves", "curves.png", ""),
+        ("board", "tensorboard", "tensorboard --logdir "),
+    ]
     for label, name, command in shown:
         if run.path(name).exists():
             lines.append((label, f"{command}{run.location}/{name}"))

@@ -43,7 +43,7 @@ from dist_train.training.state import Progress, restore
 from dist_train.training.trainer import Trainer
 from dist_train.views.boundary import BoundaryFrames
 from dist_train.views.grids import GridFrames
-from dist_train.views.model import write_curves
+from dist_train.views.model import write_records
 from dist_train.views.network import Pictures, image_modules
 from dist_train.views.profiling import Profile
 from dist_train.views.sinks import open_logger
@@ -222,7 +222,7 @@ class Start:
         numerics = world.all_gather(numerics_of(config, world.device))
         if world.is_main:
             trainer.write_status("running")
-            self._record_start(trainer.step, numerics)
+            self._record_start(trainer.step, numerics, outputs.record)
         world.barrier()  # the start is recorded before any rank can fail
         outcome = trainer.fit()
         if outcome == "completed":
@@ -243,7 +243,7 @@ class Start:
             report_at_end(trainer)
             run.upload()
         elif config.tracking.report and world.is_main:
-            write_curves(run)
+            write_records(run, console.warn)
         if outcome == "completed":
             load_into_live_model(config, run)
         console.end_block(end_lines(result, run))
@@ -261,7 +261,7 @@ class Start:
     def _outputs(self, progress: Progress, checkpoints: CheckpointManager) -> Outputs:
         """Where training writes: on rank 0 the records with their views, and checkpoints; on each rank its trace and digests."""
         config, parts, run = self.config, self.parts, self.run
-        outputs = Outputs(run, self.console, record=run_facts(config))
+        outputs = Outputs(run, self.console, record=run_facts(config) if self.world.is_main else {})
         if config.debug.trace_samples:
             outputs.trace = Trace(run.path("trace"), self.attempt, self.world.rank)
         resume_digests(run, self.world, progress.step, writes=config.debug.digest)
@@ -302,7 +302,7 @@ class Start:
             faulthandler.enable(open(logs / f"rank-{world.rank}.log", "a"))  # noqa: SIM115
         return RunFacts(str(logs), samples, less_memory, self._record_failure, self._on_exit)
 
-    def _record_start(self, step: int, numerics: list[dict[str, Any]]) -> None:
+    def _record_start(self, step: int, numerics: list[dict[str, Any]], facts: dict[str, Any]) -> None:
         placement = self.world.placement
         differing = self._differing_numerics(numerics) if self.parts.plan.leaf_size is not None else []
         for line in differing:
@@ -316,6 +316,8 @@ class Start:
             nodes=placement.nodes,
             launcher=placement.launcher,
             resumed_from=step,
+            **{name: facts[name] for name in ("command", "versions", "git") if name in facts},
+            **({"changed": self.decision.changes} if self.decision.changes else {}),
             numerics=numerics[0],
             **({"bits_may_differ": differing} if differing else {}),
             code=source_files(self.config),

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import shlex
 import socket
 import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 import dist_train
 from dist_train.config.components import build_callable
+from dist_train.config.errors import mask
 from dist_train.config.fields import to_json
 from dist_train.data.reading import make_batch
 from dist_train.data.stream import is_stream, stream_length
@@ -19,6 +23,7 @@ from dist_train.models.layers import layer_table, output_shapes
 from dist_train.optim.groups import Grouping
 from dist_train.step.several import Optimizers
 from dist_train.task.task import SeveralLosses, WholeBatchTask
+from dist_train.tracking.notebook import shell
 
 if TYPE_CHECKING:
     from dist_train.config.schema import Config
@@ -154,14 +159,32 @@ def batch_arithmetic(parts: Parts) -> str:
 
 
 def run_facts(config: Config) -> dict[str, Any]:
-    """What a run is trained with, for every manifest and the report: config, versions, host, git commit if any."""
+    """What a run is trained with, for every manifest and the report: config, command, versions, host, state of the code."""
     versions = {"dist_train": dist_train.__version__, "torch": torch.__version__, "python": platform.python_version()}
     facts: dict[str, Any] = {"config": to_json(config.to_dict()), "versions": versions, "host": socket.gethostname()}
+    facts["command"] = _command()
     for folder in config.run.code_paths[:1]:
-        command = ["git", "-C", folder, "rev-parse", "HEAD"]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
-            facts["commit"] = done.stdout.strip()
-        except (OSError, subprocess.SubprocessError):
-            pass  # not a repository, or no git
+        if git := _git(folder):
+            facts |= {"commit": git["commit"], "git": git}
     return facts
+
+
+def _command() -> str:
+    """The command line of this process, secrets masked."""
+    if shell() is not None:
+        return "a notebook or an interactive session"
+    command = sys.orig_argv if sys.orig_argv[-len(sys.argv[1:]) :] == sys.argv[1:] else [sys.executable, *sys.argv]
+    return mask(shlex.join([os.path.basename(command[0]), *command[1:]]))
+
+
+def _git(folder: str) -> dict[str, Any]:
+    """The commit of a folder's repository, its branch, and the tracked files that differ from it; {} without a repository."""
+    command = ["git", "-C", folder, "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return {}  # not a repository, or no git
+    head = dict(line[2:].split(" ", 1) for line in lines if line.startswith("# "))
+    changed = [line.split(" ", 8)[-1].partition("\t")[0] for line in lines if not line.startswith("#")]
+    commit, branch = head.get("branch.oid", ""), head.get("branch.head", "")
+    return {"commit": commit, "branch": branch, "changed": changed} if commit != "(initial)" else {}

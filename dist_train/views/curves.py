@@ -1,27 +1,21 @@
-"""curves.png: loss, metrics and learning rate of a run, drawn by matplotlib without a display."""
+"""What is drawn of a run's rows: which metrics, thinned lines, the best values, axes. The drawing is in charts.py and png.py."""
 
 from __future__ import annotations
 
-import io
-import logging
 import math
-import os
-import warnings
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
 
-from dist_train.config.errors import visible
-from dist_train.files import replacing
+from dist_train.config.fields import better_is_lower
+from dist_train.text import format_number
 from dist_train.tracking.records import FIELDS, Row
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-COLORS = {"train": "#4c78a8", "val": "#e4572e", "test": "#2a9d5c", "lr": "#6b7280"}
-PANELS = 4  # metrics drawn beside the loss at most
-POINTS = 1500  # of a line; more can't be seen
+COLORS = {"train": "#4c78a8", "val": "#e4572e", "test": "#2a9d5c", "aside": "#7c8798"}
+PANELS = 4  # metrics drawn beside the loss in curves.png at most
+POINTS = 800  # of a line; more can't be seen
+HUGE = 1e300  # counts as not finite: differences of such values overflow
 TITLES = {
     "lr": "learning rate",
     "samples_per_s": "samples/s",
@@ -29,19 +23,150 @@ TITLES = {
     "mfu": "model FLOPs utilization",
     "peak_memory": "peak memory, GiB",
 }
-# for names in other scripts, where one is installed
-FONTS = ["DejaVu Sans", "Noto Sans CJK SC", "WenQuanYi Zen Hei", "PingFang SC", "Microsoft YaHei"]
 # recorded for diagnosis; the report shows them
 ASIDE = ("lr", "grad_norm", "samples_per_s", "data_wait", "mfu", "peak_memory")
+SHARES = ("data_wait", "mfu")  # drawn from 0 to 100 %
+
+Points = tuple[list[int], list[float]]
 
 
-def series(rows: Sequence[Row], split: str, name: str) -> tuple[list[int], list[float]]:
-    """(steps, values) of a split's metric; where a step occurs twice, the later row counts; thinned for drawing."""
-    points = {row["step"]: float(row[name]) for row in rows if row.get("split") == split and name in row}
+@dataclass
+class Line:
+    """Values over steps; nan where the line is interrupted. `means`: the same as averages, where the line is thinned."""
+
+    label: str
+    color: str
+    points: Points
+    dots: bool = False
+    means: Points | None = None
+    best: tuple[int, float] | None = None
+
+
+@dataclass
+class Panel:
+    """One chart.
+
+    Attributes:
+        low, high: the range of its axis, in powers of ten where `log`. share: values are shares, drawn from 0 to 100 %.
+        aside: it isn't one of the model's metrics. broken: the first step without a finite value.
+    """
+
+    title: str
+    lines: list[Line]
+    low: float = 0.0
+    high: float = 1.0
+    log: bool = False
+    share: bool = False
+    aside: bool = False
+    broken: int | None = None
+
+    def height(self, value: float) -> float:
+        """Where a value lies between the bottom (0) and the top (1)."""
+        value = math.log10(value) if self.log else value
+        return (value - self.low) / (self.high - self.low)
+
+    def shown(self, value: float) -> str:
+        """A value in a caption."""
+        return f"{value:.1%}" if self.share else f"{value:,.4g}" if self.aside else format_number("", value)
+
+    def ticks(self) -> list[tuple[float, str]]:
+        """(height, label) of the marks of its axis."""
+        if self.log:
+            powers = range(math.floor(self.low), math.ceil(self.high) + 1)
+            factors = (1,) if self.high - self.low > 2 else (1, 2, 5)
+            values = [factor * 10.0**power for power in powers for factor in factors]
+        else:
+            values = ticks(self.low, self.high, 6)
+        marks = [(self.height(value), f"{value:.0%}" if self.share else brief(value)) for value in values]
+        return [(at, text) for at, text in marks if -1e-9 <= at <= 1 + 1e-9]
+
+
+@dataclass
+class Horizontal:
+    """The axis that all charts of a page share: first and last step, and (step, epoch) between which epochs are interpolated."""
+
+    first: int
+    last: int
+    epochs: list[tuple[int, float]] = field(default_factory=list)
+
+    def share(self, step: float) -> float:
+        """Where a step lies between the left end (0) and the right end (1)."""
+        return (step - self.first) / max(1, self.last - self.first)
+
+    def ticks(self) -> list[tuple[float, str]]:
+        """(share, label) of its marks in steps."""
+        return [(self.share(step), brief(step)) for step in ticks(self.first, self.last, 5, whole=True)]
+
+    def epoch_ticks(self) -> list[tuple[float, str]]:
+        """The same in epochs."""
+        ends = [epoch for step, epoch in self.epochs if self.first <= step <= self.last] or [0.0]
+        marks = [(self.share(self._step(epoch)), brief(epoch)) for epoch in ticks(min(ends), max(ends), 5)]
+        return [(at, text) for at, text in marks if -1e-9 <= at <= 1 + 1e-9]
+
+    def _step(self, epoch: float) -> float:
+        for (step, start), (after, end) in pairwise(self.epochs):
+            if epoch <= end:
+                return step + (epoch - start) / max(end - start, 1e-12) * (after - step)
+        return float(self.last)
+
+
+def series(rows: Sequence[Row], split: str, name: str) -> Points:
+    """(steps, values) of a split's metric; where a step occurs twice, the later row counts; nan for what isn't finite."""
+    points = {
+        row["step"]: value if -HUGE < (value := float(row[name])) < HUGE else math.nan
+        for row in rows
+        if row.get("split") == split and isinstance(row.get(name), int | float)
+    }
     steps = sorted(points)
-    stride = math.ceil(len(steps) / POINTS) if len(steps) > POINTS else 1
-    kept = steps[::-1][::stride][::-1]  # the last one stays
-    return kept, [points[step] for step in kept]
+    return steps, [points[step] for step in steps]
+
+
+def thinned(points: Points, most: int = POINTS) -> Points:
+    """At most about `most` points: minimum and maximum of equal parts, in order, so that no spike is lost; both ends stay."""
+    steps, values = points
+    if len(steps) <= most:
+        return points
+    kept = {0, len(steps) - 1}
+    for part in _parts(len(steps), most // 2):
+        finite = [k for k in part if values[k] == values[k]]
+        kept |= {min(finite, key=values.__getitem__), max(finite, key=values.__getitem__)} if finite else {part[0]}
+        if len(finite) < len(part):
+            kept.add(next(k for k in part if values[k] != values[k]))
+    order = sorted(kept)
+    return [steps[k] for k in order], [values[k] for k in order]
+
+
+def averaged(points: Points, most: int = POINTS) -> Points | None:
+    """The means of these parts, at their last steps; None where nothing need be thinned."""
+    steps, values = points
+    if len(steps) <= most:
+        return None
+    found: Points = ([], [])
+    for part in _parts(len(steps), most // 2):
+        finite = [values[k] for k in part if values[k] == values[k]]
+        if finite:
+            found[0].append(steps[part[-1]])
+            found[1].append(math.fsum(finite) / len(finite))
+    return found
+
+
+def _parts(length: int, count: int) -> Iterator[range]:
+    return (range(k * length // count, (k + 1) * length // count) for k in range(count))
+
+
+def best_point(points: Points, lower: bool, losses: Mapping[int, float] | None = None) -> tuple[int, float] | None:
+    """(step, value) of the best finite value; of equal ones that with the lowest loss, then the earliest."""
+    sign, losses = 1 if lower else -1, losses or {}
+    finite = [(step, value) for step, value in zip(*points, strict=True) if value == value]
+    return min(finite, key=lambda point: (sign * point[1], losses.get(point[0], math.inf)), default=None)
+
+
+def lower_is_better(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether a metric should fall: as `checkpoint.keep_best` says of its own, by their names of others."""
+    mode, _, metric = str((config.get("checkpoint") or {}).get("keep_best") or "").rpartition(" ")
+    if mode in ("min", "max") and metric.removeprefix("val/") == name:
+        return mode == "min"
+    return better_is_lower(name)
 
 
 def metric_names(rows: Sequence[Row]) -> list[str]:
@@ -73,93 +198,88 @@ def lr_names(rows: Sequence[Row]) -> list[str]:
     return [name for name in aside_names(rows) if name.partition("/")[0] == "lr"] or ["lr"]
 
 
-def draw_curves(rows: Sequence[Row], path: str | os.PathLike[str], title: str = "") -> None:
-    """Draws loss (train, val, test), the metrics and the learning rate over the steps into a PNG, atomically.
-
-    rows: as records.read_rows gives them; any subset of splits will do, none as well. title: the run's name.
-    """
-    panels = ["loss", *metric_names(rows)[:PANELS], *lr_names(rows)]
-    columns = min(3, len(panels))
-    lines = math.ceil(len(panels) / columns)
-    figure = new_figure(5.2 * columns, 3.6 * lines + 0.5)
-    if title:
-        figure.suptitle(plain(title), fontsize=14, fontweight="bold", x=0.01, ha="left", fontfamily=FONTS)
-    axes = figure.subplots(lines, columns, squeeze=False).flatten()
-    for axis, name in zip(axes, panels, strict=False):
-        draw_panel(axis, rows, name)
-    for axis in axes[len(panels) :]:
-        axis.set_visible(False)
-    with replacing(Path(path)) as part:
-        part.write_bytes(render(figure, "png"))
+def best_of(rows: Sequence[Row], split: str, name: str, config: Mapping[str, Any]) -> tuple[int, float] | None:
+    """(step, value) of a split's best value of a metric."""
+    steps, losses = series(rows, split, "loss")
+    known = {step: loss for step, loss in zip(steps, losses, strict=True) if loss == loss}
+    return best_point(series(rows, split, name), lower_is_better(name, config), known)
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of that many inches that needs no display."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=110, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def render(figure: Figure, kind: str) -> bytes:
-    """The figure as "png" or "svg" (whose text stays text)."""
-    import matplotlib
-
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
-    out = io.BytesIO()
-    with warnings.catch_warnings(), matplotlib.rc_context({"svg.fonttype": "none"}):
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a name in a script that the font lacks
-        figure.savefig(out, format=kind)
-    return out.getvalue()
-
-
-def draw_panel(axis: Axes, rows: Sequence[Row], name: str) -> None:
-    """One metric's panel: one line per split, a point where there is only one value (test)."""
-    drawn: list[float] = []
+def panel_of(rows: Sequence[Row], name: str, config: Mapping[str, Any]) -> Panel:
+    """One metric of a run: train, val and test together; the best of val (of train where there is no val) marked."""
+    lines, broken = dict[str, Line](), None
     for split in ("train", "val", "test") if not is_aside(name) else ("train",):
-        steps, values = series(rows, split, name)
-        good = [value for value in values if math.isfinite(value)]
-        if len(good) < len(values):
-            step = next(s for s, v in zip(steps, values, strict=True) if not math.isfinite(v))
-            style: dict[str, Any] = {"color": "#b91c1c", "fontsize": 8.5, "ha": "right"}
-            axis.axvline(step, color=style["color"], linewidth=1, linestyle=":")
-            axis.text(step, 0.03, f"not finite at {step} ", transform=axis.get_xaxis_transform(), **style)
-        if not good:
-            continue
-        drawn += good
-        label = split if split == "train" else f"{split}  {good[-1]:.4g}"
-        style = {"color": COLORS["lr" if is_aside(name) else split], "label": label, "linewidth": 1.4}
-        if split == "test" or len(good) == 1:
-            style |= {"marker": "D" if split == "test" else "o", "linestyle": "none", "zorder": 5}
-        elif split == "val":
-            style |= {"linewidth": 1.8, "marker": "o" if len(values) <= 40 else "", "markersize": 3.5}
-        axis.plot(steps, values, **style)
-    dress(axis, panel_title(name))
-    if not drawn:
-        axis.text(0.5, 0.5, "no values", ha="center", va="center", color="#9ca3af", transform=axis.transAxes)
+        points = series(rows, split, name)
+        missing = next((step for step, value in zip(*points, strict=True) if value != value), None)
+        broken = missing if broken is None else broken
+        if any(value == value for value in points[1]):
+            color = COLORS["aside" if is_aside(name) else split]
+            dots = split == "test" or len(points[0]) == 1
+            lines[split] = Line(split, color, thinned(points), dots, averaged(points))
+    marked = next((split for split in ("val", "train") if split in lines and not is_aside(name)), None)
+    if marked is not None:
+        lines[marked].best = best_of(rows, marked, name, config)
+    return fitted(panel_title(name), list(lines.values()), name, broken)
+
+
+def fitted(title: str, lines: list[Line], name: str, broken: int | None = None) -> Panel:
+    """A panel with the axis that its values need."""
+    values = [value for line in lines for value in line.points[1] if value == value]
+    panel = Panel(title, lines, aside=is_aside(name), broken=broken)
+    if name.partition("/")[0] in SHARES:
+        panel.share, values = True, [min(1.0, max(0.0, value)) for value in values]
+        return panel
+    if not values:
+        return panel
+    low, high = min(values), max(values)
+    if name == "loss" and low > 0 and high > 50 * low:
+        panel.log, low, high = True, math.log10(low), math.log10(high)
     elif is_aside(name):
-        axis.set_ylim(bottom=0)
-    else:
-        axis.legend(frameon=False, fontsize=9)
-    if name == "loss" and drawn and min(drawn) > 0 and max(drawn) > 50 * min(drawn):
-        axis.set_yscale("log")
+        low = min(0.0, low)
+    room = 0.05 * (high - low) or 0.05 * abs(high) or 0.5
+    panel.low, panel.high = low - (room if low or panel.log else 0.0), high + room
+    return panel
 
 
-def dress(axis: Axes, title: str, x: str = "step") -> None:
-    """What all panels share."""
-    from matplotlib.ticker import MaxNLocator
-
-    axis.set_title(plain(title), loc="left", fontsize=11)
-    axis.set_xlabel(x, fontsize=9)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, steps=[1, 2, 5, 10]))
-    axis.tick_params(labelsize=8.5)
-    axis.grid(True, color="#e5e7eb", linewidth=0.8)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
+def horizontal_of(rows: Sequence[Row]) -> Horizontal:
+    """The steps of rows, and what epochs they are."""
+    steps = [row["step"] for row in rows] or [0]
+    return Horizontal(min(steps), max(steps), _epochs(rows))
 
 
-def plain(text: str) -> str:
-    """Text that matplotlib doesn't take for mathematics, and can draw."""
-    return visible(text, keep="").replace("$", r"\$")
+def _epochs(rows: Sequence[Row]) -> list[tuple[int, float]]:
+    """(step, epochs done there). Rows tell only which epoch a step is in: step / epoch is at most an epoch's length, and is it
+    at the end of one. Where one length doesn't fit all (the batch size has changed), the last step of each epoch is its end."""
+    pairs = {
+        (row["step"], row["epoch"]) for row in rows if type(row.get("epoch")) is int and row["epoch"] > 0 < row["step"]
+    }
+    if not pairs:
+        return []
+    last = max(step for step, _ in pairs)
+    length = max(step / epoch for step, epoch in pairs)
+    if all(step > length * (epoch - 1) + 1e-6 for step, epoch in pairs):
+        return [(0, 0.0), (last, last / length)]
+    ends = {epoch: step for step, epoch in sorted(pairs)}
+    return [(0, 0.0), *((step, float(epoch)) for epoch, step in sorted(ends.items()))]
+
+
+def ticks(low: float, high: float, most: int, *, whole: bool = False) -> list[float]:
+    """About `most` round numbers from low to high."""
+    raw = (high - low) / most
+    if raw <= 0 or not math.isfinite(raw):
+        return [low]
+    power = 10.0 ** math.floor(math.log10(raw))
+    size = next(factor * power for factor in (1, 2, 5, 10, 20) if factor * power >= raw * (1 - 1e-9))
+    size = max(1.0, size) if whole else size
+    return [k * size for k in range(math.ceil(low / size - 1e-9), math.floor(high / size + 1e-9) + 1)]
+
+
+def brief(value: float) -> str:
+    """A number as short as a mark of an axis should be: 0.05, 12k, 1.5M, 2e-05."""
+    size = abs(value)
+    for least, unit in ((1e6, "M"), (1e4, "k")):
+        if least <= size < 1e9:
+            return f"{value / (1e6 if unit == 'M' else 1e3):.4g}{unit}"
+    if size and (size < 1e-3 or size >= 1e9):
+        return f"{value:.1e}".replace(".0e", "e")
+    return f"{round(value, 10):.6g}"

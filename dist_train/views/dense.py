@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dist_train.text import format_number
-from dist_train.views.curves import dress, new_figure, plain, render
-from dist_train.views.figures import Image, Section, picture_png
+from dist_train.views.figures import Image, Section, dress, new_figure, picture_png, plain, render
 
 if TYPE_CHECKING:
     import numpy

@@ -5,16 +5,20 @@ from __future__ import annotations
 import base64
 import functools
 import io
+import logging
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from dist_train.views.curves import dress, new_figure, plain, render
+from dist_train.config.errors import visible
+from dist_train.views.charts import matrix
 
 if TYPE_CHECKING:
     import numpy
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 NUMBERED = 20  # maximum number of classes for which a confusion matrix shows its counts
@@ -36,16 +40,31 @@ class Image:
 
 
 @dataclass(frozen=True)
+class Cell:
+    """A cell of a table. value: what the table is sorted by, where it isn't the text. note: said under the pointer. run: whose
+    curves a box in the cell shows and hides."""
+
+    text: str
+    value: float | str | None = None
+    best: bool = False
+    note: str = ""
+    run: str = ""
+
+
+@dataclass(frozen=True)
 class Section:
     """A title and the content below it; without content it is left out.
 
-    layout: "text" (content is a string), "table" (rows), or of images the CSS class of their grid, "" for none.
+    layout: "text" (content is a string), "table" or "sorts" (rows of texts and Cells), "charts" or "drawn" (HTML of our own), or
+    of images the CSS class of their grid, "" for none. more: title and text of what is folded below it. note: beside the tools.
     """
 
     title: str
     content: Sequence[Any]
     layout: str
     head: Sequence[str] = ()
+    more: tuple[str, str] | None = None
+    note: str = ""
 
 
 @dataclass
@@ -72,7 +91,7 @@ class Confusion:
     worst: Sequence[Example] = ()
 
     def sections(self) -> Iterator[Section]:
-        yield Section("Confusion matrix", [Image("confusion matrix", render(draw_confusion(self), "svg"))], "")
+        yield Section("Confusion matrix", [self.drawn()], "drawn")
         worst = [
             Image(
                 f"sample {one.index}",
@@ -83,6 +102,20 @@ class Confusion:
             for one in self.worst
         ]
         yield Section("Most wrong", worst, "worst")
+
+    def drawn(self) -> str:
+        """The matrix as SVG: shares of each true class, with the counts where they are readable."""
+        import numpy
+
+        counts = numpy.asarray(self.counts)
+        names = [visible(str(name), keep="") for name in self.classes] or [str(i) for i in range(len(counts))]
+        shares = counts / numpy.maximum(1, counts.sum(axis=1, keepdims=True))
+        blue = numpy.broadcast_to(numpy.array([0x4C, 0x78, 0xA8], numpy.uint8), (*counts.shape, 3))
+        pixels = numpy.dstack([blue, (shares * 255).round().astype(numpy.uint8)])
+        readable = len(counts) <= NUMBERED
+        cells = [(row, column, int(count)) for (row, column), count in numpy.ndenumerate(counts) if count and readable]
+        inside = [(row, column, f"{count}", bool(shares[row, column] > 0.5)) for row, column, count in cells]
+        return matrix(_png(pixels), names, inside)
 
 
 @dataclass
@@ -127,31 +160,6 @@ class Picture(Protocol):
 
     def sections(self) -> Iterator[Section]:
         """Titles with their images or tables."""
-
-
-def draw_confusion(confusion: Confusion) -> Figure:
-    """The matrix as shares of each true class, with the counts where they are readable."""
-    import numpy
-
-    counts = numpy.asarray(confusion.counts)
-    names = [plain(str(name)) for name in confusion.classes] or [str(i) for i in range(len(counts))]
-    shares = counts / numpy.maximum(1, counts.sum(axis=1, keepdims=True))
-    side = min(9.0, max(3.2, 1.6 + 0.32 * len(counts)))  # small: on a phone the numbers shrink with it
-    figure = new_figure(side, side)
-    axis = figure.subplots()
-    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    dress(axis, "true (rows) and predicted (columns)", "")
-    axis.grid(False)
-    stride = -(-len(counts) // 40)
-    ticks = range(0, len(counts), stride)
-    turned = 90 if max(map(len, names)) > 3 else 0
-    axis.set_xticks(ticks, [names[i] for i in ticks], rotation=turned, fontsize=8)
-    axis.set_yticks(ticks, [names[i] for i in ticks], fontsize=8)
-    for (row, column), count in numpy.ndenumerate(counts):
-        if count and len(counts) <= NUMBERED:
-            color = "white" if shares[row, column] > 0.5 else "#1f2937"
-            axis.text(column, row, f"{int(count)}", ha="center", va="center", fontsize=8, color=color)
-    return figure
 
 
 def draw_regression(regression: Regression) -> Figure:
@@ -211,6 +219,14 @@ def write_boundary(boundary: Boundary, folder: str | os.PathLike[str]) -> None:
     (folder / "boundary.gif").write_bytes(boundary_gif(boundary))
 
 
+def _png(array: numpy.ndarray[Any, Any]) -> bytes:
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.fromarray(array).save(out, "PNG")
+    return out.getvalue()
+
+
 def picture_png(picture: numpy.ndarray[Any, Any], side: int = 112, most: int = 224) -> bytes:
     """A picture as a PNG, small ones enlarged without smoothing to about `side` pixels, large ones made smaller than `most`."""
     import numpy
@@ -227,3 +243,43 @@ def picture_png(picture: numpy.ndarray[Any, Any], side: int = 112, most: int = 2
     out = io.BytesIO()
     image.save(out, "PNG")
     return out.getvalue()
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of that many inches that needs no display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def render(figure: Figure, kind: str) -> bytes:
+    """The figure as "png" or "svg" (whose text stays text)."""
+    import matplotlib
+
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
+    out = io.BytesIO()
+    with warnings.catch_warnings(), matplotlib.rc_context({"svg.fonttype": "none"}):
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a name in a script that the font lacks
+        figure.savefig(out, format=kind)
+    return out.getvalue()
+
+
+def dress(axis: Axes, title: str, x: str = "step") -> None:
+    """What all panels share."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_title(plain(title), loc="left", fontsize=11)
+    axis.set_xlabel(x, fontsize=9)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, steps=[1, 2, 5, 10]))
+    axis.tick_params(labelsize=8.5)
+    axis.grid(True, color="#e5e7eb", linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def plain(text: str) -> str:
+    """Text that matplotlib doesn't take for mathematics, and can draw."""
+    return visible(text, keep="").replace("$", r"\$")

@@ -117,7 +117,8 @@ def test_changed_code_is_named_on_resume_and_on_a_completed_run_which_imports_no
     assert "the code has changed" not in printed.err
     assert f"{run}/curves.png" in printed.out
     assert (run / "curves.png").stat().st_size > 1000
-    assert "report.html" not in printed.out
+    assert f"{run}/report.html" in printed.out
+    assert "Confusion matrix" not in (run / "report.html").read_text()
     assert sorted(starts(run)[0]["code"]) == ["helper.py", "records_net.py"]
 
     (project / "helper.py").write_text("WIDTH = 5 + 5\n")

@@ -1,19 +1,26 @@
-"""report.html: one file, no scripts, nothing from the network, everything escaped, drawn from whatever is there."""
+"""report.html: one file, only our own script, nothing from the network, everything escaped, drawn from whatever is there."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import html
 import io
 import json
 import math
+import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from dist_train.views.comparison import write_comparison
 from dist_train.views.figures import (
     Boundary,
     Confusion,
@@ -23,7 +30,7 @@ from dist_train.views.figures import (
     picture_png,
     write_boundary,
 )
-from dist_train.views.report import write_comparison, write_report
+from dist_train.views.report import write_report
 
 EVIL = '<script>alert("1")</script>&\u6570'
 NAME = "lr=0.1 <b>&{x}"  # what a folder may be called
@@ -37,10 +44,12 @@ class Page(HTMLParser):
         self.tags: list[str] = []
         self.sources: list[str] = []
         self.text = ""
+        self.charts: list[dict[str, Any]] = []
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
+        self.charts += [json.loads(value or "") for name, value in attrs if name == "data-chart"]
         self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
         assert not any(name.startswith("on") for name, _ in attrs)
 
@@ -89,23 +98,28 @@ def pictures(evil: str) -> list[Confusion | Regression | Boundary]:
 def test_a_report_shows_everything_and_runs_nothing(tmp_path: Path) -> None:
     path = write_report(make_run(tmp_path / NAME, evil=EVIL), pictures=pictures(EVIL), environment={EVIL: EVIL})
     page = Page(path)
-    assert "script" not in page.tags
     assert "b" in page.tags  # our own; the name's stays text
+    text = path.read_text()
+    (script,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', text)
+    assert f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}';" in policy
+    assert page.tags.count("script") == 1
     assert NAME in page.text
     assert all(source.startswith("data:image/") for source in page.sources)
-    assert "http" not in path.read_text().replace("http-equiv", "")
-    for text in (
+    assert "http" not in text.replace("http-equiv", "").replace("http://www.w3.org/2000/svg", "")
+    for shown in (
         "completed",
         "0.8750",
-        "61.0",
-        "25%",
         "1,000",
+        "the whole config.yaml",
+        "25%",
         "it broke",
         "Confusion matrix",
         "Most wrong",
         "taken for b",
     ):
-        assert text in page.text
+        assert shown in page.text
     for title in ("Curves", "Predicted against true", "Decision boundary", "Starts and ends", "Config", "Environment"):
         assert title in page.text
     assert page.text.count(EVIL) >= 6
@@ -129,21 +143,73 @@ def test_many_classes_and_values_that_are_not_finite_are_drawn(tmp_path: Path) -
     broken = Regression(np.array([1.0, math.nan]), np.array([math.inf, 2.0]))
     empty = Regression(np.array([]), np.array([]))
     path = write_report(tmp_path, pictures=[many, broken, empty, Confusion(np.zeros((2, 2), int))])
-    assert Page(path).tags.count("img") == 4
+    page = Page(path)
+    assert (page.tags.count("img"), page.tags.count("image")) == (2, 2)
 
 
-def test_runs_are_laid_over_each_other_and_their_differing_keys_named(tmp_path: Path) -> None:
+def test_runs_are_laid_over_each_other_in_a_table_that_marks_the_best_and_names_differing_keys(tmp_path: Path) -> None:
     first, second = make_run(tmp_path / "a" / NAME, 0), make_run(tmp_path / "b" / "other", 7)
-    (second / "metrics.jsonl").unlink()
-    page = Page(write_comparison([first, second], tmp_path / "compare.html"))
-    assert "script" not in page.tags
+    rows = (second / "metrics.jsonl").read_text().replace('"accuracy": 0.9', '"accuracy": 0.95')
+    (second / "metrics.jsonl").write_text(rows)
+    path = write_comparison([first, second], tmp_path / "compare.html")
+    page, text = Page(path), html.unescape(path.read_text())
     assert NAME in page.text
-    for text in ("seed", "model.hidden.1", "7", "accuracy 0.9000"):
-        assert text in page.text
+    assert [line["name"] for line in page.charts[1]["lines"]] == [NAME, "other"]
+    assert '<td data-value="0.9" title="at step 29">0.9000</td>' in text
+    assert '<td class="best" data-value="0.95" title="at step 29">0.9500</td>' in text
+    assert {"seed", "model.hidden.1", "val accuracy", "7"} <= set(page.text.splitlines())
     assert "model.hidden.0" not in page.text
-    same = Page(write_comparison([first, first], tmp_path / "same.html"))
+    (second / "metrics.jsonl").unlink()
+    assert "No such" not in Page(write_comparison([first, second], path)).text
+    other = make_run(tmp_path / "c" / NAME, 0)
+    same = Page(write_comparison([first, other], tmp_path / "same.html"))
     assert "nowhere" in same.text
     assert str(first) in same.text  # runs of one name are told apart by their paths
+    write_comparison([first, first], tmp_path / "same.html")
+
+
+def test_environment_restarts_changed_keys_and_what_differs_from_the_defaults_are_shown(tmp_path: Path) -> None:
+    root = make_run(tmp_path / "run")
+    git = {"commit": "0123abcd", "branch": "main", "changed": ["net.py"]}
+    start = {"event": "start", "attempt": 0, "host": "n1", "world_size": 4, "nodes": 2, "resumed_from": 0}
+    start |= {"command": "python -m dist_train.main", "git": git, "versions": {"torch": "2.11"}}
+    again = {**start, "attempt": 1, "resumed_from": 12, "changed": ["optimizer.lr: 0.1 -> 0.05"]}
+    (root / "attempts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (start, again)))
+    (root / "config.yaml").write_text("seed: 0\ntrainer: {duration: 2ep, log_every: 50step}\noptimizer: {lr: 0.05}\n")
+    text = html.unescape(write_report(root).read_text())
+    order = [text.index(f"<h2>{title}") for title in ("Environment", "Curves", "Best and last", "Config: what differs")]
+    assert order == sorted(order)
+    for shown in (
+        "python -m dist_train.main",
+        "0123abcd (main), with changes that aren't committed in net.py",
+        "4 processes on 2 nodes",
+    ):
+        assert shown in text
+    marks = re.findall(r"<title>start 1: resumed from step 12; optimizer.lr: 0.1 -> 0.05</title>", text)
+    assert len(marks) == text.count('<figure class="chart"') == 6
+    ours, _, whole = text.partition("<h2>Config")[2].partition("<details>")
+    assert "lr: 0.05" in ours
+    assert ("seed" in ours, "log_every" in ours) == (False, False)  # as by default
+    assert "log_every: 50step" in whole
+
+
+def test_each_chart_has_train_and_val_and_their_best_and_shares_reach_to_100_percent(tmp_path: Path) -> None:
+    page = Page(path := write_report(make_run(tmp_path / "run")))
+    loss, share = page.charts[0], page.charts[-1]
+    assert [line["name"] for line in loss["lines"]] == ["train", "val"]
+    assert loss["lines"][0]["points"][1][:2] == [2.0, 1.0]
+    assert (share["share"], share["low"], share["high"]) == (True, 0.0, 1.0)
+    assert "best val: 0.9000 at step 29" in page.text
+    assert 'aria-label="accuracy; best val 0.9000 at step 29"' in path.read_text()
+
+
+def test_a_report_needs_neither_matplotlib_nor_torch(tmp_path: Path) -> None:
+    code = "import sys; from dist_train.views.report import write_report; write_report(sys.argv[1]); "
+    code += "from dist_train.views.png import draw_curves; draw_curves([], sys.argv[1] + '/curves.png'); "
+    code += "print([name for name in ('matplotlib', 'torch', 'numpy') if name in sys.modules])"
+    root = make_run(tmp_path / "run")
+    done = subprocess.run([sys.executable, "-P", "-c", code, str(root)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_the_boundary_moves_in_a_gif_and_stands_in_pngs(tmp_path: Path) -> None:

@@ -1,0 +1,115 @@
+"""One page that shows several runs beside each other: a table that sorts, and their curves in the same charts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from math import nan
+from pathlib import Path
+from typing import Any
+
+from dist_train.config.changes import differing
+from dist_train.config.errors import visible
+from dist_train.text import format_number, format_seconds
+from dist_train.tracking.records import Row, read_rows
+from dist_train.views.charts import chart
+from dist_train.views.curves import (
+    Horizontal,
+    Line,
+    averaged,
+    best_of,
+    fitted,
+    horizontal_of,
+    lower_is_better,
+    lr_names,
+    metric_names,
+    panel_title,
+    series,
+    thinned,
+)
+from dist_train.views.figures import Cell, Section
+from dist_train.views.report import read_records, write_html
+
+RUN_COLORS = ("#4c78a8", "#e4572e", "#2a9d5c", "#8b5cf6", "#d97706", "#0e7490", "#be185d", "#4d7c0f")
+COLUMNS = 6  # differing keys that are columns of the table of results at most
+
+
+def write_comparison(roots: Sequence[str | os.PathLike[str]], path: str | os.PathLike[str]) -> Path:
+    """Lay the curves of several runs over each other, with a table of results, the best of them marked; reads files only."""
+    paths = list(dict.fromkeys(Path(root) for root in roots))
+    names = [root.resolve().name for root in paths]
+    if len(set(names)) < len(names):
+        names = [str(root) for root in paths]
+    every = {name: read_rows(root / "metrics.jsonl") for name, root in zip(names, paths, strict=True)}
+    records = [read_records(root)[0] for root in paths]
+    configs = [known["config.yaml"] for known in records]
+    found: dict[str, None] = dict.fromkeys(name for rows in every.values() for name in metric_names(rows))
+    lrs: dict[str, None] = dict.fromkeys(name for rows in every.values() for name in lr_names(rows))
+    keys = differing(configs)
+    beside = [row for row in keys if not row[0].startswith("run.")] if len(keys) <= COLUMNS else []
+    head, outcome = _outcome(every, records, ["loss", *found], beside)
+    axis = horizontal_of([row for rows in every.values() for row in rows])
+    curves = [_overlay(every, name, axis, configs) for name in ("loss", *found, *lrs)]
+    sections = [
+        Section("Results", outcome, "sorts", head),
+        Section("Curves", curves, "charts", note=" of each run"),
+        Section("Where the configs differ", keys or [("nowhere",)], "table", ("key", *names) if keys else ()),
+    ]
+    same = all(horizontal_of(rows).epochs[-1:] == axis.epochs[-1:] for rows in every.values() if rows)
+    return write_html(Path(path), " / ".join(names), sections, axis if same else Horizontal(axis.first, axis.last))
+
+
+def _outcome(
+    every: Mapping[str, list[Row]],
+    records: Sequence[Mapping[str, Any]],
+    metrics: Sequence[str],
+    keys: Sequence[tuple[str, ...]],
+) -> tuple[list[str], list[list[str | Cell]]]:
+    """The table of results: one row per run, a column for each differing key and metric, the best of each marked."""
+    columns: list[tuple[str, list[Cell]]] = [(key, [Cell(text) for text in values]) for key, *values in keys]
+    for split in ("val", "test"):
+        for name in metrics:
+            columns.append((f"{split} {name}", _ranked(every, records, split, name)))
+    columns = [(name, cells) for name, cells in columns if any(cell.text for cell in cells)]
+    rows: list[list[str | Cell]] = []
+    for k, (name, known) in enumerate(zip(every, records, strict=True)):
+        result, status = known["result.json"], known["status.json"]
+        step = result.get("step") or max((row["step"] for row in every[name]), default=0)
+        time = result.get("seconds")
+        state = result.get("state") or status.get("state") or "not completed"
+        spent = Cell("" if time is None else format_seconds(time), time)
+        shown = visible(name, keep="")
+        rows.append(
+            [Cell(shown, shown, run=shown), state, Cell(f"{step:,}", step), spent, *(cells[k] for _, cells in columns)]
+        )
+    return ["run", "state", "step", "time", *(name for name, _ in columns)], rows
+
+
+def _ranked(every: Mapping[str, list[Row]], records: Sequence[Mapping[str, Any]], split: str, name: str) -> list[Cell]:
+    """A metric of each run: the best of val, that of test; the best of all marked."""
+    points = [
+        best_of(rows, split, name, known["config.yaml"]) for rows, known in zip(every.values(), records, strict=True)
+    ]
+    values = [point[1] for point in points if point is not None]
+    lower = lower_is_better(name, records[0]["config.yaml"]) if records else True
+    best = (min if lower else max)(values, default=nan)
+    return [
+        Cell("") if point is None
+        else Cell(format_number(name, point[1]), point[1], point[1] == best and len(values) > 1, f"at step {point[0]:,}")
+        for point in points
+    ]  # fmt: skip
+
+
+def _overlay(every: Mapping[str, list[Row]], name: str, axis: Horizontal, configs: Sequence[Mapping[str, Any]]) -> str:
+    """One metric of all runs: val (the train rows where there is no val), one color per run."""
+    lines = []
+    for k, ((run, rows), config) in enumerate(zip(every.items(), configs, strict=True)):
+        split = "val" if name not in lr_names(rows) and series(rows, "val", name)[0] else "train"
+        points = series(rows, split, name)
+        if any(value == value for value in points[1]):
+            color = RUN_COLORS[k] if k < len(RUN_COLORS) else f"hsl({k * 137 % 360} 60% 50%)"
+            best = best_of(rows, split, name, config) if name not in lr_names(rows) else None
+            lines.append(
+                Line(visible(run, keep=""), color, thinned(points), len(points[0]) == 1, averaged(points), best)
+            )
+    return chart(fitted(panel_title(name), lines, name), axis)
