@@ -102,6 +102,10 @@ class ConfigError(Exception):
     def __str__(self) -> str:
         return "\n".join(str(problem) for problem in self.problems)
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows of it: where the code that found the mistake stands helps nobody."""
+        return f"{type(self).__name__}: {self}".splitlines()
+
 
 def did_you_mean(word: object, known: Iterable[str], *, prefix: str = "") -> str:
     """`; did you mean X?` with the nearest of `known`, or an empty string."""

@@ -9,16 +9,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
+    from dist_train.views.result import Result
 
-def train(config: str | Mapping[str, Any] | None = None, *overrides: str) -> dict[str, Any]:
+
+def train(config: str | Mapping[str, Any] | None = None, *overrides: str) -> Result:
     """Train by a config file, a mapping (whose components may be live objects), or the built-in example.
+
+    A run of that name that was stopped is resumed. One that is completed gives its result; but in a notebook, where a cell is run
+    again in order to train again, the next free name is trained (NAME-2, say), and a line says so.
 
     Args:
         config: a path, a mapping, or None for the built-in example.
         overrides: `key.path=value`; they take precedence over the config.
 
     Returns:
-        What result.json holds: state, step, metrics, weights_sha256, ...
+        A dict, what result.json holds: state, step, metrics, weights_sha256, ...; a notebook shows it with curves.
 
     Raises:
         ConfigError: the config is wrong; nothing was started, nothing written.
@@ -28,9 +33,12 @@ def train(config: str | Mapping[str, Any] | None = None, *overrides: str) -> dic
     from dist_train.config.slots import require_components
 
     loaded = load_config(config, overrides)
-    from dist_train.run.completed import answer, seems_completed
+    from dist_train.run.completed import answer, fresh_name, seems_completed
+    from dist_train.views.notebook import shell
 
     try:
+        if shell() is not None:
+            loaded = fresh_name(loaded, print)
         if (decision := seems_completed(loaded)) is None:
             require_components(loaded)
         elif (result := answer(loaded, decision)) is not None:
@@ -59,3 +67,23 @@ def load(run: str | os.PathLike[str], checkpoint: str | None = None, model: nn.M
     from dist_train.runtime.rundir import RunDir
 
     return load_model(RunDir(os.fspath(run)), checkpoint, model).eval()
+
+
+def result(run: str | os.PathLike[str]) -> Result:
+    """What `train` has returned for a run, read from its directory: of one that isn't completed its state, step and epoch.
+
+    Raises:
+        ConfigError: there is no such run.
+    """
+    from dist_train.config.errors import ConfigError
+    from dist_train.run.completed import with_nan
+    from dist_train.runtime.rundir import RunDir
+    from dist_train.views.result import Result
+
+    opened = RunDir(os.fspath(run))
+    found = opened.read_json("result.json")
+    if found is None or found["state"] != "completed":
+        found = opened.read_json("status.json")
+    if found is None:
+        raise ConfigError.single("run", f"{opened.location} holds no run: it has neither result.json nor status.json")
+    return Result(with_nan(found) if "metrics" in found else found, opened.location)

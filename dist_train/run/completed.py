@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from dist_train.config.errors import ConfigError
 from dist_train.files import StorageError
 from dist_train.run.decide import Decision, decide
+from dist_train.run.objects import was_seen
 from dist_train.runtime.launch import read_placement
 from dist_train.runtime.location import check_place, run_location
 from dist_train.runtime.rundir import RunDir
 from dist_train.text import format_seconds
 from dist_train.tracking.console import Console
+from dist_train.views.result import Result
 
 if TYPE_CHECKING:
     from dist_train.config.schema import Config
@@ -34,7 +37,7 @@ def seems_completed(config: Config) -> Decision | None:
     return decision if decision.action == "completed" else None
 
 
-def answer(config: Config, decision: Decision) -> dict[str, Any] | None:
+def answer(config: Config, decision: Decision) -> Result | None:
     """The result of a completed run, shown; None if there is more to do than that, or several processes have to agree on it."""
     if read_placement(os.environ).size > 1 or config.has_live_objects:
         return None
@@ -51,7 +54,36 @@ def answer(config: Config, decision: Decision) -> dict[str, Any] | None:
         console.end_block(end_lines(result, run))
     finally:
         console.close()
-    return result
+    return Result(result, run.location)
+
+
+def fresh_name(config: Config, log: Callable[[str], object]) -> Config:
+    """For a cell that is run again: where its run is completed, the same config under the next free name, NAME-2 say.
+
+    A run that isn't completed, or that this config trains longer, keeps its name: it is resumed.
+    """
+    name = str(config.run.name or "run")
+    if "{time}" in name or read_placement(os.environ).size > 1:
+        return config
+    found, number, trained = config, 1, was_seen(config.model)
+    while _is_completed(found):
+        number += 1
+        found = config.model_copy(update={"run": config.run.model_copy(update={"name": f"{name}-{number}"})})
+    if number > 1:
+        begins = "; it begins with the weights that this model has now" if trained else ""
+        log(f"{run_location(config)} is completed: this cell trains again, as {name}-{number}{begins}")
+    return found
+
+
+def _is_completed(config: Config) -> bool:
+    run = RunDir(run_location(config))
+    result = run.read_json("result.json")
+    if result is None or result["state"] != "completed":
+        return False
+    try:
+        return decide(config, run).action == "completed"
+    except ConfigError:  # trained with other objects or keys
+        return True
 
 
 def with_nan(result: dict[str, Any]) -> dict[str, Any]:

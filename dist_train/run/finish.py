@@ -20,6 +20,7 @@ from dist_train.run.completed import end_lines, show_completed, with_nan
 from dist_train.run.report import report_in
 from dist_train.runtime.lease import look_at_owner
 from dist_train.runtime.seeding import undisturbed_generators
+from dist_train.views.result import Result
 
 if TYPE_CHECKING:
     from dist_train.checkpoint.manager import CheckpointManager
@@ -132,7 +133,7 @@ def _best_step(trainer: Trainer, checkpoints: CheckpointManager) -> int | None:
     return None if found is None else found.step
 
 
-def finish_completed(world: World, config: Config, run: RunDir, console: Console, decision: Decision) -> dict[str, Any]:
+def finish_completed(world: World, config: Config, run: RunDir, console: Console, decision: Decision) -> Result:
     """The result of a run that this config asks no more of. Nothing is trained; only what a kill has left unwritten is written:
     status.json and the report."""
     result = with_nan(world.on_main(lambda: run.read_json("result.json")))
@@ -144,7 +145,7 @@ def finish_completed(world: World, config: Config, run: RunDir, console: Console
         report_in(world, run, config, console.warn)
     load_into_live_model(config, run)
     console.end_block(end_lines(result, run))
-    return result
+    return Result(result, run.location)
 
 
 def load_into_live_model(config: Config, run: RunDir) -> None:

@@ -41,6 +41,14 @@ def facts_of(config: Config) -> dict[str, Facts]:
     return found
 
 
+def was_seen(value: object) -> bool:
+    """Whether an earlier start of this process has had this object."""
+    try:
+        return value in _SEEN
+    except TypeError:  # neither hashable nor weakly referable
+        return False
+
+
 def sample_digests(config: Config) -> dict[str, str]:
     """Of every live dataset, by its key: a digest of samples 0, the middle and the last, as evaluation reads them.
 

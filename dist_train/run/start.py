@@ -46,6 +46,7 @@ from dist_train.views.grids import GridFrames
 from dist_train.views.model import write_records
 from dist_train.views.network import Pictures, image_modules
 from dist_train.views.profiling import Profile
+from dist_train.views.result import Result
 from dist_train.views.sinks import open_logger
 from dist_train.watch import failure, signals
 from dist_train.watch.leave import RunFacts
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
     from dist_train.config.schema import Config
 
 
-def train_config(config: Config) -> dict[str, Any]:
+def train_config(config: Config) -> Result:
     """Train, or resume the run of that name; returns what result.json holds (or the same of a run that was stopped).
 
     Raises:
@@ -71,9 +72,7 @@ def train_config(config: Config) -> dict[str, Any]:
 
 @torch.inference_mode(mode=False)
 @torch.enable_grad()  # whatever the caller has switched off
-def train_in(
-    world: World, config: Config, console: Console, built: Callable[[Parts], object] | None = None
-) -> dict[str, Any]:
+def train_in(world: World, config: Config, console: Console, built: Callable[[Parts], object] | None = None) -> Result:
     """As `train_config`, among processes that are connected already; closes the console.
 
     Args:
@@ -133,7 +132,7 @@ class Start:
         self.decision = decision
         self._attached = False  # whether a failure is this run's, to be recorded
 
-    def train(self) -> dict[str, Any]:
+    def train(self) -> Result:
         """Train from the checkpoint that there is, if any, to the end of this start.
 
         Raises:
@@ -202,7 +201,7 @@ class Start:
             pass  # a store that can't be reached: it isn't known
         return None
 
-    def _train(self) -> dict[str, Any]:
+    def _train(self) -> Result:
         config, world, run, console = self.config, self.world, self.run, self.console
         if world.is_main:
             self._warn_of_unfinished()
@@ -247,7 +246,7 @@ class Start:
         if outcome == "completed":
             load_into_live_model(config, run)
         console.end_block(end_lines(result, run))
-        return result
+        return Result(result, run.location)
 
     def _restore(self, checkpoints: CheckpointManager) -> tuple[Progress, dict[str, Any] | None]:
         if self.decision.action == "fresh":

@@ -33,7 +33,7 @@ from dist_train.views.curves import (
 )
 from dist_train.views.figures import Cell, Picture, Section
 
-Row_ = Sequence["str | Cell"]
+BEST = ("metric", "best of val", "at", "last of val", "test")
 
 
 def write_report(
@@ -66,9 +66,7 @@ def write_report(
             "charts",
             note=noted,
         ),
-        Section(
-            "Best and last", list(_best(rows, config)), "table", ("metric", "best of val", "at", "last of val", "test")
-        ),
+        Section("Best and last", list(best_rows(rows, config)), "table", BEST),
         Section("The model that was kept", list(_kept(result).items()), "table"),
         *(section for picture in pictures for section in picture.sections()),
         Section("Starts and ends", list(_attempts(attempts)), "table", _STARTS),
@@ -112,7 +110,7 @@ def _where(rows: Sequence[Row], step: int) -> str:
     return f"step {step:,}" + (f", epoch {epoch:,}" if isinstance(epoch, int) else "")
 
 
-def _best(rows: Sequence[Row], config: Mapping[str, Any]) -> Iterator[Row_]:
+def best_rows(rows: Sequence[Row], config: Mapping[str, Any]) -> Iterator[Sequence[str | Cell]]:
     """Of each metric that was evaluated: the best and where, the last, and the test's."""
     for name in ["loss", *metric_names(rows)]:
         best = best_of(rows, "val", name, config)
@@ -179,7 +177,7 @@ def _marks(attempts: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> 
 _STARTS = ("time (UTC)", "event", "step", "processes", "host", "what changed, or why it ended")
 
 
-def _attempts(records: Sequence[Mapping[str, Any]]) -> Iterator[Row_]:
+def _attempts(records: Sequence[Mapping[str, Any]]) -> Iterator[Sequence[str | Cell]]:
     """attempts.jsonl as rows of a table."""
     for record in records:
         event, start = str(record.get("event", "")), record.get("event") == "start"
