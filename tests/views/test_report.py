@@ -235,10 +235,28 @@ def test_sample_pictures_are_enlarged_without_smoothing(shape: tuple[int, ...]) 
         assert {color for _, color in image.convert("RGB").getcolors()} == {(0, 0, 0), (255, 255, 255)}
 
 
+PROBE = """
+const loss = document.querySelector(".chart svg"), box = loss.getBoundingClientRect(), out = document.createElement("pre");
+const at = 42 + 282 / 2;  // the middle of the plot
+loss.dispatchEvent(new PointerEvent("pointermove", {clientX: box.left + box.width * at / 340, clientY: box.top + 50}));
+const captions = [...document.querySelectorAll(".chart figcaption")].map(e => e.textContent);
+const smoothing = document.querySelector("#smoothing"), before = loss.querySelector(".smooth").getAttribute("d");
+smoothing.value = "0.9"; smoothing.dispatchEvent(new Event("input"));
+document.querySelector("#epochs").click();
+const shown = name => getComputedStyle(loss.querySelector(name)).display;
+out.id = "probe";
+out.textContent = JSON.stringify({captions, hidden: smoothing.closest("span").hidden, before,
+  smooth: loss.querySelector(".smooth").getAttribute("d"), units: [shown(".by-step"), shown(".by-epoch")]});
+document.body.append(out);
+"""
+
+
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
-def test_chromium_opens_the_report_without_an_error(tmp_path: Path) -> None:
+def test_in_chromium_the_page_shows_values_under_the_pointer_smooths_and_counts_epochs(tmp_path: Path) -> None:
     path = write_report(make_run(tmp_path / "run", evil=EVIL), pictures=pictures(EVIL))
-    shot = tmp_path / "shot.png"
+    ours = base64.b64encode(hashlib.sha256(PROBE.encode()).digest()).decode()
+    text = path.read_text().replace("script-src ", f"script-src 'sha256-{ours}' ")
+    path.write_text(text.replace("</body>", f"<script>{PROBE}</script></body>"))
     options = [
         "--headless",
         "--no-sandbox",
@@ -246,9 +264,18 @@ def test_chromium_opens_the_report_without_an_error(tmp_path: Path) -> None:
         "--enable-logging=stderr",
         f"--user-data-dir={tmp_path}/c",
     ]
-    done = subprocess.run(
-        ["chromium", *options, "--window-size=390,800", f"--screenshot={shot}", path.as_uri()],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    command = ["chromium", *options, "--window-size=390,800", "--dump-dom", path.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert "CONSOLE" not in done.stderr
-    assert len(Image.open(shot).convert("RGB").getcolors(1 << 24)) > 10
+    (found,) = re.findall(r'<pre id="probe">(.*?)</pre>', done.stdout, re.DOTALL)
+    probe = json.loads(html.unescape(found))
+    assert probe["captions"][0].startswith("loss step 15 (epoch 0.52)train 0.1333val 0.5000 at 29")  # 2 / 15
+    assert "25.0%" in probe["captions"][-1]
+    assert (probe["hidden"], probe["before"], probe["units"]) == (False, "", ["none", "inline"])
+    mean, drawn = 0.0, re.findall(r"[ML]([\d.]+) ([\d.]+)", probe["smooth"])
+    for step in range(1, 30):  # a mean that forgets, without the bias of its beginning
+        mean = 0.9 * mean + 0.1 * 2 / step
+    chart = Page(path).charts[0]
+    height = (mean / (1 - 0.9**29) - chart["low"]) / (chart["high"] - chart["low"])
+    assert float(drawn[-1][1]) == pytest.approx(14 + (1 - height) * 172, abs=0.1)
+    assert len(drawn) == 29
