@@ -13,7 +13,7 @@ from pathlib import Path
 from dist_train.config.errors import visible
 from dist_train.views.curves import Horizontal, Line, Panel, Points
 
-WIDTH, HEIGHT = 340, 210
+WIDTH, HEIGHT = 340, 212
 LEFT, TOP, INNER, TALL = 42, 14, 282, 172  # the plot inside
 DOTS = 40  # points of a line up to which each is marked
 NUMBERED = 12  # marks of restarts that have numbers
@@ -50,7 +50,7 @@ def drawing(panel: Panel, axis: Horizontal, marks: Sequence[Mark] = (), size: st
     for unit, labels in (("step", axis.ticks()), ("epoch", axis.epoch_ticks() if axis.epochs else [])):
         parts.append(f'<g class="by-{unit}" display="{"inline" if unit == "step" else "none"}">')
         parts += [_text(_x(at), TOP + TALL + 12, text, "middle") for at, text in labels]
-        parts.append(_text(LEFT + INNER, HEIGHT - 1, unit, "end") + "</g>")
+        parts.append(_text(LEFT + INNER, HEIGHT - 4, unit, "end") + "</g>")
     parts.append("</g>")
     parts += [_vertical(axis, mark) for mark in marks]
     if panel.broken is not None:

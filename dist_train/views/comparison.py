@@ -32,6 +32,7 @@ from dist_train.views.report import read_records, write_html
 
 RUN_COLORS = ("#4c78a8", "#e4572e", "#2a9d5c", "#8b5cf6", "#d97706", "#0e7490", "#be185d", "#4d7c0f")
 COLUMNS = 6  # differing keys that are columns of the table of results at most
+UNSHOWN = ("run.", "tracking.", "debug.", "checkpoint.", "trainer.log_every", "trainer.stop_at")  # not what is trained
 
 
 def write_comparison(roots: Sequence[str | os.PathLike[str]], path: str | os.PathLike[str]) -> Path:
@@ -46,17 +47,19 @@ def write_comparison(roots: Sequence[str | os.PathLike[str]], path: str | os.Pat
     found: dict[str, None] = dict.fromkeys(name for rows in every.values() for name in metric_names(rows))
     lrs: dict[str, None] = dict.fromkeys(name for rows in every.values() for name in lr_names(rows))
     keys = differing(configs)
-    beside = [row for row in keys if not row[0].startswith("run.")] if len(keys) <= COLUMNS else []
-    head, outcome = _outcome(every, records, ["loss", *found], beside)
+    beside = [row for row in keys if not row[0].startswith(UNSHOWN)]
+    head, outcome = _outcome(every, records, ["loss", *found], beside if len(beside) <= COLUMNS else [])
     axis = horizontal_of([row for rows in every.values() for row in rows])
+    lengths = {round(step / epoch, 6) for rows in every.values() for step, epoch in horizontal_of(rows).epochs[1:]}
+    if len(lengths) != 1:  # a step isn't the same epoch in all of them
+        axis = Horizontal(axis.first, axis.last)
     curves = [_overlay(every, name, axis, configs) for name in ("loss", *found, *lrs)]
     sections = [
         Section("Results", outcome, "sorts", head),
         Section("Curves", curves, "charts", note=" of each run"),
         Section("Where the configs differ", keys or [("nowhere",)], "table", ("key", *names) if keys else ()),
     ]
-    same = all(horizontal_of(rows).epochs[-1:] == axis.epochs[-1:] for rows in every.values() if rows)
-    return write_html(Path(path), " / ".join(names), sections, axis if same else Horizontal(axis.first, axis.last))
+    return write_html(Path(path), " / ".join(names), sections, axis)
 
 
 def _outcome(
@@ -66,11 +69,12 @@ def _outcome(
     keys: Sequence[tuple[str, ...]],
 ) -> tuple[list[str], list[list[str | Cell]]]:
     """The table of results: one row per run, a column for each differing key and metric, the best of each marked."""
-    columns: list[tuple[str, list[Cell]]] = [(key, [Cell(text) for text in values]) for key, *values in keys]
+    columns: list[tuple[str, list[Cell]]] = []
     for split in ("val", "test"):
         for name in metrics:
             columns.append((f"{split} {name}", _ranked(every, records, split, name)))
     columns = [(name, cells) for name, cells in columns if any(cell.text for cell in cells)]
+    columns += [(key, [Cell(text) for text in values]) for key, *values in keys]
     rows: list[list[str | Cell]] = []
     for k, (name, known) in enumerate(zip(every, records, strict=True)):
         result, status = known["result.json"], known["status.json"]

@@ -153,7 +153,7 @@ def _environment(attempts: Sequence[Mapping[str, Any]], given: Mapping[str, str]
         device = ", ".join(map(str, filter(None, [ranks, numerics.get("device") or device, *details])))
     found["devices"] = device
     found["host"] = str(start.get("host") or given.get("host") or "")
-    found |= {key: value for key, value in given.items() if key not in (*versions, "device", "host")}
+    found |= {key: value for key, value in given.items() if key not in (*versions, *git, "device", "host")}
     return [(key, value) for key, value in found.items() if value]
 
 
