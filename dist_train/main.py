@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dist_train.commands.usage import COMMANDS, is_rank_zero, overview, version
 
 TRAINS = ("train", "demo")  # signals stop these once they have saved
+SLOW = (*TRAINS, "evaluate", "predict", "export", "report", "doctor")  # torch is imported, which takes seconds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,20 +39,30 @@ def _run(arguments: list[str]) -> int:
     from dist_train.commands import mistakes
     from dist_train.config.errors import ConfigError
     from dist_train.runtime.launch import rank_of_environment
+    from dist_train.runtime.local import run_processes, take_option
+    from dist_train.tracking.terminal import close_bottom_line, show_status
     from dist_train.watch import failure, leave, signals
     from dist_train.watch.processes import owned_by_command
 
     name = mistakes.command_of(arguments)
     rank = rank_of_environment()
-    signals.install(stops=name in TRAINS, reports=rank == 0)
     try:
         if name not in COMMANDS:
             raise ConfigError.single("", mistakes.unknown_command(name), where=mistakes.COMMAND_LINE)
+        count, arguments = take_option(arguments)
+        if count is not None:
+            return run_processes(count, arguments)
+        signals.install(stops=name in TRAINS, reports=rank == 0)
+        if rank == 0 and name in SLOW:
+            show_status(f"dist-train {name}: loading torch")
         given = arguments[1:] if arguments[:1] == [name] else arguments
         with owned_by_command():
-            return importlib.import_module(f"dist_train.commands.{name}").main(given)
+            code: int = importlib.import_module(f"dist_train.commands.{name}").main(given)
+        if code and rank == 0:
+            failure.leave_code(code)
+        return code
     except ConfigError as error:
-        leave.report_config_error(str(error), rank)
+        leave.report_config_error(error, rank)
         return 2
     except (BrokenPipeError, leave.ReportedError):
         return 1
@@ -61,6 +72,7 @@ def _run(arguments: list[str]) -> int:
         failure.report(failure.describe(error, rank))
         return 1
     finally:  # somebody else's process may go on, and train in its own way
+        close_bottom_line()
         signals.restore()
 
 

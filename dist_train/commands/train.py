@@ -14,6 +14,7 @@ USAGE = Usage(
     "preempted. Without a config the built-in example is trained.",
     """\
 dist-train config.yaml optimizer.lr=0.05 trainer.duration=3ep
+dist-train config.yaml --nproc 4            # four processes of this machine
 torchrun --nproc_per_node=4 -m dist_train.main --config config.yaml""",
     takes="config",
 )
@@ -23,7 +24,11 @@ def main(arguments: Sequence[str], usage: Usage = USAGE) -> int:
     """Train; 0 when the run is complete, 75 if it was stopped on request and saved, to be run again (0 under torchrun)."""
     from dist_train.run.api import train
     from dist_train.runtime.launch import read_placement
+    from dist_train.watch.failure import leave_code
 
     options = parse(usage, arguments)
     result = train(options.config, *options.overrides)
-    return 0 if result["state"] == "completed" or read_placement(os.environ).under_torchrun else 75
+    placement, code = read_placement(os.environ), 0 if result["state"] == "completed" else 75
+    if placement.rank == 0:
+        leave_code(code)
+    return 0 if placement.under_torchrun else code

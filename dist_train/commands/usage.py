@@ -41,7 +41,7 @@ GROUPS = {
 COMMANDS = {name: text for group in GROUPS.values() for name, text in group.items()}
 NOTES = (
     "Any key of a config can be given as key=value: optimizer.lr=0.05 trainer.duration=3ep. A run is its directory, such as "
-    "runs/digits. For several processes: torchrun --nproc_per_node=4 -m dist_train.main [COMMAND] ...",
+    "runs/digits. For several processes: --nproc 4, or torchrun --nproc_per_node=4 -m dist_train.main [COMMAND] ...",
     "exit codes: 0 done; 1 failed (compare: the runs differ); 2 the config or the command is wrong, and nothing was started; "
     "75 stopped on request and saved, run it again to resume (0 under torchrun, which would restart it); 130 or 143 ended by "
     "Ctrl-C or SIGTERM before it started.",
@@ -95,10 +95,14 @@ _RUN: Option = (
     {"action": "append", "default": [], "metavar": "DIR", "help": "the same as DIR; torchrun takes --run for its own"},
 )
 _CONFIG: Option = ("--config", {"metavar": "FILE", "help": "the same as FILE.yaml alone"})
+_PROCESSES: Option = (
+    "--nproc",
+    {"metavar": "N", "help": "N processes here, started as torchrun does; auto: one a GPU"},
+)
 _SHARED: dict[str, tuple[Option, ...]] = {
     "": (),
-    "keys": (_rest("key=value", "keys of the config"),),
-    "config": (_rest("FILE.yaml, key=value", "a config, and keys that take precedence over it"), _CONFIG),
+    "keys": (_rest("key=value", "keys of the config"), _PROCESSES),
+    "config": (_rest("FILE.yaml, key=value", "a config, and keys that take precedence over it"), _CONFIG, _PROCESSES),
     "run": (_rest("DIR", "a run's directory or URL"), _RUN),
     "run and keys": (_rest("DIR, key=value", "a run's directory or URL, and keys of its config"), _RUN),
     "runs and keys": (_rest("DIR, key=value", "a run's directory or URL, and keys of its config"), _RUN),

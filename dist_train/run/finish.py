@@ -68,6 +68,7 @@ def finish(trainer: Trainer, checkpoints: CheckpointManager) -> dict[str, Any]:
         metrics["val"] = {name.removeprefix("val/"): value for name, value in val.items()}
         metrics["val"]["eval_samples"] = int(metrics["val"]["eval_samples"])  # a manifest holds floats
     if "test" in parts.eval_loaders:
+        outputs.console.working("evaluating the test data")
         metrics["test"] = parts.evaluator.run(parts.eval_loaders["test"])
         outputs.logger.row("test", kept_step, epoch, samples, metrics["test"])
         outputs.console.evaluation("test", kept_step, metrics["test"])

@@ -84,6 +84,7 @@ def train_in(world: World, config: Config, console: Console, built: Callable[[Pa
         return vars(decide(config, run))
 
     try:
+        console.working("building the model, reading the data")
         run = RunDir(world.on_main(lambda: run_location(config)))
         decision = Decision(**world.on_main(look))
         if decision.action == "completed":
@@ -224,6 +225,7 @@ class Start:
             self._record_start(trainer.step, numerics, outputs.record)
         world.barrier()  # the start is recorded before any rank can fail
         outcome = trainer.fit()
+        console.working("writing the model")
         if outcome == "completed":
             result = finish(trainer, checkpoints)
             world.barrier()  # ranks with a live model read the model.pt that rank 0 has written
@@ -238,6 +240,7 @@ class Start:
             run.record_attempt(
                 "end", attempt=self.attempt, state=outcome, step=trainer.step, cause=trainer.reason, **samples
             )
+        console.working("writing the report" if config.tracking.report else "")
         if config.tracking.report and outcome == "completed":
             report_at_end(trainer)
             run.upload()

@@ -168,9 +168,16 @@ class SeveralSteppers(ByName["Stepper"]):
 
     def take_row(self) -> dict[str, float]:
         """As `Stepper.take_row`: loss/<optimizer>, loss/<optimizer>/<name>, grad_norm/<optimizer>, ...; loss is their sum."""
+        return self._joined({name: stepper.take_row() for name, stepper in self.by_name.items()})
+
+    def take_means(self) -> dict[str, float]:
+        """As `Stepper.take_means`, by the same names."""
+        return self._joined({name: stepper.take_means() for name, stepper in self.by_name.items()})
+
+    def _joined(self, rows: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         row: dict[str, float] = {"loss": 0.0}
-        for name, stepper in self.by_name.items():
-            for key, value in stepper.take_row().items():
+        for name, own in rows.items():
+            for key, value in own.items():
                 row[key.replace("loss", f"loss/{name}", 1) if key.startswith("loss") else f"{key}/{name}"] = value
             if row[f"loss/{name}"] == row[f"loss/{name}"]:  # not nan, as of one that hasn't moved
                 row["loss"] += row[f"loss/{name}"]

@@ -70,6 +70,9 @@ class Stepper:
         self.reducer: Reducer | None = None  # until the first micro-batch
         self.parameters = list(objective.trained().values())
         self._set_totals(self.totals)
+        self._before: list[
+            list[float]
+        ] = []  # the totals of the rows since `take_means`, less what it has counted already
         self._samples = (1, torch.ones((), dtype=torch.float64, device=device))
         self._factor = torch.ones((), dtype=torch.float64, device=device)
         self._own_optimizer = not type(optimizer).__module__.startswith("torch.")
@@ -236,15 +239,26 @@ class Stepper:
     def take_row(self) -> dict[str, float]:
         """loss, those of named losses, grad_norm and skipped since the last row, for the next; waits for the device."""
         sums = self.totals.tolist()
-        means = [self.objective.mean(sums), *(total / weight if weight else math.nan for total, weight in sums[1:])]
+        self._before = _added(self._before, sums)
         self.totals.zero_()
-        names = ["loss", *(f"loss/{name}" for name in self.objective.terms or ())]
-        row = dict(zip(names, means, strict=False))
+        row = self._means(sums)
         if self.grad_norm is not None:
             row["grad_norm"], self.grad_norm = float(self.grad_norm), None
         if self.guard.skipped:
             row["skipped"] = self.guard.skipped
         return row
+
+    def take_means(self) -> dict[str, float]:
+        """loss and those of named losses since the last call, whatever rows were taken meanwhile; waits for the device."""
+        sums = self.totals.tolist()
+        means = self._means(_added(self._before, sums))
+        self._before = [[-total, -weight] for total, weight in sums]
+        return means
+
+    def _means(self, sums: list[list[float]]) -> dict[str, float]:
+        means = [self.objective.mean(sums), *(total / weight if weight else math.nan for total, weight in sums[1:])]
+        names = ["loss", *(f"loss/{name}" for name in self.objective.terms or ())]
+        return dict(zip(names, means, strict=False))
 
     def read(self) -> None:
         """Read the flags of all steps so far. Raises as `FiniteGuard.read`."""
@@ -261,3 +275,9 @@ class Stepper:
         self.guard.skipped, self.guard.in_a_row = state["skipped"], state["in_a_row"]
         if self.scaler is not None and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
+
+
+def _added(before: list[list[float]], sums: list[list[float]]) -> list[list[float]]:
+    """Both together; the first one may be shorter (before the first step, say)."""
+    missing = [[0.0, 0.0]] * (len(sums) - len(before))
+    return [[a + c, b + d] for (a, b), (c, d) in zip([*before, *missing], sums, strict=False)]

@@ -1,104 +1,201 @@
-"""The live view on a terminal, drawn by rich: one bar, and a table for each evaluation."""
+"""What a terminal shows of a training: one bar at the bottom, and one row for each evaluation above it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
-
-from rich.box import SIMPLE_HEAD
-from rich.console import Console, RenderableType
-from rich.padding import Padding
-from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Column, Table
-from rich.text import Text
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from dist_train.text import format_number, format_seconds
+from dist_train.tracking.terminal import BottomLine, cells, columns, painted
 
-BAR = 12  # columns of the bar at least
+REFRESH_SECONDS = 0.25
+RATE_SECONDS = 5.0  # that steps per second are the mean of
+BAR = 8  # columns of the bar at least
+NAME = 20  # columns of a metric's name at most
+NUMBER = 6  # columns of a number at least, so that rows seldom grow
 
 
-class Live(Progress):
-    """The bar at the bottom of the terminal; everything else is printed above it.
+@dataclass
+class Position:
+    """Where training is, for whatever draws it.
 
-    step: returns the steps done, read at each refresh.
+    Attributes:
+        step: returns the steps done. doing: returns what goes on instead of training steps; "" for those.
+        total: steps of the run, if known. first: the step that this start began after. before: seconds of earlier starts.
+        metrics: of the last train row. until: when a duration in time ends. evaluated: the watched metric's last name and value.
     """
 
-    def __init__(self, stream: Any, step: Callable[[], int], total: int | None, epoch: str) -> None:
-        self._step = step
-        self._before: dict[str, Mapping[str, float]] = {}
-        self._shown: tuple[str, str, list[str]] = ("", "", [])  # epoch, total and values, the most important first
-        texts, self._bar = Column(no_wrap=True, overflow="ellipsis"), Column(ratio=1, min_width=BAR)
-        super().__init__(
-            TextColumn("{task.fields[epoch]} ", table_column=texts),
-            BarColumn(None, table_column=self._bar),
-            TextColumn(" {task.completed:,.0f}{task.fields[of]}{task.fields[values]}", table_column=texts.copy()),
-            console=Console(file=stream, force_terminal=True, highlight=False),
-            refresh_per_second=4,
-            expand=True,
-        )
-        self._task = self.add_task("", epoch="", of="", values="")
-        self.show(total, epoch, {}, None)
-        self.start()
-        self.console.show_cursor(True)  # a killed process must not leave the cursor hidden
+    step: Callable[[], int]
+    doing: Callable[[], str] = str
+    total: int | None = None
+    first: int = 0
+    epoch: int = 0
+    epochs: int | None = None
+    before: float = 0.0
+    began: float = field(default_factory=time.monotonic)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    until: float | None = None
+    evaluated: tuple[str, float] | None = None
 
-    def get_renderables(self) -> Iterable[RenderableType]:
-        """The bar, fitted to the terminal at each refresh."""
-        for task in self.task_ids:
-            self.update(task, completed=self._step(), **self._fitting())  # the terminal may have been resized
-        return super().get_renderables()
+    @property
+    def elapsed(self) -> float:
+        """Seconds of this start."""
+        return time.monotonic() - self.began
 
-    def show(self, total: int | None, epoch: str, metrics: Mapping[str, float], left: float | None) -> None:
-        """Update the values, the most important first; what doesn't fit beside the bar is left out."""
-        values = [f"loss {format_number('loss', metrics['loss'])}"] if "loss" in metrics else []
-        values += [] if left is None else [f"{format_seconds(left)} left"]
-        for name, value in self._before.get("val", {}).items():
-            if name != "loss":
-                values.append(f"val/{name} {format_number(name, value)}")
+    def left(self, step: int) -> float | None:
+        """Seconds to go after `step`, by the steps so far or by the clock; None where nothing is known."""
+        if self.until is not None:
+            return max(0.0, self.until - time.monotonic())
+        if self.total is None or step <= self.first:
+            return None
+        return self.elapsed / (step - self.first) * (self.total - step)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What is shown beside the metrics of an evaluation.
+
+    Attributes:
+        epoch: from 1. train: metrics of the training batches since the evaluation before, `loss` first. lr: of the last step.
+        main: the metric that is watched. best: whether it is the best so far.
+    """
+
+    epoch: int = 0
+    train: Mapping[str, float] = field(default_factory=dict)
+    lr: Mapping[str, float] = field(default_factory=dict)
+    main: str = "loss"
+    best: bool = False
+
+
+def cells_of(at: Position, step: int, val: Mapping[str, float], beside: Beside) -> dict[str, tuple[int, str]]:
+    """The columns of a row in their order on the screen: (importance, 0 being the highest; text)."""
+    epoch = f"{beside.epoch}" if at.epochs is None else f"{beside.epoch}/{at.epochs}"
+    found = {"epoch": (2, epoch), "step": (5, f"{step:,}")}
+    for name, value in beside.train.items():
+        found[f"train/{name}"] = (3 if name == "loss" else 7, format_number(name, value))
+    first = [name for name in dict.fromkeys(("loss", beside.main)) if name in val]
+    for name in first:
+        found[f"val/{name}"] = (0 if name == beside.main else 1, format_number(name, val[name]))
+    found |= {name: (6, format_number(name, value)) for name, value in beside.lr.items()}
+    found["time"] = (4, format_seconds(at.before + at.elapsed))
+    return found | {f"val/{name}": (8, format_number(name, val[name])) for name in val if name not in first}
+
+
+class Table:
+    """Rows of numbers under one header; of a narrow terminal whole columns are left out, and no number is ever cropped."""
+
+    def __init__(self) -> None:
+        self._shown: list[str] = []
+        self._widths: dict[str, int] = {}
+
+    def lines(self, found: Mapping[str, tuple[int, str]], width: int, *, best: bool, color: bool) -> list[str]:
+        """A row of `cells_of`, below a header where its columns aren't those of the row before; `best`: it gets a mark."""
+        for name, (_, text) in found.items():
+            self._widths[name] = max(self._widths.get(name, 0), cells(_short(name)), NUMBER, len(text))
+        shown = self._fitting({name: importance for name, (importance, _) in found.items()}, width)
+        lines = []
+        if shown != self._shown:
+            head = "".join(f"  {_short(name):>{self._widths[name]}}" for name in shown)
+            lines.append(painted(head, "bold", color))
+        self._shown = shown
+        text = "".join(f"  {found[name][1]:>{self._widths[name]}}" for name in shown)
+        return [*lines, text + (f" {painted('*', 'green', color)}" if best else "")]
+
+    def _fitting(self, importance: Mapping[str, int], width: int) -> list[str]:
+        room = width - 2  # for the mark
+        taken = set[str]()
+        for name in sorted(importance, key=lambda name: importance[name]):
+            room -= self._widths[name] + 2
+            if room < 0 and taken:
                 break
-        if "samples_per_s" in metrics:
-            values.append(f"{format_number('samples_per_s', metrics['samples_per_s'])} samples/s")
-        self._shown = (epoch, "" if total is None else f"/{total:,}", values)
-        self.update(self._task, total=total, **self._fitting())
+            taken.add(name)
+        return [name for name in importance if name in taken]
 
-    def _fitting(self) -> dict[str, Any]:
-        """The fields of the bar that fit."""
-        epoch, of, values = self._shown
-        # Dropped as a unit, least important first: values, some of the bar, the epoch, the total.
-        done = max(len(of) - 1, len(f"{self._step():,}") + 1)
-        room = self.console.width - done - len(of) - 4
-        epoch = epoch if len(epoch) <= room else ""
-        room -= len(epoch)
-        self._bar.min_width = max(1, min(BAR, room))
-        if room < 0:
-            of = ""
-        shown = ""
-        for value in values:
-            if len(shown) + 2 + len(value) > room - BAR:
-                break
-            shown += "  " + value
-        return {"epoch": epoch, "of": of, "values": shown}
 
-    def say(self, text: str, style: str | None = None) -> None:
-        """Print text above the bar, without markup."""
-        self.console.print(Text(text), style=style)
+def _short(name: str) -> str:
+    return name if len(name) <= NAME else name[: NAME - 2] + ".."
 
-    def evaluation(self, split: str, step: int, metrics: Mapping[str, float], samples: str) -> None:
-        """Print a table: each metric now and at the previous evaluation."""
-        before = self._before.get(split, {})
-        rows: list[tuple[str, ...]] = [
-            (name, format_number(name, value), format_number(name, before[name]) if name in before else "")
-            for name, value in metrics.items()
-        ]
-        title = f"{split} at step {step:,}{samples}"
-        label, now, then = (max([least, *(len(row[k]) for row in rows)]) for k, least in enumerate((len(title), 8, 8)))
-        if label + now + then + 6 > self.console.width:  # never crop a number; long names wrap
-            rows, then = [row[:2] for row in rows], 0
-        table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-        table.add_column(title, min_width=min(8, label), overflow="fold")
-        table.add_column("now", justify="right", style="bold", min_width=now, no_wrap=True)
-        if then:
-            table.add_column("before", justify="right", style="dim", min_width=then, no_wrap=True)
-        for row in rows:
-            table.add_row(*row)
-        self._before[split] = dict(metrics)
-        self.console.print(Padding(table, (1, 0, 0, 2)))
+
+def bar_line(at: Position, rate: float, width: int) -> list[str]:
+    """The bar in three pieces, the middle one its filled part: as much as fits `width` columns, the most important first."""
+    step, metrics, elapsed = at.step(), at.metrics, at.elapsed
+    left = at.left(step)
+    total = "" if at.total is None else f"/{at.total:,}"
+    times = format_seconds(elapsed) + ("" if left is None else f", {format_seconds(left)} left")
+    epoch = "" if not at.epochs else f"epoch {min(max(at.epoch, 1), at.epochs)}/{at.epochs}"
+    speed = "" if not rate else f"{rate:.3g} it/s" if rate >= 1 else f"{1 / rate:.3g} s/it"
+    values = {  # in their order on the screen, with their importance
+        f"{step:,}{total}": 0,
+        times: 1,
+        at.doing(): 2,
+        _metric(metrics, "loss", "loss {}"): 3,
+        "" if at.evaluated is None else f"{at.evaluated[0]} {format_number(*at.evaluated)}": 5,
+        speed: 6,
+        _metric(metrics, "samples_per_s", "{} samples/s"): 7,
+        "" if "data_wait" not in metrics else f"{metrics['data_wait']:.0%} data wait": 8,
+        "" if "peak_memory" not in metrics else f"{metrics['peak_memory']:.1f} GiB": 9,
+        "" if "mfu" not in metrics else f"{metrics['mfu']:.0%} mfu": 10,
+    }
+    room, taken = width - BAR - 1, set[str]()
+    for text, _ in sorted([*values.items(), (epoch, 4)], key=lambda item: item[1]):
+        if text and cells(text) + 2 <= room:
+            room -= cells(text) + 2
+            taken.add(text)
+    before = f"{epoch}  " if epoch in taken else ""
+    after = "".join(f"  {text}" for text in values if text in taken)
+    size = max(0, BAR + room)
+    share = step / at.total if at.total else 0.0 if left is None else elapsed / max(elapsed + left, 1e-9)
+    filled = round(min(1.0, share) * size)
+    return [before, "━" * filled, "─" * (size - filled) + after]
+
+
+def _metric(metrics: Mapping[str, float], name: str, form: str) -> str:
+    return form.format(format_number(name, metrics[name])) if name in metrics else ""
+
+
+class Live:
+    """Draws the bar about four times a second in a thread of its own, and rows above it."""
+
+    def __init__(self, line: BottomLine, position: Position) -> None:
+        self._line, self._position, self._table = line, position, Table()
+        self._steps = deque([(position.began, position.first)], maxlen=int(RATE_SECONDS / REFRESH_SECONDS))
+        self._ascii = not _encodes(line.stream, "━─")
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Draw the bar as it is now, on a terminal that may have been resized."""
+        now, at = time.monotonic(), self._position
+        (since, first), step = self._steps[0], at.step()
+        self._steps.append((now, step))
+        pieces = bar_line(at, (step - first) / max(now - since, 1e-9), columns(self._line.stream) - 1)
+        if self._ascii:
+            pieces = [piece.replace("━", "#").replace("─", "-") for piece in pieces]
+        size = sum(map(cells, pieces))
+        pieces[1] = painted(pieces[1], "cyan", self._line.color)
+        self._line.show("".join(pieces), size)
+
+    def row(self, step: int, val: Mapping[str, float], beside: Beside) -> None:
+        """A row of the table, for an evaluation on `val`, or without one for a part of training."""
+        if beside.main in val:
+            self._position.evaluated = f"val/{beside.main}", val[beside.main]
+        found = cells_of(self._position, step, val, beside)
+        width, color = columns(self._line.stream), self._line.color
+        self._line.above("\n".join(self._table.lines(found, width, best=beside.best, color=color)))
+
+    def say(self, text: str, style: str = "") -> None:
+        """Print text above the bar."""
+        self._line.above(painted(text, style, self._line.color))
+
+    def stop(self) -> None:
+        """Remove the bar."""
+        self._line.show("")
+
+
+def _encodes(stream: object, text: str) -> bool:
+    try:
+        text.encode(getattr(stream, "encoding", None) or "utf-8")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True

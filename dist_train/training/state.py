@@ -64,12 +64,18 @@ class Progress:
 
     def take_best(self, name: str, mode: str) -> bool:
         """Whether the last evaluation is the best so far by metric `name`; it is then remembered as that."""
-        value, now = monitored(self.metrics, name), ranking_key(self.metrics, name, mode)
-        before = None if self.best is None else ranking_key({"val/loss": self.best_loss, name: self.best}, name, mode)
-        if now is None or (before is not None and now >= before):
+        if not self.is_best(name, mode):
             return False
-        self.best, self.best_loss, self.best_step = value, now[1], self.step
+        now = ranking_key(self.metrics, name, mode)
+        assert now is not None
+        self.best, self.best_loss, self.best_step = monitored(self.metrics, name), now[1], self.step
         return True
+
+    def is_best(self, name: str, mode: str) -> bool:
+        """Whether the last evaluation is better than the best before it, by metric `name`."""
+        now = ranking_key(self.metrics, name, mode)
+        before = None if self.best is None else ranking_key({"val/loss": self.best_loss, name: self.best}, name, mode)
+        return now is not None and (before is None or now < before)
 
 
 def snapshot(

@@ -8,6 +8,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from dist_train.evaluation.evaluate import EvaluationInterruptedError, on_rank_zero
+from dist_train.tracking.live import Beside
 from dist_train.training.callbacks import Callback
 from dist_train.training.due import Due, clocks
 from dist_train.training.first_batch import FirstBatch
@@ -17,7 +18,7 @@ from dist_train.training.rows import TrainRows
 from dist_train.training.state import of_every_rank, snapshot
 from dist_train.training.unfreezing import Trainable
 from dist_train.watch.control import EVALUATE, FINISH, LOG, SAVE, STOP, Control
-from dist_train.watch.status import CALLBACK, LOGGING, SAVING, SYNC, status
+from dist_train.watch.status import CALLBACK, EVALUATION, LOGGING, PHASES, SAVING, SYNC, status
 
 if TYPE_CHECKING:
     from dist_train.data.plan import MicroBatch, StepWork
@@ -66,7 +67,8 @@ class Trainer:
         self.rows = TrainRows(self.stepper, progress.samples, self.meter)
         self._trainable = Trainable(parts, self.stepper)
         sources = [*self.run.requests(), *clocks(self.config, lambda: self.seconds)] if self.world.is_main else []
-        self.control = Control(self.world.rank, self.world.size, self.world.clone_store(), sources)
+        self._stopping = False
+        self.control = Control(self.world.rank, self.world.size, self.world.clone_store(), sources, self._hear_stop)
         self.due = Due(self.config, self.plan.steps_per_epoch)
         self._due_at = 0  # until that step there is nothing to do after one
         self._views = {name: _overriding(name, outputs.views) for name in HOOKS}
@@ -97,7 +99,10 @@ class Trainer:
         self.control.start()
         self._call("on_start")
         epochs = None if self.due.end is None else -(-self.due.end // self.plan.steps_per_epoch)
-        self.console.begin(self.step, self.due.end, self.epoch, epochs)
+        evaluates = "val" in self.parts.eval_loaders and self.config.trainer.evaluate_every is not None
+        self.console.begin(
+            self.step, self.due.end, self.epoch, epochs, seconds=self.seconds, evaluates=evaluates, doing=self._doing
+        )
 
         progress = self.progress
         if self.step == 0 and self.config.trainer.evaluate_at_start and progress.evaluated_step < 0:
@@ -124,6 +129,18 @@ class Trainer:
             if self.outcome == "preempted" and self.checkpoints.tolerated is not None:
                 raise self.checkpoints.tolerated
         return self.outcome
+
+    def _hear_stop(self, reason: str) -> None:
+        """Answer at once, from the control thread: the step may take long."""
+        self._stopping = True
+        again = "; Ctrl-C again ends it now, without saving" if reason == "SIGINT" else ""
+        self.console.note(f"stopping after this step ({reason}): it is saved, and the same command resumes{again}")
+
+    def _doing(self) -> str:
+        """What the terminal shows instead of training steps."""
+        if self._stopping:
+            return "stopping"
+        return PHASES[status.phase] if status.phase in (EVALUATION, SAVING) else ""
 
     def _call(self, hook: str, *args: Any) -> None:
         """Call every callback, then make the rest follow where one of them lets other parameters train."""
@@ -216,7 +233,7 @@ class Trainer:
         status.phase = CALLBACK
         progress.metrics = metrics = {f"val/{name}": value for name, value in results.items()}
         self._write_row("val", results)
-        self.console.evaluation("val", self.step, results)
+        self.console.evaluation("val", self.step, results, self._beside())
         if parts.schedule is not None:
             parts.schedule.evaluated(metrics)
         self._call("on_evaluation_end", metrics)
@@ -224,6 +241,14 @@ class Trainer:
             progress.finished = progress.finished or parts.stop_when.judge(metrics, self.step)
         best = parts.keep_best is not None and self.step > 0 and progress.take_best(*parts.keep_best)
         return Evaluated.BEST if best else Evaluated.NOT_BEST
+
+    def _beside(self) -> Beside:
+        """What the console shows beside the evaluation that has just ended."""
+        keep, means = self.parts.keep_best, self.stepper.take_means()
+        best = keep is not None and self.step > 0 and self.progress.is_best(*keep)
+        main = "loss" if keep is None else keep[0].removeprefix("val/")
+        train = {name: value for name, value in means.items() if self.step and not name.startswith("loss/")}
+        return Beside(self.epoch, train, self.rows.lr, main, best)
 
     def _log(self) -> None:
         """A train row, for the records and for the console."""

@@ -30,16 +30,24 @@ class Control:
     """Agreement among the control threads of all ranks.
 
     Main thread: `begin()` before each tick, `due()` after it. `sources` are polled about five times a second on this rank's
-    control thread; each returns None, or (action, reason) once per request.
+    control thread; each returns None, or (action, reason) once per request. `on_stop` is called on that thread with the reason of
+    a stop as soon as this rank hears of it, whatever its main thread is doing.
     """
 
-    def __init__(self, rank: int, size: int, store: Any | None, sources: Sequence[Source] = ()):
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        store: Any | None,
+        sources: Sequence[Source] = (),
+        on_stop: Callable[[str], object] = lambda reason: None,
+    ):
         if store is None:
             from torch.distributed import HashStore
 
             store = HashStore()
         self.rank, self.size, self.store = rank, size, store
-        self.sources = list(sources)
+        self.sources, self._on_stop = list(sources), on_stop
         self.reasons: dict[str, str] = {}
         self._lock = threading.Condition()
         self._tick = 0  # the latest tick that the main thread has begun
@@ -118,6 +126,8 @@ class Control:
         while self._handled < self.store.add("requests", 0):
             number = self._handled + 1
             action, reason = json.loads(self.store.get(f"request/{number}"))
+            if action == STOP and STOP not in self.reasons:
+                self._on_stop(reason)
             with self._lock:
                 self._hold = -1  # first the gate, then the reading: the main thread may be one tick past it, never two
                 tick = self._tick

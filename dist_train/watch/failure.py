@@ -15,9 +15,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dist_train.config.errors import error_text, mask, visible
+from dist_train.tracking.terminal import columns, has_color, is_terminal, painted, wrapped
 from dist_train.watch.status import DONE, EVALUATION, PHASES, STARTING, status
 
 Record = dict[str, Any]
+EXIT_CODE_FILE = "DIST_TRAIN_EXIT_CODE_FILE"  # set by `--nproc`: where rank 0 leaves its exit code
 
 _MOST = 20_000  # characters of a traceback's beginning, and of its end
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
@@ -159,9 +161,11 @@ def summary(record: Record) -> str:
     if record["count"] > len(record["samples"]):
         samples += f", ... ({record['count']} in all)"
     shown = {**record, "your code": record.get("line"), "samples": samples}
-    names = [name for name in ("pid", "error", "your code", "samples", "ranks", "try", "logs") if shown.get(name)]
+    if record.get("details") and record.get("logs"):
+        shown["traceback"] = shown.pop("logs")
+    names = ("pid", "error", "your code", "samples", "ranks", "try", "traceback", "logs")
     first = f"dist_train: {rank} on {record['host']} {verb} {_place(record)}"
-    return "\n".join([first, *(f"  {name:<10} {shown[name]}" for name in names)])
+    return "\n".join([first, *(f"  {name:<10} {shown[name]}" for name in names if shown.get(name))])
 
 
 def cause(record: Record) -> str:
@@ -175,11 +179,39 @@ def _place(record: Record) -> str:
     return {STARTING: "while starting", DONE: "at the end"}.get(record["phase"], here)
 
 
-def report(record: Record) -> None:
-    """Print the traceback, if there is one, and the summary; hand both to torchrun."""
+def report(record: Record, rank: int | None = None) -> None:
+    """Print the summary, below the traceback where no log file has that; hand both to torchrun.
+
+    `rank` is this one, where the failure may be another's: torchrun seldom shows what this rank says of that, or of a hang.
+    """
     text, details = summary(record), record.get("details", "")
     write_error_file(text, details)
-    print(*filter(None, [details, text]), sep="\n", file=sys.stderr, flush=True)
+    mine = record["kind"] == "raised" and rank in (None, record["rank"])
+    if mine and torchrun_shows():
+        return
+    leave_code(1)
+    if details and not record.get("logs"):
+        print(details, file=sys.stderr)
+    first, *lines = text.splitlines()
+    color, width = has_color(sys.stderr), columns(sys.stderr)
+    if is_terminal(sys.stderr):
+        first, lines = wrapped(first, width), [wrapped(line, width, " " * 13) for line in lines]
+    print(painted(first, "red", color), *lines, sep="\n", file=sys.stderr, flush=True)
+
+
+def leave_code(code: int) -> None:
+    """For `--nproc`, which would only learn from torchrun whether it is 0: the exit code of this command."""
+    file = os.environ.get(EXIT_CODE_FILE)
+    if file is not None:
+        with contextlib.suppress(OSError), open(file, "w") as opened:
+            opened.write(str(code))
+
+
+def torchrun_shows() -> bool:
+    """Whether torchrun, when this process has failed, ends with a report of its own that holds this process's error file."""
+    env = os.environ
+    last = env.get("TORCHELASTIC_RESTART_COUNT", "0") == env.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    return last and "TORCHELASTIC_ERROR_FILE" in env and EXIT_CODE_FILE not in env
 
 
 def write_error_file(message: str, details: str = "") -> None:

@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from dist_train.config.errors import ConfigError, Problem
+from dist_train.tracking.terminal import columns, has_color, is_terminal, painted, wrapped
 from dist_train.watch import failure, signals
 from dist_train.watch.failure import Record
 from dist_train.watch.processes import is_owned, kill_later, restart, stacks
@@ -105,7 +107,8 @@ class FailureExit:
         return ()
 
     def _logs(self, rank: int) -> str:
-        return self.run.logs and f"{self.run.logs}/rank-{rank}.log, and the other ranks' beside it"
+        others = ", and the other ranks' beside it" if self.size > 1 else ""
+        return self.run.logs and f"{self.run.logs}/rank-{rank}.log{others}"
 
     def conclude(self, record: Record) -> NoReturn:
         """What this rank has found is the cause, unless another rank was first."""
@@ -158,7 +161,7 @@ class FailureExit:
             then = f"all ranks restart with micro-batches of {record['halved']}"
             print(f"warning: {failure.cause(record)}; {then}", file=sys.stderr, flush=True)
         else:
-            failure.report(record)
+            failure.report(record, self.rank)
         with contextlib.suppress(Exception):
             if self.store is not None:
                 self.store.set("reported", "")
@@ -214,16 +217,32 @@ def elect_reporter(store: Any | None, rank: int) -> None:
         _elected = store is not None and store.add("reports", 1) == 1
 
 
-def report_config_error(text: str, rank: int) -> None:
+def report_config_error(error: ConfigError, rank: int) -> None:
     """Report a config error on rank 0 only. The others wait: torchrun ends everybody as soon as one rank has left.
 
     A rank that nobody ends meanwhile has found an error that rank 0 hasn't (a module that only its node lacks, say): it reports.
     """
+    where = ""
     if rank != 0:
         if not _elected:
             signals.hold()
             if signals.take(_LAUNCHER_SECONDS):
                 return  # the launcher ends this rank, because rank 0 has reported and left
-        text = f"rank {rank} on {socket.gethostname()}:\n{text}"
-    failure.write_error_file(text)
-    print(text, file=sys.stderr, flush=True)
+        where = f"rank {rank} on {socket.gethostname()}:\n"
+    failure.write_error_file(f"{where}{error}")
+    if failure.torchrun_shows():
+        return
+    failure.leave_code(2)
+    lines = [str(problem) for problem in error.problems]
+    if is_terminal(sys.stderr):
+        lines = [_for_people(problem) for problem in error.problems]
+    print(where + "\n".join(lines), file=sys.stderr, flush=True)
+
+
+def _for_people(problem: Problem) -> str:
+    """A mistake in color, wrapped at the terminal's width."""
+    text, color = wrapped(str(problem), columns(sys.stderr)), has_color(sys.stderr)
+    where, key = (f"{part}: " if part else "" for part in (problem.where, problem.key))
+    if not text.startswith(where + key):
+        return text
+    return painted(where, "dim", color) + painted(key, "red", color) + text[len(where + key) :]

@@ -41,8 +41,8 @@ def test_help_fits_80_columns_and_a_commands_has_an_example_of_it(
         ("verify", {"--run"}),
         ("evaluate", {"--run", "--checkpoint", "--split", "--json", "--output"}),
         ("report", {"--run", "--checkpoint", "--output"}),
-        ("demo", set()),
-        ("train", {"--config"}),
+        ("demo", {"--nproc"}),
+        ("train", {"--config", "--nproc"}),
         ("new", set()),
     ],
 )

@@ -18,7 +18,9 @@ import pytest
 
 from dist_train.text import format_number, format_seconds, two_columns
 from dist_train.tracking.console import Console
+from dist_train.tracking.live import Beside, Position, Table, bar_line, cells_of
 from dist_train.tracking.logs import setup_logging
+from dist_train.tracking.terminal import BottomLine, Stream
 
 PROGRAM = str(Path(__file__).parent / "programs" / "console_run.py")
 
@@ -62,7 +64,8 @@ def plain(**streams: io.StringIO) -> tuple[Console, io.StringIO, io.StringIO]:
 def test_a_log_gets_one_plain_line_at_each_log_interval() -> None:
     console, out, _ = plain()
     console.begin(0, 380, 1, 20)
-    console._began = (0, time.monotonic() - 60.0)
+    assert console._at is not None
+    console._at.began -= 60.0
     console.progress(60, 380, 3, {"loss": 0.43214, "lr": 0.08, "samples_per_s": 12345.4})
     console.evaluation("val", 60, {"loss": 0.5, "accuracy": 0.97222, "eval_samples": 1180})
     console.close()
@@ -88,7 +91,8 @@ def test_a_line_keeps_to_100_columns_and_leaves_out_the_last_metrics() -> None:
 def test_the_time_left_counts_from_where_this_start_began() -> None:
     console, out, _ = plain()
     console.begin(1000, 1100)
-    console._began = (1000, time.monotonic() - 50.0)
+    assert console._at is not None
+    console._at.began -= 50.0
     console.progress(1050, 1100, 1, {})
     console.progress(1060, None, 1, {}, left=90.0)
     console.close()
@@ -177,72 +181,84 @@ def test_closing_gives_logging_and_warnings_back() -> None:
     assert logging.getLogger("dist_train").handlers == []
 
 
-def test_a_terminal_gets_a_live_bar_and_a_table_for_each_evaluation(tmp_path: Path) -> None:
-    code, got = on_terminal(tmp_path)
-    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", got)
+def without_escapes(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
+
+
+@pytest.mark.parametrize("color", [True, False])
+def test_a_terminal_gets_a_live_bar_and_a_row_for_each_evaluation(tmp_path: Path, color: bool) -> None:
+    code, got = on_terminal(tmp_path, COLUMNS="140", **({} if color else {"NO_COLOR": "1"}))
+    text = without_escapes(got)
     assert code == 0
     assert (tmp_path / "done.txt").exists()
-    assert "epoch 1/4" in text
-    assert "40/40" in text
-    assert "12,346 samples/s" in text
+    assert text.count("train/loss") == 1  # one header
+    for epoch, mark in ((1, " *"), (2, " *"), (3, ""), (4, " *")):
+        row = f"{epoch}/4      {epoch}0      {2 / epoch:.4f}    {0.2 / epoch:.4f}        {1 - 0.1 / epoch:.4f}     0.1    0:00"
+        assert re.search(re.escape(row).replace("0:00", r"0:0\d") + re.escape(mark) + "\r\n", text), row
+    assert "epoch 1/4  " in text
+    assert "samples/s" in text
     assert "left" in text
-    for step in (10, 20, 30, 40):
-        assert text.count(f"val at step {step}") == 1
-    assert "warning: something to know" in text
-    assert "a line of the user's own" in text
-    assert "epoch 1  step 10/40" not in text  # no plain lines beside the bar
+    assert "warning: something to know\r\n" in text
+    assert "\ra line of the user's own\r\n" in text
+    assert "step 10/40" not in text  # no plain lines beside the bar
     assert set(re.findall(r"(\d+)/40", text)) - {"0", "10", "20", "30", "40"}  # it moves between log intervals
-    assert got.rfind("\x1b[?25h") > got.rfind("\x1b[?25l")  # the cursor is back
+    assert (re.search(r"\x1b\[\d+m", got) is not None) == color
+    assert text.rstrip().endswith("test accuracy  0.98")
 
 
-@pytest.mark.parametrize("columns", [40, 60, 80])
-def test_a_narrow_terminal_leaves_out_metrics_and_cuts_none(columns: int) -> None:
-    from dist_train.tracking.live import Live
-
-    out = io.StringIO()
-    live = Live(out, lambda: 190, 380, "epoch 1/20")
-    live.console.width = columns
-    live.evaluation("val", 190, {"loss": 0.5, "accuracy": 0.97}, "")
-    live.show(380, "epoch 3/20", {"loss": 0.432, "samples_per_s": 12345.6}, 75.0)
-    live.stop()
-    last = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue()).splitlines()[-1]
-    assert len(last) <= columns
-    assert re.match("epoch 3/20  \u2501{6}", last)
-    assert last.split("  ", 2)[2].startswith("190/380")
-    assert ("0.9700" in last) == (columns == 80)
-    assert "\u2026" not in last
+METRICS = {"loss": 1234567.25, "samples_per_s": 1234567890.0, "data_wait": 0.031, "peak_memory": 71.25, "mfu": 0.412}
 
 
-@pytest.mark.parametrize("columns", [24, 40, 60])
-def test_no_number_is_cropped_on_a_narrow_terminal(columns: int) -> None:
-    from dist_train.tracking.live import Live
+@pytest.mark.parametrize("columns", [24, 40, 60, 80, 120, 200])
+def test_no_number_is_cropped_and_no_line_is_too_wide(columns: int) -> None:
+    """With numbers of ten digits, nan, and names of sixty characters."""
+    at = Position(lambda: 1234567890, str, 2345678901, epoch=100, epochs=1000, metrics=METRICS)
+    at.until = at.began + 1e6
+    at.evaluated = "val/" + "a" * 60, float("nan")
+    bar = "".join(bar_line(at, 123.456, columns))
+    assert len(bar) <= columns
+    known = {"1,234,567,890/2,345,678,901", "epoch 100/1000", "0:00, 11d 13:46 left", "loss 1.235e+06", "123 it/s"}
+    known |= {"1,234,567,890 samples/s", "3% data wait", "71.2 GiB", "41% mfu", f"val/{'a' * 60} nan", ""}
+    assert set(re.split("  +", re.sub("[\u2501\u2500]+", "  ", bar))) <= known
+    val = {"loss": float("nan"), "count": 1234567890, "m" * 60: -0.1234, "error": -1.5e-7}
+    beside = Beside(100, {"loss": 1e10}, {"lr": 1.23456e-5}, "count", best=True)
+    head, row = Table().lines(cells_of(at, 1234567890, val, beside), columns, best=True, color=False)
+    assert max(len(head), len(row)) <= columns
+    names, numbers = head.split(), row.split()
+    full = {
+        "epoch": "100/1000",
+        "step": "1,234,567,890",
+        "train/loss": "1.000e+10",
+        "val/loss": "nan",
+        "lr": "1.235e-05",
+    }
+    full |= {"val/count": "1,234,567,890", "time": "0:00", "val/error": "-1.500e-07", f"val/{'m' * 14}..": "-0.1234"}
+    assert numbers[-1] == "*"
+    assert {name: full[name] for name in names} == dict(zip(names, numbers[:-1], strict=True))
+    assert "val/count" in names  # the most important one
+    assert (set(names) == set(full)) == (columns >= 120)
 
-    out = io.StringIO()
-    live = Live(out, lambda: 1234567, 12345678, "epoch 100/200")
-    live.console.width = columns
-    out.truncate(out.seek(0))
-    live.refresh()
-    figures = {"loss": 1234.5678, "a_metric_with_a_very_long_name_indeed": -0.1234, "count": 123456789}
-    for step in (1234567, 1234568):
-        live.evaluation("test", step, figures, " (1,234,567 samples)")
-    live.show(12345678, "epoch 101/200", {"loss": 0.432}, 75.0)
-    live.stop()
-    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue())
-    assert "\u2026" not in text
-    lines = text.splitlines()
-    assert max(map(len, re.split(r"[\r\n]", text))) <= columns
-    assert all(sum(number in line for line in lines) >= 2 for number in ("1234.5678", "-0.1234", "123,456,789"))
-    assert "1,234,567" in lines[-1]
-    assert ("/12,345,678" in lines[-1]) == (columns > 24)
 
-
-@pytest.mark.parametrize("name", ["NO_COLOR", "CI"])
-def test_a_terminal_with_no_color_or_ci_gets_plain_lines(tmp_path: Path, name: str) -> None:
-    code, got = on_terminal(tmp_path, **{name: "1"})
+def test_a_terminal_of_a_ci_job_gets_plain_lines(tmp_path: Path) -> None:
+    code, got = on_terminal(tmp_path, CI="1")
     assert code == 0
     assert "\x1b" not in got
     assert "step 10/40  loss 0.1000  lr 0.1  12,346 samples/s" in got
-    assert (tmp_path / "modules.txt").read_text() == "False\n"  # rich isn't even imported
+
+
+def test_a_prompt_and_another_bar_hide_the_line_at_the_bottom_until_they_end() -> None:
+    out = io.StringIO()
+    line = BottomLine(Stream(out))
+    line.show("the bar")
+    line.pass_through(out, "name? ")
+    line.show("the bar moves")
+    assert out.getvalue().endswith("\r\x1b[Jname? ")
+    line.pass_through(out, "Ann\n")
+    assert out.getvalue().endswith("name? Ann\n\rthe bar moves\x1b[J\r")
+    line.above("a row")
+    assert out.getvalue().endswith("\r\x1b[Ja row\n\rthe bar moves\x1b[J\r")
+    line.close()
+    assert out.getvalue().endswith("\r\x1b[J")
 
 
 def test_a_terminal_that_goes_away_does_not_end_the_training(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 from dist_train.tracking.console import Console
+from dist_train.tracking.live import Beside
 
 console = Console(True)
 console.start_block(
@@ -13,14 +14,14 @@ console.start_block(
 console.begin(0, 40, 1, 4)
 for step in range(1, 41):
     console.step = step
-    time.sleep(0.05)
+    time.sleep(0.03)
     if step % 10 == 0:
         console.progress(step, 40, step // 10, {"loss": 1 / step, "lr": 0.1, "samples_per_s": 12345.6})
-        console.evaluation("val", step, {"loss": 2 / step, "accuracy": 1 - 1 / step})
+        beside = Beside(step // 10, {"loss": 20 / step}, {"lr": 0.1}, "accuracy", best=step != 30)
+        console.evaluation("val", step, {"loss": 2 / step, "accuracy": 1 - 1 / step}, beside)
     if step == 20:
         console.warn("something to know")
         print("a line of the user's own")
 console.end_block([("test accuracy", "0.98")])
 console.close()
-Path("modules.txt").write_text(f"{'rich' in sys.modules}\n")
 Path("done.txt").write_text("yes")
