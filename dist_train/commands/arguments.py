@@ -72,6 +72,10 @@ def parse_run(usage: Usage, arguments: Sequence[str]) -> argparse.Namespace:
     if wrong:
         raise command_error(usage.name, wrong)
     found.run = found.runs[0]
+    if usage.takes == "run and keys":
+        from dist_train.run.given import check_given
+
+        check_given(found.run, found.checkpoint, found.overrides)
     if getattr(found, "output", None) is not None:
         if _is_of_a_run(Path(found.output).resolve()):
             raise ConfigError.single("--output", f"{found.output} is a run's own file; give another name or directory")

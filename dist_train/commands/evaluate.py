@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 
 from dist_train.commands.arguments import CHECKPOINT, SPLIT, output, parse_run, writable
-from dist_train.commands.usage import Usage
+from dist_train.commands.usage import Usage, help_width
 from dist_train.files import replacing
 
 USAGE = Usage(
@@ -28,7 +29,7 @@ dist-train evaluate runs/table data.test.path=other.csv""",
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print a table and, as the last line, the same as JSON; every sample counts once, on any number of processes."""
+    """Print a table, JSON, or where nobody sees a table, both; every sample counts once, on any number of processes."""
     options = parse_run(USAGE, arguments)
     from dist_train.run.open import open_run
     from dist_train.text import format_number, two_columns
@@ -41,9 +42,13 @@ def main(arguments: Sequence[str]) -> int:
             return 0
         found = restored.found
         facts = {"run": restored.run.location, "checkpoint": found.name, "split": split}
-        numbers = {name: format_number(name, value) for name, value in metrics.items()}
         line = json.dumps({**facts, "step": found.step, "ema": "ema" in found.parts, "metrics": finite(metrics)})
-        print(*two_columns([*facts.items(), *numbers.items()]), line, sep="\n", flush=True)
+        if not options.json:
+            numbers = {name: format_number(name, value) for name, value in metrics.items()}
+            print(*two_columns([*facts.items(), *numbers.items()], help_width()), sep="\n")
+        if options.json or not sys.stdout.isatty():  # scripts have read the last line before there was --json
+            print(line)
+        sys.stdout.flush()
         if options.output is not None:
             with replacing(writable(options.output)) as path:
                 path.write_text(line + "\n", encoding="utf-8")

@@ -32,14 +32,19 @@ def main(arguments: Sequence[str]) -> int:
         wrong = "--output is for a comparison; the report of one run is the report.html in its directory"
     if wrong:
         raise command_error("report", wrong)
-    from dist_train.run.report import report_again
+    from dist_train.run.given import check_given
     from dist_train.runtime.launch import read_placement
+    from dist_train.runtime.storage import open_storage
 
     is_main = read_placement(os.environ).rank == 0
     if len(options.runs) > 1:
         if is_main:
             compare(options.runs, options.output or "comparison.html")
         return 0
+    if options.checkpoint or options.overrides or not open_storage(options.run).exists("config.yaml"):
+        check_given(options.run, options.checkpoint, options.overrides)
+    from dist_train.run.report import report_again
+
     path = report_again(options.run, options.checkpoint, options.overrides)
     if path is not None:
         print(path)

@@ -18,15 +18,14 @@ from dist_train.checkpoint.manifest import CheckpointError, CorruptedError
 from dist_train.checkpoint.store import CheckpointStore, Found
 from dist_train.config.components import add_code_paths
 from dist_train.config.errors import ConfigError
-from dist_train.config.load import load_config
 from dist_train.config.slots import require_components
 from dist_train.data.loader import EvalLoader
 from dist_train.evaluation.evaluate import Evaluator
 from dist_train.objective.modules import Modules
+from dist_train.run.given import read_given, runs_near
 from dist_train.runtime.launch import Placement, read_placement
 from dist_train.runtime.rundir import RunDir
 from dist_train.runtime.seeding import undisturbed_generators
-from dist_train.runtime.sidefiles import SideFileError, read_mapping
 from dist_train.runtime.world import World, open_world
 
 if TYPE_CHECKING:
@@ -141,7 +140,7 @@ def find_weights(run: RunDir, checkpoint: str | None) -> Found:
     """
     store = _store(run)
     if not store.steps():
-        raise ConfigError.single("--run", f"{run.location} holds no checkpoint{_near(run)}")
+        raise ConfigError.single("--run", f"{run.location} holds no checkpoint{runs_near(run)}")
     try:
         return store.find(checkpoint)
     except CorruptedError:
@@ -172,13 +171,7 @@ def _store(run: RunDir) -> CheckpointStore:
 
 def read_config(run: RunDir, overrides: Sequence[str] = ()) -> Config:
     """The run's config under `overrides`, with its components looked up; without what only training needs."""
-    if not run.storage.exists("config.yaml"):
-        raise ConfigError.single("--run", f"{run.location} holds no run: config.yaml isn't there{_near(run)}")
-    try:
-        read_mapping(run.storage, "config.yaml")
-    except SideFileError as error:
-        raise ConfigError.single("--run", str(error)) from None
-    config = load_config(run.fetch("config.yaml"), overrides)
+    config = read_given(run, overrides)
     add_code_paths(config.run.code_paths)
     require_components(config)
     # One process evaluates what many have trained, and a CPU what GPUs have. Kernels sum in another order with another
@@ -186,12 +179,3 @@ def read_config(run: RunDir, overrides: Sequence[str] = ()) -> Config:
     plain = {"sync_batchnorm": False, "strategy": "auto"}
     threads = {"threads": 1} if config.distributed.threads == "auto" and "OMP_NUM_THREADS" not in os.environ else {}
     return config.model_copy(update={"distributed": config.distributed.model_copy(update=plain | threads)})
-
-
-def _near(run: RunDir) -> str:
-    """`; runs that are there: ...`: runs beside or inside a directory that isn't one."""
-    for folder in (run.root, run.root.parent) if run.storage.is_local else ():
-        names = sorted(str(path.parent) for path in folder.glob("*/config.yaml"))
-        if names:
-            return f"; runs that are there: {', '.join(names[:5])}"
-    return ""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from runs import F1, result
+from runs import F1, environment, result
 
 from dist_train.main import main
 
@@ -149,3 +151,35 @@ def test_the_best_checkpoint_is_the_one_that_the_run_kept(digits: Path, tmp_path
     assert find_weights(directory, None).step == find_weights(directory, "best").step == best
     assert best == result(copy)["kept_step"]
     assert find_weights(directory, "last").step == steps[-1]
+
+
+def test_json_alone_is_printed_on_request_and_a_table_alone_on_a_terminal(
+    digits: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = evaluated(capsys, str(digits))
+    assert main(["evaluate", str(digits), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == both
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert main(["evaluate", str(digits)]) == 0
+    table = capsys.readouterr().out
+    assert "{" not in table
+    assert f"accuracy      {both['metrics']['accuracy']:.4f}" in table
+
+
+def test_what_is_wrong_with_a_command_is_found_without_torch(digits: Path, tmp_path: Path) -> None:
+    code = (
+        "import json, sys\nfrom dist_train.main import main\n"
+        "codes = [main(words) for words in json.loads(sys.argv[1])]\nprint(codes, 'torch' in sys.modules)"
+    )
+    run = str(digits)
+    commands = [
+        ["evaluate", "nowhere"], ["evaluate", run, "lr=1"], ["evaluate", run, "--checkpoint", "step-7"],
+        ["evaluate", run, "--epochs", "3"], ["predict", "nowhere"], ["export", run, "--format", "onnx"], ["report", "nowhere"],
+        ["report", run, "lr=1"], ["verify", "nowhere"], ["runs", "nowhere"], ["compare", run], ["trainer.durtion=1ep"],
+        ["none.yaml"], ["new", run + "/config.yaml"],
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, json.dumps(commands)], cwd=tmp_path, env=environment(), capture_output=True, text=True
+    )  # fmt: skip
+    assert done.stdout.splitlines() == [f"{[2] * len(commands)} False"], done.stderr
+    assert list(tmp_path.iterdir()) == []
