@@ -111,8 +111,9 @@ def _caption(panel: Panel) -> str:
         last = next((value for value in reversed(line.points[1]) if value == value), math.nan)
         best = "" if line.best is None else f" \u2605\u00a0{panel.shown(line.best[1])}\u00a0at\u00a0{line.best[0]:,}"
         name = f"<span>{_plain(line.label)}</span>"
+        unseen = ' style="display:none"' if line.hidden else ""
         keys.append(
-            f'<span class="key"><i style="background:{line.color}"></i>{name} <b>{panel.shown(last)}</b>{best}</span>'
+            f'<span class="key"{unseen}><i style="background:{line.color}"></i>{name} <b>{panel.shown(last)}</b>{best}</span>'
         )
     return f"<figcaption><strong>{_plain(panel.title)}</strong> <em></em><div>{''.join(keys)}</div></figcaption>"
 
@@ -125,7 +126,8 @@ def _line(k: int, line: Line, panel: Panel, axis: Horizontal) -> str:
     ]
     dots = [place for place in places if place is not None]
     kind = f"line line-{k}" + (" smoothed" if line.means else "")
-    parts = [f'<g class="{kind}" stroke="{line.color}" fill="none" stroke-width="1.5" stroke-linejoin="round">']
+    unseen = ' style="display:none"' if line.hidden else ""
+    parts = [f'<g class="{kind}"{unseen} stroke="{line.color}" fill="none" stroke-width="1.5" stroke-linejoin="round">']
     if not line.dots:
         means = line.means or ([], [])
         mean = _path([(_x(axis.share(step)), _y(panel.height(value))) for step, value in zip(*means, strict=True)])

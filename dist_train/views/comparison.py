@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from dist_train.text import format_number, format_seconds
 from dist_train.tracking.records import Row, read_rows
 from dist_train.views.charts import chart
 from dist_train.views.curves import (
+    POINTS,
     Horizontal,
     Line,
     averaged,
@@ -49,11 +51,8 @@ def write_comparison(roots: Sequence[str | os.PathLike[str]], path: str | os.Pat
     keys = differing(configs)
     beside = [row for row in keys if not row[0].startswith(UNSHOWN)]
     head, outcome = _outcome(every, records, ["loss", *found], beside if len(beside) <= COLUMNS else [])
-    axis = horizontal_of([row for rows in every.values() for row in rows])
-    lengths = {round(step / epoch, 6) for rows in every.values() for step, epoch in horizontal_of(rows).epochs[1:]}
-    if len(lengths) != 1:  # a step isn't the same epoch in all of them
-        axis = Horizontal(axis.first, axis.last)
-    curves = [_overlay(every, name, axis, configs) for name in ("loss", *found, *lrs)]
+    axis = common_axis(list(every.values()))
+    curves = [overlay(list(every.items()), name, axis, configs) for name in ("loss", *found, *lrs)]
     sections = [
         Section("Results", outcome, "sorts", head),
         Section("Curves", curves, "charts", note=" of each run"),
@@ -104,16 +103,35 @@ def _ranked(every: Mapping[str, list[Row]], records: Sequence[Mapping[str, Any]]
     ]  # fmt: skip
 
 
-def _overlay(every: Mapping[str, list[Row]], name: str, axis: Horizontal, configs: Sequence[Mapping[str, Any]]) -> str:
-    """One metric of all runs: val (the train rows where there is no val), one color per run."""
-    lines = []
-    for k, ((run, rows), config) in enumerate(zip(every.items(), configs, strict=True)):
+def common_axis(every: Sequence[list[Row]]) -> Horizontal:
+    """The steps of several runs, and their epochs where a step is the same epoch in all of them."""
+    axis = horizontal_of([row for rows in every for row in rows])
+    lengths = {round(step / epoch, 6) for rows in every for step, epoch in horizontal_of(rows).epochs[1:]}
+    return axis if len(lengths) == 1 else Horizontal(axis.first, axis.last)
+
+
+def overlay(
+    every: Sequence[tuple[str, list[Row]]],
+    name: str,
+    axis: Horizontal,
+    configs: Sequence[Mapping[str, Any]],
+    hidden: Collection[str] = (),
+    most: int = POINTS,
+) -> str:
+    """One metric of runs, given as (label, rows): val (the train rows where there is no val), one color per label.
+
+    Those `hidden` are drawn, in at most about `most` points, but shown only once a box of the page asks for them.
+    """
+    lines, colors = [], dict[str, str]()
+    for (run, rows), config in zip(every, configs, strict=True):
         split = "val" if name not in lr_names(rows) and series(rows, "val", name)[0] else "train"
         points = series(rows, split, name)
         if any(value == value for value in points[1]):
-            color = RUN_COLORS[k] if k < len(RUN_COLORS) else f"hsl({k * 137 % 360} 60% 50%)"
+            k = len(colors)
+            color = colors.setdefault(run, RUN_COLORS[k] if k < len(RUN_COLORS) else f"hsl({k * 137 % 360} 60% 50%)")
             best = best_of(rows, split, name, config) if name not in lr_names(rows) else None
-            lines.append(
-                Line(visible(run, keep=""), color, thinned(points), len(points[0]) == 1, averaged(points), best)
+            line = Line(
+                visible(run, keep=""), color, thinned(points, most), len(points[0]) == 1, averaged(points, most), best
             )
+            lines.append(replace(line, hidden=run in hidden))
     return chart(fitted(panel_title(name), lines, name), axis)

@@ -32,7 +32,9 @@ Points = tuple[list[int], list[float]]
 
 @dataclass
 class Line:
-    """Values over steps; nan where the line is interrupted. `means`: the same as averages, where the line is thinned."""
+    """Values over steps; nan where the line is interrupted. `means`: the same as averages, where the line is thinned.
+
+    `hidden`: until a box of the page asks for it."""
 
     label: str
     color: str
@@ -40,6 +42,7 @@ class Line:
     dots: bool = False
     means: Points | None = None
     best: tuple[int, float] | None = None
+    hidden: bool = False
 
 
 @dataclass

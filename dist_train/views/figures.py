@@ -49,6 +49,7 @@ class Cell:
     best: bool = False
     note: str = ""
     run: str = ""
+    checked: bool = True
 
 
 @dataclass(frozen=True)

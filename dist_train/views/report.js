@@ -68,7 +68,16 @@ document.querySelectorAll("table.sorts th").forEach((head, k) => head.addEventLi
   head.ariaSort = down === 1 ? "ascending" : "descending";
   body.append(...[...body.rows].sort((a, b) => down * order(key(a), key(b))));
 }));
-document.querySelectorAll("input[data-run]").forEach(box => box.addEventListener("change", () => charts.forEach(chart => {
-  chart.lines.forEach((line, k) => { if (line.name === box.dataset.run) {
-    chart.svg.querySelector(`.line-${k}`).style.display = chart.el.querySelectorAll(".key")[k].style.display = box.checked ? "" : "none"; } });
-})));
+const boxes = [...document.querySelectorAll("input[data-run]")], all = document.querySelector("#all");
+const choose = () => {
+  const hidden = new Set(boxes.filter(box => !box.checked).map(box => box.dataset.run));
+  charts.forEach(chart => { const keys = chart.el.querySelectorAll(".key"); chart.lines.forEach((line, k) => {
+    chart.svg.querySelector(`.line-${k}`).style.display = keys[k].style.display = hidden.has(line.name) ? "none" : ""; }); });
+  all.checked = !hidden.size;
+};
+if (boxes.length) {
+  boxes.forEach(box => box.addEventListener("change", choose));
+  all.closest("[hidden]").hidden = false;
+  all.addEventListener("change", () => { boxes.forEach(box => { box.checked = all.checked; }); choose(); });
+  choose(); // a reloaded page keeps its boxes
+}

@@ -1,31 +1,24 @@
-"""The table of runs: the state and progress of each, and where their configs differ. Imports no torch."""
+"""The runs below a directory or URL: the state, progress, metrics and config of each. Imports no torch; table.py shows them."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from math import isfinite
 from typing import Any
 
-from dist_train.config.changes import differing
-from dist_train.config.errors import mask, visible
 from dist_train.config.fields import better_is_lower
 from dist_train.files import StorageError
 from dist_train.runtime.lease import look_at_owner
 from dist_train.runtime.sidefiles import SideFileError, read_lines, read_mapping, read_whole
 from dist_train.runtime.storage import Storage
-from dist_train.text import aligned, format_number, format_seconds
-from dist_train.tracking.records import parse
+from dist_train.tracking.records import FIELDS, parse
 from dist_train.views.curves import metric_names
 
 DEPTH = 8  # a run's name may hold slashes; the limit ends circles of links
-COLUMNS = 6  # keys shown side by side
 TAIL = 8192  # bytes of metrics.jsonl in which the last train row is looked for
-REASON = 60  # characters of a reason in the table
-UNSHOWN = ("run.", "checkpoint.resume", "checkpoint.accept_changes")
-HEAD = ("run", "state", "step", "epoch", "best", "samples/s", "age", "attempts", "reason")
 
 
 @dataclass
@@ -35,6 +28,7 @@ class RunRow:
     Attributes:
         state: that of status.json, or `starting`, `never started`, `dead`, `unreadable`.
         best: metric, value and step of the best evaluation.
+        metrics: `val/NAME` where the best evaluation was, the last `test/NAME` and `train/loss`; None where it isn't finite.
         age_seconds: since the run last wrote something. reason: why it stopped, and which files can't be read.
     """
 
@@ -47,38 +41,8 @@ class RunRow:
     age_seconds: int | None = None
     attempts: int = 0
     reason: str = ""
+    metrics: dict[str, float | None] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
-
-    def cells(self) -> list[str]:
-        """The line of the table, by `HEAD`."""
-        best, speed, age = self.best, self.samples_per_s, self.age_seconds
-        reason = " ".join(visible(mask(self.reason)).split())
-        return [
-            self.run,
-            self.state,
-            f"{self.step:,}",
-            f"{self.epoch:,}",
-            f"{best['metric']} {format_number(best['metric'], best['value'])} (step {best['step']:,})" if best else "-",
-            f"{speed:,.0f}" if speed is not None else "-",
-            format_seconds(age) if age is not None else "-",
-            f"{self.attempts:,}",
-            reason if len(reason) <= REASON else reason[: REASON - 3] + "...",
-        ]
-
-
-def runs_page(root: Storage, as_json: bool) -> str:
-    """A table of the runs below `root` and one of the keys in which their configs differ, or both as JSON."""
-    rows = [read_run(root, name) for name in find_runs(root)]
-    found = _differences(rows)
-    if as_json:
-        shown = [{name: value for name, value in asdict(row).items() if name != "config"} for row in rows]
-        return json.dumps({"runs": shown, "differences": found}, indent=2)
-    if not rows:
-        return f"{root.location} holds no runs"
-    lines = aligned([HEAD, *(row.cells() for row in rows)])
-    if found:
-        lines += ["", *aligned(_by_run(found) if len(found) <= COLUMNS else _by_key(found))]
-    return "\n".join(lines)
 
 
 def find_runs(root: Storage, name: str = "") -> list[str]:
@@ -135,7 +99,13 @@ def _read_into(row: RunRow, run: Storage) -> None:
     seen = [time for time in times if time is not None]
     row.step = max(status.get("step", 0), last.get("step", 0))  # status.json is written only every few seconds
     row.epoch = status.get("epoch", 0)
-    row.best = best_of(_rows(records, "val"), row.config)
+    val = _rows(records, "val")
+    row.best = best_of(val, row.config)
+    step = row.best["step"] if row.best else None
+    row.metrics = _metrics("val", [one for one in val if step in (None, one["step"])]) | _metrics(
+        "test", _rows(records, "test")
+    )
+    row.metrics |= {"train/loss": last["loss"]} if isinstance(last.get("loss"), int | float) else {}
     speed = last.get("samples_per_s")
     row.samples_per_s = speed if isinstance(speed, int | float) else None
     row.age_seconds = max(0, round((datetime.now(UTC) - max(seen)).total_seconds())) if seen else None
@@ -148,6 +118,13 @@ def _rows(lines: bytes, split: str) -> list[dict[str, Any]]:
     word = f'"{split}"'.encode()
     rows = [parse(line) for line in lines.splitlines(keepends=True) if word in line]
     return [row for row in rows if row is not None]
+
+
+def _metrics(split: str, rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """The metrics of the last of a split's rows, by `split/name`."""
+    last = rows[-1] if rows else {}
+    names = (name for name in last if name not in (*FIELDS, "eval_samples"))
+    return {f"{split}/{name}": last[name] for name in names if isinstance(last[name], int | float | None)}
 
 
 def _time(text: Any) -> datetime | None:
@@ -165,36 +142,11 @@ def best_of(rows: Sequence[dict[str, Any]], config: dict[str, Any]) -> dict[str,
     if metric == "auto":
         metric = f"val/{next(iter(metric_names(rows)), 'loss')}"
     name = metric.removeprefix("val/")
-    values = [(row[name], row["step"]) for row in rows if isinstance(row.get(name), int | float)]  # null: not finite
+    values = [
+        (row[name], row["step"]) for row in rows if isinstance(row.get(name), int | float) and isfinite(row[name])
+    ]
     if not values:
         return None
     lower = mode == "min" if mode else better_is_lower(metric)
     value, step = min(values, key=lambda pair: pair[0] if lower else -pair[0])
     return {"metric": metric, "value": value, "step": step}
-
-
-def _differences(rows: Sequence[RunRow]) -> dict[str, dict[str, str]]:
-    """key -> run -> value, of the keys in which the configs differ."""
-    with_config = [row for row in rows if row.config]
-    found = differing([row.config for row in with_config]) if len(with_config) > 1 else []
-    every = {row.run: "-" for row in rows}
-    return {
-        key: every | {row.run: value for row, value in zip(with_config, values, strict=True)}
-        for key, *values in found
-        if not key.startswith(UNSHOWN)
-    }
-
-
-def _by_run(found: dict[str, dict[str, str]]) -> list[list[str]]:
-    """One line per run, as for a sweep."""
-    runs = next(iter(found.values()))
-    return [["run", *found], *([run, *(values[run] for values in found.values())] for run in runs)]
-
-
-def _by_key(found: dict[str, dict[str, str]]) -> list[list[str]]:
-    """One line per key with each of its values, for runs that have little in common."""
-    lines = []
-    for key, values in found.items():
-        groups = {value: [run for run in values if values[run] == value] for value in values.values()}
-        lines.append([key, "   ".join(f"{value} ({', '.join(runs)})" for value, runs in groups.items())])
-    return lines

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +14,7 @@ import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from runs import environment
@@ -18,6 +22,9 @@ from runs import environment
 from dist_train.main import main
 from dist_train.runtime.lease import Lease
 from dist_train.runtime.storage import Storage, open_storage
+from dist_train.views.entries import entries_of
+from dist_train.views.runs import find_runs, read_run
+from dist_train.views.table import lines_of
 
 
 def ago(seconds: float) -> str:
@@ -82,6 +89,7 @@ def test_runs_are_listed_with_their_state_and_the_keys_that_differ(
     assert runs["a"] == {
         "run": "a", "state": "completed", "step": 31, "epoch": 3, "best": {"metric": "val/accuracy", "value": 0.75, "step": 20},
         "samples_per_s": 1234.5, "attempts": 2, "reason": "SIGTERM",
+        "metrics": {"val/loss": 1.0, "val/accuracy": 0.75, "train/loss": 0.1},
     }  # fmt: skip
     assert page["differences"] == {
         "metrics.0": {"a": "accuracy", "c": "accuracy", "sweep/b/seed/1": "mae"},
@@ -90,10 +98,23 @@ def test_runs_are_listed_with_their_state_and_the_keys_that_differ(
     }
     assert main(["runs", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["run", "state", "step", "epoch", "best", "samples/s", "age", "attempts", "reason"]
-    assert lines[1].split()[:4] == ["a", "completed", "31", "3"]
-    assert "val/accuracy 0.7500 (step 20)" in lines[1]
-    assert lines[-1].split() == ["sweep/b/seed/1", "mae", "0.2", "-"]
+    keys = ["optimizer.lr", "metrics.0", "checkpoint.keep_best"]
+    head = [
+        "run",
+        "state",
+        "step",
+        "best",
+        "val/loss",
+        *keys,
+        "epoch",
+        "samples/s",
+        "age",
+        "attempts",
+        "reason",
+    ]
+    assert sorted(lines[0].split()) == sorted(head)
+    assert lines[1].split()[:5] == ["a", "completed", "31", "val/accuracy", "0.7500"]
+    assert len(lines) == 4
 
 
 def test_runs_below_a_url_are_listed_too(s3_port: int, capsys: pytest.CaptureFixture[str]) -> None:
@@ -181,3 +202,159 @@ def test_watching_shows_what_changes_until_it_is_interrupted_and_never_waits_for
     assert list(lines)[-1] == "False\n"
     assert watching.wait(timeout=30) == 0
     limit.cancel()
+
+
+def sweep(folder: Path) -> Path:
+    """Two learning rates with three seeds each, of which one is not completed, and one more with another config."""
+    for lr, values in ((0.1, [0.7, 0.8, 0.1]), (0.3, [0.6, 0.9, 0.75])):
+        for seed, value in enumerate(values):
+            state = "failed" if value == 0.1 else "completed"
+            write_run(folder / f"lr{lr}-s{seed}", lr, [0.05, value], state=state, seed=seed)
+    write_run(folder / "other", 0.3, [0.5], seed=0, model={"hidden": [64, 64], "name": "x" * 300}, loss={"name": "y"})
+    return folder
+
+
+def order(capsys: pytest.CaptureFixture[str], place: Path, *options: str) -> list[str]:
+    assert main(["runs", str(place), "--json", *options]) == 0
+    return [run["run"] for run in json.loads(capsys.readouterr().out)["runs"]]
+
+
+def test_runs_are_sorted_and_filtered_by_states_metrics_and_keys(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = sweep(tmp_path)
+    best = ["lr0.3-s1", "lr0.1-s1", "lr0.3-s2", "lr0.1-s0", "lr0.3-s0", "other", "lr0.1-s2"]
+    assert order(capsys, place, "--sort", "best") == order(capsys, place, "--sort", "accuracy") == best
+    assert order(capsys, place, "--sort", "val/accuracy", "--reverse") == best[::-1]
+    assert order(capsys, place, "--sort", "lr", "--where", "seed=0") == ["lr0.1-s0", "lr0.3-s0", "other"]
+    assert order(capsys, place, "--sort", "model.name")[0] == "other"  # what has no value comes last
+    assert order(capsys, place, "--where", "optimizer.lr > 0.2", "--where", "run!=other", "--where", "val/accuracy>=0.75") == [
+        "lr0.3-s1", "lr0.3-s2",
+    ]  # fmt: skip
+    assert order(capsys, place, "--where", "state=failed") == ["lr0.1-s2"]
+    assert order(capsys, place, "--where", "run=lr0.1-*", "--where", "state!=failed") == ["lr0.1-s0", "lr0.1-s1"]
+    assert main(["runs", str(place), "--where", "lr>1"]) == 0
+    assert "holds no runs with lr>1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--where", "optimiser.lr>1"], "did you mean optimizer.lr?"),
+        (["--where", "loss"], "expected NAME=VALUE"),
+        (["--where", "state>3"], "= and != compare text"),
+        (["--where", "lr>fast"], "compares numbers, found 'fast'"),
+        (["--sort", "speed"], "no run has 'speed'"),
+        (["--columns", "lr,hiden"], "no run has 'hiden'"),
+        (["--where", "name=x"], "name may be any of run.name, loss.name, model.name"),
+        (["--html", "runs.html", "--watch"], "neither --watch nor --json"),
+        (["--html", "s3://bucket/runs.html"], "a URL"),
+    ],
+)
+def test_what_cannot_be_asked_of_runs_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert main(["runs", str(sweep(tmp_path)), *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_seeds_are_one_line_with_mean_and_deviation_of_the_completed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = sweep(tmp_path)
+    assert main(["runs", str(place), "--seeds", "--sort", "best", "--json"]) == 0
+    groups = json.loads(capsys.readouterr().out)["seeds"]
+    assert [(group["run"], group["n"], group["state"]) for group in groups] == [
+        ("lr0.1-s*", "2 of 3", "2 completed, 1 failed"), ("lr0.3-s*", "3", "completed"), ("other", "1", "completed"),
+    ]  # fmt: skip
+    found = [group["metrics"]["val/accuracy"] for group in groups]
+    assert [one["mean"] for one in found] == pytest.approx([0.75, 0.75, 0.5])
+    assert [one["std"] for one in found[:2]] == pytest.approx(
+        [np.std([0.7, 0.8], ddof=1), np.std([0.6, 0.9, 0.75], ddof=1)]
+    )
+    assert found[2]["std"] is None
+    assert main(["runs", str(place), "--seeds", "--columns", "n,accuracy,seed"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[:3] == [
+        ["run", "n", "val/accuracy", "seed"], ["lr0.1-s*", "2", "of", "3", "0.7500", "\u00b10.0707", "*", "-"],
+        ["lr0.3-s*", "3", "0.7500", "\u00b10.1500", "*", "-"],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [20, 40, 80, 120, 200])
+def test_the_table_fits_the_terminal_and_names_what_it_leaves_out(tmp_path: Path, width: int) -> None:
+    place = sweep(tmp_path)
+    write_run(place / ("long-" * 12), 0.1, [0.2], seed=9)
+    root = open_storage(place)
+    entries = entries_of([read_run(root, name) for name in find_runs(root)])
+    lines = lines_of(entries, [], width)
+    assert max(map(len, lines)) <= width
+    assert any("0.9000 *" in line for line in lines[1:]) == (width > 20)
+    assert ("seed" in lines[0].split()) == (width > 40)
+    assert any(line.startswith("not shown: ") for line in lines) == (width < 200)
+    everything = lines_of(entries, [], None)
+    assert not any("not shown" in line for line in everything)
+    assert [line.split()[0] for line in everything[1:9]] == [entry.facts["run"] for entry in entries]
+    chosen = lines_of(entries, ["lr", "age"], width)
+    assert chosen[0].split()[:2] in (["run", "lr"], ["run", "optimizer.lr"]) or width < 40
+
+
+def test_values_that_no_terminal_should_get_are_shown_as_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "a,b <i>", 0.1, [0.5, float("nan")], note="red \x1b[31m\nnext")
+    write_run(tmp_path / "c", 0.1, [float("nan")], note={"deep": [1, None, True]})
+    status = {"state": "failed", "step": 1, "epoch": 0, "error": "\x1b[2J boom\nsecond line"}
+    run.write_atomic("status.json", json.dumps(status).encode())
+    assert main(["runs", str(tmp_path), "--sort", "best", "--columns", "best,note,reason"]) == 0
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) == 3
+    assert "\x1b" not in out
+    assert "red \\x1b[31m next" in out
+    assert out.splitlines()[2].split()[:2] == ["c", "-"]
+
+
+def test_the_page_sorts_and_overlays_without_network_or_torch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = sweep(tmp_path / "runs")
+    for k in range(4):
+        write_run(place / f"<b>&{k}", 0.1, [0.4], state="failed", seed=k)
+    page = tmp_path / "runs.html"
+    assert main(["runs", str(place), "--sort", "best", "--html", str(page)]) == 0
+    text = page.read_text()
+    assert "http" not in text.replace("http-equiv", "").replace("http://www.w3.org/2000/svg", "")
+    assert "<b>&" not in text
+    assert text.count('type="checkbox" checked data-run') == 8
+    body = text.partition("<tbody>")[2].partition("</tbody>")[0]
+    assert [row.partition("> ")[2].partition("<")[0] for row in body.split("<tr>")[1:3]] == ["lr0.3-s1", "lr0.1-s1"]
+    assert body.count('class="best"') >= 1
+    assert main(["runs", str(place), "--seeds", "--html", str(page)]) == 0
+    assert "lr0.3-s*" in page.read_text()
+    (tmp_path / "none").mkdir()
+    assert main(["runs", str(tmp_path / "none"), "--html", str(page)]) == 0
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+def test_chromium_sorts_the_page_and_shows_the_curves_that_are_chosen(tmp_path: Path) -> None:
+    page = tmp_path / "runs.html"
+    assert main(["runs", str(sweep(tmp_path / "runs")), "--html", str(page)]) == 0
+    act = """<script>
+    const rows = () => [...document.querySelectorAll("tbody tr")].map(row => row.cells[0].textContent.trim());
+    const head = [...document.querySelectorAll("th")].find(head => head.textContent === "val/accuracy");
+    head.click(); const up = rows(); head.click(); const down = rows();
+    const box = document.querySelector("input[data-run='other']"); box.click();
+    const drawn = [...document.querySelector(".chart").querySelectorAll("svg .line, .key")];
+    const hidden = drawn.filter(el => el.style.display === "none");
+    document.title = JSON.stringify({up, down, hidden: hidden.length, all: document.querySelector("#all").checked});
+    </script>"""
+    policy = re.compile('<meta http-equiv="Content-Security-Policy"[^>]*>')  # it forbids the script of this test
+    page.write_text(policy.sub("", page.read_text()).replace("</body>", act + "</body>"))
+    done = subprocess.run(
+        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/c", "--dump-dom", page.as_uri()],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    found = json.loads(html.unescape(done.stdout.partition("<title>")[2].partition("</title>")[0]))
+    assert found["up"] == found["down"][::-1]
+    assert found["down"][0] == "lr0.3-s1"
+    assert (found["hidden"], found["all"]) == (2, False)
