@@ -99,19 +99,7 @@ def test_runs_are_listed_with_their_state_and_the_keys_that_differ(
     assert main(["runs", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     keys = ["optimizer.lr", "metrics.0", "checkpoint.keep_best"]
-    head = [
-        "run",
-        "state",
-        "step",
-        "best",
-        "val/loss",
-        *keys,
-        "epoch",
-        "samples/s",
-        "age",
-        "attempts",
-        "reason",
-    ]
+    head = ["run", "state", "step", "best", "val/loss", *keys, "epoch", "samples/s", "age", "attempts", "reason"]
     assert sorted(lines[0].split()) == sorted(head)
     assert lines[1].split()[:5] == ["a", "completed", "31", "val/accuracy", "0.7500"]
     assert len(lines) == 4
