@@ -45,6 +45,7 @@ from dist_train.views.boundary import BoundaryFrames
 from dist_train.views.grids import GridFrames
 from dist_train.views.model import write_records
 from dist_train.views.network import Pictures, image_modules
+from dist_train.views.notebook import notebook_live
 from dist_train.views.profiling import Profile
 from dist_train.views.result import Result
 from dist_train.views.sinks import open_logger
@@ -64,7 +65,7 @@ def train_config(config: Config) -> Result:
     """
     try:
         with open_world(config.distributed, read_placement(os.environ)) as world:
-            return train_in(world, config, Console(world.is_main))
+            return train_in(world, config, Console(world.is_main, live=notebook_live))
     finally:
         if not is_owned():
             signals.restore()  # in somebody else's process Ctrl-C is theirs again

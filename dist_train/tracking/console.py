@@ -13,7 +13,7 @@ from typing import TextIO
 
 from dist_train.config.errors import mask, visible
 from dist_train.text import WIDTH, format_number, format_seconds, two_columns
-from dist_train.tracking.live import Beside, Live, Position
+from dist_train.tracking.live import Beside, Live, LiveView, Position
 from dist_train.tracking.logs import Capture
 from dist_train.tracking.terminal import (
     Stream,
@@ -41,15 +41,20 @@ class Console:
     intervals, up to a quarter of a second after `progress`, which so takes microseconds of training.
     """
 
-    def __init__(self, rank0: bool, *, out: TextIO | None = None, err: TextIO | None = None) -> None:
+    def __init__(
+        self, rank0: bool, *, out: TextIO | None = None, err: TextIO | None = None,
+        live: Callable[[Position], LiveView | None] = lambda position: None,
+    ) -> None:  # fmt: skip
+        """live: what is shown instead of a terminal's bar where it gives something, as in a notebook."""
         self.rank0 = rank0
+        self._make_live = live
         self.step = 0
         self._out, self._err = Stream(out or sys.stdout), Stream(err or sys.stderr)
         self._line = bottom_line(out) if rank0 else None
         self._lock = threading.RLock()
         self._log = logging.getLogger("dist_train")
         self._capture = Capture(self._show_warning if rank0 else None)
-        self._live: Live | None = None
+        self._live: LiveView | None = None
         self._at: Position | None = None
         self._waiting: deque[tuple[int, int | None, int, Mapping[str, float], float | None]] = deque()
         self._rows_at: tuple[float, int] | None = None  # the last row without an evaluation: when, and its epoch
@@ -85,7 +90,8 @@ class Console:
             return
         self._at = Position(lambda: self.step, doing, total_steps, step, epoch=epoch, epochs=epochs, before=seconds)
         self._rows_at = None if evaluates else (self._at.began, epoch)
-        if self._line is not None:
+        self._live = self._make_live(self._at)
+        if self._live is None and self._line is not None:
             self._live = Live(self._line, self._at)
         self._thread = threading.Thread(target=self._run, name="dist_train-console", daemon=True)
         self._thread.start()

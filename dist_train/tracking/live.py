@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from dist_train.text import format_number, format_seconds
 from dist_train.tracking.terminal import BottomLine, cells, columns, painted
@@ -153,6 +154,19 @@ def bar_line(at: Position, rate: float, width: int) -> list[str]:
 
 def _metric(metrics: Mapping[str, float], name: str, form: str) -> str:
     return form.format(format_number(name, metrics[name])) if name in metrics else ""
+
+
+class LiveView(Protocol):
+    """What the console tells of a training to whatever shows it."""
+
+    def refresh(self) -> None:
+        """About four times a second, from a thread of its own."""
+
+    def row(self, step: int, val: Mapping[str, float], beside: Beside) -> None:
+        """An evaluation on `val`, or without one a part of training."""
+
+    def stop(self) -> None:
+        """At the end of the training steps."""
 
 
 class Live:

@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+import logging
+import multiprocessing
 import sys
+import threading
+import time
+from collections.abc import Mapping
+from html import escape
 from typing import Any
 
+from dist_train.config.errors import mask, visible
+from dist_train.tracking.live import Beside, Position, bar_line, cells_of
+from dist_train.tracking.records import Row
+from dist_train.views.charts import drawing
+from dist_train.views.curves import horizontal_of, panel_of
+
+ROWS = 12  # the last ones that are shown
+PAUSE = 0.5  # seconds between two updates at least
 STYLE = "font:13px/1.5 system-ui,sans-serif;max-width:900px"
 GRID = "display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,300px),1fr));gap:10px"
 
@@ -13,3 +27,104 @@ def shell() -> Any:
     """IPython's shell if this code runs in one, a notebook's kernel or `ipython`; else None. Imports nothing."""
     ipython = sys.modules.get("IPython")
     return ipython.get_ipython() if ipython is not None else None
+
+
+def notebook_live(position: Position) -> NotebookLive | None:
+    """What a cell of a notebook shows of a training; None where this isn't one, or is a process that it has started."""
+    if not hasattr(shell(), "kernel") or multiprocessing.parent_process() is not None:
+        return None
+    return NotebookLive(position)
+
+
+class NotebookLive:
+    """The output of a cell, updated while training runs: bar, rows of evaluations, loss and the metric that is watched.
+
+    Updates come from the console's thread, and after evaluations from training's. None raises: without them training runs on.
+    """
+
+    def __init__(self, position: Position) -> None:
+        self._at = position
+        self._heads: dict[str, None] = {}
+        self._rows: list[tuple[dict[str, str], bool]] = []
+        self._points: list[Row] = []
+        self._watched = "loss"
+        self._seen: tuple[float, int, Mapping[str, float]] = (0.0, -1, {})  # when, and what was shown then
+        self._handle: Any = None
+        self._on = True
+        self._lock = threading.Lock()
+        self._update()
+
+    def refresh(self) -> None:
+        """Show what has changed since the last time, unless that was a moment ago."""
+        if time.monotonic() - self._seen[0] >= PAUSE and self._at.step() != self._seen[1]:
+            self._update()
+
+    def row(self, step: int, val: Mapping[str, float], beside: Beside) -> None:
+        """An evaluation on `val`, or without one a part of training."""
+        if beside.main in val:
+            self._at.evaluated, self._watched = (f"val/{beside.main}", val[beside.main]), beside.main
+        cells = {name: text for name, (_, text) in cells_of(self._at, step, val, beside).items()}
+        self._heads |= dict.fromkeys(cells)
+        self._rows.append((cells, beside.best))
+        found = (("train", beside.train), ("val", val))
+        self._points += [{"step": step, "split": split, **metrics} for split, metrics in found if metrics]
+        self._update()
+
+    def stop(self) -> None:
+        """Leave it as it is at the end."""
+        self._update()
+
+    def _update(self) -> None:
+        with self._lock:
+            step, metrics = self._at.step(), self._at.metrics
+            if "loss" in metrics and metrics is not self._seen[2]:
+                self._points.append({"step": step, "split": "train", "loss": metrics["loss"]})
+            self._seen = time.monotonic(), step, metrics
+            try:
+                self._show()
+            except Exception as error:
+                self._on = False
+                logging.getLogger("dist_train").warning("no live output: %s: %s", type(error).__name__, error)
+
+    def _show(self) -> None:
+        if not self._on:
+            return
+        from IPython.display import display
+
+        if self._handle is None:
+            self._handle = display(self._content(), raw=True, display_id=True)
+        else:
+            self._handle.update(self._content(), raw=True)
+
+    def _content(self) -> dict[str, str]:
+        step, at = self._at.step(), self._at
+        rate = (step - at.first) / max(at.elapsed, 1e-9)
+        before, _, after = bar_line(at, rate, 160)
+        text = (before + after.lstrip("\u2500")).strip()
+        most = f'value="{step}" max="{at.total}"' if at.total else ""
+        html = [f'<div style="{STYLE}"><progress {most} style="width:100%"></progress><div>{_plain(text)}</div>']
+        html += [self._table(), f'<div style="{GRID}">{"".join(self._curves())}</div></div>']
+        return {"text/plain": text, "text/html": "".join(html)}
+
+    def _table(self) -> str:
+        if not self._rows:
+            return ""
+        head = "".join(f"<th>{_plain(name)}</th>" for name in self._heads)
+        lines = []
+        for cells, best in self._rows[-ROWS:]:
+            texts = [cells.get(name, "") for name in self._heads]
+            style, star = (' style="font-weight:bold"', "\u2605") if best else ("", "")
+            lines.append(f"<tr{style}>{''.join(f'<td>{_plain(text)}</td>' for text in [*texts, star])}</tr>")
+        return f"<table><tr>{head}<th></th></tr>{''.join(lines)}</table>"
+
+    def _curves(self) -> list[str]:
+        names = dict.fromkeys(name for name in ("loss", self._watched) if any(name in row for row in self._points))
+        axis = horizontal_of(self._points)
+        if axis.first == axis.last:
+            return []
+        panels = [panel_of(self._points, name, {}) for name in names]
+        return [f"<div><b>{_plain(panel.title)}</b>{drawing(panel, axis)}</div>" for panel in panels]
+
+
+def _plain(text: str) -> str:
+    return escape(visible(mask(text), keep=""))

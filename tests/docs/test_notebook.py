@@ -16,6 +16,8 @@ from runs import ROOT, environment
 
 import dist_train
 from dist_train import ConfigError, train
+from dist_train.tracking.live import Beside, Position
+from dist_train.views.notebook import notebook_live
 from dist_train.views.result import Result
 
 QUICK = ["tracking.tensorboard=false", "tracking.report=false", "trainer.duration=2step", "run.name=cell"]
@@ -48,6 +50,17 @@ def test_a_result_is_shown_with_curves_the_best_and_the_files_that_are_there(exe
     assert 'href="runs/notebook/report.html"' in html
     assert "metrics.csv" not in html or (folder / "runs/notebook/metrics.csv").exists()
     assert float(shown(cells[3], "text/plain")) == recorded["metrics"]["test"]["accuracy"]
+
+
+def test_a_cell_shows_bar_rows_and_curves_in_one_output_that_is_updated(executed: tuple[Path, list[Any]]) -> None:
+    _, cells = executed
+    (live,) = [output for output in cells[1].outputs if output.output_type == "display_data"]
+    html = live["data"]["text/html"]
+    assert '<progress value="152" max="152"' in html
+    assert html.count("<svg") == 2
+    assert html.count("<tr") == 1 + 8  # evaluations
+    assert "epoch 8/8" in live["data"]["text/plain"]
+    assert not any("epoch 2/8" in output.get("text", "") for output in cells[1].outputs)
 
 
 def test_a_cell_that_is_run_again_trains_again_and_a_mistake_is_one_message(executed: tuple[Path, list[Any]]) -> None:
@@ -89,3 +102,16 @@ def test_a_result_whose_run_is_gone_is_still_shown(tmp_path: Path) -> None:
     result = Result({"state": "completed", "reason": "<b>"}, str(tmp_path / "gone"))
     assert "&lt;b&gt;" in result._repr_html_()
     assert result == {"state": "completed", "reason": "<b>"}
+
+
+def test_live_output_that_fails_is_one_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert notebook_live(Position(lambda: 0)) is None  # not a notebook
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: SimpleNamespace(kernel=1)))
+    monkeypatch.setitem(sys.modules, "IPython.display", None)
+    live = notebook_live(Position(lambda: 3, total=9))
+    assert live is not None
+    live.row(3, {"loss": 0.5}, Beside(1, {"loss": 0.6}))
+    live.stop()
+    assert [record.message[:15] for record in caplog.records] == ["no live output:"]
