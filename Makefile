@@ -17,7 +17,7 @@ NPROC ?= $(or $(filter-out 0,$(GPUS)),2)
 CPUS    = $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 THREADS = $(shell n=$$(($(CPUS) / $(NPROC))); echo $$((n > 0 ? n : 1)))
 
-.PHONY: help train test-cpu lint format bench bench-quick bench-all chaos docs clean distclean install
+.PHONY: help train test-cpu lint format bench bench-quick bench-all chaos docs site clean distclean install
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -61,8 +61,12 @@ chaos: install  ## run the long kill tests: real processes, real signals
 docs: install  ## regenerate docs/config.md and the JSON Schema from the schema
 	$(BIN)/python docs/make_config.py
 
+site: install  ## build the documentation as a site with search: site/index.html
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 clean:  ## remove tool caches and build outputs (keeps runs/ and .venv)
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
 
 distclean: clean  ## clean, and remove the virtual environments

@@ -1,4 +1,4 @@
-"""The docs are correct: their files and commands run, and the keys, commands, code files and links that they name exist."""
+"""The docs are correct: their files and commands run, and the keys, commands and code files that they name exist."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from dist_train.run.api import train
 from dist_train.runtime.location import expand_name
 
 PAGES = (
+    "start",
     "from-notebook-to-cluster",
     "gallery",
     "your-own",
@@ -92,6 +94,62 @@ def test_the_custom_components_run_as_shown(tmp_path: Path) -> None:
     assert result(tmp_path / "runs/autoencoder")["metrics"]["val"]["mse"] < 0.5
 
 
+def test_the_first_page_trains_a_new_project_as_shown(tmp_path: Path) -> None:
+    out = "".join(simple_commands(tmp_path, text) for name, text in blocks("start", "sh") if name == "run")
+    assert result(tmp_path / "runs/moons")["epoch"] == 40
+    assert result(tmp_path / "runs/two")["world_size"] == 2
+    assert "ready" in out
+    config = tmp_path / "my_project/config.yaml"
+    config.write_text(config.read_text().replace("hidden: 32", "width: 32"))
+    command = [sys.executable, "-m", "dist_train.main", "--config", "my_project/config.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), text=True, capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr.strip()) == (2, blocks("start", "text")[0][1].strip())
+
+
+@pytest.mark.chaos
+def test_the_container_of_the_kubernetes_job_resumes_a_stopped_run(tmp_path: Path) -> None:
+    """Its script on one host: a saved run isn't done, a completed one is, and a wrong config ends the job."""
+    _, job = yaml.safe_load_all(dict(blocks("clusters", "yaml"))["job.yaml"])
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    script = container["args"][0].replace("/opt/dist_train", str(ROOT)).replace("configs/", f"{ROOT}/configs/")
+    script = script.replace("/runs", "runs")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+    def start(text: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([*container["command"], text], cwd=tmp_path, env=environment(PATH=path, NNODES="1"))
+
+    process = start(script)
+    rows = tmp_path / "runs/digits/metrics.jsonl"
+    while not rows.exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait() == 1
+    assert json.loads((tmp_path / "runs/digits/status.json").read_text())["state"] == "preempted"
+    assert start(script).wait() == 0
+    assert result(tmp_path / "runs/digits")["state"] == "completed"
+    assert start(script.replace("run.dir=runs", "trainer.epochs=3")).wait() == 2
+    read = set(re.findall(r"\$\{?(\w+)", (ROOT / "launch/torchrun.sh").read_text()))
+    assert {variable["name"] for variable in container["env"]} <= read
+
+
+@pytest.mark.parametrize("page", ["from-notebook-to-cluster", "your-own"])
+def test_the_chinese_page_has_the_same_files_and_commands(page: str) -> None:
+    text = (ROOT / f"docs/zh/{page}.md").read_text()
+    assert BLOCK.findall(text) == BLOCK.findall(TEXTS[page])
+
+
+def test_messages_that_the_chinese_page_quotes_are_those_of_the_english_one() -> None:
+    """In the first column of its tables, but for config errors: those are in the corpus of tests/config."""
+    text = (ROOT / "docs/zh/troubleshooting.md").read_text().partition("\n## 第一步之前卡住\n")[2]
+    cells = re.findall(r"^\| (`.*?`) \|", text, re.M)
+    parts = [
+        part for cell in cells for said in re.findall(r"`([^`]*)`", cell) for part in re.split(r" ?\.\.\. ?", said)
+    ]
+    assert len(parts) > 20
+    assert [part for part in parts if part not in TEXTS["troubleshooting"]] == []
+
+
 def test_the_comparison_of_runs_prints_what_is_shown(tmp_path: Path) -> None:
     out = "".join(simple_commands(tmp_path, text) for name, text in blocks("reproducibility", "sh") if name == "run")
     for _, text in blocks("reproducibility", "text"):
@@ -156,7 +214,7 @@ def test_config_fragments_are_valid(page: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_keys_commands_and_links_exist(page: str) -> None:
+def test_keys_and_commands_exist(page: str) -> None:
     known = dict(walk(Config))
     sections = "|".join(name for name in Config.model_fields if section_of(Config.model_fields[name]))
     text = re.sub(r"^```python.*?^```$", "", TEXTS[page], flags=re.MULTILINE | re.DOTALL)
@@ -164,8 +222,6 @@ def test_keys_commands_and_links_exist(page: str) -> None:
         assert any(key == leaf or key.startswith(leaf + ".") for leaf in known) or key.endswith(".py"), key
     for word in re.findall(r"dist_train\.main ([a-z]\w*)(?!\S*=)", text):
         assert word in COMMANDS, word
-    for target in re.findall(r"\]\(([^)#]+)\)", TEXTS[page]):
-        assert (ROOT / "docs" / target).exists() or target.startswith("https://"), target
     assert TEXTS[page].isascii()
 
 
