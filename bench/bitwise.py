@@ -149,7 +149,7 @@ class Contender:
         began, cpu = time.perf_counter(), time.process_time()
         for _ in range(steps):
             batch = self.plan.batch(self.step)
-            self.stepper(StepWork(self.step, 0, len(batch), batch, self._micro_batches()), want_norm=False)
+            self.stepper(StepWork(self.step, 0, len(batch), self._micro_batches()), want_norm=False)
             self.step += 1
         return (time.perf_counter() - began) / steps, (time.process_time() - cpu) / steps
 

@@ -39,7 +39,7 @@ def work(step: int, inputs: Tensor, targets: Tensor) -> StepWork:
     def micro() -> Iterator[MicroBatch]:
         yield MicroBatch(0, step, rows, 0, len(inputs), True, (inputs, targets))
 
-    return StepWork(step, 0, len(inputs), rows, micro())
+    return StepWork(step, 0, len(inputs), micro())
 
 
 def network() -> nn.Module:

@@ -27,6 +27,7 @@ from torch import nn
 
 import dist_train
 from dist_train.data.plan import MicroBatch, StepWork
+from dist_train.models import MLP
 from dist_train.training.trainer import Trainer
 from dist_train.watch.status import status
 
@@ -71,7 +72,7 @@ def engine_loop(trainer: Any, works: list[tuple[int, list[MicroBatch]]]) -> None
     """The steps as `Trainer.fit` runs them; they are always the first ones of the run."""
     trainer._due_at = 0
     for step, (samples, micro_batches) in enumerate(works):
-        work = StepWork(step, 0, samples, micro_batches[0].indices, iter(micro_batches))
+        work = StepWork(step, 0, samples, iter(micro_batches))
         status.step = step + 1
         trainer.control.begin()
         trainer._run_step(work)
@@ -81,7 +82,7 @@ def engine_loop(trainer: Any, works: list[tuple[int, list[MicroBatch]]]) -> None
 
 def raw_loop(batches: list[Any], world: int) -> Callable[[], None]:
     """The loop that one would write."""
-    model: nn.Module = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
+    model: nn.Module = MLP(64, [128], 10)
     if world > 1:
         model = nn.parallel.DistributedDataParallel(model)
     criterion = nn.CrossEntropyLoss()

@@ -265,10 +265,10 @@ class TrainLoader(_Loader):
                 if self._stream is not None:
                     self._stream.rewind()
                 iterator = self._start()
-            samples, local = plan.batch_samples(step), plan.local(step, sampler.rank, sampler.num_replicas)
-            start_position = plan.share(samples, sampler.rank, sampler.num_replicas).start if len(local) else 0
-            micro_batches = self._micro_batches(iterator, step, start_position)
-            yield StepWork(step, epoch, samples, local, micro_batches)
+            samples = plan.batch_samples(step)
+            mine = plan.share(samples, sampler.rank, sampler.num_replicas)
+            micro_batches = self._micro_batches(iterator, step, mine.start if mine.stop > mine.start else 0)
+            yield StepWork(step, epoch, samples, micro_batches)
             for _ in micro_batches:  # the caller may have left a step early
                 pass
         self.close()

@@ -72,8 +72,6 @@ class StepWork:
     epoch: int
     samples: int
     """Samples of the global batch, over all ranks."""
-    local_indices: Indices
-    """The samples of this rank, (n,) int64, known before anything is read; empty if it has none."""
     micro_batches: Iterator[MicroBatch]
     """Read when asked for."""
 

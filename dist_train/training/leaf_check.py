@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -55,7 +54,7 @@ def _try(parts: Parts) -> None:
         _restored(parts.modules),
     ):
         try:
-            work = StepWork(0, 0, parts.plan.batch_samples(0), np.arange(0), iter(()))
+            work = StepWork(0, 0, parts.plan.batch_samples(0), iter(()))
             batches = [parts.prepare(micro, work) for micro in parts.train_loader.first(2)]
         except Exception:
             return  # reported where training reads it

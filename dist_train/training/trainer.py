@@ -164,7 +164,7 @@ class Trainer:
         parts, done = self.parts, work.step + 1
         status.began = time.perf_counter()
         if self.outputs.trace is not None:
-            self.outputs.trace.write(done, work.local_indices)
+            self.outputs.trace.write(done, self.plan.local(work.step, self.world.rank, self.world.size))
         self.rows.lr = parts.learning_rates()
         self.stepper(work, want_norm=self.due.log(done))
         self.progress.step = self.console.step = done

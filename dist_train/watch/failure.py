@@ -41,7 +41,8 @@ _HINTS = {  # the first pattern that matches counts; torch ends each "CUDA error
     "SampleError": "read that sample by hand (dataset class and index); data.num_workers=0 makes it debuggable; "
     "data.on_error=skip trains on without it",
     r"DataLoader worker \(pid": "data.num_workers=0 shows an error in the dataset itself; more /dev/shm, or more memory",
-    r"/dev/shm|shared memory\(shm\)": "df -h /dev/shm: docker run --shm-size=8g, or fewer data.num_workers",
+    r"/dev/shm(?![/\w])|shared memory ?\(shm\)|shared memory (object|segment)": "df -h /dev/shm: docker run --shm-size=8g, or "
+    "fewer data.num_workers",
     r"No space left|Errno 28": "free disk space (df -h), or keep less: checkpoint.keep_last=1, a longer checkpoint.every",
     "shapes cannot be multiplied": "the layer's in_features must equal the out_features of the layer before it",
     r"must have the same dtype|\(unsigned char\) and (bias|weight) type": "inputs must have the weights' dtype: return x.float() "

@@ -109,13 +109,14 @@ def test_the_steps_of_one_process_are_the_plans_batches_over_the_ends_of_epochs(
     plan = Plan(0, len(data), 50)
     for work in loader_of(data, plan=plan, micro_batch_size=64).steps(2, 8):
         (micro,) = work.micro_batches
-        assert (work.local_indices == plan.batch(work.step)).all()
+        indices = plan.batch(work.step)
+        assert (micro.indices == indices).all()
         assert (work.epoch, work.samples) == (work.step // 3, 50)
         assert (micro.position, micro.samples, micro.zero_weight, micro.last) == (0, 50, False, True)
         inputs, targets = micro.batch
         assert inputs.dtype == torch.float32
-        assert inputs.equal(torch.stack([data[i][0] for i in work.local_indices]))
-        assert targets.equal(torch.tensor([data[i][1] for i in work.local_indices]))
+        assert inputs.equal(torch.stack([data[i][0] for i in indices]))
+        assert targets.equal(torch.tensor([data[i][1] for i in indices]))
 
 
 def test_batches_out_of_order_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,11 +143,11 @@ def test_ranks_and_micro_batches_cut_the_batch_and_every_rank_has_something_to_r
     ]
     for works in zip(*(loader.steps(4, 8) for loader in loaders)):
         counted = []
-        for work in works:
+        for rank, work in enumerate(works):
             micro_batches = list(work.micro_batches)
             assert micro_batches
             mine = [i for m in micro_batches if not m.zero_weight for i in m.indices.tolist()]
-            assert mine == work.local_indices.tolist()
+            assert mine == plan.local(work.step, rank, world_size).tolist()
             assert sum(m.samples for m in micro_batches) == len(mine)
             assert [m.last for m in micro_batches] == [False] * (len(micro_batches) - 1) + [True]
             counted += mine
@@ -193,7 +194,7 @@ def test_a_step_left_early_does_not_shift_the_next_one() -> None:
     loader = loader_of(Noisy(), micro_batch_size=2)
     for work in loader.steps(0, 4):
         micro = next(work.micro_batches)
-        assert (micro.indices == work.local_indices[:2]).all()
+        assert (micro.indices == loader.plan.batch(work.step)[:2]).all()
 
 
 def test_workers_stay_over_epochs_unless_configured_otherwise_and_are_gone_after_closing() -> None:
@@ -266,7 +267,7 @@ def test_a_collate_of_the_users_own_gets_the_list_of_samples(num_workers: int) -
     loader = loader_of(Digits("val"), plan=Plan(0, 180, 4), collate=_doubled, num_workers=num_workers)
     for work in loader.steps(0, 2):
         (micro,) = work.micro_batches
-        assert micro.batch == [2 * Digits("val")[i][1] for i in work.local_indices]
+        assert micro.batch == [2 * Digits("val")[i][1] for i in loader.plan.batch(work.step)]
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -278,7 +279,7 @@ def test_tensor_datasets_and_their_subsets_are_read_at_once_and_equal_their_item
         loader = loader_of(data, plan=Plan(0, len(data), 4), num_workers=num_workers)
         for work in loader.steps(0, 2):
             (micro,) = work.micro_batches
-            expected = default_collate([data[i] for i in work.local_indices])
+            expected = default_collate([data[i] for i in loader.plan.batch(work.step)])
             assert all(a.equal(b) for a, b in zip(micro.batch, expected, strict=True))
     assert batch_reader(Subset(Noisy(), [1])) is None
     assert batch_reader(type("Mine", (TensorDataset,), {})(torch.zeros(3))) is None

@@ -115,7 +115,7 @@ def work(step: int, batch: Any, parts: int) -> StepWork:
         for k in range(parts):
             yield MicroBatch(0, step, rows, 16 * k, 16, k == parts - 1, batch)
 
-    return StepWork(step, 0, 16 * parts, rows, micro_batches())
+    return StepWork(step, 0, 16 * parts, micro_batches())
 
 
 def waits(

@@ -41,7 +41,7 @@ def work(step: int, inputs: Tensor = INPUTS, parts: int = 1) -> StepWork:
             part = slice(k * size, (k + 1) * size)
             yield MicroBatch(0, step, np.arange(8)[part], k * size, size, k == parts - 1, (inputs[part], TARGETS[part]))
 
-    return StepWork(step, 0, len(inputs), np.arange(len(inputs)), micro_batches())
+    return StepWork(step, 0, len(inputs), micro_batches())
 
 
 def stepper(

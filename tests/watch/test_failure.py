@@ -206,6 +206,7 @@ def test_out_of_memory_is_recognized_in_every_wording(error: Exception) -> None:
         (RuntimeError("DataLoader worker (pid 812) is killed by signal: Bus error. It is possible that dataloader's workers are "
                       "out of shared memory. Please try to raise your shared memory limit."), "more /dev/shm"),
         (RuntimeError("unable to allocate shared memory(shm) for file </torch_812_3>: Success (0)"), "df -h /dev/shm"),
+        (OSError(28, "No space left on device", "/dev/shm/runs/digits/model.pt"), "checkpoint.keep_last=1"),
     ],
 )  # fmt: skip
 def test_what_to_try_follows_from_the_error(error: Exception, hint: str) -> None:
