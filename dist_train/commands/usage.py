@@ -36,6 +36,7 @@ GROUPS = {
     "use": {
         "predict": "predictions for each sample of a dataset, as a table",
         "export": "a run's weights for other programs",
+        "completion": "complete commands, keys and runs in bash, zsh or fish",
     },
 }
 COMMANDS = {name: text for group in GROUPS.values() for name, text in group.items()}
@@ -63,6 +64,10 @@ class Usage(NamedTuple):
     options: tuple[Option, ...] = ()
     takes: str = ""
 
+    def table(self) -> tuple[Option, ...]:
+        """All that it takes."""
+        return (*_SHARED[self.takes], *self.options)
+
     def parser(self) -> argparse.ArgumentParser:
         """Its parser; wrong arguments raise ArgumentTypeError."""
         import argparse
@@ -71,8 +76,8 @@ class Usage(NamedTuple):
             def error(self, message: str) -> NoReturn:
                 raise argparse.ArgumentTypeError(message)
 
-        width, shared = help_width(), _SHARED[self.takes]
-        named = " ".join(settings["metavar"] for name, settings in (*shared, *self.options) if name[0] != "-")
+        width = help_width()
+        named = " ".join(settings["metavar"] for name, settings in self.table() if name[0] != "-")
         parser = Parser(
             prog=f"dist-train {self.name}",
             usage=f"dist-train {self.name} {_PLACES.get(self.takes, named)} [options]",
@@ -81,7 +86,7 @@ class Usage(NamedTuple):
             formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=22, width=width),
             allow_abbrev=False,
         )
-        for name, settings in (*shared, *self.options):
+        for name, settings in self.table():
             parser.add_argument(name, **settings)
         return parser
 
