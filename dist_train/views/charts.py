@@ -17,6 +17,7 @@ WIDTH, HEIGHT = 340, 212
 LEFT, TOP, INNER, TALL = 42, 14, 282, 172  # the plot inside
 DOTS = 40  # points of a line up to which each is marked
 NUMBERED = 12  # marks of restarts that have numbers
+SWATCH = "display:inline-block;width:9px;height:9px;border-radius:2px;margin-right:4px;background:"
 KEYS = 8  # lines whose names stand above each chart
 
 
@@ -36,7 +37,9 @@ def script() -> str:
 
 def chart(panel: Panel, axis: Horizontal, marks: Sequence[Mark] = ()) -> str:
     """A figure as HTML: what its lines are with their last and best values, the SVG, and the data for the script."""
-    drawn = f'<figure class="chart" data-chart="{escape(json.dumps(_data(panel, axis), allow_nan=False))}">{_caption(panel)}'
+    drawn = (
+        f'<figure class="chart" data-chart="{escape(json.dumps(_data(panel, axis), allow_nan=False))}">{caption(panel)}'
+    )
     return f"{drawn}{drawing(panel, axis, marks)}</figure>"
 
 
@@ -104,7 +107,7 @@ def _named(panel: Panel) -> str:
     return f'aria-label="{_plain(panel.title + "".join(best[:KEYS]))}">'
 
 
-def _caption(panel: Panel) -> str:
+def caption(panel: Panel) -> str:
     """The title, and for each line its name with its last value, which the script replaces by those under the pointer."""
     keys = []
     for line in panel.lines:
@@ -113,7 +116,7 @@ def _caption(panel: Panel) -> str:
         name = f"<span>{_plain(line.label)}</span>"
         unseen = ' style="display:none"' if line.hidden else ""
         keys.append(
-            f'<span class="key"{unseen}><i style="background:{line.color}"></i>{name} <b>{panel.shown(last)}</b>{best}</span>'
+            f'<span class="key"{unseen}><i style="{SWATCH}{line.color}"></i>{name} <b>{panel.shown(last)}</b>{best}</span>'
         )
     return f"<figcaption><strong>{_plain(panel.title)}</strong> <em></em><div>{''.join(keys)}</div></figcaption>"
 

@@ -14,7 +14,7 @@ from typing import Any
 from dist_train.config.errors import mask, visible
 from dist_train.tracking.live import Beside, Position, bar_line, cells_of
 from dist_train.tracking.records import Row
-from dist_train.views.charts import drawing
+from dist_train.views.charts import caption, drawing
 from dist_train.views.curves import horizontal_of, panel_of
 
 ROWS = 12  # the last ones that are shown
@@ -123,7 +123,7 @@ class NotebookLive:
         if axis.first == axis.last:
             return []
         panels = [panel_of(self._points, name, {}) for name in names]
-        return [f"<div><b>{_plain(panel.title)}</b>{drawing(panel, axis)}</div>" for panel in panels]
+        return [f"<div>{caption(panel)}{drawing(panel, axis)}</div>" for panel in panels]
 
 
 def _plain(text: str) -> str:

@@ -13,7 +13,7 @@ from dist_train.config.errors import visible
 from dist_train.runtime.rundir import RunDir
 from dist_train.text import format_seconds
 from dist_train.tracking.records import read_rows
-from dist_train.views.charts import drawing
+from dist_train.views.charts import caption, drawing
 from dist_train.views.curves import horizontal_of, metric_names, panel_of
 from dist_train.views.notebook import GRID, STYLE
 from dist_train.views.report import BEST, best_rows, read_records
@@ -66,7 +66,7 @@ class Result(dict[str, Any]):
             parts.append(f"<table><tr>{head}</tr>{''.join(f'<tr>{line}</tr>' for line in cells)}</table>")
         axis, names = horizontal_of(rows), ["loss", *metric_names(rows)] if rows else []
         panels = [panel_of(rows, name, config) for name in names[:6]]
-        drawn = "".join(f"<div><b>{_plain(panel.title)}</b>{drawing(panel, axis)}</div>" for panel in panels)
+        drawn = "".join(f"<div>{caption(panel)}{drawing(panel, axis)}</div>" for panel in panels)
         files = ", ".join(self._link(run, name) for name in FILES if run.storage.exists(name))
         return [*parts, f'<div style="{GRID}">{drawn}</div>', f"<div>{_plain(self.location)}: {files}</div></div>"]
 
