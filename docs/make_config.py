@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,13 @@ def _table(section: type[Section], above: str) -> Iterator[str]:
     for name, schema in section.model_json_schema()["properties"].items():
         if "change" in schema:  # the rest are sections of their own
             shown = "`" + json.dumps(schema["default"]).replace('"', "") + "`" if "default" in schema else "required"
-            yield f"| `{above}{name}` | {_kind(schema)} | {shown} | {schema['change']} | {schema['description']} |"
+            yield f"| `{above}{name}` | {_kind(schema)} | {shown} | {schema['change']} | {_prose(schema['description'])} |"
+
+
+def _prose(text: str) -> str:
+    """A description as Markdown: what looks like emphasis outside of code isn't."""
+    code = re.split(r"(`[^`]*`)", text)
+    return "".join(part if part.startswith("`") else re.sub(r"([*_])", r"\\\1", part) for part in code)
 
 
 def _kind(schema: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ OUTSIDE = "repository/"
 PAGES = ("bench/RESULTS.md", "bench/README.md", "docker/README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
 # A link or a picture of Markdown, outside of code; its target without the anchor.
 LINK = re.compile(r"(\]\()([^)\s#]+)(?=[)#])")
+FENCE = re.compile(r"^(```\w+) (\S+)$", re.M)
 CODE = re.compile(r"(^```.*?^```$|^    .*?$|`[^`\n]*`)", re.M | re.S)
 
 
@@ -57,6 +58,11 @@ def _file(config: Any, path: str) -> File:
     )
 
 
+def _titled(match: re.Match[str]) -> str:
+    """A fence with a file's name, which is its title in the site; `run` is for the tests."""
+    return match[1] if match[2] == "run" else f'{match[1]} title="{match[2]}"'
+
+
 def on_page_markdown(markdown: str, page: Any, files: Files, **_: Any) -> str:
     """Links as the site has them."""
     here = page.file.src_uri
@@ -71,5 +77,8 @@ def on_page_markdown(markdown: str, page: Any, files: Files, **_: Any) -> str:
         uri = uri + "/index.md" if (ROOT / path).is_dir() and not path.startswith("docs/") else uri
         return match[1] + posixpath.relpath(uri, posixpath.dirname(here) or ".")
 
-    parts = CODE.split(markdown)
+    markdown = re.sub(
+        r"<(table|tr|td)>", r'<\1 markdown="block">', markdown
+    )  # what stands in cells is Markdown, as on GitHub
+    parts = CODE.split(FENCE.sub(_titled, markdown))
     return "".join(part if CODE.fullmatch(part) else LINK.sub(found, part) for part in parts)

@@ -76,6 +76,7 @@ class Html(HTMLParser):
         self.links: set[str] = set()
         self.needs: set[str] = set()
         self.ids: set[str] = set()
+        self.text = ""
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         values = dict(attrs)
@@ -84,6 +85,9 @@ class Html(HTMLParser):
             self.links.add(values.get("href") or "")
         elif tag in ("img", "script", "link") and values.get("rel") != "canonical":
             self.needs.add(values.get("src") or values.get("href") or "")
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +121,11 @@ def test_every_link_of_the_site_leads_to_a_page_and_a_heading(site: dict[Path, H
     names = {str(page.relative_to(ROOT / "docs").with_suffix(".html")) for page in (ROOT / "docs").rglob("*.md")}
     folder = next(page for page in site if page.name == "404.html").parent
     assert {str(page.relative_to(folder)) for page in site} >= {name.replace("README", "index") for name in names}
+
+
+def test_code_is_shown_as_code(site: dict[Path, Html]) -> None:
+    assert [page.name for page, html in site.items() if "```" in html.text] == []
+    assert all("my_data.py" in html.text for page, html in site.items() if page.name == "your-own.html")
 
 
 def test_the_site_needs_nothing_from_elsewhere_and_has_a_search_index(site: dict[Path, Html]) -> None:
