@@ -50,12 +50,13 @@ def _run(arguments: list[str]) -> int:
         if name not in COMMANDS:
             raise ConfigError.single("", mistakes.unknown_command(name), where=mistakes.COMMAND_LINE)
         count, arguments = take_option(arguments)
+        given = arguments[1:] if arguments[:1] == [name] else arguments
         if count is not None:
-            return run_processes(count, arguments)
+            module = importlib.import_module(f"dist_train.commands.{name}")
+            return 0 if name in TRAINS and module.is_answered(given) else run_processes(count, arguments)
         signals.install(stops=name in TRAINS, reports=rank == 0)
         if rank == 0 and name in SLOW:
             show_status(f"dist-train {name}: loading torch")
-        given = arguments[1:] if arguments[:1] == [name] else arguments
         with owned_by_command():
             code: int = importlib.import_module(f"dist_train.commands.{name}").main(given)
         if code and rank == 0:

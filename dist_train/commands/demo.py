@@ -22,3 +22,8 @@ dist-train config > digits.yaml             # its config, to begin from""",
 def main(arguments: Sequence[str]) -> int:
     """As `train` without a config."""
     return train.main(arguments, USAGE)
+
+
+def is_answered(arguments: Sequence[str]) -> bool:
+    """As `train` without a config."""
+    return train.is_answered(arguments, USAGE)

@@ -32,3 +32,14 @@ def main(arguments: Sequence[str], usage: Usage = USAGE) -> int:
     if placement.rank == 0:
         leave_code(code)
     return 0 if placement.under_torchrun else code
+
+
+def is_answered(arguments: Sequence[str], usage: Usage = USAGE) -> bool:
+    """Before several processes are started for this: whether the run is completed, and its result has been shown."""
+    from dist_train.config.load import load_config
+    from dist_train.run.completed import answer, seems_completed
+
+    options = parse(usage, arguments)
+    config = load_config(options.config, options.overrides)
+    decision = seems_completed(config)
+    return decision is not None and answer(config, decision) is not None

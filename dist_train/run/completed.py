@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from dist_train.files import StorageError
 from dist_train.run.decide import Decision, decide
 from dist_train.run.objects import was_seen
 from dist_train.runtime.launch import read_placement
-from dist_train.runtime.location import check_place, run_location
+from dist_train.runtime.location import FILES, check_place, run_location
 from dist_train.runtime.rundir import RunDir
 from dist_train.text import format_seconds
 from dist_train.tracking.console import Console
@@ -20,6 +21,8 @@ from dist_train.views.result import Result
 
 if TYPE_CHECKING:
     from dist_train.config.schema import Config
+
+SETTLED_SECONDS = 60.0  # much longer than processes of one start come apart
 
 
 def seems_completed(config: Config) -> Decision | None:
@@ -38,23 +41,34 @@ def seems_completed(config: Config) -> Decision | None:
 
 
 def answer(config: Config, decision: Decision) -> Result | None:
-    """The result of a completed run, shown; None if there is more to do than that, or several processes have to agree on it."""
-    if read_placement(os.environ).size > 1 or config.has_live_objects:
+    """The result of a completed run, shown by rank 0; None if there is more to do, or several processes have to agree on it."""
+    placement, run = read_placement(os.environ), RunDir(run_location(config))
+    if config.has_live_objects or (placement.size > 1 and not _same_for_all(run)):
         return None
-    run = RunDir(run_location(config))
     finished = (run.read_json("status.json") or {}).get("state") == "completed"
     if not finished or (config.tracking.report and not run.storage.exists("report.html")):
         return None  # a kill has left something unwritten
     if (result := run.read_json("result.json")) is None:
         return None
-    console = Console(True)
-    try:
-        result = with_nan(result)
-        show_completed(result, run, console, decision)
-        console.end_block(end_lines(result, run))
-    finally:
-        console.close()
+    result = with_nan(result)
+    if placement.rank == 0:
+        console = Console(True)
+        try:
+            show_completed(result, run, console, decision)
+            console.end_block(end_lines(result, run))
+        finally:
+            console.close()
     return Result(result, run.location)
+
+
+def _same_for_all(run: RunDir) -> bool:
+    """Whether all processes find the same here without asking: they are on this machine, and nothing has changed lately."""
+    env = os.environ
+    if env.get("LOCAL_WORLD_SIZE", "") != env.get("WORLD_SIZE") or not run.storage.is_local:
+        return False
+    files = [run.path(name) for name in FILES]
+    newest = max((path.stat().st_mtime for path in files if path.exists()), default=math.inf)
+    return time.time() - newest > SETTLED_SECONDS
 
 
 def fresh_name(config: Config, log: Callable[[str], object]) -> Config:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import runs
 import torch
 
+from dist_train import train
+from dist_train.config.load import load_config
+from dist_train.main import main
+from dist_train.run.completed import answer, seems_completed
 from dist_train.runtime.compiler import defer_compiler
 
 # Prints the modules that are imported when the first step begins and when the last one ends, or when a command is over.
@@ -95,3 +101,36 @@ def _by_hand(kind: type[torch.optim.Optimizer]) -> torch.Tensor:
             m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
             w = w * (1 - 0.1 * 0.01) - 0.1 * (m / (1 - 0.9**k)) / ((v / (1 - 0.999**k)).sqrt() + 1e-8)
     return w
+
+
+def test_ranks_of_one_machine_answer_a_completed_run_alone_once_all_must_see_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = ["run.name=done", "trainer.duration=2step", "tracking.report=false", "tracking.tensorboard=false"]
+    whole = train(None, *given)
+    config = load_config(None, given)
+    decision = seems_completed(config)
+    assert decision is not None
+    capsys.readouterr()
+
+    def answered(rank: int, size: int, local: int) -> bool:
+        names = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": local}
+        for name, value in names.items():
+            monkeypatch.setenv(name, str(value))
+        found = answer(config, decision)
+        assert found is None or found == whole
+        return found is not None
+
+    assert not answered(0, 2, 2)  # just written: another rank may have seen less
+    for path in (tmp_path / "runs" / "done").iterdir():
+        os.utime(path, (0, 0))
+    assert not answered(0, 2, 1)  # another host may have another directory
+    assert answered(1, 2, 2)
+    assert capsys.readouterr().out == ""
+    assert answered(0, 2, 2)
+    assert "is completed, after 2 steps" in capsys.readouterr().out
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name)
+    assert main(["demo", *given, "--nproc", "2"]) == 0  # no process is started
+    assert "is completed, after 2 steps" in capsys.readouterr().out
