@@ -101,7 +101,8 @@ class CheckpointManager:
         self.poll()
         if self._thread is not None:
             self.wait()
-            self._log(f"step {step}: waited {time.monotonic() - started:.1f} s for the previous save")
+            waited = time.monotonic() - started
+            (self._log if waited >= 1 else LOG.info)(f"step {step}: waited {waited:.1f} s for the previous save")
         # JSON has no NaN, and the caller may change its dictionaries while the thread writes.
         frozen = json.loads(json.dumps(meta, allow_nan=False))
         state = self._copier.take(dict(parts))

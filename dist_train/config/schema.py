@@ -212,6 +212,11 @@ class TrainerConfig(Section):
     evaluate_every: Length | None = harmless(Duration(1, "ep"), "When `data.val` is evaluated. null: only at the end.")
     evaluate_at_start: bool = harmless(False, "Evaluate `data.val` before the first step too.")
     log_every: Length = harmless(Duration(50, "step"), "How often a train row is logged: the mean since the last one.")
+    train_metrics: list[Text] = harmless(
+        [],
+        "Names of those of `metrics` that train rows have too, over all samples of the training batches since the last one "
+        "(as augmented, and by the model as it trains). Metrics that are sums of a known length: accuracy, mae, ...",
+    )
     stop_when: StopWhenConfig | None = harmless(None, about(StopWhenConfig))
     profile: ProfileConfig | None = harmless(None, about(ProfileConfig))
     on_nonfinite: Literal["stop", "skip"] = harmless(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dist_train.objective.modules import Modules
 from dist_train.objective.precision import Precision
+from dist_train.task.counting import Counting, pairs_of
 from dist_train.task.task import Task
 from dist_train.task.terms import Computed, computed, mean_of, ratios
 from dist_train.watch.status import BACKWARD, status
@@ -23,7 +24,7 @@ Item = Any  # what one forward takes: a micro-batch on the device, and what an `
 
 
 class StepSums(NamedTuple):
-    """Of a step, over all ranks and micro-batches: loss sum (0-dim, on the device), its weight, and those of each named loss."""
+    """Of a step, over all ranks and micro-batches: loss sum (0-dim, on the device), its weight, and the pairs of `term_sums`."""
 
     loss: Tensor
     weight: Tensor | float
@@ -39,15 +40,16 @@ def step_sums(reported: Tensor) -> StepSums:
 
 
 def reported(output: Computed, like: Tensor) -> Tensor:
-    """What is reduced of an output: its weight, its loss sum, then (sum, weight) of each named loss; with the dtype of `like`."""
+    """What is reduced of an output, with the dtype of `like`: its weight, its loss sum, then the pairs of `term_sums`."""
     numbers = [output.weight, output.loss if output.value is None else output.value]
     numbers += [number for term in output.terms.values() for number in term[:2]]
-    return torch.stack([
+    scalars = torch.stack([
         number.detach().to(like, non_blocking=True)
         if isinstance(number, Tensor)
         else torch.full((), number, dtype=like.dtype, device=like.device)  # as_tensor would wait for the device
         for number in numbers
     ])  # fmt: skip
+    return scalars if output.counts is None else torch.cat([scalars, output.counts.to(like)])
 
 
 class Objective:
@@ -117,10 +119,23 @@ class Objective:
             )
         return output
 
-    def mean(self, sums: list[list[float]]) -> float:
-        """The loss over several steps, from (sum, weight) of it and of each named loss."""
-        (total, weight), *terms = sums
-        return mean_of(self.factors, terms) if self.factors else mean_of([1.0], [(total, weight)])
+    @property
+    def pairs(self) -> int:
+        """How many pairs of sums are reduced beside the loss: of its parts, then of the training batches' metrics."""
+        return len(self.terms or ()) + pairs_of(self.task)
+
+    def means(self, sums: list[list[float]]) -> dict[str, float]:
+        """loss, those of its parts and the metrics over several steps, from (sum, weight) of the loss and all `pairs`."""
+        (total, weight), *rest = sums
+        names = self.terms or []
+        terms, counts = rest[: len(names)], rest[len(names) :]
+        row = {"loss": mean_of(self.factors, terms) if self.factors else mean_of([1.0], [(total, weight)])}
+        row |= {
+            f"loss/{name}": part / own if own else math.nan for name, (part, own) in zip(names, terms, strict=False)
+        }
+        task: Any = self.task
+        counted = isinstance(task, Counting) and len(counts) == task.pairs  # not before the first step
+        return row | task.results(counts) if counted else row
 
     def same_terms(self, output: Computed) -> None:
         """Raises ValueError: the task has given other losses before."""
@@ -183,7 +198,7 @@ class SingleProcess:
             self._loss, self._weight = loss, output.weight
         else:
             self._loss, self._weight = self._loss.double() + loss, self._weight + output.weight
-        if output.terms:
+        if output.terms or output.counts is not None:
             terms = term_sums(output, loss.device)
             self._terms = terms if self._terms is None else self._terms + terms
 
@@ -206,7 +221,7 @@ def backward(loss: Tensor, factor: Tensor) -> None:
 
 
 def term_sums(output: Computed, device: torch.device) -> Tensor:
-    """(k, 2) in float64: sum and weight of each named loss, without waiting for the device."""
+    """(k, 2) in float64: sum and weight of each named loss, then metrics' sums, without waiting for the device."""
     values = [number for term in output.terms.values() for number in term[:2]]
     made = [
         value.detach().double()
@@ -214,7 +229,8 @@ def term_sums(output: Computed, device: torch.device) -> Tensor:
         else torch.full((), value, dtype=torch.float64, device=device)
         for value in values
     ]
-    return torch.stack(made).view(-1, 2)
+    counts = [] if output.counts is None else [output.counts.to(device)]
+    return torch.cat([*(number.view(1) for number in made), *counts]).view(-1, 2)
 
 
 def check_all_used(trained: Mapping[str, nn.Parameter]) -> None:

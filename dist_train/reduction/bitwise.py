@@ -45,7 +45,7 @@ class Bitwise:
         self.find_unused = config.find_unused_parameters
         parameters = list(self.trained.values())
         double = any(parameter.dtype in (torch.float64, torch.complex128) for parameter in parameters)
-        size = 2 + 2 * len(objective.terms or ()) + self.state.size + (len(parameters) if self.find_unused else 0)
+        size = 2 + 2 * objective.pairs + self.state.size + (len(parameters) if self.find_unused else 0)
         numbers = torch.zeros(size, dtype=torch.float64 if double else self.state.dtype, device=world.device)
         tensors = [numbers, *reversed(parameters)]
         most = min(config.bucket_mb, CPU_MB) if world.device.type == "cpu" else config.bucket_mb
@@ -142,7 +142,7 @@ class Bitwise:
         totals += [bucket.summed(sums) for bucket, sums in zip(self.buckets[rest], self._partials[rest], strict=True)]
         leaves = self._partials[0].leaves
         self._partials, self._sent = [], []
-        values = 2 + 2 * len(self.objective.terms or ())  # see `reported`
+        values = 2 + 2 * self.objective.pairs  # see `reported`
         numbers, used = totals[0][0], None
         if self.state.size:
             self.state.finish(numbers[values : values + self.state.size] / leaves)

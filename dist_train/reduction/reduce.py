@@ -94,7 +94,7 @@ class ReportingObjective(nn.Module):
         trained = list(objective.trained().values())
         double = any(parameter.dtype in (torch.float64, torch.complex128) for parameter in trained)
         dtype = torch.float64 if double else torch.float32
-        size = 2 + 2 * len(objective.terms or ())
+        size = 2 + 2 * objective.pairs
         self.report = nn.Parameter(torch.zeros(size, dtype=dtype, device=trained[0].device))
 
     def forward(self, item: Item, scale: float, zero_weight: bool) -> Tensor:
@@ -178,7 +178,7 @@ class OneBucket(SingleProcess):
         self.trained = objective.trained()
         self.parameters = list(self.trained.values())
         like = self.parameters[0]
-        self.report = like.new_zeros(2 + 2 * len(objective.terms or ()))  # see `step_sums`
+        self.report = like.new_zeros(2 + 2 * objective.pairs)  # see `step_sums`
         self.bucket = Bucket(world.rank, world.size, self.links, [*self.parameters, self.report])
 
     def forward_backward(self, item: Item, micro: MicroBatch, *, scale: float) -> None:

@@ -249,8 +249,20 @@ class Start:
             write_records(run, console.warn)
         if outcome == "completed":
             load_into_live_model(config, run)
-        console.end_block(end_lines(result, run))
+        console.end_block([*end_lines(result, run), *self._memory()])
         return Result(result, run.location)
+
+    def _memory(self) -> list[tuple[str, str]]:
+        """The GPU that has needed most memory; all ranks call it."""
+        device = self.world.device
+        if device.type != "cuda":
+            return []
+        peak = (
+            torch.cuda.max_memory_allocated(device) / 2**30,
+            torch.cuda.get_device_properties(device).total_memory / 2**30,
+        )
+        most, total = max(self.world.all_gather(peak))
+        return [("memory", f"at most {most:.1f} of {total:.0f} GiB of a GPU")]
 
     def _restore(self, checkpoints: CheckpointManager) -> tuple[Progress, dict[str, Any] | None]:
         if self.decision.action == "fresh":

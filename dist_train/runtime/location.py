@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 MICRO_BATCHES = "micro_batches.json"  # the micro-batch size that fits, once memory has run out
 _APPENDED = ("metrics.jsonl", "attempts.jsonl")
-FILES = ("config.yaml", "status.json", "result.json", "model.pt", MICRO_BATCHES, *_APPENDED)
+FILES = ("config.yaml", "status.json", "result.json", "model.pt", "metrics.csv", MICRO_BATCHES, *_APPENDED)
 FOLDERS = (".lease", "checkpoints", "logs", "trace", "digest")
 _LONGEST = 100  # characters of a path inside a run's directory
 

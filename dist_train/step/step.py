@@ -38,8 +38,8 @@ class Stepper:
         config: clip_grad_norm, clip_grad_value and on_nonfinite.
 
     Attributes:
-        totals: float64 (1 + k, 2) on the device: (sum, weight) of the loss, then of each of k named losses, since the last log
-            row, without skipped steps.
+        totals: float64 (1 + k, 2) on the device: (sum, weight) of the loss, then of each of k named losses, then sums of metrics
+            in pairs, since the last log row, without skipped steps.
         grad_norm: the norm of the last step's gradient before clipping (0-dim tensor), if it was asked for or clipped.
         guard: checks for inf and nan, and counts the steps that were skipped for them.
     """
@@ -241,7 +241,7 @@ class Stepper:
         sums = self.totals.tolist()
         self._before = _added(self._before, sums)
         self.totals.zero_()
-        row = self._means(sums)
+        row = self.objective.means(sums)
         if self.grad_norm is not None:
             row["grad_norm"], self.grad_norm = float(self.grad_norm), None
         if self.guard.skipped:
@@ -251,14 +251,9 @@ class Stepper:
     def take_means(self) -> dict[str, float]:
         """loss and those of named losses since the last call, whatever rows were taken meanwhile; waits for the device."""
         sums = self.totals.tolist()
-        means = self._means(_added(self._before, sums))
+        means = self.objective.means(_added(self._before, sums))
         self._before = [[-total, -weight] for total, weight in sums]
         return means
-
-    def _means(self, sums: list[list[float]]) -> dict[str, float]:
-        means = [self.objective.mean(sums), *(total / weight if weight else math.nan for total, weight in sums[1:])]
-        names = ["loss", *(f"loss/{name}" for name in self.objective.terms or ())]
-        return dict(zip(names, means, strict=False))
 
     def read(self) -> None:
         """Read the flags of all steps so far. Raises as `FiniteGuard.read`."""

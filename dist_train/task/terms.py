@@ -47,6 +47,7 @@ class Computed:
         value: the loss for the records, where it isn't what the backward begins with.
         shared: the terms have one denominator, so that `loss` and `weight` may be summed over batches. Else the loss of several
             batches is the sum of factor * total / weight, with totals and weights over all of them.
+        counts: float64 sums of metrics of the training batch, an even number of them (see `counting`).
     """
 
     loss: Tensor
@@ -56,6 +57,7 @@ class Computed:
     terms: dict[str, Term] = field(default_factory=dict)
     value: Tensor | None = None
     shared: bool = True
+    counts: Tensor | None = None
 
 
 def computed(value: Any) -> Computed:
@@ -75,6 +77,8 @@ def computed(value: Any) -> Computed:
         if _is_sum(loss) and _is_weight(weight):
             return Computed(loss, weight, value.outputs, value.targets)  # type: ignore[arg-type]
         found = [_kind(loss), _kind(weight)]
+    elif isinstance(value, Computed):
+        return value
     raise TypeError(
         "a task's step must return (loss summed over the batch, weight), a 0-dim tensor and a number or 0-dim tensor, followed "
         f"by outputs and targets if metrics need them; found {found}. Of several losses return a dict instead of the first, "

@@ -8,6 +8,7 @@ it may fail or hang without hurting the run; `abandon()` is called from another 
 from __future__ import annotations
 
 import io
+import logging
 import os
 import threading
 import time
@@ -18,10 +19,12 @@ from typing import Any
 
 from dist_train.files import append_whole, retried
 from dist_train.tracking.records import encode, make_row
+from dist_train.tracking.table import Table
 
 BACKLOG = 10_000  # calls that may wait for a slow sink before it is switched off
 STUCK = 60.0  # seconds that one call may take once the backlog is full
 PAUSE = 0.5  # seconds between two polls of the queue: waking for each row would take the GIL from the training loop
+_NOBODY_WAITS = threading.Event()
 
 
 class Logger:
@@ -37,6 +40,7 @@ class Logger:
         if path is not None:
             self._file = retried("open", path, lambda: open(path, "ab", buffering=0))  # noqa: SIM115
         self._synced = 0 if self._file is None else self._file.tell()
+        self._table = Table(self._path)
 
     def row(self, split: str, step: int, epoch: int | float, samples: int, metrics: Mapping[str, Any]) -> None:
         """One row: {"time", "step", "epoch", "samples", "split", **metrics}; flushed to the OS when this returns.
@@ -73,6 +77,7 @@ class Logger:
         to wait for them (before their files are uploaded).
         """
         self._sync()
+        self._update_table()
         self._put("flush", wait=wait)
 
     def close(self, outcome: str, timeout: float = 15.0) -> None:
@@ -81,6 +86,7 @@ class Logger:
         Takes at most `timeout` seconds; a sink that isn't done by then is switched off with a warning.
         """
         self._sync()
+        self._update_table()
         if self._file is not None:
             self._file.close()
         end = time.monotonic() + timeout
@@ -106,6 +112,15 @@ class Logger:
 
         retried("sync", self._path, sync)
 
+    def _update_table(self) -> None:
+        """metrics.csv, which is a copy only: a full disk or a file that a spreadsheet has locked is no failure."""
+        if self._file is None or self._file.closed:
+            return
+        try:
+            self._table.update()
+        except OSError as error:
+            logging.getLogger("dist_train").warning("metrics.csv isn't up to date: %s", error)
+
     def _put(self, method: str, *args: Any, wait: float | None = None) -> None:
         waiting = [sink.put(method, *args, now=wait is not None) for sink in self._sinks]
         end = time.monotonic() + (wait or 0.0)
@@ -129,8 +144,8 @@ class SinkThread:
         self._since = time.monotonic()  # when the sink's present call began
 
     def put(self, method: str, *args: Any, now: bool = False) -> threading.Event:
-        """Queue `sink.method(*args)`; the returned event is set when it is done. Costs microseconds, never raises."""
-        done = threading.Event()
+        """Queue `sink.method(*args)`; if `now`, the returned event is set when it is done. Costs microseconds, never raises."""
+        done = threading.Event() if now else _NOBODY_WAITS
         if self._off.locked() or (self._thread is None and method in ("flush", "close")):
             done.set()
             return done

@@ -28,7 +28,7 @@ def make_row(split: str, step: int, epoch: int | float, samples: int, metrics: M
     for name, value in metrics.items():
         if name in FIELDS:
             raise ValueError(f"a metric may not be called {name!r}: {', '.join(FIELDS)} are fields of every row")
-        row[name] = value if type(value) in (int, float) else float(value)
+        row[name] = value if type(value) is float or type(value) is int else float(value)
     return row
 
 
@@ -43,7 +43,10 @@ def finite(value: Any) -> Any:
 
 def encode(row: Row) -> bytes:
     """The row's line, newline included; what isn't finite is null."""
-    return _encode(finite(row)).encode() + b"\n"
+    try:
+        return _encode(row).encode() + b"\n"
+    except ValueError:  # nan or inf, which are rare
+        return _encode(finite(row)).encode() + b"\n"
 
 
 def parse_line(line: bytes) -> Any:

@@ -33,6 +33,7 @@ from dist_train.optim.schedule import Schedule, Span
 from dist_train.reduction.reduce import Reducer, reducer_for
 from dist_train.step.several import Optimizers, Owners, Schedules, SeveralSteppers
 from dist_train.step.step import Stepper
+from dist_train.task.counting import Counting, counted_entries
 from dist_train.task.entries import is_lower_better
 from dist_train.task.task import OfOptimizer, SeveralLosses, WholeBatchTask
 from dist_train.training.callbacks import Callback
@@ -135,6 +136,7 @@ def build_parts(
         plan = build_plan(datasets["train"], seed=config.seed, config=config.data, weights=weights, leaf_size=leaf)
     _check_leaf_count(plan, world)
     micro = leaf or _micro_batch_size(config, world, plan, fits)
+    counted_entries(config.trainer.train_metrics, built.metrics, built.task)
     keep_best = _keep_best(built)
     check_batchnorm(built, plan, micro)
     check_watched(built, keep_best)
@@ -340,7 +342,8 @@ def build_stepper(
         return Stepper(objective, optimizer, new_reducer, parts.plan, prepare, config)
 
     if not losses_of(parts):
-        return make(parts.task, parts.optimizer)
+        counted = counted_entries(parts.config.trainer.train_metrics, parts.metrics, parts.task)
+        return make(Counting(parts.task, counted) if counted else parts.task, parts.optimizer)
     assert parts.owners is not None
     assert isinstance(parts.optimizer, Optimizers)
     assert isinstance(parts.task, SeveralLosses)
@@ -358,5 +361,5 @@ def _objective(parts: Parts, task: Any) -> Objective:
         return OwnWeights(parts.modules, task, parts.precision, scaler, world, parts.micro_batch_counts)
     optimizers = parts.optimizer.by_name.values() if isinstance(parts.optimizer, Optimizers) else [parts.optimizer]
     between = [*map(bare_step, optimizers), reading_function(parts.datasets["train"])]
-    torch_alone = draws_from_torch_alone(parts.config, parts.modules, task, between)
+    torch_alone = draws_from_torch_alone(parts.config, parts.modules, parts.task, between)
     return Objective(parts.modules, task, parts.precision, scaler, world.size, torch_alone)

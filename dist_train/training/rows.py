@@ -76,7 +76,8 @@ class TrainRows:
         """
         stepper, now = self.stepper, time.monotonic()
         taken = stepper.take_row()
-        row = {name: value for name, value in taken.items() if name.startswith("loss")} | self.lr | taken
+        skipped = {name: taken.pop(name) for name in [*taken] if name.startswith(("grad_norm", "skipped"))}
+        row = taken | self.lr | skipped
         elapsed = max(now - self._time, 1e-9)
         row["samples_per_s"] = (samples - self._samples) / elapsed
         row["data_wait"] = (waited - self._waited) / elapsed

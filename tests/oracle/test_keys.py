@@ -133,6 +133,7 @@ ELSEWHERE = {
     "transfer.weights": "oracle/test_keys.py::test_weights_are_loaded_from_a_file",
     "transfer.strict": "oracle/test_keys.py::test_weights_are_loaded_from_a_file",
     "data.on_error": "run/test_bitwise.py::test_samples_that_cannot_be_read_are_counted_in_every_row",
+    "trainer.train_metrics": "training/test_train_metrics.py::test_train_metrics_are_those_of_the_samples_that_were_trained",
     "val_loss": "oracle/test_task_interface.py::test_val_loss_is_another_loss",
     "trainer.whole_batch": "oracle/test_task_interface.py::test_one_process_in_micro_batches_is_the_textbook",  # "covariance"
     "trainer.compile": "gpu/test_training.py::test_compiled_and_channels_last_train_too",  # half a minute on the CPU

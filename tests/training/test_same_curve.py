@@ -13,6 +13,7 @@ MLP = (
     "trainer.duration=80step",
     "trainer.log_every=1step",
     "debug.trace_samples=true",
+    "trainer.train_metrics=[accuracy]",
     "data.eval_batch_size=25",  # several cuts a rank, and not as many on each
     "tracking={tensorboard: false, report: false}",
 )
@@ -49,6 +50,14 @@ def test_every_step_takes_the_same_samples(folder: Path, processes: int) -> None
 def test_losses_agree_over_80_steps(folder: Path, processes: int) -> None:
     assert largest_difference(folder / "single1", folder / f"single{processes}") < 1e-5
     assert largest_difference(folder / "double1", folder / f"double{processes}") < 1e-12
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_the_accuracy_of_training_batches_is_exact(folder: Path, processes: int) -> None:
+    one, many = (rows(folder / f"single{number}", "train") for number in (1, processes))
+    assert [row["accuracy"] for row in one] == [row["accuracy"] for row in many]
+    assert one[-1]["accuracy"] > 0.9 > one[0]["accuracy"]
+    assert all(row["accuracy"] * 64 == round(row["accuracy"] * 64) for row in one)
 
 
 def test_the_comparison_would_notice_another_loss(folder: Path) -> None:
