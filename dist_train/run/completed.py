@@ -15,7 +15,7 @@ from dist_train.run.objects import was_seen
 from dist_train.runtime.launch import read_placement
 from dist_train.runtime.location import FILES, check_place, run_location
 from dist_train.runtime.rundir import RunDir
-from dist_train.text import format_seconds
+from dist_train.text import format_number, format_seconds
 from dist_train.tracking.console import Console
 from dist_train.views.result import Result
 
@@ -121,7 +121,8 @@ def end_lines(result: dict[str, Any], run: RunDir) -> list[tuple[str, str]]:
     """How the run ended, its metrics, and where its files are."""
     lines = [("state", f"{result['state']} at step {result['step']:,}: {result['reason']}")]
     for split, metrics in result.get("metrics", {}).items():
-        values = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "eval_samples")
+        shown = {name: value for name, value in metrics.items() if name != "eval_samples"}
+        values = "  ".join(f"{name} {format_number(name, value)}" for name, value in shown.items())
         lines.append((split, f"{values}  ({metrics.get('eval_samples', 0):,} samples)"))
     lines.append(("time", f"{format_seconds(result['seconds'])} of training, over all starts"))
     completed = result["state"] == "completed"
