@@ -121,8 +121,8 @@ def end_lines(result: dict[str, Any], run: RunDir) -> list[tuple[str, str]]:
     """How the run ended, its metrics, and where its files are."""
     lines = [("state", f"{result['state']} at step {result['step']:,}: {result['reason']}")]
     for split, metrics in result.get("metrics", {}).items():
-        shown = {name: value for name, value in metrics.items() if name != "eval_samples"}
-        values = "  ".join(f"{name} {format_number(name, value)}" for name, value in shown.items())
+        counted = {name: value for name, value in metrics.items() if name != "eval_samples"}
+        values = "  ".join(f"{name} {format_number(name, value)}" for name, value in counted.items())
         lines.append((split, f"{values}  ({metrics.get('eval_samples', 0):,} samples)"))
     lines.append(("time", f"{format_seconds(result['seconds'])} of training, over all starts"))
     completed = result["state"] == "completed"
