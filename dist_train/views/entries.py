@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
 from typing import Any
 
 from dist_train.config.errors import mask, visible
-from dist_train.config.fields import dotted, leaves
 from dist_train.text import format_number, format_seconds
 from dist_train.views.runs import RunRow
 
@@ -55,7 +55,8 @@ class Entry:
         else:
             text = "-" if name not in self.facts else json.dumps(value, ensure_ascii=False, default=str)
         text = " ".join(visible(mask(text)).split())
-        return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
+        longest = LONGEST if name in FACTS else LONGEST // 3
+        return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
 def entries_of(rows: Sequence[RunRow]) -> list[Entry]:
@@ -68,13 +69,24 @@ def entries_of(rows: Sequence[RunRow]) -> list[Entry]:
             "best_step": best.get("step"), "samples/s": row.samples_per_s, "age": row.age_seconds, "attempts": row.attempts,
             "reason": row.reason,
         }  # fmt: skip
-        config = {dotted(key): value for key, value in leaves(row.config)} if row.config else {}
+        config = dict(_flat(row.config)) if row.config else {}
         found.append(
             Entry(
                 {**config, **facts, **row.metrics}, list(config), list(row.metrics), best.get("metric", ""), [row.run]
             )
         )
     return found
+
+
+def _flat(value: Any, above: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of a config by their dotted keys; a list without mappings is one value."""
+    inner: Any = value.items() if isinstance(value, dict) else ()
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        inner = enumerate(value)
+    if not inner:
+        yield above, value
+    for name, item in inner:
+        yield from _flat(item, f"{above}.{name}" if above else str(name))
 
 
 def over_seeds(entries: Sequence[Entry]) -> list[Entry]:
@@ -104,28 +116,29 @@ def _joined(group: list[Entry]) -> Entry:
     }
     facts["state"] = ", ".join(f"{states.count(s)} {s}" if len(set(states)) > 1 else s for s in dict.fromkeys(states))
     joined = Entry(facts, [key for key in group[0].keys if key in facts], group[0].metrics, group[0].metric, names)
-    for name in ("best", "best_step", "step", "epoch", "samples/s", *group[0].metrics):
-        values = [
-            value for e in counted if isinstance(value := e.facts.get(name), int | float) and math.isfinite(value)
-        ]
-        facts[name] = values[0] if len(values) == 1 else fmean(values) if values else None
-        if name in ("step", "epoch", "best_step") and values:
-            facts[name] = round(facts[name])
-        elif len(values) > 1 and name != "samples/s":
-            joined.spread[name] = stdev(values)
+    joined.metrics = list(dict.fromkeys(name for entry in group for name in entry.metrics))
+    for name in ("best", "best_step", "step", "epoch", "samples/s", *joined.metrics):
+        values: list[Any] = [entry.facts.get(name) for entry in counted]
+        if any(value is None or not math.isfinite(value) for value in values):
+            facts[name] = None  # a mean without the seed that diverged would mislead
+        elif name in ("step", "epoch", "best_step"):
+            facts[name] = round(fmean(values))
+        else:
+            facts[name] = fmean(values)
+            joined.spread |= {name: stdev(values)} if len(values) > 1 and name != "samples/s" else {}
     facts |= {"age": min((e.facts["age"] for e in group if e.facts["age"] is not None), default=None)}
     facts |= {"attempts": sum(e.facts["attempts"] for e in group)}
     return joined
 
 
 def _pattern(names: Sequence[str]) -> str:
-    """`sweep-lr0.1-s*`: what the names have in common."""
+    """`sweep-lr0.1-s*`: what the names have in common; else the first, and how many more."""
     if len(names) == 1:
         return names[0]
-    least = min(map(len, names))
-    left = next((k for k in range(least) if len({name[k] for name in names}) > 1), least)
-    right = next((k for k in range(least - left) if len({name[-1 - k] for name in names}) > 1), least - left)
-    return f"{names[0][:left]}*{names[0][len(names[0]) - right :]}"
+    left = len(os.path.commonprefix(names))  # noqa: RUF071  (characters it is)
+    right = len(os.path.commonprefix([name[left:][::-1] for name in names]))  # noqa: RUF071
+    common = f"{names[0][:left]}*{names[0][len(names[0]) - right :]}"
+    return common if left + right > 2 else f"{names[0]} and {len(names) - 1} more"
 
 
 def differing(entries: Sequence[Entry]) -> list[str]:

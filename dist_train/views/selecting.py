@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import math
 import operator
 import re
 from collections.abc import Callable, Sequence
@@ -93,7 +94,7 @@ def _is_number(value: Any) -> bool:
 
 
 def sorted_by(entries: Sequence[Entry], name: str, reverse: bool = False) -> list[Entry]:
-    """Sorted by a column, of a metric the best first; what has no value (or nan) comes last in either order."""
+    """Sorted by a column, of a metric the best first; what has no value (or none that is finite) comes last in either order."""
     column = named(entries, name, "--sort") if entries else name
     metric = next((entry.metric for entry in entries if entry.metric), "") if column == "best" else column
     down = (column == "best" or column.startswith(("val/", "test/", "train/"))) and not better_is_lower(metric)
@@ -104,7 +105,7 @@ def sorted_by(entries: Sequence[Entry], name: str, reverse: bool = False) -> lis
 
     def known(entry: Entry) -> bool:
         value = entry.facts.get(column)
-        return value is not None and value == value
+        return value is not None and (not isinstance(value, float) or math.isfinite(value))
 
     numbers = [entry for entry in entries if known(entry)]
     return sorted(numbers, key=key, reverse=down != reverse) + [entry for entry in entries if not known(entry)]

@@ -98,7 +98,7 @@ def test_runs_are_listed_with_their_state_and_the_keys_that_differ(
     }
     assert main(["runs", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    keys = ["optimizer.lr", "metrics.0", "checkpoint.keep_best"]
+    keys = ["metrics", "optimizer.lr", "checkpoint.keep_best"]
     head = ["run", "state", "step", "best", "val/loss", *keys, "epoch", "samples/s", "age", "attempts", "reason"]
     assert sorted(lines[0].split()) == sorted(head)
     assert lines[1].split()[:5] == ["a", "completed", "31", "val/accuracy", "0.7500"]
@@ -261,6 +261,11 @@ def test_seeds_are_one_line_with_mean_and_deviation_of_the_completed(
         [np.std([0.7, 0.8], ddof=1), np.std([0.6, 0.9, 0.75], ddof=1)]
     )
     assert found[2]["std"] is None
+    write_run(place / "lr0.3-s3", 0.3, [float("nan")], seed=3)  # it has diverged: no mean of the others
+    assert main(["runs", str(place), "--seeds", "--where", "lr=0.3", "--where", "run=lr*", "--json"]) == 0
+    [group] = json.loads(capsys.readouterr().out)["seeds"]
+    assert (group["n"], group["metrics"]["val/accuracy"]) == ("4", {"mean": None, "std": None})
+    shutil.rmtree(place / "lr0.3-s3")
     assert main(["runs", str(place), "--seeds", "--columns", "n,accuracy,seed"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[:3] == [
