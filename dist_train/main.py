@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
@@ -18,8 +19,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if (text := _information(*arguments)) is None:
         return _run(arguments)
-    if is_rank_zero():
-        print(text)
+    with contextlib.suppress(BrokenPipeError):  # `| head`
+        if is_rank_zero():
+            print(text)
     return 0
 
 
@@ -37,7 +39,8 @@ def _information(first: str = "", *more: str) -> str | None:
 
 def _run(arguments: list[str]) -> int:
     from dist_train.commands import mistakes
-    from dist_train.config.errors import ConfigError
+    from dist_train.config.errors import ConfigError, mask, visible
+    from dist_train.files import StorageError
     from dist_train.runtime.launch import rank_of_environment
     from dist_train.runtime.local import run_processes, take_option
     from dist_train.tracking.terminal import close_bottom_line, show_status
@@ -70,7 +73,12 @@ def _run(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        failure.report(failure.describe(error, rank))
+        if (
+            isinstance(error, StorageError) and name not in TRAINS
+        ):  # a disk or a store, not a rank: no report of a crash
+            print(f"error: {visible(mask(str(error)))}", file=sys.stderr)
+        else:
+            failure.report(failure.describe(error, rank))
         return 1
     finally:  # somebody else's process may go on, and train in its own way
         close_bottom_line()

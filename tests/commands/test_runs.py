@@ -19,6 +19,7 @@ import pytest
 import yaml
 from runs import environment
 
+from dist_train.files import StorageError
 from dist_train.main import main
 from dist_train.runtime.lease import Lease
 from dist_train.runtime.storage import Storage, open_storage
@@ -351,3 +352,14 @@ def test_chromium_sorts_the_page_and_shows_the_curves_that_are_chosen(tmp_path: 
     assert found["up"] == found["down"][::-1]
     assert found["down"][0] == "lr0.3-s1"
     assert (found["hidden"], found["all"]) == (2, False)
+
+
+def test_a_store_that_fails_is_named_without_the_report_of_a_crashed_rank(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise StorageError("cannot list s3://bucket/runs: NoCredentialsError\x1b")
+
+    monkeypatch.setattr("dist_train.commands.runs._chosen", fails)
+    assert main(["runs", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "error: cannot list s3://bucket/runs: NoCredentialsError\\x1b\n"
