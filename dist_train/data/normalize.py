@@ -11,6 +11,7 @@ from torch import Tensor
 from dist_train.data.errors import DataError
 from dist_train.task.batch import is_pair, map_parts, map_tensors, shapes_of
 
+_BLOCK = 1 << 16  # numbers that are normalized at once on the CPU: they stay in its cache between the operations
 _ELSEWHERE = "leave data.normalize out, and normalize in the dataset's transform or in the model"
 
 
@@ -99,15 +100,18 @@ class Normalize:
         result = torch.empty_like(pictures, dtype=torch.float32 if scales else None)
         given, filled, tiles = pictures, result, 0
         if result.is_contiguous(memory_format=torch.channels_last) and not result.is_contiguous():
-            # rows of pixels (N, H, W * C): broadcasting over the channels is four times as slow there
-            given, filled = (x.permute(0, 2, 3, 1).flatten(2) for x in (pictures, result))
+            # rows of pixels (N * H, W * C): broadcasting over the channels is four times as slow there
+            given, filled = (x.permute(0, 2, 3, 1).flatten(2).flatten(0, 1) for x in (pictures, result))
             tiles = pictures.shape[3]
         mean, std, full = self._on(result.device, result.dtype, tiles)
-        filled.copy_(given)
-        if scales:
-            filled.div_(full)
-        if any(self.mean) or any(std != 1 for std in self.std):
-            filled.sub_(mean).div_(std)
+        moves = any(self.mean) or any(std != 1 for std in self.std)
+        rows = max(1, _BLOCK // filled[0].numel()) if result.device.type == "cpu" and filled.numel() else len(filled)
+        for part, source in zip(filled.split(rows or 1), given.split(rows or 1)):
+            part.copy_(source)
+            if scales:
+                part.div_(full)
+            if moves:
+                part.sub_(mean).div_(std)
         return result
 
     def _on(self, device: torch.device, dtype: torch.dtype, tiles: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,7 +123,7 @@ class Normalize:
         if key not in self._constants:
             with torch.inference_mode(mode=False):  # an evaluation may be first, and training uses them too
                 both = [torch.tensor(values, dtype=dtype).expand(self.channels) for values in (self.mean, self.std)]
-                mean, std = (x.repeat(tiles) if tiles and len(x) > 1 else x[:, None, None] for x in both)
+                mean, std = (x.repeat(tiles if len(x) > 1 else 1) if tiles else x[:, None, None] for x in both)
                 self._constants[key] = mean.to(device), std.to(device), torch.tensor(255, dtype=dtype, device=device)
         return self._constants[key]
 

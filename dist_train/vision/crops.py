@@ -85,8 +85,12 @@ def resize(pixels: NDArray[np.uint8], size: Size, out: Tensor) -> None:
     planes = torch.from_numpy(pixels).permute(2, 0, 1)
     if pixels.shape[:2] == size:
         out.copy_(planes)
-    else:  # torch.nn.functional.interpolate, which has no `out`
-        torch.ops.aten._upsample_bilinear2d_aa.out(planes[None], size, False, out=out[None])
+    else:  # torch.nn.functional.interpolate has no `out`; it computes pixel by pixel, and is slow to write planes itself
+        by_pixel = out.stride(0) == 1
+        made = out[None] if by_pixel else torch.empty((1, *size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+        torch.ops.aten._upsample_bilinear2d_aa.out(planes[None], size, False, out=made)
+        if not by_pixel:
+            out.copy_(made[0])
 
 
 def shorter_side(height: int, width: int, side: int) -> Size:
