@@ -163,7 +163,8 @@ def _vertical(axis: Horizontal, mark: Mark, color: str = "currentColor") -> str:
     x = _x(axis.share(mark.step))
     anchor = "middle" if len(mark.label) < 8 else "end" if x > WIDTH / 2 else "start"
     label = _text(x, TOP - 3, mark.label, anchor, f'font-size="9" stroke="none" fill="{color}"')
-    line = f'<path d="M{x:.1f} {TOP}v{TALL}" stroke-dasharray="2 3" stroke-opacity=".6"/>'
+    long = TALL if mark.label else 6  # many resumes would hide the curves
+    line = f'<path d="M{x:.1f} {TOP}v{long}" stroke-dasharray="2 3" stroke-opacity=".6"/>'
     return f'<g class="mark" stroke="{color}"><title>{_plain(mark.text)}</title>{line}{label}</g>'
 
 

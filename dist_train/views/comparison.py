@@ -18,6 +18,7 @@ from dist_train.views.curves import (
     POINTS,
     Horizontal,
     Line,
+    Rows,
     averaged,
     best_of,
     fitted,
@@ -43,7 +44,7 @@ def write_comparison(roots: Sequence[str | os.PathLike[str]], path: str | os.Pat
     names = [root.resolve().name for root in paths]
     if len(set(names)) < len(names):
         names = [str(root) for root in paths]
-    every = {name: read_rows(root / "metrics.jsonl") for name, root in zip(names, paths, strict=True)}
+    every = {name: Rows(read_rows(root / "metrics.jsonl")) for name, root in zip(names, paths, strict=True)}
     records = [read_records(root)[0] for root in paths]
     configs = [known["config.yaml"] for known in records]
     found: dict[str, None] = dict.fromkeys(name for rows in every.values() for name in metric_names(rows))

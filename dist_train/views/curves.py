@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -75,7 +76,8 @@ class Panel:
     def ticks(self) -> list[tuple[float, str]]:
         """(height, label) of the marks of its axis."""
         if self.log:
-            powers = range(math.floor(self.low), math.ceil(self.high) + 1)
+            stride = max(1, math.ceil((self.high - self.low) / 8))
+            powers = range(math.floor(self.low / stride) * stride, math.ceil(self.high) + 1, stride)
             factors = (1,) if self.high - self.low > 2 else (1, 2, 5)
             values = [factor * 10.0**power for power in powers for factor in factors]
         else:
@@ -113,15 +115,34 @@ class Horizontal:
         return float(self.last)
 
 
+class Rows(list[Row]):
+    """Rows that are sorted by split and metric once, however many metrics are drawn of them."""
+
+    @cached_property
+    def columns(self) -> dict[tuple[str, str], Points]:
+        """(steps, values) by (split, metric), in the order of the rows; see `series`."""
+        found: dict[tuple[str, str], dict[int, float]] = {}
+        for row in self:
+            split, step = str(row.get("split")), row["step"]
+            for name, value in row.items():
+                if name not in FIELDS and isinstance(value, int | float):
+                    value = value if -HUGE < value < HUGE else math.nan
+                    found.setdefault((split, name), {})[step] = value
+        columns = {}
+        for key, points in found.items():
+            steps = sorted(points)
+            columns[key] = steps, [points[step] for step in steps]
+        return columns
+
+
+def indexed(rows: Sequence[Row]) -> Rows:
+    """The same rows, sorted by split and metric if they aren't yet."""
+    return rows if isinstance(rows, Rows) else Rows(rows)
+
+
 def series(rows: Sequence[Row], split: str, name: str) -> Points:
     """(steps, values) of a split's metric; where a step occurs twice, the later row counts; nan for what isn't finite."""
-    points = {
-        row["step"]: value if -HUGE < (value := float(row[name])) < HUGE else math.nan
-        for row in rows
-        if row.get("split") == split and isinstance(row.get(name), int | float)
-    }
-    steps = sorted(points)
-    return steps, [points[step] for step in steps]
+    return indexed(rows).columns.get((split, name), ([], []))
 
 
 def thinned(points: Points, most: int = POINTS) -> Points:
@@ -174,9 +195,10 @@ def lower_is_better(name: str, config: Mapping[str, Any]) -> bool:
 
 def metric_names(rows: Sequence[Row]) -> list[str]:
     """The metrics to draw beside the loss: those that an evaluation gave (else the train rows'), in order."""
-    evaluated = [row for row in rows if row.get("split") in ("val", "test")]
-    names = dict.fromkeys(key for row in evaluated or rows for key in row)
-    return [n for n in names if not (n in (*FIELDS, "loss", "eval_samples") or n.startswith("raw_") or is_aside(n))]
+    columns = indexed(rows).columns
+    evaluated = [name for split, name in columns if split in ("val", "test")]
+    names = dict.fromkeys(evaluated or [name for _, name in columns])
+    return [n for n in names if not (n in ("loss", "eval_samples") or n.startswith("raw_") or is_aside(n))]
 
 
 def is_aside(name: str) -> bool:
@@ -192,7 +214,7 @@ def panel_title(name: str) -> str:
 
 def aside_names(rows: Sequence[Row]) -> list[str]:
     """What rows have of ASIDE, in that order; of several optimizers `lr/NAME` and so on."""
-    found = filter(is_aside, dict.fromkeys(key for row in rows for key in row))
+    found = filter(is_aside, dict.fromkeys(name for _, name in indexed(rows).columns))
     return sorted(found, key=lambda name: ASIDE.index(name.partition("/")[0]))
 
 
@@ -210,6 +232,7 @@ def best_of(rows: Sequence[Row], split: str, name: str, config: Mapping[str, Any
 
 def panel_of(rows: Sequence[Row], name: str, config: Mapping[str, Any]) -> Panel:
     """One metric of a run: train, val and test together; the best of val (of train where there is no val) marked."""
+    rows = indexed(rows)
     lines, broken = dict[str, Line](), None
     for split in ("train", "val", "test") if not is_aside(name) else ("train",):
         points = series(rows, split, name)

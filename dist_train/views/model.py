@@ -25,6 +25,7 @@ from dist_train.task.batch import clone_batch, squeeze_column
 from dist_train.tracking.records import read_rows
 from dist_train.views.boundary import FOLDER, around, classes_on, plane, read_frames
 from dist_train.views.collect import Collector, Shown, collector_for, sample_picture
+from dist_train.views.curves import Rows
 from dist_train.views.figures import Boundary, Confusion, Example, Picture, Regression, write_boundary
 from dist_train.views.grids import FOLDER as GRIDS
 from dist_train.views.grids import read_grids
@@ -45,7 +46,7 @@ def write_curves(run: RunDir) -> None:
     try:
         folder = run.records()
         config = read_mapping(run.storage, "config.yaml", whole=False)
-        draw_curves(read_rows(folder / "metrics.jsonl"), run.path("curves.png"), title=run.name, config=config)
+        draw_curves(Rows(read_rows(folder / "metrics.jsonl")), run.path("curves.png"), title=run.name, config=config)
         run.upload(("curves.png",))
     except Exception as error:
         logging.getLogger("dist_train").warning("there is no new curves.png: %s: %s", type(error).__name__, error)

@@ -15,7 +15,7 @@ from dist_train.config.errors import mask, visible
 from dist_train.tracking.live import Beside, Position, bar_line, cells_of
 from dist_train.tracking.records import Row
 from dist_train.views.charts import caption, drawing
-from dist_train.views.curves import horizontal_of, panel_of
+from dist_train.views.curves import Rows, horizontal_of, panel_of
 
 ROWS = 12  # the last ones that are shown
 PAUSE = 0.5  # seconds between two updates at least
@@ -118,11 +118,14 @@ class NotebookLive:
         return f"<table><tr>{head}<th></th></tr>{''.join(lines)}</table>"
 
     def _curves(self) -> list[str]:
-        names = dict.fromkeys(name for name in ("loss", self._watched) if any(name in row for row in self._points))
-        axis = horizontal_of(self._points)
+        rows = Rows(self._points)
+        names = dict.fromkeys(
+            name for name in ("loss", self._watched) if any(name == found for _, found in rows.columns)
+        )
+        axis = horizontal_of(rows)
         if axis.first == axis.last:
             return []
-        panels = [panel_of(self._points, name, {}) for name in names]
+        panels = [panel_of(rows, name, {}) for name in names]
         return [f"<div>{caption(panel)}{drawing(panel, axis)}</div>" for panel in panels]
 
 

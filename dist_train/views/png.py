@@ -19,6 +19,7 @@ from dist_train.views.curves import (
     Line,
     Panel,
     horizontal_of,
+    indexed,
     lr_names,
     metric_names,
     panel_of,
@@ -52,6 +53,7 @@ def draw_curves(
     """
     from PIL import Image, ImageDraw
 
+    rows = indexed(rows)
     names = ["loss", *metric_names(rows)[:PANELS], *lr_names(rows)]
     columns = min(3, len(names))
     above = 40 if title else 0

@@ -24,6 +24,7 @@ from dist_train.tracking.records import Row, read_rows
 from dist_train.views.charts import NUMBERED, Mark, chart, script
 from dist_train.views.curves import (
     Horizontal,
+    Rows,
     aside_names,
     best_of,
     horizontal_of,
@@ -48,7 +49,7 @@ def write_report(
     the caller. environment: label and value, beside what attempts.jsonl says of the last start. Returns the path.
     """
     root = Path(root)
-    rows = read_rows(root / "metrics.jsonl")
+    rows = Rows(read_rows(root / "metrics.jsonl"))
     known, attempts = read_records(root)
     status, result, config = known["status.json"], known["result.json"], known["config.yaml"]
     text = (root / "config.yaml").read_text(encoding="utf-8", errors="replace") if config else ""
@@ -135,8 +136,8 @@ def _environment(attempts: Sequence[Mapping[str, Any]], given: Mapping[str, str]
     )
     found = {"command": str(start.get("command") or "")}
     if git:
-        changed = git.get("changed") or []
-        listed = ", ".join(map(str, changed[:10])) + (f" and {len(changed) - 10} more" if len(changed) > 10 else "")
+        changed = _texts(git.get("changed"))
+        listed = ", ".join(changed[:10]) + (f" and {len(changed) - 10} more" if len(changed) > 10 else "")
         state = f"with changes that aren't committed in {listed}" if changed else "without changes"
         found["git"] = f"{git.get('commit')} ({git.get('branch')}), {state}"
     versions = {key: value for key, value in given.items() if key in ("dist_train", "torch", "python")} | versions
@@ -165,7 +166,7 @@ def _marks(attempts: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> 
     resumed = [record for record in starts if record["resumed_from"] > 0]
     marks = []
     for record in resumed:
-        changed = [str(change) for change in record.get("changed") or []]
+        changed = _texts(record.get("changed"))
         label = f"{record.get('attempt')}" if len(resumed) <= NUMBERED or changed else ""
         text = f"start {record.get('attempt')}: resumed from step {record['resumed_from']:,}"
         marks.append(Mark(record["resumed_from"], "; ".join([text, *changed]), label))
@@ -183,8 +184,8 @@ def _attempts(records: Sequence[Mapping[str, Any]]) -> Iterator[Sequence[str | C
         event, start = str(record.get("event", "")), record.get("event") == "start"
         step = record.get("resumed_from" if start else "step", "")
         facts = [
-            *map(str, record.get("changed") or []),
-            *map(str, record.get("bits_may_differ") or []),
+            *_texts(record.get("changed")),
+            *_texts(record.get("bits_may_differ")),
             str(record.get("cause") or ""),
         ]
         name = f"{event} {record.get('attempt', '')}".strip()
@@ -197,6 +198,10 @@ def _attempts(records: Sequence[Mapping[str, Any]]) -> Iterator[Sequence[str | C
             str(record.get("host", "")),
             "; ".join(filter(None, facts)),
         )
+
+
+def _texts(value: Any) -> list[str]:
+    return [str(item) for item in value] if isinstance(value, list) else []
 
 
 def _numbers(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:

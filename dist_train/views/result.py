@@ -14,7 +14,7 @@ from dist_train.runtime.rundir import RunDir
 from dist_train.text import format_seconds
 from dist_train.tracking.records import read_rows
 from dist_train.views.charts import caption, drawing
-from dist_train.views.curves import horizontal_of, metric_names, panel_of
+from dist_train.views.curves import Rows, horizontal_of, metric_names, panel_of
 from dist_train.views.notebook import GRID, STYLE
 from dist_train.views.report import BEST, best_rows, read_records
 
@@ -54,7 +54,7 @@ class Result(dict[str, Any]):
     def _shown(self) -> list[str]:
         run = RunDir(self.location)
         root = run.records()
-        rows, config = read_rows(root / "metrics.jsonl"), read_records(root)[0]["config.yaml"]
+        rows, config = Rows(read_rows(root / "metrics.jsonl")), read_records(root)[0]["config.yaml"]
         facts = [f"{self.get('state')} at step {self.get('step', 0):,}", str(self.get("reason") or "")]
         facts += [format_seconds(self["seconds"])] if "seconds" in self else []
         parts = [f'<div style="{STYLE}"><b>{_plain(run.name)}</b> {_plain(", ".join(filter(None, facts)))}']

@@ -13,7 +13,7 @@ from dist_train.runtime.sidefiles import SideFileError, read_whole
 from dist_train.runtime.storage import Storage
 from dist_train.tracking.records import Row, parse
 from dist_train.views.comparison import common_axis, overlay
-from dist_train.views.curves import metric_names
+from dist_train.views.curves import Rows, metric_names
 from dist_train.views.entries import Entry
 from dist_train.views.figures import Cell, Section
 from dist_train.views.report import write_html
@@ -34,7 +34,7 @@ def write_runs(
     order = columns_of(entries, columns)
     names = order if columns else sorted(importance(order, False), key="reason".__eq__)  # that is long: it comes last
     known = {row.run: row for row in rows}
-    curves = {run: _rows(root, run) for entry in entries for run in entry.runs}
+    curves = {run: Rows(_rows(root, run)) for entry in entries for run in entry.runs}
     labeled = [(visible(entry.facts["run"], keep=""), curves[run]) for entry in entries for run in entry.runs]
     hidden = {visible(entry.facts["run"], keep="") for entry in entries[CHOSEN:]}
     axis = common_axis(list(curves.values()))

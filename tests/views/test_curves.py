@@ -112,7 +112,7 @@ def test_marks_of_axes_are_short_round_and_inside() -> None:
         "100",
         "0",
     ]
-    for values in ([1.0, 1.0], [0.0, 0.0], [-1e299, 1e299], [1e-9, 2e-9], [1e-4, 9.0]):
+    for values in ([1.0, 1.0], [0.0, 0.0], [-1e299, 1e299], [1e-9, 2e-9], [1e-4, 9.0], [1e-9, 1e290]):
         rows = [{"step": k + 1, "split": "val", "loss": value} for k, value in enumerate(values)]
         marks = panel_of(rows, "loss", {}).ticks()
         assert 2 <= len(marks) <= 20
