@@ -33,7 +33,16 @@ def _beta_table(alpha: float) -> np.ndarray:
 
 def _soft(targets: Tensor, classes: int) -> Tensor:
     """Class indices (B,) as probabilities (B, classes) float32; probabilities stay as they are."""
-    return targets if targets.is_floating_point() else F.one_hot(targets.long(), classes).float()
+    if targets.is_floating_point():
+        return targets
+    try:
+        return F.one_hot(targets.long(), classes).float()
+    except RuntimeError as error:  # on the CPU; a CUDA kernel's assertion shows later
+        found = sorted({label for label in targets.tolist() if not 0 <= label < classes}) if targets.dim() == 1 else []
+        raise DataError(
+            f"mixing needs labels from 0 to {classes - 1} (classes={classes}), found {found[:5] or error}: an ignored sample, or "
+            f"one of another class, has no probabilities to mix; leave it out of the dataset (data.weights, Subset)"
+        ) from error
 
 
 class _Mix(Augment):

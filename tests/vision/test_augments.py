@@ -299,6 +299,12 @@ def test_floats_get_what_uint8_gets(kind: str) -> None:
         (lambda: RandomResizedCrop(8, scale=(0, 1)), "scale within 0..1"),
         (lambda: augmented(RandomResizedCrop(8), PIXELS.int()), "uint8 or floating point images, found torch.int32"),
         (lambda: Cutout(0), "size >= 1"),
+        (
+            lambda: Augmentation([CutMix(3)])(
+                (PIXELS, torch.full((16,), -100)), seed=0, epoch=0, indices=np.arange(16)
+            ),
+            r"labels from 0 to 2 \(classes=3\), found \[-100\]",
+        ),
         (lambda: ColorJitter(brightness=-0.1), "brightness to be one number >= 0"),
         (lambda: ColorJitter(hue=0.6), "within -0.5..0.5, found 0.6"),
         (lambda: TrivialAugmentWide(1), "num_magnitude_bins >= 2"),
