@@ -17,11 +17,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "configs"))
-SMALL = ["data.train.dataset.random_resized_crop=64", *(f"data.{split}.dataset.{size}" for split in ("val", "test")
-         for size in ("resize=72", "center_crop=64"))]  # fmt: skip
-RESNET50 = [
-    "data.train.random_resized_crop=32", "data.val.resize=36", "data.val.center_crop=32",
-    "data.augment.3.augments.0.classes=2", "data.augment.3.augments.1.classes=2", "transfer.head=2",
+RESNET18 = [
+    "trainer.duration=6ep", "trainer.log_every=5step", "data.global_batch_size=64",
+    "optimizer.lr=0.05", "scheduler.warmup_steps=40", "trainer.ema_decay=0.95",
 ]  # fmt: skip
 SEEN = "tracking.images={{every: 1000ep, samples: 16, modules: [{}]}}"
 # Overrides for the plots; none for the configs that run unchanged.
@@ -32,11 +30,10 @@ CHANGES: dict[str, list[str]] = {
     "csv_regression": [],
     "mnist_cnn": ["trainer.duration=6ep", "trainer.log_every=5step", SEEN.format("conv1, conv2, pool")],
     "fashion_mnist_mlp": ["trainer.duration=10ep", "trainer.log_every=5step"],
-    "cifar10_cnn": ["trainer.log_every=5step", SEEN.format("Conv2d")],
-    "cifar10_resnet18": ["trainer.duration=4ep", "trainer.log_every=2step"],
-    "vgg16_finetune": ["trainer.duration=3ep", "trainer.log_every=1step", "transfer.weights=null", *SMALL],
-    "imagefolder_resnet50": ["trainer.duration=4ep", "trainer.log_every=1step", "data.global_batch_size=16", *RESNET50],
-}
+    "cifar10_cnn": ["trainer.duration=30ep", "trainer.log_every=11step", "optimizer.momentum=0.9",
+                    "scheduler.step_size=10", SEEN.format("Conv2d")],
+    "cifar10_resnet18": RESNET18,
+}  # fmt: skip
 
 
 def prepare(folder: Path) -> None:
@@ -46,10 +43,7 @@ def prepare(folder: Path) -> None:
     shutil.copytree(ROOT / "configs", folder / "configs")
     for name in ("MNIST", "FashionMNIST"):
         small_data.write_mnist(folder / "data", name, train=1400, test=397)
-    small_data.write_images(folder / "data" / "images", 120, size=96)
-    small_data.write_images(folder / "data" / "imagenet" / "train", 64)
-    small_data.write_images(folder / "data" / "imagenet" / "val", 32)
-    small_data.write_cifar(folder / "data", folder / "small_cifar.py", each=200)
+    small_data.write_cifar(folder / "data", folder / "small_cifar.py", 299, small_data.tinted_digits(6 * 299))
     for name in ("cifar10_cnn", "cifar10_resnet18"):
         path = folder / "configs" / f"{name}.yaml"
         path.write_text(path.read_text().replace("dist_train.data.CIFAR10", "small_cifar.CIFAR10"))
@@ -63,8 +57,10 @@ def collect(run: Path, into: Path) -> None:
     into.mkdir(parents=True)
     shutil.copy(run / "curves.png", into)
     report = (run / "report.html").read_text()
+    for matrix in re.findall(r'<svg [^>]*aria-label="confusion matrix.*?</svg>', report, re.DOTALL):
+        (into / "confusion-matrix.svg").write_text(matrix + "\n")
     for name, kind, data in re.findall(r'<img alt="([^"]+)" src="data:image/([\w+]+);base64,([^"]+)"', report):
-        if name.startswith(("confusion", "predicted", "the decision")):
+        if name.startswith(("predicted", "the decision")):
             ending = kind.removesuffix("+xml")
             (into / f"{name.split(',')[0].replace(' ', '-')}.{ending}").write_bytes(base64.b64decode(data))
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0})

@@ -35,8 +35,21 @@ def crops(size: int, count: int) -> list[tuple[int, np.ndarray]]:
     return result
 
 
-def write_cifar(root: Path, module: Path, each: int = 32) -> None:
+def tinted_digits(count: int) -> list[tuple[int, np.ndarray]]:
+    """(digit, (32, 32, 3) uint8): handwritten digits, four times as large, in one random color on another that is darker."""
+    bunch, random = load_digits(), np.random.RandomState(0)
+    result = []
+    for digit, image in zip(bunch.target[:count], bunch.images[:count]):
+        ink, ground = random.uniform(140, 255, 3), random.uniform(0, 110, 3)
+        share = np.kron(image / 16, np.ones((4, 4)))[..., None]
+        result.append((int(digit), (share * ink + (1 - share) * ground).astype(np.uint8)))
+    return result
+
+
+def write_cifar(root: Path, module: Path, each: int = 32, images: list[tuple[int, np.ndarray]] | None = None) -> None:
     """CIFAR-10's seven pickles below `root`, of `each` images, and a module with a `CIFAR10` that knows their checksums.
+
+    images: (label, (32, 32, 3) uint8) of all of them; by default crops of two photographs.
 
     torchvision compares every file with the md5 of the real one; a subclass brings those of these files.
     """
@@ -50,11 +63,13 @@ def write_cifar(root: Path, module: Path, each: int = 32) -> None:
         sums[name] = hashlib.md5(data).hexdigest()
 
     names = [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]
-    taken = crops(32, each * len(names))
+    taken = images or [
+        (photo + 2 * (n % each % 5), image) for n, (photo, image) in enumerate(crops(32, each * len(names)))
+    ]
     for k, name in enumerate(names):
         part = taken[k * each : (k + 1) * each]
         pixels = np.stack([image.transpose(2, 0, 1).reshape(-1) for _, image in part])
-        labels = [photo + 2 * (n % 5) for n, (photo, _) in enumerate(part)]
+        labels = [label for label, _ in part]
         write(name, {"data": pixels, "labels": labels, "batch_label": name, "filenames": [""] * each})
     write("batches.meta", {"label_names": [f"class {k}" for k in range(10)], "num_vis": 3072})
     module.write_text(
