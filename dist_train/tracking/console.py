@@ -125,10 +125,10 @@ class Console:
         values = "  ".join(f"{name} {format_number(name, value)}" for name, value in metrics.items())
         line = f"{split:<5} step {step}  {values}{samples}"
         self._log.info("%s", line)
-        if self._live is None:
-            self._print(line)
-        elif beside is not None:
+        if self._live is not None and beside is not None:
             self._live.row(step, metrics, beside)
+        elif self._line is None:  # of the test data the last block tells a person
+            self._print(line)
 
     def note(self, text: str) -> None:
         """Print a line and log it."""

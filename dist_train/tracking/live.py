@@ -15,7 +15,7 @@ REFRESH_SECONDS = 0.25
 RATE_SECONDS = 5.0  # that steps per second are the mean of
 BAR = 8  # columns of the bar at least
 NAME = 20  # columns of a metric's name at most
-NUMBER = 6  # columns of a number at least, so that rows seldom grow
+NUMBER, LR = 6, 9  # columns of a number at least, so that rows seldom grow; of 0.0001234
 
 
 @dataclass
@@ -88,35 +88,39 @@ class Table:
     """Rows of numbers under one header; of a narrow terminal whole columns are left out, and no number is ever cropped."""
 
     def __init__(self) -> None:
-        self._shown: list[str] = []
-        self._widths: dict[str, int] = {}
+        self._head: list[str] = []
+        self._widths: dict[str, int] = {}  # of the numbers of each column
 
     def lines(self, found: Mapping[str, tuple[int, str]], width: int, *, best: bool, color: bool) -> list[str]:
         """A row of `cells_of`, below a header where its columns aren't those of the row before; `best`: it gets a mark."""
         for name, (_, text) in found.items():
-            self._widths[name] = max(self._widths.get(name, 0), cells(_short(name)), NUMBER, len(text))
-        shown = self._fitting({name: importance for name, (importance, _) in found.items()}, width)
-        lines = []
-        if shown != self._shown:
-            head = "".join(f"  {_short(name):>{self._widths[name]}}" for name in shown)
-            lines.append(painted(head, "bold", color))
-        self._shown = shown
-        text = "".join(f"  {found[name][1]:>{self._widths[name]}}" for name in shown)
+            self._widths[name] = max(self._widths.get(name, LR if name.startswith("lr") else NUMBER), len(text))
+        labels = {name: name if len(name) <= NAME else name[: NAME - 2] + ".." for name in found}
+        shown = self._fitting(found, labels, width)
+        if not {"train/loss", "val/loss"} & {*found} <= {*shown}:  # under short names more of them fit
+            labels = {name: _short(label) for name, label in labels.items()}
+            shown = self._fitting(found, labels, width)
+        sizes = {name: max(self._widths[name], cells(labels[name])) + 2 for name in shown}
+        head, lines = [labels[name] for name in shown], []
+        if head != self._head:
+            lines.append(painted("".join(f"{labels[name]:>{size}}" for name, size in sizes.items()), "bold", color))
+        self._head = head
+        text = "".join(f"{found[name][1]:>{size}}" for name, size in sizes.items())
         return [*lines, text + (f" {painted('*', 'green', color)}" if best else "")]
 
-    def _fitting(self, importance: Mapping[str, int], width: int) -> list[str]:
-        room = width - 2  # for the mark
-        taken = set[str]()
-        for name in sorted(importance, key=lambda name: importance[name]):
-            room -= self._widths[name] + 2
+    def _fitting(self, found: Mapping[str, tuple[int, str]], labels: Mapping[str, str], width: int) -> list[str]:
+        room, taken = width - 2, set[str]()  # for the mark
+        for name in sorted(found, key=lambda name: found[name][0]):
+            room -= max(self._widths[name], cells(labels[name])) + 2
             if room < 0 and taken:
                 break
             taken.add(name)
-        return [name for name in importance if name in taken]
+        return [name for name in found if name in taken]
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= NAME else name[: NAME - 2] + ".."
+def _short(label: str) -> str:
+    part, _, name = label.partition("/")
+    return part if name == "loss" else name if part == "val" else label
 
 
 def bar_line(at: Position, rate: float, width: int) -> list[str]:

@@ -193,8 +193,15 @@ def test_a_terminal_gets_a_live_bar_and_a_row_for_each_evaluation(tmp_path: Path
     assert (tmp_path / "done.txt").exists()
     assert text.count("train/loss") == 1  # one header
     for epoch, mark in ((1, " *"), (2, " *"), (3, ""), (4, " *")):
-        row = f"{epoch}/4      {epoch}0      {2 / epoch:.4f}    {0.2 / epoch:.4f}        {1 - 0.1 / epoch:.4f}     0.1    0:00"
-        assert re.search(re.escape(row).replace("0:00", r"0:0\d") + re.escape(mark) + "\r\n", text), row
+        row = [
+            f"{epoch}/4",
+            f"{epoch}0",
+            f"{20 / epoch / 10:.4f}",
+            f"{0.2 / epoch:.4f}",
+            f"{1 - 0.1 / epoch:.4f}",
+            "0.1",
+        ]
+        assert re.search(r"\n +" + " +".join(map(re.escape, row)) + r" +0:0\d" + re.escape(mark) + "\r\n", text), row
     assert "epoch 1/4  " in text
     assert "samples/s" in text
     assert "left" in text
@@ -234,8 +241,10 @@ def test_no_number_is_cropped_and_no_line_is_too_wide(columns: int) -> None:
     }
     full |= {"val/count": "1,234,567,890", "time": "0:00", "val/error": "-1.500e-07", f"val/{'m' * 14}..": "-0.1234"}
     assert numbers[-1] == "*"
-    assert {name: full[name] for name in names} == dict(zip(names, numbers[:-1], strict=True))
-    assert "val/count" in names  # the most important one
+    short = {"train": full["train/loss"], "val": "nan", "count": full["val/count"], f"{'m' * 14}..": "-0.1234"}
+    assert {name: (full | short)[name] for name in names} == dict(zip(names, numbers[:-1], strict=True))
+    assert {"val/count", "count"} & set(names)  # the most important one
+    assert ({"train/loss", "train"} & set(names) != set()) == (columns >= 60)
     assert (set(names) == set(full)) == (columns >= 120)
 
 
