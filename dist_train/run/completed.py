@@ -137,4 +137,8 @@ def end_lines(result: dict[str, Any], run: RunDir) -> list[tuple[str, str]]:
     for label, name, command in shown:
         if run.path(name).exists():
             lines.append((label, f"{command}{run.location}/{name}"))
-    return lines if completed else [*lines, ("next", "the same command resumes from here")]
+    return (
+        lines
+        if completed
+        else [*lines, ("next", f"saved at step {result['step']:,}; the same command resumes from here")]
+    )

@@ -43,7 +43,8 @@ def take_option(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
 def run_processes(count: str, arguments: Sequence[str]) -> int:
     """The exit code of the command with these arguments as that many processes, as torchrun --standalone would start them.
 
-    torchrun's report of a failure is left out: rank 0, or the rank that has failed, has printed its own. Ctrl-C is theirs.
+    torchrun's report of a failure is left out: rank 0, or the rank that has failed, has printed its own. Ctrl-C is passed on, without
+    torchrun's limit of 30 s, within which a slow step may not be saved.
     """
     show_status(f"dist-train: starting {count} processes")
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -57,7 +58,7 @@ def run_processes(count: str, arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "code")
         os.environ[EXIT_CODE_FILE] = str(file)
-        before = signal.signal(signal.SIGINT, lambda *_: None)  # not SIG_IGN, which the processes would inherit
+        before = signal.signal(signal.SIGINT, _pass_on)  # not SIG_IGN, which the processes would inherit
         close_bottom_line()
         try:
             run(get_args_parser().parse_args([*given, "dist_train.main", *arguments]))
@@ -72,6 +73,15 @@ def run_processes(count: str, arguments: Sequence[str]) -> int:
             signal.signal(signal.SIGINT, before)
             del os.environ[EXIT_CODE_FILE]
         return _left(file, 0)
+
+
+def _pass_on(number: int, _: object) -> None:
+    """To the processes, which aren't in the terminal's foreground group."""
+    import psutil
+
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.send_signal(number)
 
 
 def _left(file: Path, default: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from enum import Enum
@@ -18,6 +19,7 @@ from dist_train.training.rows import TrainRows
 from dist_train.training.state import of_every_rank, snapshot
 from dist_train.training.unfreezing import Trainable
 from dist_train.watch.control import EVALUATE, FINISH, LOG, SAVE, STOP, Control
+from dist_train.watch.leave import LEAVE_SECONDS
 from dist_train.watch.status import CALLBACK, EVALUATION, LOGGING, PHASES, SAVING, SYNC, status
 
 if TYPE_CHECKING:
@@ -132,9 +134,22 @@ class Trainer:
 
     def _hear_stop(self, reason: str) -> None:
         """Answer at once, from the control thread: the step may take long."""
-        self._stopping = True
         again = "; Ctrl-C again ends it now, without saving" if reason == "SIGINT" else ""
-        self.console.note(f"stopping after this step ({reason}): it is saved, and the same command resumes{again}")
+        text = f"stopping after this step ({reason}): it is saved, and the same command resumes{again}"
+
+        def answer() -> None:
+            if self.outcome is None:
+                self._stopping = True
+                self.console.note(text)
+
+        if (
+            reason == "SIGTERM" and self.world.size > 1
+        ):  # torchrun sends it, too, when another rank has failed: all leave then
+            waiting = threading.Timer(LEAVE_SECONDS, answer)
+            waiting.daemon = True
+            waiting.start()
+        else:
+            answer()
 
     def _doing(self) -> str:
         """What the terminal shows instead of training steps."""

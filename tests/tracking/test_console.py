@@ -201,7 +201,9 @@ def test_a_terminal_gets_a_live_bar_and_a_row_for_each_evaluation(tmp_path: Path
             f"{1 - 0.1 / epoch:.4f}",
             "0.1",
         ]
-        assert re.search(r"\n +" + " +".join(map(re.escape, row)) + r" +0:0\d" + re.escape(mark) + "\r\n", text), row
+        assert re.search(r"[\r\n] +" + " +".join(map(re.escape, row)) + r" +0:0\d" + re.escape(mark) + "\r\n", text), (
+            row
+        )
     assert "epoch 1/4  " in text
     assert "samples/s" in text
     assert "left" in text
