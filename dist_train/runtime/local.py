@@ -43,8 +43,8 @@ def take_option(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
 def run_processes(count: str, arguments: Sequence[str]) -> int:
     """The exit code of the command with these arguments as that many processes, as torchrun --standalone would start them.
 
-    torchrun's report of a failure is left out: rank 0, or the rank that has failed, has printed its own. Ctrl-C is passed on, without
-    torchrun's limit of 30 s, within which a slow step may not be saved.
+    torchrun's report of a failure is left out: rank 0, or the rank that has failed, has printed its own. Ctrl-C is passed on
+    without torchrun's limit of 30 s, within which a slow step may not be saved.
     """
     show_status(f"dist-train: starting {count} processes")
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -64,6 +64,8 @@ def run_processes(count: str, arguments: Sequence[str]) -> int:
             run(get_args_parser().parse_args([*given, "dist_train.main", *arguments]))
         except ChildFailedError as error:
             _, first = error.get_first_failure()
+            if first.exitcode == 130:  # ended by Ctrl-C, before the run began or by a second one
+                return 130
             if not file.exists():
                 print(f"dist-train: a process ended without a message: {first.message}", file=sys.stderr)
             return _left(file, 1)

@@ -66,10 +66,12 @@ def has_color(stream: Any) -> bool:
 
 def columns(stream: Any) -> int:
     """Columns of the terminal as it is now; 100 where there is none."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        if is_terminal(stream):
-            return os.get_terminal_size(stream.fileno()).columns or int(os.environ.get("COLUMNS", WIDTH))
-    return WIDTH
+    found, told = 0, os.environ.get("COLUMNS", "")
+    if not is_terminal(stream):
+        return WIDTH
+    with contextlib.suppress(OSError, ValueError):
+        found = os.get_terminal_size(stream.fileno()).columns
+    return found or (int(told) if told.isdigit() and int(told) else WIDTH)
 
 
 def cells(text: str) -> int:

@@ -114,3 +114,18 @@ def test_files_request_once_and_clocks_each_interval() -> None:
     for now[0] in (5.0, 10.0, 11.0, 35.0, 36.0, 40.0):
         asked.append(clock() is not None)
     assert asked == [False, True, False, True, False, True]
+
+
+def test_a_stop_is_answered_once_and_before_the_other_ranks_have_voted() -> None:
+    store, heard = dist.HashStore(), list[str]()
+
+    def answer(reason: str) -> None:
+        assert not control.reasons, "not agreed yet"
+        heard.append(reason)
+
+    control = Control(0, 1, store, on_stop=answer)
+    for reason in ("SIGINT", "SIGTERM"):
+        control._propose(STOP, reason)
+    control._answer()
+    assert heard == ["SIGINT"]
+    assert control.reasons == {STOP: "SIGINT"}

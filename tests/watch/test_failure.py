@@ -19,6 +19,7 @@ import torch
 from runs import environment
 
 from dist_train.building.model import splitting_changes
+from dist_train.config.errors import ConfigError, Problem
 from dist_train.config.schema import DistributedConfig
 from dist_train.data.errors import SampleError
 from dist_train.data.plan import MicroBatch
@@ -28,7 +29,7 @@ from dist_train.runtime.launch import Placement
 from dist_train.runtime.world import open_world
 from dist_train.task.losses import Loss as EngineLoss
 from dist_train.watch import failure, signals
-from dist_train.watch.leave import RunFacts
+from dist_train.watch.leave import RunFacts, report_config_error
 from dist_train.watch.pace import IN_A_ROW, Pace
 from dist_train.watch.peers import Peers
 from dist_train.watch.processes import owned_by_command, process_state
@@ -269,6 +270,52 @@ def test_the_error_file_is_written_as_torchrun_reads_it(tmp_path: Path, monkeypa
     message = json.loads(path.read_text())["message"]
     assert message["extraInfo"]["py_callstack"] == "words"
     assert int(message["extraInfo"]["timestamp"]) > 0
+
+
+@pytest.mark.parametrize("launcher", ["none", "torchrun", "restarting", "nproc"])
+def test_a_failure_is_printed_once_and_its_traceback_only_where_no_log_has_it(
+    launcher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torchrun prints the error file itself when it gives up; `--nproc` doesn't, and learns the exit code."""
+    if launcher != "none":
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+        monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1" if launcher == "restarting" else "0")
+    if launcher == "nproc":
+        monkeypatch.setenv(failure.EXIT_CODE_FILE, str(tmp_path / "code"))
+    record = failure.describe(ValueError("wrong"), rank=1)
+    failure.report({**record, "logs": "runs/x/logs/rank-1.log"}, rank=1)
+    with_log = capsys.readouterr().err
+    failure.report(record)
+    without = capsys.readouterr().err
+    if launcher == "torchrun":
+        assert with_log == without == ""
+    else:
+        assert with_log.startswith("dist_train: rank 1 on ")
+        assert with_log.endswith("  traceback  runs/x/logs/rank-1.log\n")
+        assert without.startswith("ValueError: wrong\n\ndist_train: rank 1 on ")
+    failure.report({**record, "kind": "lost"}, rank=0)
+    assert "was lost" in capsys.readouterr().err, "of another rank torchrun knows nothing"
+    assert launcher != "nproc" or (tmp_path / "code").read_text() == "1"
+    assert launcher == "none" or "was lost" in (tmp_path / "error.json").read_text()
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_config_errors_are_wrapped_and_colored_on_a_terminal_alone(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("CI", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    message = "expected a positive number, found the string 'fast'"
+    report_config_error(ConfigError([Problem("a.yaml:12", "optimizer.lr", message)]), 0)
+    plain = f"a.yaml:12: optimizer.lr: {message}\n"
+    colored = (
+        "\x1b[2ma.yaml:12: \x1b[0m\x1b[31moptimizer.lr: \x1b[0mexpected a\n"
+        "    positive number, found the string\n    'fast'\n"
+    )
+    assert capsys.readouterr().err == (colored if terminal else plain)
 
 
 def test_the_status_of_a_process_can_be_read_after_it_was_killed() -> None:
