@@ -301,11 +301,11 @@ def ticks(low: float, high: float, most: int, *, whole: bool = False) -> list[fl
 
 
 def brief(value: float) -> str:
-    """A number as short as a mark of an axis should be: 0.05, 12k, 1.5M, 2e-05."""
+    """A number as short as a mark of an axis should be: 0.05, 12k, 1.5M, 2e-5."""
     size = abs(value)
     for least, unit in ((1e6, "M"), (1e4, "k")):
         if least <= size < 1e9:
             return f"{value / (1e6 if unit == 'M' else 1e3):.4g}{unit}"
     if size and (size < 1e-3 or size >= 1e9):
-        return f"{value:.1e}".replace(".0e", "e")
+        return f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-").replace("e+0", "e+")
     return f"{round(value, 10):.6g}"

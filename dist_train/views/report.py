@@ -17,6 +17,7 @@ import yaml
 from dist_train.config.changes import not_default
 from dist_train.config.errors import visible
 from dist_train.files import replacing
+from dist_train.runtime.lease import look_at_owner
 from dist_train.runtime.sidefiles import SideFileError, problems, read_lines, read_mapping
 from dist_train.runtime.storage import open_storage
 from dist_train.text import format_number, format_seconds
@@ -52,6 +53,8 @@ def write_report(
     rows = Rows(read_rows(root / "metrics.jsonl"))
     known, attempts = read_records(root)
     status, result, config = known["status.json"], known["result.json"], known["config.yaml"]
+    if status.get("state") == "running" and (root / ".lease").is_dir() and not look_at_owner(open_storage(root))[0]:
+        status = {**status, "state": "dead"}  # as `runs` calls a run that was killed
     text = (root / "config.yaml").read_text(encoding="utf-8", errors="replace") if config else ""
     changed = yaml.safe_dump(not_default(config), sort_keys=False, allow_unicode=True) if config else ""
     axis, marks = horizontal_of(rows), _marks(attempts, result)
@@ -216,7 +219,7 @@ def write_html(
 
     page = Environment(autoescape=True).from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
     state = tiles[0][1] if tiles else ""
-    css = state if state in ("completed", "failed", "preempted", "running") else ""
+    css = state if state in ("completed", "failed", "preempted", "running", "dead") else ""
     code = script()
     digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
     shown = {"title": title, "sections": sections, "tiles": tiles, "css": css, "epochs": json.dumps(axis.epochs)}

@@ -108,7 +108,7 @@ def test_marks_of_axes_are_short_round_and_inside() -> None:
         "0.05",
         "12k",
         "1.5M",
-        "2e-05",
+        "2e-5",
         "100",
         "0",
     ]

@@ -134,6 +134,8 @@ def test_a_run_that_has_only_begun_has_a_report_too(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "epoch": 1, "samples": 1, "split": "train", "loss": null}\n')
     page = Page(write_report(tmp_path))
     assert "running" in page.text
+    (tmp_path / ".lease").mkdir()  # nobody's: it was killed
+    assert '<div class="tile dead"><span>state</span><b>dead</b>' in write_report(tmp_path).read_text()
     assert "Curves" in page.text
     assert "Confusion" not in page.text
 
