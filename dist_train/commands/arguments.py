@@ -41,7 +41,7 @@ def parse(usage: Usage, arguments: Sequence[str]) -> argparse.Namespace:
     parser = usage.parser()
     flags = {name: action.nargs == 0 for action in parser._actions for name in action.option_strings}
     if wrong := list(mistakes(usage, list(arguments), flags)):
-        raise ConfigError([Problem(COMMAND_LINE, "", text) for text in wrong])
+        raise ConfigError([*(Problem(COMMAND_LINE, "", text) for text in wrong), *_of_keys(usage, arguments)])
     try:
         found = parser.parse_intermixed_args(list(arguments))
     except (argparse.ArgumentError, argparse.ArgumentTypeError) as error:
@@ -54,6 +54,20 @@ def parse(usage: Usage, arguments: Sequence[str]) -> argparse.Namespace:
             raise command_error(usage.name, f"expected one config, found {', '.join(files)}")
         found.config = files[0] if files else None
     return found
+
+
+def _of_keys(usage: Usage, arguments: Sequence[str]) -> list[Problem]:
+    """What is wrong with the keys beside a mistake, so that all is reported at once."""
+    if usage.takes not in ("config", "keys"):
+        return []
+    from dist_train.config.load import load_config
+
+    files = [word for word in arguments if is_config(word)]
+    try:
+        load_config(files[0] if files else None, [word for word in arguments if "=" in word and word[0] != "-"])
+    except ConfigError as error:
+        return error.problems
+    return []
 
 
 def parse_run(usage: Usage, arguments: Sequence[str]) -> argparse.Namespace:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import operator
 import os
 import re
@@ -127,7 +128,7 @@ def _translate(data: Any, error: ValidationError, incomplete: bool) -> Iterator[
             continue  # a mapping is right there, and what is wrong in it is reported
         kinds = {item["type"]: item for item in items}
         if "value_error" in kinds:  # ours
-            yield key, str(kinds["value_error"]["ctx"]["error"])
+            yield key, f"{kinds['value_error']['ctx']['error']}{_target(key, items[0]['input'])}"
         elif kinds.keys() & {"extra_forbidden", "invalid_key"}:
             yield key, f"unknown key{_advice(key, items[0]['input'])}"
         elif "missing" not in kinds:
@@ -149,6 +150,20 @@ def _key(data: Any, item: ErrorDetails) -> Key:
     return key
 
 
+def _target(key: Key, value: Any) -> str:
+    """What `adam`, `cross_entropy` or `StepLR` is as a component, by the JSON Schema's names; an empty string if it isn't one."""
+    slot = str(key[0]) if len(key) == 1 else ""
+    if not isinstance(value, str) or slot not in ("optimizer", "scheduler", "loss", "model"):
+        return ""
+    schema = json.loads(Path(__file__).with_name("schema.json").read_text(encoding="utf-8"))
+    word = value.lower().replace("_", "").replace("-", "")
+    for kind in schema["$defs"][slot]["properties"]["_target_"]["anyOf"]:
+        for name in kind.get("enum", ()):
+            if name.rpartition(".")[2].lower() in (word, f"{word}loss", f"{word}lr"):
+                return f"; here {{_target_: {name}}}, on the command line {slot}._target_={name}"
+    return ""
+
+
 def _mismatch(key: Key, items: list[ErrorDetails]) -> str:
     """`expected X, found Y`, with a hint for common mistakes in YAML. `items` are the branches of a union."""
     value, kinds = items[0]["input"], {item["type"] for item in items}
@@ -165,6 +180,7 @@ def _mismatch(key: Key, items: list[ErrorDetails]) -> str:
             hint = f"; write it as a number: {number}"
         else:
             hint = f"; write {word}" if word in words else did_you_mean(value, words)
+            hint = f"; write [{value}]" if "list_type" in kinds and re.fullmatch(r"[\w.]+", value) else hint
     elif "string_type" in kinds and isinstance(value, bool | int | float):
         hint = "; put it in quotes"
     elif "string_type" in kinds and isinstance(value, dict) and None in value.values():

@@ -82,6 +82,10 @@ def test_help_and_version_of_the_console_script_import_nothing_heavy(tmp_path: P
         ("train --optimizer.lr 0.1", ["optimizer.lr=0.1"]),
         ("metrics=[acc]", ["did you mean accuracy?"]),
         ("--epochs 3 --seed 4 -lr 1", ["trainer.duration=3ep", "seed=4", "optimizer.lr=1"]),
+        ("metrics=acc", ["write [acc]"]),
+        ("optimizer=adam", ["on the command line optimizer._target_=torch.optim.Adam"]),
+        ("loss=cross_entropy", ["{_target_: torch.nn.CrossEntropyLoss}"]),
+        ("--lr 3 trainer.duration=3", ["optimizer.lr=3", "3 has no unit"]),  # all at once
         ("--global-batch-size 32", ["data.global_batch_size=32"]),
         ("-b 32", ["data.global_batch_size"]),
         ("--gpus 4", ["torchrun --nproc_per_node=4"]),
