@@ -59,7 +59,7 @@ def shell(folder: Path, text: str) -> str:
 
 
 def simple_commands(folder: Path, text: str) -> str:
-    """Run a block of plain commands, one per line, without a shell, with this Python, and torchrun as a module.
+    """Run a block of plain commands, one per line, without a shell, with this Python, and torchrun and dist-train as modules.
 
     `|| test $? = 1` behind one says its exit code.
     """
@@ -67,7 +67,9 @@ def simple_commands(folder: Path, text: str) -> str:
     for line in text.splitlines():
         words, _, code = line.partition(" || test $? = ")
         program, *arguments = shlex.split(words)
-        module = {"python": [], "torchrun": ["-m", "torch.distributed.run"]}[program]
+        modules = {"torchrun": ["-m", "torch.distributed.run"], "dist-train": ["-m", "dist_train.main"]}
+        module = modules.get(program, [])
+        assert module or program == "python", line
         command = [sys.executable, *module, *arguments]
         done = subprocess.run(command, cwd=folder, env=environment(), text=True, capture_output=True, timeout=500)
         assert done.returncode == int(code or 0), f"{line}\n{done.stdout}\n{done.stderr}"
@@ -220,7 +222,7 @@ def test_keys_and_commands_exist(page: str) -> None:
     text = re.sub(r"^```python.*?^```$", "", TEXTS[page], flags=re.MULTILINE | re.DOTALL)
     for key in re.findall(rf"(?<![\w./])((?:{sections})\.[a-z_.]*[a-z_])(?![\w(/])", text):
         assert any(key == leaf or key.startswith(leaf + ".") for leaf in known) or key.endswith(".py"), key
-    for word in re.findall(r"dist_train\.main ([a-z]\w*)(?!\S*=)", text):
+    for word in re.findall(r"(?:dist_train\.main|dist-train) ([a-z]\w*)(?![\w.]*[=.])", text):
         assert word in COMMANDS, word
     assert TEXTS[page].isascii()
 
