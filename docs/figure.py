@@ -81,7 +81,9 @@ def drawing(curves: Sequence[Sequence[tuple[int, float]]]) -> str:
         parts.append(f'<text x="{key + 34}" y="26">{text}</text>')
         key += 60 + 7 * len(text)
     apart = max(abs(a[1] - b[1]) / a[1] for curve in curves[1:] for a, b in zip(curves[0], curve))
-    below = f"train loss over steps, all {len(curves[0])} rows of configs/digits_mlp.yaml; they differ by {apart:.0e} of it"
+    below = (
+        f"train loss over steps, all {len(curves[0])} rows of configs/digits_mlp.yaml; they differ by {apart:.0e} of it"
+    )
     parts.append(f'<text x="{LEFT}" y="{HEIGHT - 8}">{below}</text>')
     return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}">
 <style>rect{{fill:#fff}}text{{font:13px system-ui,-apple-system,'Segoe UI','DejaVu Sans',sans-serif;fill:#1f2328}}

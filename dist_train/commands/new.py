@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +35,9 @@ def main(arguments: Sequence[str]) -> int:
         for name, source in FILES.items():
             (folder / name).write_bytes(source.read_bytes())
     except OSError as error:
+        for name in FILES:  # none of them was there: a disk that is full leaves a part
+            with contextlib.suppress(OSError):
+                (folder / name).unlink()
         raise ConfigError.single("DIR", f"{folder} can't be written: {error}") from None
     print(f"{folder}: {', '.join(FILES)}; to start:\n  cd {shlex.quote(str(folder))} && dist-train config.yaml")
     return 0

@@ -77,6 +77,17 @@ def test_files_that_are_there_are_never_overwritten(tmp_path: Path, capsys: pyte
     assert sorted(path.name for path in (tmp_path / "a" / "b").iterdir()) == FILES
 
 
+def test_what_cant_be_written_as_a_whole_isnt_there(tmp_path: Path) -> None:
+    """The limit on a file's size stands for a disk that is full: the schema is larger."""
+    code = "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    code += "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
+    code += "from dist_train.main import main; sys.exit(main(['new', 'a b']))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "a b can't be written: [Errno 27] File too large" in done.stderr
+    assert list((tmp_path / "a b").iterdir()) == []
+
+
 def test_the_batch_script_is_the_one_of_launch(tmp_path: Path) -> None:
     shipped, original = ROOT / "dist_train/templates/train.sbatch", ROOT / "launch/slurm/train.sbatch"
     assert shipped.read_bytes() == original.read_bytes(), f"copy it again: cp {original} {shipped}"
