@@ -90,7 +90,7 @@ def style(cell: pyte.screens.Char) -> str:
 
 
 def animation(frames: Sequence[Frame], columns: int, rows: int) -> str:
-    """The SVG: a strip of all frames that moves past a window."""
+    """The SVG: a strip of all frames that moves past a window; the last one where nothing moves."""
     times = [0.0]
     for (before, _), (now, _) in pairwise(frames):
         times.append(times[-1] + min(now - before, MOST_IDLE))
@@ -116,10 +116,10 @@ def animation(frames: Sequence[Frame], columns: int, rows: int) -> str:
 <style>text{{font:14px {fonts};fill:#e6edf3}}.bold{{font-weight:bold}}{colors}
 #strip{{animation:play {whole:.2f}s steps(1,end) infinite}}
 @keyframes play{{{keys}100%{{transform:translateY({last:g}px)}}}}
-@media (prefers-reduced-motion:reduce){{#strip{{animation:none;transform:translateY({last:g}px)}}}}</style>
+@media (prefers-reduced-motion:reduce){{#strip{{animation:none}}}}</style>
 <rect width="100%" height="100%" rx="8" fill="#0d1117"/>{dots}
 <defs>{lines_of}</defs>
-<svg {window}><g id="strip">{"".join(strip)}</g></svg>
+<svg {window}><g id="strip" transform="translate(0 {last:g})">{"".join(strip)}</g></svg>
 </svg>
 """
 

@@ -222,7 +222,7 @@ def test_keys_and_commands_exist(page: str) -> None:
     text = re.sub(r"^```python.*?^```$", "", TEXTS[page], flags=re.MULTILINE | re.DOTALL)
     for key in re.findall(rf"(?<![\w./])((?:{sections})\.[a-z_.]*[a-z_])(?![\w(/])", text):
         assert any(key == leaf or key.startswith(leaf + ".") for leaf in known) or key.endswith(".py"), key
-    for word in re.findall(r"(?:dist_train\.main|dist-train) ([a-z]\w*)(?![\w.]*[=.])", text):
+    for word in re.findall(r"(?:dist_train\.main|dist-train) ([a-z]\w*)(?![\w.]*[=./])", text):
         assert word in COMMANDS, word
     assert TEXTS[page].isascii()
 
