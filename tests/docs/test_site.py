@@ -6,12 +6,15 @@ import os
 import re
 import subprocess
 import sys
+import xml.etree.ElementTree as ElementTree
 from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from runs import ROOT
+
+from dist_train.tracking.live import Beside, Position, Table, cells_of
 
 PAGES = sorted(
     [
@@ -134,3 +137,19 @@ def test_the_site_needs_nothing_from_elsewhere_and_has_a_search_index(site: dict
     index = (folder / "search/search_index.json").read_text(encoding="utf-8")
     assert "trainer.micro_batch_size" in index
     assert "zh/troubleshooting.html" in index
+
+
+def test_the_recording_shows_the_console_of_today() -> None:
+    """docs/first-run.svg: its table is the one that the console prints; its last screen needs no animation."""
+    root = ElementTree.parse(ROOT / "docs/first-run.svg").getroot()
+    texts = root.iter("{http://www.w3.org/2000/svg}text")
+    shown = [" ".join(tspan.text or "" for tspan in text).split() for text in texts]
+    recorded = next(line for line in shown if line[:2] == ["1/20", "19"])
+    loss, val, accuracy, lr = map(float, recorded[2:6])
+    beside = Beside(1, {"loss": loss}, {"lr": lr}, "accuracy", best=True)
+    cells = cells_of(Position(lambda: 19, epoch=1, epochs=20), 19, {"loss": val, "accuracy": accuracy}, beside)
+    head, row = Table().lines(cells, 80, best=True, color=False)
+    assert head.split() in shown
+    assert (row.split()[:6], row.split()[-1]) == (recorded[:6], recorded[-1])
+    strip = next(part for part in root.iter() if part.get("id") == "strip")
+    assert strip.get("transform", "").startswith("translate(0 -")
