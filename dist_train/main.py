@@ -59,7 +59,7 @@ def _run(arguments: list[str]) -> int:
             return 0 if name in TRAINS and module.is_answered(given) else run_processes(count, arguments)
         signals.install(stops=name in TRAINS, reports=rank == 0)
         if rank == 0 and name in SLOW:
-            show_status(f"dist-train {name}: loading torch")
+            show_status(f"dist-train {name}" + (": loading torch" if name in TRAINS else " ..."))
         with owned_by_command():
             code: int = importlib.import_module(f"dist_train.commands.{name}").main(given)
         if code and rank == 0:

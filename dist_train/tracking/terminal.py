@@ -155,7 +155,7 @@ class BottomLine:
             self._erase()
             stream.write(text)
             stream.flush()
-            self._torn = not text.endswith("\n")
+            self._torn = not text.endswith(("\n", "\r"))  # a bar of tqdm's that doesn't stay ends with the latter
             self._draw()
 
     def close(self) -> None:
