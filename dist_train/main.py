@@ -47,12 +47,12 @@ def _run(arguments: list[str]) -> int:
     from dist_train.watch import failure, leave, signals
     from dist_train.watch.processes import owned_by_command
 
-    name = mistakes.command_of(arguments)
-    rank = rank_of_environment()
+    name, rank = "", rank_of_environment()
     try:
+        count, arguments = take_option(arguments)
+        name = mistakes.command_of(arguments)
         if name not in COMMANDS:
             raise ConfigError.single("", mistakes.unknown_command(name), where=mistakes.COMMAND_LINE)
-        count, arguments = take_option(arguments)
         given = arguments[1:] if arguments[:1] == [name] else arguments
         if count is not None:
             module = importlib.import_module(f"dist_train.commands.{name}")

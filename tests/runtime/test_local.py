@@ -38,6 +38,6 @@ def test_a_config_error_is_printed_once_and_a_stop_exits_with_75(tmp_path: Path)
     wrong = runs.run(tmp_path, 1, "--nproc", "2", "trainer.durations=1ep", expect=2, env=runs.forks_workers())
     assert wrong.stderr == "command line: trainer.durations: unknown key; did you mean trainer.duration?\n"
     options = ("trainer.stop_at=2step", "tracking={tensorboard: false, report: false}")
-    done = runs.run(tmp_path, 1, "demo", "--nproc=2", *options, expect=75, env=runs.forks_workers())
+    done = runs.run(tmp_path, 1, "--nproc=2", "demo", *options, expect=75, env=runs.forks_workers())
     assert "saved at step 2; the same command resumes" in done.stdout
     assert json.loads((tmp_path / "runs/digits/status.json").read_text())["world_size"] == 2
