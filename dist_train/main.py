@@ -73,9 +73,7 @@ def _run(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        if (
-            isinstance(error, StorageError) and name not in TRAINS
-        ):  # a disk or a store, not a rank: no report of a crash
+        if isinstance(error, StorageError) and name not in TRAINS:  # no rank has crashed
             print(f"error: {visible(mask(str(error)))}", file=sys.stderr)
         else:
             failure.report(failure.describe(error, rank))

@@ -132,5 +132,5 @@ def test_ranks_of_one_machine_answer_a_completed_run_alone_once_all_must_see_the
     assert "is completed, after 2 steps" in capsys.readouterr().out
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name)
-    assert main(["demo", *given, "--nproc", "2"]) == 0  # no process is started
+    assert main(["--nproc", "2", "demo", *given]) == 0  # no process is started
     assert "is completed, after 2 steps" in capsys.readouterr().out
