@@ -118,7 +118,7 @@ def caption(panel: Panel) -> str:
         keys.append(
             f'<span class="key"{unseen}><i style="{SWATCH}{line.color}"></i>{name} <b>{panel.shown(last)}</b>{best}</span>'
         )
-    return f"<figcaption><strong>{_plain(panel.title)}</strong> <em></em><div>{''.join(keys)}</div></figcaption>"
+    return f"<figcaption><strong>{_plain(panel.title)}</strong> <em></em><div>{' '.join(keys)}</div></figcaption>"
 
 
 def _line(k: int, line: Line, panel: Panel, axis: Horizontal) -> str:

@@ -18,7 +18,8 @@ from dist_train.views.charts import caption, drawing
 from dist_train.views.curves import Rows, horizontal_of, panel_of
 
 ROWS = 12  # the last ones that are shown
-PAUSE = 0.5  # seconds between two updates at least
+PAUSE, SHARE = 0.5, 0.02  # seconds between two updates at least, and the share of the time that they may take
+KEPT = 2000  # points of the curves; beyond that every second one goes
 STYLE = "font:13px/1.5 system-ui,sans-serif;max-width:900px"
 GRID = "display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,300px),1fr));gap:10px"
 
@@ -48,7 +49,12 @@ class NotebookLive:
         self._rows: list[tuple[dict[str, str], bool]] = []
         self._points: list[Row] = []
         self._watched = "loss"
-        self._seen: tuple[float, int, Mapping[str, float]] = (0.0, -1, {})  # when, and what was shown then
+        self._seen: tuple[float, tuple[int, int], Mapping[str, float]] = (
+            0.0,
+            (-1, 0),
+            {},
+        )  # when, and what was shown then
+        self._took = 0.0
         self._handle: Any = None
         self._on = True
         self._lock = threading.Lock()
@@ -56,7 +62,8 @@ class NotebookLive:
 
     def refresh(self) -> None:
         """Show what has changed since the last time, unless that was a moment ago."""
-        if time.monotonic() - self._seen[0] >= PAUSE and self._at.step() != self._seen[1]:
+        pause = max(PAUSE, self._took / SHARE)
+        if time.monotonic() - self._seen[0] >= pause and (self._at.step(), len(self._rows)) != self._seen[1]:
             self._update()
 
     def row(self, step: int, val: Mapping[str, float], beside: Beside) -> None:
@@ -68,7 +75,7 @@ class NotebookLive:
         self._rows.append((cells, beside.best))
         found = (("train", beside.train), ("val", val))
         self._points += [{"step": step, "split": split, **metrics} for split, metrics in found if metrics]
-        self._update()
+        self.refresh()
 
     def stop(self) -> None:
         """Leave it as it is at the end."""
@@ -79,9 +86,15 @@ class NotebookLive:
             step, metrics = self._at.step(), self._at.metrics
             if "loss" in metrics and metrics is not self._seen[2]:
                 self._points.append({"step": step, "split": "train", "loss": metrics["loss"]})
-            self._seen = time.monotonic(), step, metrics
+            if len(self._points) > KEPT:
+                train, val = (
+                    [point for point in self._points if point["split"] == split] for split in ("train", "val")
+                )
+                self._points = [*train[::2], *val[::2]]
+            began, self._seen = time.thread_time(), (time.monotonic(), (step, len(self._rows)), metrics)
             try:
                 self._show()
+                self._took = time.thread_time() - began
             except Exception as error:
                 self._on = False
                 logging.getLogger("dist_train").warning("no live output: %s: %s", type(error).__name__, error)

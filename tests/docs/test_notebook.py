@@ -17,7 +17,7 @@ from runs import ROOT, environment
 import dist_train
 from dist_train import ConfigError, train
 from dist_train.tracking.live import Beside, Position
-from dist_train.views.notebook import notebook_live
+from dist_train.views.notebook import NotebookLive, notebook_live
 from dist_train.views.result import Result
 
 QUICK = ["tracking.tensorboard=false", "tracking.report=false", "trainer.duration=2step", "run.name=cell"]
@@ -29,8 +29,16 @@ def executed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]
     folder = tmp_path_factory.mktemp("notebook")
     book = nbformat.read(ROOT / "docs" / "examples" / "notebook.ipynb", 4)
     found = environment(PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    # A real process (-P, see tests/forking.py): the client may signal the group that its kernel is in, which is to be its own.
+    kernel = {
+        "argv": [sys.executable, "-P", "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+        "display_name": "this Python",
+    }
+    (folder / "kernels" / "python3").mkdir(parents=True)
+    (folder / "kernels" / "python3" / "kernel.json").write_text(json.dumps({**kernel, "language": "python"}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("IPYTHONDIR", str(folder / "ipython"))
+        patch.setenv("JUPYTER_PATH", str(folder))
         for name, value in found.items():
             patch.setenv(name, value)
         NotebookClient(book, timeout=120, resources={"metadata": {"path": str(folder)}}).execute()
@@ -115,3 +123,18 @@ def test_live_output_that_fails_is_one_warning(
     live.row(3, {"loss": 0.5}, Beside(1, {"loss": 0.6}))
     live.stop()
     assert [record.message[:15] for record in caplog.records] == ["no live output:"]
+
+
+def test_a_long_training_shows_a_bounded_number_of_points_and_not_every_evaluation(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    step = 0
+    live = NotebookLive(Position(lambda: step, total=10_000))
+    for _ in range(10):
+        for _ in range(300):
+            step += 1
+            live.row(step, {"loss": 1 / step}, Beside(1, {"loss": 1.0}))
+        live.stop()
+    assert len(live._points) <= 2000
+    assert {point["split"] for point in live._points} == {"train", "val"}
+    assert capsys.readouterr().out.count("10,000") < 300  # outputs

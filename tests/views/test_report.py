@@ -271,7 +271,7 @@ def test_in_chromium_the_page_shows_values_under_the_pointer_smooths_and_counts_
     assert "CONSOLE" not in done.stderr
     (found,) = re.findall(r'<pre id="probe">(.*?)</pre>', done.stdout, re.DOTALL)
     probe = json.loads(html.unescape(found))
-    assert probe["captions"][0].startswith("loss step 15 (epoch 0.52)train 0.1333val 0.5000 at 29")  # 2 / 15
+    assert probe["captions"][0].startswith("loss step 15 (epoch 0.52)train 0.1333 val 0.5000 at 29")  # 2 / 15
     assert "25.0%" in probe["captions"][-1]
     assert (probe["hidden"], probe["before"], probe["units"]) == (False, "", ["none", "inline"])
     mean, drawn = 0.0, re.findall(r"[ML]([\d.]+) ([\d.]+)", probe["smooth"])
