@@ -95,7 +95,9 @@ class Table:
         """A row of `cells_of`, below a header where its columns aren't those of the row before; `best`: it gets a mark."""
         for name, (_, text) in found.items():
             self._widths[name] = max(self._widths.get(name, LR if name.startswith("lr") else NUMBER), len(text))
-        labels = {name: name if len(name) <= NAME else name[: NAME - 2] + ".." for name in found}
+        labels = {name: _cropped(name) for name in found}
+        taken = [*labels.values()]
+        labels = {name: label if taken.count(label) == 1 else name for name, label in labels.items()}
         shown = self._fitting(found, labels, width)
         if not {"train/loss", "val/loss"} & {*found} <= {*shown}:  # under short names more of them fit
             labels = {name: _short(label) for name, label in labels.items()}
@@ -116,6 +118,11 @@ class Table:
                 break
             taken.add(name)
         return [name for name in found if name in taken]
+
+
+def _cropped(name: str) -> str:
+    """Its beginning and its end, which tell `val/iou_of_a_class` from the other classes'."""
+    return name if len(name) <= NAME else f"{name[: NAME // 2 - 1]}..{name[1 - NAME // 2 :]}"
 
 
 def _short(label: str) -> str:

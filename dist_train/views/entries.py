@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
@@ -92,13 +93,18 @@ def _flat(value: Any, above: str = "") -> Iterator[tuple[str, Any]]:
 def over_seeds(entries: Sequence[Entry]) -> list[Entry]:
     """Runs whose configs differ in `seed` alone as one entry: means and standard deviations of those that are completed.
 
-    `n` is how many these are, of how many; where none is completed, all count.
+    `n` is how many these are, of how many; where none is completed, all count. A seed that was run again isn't one more: it is
+    a line of its own.
     """
-    groups: dict[str, list[Entry]] = {}
+    groups: dict[tuple[str, int], list[Entry]] = {}
+    seen: Counter[tuple[str, str]] = Counter()
     for entry in entries:
         config = {key: entry.facts[key] for key in entry.keys if key != "seed" and not key.startswith(UNSHOWN)}
         alone = entry.facts["run"] if not config else ""  # of a run without a config nothing is known
-        groups.setdefault(json.dumps([config, alone], default=str, sort_keys=True), []).append(entry)
+        same = json.dumps([config, alone], default=str, sort_keys=True)
+        seed = same, str(entry.facts.get("seed"))
+        groups.setdefault((same, seen[seed]), []).append(entry)
+        seen[seed] += 1
     return [_joined(group) for group in groups.values()]
 
 

@@ -15,7 +15,7 @@ from dist_train.runtime.lease import look_at_owner
 from dist_train.runtime.sidefiles import SideFileError, read_lines, read_mapping, read_whole
 from dist_train.runtime.storage import Storage
 from dist_train.tracking.records import FIELDS, parse
-from dist_train.views.curves import metric_names
+from dist_train.views.curves import best_point, metric_names
 
 DEPTH = 8  # a run's name may hold slashes; the limit ends circles of links
 TAIL = 8192  # bytes of metrics.jsonl in which the last train row is looked for
@@ -136,17 +136,14 @@ def _time(text: Any) -> datetime | None:
 
 
 def best_of(rows: Sequence[dict[str, Any]], config: dict[str, Any]) -> dict[str, Any] | None:
-    """Metric, value and step of the best evaluation, by the metric of `checkpoint.keep_best`."""
+    """Metric, value and step of the best evaluation, by the metric of `checkpoint.keep_best`: the one whose weights are kept."""
     choice = str((config.get("checkpoint") or {}).get("keep_best") or "auto")
     mode, _, metric = choice.rpartition(" ")
     if metric == "auto":
         metric = f"val/{next(iter(metric_names(rows)), 'loss')}"
     name = metric.removeprefix("val/")
-    values = [
-        (row[name], row["step"]) for row in rows if isinstance(row.get(name), int | float) and isfinite(row[name])
-    ]
-    if not values:
-        return None
+    numbers = [row for row in rows if isinstance(row.get(name), int | float) and isfinite(row[name])]
+    losses = {row["step"]: row["loss"] for row in rows if isinstance(row.get("loss"), int | float)}
     lower = mode == "min" if mode else better_is_lower(metric)
-    value, step = min(values, key=lambda pair: pair[0] if lower else -pair[0])
-    return {"metric": metric, "value": value, "step": step}
+    best = best_point(([row["step"] for row in numbers], [row[name] for row in numbers]), lower, losses)
+    return None if best is None else {"metric": metric, "value": best[1], "step": best[0]}

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from datetime import UTC, datetime, timedelta
+from math import nan
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +20,13 @@ import pytest
 import yaml
 from runs import environment
 
+from dist_train.checkpoint.store import ranking_key
 from dist_train.files import StorageError
 from dist_train.main import main
 from dist_train.runtime.lease import Lease
 from dist_train.runtime.storage import Storage, open_storage
 from dist_train.views.entries import entries_of
-from dist_train.views.runs import find_runs, read_run
+from dist_train.views.runs import best_of, find_runs, read_run
 from dist_train.views.table import lines_of
 
 
@@ -104,6 +106,17 @@ def test_runs_are_listed_with_their_state_and_the_keys_that_differ(
     assert sorted(lines[0].split()) == sorted(head)
     assert lines[1].split()[:5] == ["a", "completed", "31", "val/accuracy", "0.7500"]
     assert len(lines) == 4
+
+
+def test_of_equal_metrics_the_one_with_the_lower_loss_is_the_best_as_for_the_weights_that_are_kept() -> None:
+    losses = {10: 0.3, 20: 0.1, 30: nan, 40: 0.1}
+    ranked = [
+        (ranking_key({"val/accuracy": 0.97, "val/loss": loss}, "val/accuracy", "max"), step)
+        for step, loss in losses.items()
+    ]
+    rows = [{"step": step, "accuracy": 0.97, "loss": loss if loss == loss else None} for step, loss in losses.items()]
+    assert best_of(rows, {}) == {"metric": "val/accuracy", "value": 0.97, "step": min(ranked)[1]}
+    assert min(ranked)[1] == 20
 
 
 def test_runs_below_a_url_are_listed_too(s3_port: int, capsys: pytest.CaptureFixture[str]) -> None:
@@ -266,6 +279,15 @@ def test_seeds_are_one_line_with_mean_and_deviation_of_the_completed(
     assert main(["runs", str(place), "--seeds", "--where", "lr=0.3", "--where", "run=lr*", "--json"]) == 0
     [group] = json.loads(capsys.readouterr().out)["seeds"]
     assert (group["n"], group["metrics"]["val/accuracy"]) == ("4", {"mean": None, "std": None})
+    write_run(
+        place / "lr0.3-s3", 0.3, [0.75], seed=2
+    )  # once more: it would count twice, and make the deviation smaller
+    assert main(["runs", str(place), "--seeds", "--where", "lr=0.3", "--where", "run=lr*", "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)["seeds"]
+    assert [(one["runs"], one["n"]) for one in again] == [
+        (["lr0.3-s0", "lr0.3-s1", "lr0.3-s2"], "3"),
+        (["lr0.3-s3"], "1"),
+    ]
     shutil.rmtree(place / "lr0.3-s3")
     assert main(["runs", str(place), "--seeds", "--columns", "n,accuracy,seed"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
