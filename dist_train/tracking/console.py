@@ -71,6 +71,7 @@ class Console:
 
     def working(self, what: str) -> None:
         """Show at the bottom of a terminal what takes a while, before and after the training steps."""
+        self._drain()
         self._stop_live()
         if self._line is not None:
             show_status(what)
@@ -186,15 +187,15 @@ class Console:
                 self._log.info("%s", line)
                 if self._live is None:
                     self._print(line)
-                elif self._rows_at is not None and self._row_due(step, total, epoch):
+                elif self._rows_at is not None and self._row_due(step, total, epoch, left):
                     self._rows_at = time.monotonic(), epoch
                     lr = {name: value for name, value in metrics.items() if name.startswith("lr")}
                     self._live.row(step, {}, Beside(epoch, {"loss": metrics.get("loss", float("nan"))}, lr))
 
-    def _row_due(self, step: int, total: int | None, epoch: int) -> bool:
+    def _row_due(self, step: int, total: int | None, epoch: int, left: float | None) -> bool:
         assert self._rows_at is not None
         since, before = time.monotonic() - self._rows_at[0], self._rows_at[1]
-        return step == total or since > (OFTEN if epoch != before else SELDOM)
+        return step == total or left == 0 or since > (OFTEN if epoch != before else SELDOM)
 
     def _progress_line(
         self, step: int, total: int | None, epoch: int, metrics: Mapping[str, float], left: float | None

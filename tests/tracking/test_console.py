@@ -255,6 +255,34 @@ def test_no_number_is_cropped_and_no_line_is_too_wide(columns: int) -> None:
     assert (set(names) == set(full)) == (columns >= 120)
 
 
+def test_without_evaluations_epochs_have_rows_but_no_more_than_one_in_five_seconds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for name in ("CI", "COLUMNS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    now, out = [time.monotonic()], Terminal()
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    console = Console(True, out=out, err=out)
+    console.begin(0, None, evaluates=False)
+    for step in range(1, 31):  # three seconds each, an epoch of two
+        now[0] += 3
+        console.progress(step, None, (step + 1) // 2, {"loss": 1 / step, "lr": 0.1}, 90.0 - 3 * step)
+        console._drain()
+    console.working("writing the model")
+    console.end_block([("state", "completed")])
+    console.close()
+    lines = [re.split("[\r\n]", line)[-1] for line in without_escapes(out.getvalue()).replace("\r\n", "\n").split("\n")]
+    assert [line.split()[:3] for line in lines if " 0.1 " in line] == [
+        [str((step + 1) // 2), str(step), f"{1 / step:.4f}"] for step in range(2, 31, 2)
+    ]
+    assert sum("eta" in line for line in lines) == 0
+
+
 def test_a_terminal_of_a_ci_job_gets_plain_lines(tmp_path: Path) -> None:
     code, got = on_terminal(tmp_path, CI="1")
     assert code == 0
