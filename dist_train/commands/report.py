@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from dist_train.commands.arguments import CHECKPOINT, command_error, output, parse_run, writable
 from dist_train.commands.usage import Usage
@@ -41,14 +42,31 @@ def main(arguments: Sequence[str]) -> int:
         if is_main:
             compare(options.runs, options.output or "comparison.html")
         return 0
-    if options.checkpoint or options.overrides or not open_storage(options.run).exists("config.yaml"):
+    storage = open_storage(options.run)
+    if options.checkpoint or options.overrides or not storage.exists("config.yaml"):
         check_given(options.run, options.checkpoint, options.overrides)
-    from dist_train.run.report import report_again
+    if storage.exists("config.yaml") and not (options.checkpoint or options.overrides or storage.list("checkpoints")):
+        path = report_records(options.run) if is_main else None
+    else:
+        from dist_train.run.report import report_again
 
-    path = report_again(options.run, options.checkpoint, options.overrides)
+        path = report_again(options.run, options.checkpoint, options.overrides)
     if path is not None:
         print(path)
     return int(path is None and is_main)  # it couldn't be written, which was reported
+
+
+def report_records(location: str) -> Path | None:
+    """The report of a run that holds no model: from its records, which takes no torch."""
+    from dist_train.runtime.rundir import RunDir
+    from dist_train.runtime.sidefiles import problems
+    from dist_train.views.page import write_records
+
+    run = RunDir(location)
+    missing = f"the report has no pictures: {run.location} holds no checkpoint"
+    for line in (*(f"{name} can't be read: {wrong}" for name, wrong in problems(run.storage)), missing):
+        print(f"warning: {line}", file=sys.stderr)
+    return write_records(run, lambda line: print(f"warning: {line}", file=sys.stderr))
 
 
 def compare(runs: Sequence[str], path: str) -> None:

@@ -43,9 +43,9 @@ from dist_train.training.state import Progress, restore
 from dist_train.training.trainer import Trainer
 from dist_train.views.boundary import BoundaryFrames
 from dist_train.views.grids import GridFrames
-from dist_train.views.model import write_records
 from dist_train.views.network import Pictures, image_modules
 from dist_train.views.notebook import notebook_live
+from dist_train.views.page import write_records
 from dist_train.views.profiling import Profile
 from dist_train.views.result import Result
 from dist_train.views.sinks import open_logger

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,17 +19,13 @@ from dist_train.evaluation.evaluate import in_rounds, on_rank_zero
 from dist_train.evaluation.meaning import Meaning, read_meaning
 from dist_train.evaluation.predict import Predicted, predict_batch
 from dist_train.runtime.rundir import RunDir
-from dist_train.runtime.sidefiles import read_mapping
 from dist_train.task.batch import clone_batch, squeeze_column
-from dist_train.tracking.records import read_rows
 from dist_train.views.boundary import FOLDER, around, classes_on, plane, read_frames
 from dist_train.views.collect import Collector, Shown, collector_for, sample_picture
-from dist_train.views.curves import Rows
 from dist_train.views.figures import Boundary, Confusion, Example, Picture, Regression, write_boundary
 from dist_train.views.grids import FOLDER as GRIDS
 from dist_train.views.grids import read_grids
-from dist_train.views.png import draw_curves
-from dist_train.views.report import write_report
+from dist_train.views.page import write_page
 
 if TYPE_CHECKING:
     from dist_train.config.schema import Config
@@ -39,25 +34,6 @@ if TYPE_CHECKING:
 
 SAMPLES = 20_000  # predicted at most, spread evenly over the dataset
 WORST, DOTS, TARGETS, FRAMES = 24, 2000, 4, 10  # shown at most: errors, points and targets of a regression, boundaries
-
-
-def write_curves(run: RunDir) -> None:
-    """Write curves.png from metrics.jsonl on rank 0. Never raises: a missing picture is no reason to fail."""
-    try:
-        folder = run.records()
-        config = read_mapping(run.storage, "config.yaml", whole=False)
-        draw_curves(Rows(read_rows(folder / "metrics.jsonl")), run.path("curves.png"), title=run.name, config=config)
-        run.upload(("curves.png",))
-    except Exception as error:
-        logging.getLogger("dist_train").warning("there is no new curves.png: %s: %s", type(error).__name__, error)
-
-
-def write_records(run: RunDir, warn: Callable[[str], None]) -> None:
-    """curves.png and report.html of a run that was stopped: without pictures of what the model does. Never raises."""
-    try:
-        write_page(run)
-    except Exception as error:
-        warn(f"there is no report.html: {type(error).__name__}: {error}")
 
 
 def make_report(
@@ -95,15 +71,6 @@ def make_report(
     except Exception as error:
         warn(f"there is no report.html: {type(error).__name__}: {error}")
         return None
-
-
-def write_page(run: RunDir, **shown: Any) -> Path:
-    """Write curves.png and report.html on rank 0; see `write_report`."""
-    write_curves(run)
-    run.check_owner()
-    path = write_report(run.records(), **shown)
-    run.upload((path.name,))
-    return path
 
 
 def pictures_of(run: RunDir, config: Config, evaluator: Evaluator, loader: EvalLoader, step: int) -> list[Picture]:

@@ -205,13 +205,14 @@ def test_each_chart_has_train_and_val_and_their_best_and_shares_reach_to_100_per
     assert 'aria-label="accuracy; best val 0.9000 at step 29"' in path.read_text()
 
 
-def test_a_report_needs_neither_matplotlib_nor_torch(tmp_path: Path) -> None:
-    code = "import sys; from dist_train.views.report import write_report; write_report(sys.argv[1]); "
-    code += "from dist_train.views.png import draw_curves; draw_curves([], sys.argv[1] + '/curves.png'); "
-    code += "print([name for name in ('matplotlib', 'torch', 'numpy') if name in sys.modules])"
+def test_without_a_checkpoint_a_report_needs_neither_torch_nor_matplotlib(tmp_path: Path) -> None:
+    code = "import sys; from dist_train.main import main; code = main(['report', sys.argv[1]]); "
+    code += "print(code, [name for name in ('matplotlib', 'torch', 'numpy') if name in sys.modules])"
     root = make_run(tmp_path / "run")
     done = subprocess.run([sys.executable, "-P", "-c", code, str(root)], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout == f"{root / 'report.html'}\n0 []\n"
+    assert "holds no checkpoint" in done.stderr
+    assert (root / "curves.png").exists()
 
 
 def test_the_boundary_moves_in_a_gif_and_stands_in_pngs(tmp_path: Path) -> None:

@@ -1,0 +1,44 @@
+"""curves.png and report.html in a run's directory, from its records alone: without torch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dist_train.runtime.rundir import RunDir
+from dist_train.runtime.sidefiles import read_mapping
+from dist_train.tracking.records import read_rows
+from dist_train.views.curves import Rows
+from dist_train.views.png import draw_curves
+from dist_train.views.report import write_report
+
+
+def write_curves(run: RunDir) -> None:
+    """Write curves.png from metrics.jsonl on rank 0. Never raises: a missing picture is no reason to fail."""
+    try:
+        folder = run.records()
+        config = read_mapping(run.storage, "config.yaml", whole=False)
+        draw_curves(Rows(read_rows(folder / "metrics.jsonl")), run.path("curves.png"), title=run.name, config=config)
+        run.upload(("curves.png",))
+    except Exception as error:
+        logging.getLogger("dist_train").warning("there is no new curves.png: %s: %s", type(error).__name__, error)
+
+
+def write_page(run: RunDir, **shown: Any) -> Path:
+    """Write curves.png and report.html on rank 0; see `write_report`."""
+    write_curves(run)
+    run.check_owner()
+    path = write_report(run.records(), **shown)
+    run.upload((path.name,))
+    return path
+
+
+def write_records(run: RunDir, warn: Callable[[str], None]) -> Path | None:
+    """As `write_page`, without pictures of what the model does. Never raises: None and a warning where it can't be written."""
+    try:
+        return write_page(run)
+    except Exception as error:
+        warn(f"there is no report.html: {type(error).__name__}: {error}")
+        return None
