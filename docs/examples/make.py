@@ -17,10 +17,6 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "configs"))
-RESNET18 = [
-    "trainer.duration=6ep", "trainer.log_every=5step", "data.global_batch_size=64",
-    "optimizer.lr=0.05", "scheduler.warmup_steps=40", "trainer.ema_decay=0.95",
-]  # fmt: skip
 SEEN = "tracking.images={{every: 1000ep, samples: 16, modules: [{}]}}"
 # Overrides for the plots; none for the configs that run unchanged.
 CHANGES: dict[str, list[str]] = {
@@ -32,7 +28,6 @@ CHANGES: dict[str, list[str]] = {
     "fashion_mnist_mlp": ["trainer.duration=10ep", "trainer.log_every=5step"],
     "cifar10_cnn": ["trainer.duration=30ep", "trainer.log_every=11step", "optimizer.momentum=0.9",
                     "scheduler.step_size=10", SEEN.format("Conv2d")],
-    "cifar10_resnet18": RESNET18,
 }  # fmt: skip
 
 
@@ -44,9 +39,8 @@ def prepare(folder: Path) -> None:
     for name in ("MNIST", "FashionMNIST"):
         small_data.write_mnist(folder / "data", name, train=1400, test=397)
     small_data.write_cifar(folder / "data", folder / "small_cifar.py", 299, small_data.tinted_digits(6 * 299))
-    for name in ("cifar10_cnn", "cifar10_resnet18"):
-        path = folder / "configs" / f"{name}.yaml"
-        path.write_text(path.read_text().replace("dist_train.data.CIFAR10", "small_cifar.CIFAR10"))
+    path = folder / "configs" / "cifar10_cnn.yaml"
+    path.write_text(path.read_text().replace("dist_train.data.CIFAR10", "small_cifar.CIFAR10"))
 
 
 def collect(run: Path, into: Path) -> None:
