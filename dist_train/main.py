@@ -54,6 +54,8 @@ def _run(arguments: list[str]) -> int:
         if name not in COMMANDS:
             raise ConfigError.single("", mistakes.unknown_command(name), where=mistakes.COMMAND_LINE)
         given = arguments[1:] if arguments[:1] == [name] else arguments
+        if count is not None and name not in SLOW:
+            raise ConfigError.single("--nproc", f"{name} is a command of one process", where=mistakes.COMMAND_LINE)
         if count is not None:
             module = importlib.import_module(f"dist_train.commands.{name}")
             return 0 if name in TRAINS and module.is_answered(given) else run_processes(count, arguments)

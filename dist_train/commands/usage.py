@@ -66,7 +66,8 @@ class Usage(NamedTuple):
 
     def table(self) -> tuple[Option, ...]:
         """All that it takes."""
-        return (*_SHARED[self.takes], *self.options)
+        shared = (option for option in _SHARED[self.takes] if option is not _PROCESSES or self.name != "config")
+        return (*shared, *self.options)
 
     def parser(self) -> argparse.ArgumentParser:
         """Its parser; wrong arguments raise ArgumentTypeError."""

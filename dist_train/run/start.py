@@ -14,6 +14,7 @@ import torch
 from dist_train.building.model import splitting_changes
 from dist_train.building.prepare import check_pictures
 from dist_train.checkpoint.manager import CheckpointManager, SavePolicy
+from dist_train.checkpoint.store import CheckpointStore
 from dist_train.config.code import source_files
 from dist_train.config.errors import ConfigError
 from dist_train.config.slots import require_components
@@ -359,10 +360,11 @@ class Start:
             self.console.warn(f"{wrong}: skipped")
         last = lines[-1] if self.attempt and lines else {"event": "end"}
         if last["event"] == "start":
-            step = (self.run.read_json("status.json") or {"step": 0})["step"]
+            said = (self.run.read_json("status.json") or {"step": 0})["step"]  # some seconds old
+            step = max(said, *CheckpointStore(self.run.storage.sub("checkpoints")).steps(), 0)
             self.console.warn(
                 f"attempt {last.get('attempt')} on {last.get('host')} (pid {last.get('pid')}) ended without a message, after "
-                f"step {step}: it was killed, or its host went down. Look for the kernel's out-of-memory killer (dmesg "
+                f"step {step} or later: it was killed, or its host went down. Look for the kernel's out-of-memory killer (dmesg "
                 "-T | grep -i kill) and the scheduler's limits"
             )
 

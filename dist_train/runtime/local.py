@@ -51,7 +51,11 @@ def run_processes(count: str, arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser, run
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in (
+        "torch.distributed.elastic",
+        "torch.distributed.elastic.agent.server.api",
+    ):  # this has a level of its own
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     if count != "1":
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, with a warning
     given = ["--standalone", f"--nproc_per_node={count}", "--signals_to_handle=SIGTERM,SIGHUP,SIGQUIT", "-m"]

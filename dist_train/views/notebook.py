@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from html import escape
 from typing import Any
 
@@ -78,7 +79,8 @@ class NotebookLive:
         self.refresh()
 
     def stop(self) -> None:
-        """Leave it as it is at the end."""
+        """Leave it as it is at the end; the evaluation or the saving that was last isn't going on any more."""
+        self._at = replace(self._at, doing=str)
         self._update()
 
     def _update(self) -> None:

@@ -43,6 +43,7 @@ def test_help_fits_80_columns_and_a_commands_has_an_example_of_it(
         ("report", {"--run", "--checkpoint", "--output"}),
         ("demo", {"--nproc"}),
         ("train", {"--config", "--nproc"}),
+        ("config", {"--config", "--get", "--schema"}),
         ("new", set()),
     ],
 )
@@ -50,7 +51,7 @@ def test_help_offers_what_a_command_takes(command: str, offered: set[str], capsy
     assert main([command, "--help"]) == 0
     printed = capsys.readouterr().out.partition("\nexample:")[0]
     assert set(re.findall(r"--[a-z]+", printed)) - {"--help"} == offered
-    assert ("key=value" in printed) == (command in ("evaluate", "report", "demo", "train"))
+    assert ("key=value" in printed) == (command in ("evaluate", "report", "demo", "train", "config"))
 
 
 def test_help_and_version_of_the_console_script_import_nothing_heavy(tmp_path: Path) -> None:

@@ -125,6 +125,14 @@ def test_live_output_that_fails_is_one_warning(
     assert [record.message[:15] for record in caplog.records] == ["no live output:"]
 
 
+def test_what_was_last_is_not_shown_as_going_on_for_ever() -> None:
+    live = NotebookLive(Position(lambda: 60, lambda: "saving", 60, 0))
+    assert "saving" in live._content()["text/plain"]
+    live.stop()
+    assert "60/60" in (last := live._content())["text/plain"]
+    assert "saving" not in str(last)
+
+
 def test_a_long_training_shows_a_bounded_number_of_points_and_not_every_evaluation(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +19,8 @@ from torch.utils.data import TensorDataset
 from dist_train import load, train
 from dist_train.callbacks import Callback
 from dist_train.config.errors import ConfigError
+from dist_train.run.start import Start
+from dist_train.runtime.storage import open_storage
 from dist_train.training.callbacks import callback_states, load_callback_states
 
 
@@ -279,3 +283,18 @@ def test_an_infinite_number_in_the_config_is_saved_and_found_again(
     assert train(config)["step"] == 2
     Path("runs/capped/config.yaml").unlink()  # what is in the manifest counts
     assert train({**config, "trainer": {"duration": "2ep"}})["step"] == 4
+
+
+def test_the_start_after_a_kill_says_how_far_the_checkpoints_show_that_the_last_one_got(tmp_path: Path) -> None:
+    """status.json may be ten seconds old, and says 0 of a run that was killed before."""
+    said: list[str] = []
+    (tmp_path / "attempts.jsonl").write_text('{"event": "start", "attempt": 0, "host": "a", "pid": 1}\n')
+    start: Any = SimpleNamespace(
+        attempt=1,
+        run=SimpleNamespace(storage=open_storage(tmp_path), read_json=lambda name: {"step": 3}),
+        console=SimpleNamespace(warn=said.append),
+    )
+    Start._warn_of_unfinished(start)
+    (tmp_path / "checkpoints" / "step-00000120").mkdir(parents=True)
+    Start._warn_of_unfinished(start)
+    assert [re.findall("after step (.*):", text) for text in said] == [["3 or later"], ["120 or later"]]

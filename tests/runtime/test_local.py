@@ -9,6 +9,7 @@ import pytest
 import runs
 
 from dist_train.config.errors import ConfigError
+from dist_train.main import main
 from dist_train.runtime.local import take_option
 
 
@@ -32,6 +33,15 @@ def test_a_wrong_number_and_a_launcher_around_it_are_refused(monkeypatch: pytest
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(ConfigError, match="one of several already"):
         take_option(["--nproc", "2"])
+
+
+def test_a_command_that_only_reads_files_is_no_job_of_several_processes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It printed its table once for each of them."""
+    assert main(["runs", str(tmp_path), "--nproc", "2"]) == 2
+    found = capsys.readouterr()
+    assert (found.out, found.err) == ("", "command line: --nproc: runs is a command of one process\n")
 
 
 def test_a_config_error_is_printed_once_and_a_stop_exits_with_75(tmp_path: Path) -> None:
