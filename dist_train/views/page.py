@@ -15,12 +15,11 @@ from dist_train.views.png import draw_curves
 from dist_train.views.report import write_report
 
 
-def write_curves(run: RunDir) -> None:
-    """Write curves.png from metrics.jsonl on rank 0. Never raises: a missing picture is no reason to fail."""
+def write_curves(run: RunDir, rows: Rows) -> None:
+    """Write curves.png on rank 0. Never raises: a missing picture is no reason to fail."""
     try:
-        folder = run.records()
         config = read_mapping(run.storage, "config.yaml", whole=False)
-        draw_curves(Rows(read_rows(folder / "metrics.jsonl")), run.path("curves.png"), title=run.name, config=config)
+        draw_curves(rows, run.path("curves.png"), title=run.name, config=config)
         run.upload(("curves.png",))
     except Exception as error:
         logging.getLogger("dist_train").warning("there is no new curves.png: %s: %s", type(error).__name__, error)
@@ -28,9 +27,10 @@ def write_curves(run: RunDir) -> None:
 
 def write_page(run: RunDir, **shown: Any) -> Path:
     """Write curves.png and report.html on rank 0; see `write_report`."""
-    write_curves(run)
+    rows = Rows(read_rows(run.records() / "metrics.jsonl"))
+    write_curves(run, rows)
     run.check_owner()
-    path = write_report(run.records(), **shown)
+    path = write_report(run.root, rows=rows, **shown)
     run.upload((path.name,))
     return path
 

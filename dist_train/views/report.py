@@ -43,14 +43,16 @@ def write_report(
     *,
     pictures: Sequence[Picture] = (),
     environment: Mapping[str, str] | None = None,
+    rows: Rows | None = None,
 ) -> Path:
     """Write report.html into a run's directory, from the files there; whatever is missing is left out.
 
     Read: metrics.jsonl, status.json, result.json, attempts.jsonl, config.yaml. pictures: what the model does, computed by
-    the caller. environment: label and value, beside what attempts.jsonl says of the last start. Returns the path.
+    the caller. environment: label and value, beside what attempts.jsonl says of the last start. rows: of metrics.jsonl,
+    where they have been read. Returns the path.
     """
     root = Path(root)
-    rows = Rows(read_rows(root / "metrics.jsonl"))
+    rows = Rows(read_rows(root / "metrics.jsonl")) if rows is None else rows
     known, attempts = read_records(root)
     status, result, config = known["status.json"], known["result.json"], known["config.yaml"]
     if status.get("state") == "running" and (root / ".lease").is_dir() and not look_at_owner(open_storage(root))[0]:
