@@ -277,7 +277,7 @@ class Start:
     def _outputs(self, progress: Progress, checkpoints: CheckpointManager) -> Outputs:
         """Where training writes: on rank 0 the records with their views, and checkpoints; on each rank its trace and digests."""
         config, parts, run = self.config, self.parts, self.run
-        outputs = Outputs(run, self.console, record=run_facts(config) if self.world.is_main else {})
+        outputs = Outputs(run, self.console, record=run_facts(config, parts.metrics) if self.world.is_main else {})
         if config.debug.trace_samples:
             outputs.trace = Trace(run.path("trace"), self.attempt, self.world.rank)
         resume_digests(run, self.world, progress.step, writes=config.debug.digest)
@@ -332,7 +332,7 @@ class Start:
             nodes=placement.nodes,
             launcher=placement.launcher,
             resumed_from=step,
-            **{name: facts[name] for name in ("command", "versions", "git") if name in facts},
+            **{name: facts[name] for name in ("command", "versions", "git", "better") if name in facts},
             **({"changed": self.decision.changes} if self.decision.changes else {}),
             numerics=numerics[0],
             **({"bits_may_differ": differing} if differing else {}),

@@ -8,6 +8,7 @@ import shlex
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,7 @@ from dist_train.models.flops import forward_flops
 from dist_train.models.layers import layer_table, output_shapes
 from dist_train.optim.groups import Grouping
 from dist_train.step.several import Optimizers
+from dist_train.task.entries import MetricEntry, misnamed
 from dist_train.task.task import SeveralLosses, WholeBatchTask
 from dist_train.views.notebook import shell
 
@@ -158,11 +160,12 @@ def batch_arithmetic(parts: Parts) -> str:
     return text
 
 
-def run_facts(config: Config) -> dict[str, Any]:
+def run_facts(config: Config, metrics: Sequence[MetricEntry] = ()) -> dict[str, Any]:
     """What a run is trained with, for every manifest and the report: config, command, versions, host, state of the code."""
     versions = {"dist_train": dist_train.__version__, "torch": torch.__version__, "python": platform.python_version()}
     facts: dict[str, Any] = {"config": to_json(config.to_dict()), "versions": versions, "host": socket.gethostname()}
     facts["command"] = _command()
+    facts |= {"better": better} if (better := misnamed(metrics)) else {}
     for folder in config.run.code_paths[:1]:
         if git := _git(folder):
             facts |= {"commit": git["commit"], "git": git}

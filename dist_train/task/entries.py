@@ -285,6 +285,13 @@ def monitored(metrics: Mapping[str, float], name: str) -> float:
     return metrics[name]
 
 
+def misnamed(entries: Sequence[MetricEntry]) -> dict[str, str]:
+    """`min` or `max` of the metrics whose `higher_is_better` says otherwise than their names, by which views judge them."""
+    names = [name for entry in entries for name in entry.members()]
+    lower = {name: is_lower_better(name, entries) for name in names}
+    return {name: "min" if lower[name] else "max" for name in names if lower[name] != better_is_lower(name)}
+
+
 def is_lower_better(name: str, entries: Sequence[MetricEntry]) -> bool:
     """Whether a lower value of `val/<name>` is better: as its metric says (`higher_is_better`), else by its own name."""
     record = name.removeprefix("val/").removeprefix("raw_")

@@ -53,7 +53,10 @@ def write_comparison(roots: Sequence[str | os.PathLike[str]], path: str | os.Pat
     beside = [row for row in keys if not row[0].startswith(UNSHOWN)]
     head, outcome = _outcome(every, records, ["loss", *found], beside if len(beside) <= COLUMNS else [])
     axis = common_axis(list(every.values()))
-    curves = [overlay(list(every.items()), name, axis, configs) for name in ("loss", *found, *lrs)]
+    curves = [
+        overlay(list(every.items()), name, axis, [known["judging"] for known in records])
+        for name in ("loss", *found, *lrs)
+    ]
     sections = [
         Section("Results", outcome, "sorts", head),
         Section("Curves", curves, "charts", note=" of each run"),
@@ -91,11 +94,9 @@ def _outcome(
 
 def _ranked(every: Mapping[str, list[Row]], records: Sequence[Mapping[str, Any]], split: str, name: str) -> list[Cell]:
     """A metric of each run: the best of val, that of test; the best of all marked."""
-    points = [
-        best_of(rows, split, name, known["config.yaml"]) for rows, known in zip(every.values(), records, strict=True)
-    ]
+    points = [best_of(rows, split, name, known["judging"]) for rows, known in zip(every.values(), records, strict=True)]
     values = [point[1] for point in points if point is not None]
-    lower = lower_is_better(name, records[0]["config.yaml"]) if records else True
+    lower = lower_is_better(name, records[0]["judging"]) if records else True
     best = (min if lower else max)(values, default=nan)
     return [
         Cell("") if point is None

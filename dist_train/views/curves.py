@@ -185,12 +185,22 @@ def best_point(points: Points, lower: bool, losses: Mapping[int, float] | None =
     return min(finite, key=lambda point: (sign * point[1], losses.get(point[0], math.inf)), default=None)
 
 
+def judging(config: Mapping[str, Any], attempts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The config, and as `better` what the last start has recorded of metrics that their names misrepresent."""
+    better = next((one.get("better") for one in reversed(attempts) if one.get("event") == "start"), None)
+    return {**config, "better": better if isinstance(better, dict) else {}}
+
+
 def lower_is_better(name: str, config: Mapping[str, Any]) -> bool:
-    """Whether a metric should fall: as `checkpoint.keep_best` says of its own, by their names of others."""
+    """Whether a metric should fall: as `checkpoint.keep_best` says of its own, as they have said (`judging`), or by its name."""
     mode, _, metric = str((config.get("checkpoint") or {}).get("keep_best") or "").rpartition(" ")
     if mode in ("min", "max") and metric.removeprefix("val/") == name:
         return mode == "min"
-    return better_is_lower(name)
+    known: Mapping[str, str] = config.get("better") or {}
+    fitting = [
+        key for key in known if f"{name.removeprefix('raw_')}_".startswith(f"{key}_")
+    ]  # `iou_cat` is one of `iou`'s
+    return known[max(fitting, key=len)] == "min" if fitting else better_is_lower(name)
 
 
 def metric_names(rows: Sequence[Row]) -> list[str]:

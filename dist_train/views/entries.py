@@ -27,6 +27,7 @@ class Entry:
     Attributes:
         facts: what is known of it by the name of its column; a config's keys are dotted. keys, metrics: which of them are these.
         metric: what `best` is the best of. runs: the runs that it stands for. spread: standard deviations over these.
+        judging: the config as `lower_is_better` takes it.
     """
 
     facts: dict[str, Any]
@@ -35,6 +36,7 @@ class Entry:
     metric: str
     runs: list[str]
     spread: dict[str, float] = field(default_factory=dict)
+    judging: dict[str, Any] = field(default_factory=dict)
 
     def cell(self, name: str) -> str:
         """What is shown in a column: one line without control characters and secrets."""
@@ -73,7 +75,12 @@ def entries_of(rows: Sequence[RunRow]) -> list[Entry]:
         config = dict(_flat(row.config)) if row.config else {}
         found.append(
             Entry(
-                {**config, **facts, **row.metrics}, list(config), list(row.metrics), best.get("metric", ""), [row.run]
+                {**config, **facts, **row.metrics},
+                list(config),
+                list(row.metrics),
+                best.get("metric", ""),
+                [row.run],
+                judging=row.judging,
             )
         )
     return found
@@ -121,7 +128,14 @@ def _joined(group: list[Entry]) -> Entry:
         "reason": "; ".join(dict.fromkeys(filter(None, (e.facts["reason"] for e in group)))),
     }
     facts["state"] = ", ".join(f"{states.count(s)} {s}" if len(set(states)) > 1 else s for s in dict.fromkeys(states))
-    joined = Entry(facts, [key for key in group[0].keys if key in facts], group[0].metrics, group[0].metric, names)
+    joined = Entry(
+        facts,
+        [key for key in group[0].keys if key in facts],
+        group[0].metrics,
+        group[0].metric,
+        names,
+        judging=group[0].judging,
+    )
     joined.metrics = list(dict.fromkeys(name for entry in group for name in entry.metrics))
     for name in ("best", "best_step", "step", "epoch", "samples/s", *joined.metrics):
         values: list[Any] = [entry.facts.get(name) for entry in counted]

@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from dist_train.runtime.rundir import RunDir
-from dist_train.runtime.sidefiles import read_mapping
 from dist_train.tracking.records import read_rows
 from dist_train.views.curves import Rows
 from dist_train.views.png import draw_curves
-from dist_train.views.report import write_report
+from dist_train.views.report import read_records, write_report
 
 
 def write_curves(run: RunDir, rows: Rows) -> None:
     """Write curves.png on rank 0. Never raises: a missing picture is no reason to fail."""
     try:
-        config = read_mapping(run.storage, "config.yaml", whole=False)
+        config = read_records(run.records())[0]["judging"]
         draw_curves(rows, run.path("curves.png"), title=run.name, config=config)
         run.upload(("curves.png",))
     except Exception as error:

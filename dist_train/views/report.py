@@ -29,6 +29,7 @@ from dist_train.views.curves import (
     aside_names,
     best_of,
     horizontal_of,
+    judging,
     metric_names,
     panel_of,
     series,
@@ -68,11 +69,11 @@ def write_report(
         Section("Environment", _environment(attempts, environment or {}), "table"),
         Section(
             "Curves",
-            [chart(panel_of(rows, name, config), axis, marks) for name in panels if rows],
+            [chart(panel_of(rows, name, known["judging"]), axis, marks) for name in panels if rows],
             "charts",
             note=noted,
         ),
-        Section("Best and last", list(best_rows(rows, config)), "table", BEST),
+        Section("Best and last", list(best_rows(rows, known["judging"])), "table", BEST),
         Section("The model that was kept", list(_kept(result).items()), "table"),
         *(section for picture in pictures for section in picture.sections()),
         Section("Starts and ends", list(_attempts(attempts)), "table", _STARTS),
@@ -84,7 +85,7 @@ def write_report(
         ),
     ]
     return write_html(
-        root / "report.html", root.resolve().name, sections, axis, _tiles(rows, {**result, **status}, config)
+        root / "report.html", root.resolve().name, sections, axis, _tiles(rows, {**result, **status}, known["judging"])
     )
 
 
@@ -232,11 +233,15 @@ def write_html(
 
 
 def read_records(root: Path) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
-    """The mappings in config.yaml, status.json and result.json, {} where one can't be read, and the starts and ends."""
+    """The mappings in config.yaml, status.json and result.json, {} where one can't be read, and the starts and ends.
+
+    `judging` is the config as `best_of` takes it.
+    """
     storage, known = open_storage(root), dict[str, dict[str, Any]]()
     for name in ("config.yaml", "status.json", "result.json"):
         try:
             known[name] = read_mapping(storage, name, whole=False) or {}
         except SideFileError:
             known[name] = {}  # listed among the problems
-    return known, read_lines(storage, "attempts.jsonl")[0]
+    attempts = read_lines(storage, "attempts.jsonl")[0]
+    return {**known, "judging": judging(known["config.yaml"], attempts)}, attempts

@@ -54,7 +54,7 @@ class Result(dict[str, Any]):
     def _shown(self) -> list[str]:
         run = RunDir(self.location)
         root = run.records()
-        rows, config = Rows(read_rows(root / "metrics.jsonl")), read_records(root)[0]["config.yaml"]
+        rows, config = Rows(read_rows(root / "metrics.jsonl")), read_records(root)[0]["judging"]
         facts = [f"{self.get('state')} at step {self.get('step', 0):,}", str(self.get("reason") or "")]
         facts += [format_seconds(self["seconds"])] if "seconds" in self else []
         parts = [f'<div style="{STYLE}"><b>{_plain(run.name)}</b> {_plain(", ".join(filter(None, facts)))}']

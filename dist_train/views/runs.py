@@ -9,13 +9,12 @@ from datetime import UTC, datetime
 from math import isfinite
 from typing import Any
 
-from dist_train.config.fields import better_is_lower
 from dist_train.files import StorageError
 from dist_train.runtime.lease import look_at_owner
 from dist_train.runtime.sidefiles import SideFileError, read_lines, read_mapping, read_whole
 from dist_train.runtime.storage import Storage
 from dist_train.tracking.records import FIELDS, parse
-from dist_train.views.curves import best_point, metric_names
+from dist_train.views.curves import best_point, judging, lower_is_better, metric_names
 
 DEPTH = 8  # a run's name may hold slashes; the limit ends circles of links
 TAIL = 8192  # bytes of metrics.jsonl in which the last train row is looked for
@@ -29,7 +28,8 @@ class RunRow:
         state: that of status.json, or `starting`, `never started`, `dead`, `unreadable`.
         best: metric, value and step of the best evaluation.
         metrics: `val/NAME` where the best evaluation was, the last `test/NAME` and `train/loss`; None where it isn't finite.
-        age_seconds: since the run last wrote something. reason: why it stopped, and which files can't be read.
+        judging: the config as `views.curves.best_of` takes it.
+    age_seconds: since the run last wrote something. reason: why it stopped, and which files can't be read.
     """
 
     run: str
@@ -43,6 +43,7 @@ class RunRow:
     reason: str = ""
     metrics: dict[str, float | None] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    judging: dict[str, Any] = field(default_factory=dict)
 
 
 def find_runs(root: Storage, name: str = "") -> list[str]:
@@ -100,7 +101,8 @@ def _read_into(row: RunRow, run: Storage) -> None:
     row.step = max(status.get("step", 0), last.get("step", 0))  # status.json is written only every few seconds
     row.epoch = status.get("epoch", 0)
     val = _rows(records, "val")
-    row.best = best_of(val, row.config)
+    row.judging = judging(row.config, attempts)
+    row.best = best_of(val, row.judging)
     step = row.best["step"] if row.best else None
     row.metrics = _metrics("val", [one for one in val if step in (None, one["step"])]) | _metrics(
         "test", _rows(records, "test")
@@ -144,6 +146,6 @@ def best_of(rows: Sequence[dict[str, Any]], config: dict[str, Any]) -> dict[str,
     name = metric.removeprefix("val/")
     numbers = [row for row in rows if isinstance(row.get(name), int | float) and isfinite(row[name])]
     losses = {row["step"]: row["loss"] for row in rows if isinstance(row.get("loss"), int | float)}
-    lower = mode == "min" if mode else better_is_lower(metric)
+    lower = mode == "min" if mode else lower_is_better(name, config)
     best = best_point(([row["step"] for row in numbers], [row[name] for row in numbers]), lower, losses)
     return None if best is None else {"metric": metric, "value": best[1], "step": best[0]}

@@ -39,7 +39,7 @@ def write_runs(
     hidden = {visible(entry.facts["run"], keep="") for entry in entries[CHOSEN:]}
     axis = common_axis(list(curves.values()))
     metrics = ["loss", *dict.fromkeys(name for found in curves.values() for name in metric_names(found))]
-    configs = [known[run].config for run in curves]
+    configs = [known[run].judging for run in curves]
     most = max(40, POINTS // max(1, len(curves)))
     charts = [overlay(labeled, name, axis, configs, hidden, most) for name in metrics[:CHARTS] if any(curves.values())]
     states = Counter(known[run].state for run in curves)

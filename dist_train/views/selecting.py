@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dist_train.config.errors import ConfigError, did_you_mean
-from dist_train.config.fields import better_is_lower
+from dist_train.views.curves import lower_is_better
 from dist_train.views.entries import FACTS, Entry, differing
 
 _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
@@ -97,7 +97,10 @@ def sorted_by(entries: Sequence[Entry], name: str, reverse: bool = False) -> lis
     """Sorted by a column, of a metric the best first; what has no value (or none that is finite) comes last in either order."""
     column = named(entries, name, "--sort") if entries else name
     metric = next((entry.metric for entry in entries if entry.metric), "") if column == "best" else column
-    down = (column == "best" or column.startswith(("val/", "test/", "train/"))) and not better_is_lower(metric)
+    judged = next((entry.judging for entry in entries if metric in entry.metrics), {})
+    down = (column == "best" or column.startswith(("val/", "test/", "train/"))) and not lower_is_better(
+        metric.partition("/")[2], judged
+    )
 
     def key(entry: Entry) -> tuple[bool, Any]:
         value = entry.facts[column]

@@ -159,7 +159,9 @@ def as_json(rows: Sequence[RunRow], entries: Sequence[Entry], seeds: bool) -> st
     configured = [row for row in shown if row.config]
     every = {row.run: "-" for row in shown}
     page: dict[str, Any] = {
-        "runs": [{name: value for name, value in asdict(row).items() if name != "config"} for row in shown],
+        "runs": [
+            {name: value for name, value in asdict(row).items() if name not in ("config", "judging")} for row in shown
+        ],
         "differences": {
             key: every | {row.run: value for row, value in zip(configured, values)}
             for key, *values in (differing([row.config for row in configured]) if len(configured) > 1 else [])

@@ -237,6 +237,13 @@ def test_runs_are_sorted_and_filtered_by_states_metrics_and_keys(
     assert order(capsys, place, "--where", "run=lr0.1-*", "--where", "state!=failed") == ["lr0.1-s0", "lr0.1-s1"]
     assert main(["runs", str(place), "--where", "lr>1"]) == 0
     assert "holds no runs with lr>1" in capsys.readouterr().out
+    start = {"event": "start", "attempt": 2, "better": {"accuracy": "min"}}  # as the metric's `higher_is_better` says
+    for run in place.iterdir():
+        (run / "attempts.jsonl").write_text(json.dumps(start) + "\n")
+    assert order(capsys, place, "--sort", "best")[:2] == ["lr0.1-s0", "lr0.1-s1"], (
+        "0.05 is the best of their two evaluations"
+    )
+    assert order(capsys, place, "--sort", "best")[-1] == "other"
 
 
 @pytest.mark.parametrize(

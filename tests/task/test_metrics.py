@@ -18,7 +18,7 @@ from dist_train.checkpoint.store import CheckpointStore
 from dist_train.config.fields import Duration
 from dist_train.config.schema import StopWhenConfig
 from dist_train.runtime.storage import open_storage
-from dist_train.task.entries import is_lower_better
+from dist_train.task.entries import is_lower_better, misnamed
 from dist_train.task.metrics import Metric
 from dist_train.tasks import LanguageModel
 from dist_train.training.due import StopWhen
@@ -183,6 +183,7 @@ def test_which_way_is_better_is_what_the_metric_says_and_else_its_name() -> None
     lower = {name: is_lower_better(f"val/{name}", metrics) for name in ("off", "err_free", "accuracy", "mse", "loss")}
     assert lower == {"off": True, "err_free": True, "accuracy": False, "mse": True, "loss": True}
     assert is_lower_better("val/raw_mse", metrics)
+    assert misnamed(metrics) == {"off": "min", "err_free": "min"}
     assert not is_lower_better("val/neg_mean_squared_error", [])
 
 

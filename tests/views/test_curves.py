@@ -9,7 +9,18 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dist_train.views.curves import averaged, best_point, brief, horizontal_of, metric_names, panel_of, series, thinned
+from dist_train.views.curves import (
+    averaged,
+    best_point,
+    brief,
+    horizontal_of,
+    judging,
+    lower_is_better,
+    metric_names,
+    panel_of,
+    series,
+    thinned,
+)
 from dist_train.views.png import draw_curves
 
 TRAIN = [
@@ -89,6 +100,17 @@ def test_the_best_is_that_of_val_by_its_direction_and_of_equal_ones_that_with_th
     assert panel_of(TRAIN + rows, "loss", {}).lines[0].best is None
     assert panel_of(rows, "f1", {}).lines[0].best == (3, 0.9)
     assert panel_of(rows, "f1", {"checkpoint": {"keep_best": "min val/f1"}}).lines[0].best == (1, 0.5)
+    said = judging(
+        {}, [{"event": "start", "better": {"f1": "max"}}, {"event": "start", "better": {"f1": "min"}}, {"event": "end"}]
+    )
+    assert panel_of(rows, "f1", said).lines[0].best == (1, 0.5)
+    assert [lower_is_better(name, said) for name in ("f1_cat", "raw_f1", "f12", "accuracy", "loss")] == [
+        True,
+        True,
+        False,
+        False,
+        True,
+    ]
     assert panel_of(TRAIN, "loss", {}).lines[0].best == (59, 2.0 / 59)
     assert best_point(([1, 2], [math.nan, math.nan]), True) is None
 
