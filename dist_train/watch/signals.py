@@ -17,6 +17,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from dist_train.tracking.terminal import close_bottom_line
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)
 _GRACE = 3.0  # seconds for a better way to end
 
@@ -153,6 +155,7 @@ def _heard(number: int) -> None:
     if number == signal.SIGINT:
         # Ctrl-C arrives twice where a shell signals the group and torchrun forwards it: only a later one is a second request.
         if before is not None and now - before > 1:
+            close_bottom_line()  # the shell's prompt would be written into the bar
             os._exit(130)
         _interrupted_at = before or now
     if _held:
@@ -170,6 +173,7 @@ def _end(number: int, listener: _Listener) -> None:
     informing = threading.Thread(target=_before_end or (lambda: None), daemon=True)
     informing.start()
     informing.join(timeout=_GRACE)
+    close_bottom_line()
     if listener.reports:
         text = f"dist_train: {signal.Signals(number).name} before the run started: nothing was written\n"
         with contextlib.suppress(OSError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import pytest
 from runs import environment
 
 from dist_train.main import main
+from dist_train.tracking import terminal
 from dist_train.watch import signals
 from dist_train.watch.processes import is_owned
 
@@ -61,3 +64,18 @@ def test_main_leaves_nothing_behind_for_a_later_train_in_the_same_process(capsys
     assert not is_owned()
     assert [signal.getsignal(number) for number in signals.STOP_SIGNALS] == before
     assert "none.yaml" in capsys.readouterr().err
+
+
+def test_a_second_ctrl_c_leaves_no_bar_under_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    out = io.StringIO()
+    line = terminal.BottomLine(terminal.Stream(out))
+    monkeypatch.setattr(terminal, "_line", line)
+    monkeypatch.setattr(signals, "_interrupted_at", 0.0)
+    monkeypatch.setattr(os, "_exit", leave)
+    line.show("the bar")
+    with pytest.raises(SystemExit, match="130"):
+        signals._heard(signal.SIGINT)
+    assert out.getvalue().endswith("the bar\x1b[J\r\r\x1b[J")
