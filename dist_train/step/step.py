@@ -262,11 +262,14 @@ class Stepper:
     def state_dict(self) -> dict[str, Any]:
         """Open sums, counters and loss scale; call `read` first."""
         scale = self.scaler.state_dict() if self.scaler is not None else {}
-        return {"totals": self.totals, "skipped": self.guard.skipped, "in_a_row": self.guard.in_a_row, "scaler": scale}
+        guard, before = self.guard, torch.tensor(self._before, dtype=torch.float64)
+        counted = {"totals": self.totals, "before": before, "skipped": guard.skipped, "in_a_row": guard.in_a_row}
+        return {**counted, "scaler": scale}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self._set_totals(state["totals"].view(-1, 2).to(self.device, copy=True))
+        self._before = state["before"].tolist() if "before" in state else []
         self.guard.skipped, self.guard.in_a_row = state["skipped"], state["in_a_row"]
         if self.scaler is not None and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])

@@ -13,6 +13,8 @@ from torch import nn
 from dist_train import train
 from dist_train.config.errors import ConfigError
 from dist_train.data import Digits
+from dist_train.tracking.console import Console
+from dist_train.tracking.live import Beside
 
 
 class Recorded(nn.Module):
@@ -72,6 +74,28 @@ def test_train_metrics_are_those_of_the_samples_that_were_trained(tmp_path: Path
     del stopped["trainer"]["stop_at"]
     train(stopped)
     assert train_rows(tmp_path / "stopped") == rows
+
+
+def test_what_a_row_says_of_training_since_the_evaluation_before_is_the_same_after_a_stop_between_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a train row between the evaluation before and the stop, which is when the sums were lost."""
+    shown: list[tuple[int, dict[str, float]]] = []
+
+    def evaluation(console: Console, split: str, step: int, metrics: object, beside: Beside) -> None:
+        shown.append((step, dict(beside.train)))
+
+    monkeypatch.setattr(Console, "evaluation", evaluation)
+    rows = []
+    for name, stops in (("whole", [{}]), ("stopped", [{"stop_at": "12step"}, {}])):
+        config = config_of(tmp_path / name, evaluate_every="8step")
+        config["data"]["val"] = {"_target_": "dist_train.data.Digits", "split": "val"}
+        for stop in stops:
+            train(config | {"trainer": config["trainer"] | stop})
+        rows.append(shown[:])
+        shown.clear()
+    assert [step for step, _ in rows[0]] == [8, 16, 23]
+    assert rows[0] == rows[1]
 
 
 @pytest.mark.parametrize(
