@@ -50,6 +50,8 @@ class NotebookLive:
         self._rows: list[tuple[dict[str, str], bool]] = []
         self._points: list[Row] = []
         self._watched = "loss"
+        self._best: float | None = None  # of the watched metric
+        self._judging: dict[str, Any] = {}  # as `panel_of` takes it
         self._seen: tuple[float, tuple[int, int], Mapping[str, float]] = (
             0.0,
             (-1, 0),
@@ -71,12 +73,20 @@ class NotebookLive:
         """An evaluation on `val`, or without one a part of training."""
         if beside.main in val:
             self._at.evaluated, self._watched = (f"val/{beside.main}", val[beside.main]), beside.main
+            self._judge(val[beside.main], beside)
         cells = {name: text for name, (_, text) in cells_of(self._at, step, val, beside).items()}
         self._heads |= dict.fromkeys(cells)
         self._rows.append((cells, beside.best))
         found = (("train", beside.train), ("val", val))
         self._points += [{"step": step, "split": split, **metrics} for split, metrics in found if metrics]
         self.refresh()
+
+    def _judge(self, value: float, beside: Beside) -> None:
+        """Learn from what the trainer calls the best which way is better, as a metric's name may say otherwise."""
+        if self._best is not None and value == value != self._best:
+            mode = "min" if (value < self._best) == beside.best else "max"
+            self._judging = {"better": {beside.main: mode}}
+        self._best = value if beside.best else self._best
 
     def stop(self) -> None:
         """Leave it as it is at the end; the evaluation or the saving that was last isn't going on any more."""
@@ -140,7 +150,7 @@ class NotebookLive:
         axis = horizontal_of(rows)
         if axis.first == axis.last:
             return []
-        panels = [panel_of(rows, name, {}) for name in names]
+        panels = [panel_of(rows, name, self._judging) for name in names]
         return [f"<div>{caption(panel)}{drawing(panel, axis)}</div>" for panel in panels]
 
 

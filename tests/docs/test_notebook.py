@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -131,6 +132,15 @@ def test_what_was_last_is_not_shown_as_going_on_for_ever() -> None:
     live.stop()
     assert "60/60" in (last := live._content())["text/plain"]
     assert "saving" not in str(last)
+
+
+def test_the_best_that_is_marked_in_the_live_curve_is_the_trainer_s() -> None:
+    """Whose metric says that less is better, which its name doesn't."""
+    live = NotebookLive(Position(lambda: 3, total=3))
+    for step, wrongs, best in ((1, 0.3, True), (2, 0.1, True), (3, 0.2, False)):
+        live.row(step, {"loss": 0.5, "wrongs": wrongs}, Beside(step, {"loss": 1.0}, {}, "wrongs", best))
+    curve = next(text for text in live._curves() if "wrongs" in text)
+    assert re.findall(r"(0\.\d+) at (?:step )?(\d)", curve)[0] == ("0.1000", "2")
 
 
 def test_a_long_training_shows_a_bounded_number_of_points_and_not_every_evaluation(
