@@ -58,9 +58,9 @@ def main(arguments: Sequence[str]) -> int:
 
 def report_records(location: str) -> Path | None:
     """The report of a run that holds no model: from its records, which takes no torch."""
+    from dist_train.pages.page import write_records
     from dist_train.runtime.rundir import RunDir
     from dist_train.runtime.sidefiles import problems
-    from dist_train.views.page import write_records
 
     run = RunDir(location)
     missing = f"the report has no pictures: {run.location} holds no checkpoint"
@@ -71,9 +71,9 @@ def report_records(location: str) -> Path | None:
 
 def compare(runs: Sequence[str], path: str) -> None:
     """Overlaid curves, results, and the keys in which the configs differ; reads files only."""
+    from dist_train.pages.comparison import write_comparison
     from dist_train.runtime.rundir import RunDir
     from dist_train.runtime.sidefiles import problems
-    from dist_train.views.comparison import write_comparison
 
     opened = [RunDir(location) for location in runs]
     for run in opened:

@@ -62,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
     if root.is_local and not os.path.isdir(root.location):
         raise ConfigError.single("DIR", f"expected a directory with runs, found no directory {options.dir}")
     if options.html is not None:
-        from dist_train.views.runs_page import write_runs
+        from dist_train.listing.runs_page import write_runs
 
         target = writable(options.html, "--html")
         write_runs(root, *_chosen(root, options), _columns(options), target)
@@ -84,9 +84,9 @@ def _width() -> int | None:
 
 def _chosen(root: Storage, options: argparse.Namespace) -> tuple[list[Any], list[Any]]:
     """All runs, and the lines of the table as `--where`, `--seeds` and `--sort` want them."""
-    from dist_train.views.entries import entries_of, over_seeds
-    from dist_train.views.runs import find_runs, read_run
-    from dist_train.views.selecting import sorted_by, where
+    from dist_train.listing.entries import entries_of, over_seeds
+    from dist_train.listing.runs import find_runs, read_run
+    from dist_train.listing.selecting import sorted_by, where
 
     rows = [read_run(root, name) for name in find_runs(root)]
     entries = entries_of(rows)
@@ -102,7 +102,7 @@ def _chosen(root: Storage, options: argparse.Namespace) -> tuple[list[Any], list
 
 
 def _page(root: Storage, options: argparse.Namespace, width: int | None) -> str:
-    from dist_train.views.table import as_json, lines_of
+    from dist_train.listing.table import as_json, lines_of
 
     rows, entries = _chosen(root, options)
     if options.json:

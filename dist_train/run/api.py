@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
-    from dist_train.views.result import Result
+    from dist_train.pages.result import Result
 
 
 def train(config: str | Mapping[str, Any] | None = None, *overrides: str) -> Result:
@@ -33,8 +33,8 @@ def train(config: str | Mapping[str, Any] | None = None, *overrides: str) -> Res
     from dist_train.config.slots import require_components
 
     loaded = load_config(config, overrides)
+    from dist_train.pages.notebook import shell
     from dist_train.run.completed import answer, fresh_name, seems_completed
-    from dist_train.views.notebook import shell
 
     try:
         if shell() is not None:
@@ -76,9 +76,9 @@ def result(run: str | os.PathLike[str]) -> Result:
         ConfigError: there is no such run.
     """
     from dist_train.config.errors import ConfigError
+    from dist_train.pages.result import Result
     from dist_train.run.completed import with_nan
     from dist_train.runtime.rundir import RunDir
-    from dist_train.views.result import Result
 
     opened = RunDir(os.fspath(run))
     found = opened.read_json("result.json")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dist_train.config.errors import ConfigError
 from dist_train.files import StorageError
+from dist_train.pages.result import Result
 from dist_train.run.decide import Decision, decide
 from dist_train.run.objects import was_seen
 from dist_train.runtime.launch import read_placement
@@ -17,7 +18,6 @@ from dist_train.runtime.location import FILES, check_place, run_location
 from dist_train.runtime.rundir import RunDir
 from dist_train.text import format_number, format_seconds
 from dist_train.tracking.console import Console
-from dist_train.views.result import Result
 
 if TYPE_CHECKING:
     from dist_train.config.schema import Config

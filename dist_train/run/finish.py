@@ -16,11 +16,11 @@ from dist_train.building.model import load_weights
 from dist_train.building.prepare import build_model, frozen_source
 from dist_train.config.errors import ConfigError
 from dist_train.files import retried
+from dist_train.pages.result import Result
 from dist_train.run.completed import end_lines, show_completed, with_nan
 from dist_train.run.report import report_in
 from dist_train.runtime.lease import look_at_owner
 from dist_train.runtime.seeding import undisturbed_generators
-from dist_train.views.result import Result
 
 if TYPE_CHECKING:
     from dist_train.checkpoint.manager import CheckpointManager

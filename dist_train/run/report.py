@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 from dist_train.checkpoint.manifest import CheckpointError
 from dist_train.config.errors import ConfigError
 from dist_train.config.slots import require_components
+from dist_train.pages.page import write_page
 from dist_train.run.open import Restored, open_run, restore_in
 from dist_train.runtime.launch import read_placement
 from dist_train.runtime.rundir import RunDir
 from dist_train.runtime.sidefiles import problems
 from dist_train.views.model import make_report
-from dist_train.views.page import write_page
 
 if TYPE_CHECKING:
     from dist_train.config.schema import Config

@@ -19,6 +19,9 @@ from dist_train.config.code import source_files
 from dist_train.config.errors import ConfigError
 from dist_train.config.slots import require_components
 from dist_train.files import StorageError
+from dist_train.pages.notebook import notebook_live
+from dist_train.pages.page import write_records
+from dist_train.pages.result import Result
 from dist_train.run.completed import end_lines
 from dist_train.run.decide import Decision, compare_frozen, decide, find_checkpoint
 from dist_train.run.finish import finish, finish_completed, load_into_live_model
@@ -45,10 +48,7 @@ from dist_train.training.trainer import Trainer
 from dist_train.views.boundary import BoundaryFrames
 from dist_train.views.grids import GridFrames
 from dist_train.views.network import Pictures, image_modules
-from dist_train.views.notebook import notebook_live
-from dist_train.views.page import write_records
 from dist_train.views.profiling import Profile
-from dist_train.views.result import Result
 from dist_train.views.sinks import open_logger
 from dist_train.watch import failure, signals
 from dist_train.watch.leave import RunFacts

@@ -22,10 +22,10 @@ from dist_train.data.stream import is_stream, stream_length
 from dist_train.models.flops import forward_flops
 from dist_train.models.layers import layer_table, output_shapes
 from dist_train.optim.groups import Grouping
+from dist_train.pages.notebook import shell
 from dist_train.step.several import Optimizers
 from dist_train.task.entries import MetricEntry, misnamed
 from dist_train.task.task import SeveralLosses, WholeBatchTask
-from dist_train.views.notebook import shell
 
 if TYPE_CHECKING:
     from dist_train.config.schema import Config

@@ -22,7 +22,7 @@ from dist_train.views.network import pictures
 
 if TYPE_CHECKING:
     from dist_train.evaluation.evaluate import Evaluator
-    from dist_train.views.figures import Picture
+    from dist_train.pages.figures import Picture
 
     Array = np.ndarray[Any, Any]
 

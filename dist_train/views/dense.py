@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from dist_train.pages.figures import Image, Section, dress, new_figure, picture_png, plain, render
 from dist_train.text import format_number
-from dist_train.views.figures import Image, Section, dress, new_figure, picture_png, plain, render
 
 if TYPE_CHECKING:
     import numpy

@@ -18,14 +18,14 @@ from dist_train.data.stream import is_stream
 from dist_train.evaluation.evaluate import in_rounds, on_rank_zero
 from dist_train.evaluation.meaning import Meaning, read_meaning
 from dist_train.evaluation.predict import Predicted, predict_batch
+from dist_train.pages.figures import Boundary, Confusion, Example, Picture, Regression, write_boundary
+from dist_train.pages.page import write_page
 from dist_train.runtime.rundir import RunDir
 from dist_train.task.batch import clone_batch, squeeze_column
 from dist_train.views.boundary import FOLDER, around, classes_on, plane, read_frames
 from dist_train.views.collect import Collector, Shown, collector_for, sample_picture
-from dist_train.views.figures import Boundary, Confusion, Example, Picture, Regression, write_boundary
 from dist_train.views.grids import FOLDER as GRIDS
 from dist_train.views.grids import read_grids
-from dist_train.views.page import write_page
 
 if TYPE_CHECKING:
     from dist_train.config.schema import Config

@@ -13,8 +13,8 @@ import torch
 from runs import result
 
 from dist_train.main import main
+from dist_train.pages.figures import Confusion, Regression
 from dist_train.run.open import Restored, open_run
-from dist_train.views.figures import Confusion, Regression
 from dist_train.views.model import pictures_of
 
 

@@ -22,12 +22,12 @@ from runs import environment
 
 from dist_train.checkpoint.store import ranking_key
 from dist_train.files import StorageError
+from dist_train.listing.entries import entries_of
+from dist_train.listing.runs import best_of, find_runs, read_run
+from dist_train.listing.table import lines_of
 from dist_train.main import main
 from dist_train.runtime.lease import Lease
 from dist_train.runtime.storage import Storage, open_storage
-from dist_train.views.entries import entries_of
-from dist_train.views.runs import best_of, find_runs, read_run
-from dist_train.views.table import lines_of
 
 
 def ago(seconds: float) -> str:

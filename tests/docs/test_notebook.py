@@ -17,9 +17,9 @@ from runs import ROOT, environment
 
 import dist_train
 from dist_train import ConfigError, train
+from dist_train.pages.notebook import NotebookLive, notebook_live
+from dist_train.pages.result import Result
 from dist_train.tracking.live import Beside, Position
-from dist_train.views.notebook import NotebookLive, notebook_live
-from dist_train.views.result import Result
 
 QUICK = ["tracking.tensorboard=false", "tracking.report=false", "trainer.duration=2step", "run.name=cell"]
 

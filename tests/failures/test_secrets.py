@@ -16,11 +16,11 @@ from runs import start
 
 from dist_train.config.errors import ConfigError, describe, mask, visible
 from dist_train.config.load import load_config
+from dist_train.pages.figures import Confusion, Example
+from dist_train.pages.report import write_report
 from dist_train.runtime.storage import open_storage
 from dist_train.tracking.console import Console
 from dist_train.tracking.logs import setup_logging
-from dist_train.views.figures import Confusion, Example
-from dist_train.views.report import write_report
 from dist_train.watch.failure import describe as describe_failure
 from dist_train.watch.failure import one_line
 

@@ -17,6 +17,7 @@ from torch.nn import functional
 from dist_train import train
 from dist_train.data import Digits
 from dist_train.models import DigitsVAE
+from dist_train.pages.report import write_report
 from dist_train.runtime.seeding import seed_forward
 from dist_train.task.losses import Loss
 from dist_train.task.task import Supervised
@@ -32,7 +33,6 @@ from dist_train.views.collect import (
 from dist_train.views.dense import Boxes, BoxSample, Grids, Masks, MaskSample, Tokens, TokenSample
 from dist_train.views.grids import read_grids
 from dist_train.views.network import pictures
-from dist_train.views.report import write_report
 
 
 def evaluator(loss: nn.Module | None = None) -> Any:

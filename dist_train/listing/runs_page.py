@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from dist_train.config.errors import visible
+from dist_train.listing.entries import Entry
+from dist_train.listing.runs import RunRow
+from dist_train.listing.selecting import sorted_by
+from dist_train.listing.table import columns_of, importance
+from dist_train.pages.comparison import common_axis, overlay
+from dist_train.pages.curves import Rows, metric_names
+from dist_train.pages.figures import Cell, Section
+from dist_train.pages.report import write_html
 from dist_train.runtime.sidefiles import SideFileError, read_whole
 from dist_train.runtime.storage import Storage
 from dist_train.tracking.records import Row, parse
-from dist_train.views.comparison import common_axis, overlay
-from dist_train.views.curves import Rows, metric_names
-from dist_train.views.entries import Entry
-from dist_train.views.figures import Cell, Section
-from dist_train.views.report import write_html
-from dist_train.views.runs import RunRow
-from dist_train.views.selecting import sorted_by
-from dist_train.views.table import columns_of, importance
 
 CHOSEN = 8  # runs whose curves are shown at first
 CHARTS = 4  # metrics that have one

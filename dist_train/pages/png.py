@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dist_train.config.errors import visible
 from dist_train.files import replacing
-from dist_train.tracking.records import Row
-from dist_train.views.curves import (
+from dist_train.pages.curves import (
     PANELS,
     Horizontal,
     Line,
@@ -24,6 +23,7 @@ from dist_train.views.curves import (
     metric_names,
     panel_of,
 )
+from dist_train.tracking.records import Row
 
 if TYPE_CHECKING:
     from PIL.ImageDraw import ImageDraw

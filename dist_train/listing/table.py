@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from dist_train.listing.entries import FACTS, UNSHOWN, Entry, differing
+from dist_train.listing.runs import RunRow
+from dist_train.listing.selecting import named, sorted_by
 from dist_train.tracking.records import finite
-from dist_train.views.entries import FACTS, UNSHOWN, Entry, differing
-from dist_train.views.runs import RunRow
-from dist_train.views.selecting import named, sorted_by
 
 KEYS = 6  # of the keys that differ, how many are columns unless others are asked for
 NARROWEST = 14  # columns for a reason, or a run's name, that is cropped

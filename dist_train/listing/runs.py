@@ -10,11 +10,11 @@ from math import isfinite
 from typing import Any
 
 from dist_train.files import StorageError
+from dist_train.pages.curves import best_point, judging, lower_is_better, metric_names
 from dist_train.runtime.lease import look_at_owner
 from dist_train.runtime.sidefiles import SideFileError, read_lines, read_mapping, read_whole
 from dist_train.runtime.storage import Storage
 from dist_train.tracking.records import FIELDS, parse
-from dist_train.views.curves import best_point, judging, lower_is_better, metric_names
 
 DEPTH = 8  # a run's name may hold slashes; the limit ends circles of links
 TAIL = 8192  # bytes of metrics.jsonl in which the last train row is looked for

@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 
 from dist_train.config.errors import visible
-from dist_train.views.curves import Horizontal, Line, Panel, Points
+from dist_train.pages.curves import Horizontal, Line, Panel, Points
 
 WIDTH, HEIGHT = 340, 212
 LEFT, TOP, INNER, TALL = 42, 14, 282, 172  # the plot inside

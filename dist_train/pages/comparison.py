@@ -11,10 +11,8 @@ from typing import Any
 
 from dist_train.config.changes import differing
 from dist_train.config.errors import visible
-from dist_train.text import format_number, format_seconds
-from dist_train.tracking.records import Row, read_rows
-from dist_train.views.charts import chart
-from dist_train.views.curves import (
+from dist_train.pages.charts import chart
+from dist_train.pages.curves import (
     POINTS,
     Horizontal,
     Line,
@@ -30,8 +28,10 @@ from dist_train.views.curves import (
     series,
     thinned,
 )
-from dist_train.views.figures import Cell, Section
-from dist_train.views.report import read_records, write_html
+from dist_train.pages.figures import Cell, Section
+from dist_train.pages.report import read_records, write_html
+from dist_train.text import format_number, format_seconds
+from dist_train.tracking.records import Row, read_rows
 
 RUN_COLORS = ("#4c78a8", "#e4572e", "#2a9d5c", "#8b5cf6", "#d97706", "#0e7490", "#be185d", "#4d7c0f")
 COLUMNS = 6  # differing keys that are columns of the table of results at most

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dist_train.config.errors import visible
-from dist_train.views.charts import matrix
+from dist_train.pages.charts import matrix
 
 if TYPE_CHECKING:
     import numpy

@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dist_train.views.comparison import write_comparison
-from dist_train.views.figures import (
+from dist_train.pages.comparison import write_comparison
+from dist_train.pages.figures import (
     Boundary,
     Confusion,
     Example,
@@ -30,7 +30,7 @@ from dist_train.views.figures import (
     picture_png,
     write_boundary,
 )
-from dist_train.views.report import write_report
+from dist_train.pages.report import write_report
 
 EVIL = '<script>alert("1")</script>&\u6570'
 NAME = "lr=0.1 <b>&{x}"  # what a folder may be called

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dist_train.views.curves import (
+from dist_train.pages.curves import (
     averaged,
     best_point,
     brief,
@@ -21,7 +21,7 @@ from dist_train.views.curves import (
     series,
     thinned,
 )
-from dist_train.views.png import draw_curves
+from dist_train.pages.png import draw_curves
 
 TRAIN = [
     {

@@ -17,13 +17,8 @@ import yaml
 from dist_train.config.changes import not_default
 from dist_train.config.errors import visible
 from dist_train.files import replacing
-from dist_train.runtime.lease import look_at_owner
-from dist_train.runtime.sidefiles import SideFileError, problems, read_lines, read_mapping
-from dist_train.runtime.storage import open_storage
-from dist_train.text import format_number, format_seconds
-from dist_train.tracking.records import Row, read_rows
-from dist_train.views.charts import NUMBERED, Mark, chart, script
-from dist_train.views.curves import (
+from dist_train.pages.charts import NUMBERED, Mark, chart, script
+from dist_train.pages.curves import (
     Horizontal,
     Rows,
     aside_names,
@@ -34,7 +29,12 @@ from dist_train.views.curves import (
     panel_of,
     series,
 )
-from dist_train.views.figures import Cell, Picture, Section
+from dist_train.pages.figures import Cell, Picture, Section
+from dist_train.runtime.lease import look_at_owner
+from dist_train.runtime.sidefiles import SideFileError, problems, read_lines, read_mapping
+from dist_train.runtime.storage import open_storage
+from dist_train.text import format_number, format_seconds
+from dist_train.tracking.records import Row, read_rows
 
 BEST = ("metric", "best of val", "at", "last of val", "test")
 

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dist_train.pages.curves import Rows
+from dist_train.pages.png import draw_curves
+from dist_train.pages.report import read_records, write_report
 from dist_train.runtime.rundir import RunDir
 from dist_train.tracking.records import read_rows
-from dist_train.views.curves import Rows
-from dist_train.views.png import draw_curves
-from dist_train.views.report import read_records, write_report
 
 
 def write_curves(run: RunDir, rows: Rows) -> None:

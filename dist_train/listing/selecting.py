@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dist_train.config.errors import ConfigError, did_you_mean
-from dist_train.views.curves import lower_is_better
-from dist_train.views.entries import FACTS, Entry, differing
+from dist_train.listing.entries import FACTS, Entry, differing
+from dist_train.pages.curves import lower_is_better
 
 _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
     "<": operator.lt,

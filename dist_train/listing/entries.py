@@ -12,8 +12,8 @@ from statistics import fmean, stdev
 from typing import Any
 
 from dist_train.config.errors import mask, visible
+from dist_train.listing.runs import RunRow
 from dist_train.text import format_number, format_seconds
-from dist_train.views.runs import RunRow
 
 FACTS = ("run", "state", "step", "epoch", "best", "best_step", "samples/s", "age", "attempts", "reason", "n")
 UNSHOWN = ("run.", "checkpoint.resume", "checkpoint.accept_changes")

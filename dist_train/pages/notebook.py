@@ -13,10 +13,10 @@ from html import escape
 from typing import Any
 
 from dist_train.config.errors import mask, visible
+from dist_train.pages.charts import caption, drawing
+from dist_train.pages.curves import Rows, horizontal_of, panel_of
 from dist_train.tracking.live import Beside, Position, bar_line, cells_of
 from dist_train.tracking.records import Row
-from dist_train.views.charts import caption, drawing
-from dist_train.views.curves import Rows, horizontal_of, panel_of
 
 ROWS = 12  # the last ones that are shown
 PAUSE, SHARE = 0.5, 0.02  # seconds between two updates at least, and the share of the time that they may take

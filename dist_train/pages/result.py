@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from dist_train.config.errors import visible
+from dist_train.pages.charts import caption, drawing
+from dist_train.pages.curves import Rows, horizontal_of, metric_names, panel_of
+from dist_train.pages.notebook import GRID, STYLE
+from dist_train.pages.report import BEST, best_rows, read_records
 from dist_train.runtime.rundir import RunDir
 from dist_train.text import format_seconds
 from dist_train.tracking.records import read_rows
-from dist_train.views.charts import caption, drawing
-from dist_train.views.curves import Rows, horizontal_of, metric_names, panel_of
-from dist_train.views.notebook import GRID, STYLE
-from dist_train.views.report import BEST, best_rows, read_records
 
 FILES = (
     "report.html",
