@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import subprocess
 import threading
@@ -122,14 +123,15 @@ def test_a_step_waits_only_for_the_copy_and_later_changes_are_not_saved(
 
 
 def test_at_most_one_save_is_in_flight_and_the_wait_is_logged(
-    storage: Storage, manager_at: Make, monkeypatch: pytest.MonkeyPatch, lines: list[str]
+    storage: Storage, manager_at: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, "dist_train")
     slow, manager = Slow(storage, monkeypatch), manager_at(storage)
     manager.save(1, state_of(1), {})
     threading.Timer(0.3, slow.go.set).start()
     manager.save(2, state_of(2), {})
     assert manager.published is not None  # the first, at least
-    assert [line for line in lines if "step 2: waited " in line]
+    assert [line for line in caplog.messages if "step 2: waited " in line]
     manager.close()
     assert steps(storage) == [1, 2]
 

@@ -149,7 +149,7 @@ def test_unsupported_settings_of_accelerate_are_refused_before_anything_is_writt
     )
     assert start(work, *launch, "--config=mlp.yaml").wait(120) != 0
     text = (work / "output.txt").read_text()
-    told = re.findall(r"^accelerate launch: (ACCELERATE_\w+=\w+): .*launch/accelerate/ddp\.yaml", text, re.MULTILINE)
+    told = re.findall(r"accelerate launch: (ACCELERATE_\w+=\w+): .*launch/accelerate/ddp\.yaml", text)
     assert told == ["ACCELERATE_USE_FSDP=true", "ACCELERATE_DYNAMO_BACKEND=INDUCTOR"], text
     assert re.search(r"exitcode +: 2 ", text)
     assert not (work / "runs").exists()
