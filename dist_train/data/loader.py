@@ -72,9 +72,9 @@ class _Loader:
             persistent_workers=self._persistent and evaluates,
         )
 
-    def _start(self) -> Iterator[Any]:
+    def _start(self, ahead: bool = False) -> Iterator[Any]:
         if self._direct is not None:
-            return map(self.reader.__getitems__, self._direct)
+            return self.reader.read_ahead(self._direct) if ahead else map(self.reader.__getitems__, self._direct)
         if self.num_workers == 0:
             return iter(self._loader)
         try:
@@ -242,11 +242,11 @@ class TrainLoader(_Loader):
     def _shard_key(self) -> list[int] | None:
         return self._stream.shards.key() if isinstance(self._stream, ShardReader) else None
 
-    def steps(self, start: int = 0, stop: int | None = None) -> Iterator[StepWork]:
+    def steps(self, start: int = 0, stop: int | None = None, *, ahead: bool = False) -> Iterator[StepWork]:
         """The work of the global steps start, start + 1, ... before `stop`, across the ends of epochs.
 
         Nothing is read that doesn't belong to one of them, so give `stop` where the end is known: without it workers
-        read ahead. A second call ends the first one's workers.
+        read ahead, and with `ahead` this process may (see `SampleReader.read_ahead`). A second call ends the first one's workers.
 
         Raises:
             SampleError: the dataset failed; names the sample.
@@ -264,7 +264,7 @@ class TrainLoader(_Loader):
                 sampler.set_steps(step, stop if endless else min(end, stop or end))
                 if self._stream is not None:
                     self._stream.rewind()
-                iterator = self._start()
+                iterator = self._start(ahead)
             samples = plan.batch_samples(step)
             mine = plan.share(samples, sampler.rank, sampler.num_replicas)
             micro_batches = self._micro_batches(iterator, step, mine.start if mine.stop > mine.start else 0)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 Collate = Callable[[list[Any]], Any]
 BatchReader = Callable[[Indices], Any]
 ItemReader = Callable[[int, Tensor], Any]
+_AT_ONCE, _MOST = 1 << 18, 16  # bytes, and batches, that are read at once where several small ones are
+_ALIGNED = 64  # bytes: as torch's own memory is, which bits of a product of matrices may depend on
 
 
 @dataclass(frozen=True)
@@ -210,6 +213,42 @@ class SampleReader(Dataset[Any]):
             what = f"making a batch of samples {_listed(request.indices)} of {name} failed: {describe_error(error)}"
             raise CollateError(f"{what}{hint}") from error
 
+    def read_ahead(self, requests: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
+        """`__getitems__` of each, but several small batches at once: the calls cost more than the rows.
+
+        Only where torch's or our own code reads whole batches; nothing may change the dataset meanwhile.
+        """
+        home = getattr(reading_function(self.dataset), "__module__", None) or ""
+        waiting, many = iter(requests), 1
+        while group := list(itertools.islice(waiting, many)):
+            micro = group[-1]
+            for micro in (self._read_at_once(group) if many > 1 else None) or map(self.__getitems__, group):
+                yield micro
+            if self.read is not None and home.startswith(("dist_train.", "torch.utils.data.")):
+                sizes = [part.nbytes for part in _parts(micro.batch)]
+                aligned = sizes and not any(size % _ALIGNED for size in sizes)
+                many = max(1, min(_MOST, _AT_ONCE // max(1, sum(sizes)))) if aligned else 1
+
+    def _read_at_once(self, group: list[MicroBatch]) -> list[MicroBatch] | None:
+        """These cut out of one batch; None where that fails, or they wouldn't be just as if read alone."""
+        assert self.read is not None
+        sizes = [len(request.indices) for request in group]
+        try:
+            whole = self.read(np.concatenate([request.indices for request in group]))
+        except Exception:  # which read alone names its batch
+            return None
+        parts = _parts(whole)
+        rows_fit = all(len(part) == sum(sizes) and part.device.type == "cpu" for part in parts)
+        if (
+            not parts
+            or not rows_fit
+            or any(len(part) and part[0].nbytes * n % _ALIGNED for part in parts for n in sizes)
+        ):
+            return None
+        cuts = list(zip(*(part.split(sizes) for part in parts), strict=True))
+        batches = [cut[0] for cut in cuts] if isinstance(whole, Tensor) else [type(whole)(cut) for cut in cuts]
+        return [request._replace(batch=batch) for request, batch in zip(group, batches, strict=True)]
+
     def samples(self, request: MicroBatch) -> list[Any]:
         """The samples of a request, in its order."""
         if self._at_once:  # nothing is drawn, and Arrow gathers many rows in the time of one
@@ -282,6 +321,12 @@ class SampleReader(Dataset[Any]):
 def _is_of_sample(error: BaseException) -> bool:
     """Whether another sample may be read all the same: no resource of the process has run out, nobody wants to exit."""
     return isinstance(error, Exception) and not isinstance(error, MemoryError) and not resource_hint(error)
+
+
+def _parts(batch: Any) -> list[Tensor]:
+    """The tensors of a batch that is one, or a plain tuple or list of nothing else; [] for any other."""
+    parts = [batch] if type(batch) is Tensor else list(batch) if type(batch) in (tuple, list) else []
+    return parts if all(type(part) is Tensor and part.dim() for part in parts) else []
 
 
 def _check_rows(batch: Any, count: int) -> None:

@@ -112,7 +112,8 @@ class Trainer:
         self._check_end()  # the duration may be shorter by now
         self._settle()  # what a stop has interrupted at this step
         ends = [step for step in (self.due.end, self.due.stop) if step is not None]
-        steps = self.parts.train_loader.steps(self.step, min(ends) if ends else None)
+        ahead = not self.callbacks and not self.config.has_live_objects  # which may change the dataset in any step
+        steps = self.parts.train_loader.steps(self.step, min(ends) if ends else None, ahead=ahead)
         while self.outcome is None:
             work = next(steps)
             status.step = work.step + 1

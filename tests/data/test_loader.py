@@ -372,3 +372,32 @@ def test_what_reads_whole_batches_is_known_below_subsets() -> None:
     assert reading_function(Noisy()).__module__ == "dist_train.data.reading"
     assert reading_function(Subset(Digits(), [0])).__module__ == "dist_train.library.arrays"
     assert reading_function(TensorDataset(torch.ones(2))) is TensorDataset.__getitem__
+
+
+@pytest.mark.parametrize(
+    ("data", "batch", "drop_last", "reads"),
+    [("digits", 16, True, 4), ("digits", 16, False, 44), ("rows of 12 bytes", 10, True, 40), ("images", 16, True, 40)],
+)
+def test_small_batches_are_read_several_at_once_and_are_those_that_are_read_alone(
+    data: str, batch: int, drop_last: bool, reads: int
+) -> None:
+    tensors = {
+        "digits": (torch.randn(180, 64), torch.arange(180)),
+        "rows of 12 bytes": (torch.randn(180, 3), torch.arange(180)),  # ten of them don't end where memory is aligned
+        "images": (torch.randn(180, 3, 32, 32), torch.arange(180)),
+    }[data]
+    plan, calls = Plan(0, 180, batch, drop_last=drop_last), []
+    loader = loader_of(TensorDataset(*tensors), plan=plan, micro_batch_size=batch)
+    alone = [micro for work in loader.steps(5, 45) for micro in work.micro_batches]
+    read = loader.reader.read
+    assert read is not None
+    loader.reader.read = lambda indices: (calls.append(len(indices)), read(indices))[1]
+    found = [micro for work in loader.steps(5, 45, ahead=True) for micro in work.micro_batches]
+    for micro, expected in zip(found, alone, strict=True):
+        assert (micro.step, micro.position, micro.samples, micro.last) == expected[1:2] + expected[3:6]
+        assert all(a.equal(b) and a.is_contiguous() for a, b in zip(micro.batch, expected.batch, strict=True))
+        assert not any(part.data_ptr() % 64 for part in micro.batch)
+    assert sum(calls) >= sum(len(micro.indices) for micro in alone)
+    assert (
+        len(calls) <= reads if drop_last else len(calls) < reads
+    )  # a smaller last batch is read alone, with its group
