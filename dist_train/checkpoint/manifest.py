@@ -19,8 +19,8 @@ from dist_train.tracking.records import finite
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-# Fields of format 1. A field added later must be optional on reading (`content.get`), or every older checkpoint would count
-# as corrupted.
+# Fields of format 1, each of which is required. One added later stands beside them: optional on reading (`content.get`), or every
+# older checkpoint would count as corrupted, and written only where it is there.
 _FIELDS = ("step", "attempt", "created_at", "lease", "metrics", "files", "meta")
 
 _Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
