@@ -38,5 +38,6 @@ def test_a_walk_leads_through_code_that_exists(path: str, name: str) -> None:
 
 def test_there_are_four_walks() -> None:
     walks = re.findall(r"^### .*?(?=^##)", TEXT, flags=re.M | re.S)
-    assert [len(re.findall(r"^\d+\. `", walk, flags=re.M)) for walk in walks] == [10, 8, 8, 4, 0, 0, 0]  # and three recipes
+    stations = [len(re.findall(r"^\d+\. `", walk, flags=re.M)) for walk in walks]
+    assert stations == [10, 8, 8, 4, 0, 0, 0]  # the last three are recipes
     assert "Plan.nothing" not in defined("data/plan.py")
