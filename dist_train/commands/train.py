@@ -10,8 +10,8 @@ from dist_train.commands.usage import Usage
 
 USAGE = Usage(
     "train",
-    "Train a config, or resume its run: the same command started again goes on where the run was stopped, killed or "
-    "preempted. Without a config the built-in example is trained.",
+    "Train a config, or resume its run: the same command resumes one that was stopped, killed or preempted, from its last "
+    "checkpoint. Without a config the built-in example is trained.",
     """\
 dist-train config.yaml optimizer.lr=0.05 trainer.duration=3ep
 dist-train config.yaml --nproc 4            # four processes of this machine

@@ -218,6 +218,12 @@ def _numbers(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
 def write_html(
     path: Path, title: str, sections: Sequence[Section], axis: Horizontal, tiles: Sequence[tuple[str, str, str]] = ()
 ) -> Path:
+    """Write a page of these sections, all in one file, atomically; returns its path.
+
+    Args:
+        axis: that of the charts, whose epochs the page can switch to.
+        tiles: (label, value, note) at the top, the first one the run's state. Raises OSError: it can't be written.
+    """
     from jinja2 import Environment
 
     page = Environment(autoescape=True).from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))

@@ -70,9 +70,8 @@ class Stepper:
         self.reducer: Reducer | None = None  # until the first micro-batch
         self.parameters = list(objective.trained().values())
         self._set_totals(self.totals)
-        self._before: list[
-            list[float]
-        ] = []  # the totals of the rows since `take_means`, less what it has counted already
+        # The totals of the rows since `take_means`, less what it has counted already.
+        self._before: list[list[float]] = []
         self._samples = (1, torch.ones((), dtype=torch.float64, device=device))
         self._factor = torch.ones((), dtype=torch.float64, device=device)
         self._own_optimizer = not type(optimizer).__module__.startswith("torch.")
